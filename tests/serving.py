@@ -1,0 +1,76 @@
+"""nanollama's server on a free port, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+
+import nanollama
+
+
+def wait_until(condition: Callable[[], Any], what: str = "it", timeout_s: float = 60) -> None:
+    """Poll for something that another thread does. The limit only turns a hang into a failure."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.002)
+
+
+@dataclass
+class Live:
+    """A running server: its address, its insides, and an HTTP client."""
+
+    url: str
+    pool: nanollama.Pool
+    http: httpx.Client
+    failures: list[BaseException] = field(default_factory=list)
+
+    def chat(self, content: str = "hello", **fields: Any) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 8, **fields}
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def text(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
+
+    def is_idle(self) -> bool:
+        """Whether nothing of any request is left."""
+        engines = [worker.llm.engine for worker in self.pool.workers if worker.llm]
+        return not any(
+            [worker.jobs or worker.num_sequences for worker in self.pool.workers]
+            + [engine.has_work for engine in engines]
+            + [len(e.scheduler.free) != len(e.scheduler.contents) for e in engines]
+        )
+
+
+@contextlib.contextmanager
+def serving(
+    *loaders: Callable[[], nanollama.LLM], ready: bool = True, sampling: Any = None, **config: Any
+) -> Iterator[Live]:
+    """A server with one replica for each loader, until the block ends."""
+    failures: list[BaseException] = []
+    app = nanollama.create_app(
+        list(loaders), nanollama.ServerConfig(**config), sampling, failures.append
+    )
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    pool = next(route.endpoint.__self__.pool for route in app.routes)
+    with httpx.Client(base_url=url, timeout=60) as http:
+        try:
+            wait_until(lambda: server.started, "start-up")
+            if ready:
+                wait_until(lambda: pool.ready or failures, "loading")
+            yield Live(url, pool, http, failures)
+        finally:
+            server.should_exit = True
+            thread.join()

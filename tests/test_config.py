@@ -1,0 +1,304 @@
+"""Section 2: config.json in both spellings against transformers, and values that make no sense."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanollama
+from nanollama import CheckpointError, EngineConfig, RequestError, SamplingParams, model_config
+
+DIMENSIONS = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+
+
+def of(model_type: str = "llama", **values: Any) -> nanollama.ModelConfig:
+    return model_config({"model_type": model_type, **DIMENSIONS, **values}, "dir/config.json")
+
+
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window as transformers' modelling code reads its config."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
+    head_dim = getattr(theirs, "head_dim", None)
+    assert ours.n_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.n_ctx == theirs.max_position_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.windows == windows_of(theirs)
+    assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert ours.rope["rope_type"] == theirs.rope_parameters["rope_type"]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_what_a_config_leaves_out_is_as_in_transformers(model_type: str) -> None:
+    assert_equal_configs(of(model_type), CONFIGS[model_type](**DIMENSIONS))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("llama", {"num_key_value_heads": None, "head_dim": None, "sliding_window": 8}),
+        ("mistral", {"sliding_window": None, "head_dim": None}),
+        ("qwen2", {"num_key_value_heads": None}),
+        ("mistral", {"sliding_window": 8, "num_key_value_heads": 4, "head_dim": 16}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        ),
+        ("qwen3", {"rope_theta": 1e6, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    ],
+)
+def test_given_values_and_nulls_are_read_as_in_transformers(
+    model_type: str, values: dict[str, Any]
+) -> None:
+    theirs = CONFIGS[model_type](**DIMENSIONS, **values)
+    if model_type == "llama":  # llama has no window, whatever its config.json says
+        theirs.sliding_window = None
+    assert_equal_configs(of(model_type, **values), theirs)
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_both_spellings_of_rope_are_one(kind: str) -> None:
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 64}
+    new = of(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **scaling})
+    old = of(rope_theta=5e5, rope_scaling={kind: "yarn", **scaling}, torch_dtype="float32")
+    assert new == old
+
+
+def test_the_embedding_length_before_scaling_defaults_to_the_full_context() -> None:
+    config = of(rope_scaling={"type": "yarn", "factor": 2.0}, max_position_embeddings=77)
+    assert config.rope["original_max_position_embeddings"] == 77
+    config = of(
+        rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 5},
+        original_max_position_embeddings=9,
+    )
+    assert config.rope["original_max_position_embeddings"] == 9
+
+
+def test_an_unsupported_architecture_is_refused_with_the_supported_ones() -> None:
+    for raw in ({"model_type": "mamba"}, {}, {"model_type": ["llama"]}):
+        with pytest.raises(CheckpointError, match=r"x\.json: model_type .* llama, mistral, qwen2"):
+            model_config(raw, "x.json")
+
+
+def test_what_the_arithmetic_does_not_cover_is_refused_by_name() -> None:
+    for values, named in [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
+    ]:
+        with pytest.raises(CheckpointError, match=named):
+            of(**values)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"hidden_size": "256"}, "hidden_size is '256'"),
+        ({"hidden_size": 256.0}, "hidden_size is 256.0"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"hidden_size": 16}, "head_dim is 0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers is 2147483647"),
+        ({"head_dim": 2**31 - 2}, "head_dim is 2147483646"),
+        ({"head_dim": 7}, "width must be even"),
+        ({"num_key_value_heads": 3}, "32 heads .* over 3 key/value heads"),
+        ({"num_attention_heads": list(range(10**6))}, r"num_attention_heads is \[0, 1, 2, 3, 4, 5"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; it must be above 1"),
+        ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {**YARN, "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {**YARN, "beta_fast": "32"}}, "beta_fast is '32'"),
+        ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor is -1"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "low_freq_factor must be below"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type \['yarn'\]"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named_with_its_file(
+    values: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(CheckpointError, match=r"^dir/config\.json: .*" + named) as caught:
+        of(**values)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"sliding_window": "8"}, "sliding_window '8'"),
+        ({"sliding_window": -1}, "sliding_window -1"),
+        ({"sliding_window": 8, "max_window_layers": "2"}, "from layer '2'"),
+        ({"sliding_window": 8, "layer_types": ["full_attention"]}, "layer_types"),
+        ({"sliding_window": 8, "layer_types": ["chunked"] * 3}, "layer_types"),
+        ({"sliding_window": 8, "layer_types": [[]] * 3}, "layer_types"),
+    ],
+)
+def test_windows_that_make_no_sense_are_named(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        of("mistral", **values)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+ROPE = st.sampled_from(["linear", "llama3", "yarn", "default"]).flatmap(
+    lambda kind: st.fixed_dictionaries(
+        {"rope_type": st.just(kind), "factor": st.floats() | st.integers()},
+        optional={
+            key: st.floats() | JSON
+            for key in (
+                "rope_theta low_freq_factor high_freq_factor original_max_position_embeddings "
+                "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate"
+            ).split()
+        },
+    )
+)
+KEYS = st.sampled_from(
+    [
+        *DIMENSIONS,
+        *"model_type num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta "
+        "rope_scaling rope_parameters partial_rotary_factor sliding_window use_sliding_window "
+        "max_window_layers layer_types tie_word_embeddings attention_bias mlp_bias hidden_act "
+        "original_max_position_embeddings quantization_config".split(),
+    ]
+)
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(list(CONFIGS)), st.dictionaries(KEYS, JSON, max_size=4), st.none() | ROPE)
+def test_any_config_is_either_usable_or_refused_in_one_line(
+    model_type: str, values: dict[str, Any], rope: dict[str, Any] | None
+) -> None:
+    if rope is not None:
+        values["rope_parameters"] = rope
+    values.setdefault("model_type", model_type)
+    try:
+        config = model_config({**DIMENSIONS, **values}, "dir/config.json")
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        message = "dir/config.json: usable"
+        inv_freq, scale = nanollama.rope_frequencies(config.rope, config.head_dim)
+        assert torch.isfinite(inv_freq).all()
+        assert 0 < scale < float("inf")
+        assert len(config.windows) == config.n_layers
+    assert message.startswith("dir/config.json: ")
+    assert "\n" not in message
+
+
+def test_the_size_of_keys_and_values_counts_both() -> None:
+    assert of(num_key_value_heads=4).kv_bytes(10, itemsize=2) == 2 * 3 * 4 * 8 * 10 * 2
+
+
+# ---- SamplingParams and EngineConfig -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "0.5"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_p", 1.01),
+        ("min_p", -1),
+        ("repeat_penalty", 0),
+        ("repeat_last_n", -2),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("inf")),
+        ("seed", 2**64),
+        ("seed", 1.0),
+        ("max_tokens", -1),
+        ("logprobs", 21),
+        ("stop", "text"),
+        ("stop", ("",)),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: float("nan")}),
+    ],
+)
+def test_sampling_values_that_make_no_sense_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+def test_the_limits_of_sampling_values_are_allowed() -> None:
+    SamplingParams(temperature=0, top_k=0, top_p=1, min_p=0, repeat_penalty=1, repeat_last_n=-1)
+    SamplingParams(
+        seed=2**64 - 1, max_tokens=None, logprobs=0, stop=("a", "b"), logit_bias={0: -100}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int8"),
+        ("quantize", "q2"),
+        ("ctx", 0),
+        ("parallel", -1),
+        ("prefill_chunk", 0),
+        ("threads", 0),
+    ],
+)
+def test_engine_values_that_make_no_sense_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name} is {value!r}"):
+        EngineConfig(**{name: value})
+
+
+def test_a_config_saved_by_transformers_reads_back_as_it_was(tmp_path: Any) -> None:
+    for model_type, make in CONFIGS.items():
+        theirs = make(**DIMENSIONS, rope_theta=12345.0)
+        theirs.save_pretrained(tmp_path)
+        raw = json.loads((tmp_path / "config.json").read_text())
+        ours = model_config(raw, "config.json")
+        if model_type == "llama":
+            theirs.sliding_window = None
+        assert_equal_configs(ours, theirs)

@@ -1,0 +1,240 @@
+"""README.md is true: commands run, transcripts are what is printed, tables are the code's."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from test_layout import SECTIONS, tomllib
+
+import nanollama
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+# Cannot run here: installs into this environment, the tests themselves, tools that are not ours.
+NOT_RUN = {
+    'pip install . && python nanollama.py --model smollm2 --chat --prompt "What is the capital of'
+    ' France?" --temp 0',
+    'uv run nanollama.py --model smollm2 --chat --prompt "What is the capital of France?" --temp 0',
+    'pip install -e ".[test]" && python -m pytest',
+    "ruff check && ruff format --check && mypy",
+}
+
+
+def downloads(command: str) -> bool:
+    """Whether a command asks for a model that only the hub has: these are parsed, not run."""
+    return any(nanollama.parse_hub_ref(word) for word in shlex.split(command))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, smollm2: Path) -> Path:
+    """A directory with the repository's files in it, and a cache with SmolLM2."""
+    for name in ("nanollama.py", "Modelfile.example", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    model = tmp_path / "cache" / "models" / "smollm2" / smollm2.name
+    model.parent.mkdir(parents=True)
+    shutil.copyfile(smollm2, model)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    return tmp_path
+
+
+def environment(desk: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{desk / 'bin'}:{os.environ['PATH']}",
+        "NANOLLAMA_CACHE": str(desk / "cache"),
+        "HF_HOME": str(desk / "hub"),
+        "PYTHONPATH": str(ROOT),
+        "TERM": "dumb",
+        "COLUMNS": "120",
+    }
+
+
+def shell(desk: Path, command: str) -> str:
+    """What a command prints, standard error included. It must succeed."""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=desk,
+        env=environment(desk),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
+
+
+def converse(desk: Path, command: str, lines: list[str]) -> str:
+    """What a terminal shows of an interactive command that is typed these lines."""
+    child = pexpect.spawn(
+        "bash", ["-c", command], cwd=desk, env=environment(desk), encoding="utf-8", timeout=120
+    )
+    child.setwinsize(50, 200)
+    shown = ""
+    for line in lines:
+        child.expect(r"(?m)^(>>>|\.\.\.) ")
+        shown += child.before + child.after
+        child.sendline(line)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    return (shown + child.before).replace("\r", "")
+
+
+def normal(text: str, desk: Path) -> str:
+    """Text without what differs from run to run: paths, dates, speeds."""
+    text = text.replace(str(desk / "cache"), "/home/you/.cache/nanollama")
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", text)
+    text = re.sub(r"@ [\d.]+ t/s", "@ SPEED t/s", text)
+    text = re.sub(r'_s": [\d.e-]+', '_s": SECONDS', text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if c not in NOT_RUN and not downloads(c)])
+def test_a_command_of_the_readme_runs(command: str, desk: Path) -> None:
+    assert shell(desk, command).strip()
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if c in NOT_RUN or downloads(c)])
+def test_a_command_that_cannot_run_here_is_understood(command: str) -> None:
+    for part in command.split(" && "):
+        if "nanollama.py " in part:
+            words = shlex.split(part)[shlex.split(part).index("nanollama.py") + 1 :]
+            if words[0] not in nanollama.COMMANDS:
+                nanollama.build_parser().parse_args(words)
+
+
+def test_the_list_of_commands_that_do_not_run_is_current() -> None:
+    assert set(SHELL) >= NOT_RUN
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "console"])
+def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None:
+    for part in re.split(r"(?m)^\$ ", block)[1:]:
+        command, _, expected = part.partition("\n")
+        if "--interactive" in command:
+            typed = re.findall(r"(?m)^(?:>>>|\.\.\.) ?(.*)$", expected)
+            shown = converse(desk, command, typed)
+        else:
+            shown = shell(desk, command)
+        assert normal(shown, desk) == normal(expected, desk)
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
+def test_a_python_block_prints_what_its_comments_say(block: str, desk: Path) -> None:
+    (desk / "block.py").write_text(block, encoding="utf-8")
+    shown = shell(desk, "python block.py").splitlines()
+    assert shown == re.findall(r"(?m)^print\(.*\)  # (.*)$", block)
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "modelfile"])
+def test_a_modelfile_of_the_readme_is_one(block: str) -> None:
+    modelfile = nanollama.parse_modelfile(block, Path("Modelfile"))
+    assert modelfile.model
+    assert modelfile.parameters
+    assert modelfile.system
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its first two lines."""
+    section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
+    rows = re.search(r"(?m)(?:^\|.*\|\n)+", section)
+    assert rows
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in rows[0].splitlines()[2:]
+    ]
+
+
+def codes(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def default_of(action: argparse.Action) -> object:
+    """What holds when a flag is not given."""
+    if action.dest == "model":
+        return nanollama.DEFAULT_MODEL
+    owners = [nanollama.SamplingParams(), nanollama.EngineConfig(), nanollama.ServerConfig()]
+    return next((getattr(o, action.dest) for o in owners if hasattr(o, action.dest)), None)
+
+
+def test_the_table_of_flags_is_the_parsers() -> None:
+    actions = {a.option_strings[0]: a for a in nanollama.build_parser()._actions}
+    rows = {codes(row[0])[0].split()[0]: row for row in table("Flags")}
+    assert list(rows) == [flag for flag in actions if flag not in ("-h", "--version")]
+    for flag, (spelled, default, meaning) in rows.items():
+        assert [s.split()[0] for s in codes(spelled)] == actions[flag].option_strings
+        value = default_of(actions[flag])
+        known = value not in (None, (), {}, False)
+        assert codes(default) == ([str(value)] if known else []), f"the default of {flag}"
+        assert meaning
+
+
+def test_the_table_of_families_is_the_codes() -> None:
+    assert [codes(row[0])[0] for row in table("Families")] == list(nanollama.FAMILIES)
+
+
+def test_the_gguf_types_that_stay_packed_are_the_codes() -> None:
+    packed = re.search(r"These stay packed in memory: (.*?)\.", README, re.DOTALL)
+    assert packed
+    assert codes(packed[1]) == list(nanollama.REPACK)
+
+
+def test_every_form_of_a_reference_is_understood() -> None:
+    for row in table("References"):
+        for reference in codes(row[1]):
+            local = reference.startswith((".", "/", "~"))
+            assert local or reference in nanollama.ALIASES or nanollama.parse_hub_ref(reference)
+
+
+def test_the_table_of_dependencies_is_the_project_files() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = [codes(row[0])[0] for row in table("Dependencies")]
+    assert listed == [re.split(r"[><=]", name)[0] for name in project["dependencies"]]
+
+
+def test_the_table_of_sections_is_the_files() -> None:
+    listed = [f"{row[0]} {row[1]}" for row in table("Sections")]
+    assert listed == [f"{section.number} {section.name}" for section in SECTIONS]
+
+
+def test_the_commands_of_the_repl_are_listed() -> None:
+    commands = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
+    listed = {code.split()[0][1:] for row in table("In a conversation") for code in codes(row[0])}
+    assert commands <= listed
+
+
+def test_names_and_files_that_the_readme_mentions_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+    for name in codes(README.partition("## How it works")[2]):
+        if re.fullmatch(r"[A-Z][A-Za-z]+[a-z][A-Z]\w*", name):
+            assert hasattr(nanollama, name), name
+
+
+def test_ci_runs_the_readmes_own_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    found = subprocess.run(
+        ["bash", str(script), "--print-command"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() in SHELL
+    assert "pytest" in found.stdout

@@ -1,0 +1,98 @@
+"""Section 1: modules that wait, the error tree, words for numbers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import nanollama
+from nanollama import LazyModule, NanollamaError
+
+
+def error_classes(base: type[NanollamaError] = NanollamaError) -> Iterator[type[NanollamaError]]:
+    yield base
+    for child in base.__subclasses__():
+        yield from error_classes(child)
+
+
+def test_the_docstring_of_the_errors_shows_the_tree() -> None:
+    drawn = {}
+    path: list[str] = []
+    for indent, name, status in re.findall(
+        r"^([ │├└─]*)(\w+) +(\d{3})", NanollamaError.__doc__ or "", re.MULTILINE
+    ):
+        path[(len(indent) - 4) // 4 :] = [name]
+        drawn[name] = (path[-2] if len(path) > 1 else "Exception", int(status))
+    real = {c.__name__: (c.__base__.__name__, c.status) for c in error_classes() if c.__base__}
+    assert drawn == real
+
+
+def test_only_usage_errors_exit_with_2() -> None:
+    codes = {c.__name__: c.exit_code for c in error_classes()}
+    assert {name for name, code in codes.items() if code != 1} == {"UsageError"}
+    assert codes["UsageError"] == 2
+
+
+def test_a_module_is_imported_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("xml.sax", "xml.sax.saxutils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(nanollama, "sax", LazyModule("xml.sax", "saxutils"), raising=False)
+    assert "xml.sax" not in sys.modules
+    assert nanollama.sax.saxutils.escape("<") == "&lt;"
+    assert nanollama.sax is sys.modules["xml.sax"]  # the stand-in has given up its place
+
+
+def test_a_name_that_a_module_does_not_have_is_reported() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = LazyModule("json").no_such_name
+
+
+def test_light_commands_import_nothing_heavy() -> None:
+    """Run where nothing is imported yet: torch would cost each of these seconds."""
+    program = """
+import contextlib, sys, nanollama
+for argv in (["--help"], ["--version"], ["list"], ["rm", "no/such"], ["--prompt"], ["unknown"],
+             ["pull", "smolm2"], ["show", "no/such"], ["list", "--help"],
+             ["--temp", "-1", "-p", "x"], ["--prompt", "x", "--modelfile", "no/such"]):
+    with contextlib.suppress(SystemExit):
+        nanollama.main(argv)
+heavy = {"torch", "transformers", "numpy", "gguf", "safetensors", "tokenizers", "jinja2",
+         "starlette", "uvicorn"}
+print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 KB"),
+        (1536, "1.5 KB"),
+        (98_362_432, "98.4 MB"),
+        (2.5e9, "2.5 GB"),
+        (1.5e15, "1500.0 TB"),
+    ],
+)
+def test_bytes_are_written_as_disks_count_them(num_bytes: float, text: str) -> None:
+    assert nanollama.human_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("message", "line"), [("one\ntwo", "one"), ("\n\n  two \n", "two"), ("", "ValueError")]
+)
+def test_of_an_error_the_first_line_is_shown(message: str, line: str) -> None:
+    assert nanollama.first_line(ValueError(message)) == line
+
+
+@pytest.mark.parametrize(("n", "multiple", "result"), [(0, 8, 0), (1, 8, 8), (8, 8, 8), (9, 8, 16)])
+def test_round_up(n: int, multiple: int, result: int) -> None:
+    assert nanollama.round_up(n, multiple) == result
