@@ -15,11 +15,12 @@
 #     "prometheus_client>=0.21",
 # ]
 # ///
-"""nanollama: download, run and chat with language models, in one file you can read.
+"""nanollama: download, run, chat with and serve language models, in one file you can read.
 
     nanollama.py --model smollm2 --chat --prompt "Why is the sky blue?"   one answer
     nanollama.py --model smollm2 --interactive                            a conversation
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
+    nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
 
 From Python:  from nanollama import LLM, SamplingParams
@@ -36,12 +37,14 @@ Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     9 CHAT: messages -> prompt text, answer text -> thoughts and content
     10 SAMPLING: logits -> one token
     11 ENGINE: many sequences, one step at a time
+    12 OPENAI: the wire format, as pure functions
+    13 SERVER: HTTP, many clients on one engine
     14 CLI: modes, the conversation, `main`
 
 One request, hop by hop
-    argv / file line / library call -> GenerationRequest -> prompt str -> list[int] -> Sequence
+    argv / file line / HTTP body -> GenerationRequest -> prompt str -> list[int] -> Sequence
     -> Batch (all new tokens of all running sequences in one flat row) -> logits -> one id per
-    sequence -> Delta -> terminal text or JSONL row
+    sequence -> Delta -> terminal text, JSONL row or wire chunk -> server-sent event
 
 Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
@@ -463,9 +466,7 @@ def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return rope
 
 
-def _layer_windows(
-    values: Mapping[str, Any], n_layers: int, source: str
-) -> tuple[int | None, ...]:
+def _layer_windows(values: Mapping[str, Any], n_layers: int, source: str) -> tuple[int | None, ...]:
     """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
     from which layer on (`max_window_layers`), and Mistral means every layer."""
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
@@ -1032,9 +1033,7 @@ class Batch:
     num_logits            R: how many of them are real"""
 
     def __init__(
-        self,
-        work: Iterable[tuple[int, int, list[int], int]],
-        device: torch.device,
+        self, work: Iterable[tuple[int, int, list[int], int]], device: torch.device
     ) -> None:
         """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
         ids: list[int] = []
@@ -1670,10 +1669,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _gguf_config(
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, TensorSource],
-    model_type: str,
-    source: str,
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str, source: str
 ) -> dict[str, Any]:
     """The config.json that this metadata would have been made from."""
     arch = FAMILIES[model_type].gguf
@@ -1938,9 +1934,12 @@ class ModelStore:
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
+        path = local_path(reference)
+        if revision and (path or reference in ALIASES):
+            raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
         if reference in ALIASES:
             found = self._find_alias(reference)
-        elif path := local_path(reference):
+        elif path:
             return path
         elif hub := parse_hub_ref(reference):
             found = self._find_in_hub_cache(hub, revision)
@@ -1999,11 +1998,11 @@ class ModelStore:
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
+        self.find(reference, revision)  # raises for what means nothing
         if reference in ALIASES:
             return self._pull_alias(reference)
         hub = parse_hub_ref(reference)
         if hub is None or local_path(reference):
-            self.find(reference)  # raises for what is neither a path nor an id
             raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
         return self._pull_from_hub(hub, revision)
 
@@ -3414,6 +3413,8 @@ class Engine:
                     self.cache.copy_prefix(source, seq.slot, seq.num_cached)
                 seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
+            if not work:  # nothing runs, nothing waits
+                return
             num_prefill = sum(num for seq, num in work if seq.num_computed < seq.num_prompt)
             num_decode = sum(num for _, num in work) - num_prefill
             for (seq, num_new), rows in zip(work, self.forward(work)):
@@ -4225,7 +4226,8 @@ class ServerConfig:
     num_gpus: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_gpus < 1 or self.max_queue < 0 or (self.timeout_s or 1) <= 0:
+        seconds = math.inf if self.timeout_s is None else self.timeout_s
+        if self.num_gpus < 1 or self.max_queue < 0 or not seconds > 0:
             raise UsageError(
                 f"--num-gpus is {self.num_gpus}, --max-queue {self.max_queue}, --timeout "
                 f"{self.timeout_s}; they must be at least 1, at least 0, and above 0"
@@ -4270,10 +4272,10 @@ class Job:
                     f"the request took longer than {timeout_s:g} s",
                     {"x-should-retry": "false"},
                 )
-            try:
-                event = await asyncio.wait_for(self.events.get(), left)
-            except asyncio.TimeoutError:
-                event = []
+            # asyncio.wait_for may swallow a cancellation (https://github.com/python/cpython/issues/86296)
+            alarm = self.loop.call_later(left, self.events.put_nowait, [])
+            event = await self.events.get()
+            alarm.cancel()
             if isinstance(event, NanollamaError):
                 raise event
             num_left -= sum(1 for delta in event if delta.finish_reason)
@@ -4374,17 +4376,17 @@ class Pool:
     def __init__(self, workers: list[EngineWorker], max_queue: int) -> None:
         self.workers, self.max_queue = workers, max_queue
         self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
-        self.closing = False
+        self.is_closing: Callable[[], bool] = lambda: False
 
     @property
     def ready(self) -> bool:
-        return not self.closing and all(worker.llm is not None for worker in self.workers)
+        return not self.is_closing() and all(worker.llm is not None for worker in self.workers)
 
     def llm(self) -> LLM:
         """A loaded model, for what only reads it. Raises WireError 503."""
         llm = self.workers[0].llm
         if llm is None or not self.ready:
-            code = "shutting_down" if self.closing else "model_loading"
+            code = "shutting_down" if self.is_closing() else "model_loading"
             message = f"the server is not ready: {code.replace('_', ' ')}"
             raise WireError(503, code, message, {"retry-after": "1"})
         return llm
@@ -4517,7 +4519,7 @@ class Gate:
             await send(message)
 
         try:
-            self.check_key(starlette.requests.Request(scope))
+            self.check_key(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
             response = error_response(error)
@@ -4531,12 +4533,13 @@ class Gate:
             path = scope["raw_path"].decode("ascii", errors="backslashreplace")
             log.info(f"{client} {scope['method']} {path} {status} {seconds:.3f}s {request_id}")
 
-    def check_key(self, request: Request) -> None:
+    def check_key(self, scope: Scope) -> None:
         """Raises WireError 401."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = re.sub(rb"(?i)^bearer +", b"", dict(scope["headers"]).get(b"authorization", b""))
         # compare with every key, in time that does not depend on where they differ
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
-        if matches and not any(matches) and request.url.path not in self.OPEN:
+        # the router's own path: a URL put together with the Host header could be made to lie
+        if matches and not any(matches) and scope["path"] not in self.OPEN:
             raise WireError(
                 401,
                 "invalid_api_key",
@@ -4823,7 +4826,7 @@ class App:
         """GET /health: 200 when requests can be taken"""
         workers, ready = self.pool.workers, self.pool.ready
         body = {
-            "status": "ok" if ready else "closing" if self.pool.closing else "loading",
+            "status": "ok" if ready else "closing" if self.pool.is_closing() else "loading",
             "ready": ready,
             "num_gpus": len(workers),
             "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
@@ -4969,7 +4972,6 @@ def create_app(
         for worker in workers:
             worker.start()
         yield
-        app.pool.closing = True
         for worker in workers:
             worker.inbox.put(None)
 
@@ -4998,7 +5000,7 @@ def create_app(
             route(f"{prefix}/models", app.models),
             route(f"{prefix}/models/{{id:path}}", app.model),
         ]
-    return starlette.applications.Starlette(
+    application = starlette.applications.Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
@@ -5014,6 +5016,8 @@ def create_app(
             middleware(Gate, config=config, metrics=app.metrics),
         ],
     )
+    application.state.pool = app.pool
+    return application
 
 
 def serve(
@@ -5029,10 +5033,12 @@ def serve(
         server.should_exit = True
 
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen()
     except (OSError, OverflowError) as error:
         raise UsageError(
             f"cannot listen on {config.host}:{config.port}: {first_line(error)}; try another --port"
@@ -5043,6 +5049,7 @@ def serve(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
         )
     )
+    app.state.pool.is_closing = lambda: server.should_exit  # connections that are kept may go on
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -5056,7 +5063,660 @@ def serve(
         raise failures[0]
 
 
-PAGE = "<style></style><script></script>"
+# ---- the chat page: one document; `page_headers` knows its script and style by their hashes ------
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nanollama</title>
+<link id="logo" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='1 0 24 24'%3E%3Cpath fill='%230f9488' d='M7 22V9.5Q7 7 8 6L7.5 2q2.5.6 2.8 3h1.4L12
+ 2q2 1 2 3.8l4 1.7q1.5.7 1.5 2.2 0 1.8-2 1.8h-3V22z'/%3E%3C/svg%3E">
+<style>
+:root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif;
+  --bg: light-dark(#fff, #16181b); --side: light-dark(#f4f6f5, #1d2023);
+  --text: light-dark(#1d2124, #e4e6e5); --dim: light-dark(#596167, #9aa3a9);
+  --line: light-dark(#dce1df, #34393e); --mine: light-dark(#e6f1ef, #22312f);
+  --tint: light-dark(#0000000d, #ffffff14); --accent: light-dark(#0f766e, #3cc9b8);
+  --bad: light-dark(#b3261e, #ff8f86); --edge: 1px solid var(--line) }
+:root[data-theme=light] { color-scheme: light } :root[data-theme=dark] { color-scheme: dark }
+* { box-sizing: border-box; overflow-wrap: anywhere }
+body { margin: 0; height: 100dvh; overflow: hidden; color: var(--text); background: var(--bg);
+  display: grid; grid-template: minmax(0, 1fr) / 17rem minmax(0, 1fr) }
+button, input, textarea, select { font: inherit; color: inherit; border-radius: .5rem; border: 0 }
+input, textarea, select { font-size: 1rem; width: 100%; min-height: 2.5rem; padding: .4rem .6rem;
+  background: var(--bg); border: var(--edge) }
+textarea { field-sizing: content; max-height: 40dvh; resize: none; display: block }
+button { cursor: pointer; padding: .3rem .7rem; background: none; white-space: nowrap;
+  color: var(--dim) }
+button:hover { background: var(--tint); color: var(--text) }
+.primary, .primary:hover { background: var(--accent); color: var(--bg) } a { color: var(--accent) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+:user-invalid { border-color: var(--bad) }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+header, .actions, .box, #status, #chats li, .edit div, .code div { display: flex;
+  align-items: center }
+@keyframes pulse { 50% { opacity: .25 } }
+
+#drawer { display: flex; flex-direction: column; gap: .5rem; position: static; width: auto;
+  height: auto; margin: 0; border: 0; padding: .75rem; color: inherit; background: var(--side) }
+h1 { font-size: 1.15rem; margin: .1rem .5rem }
+#drawer a { color: inherit; text-decoration: none; padding: .35rem .6rem; border-radius: .5rem }
+#new { border: var(--edge); background: var(--bg) }
+#chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1 }
+#chats li { border-radius: .5rem }
+#chats li:is(:hover, :has([aria-current])) { background: var(--tint) }
+#chats a { flex: 1; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+#chats .live::before, .live .text:empty::after { content: "● "; color: var(--accent);
+  animation: pulse 1.2s infinite }
+
+main { display: flex; flex-direction: column }
+header { padding: .5rem .75rem; border-bottom: var(--edge) }
+#title { border-color: #0000; background: none; font-weight: 600; text-overflow: ellipsis }
+#title:hover { border-color: var(--line) }
+#log { flex: 1; overflow-y: auto; overscroll-behavior: contain; position: relative; padding: 1rem }
+#log > * { max-width: 46rem; margin: 0 auto 1.2rem }
+.welcome { text-align: center; color: var(--dim); padding-top: 18vh }
+.welcome img { width: 6rem; display: block; margin: auto }
+.user { display: flex; flex-flow: row-reverse wrap; align-items: center }
+.user .text { max-width: 85%; padding: .6rem 1rem; border-radius: 1.1rem; background: var(--mine) }
+.actions { color: var(--dim); font-size: .85rem; margin-top: .2rem; flex-wrap: wrap }
+.assistant .actions { margin-left: -.7rem } .actions span { padding-left: .7rem }
+.live .actions button, .assistant:not(:last-child) .again, .error + div .again { display: none }
+.edit div { justify-content: flex-end; gap: .5rem; margin-top: .4rem; color: var(--dim) }
+details, blockquote { margin: .6rem 0; border-left: 3px solid var(--line); padding-left: .9rem;
+  color: var(--dim) }
+summary { cursor: pointer; width: fit-content }
+.error { border: 1px solid var(--bad); border-radius: .6rem; padding: .6rem .9rem; margin: .5rem 0 }
+b:is(.error *, #refused) { color: var(--bad) }
+.error button { border: var(--edge); margin: .4rem .4rem 0 0 }
+
+.md :where(p, ul, ol, .code, .table) { margin: .6rem 0 }
+.md li > :is(p, ul, ol) { margin: .2rem 0 } .md > :first-child { margin-top: 0 }
+.md > :last-child { margin-bottom: 0 }
+.user .text, .md :is(p, td, th, h3, h4, h5, h6) { white-space: pre-wrap;
+  unicode-bidi: plaintext }
+.md :is(h3, h4, h5, h6) { margin: 1.2rem 0 .4rem; line-height: 1.3; font-size: 1.05rem }
+.md h3 { font-size: 1.3rem } .md h4 { font-size: 1.15rem } .md :is(ul, ol) { padding-left: 1.6rem }
+hr { border: 0; border-top: var(--edge); margin: 1.2rem 0 }
+pre, code { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+code { background: var(--tint); padding: .1em .3em; border-radius: .3em }
+.code { border: var(--edge); border-radius: .6rem; background: var(--side); overflow: hidden }
+.code div { justify-content: space-between; padding: .2rem .3rem 0 1rem; color: var(--dim);
+  font-size: .8rem }
+pre { overflow-x: auto; margin: 0; padding: .2rem 1rem .8rem }
+pre code { background: none; padding: 0; overflow-wrap: normal } .table { overflow-x: auto }
+table { border-collapse: collapse }
+td, th { border: var(--edge); padding: .3rem .7rem; text-align: left; overflow-wrap: normal }
+
+#composer { padding: .3rem 1rem; width: 100%; max-width: 48rem; margin: 0 auto; position: relative }
+.box { align-items: flex-end; padding: .4rem; border-radius: 1.4rem; border: var(--edge);
+  box-shadow: 0 2px 12px #0000000f }
+.box:focus-within { border-color: var(--accent) }
+#input { border: 0; outline: 0; background: none }
+#send, #down { border-radius: 50%; width: 2.5rem; height: 2.5rem; padding: 0; flex: none }
+#down { position: absolute; bottom: 100%; left: calc(50% - 1.2rem); background: var(--bg);
+  border: var(--edge) }
+#status { font-size: .8rem; color: var(--dim); padding: .3rem .6rem; gap: .5rem }
+#model { flex: 1 } meter { width: 4rem }
+dialog { border: var(--edge); border-radius: 1rem; padding: 0; color: inherit;
+  background: var(--bg); width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 1.5rem) }
+::backdrop { background: #0007 }
+dialog form { padding: 1.2rem; display: grid; gap: .8rem; align-items: end;
+  grid-template-columns: repeat(6, 1fr) }
+dialog form > * { grid-column: 1 / -1; margin: 0; font-size: .9rem; color: var(--dim) }
+dialog h2 { font-size: 1.2rem; color: var(--text) } dialog textarea { min-height: 4.5rem }
+dialog :is([type=number], select) { min-width: 0 }
+dialog label:has([type=number], select) { grid-column: span 2 }
+dialog form button { grid-column: span 3 }
+[type=checkbox] { width: auto; min-height: 0; accent-color: var(--accent) }
+@media (width >= 50rem) { [popovertarget] { display: none } }
+@media (width < 50rem) {
+  body { grid-template-columns: minmax(0, 1fr) }
+  #drawer { position: fixed; inset: 0 auto 0 0; width: min(20rem, 85vw); height: 100dvh }
+  #drawer:not(:popover-open) { display: none } }
+@media (hover) { :is(#chats li, .user):not(:hover, :focus-within) button { opacity: 0 } }
+@media (prefers-reduced-motion) { * { animation: none !important } }
+</style>
+<nav id="drawer" popover aria-label="Conversations">
+  <h1>nanollama</h1>
+  <a id="new" href="#">+ New chat</a>
+  <ul id="chats"></ul>
+</nav>
+<main>
+  <header>
+    <button popovertarget="drawer" aria-label="Conversations">☰</button>
+    <input id="title" aria-label="Title of the conversation" placeholder="New chat" maxlength="80">
+    <button id="configure">Settings</button>
+  </header>
+  <div id="log" role="log" aria-live="off" aria-label="Messages" tabindex="0"></div>
+  <form id="composer">
+    <button type="button" id="down" aria-label="To the end" hidden>↓</button>
+    <div class="box">
+      <textarea id="input" rows="2" dir="auto" aria-label="Message" placeholder="Message">
+</textarea>
+      <button id="send" class="primary"></button>
+    </div>
+    <div id="status"><span id="model" role="status"></span><span id="used"></span>
+      <meter id="context" aria-label="Context used"></meter></div>
+  </form>
+</main>
+<dialog id="settings" aria-labelledby="heading">
+  <form method="dialog" autocomplete="off">
+    <h2 id="heading">Settings</h2>
+    <label>System prompt<textarea name="system" rows="3" dir="auto"></textarea></label>
+    <label>Temperature<input name="temperature" type="number" min="0" max="2" step="any"></label>
+    <label>Top-p<input name="top_p" type="number" min="0" max="1" step="any"></label>
+    <label>Top-k<input name="top_k" type="number" min="0"></label>
+    <label>Max tokens<input name="max_tokens" type="number" min="1"></label>
+    <label>Seed<input name="seed" type="number"></label>
+    <label>Theme<select name="theme"><option value="">System<option value="light">Light
+      <option value="dark">Dark</select></label>
+    <p>An empty field leaves the choice to the server. Changes hold from the next message on.</p>
+    <label>API key <b id="refused"></b>
+      <input name="key" type="password" pattern="[!-~]*" autocomplete="off"></label>
+    <label><input name="remember" type="checkbox"> Remember the key when the tab is closed</label>
+    <button type="button" id="defaults">Server's defaults</button>
+    <button class="primary">Done</button>
+  </form>
+</dialog>
+<div id="spoken" class="sr" aria-live="polite"></div>
+<noscript>This page needs JavaScript.</noscript>
+<script>
+'use strict';
+// A client of POST v1/chat/completions which keeps its conversations in this browser.
+// What a model writes reaches the document as text nodes only: nothing here parses HTML.
+const $ = (id) => document.getElementById(id);
+function el(tag, props, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+const button = (textContent, onclick, className = '', ariaLabel = textContent) =>
+  el('button', {type: 'button', className, textContent, ariaLabel, onclick});
+function copyButton(ariaLabel, text) {
+  const node = button('Copy', async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {  // plain http from another machine has no clipboard API
+      const area = document.body.appendChild(el('textarea', {value: text(), className: 'sr'}));
+      area.select();
+      document.execCommand('copy');
+      area.remove();
+      node.focus();
+    }
+    $('spoken').textContent = node.textContent = 'Copied';
+    setTimeout(() => { node.textContent = 'Copy'; }, 1500);
+  }, '', ariaLabel);
+  return node;
+}
+// A browser may refuse to store (private, full, blocked), and what is there may be anything.
+function load(name, area = 'localStorage') {
+  try { return JSON.parse(window[area].getItem(`nanollama.${name}`)); } catch { return null; }
+}
+function save(name, value, area = 'localStorage') {
+  try {
+    if (value) window[area].setItem(`nanollama.${name}`, JSON.stringify(value));
+    else window[area].removeItem(`nanollama.${name}`);
+  } catch {
+    trouble = 'The browser refuses to store more: what is new is lost with this tab.';
+  }
+}
+
+// ---- markdown: lines -> blocks -> nodes --------------------------------------------------------
+const FENCE = /^( *)(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/, HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
+const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/, QUOTE = /^\s*> ?/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s{1,4}|$)/, INTERRUPTS = /^\s*([-*+]|\d\d?[.)])\s+\S/;
+const MAX_DEPTH = 8;  // of nesting: an answer of a thousand ">" must not exhaust the stack
+const INLINE = new RegExp([  // spans are bounded: unclosed markers must not cost quadratic time
+  /(?<tick>`+)(?!`)(?<code>[^]{0,999}?[^`])\k<tick>(?!`)/, /\\(?<escaped>[*_`~#|])/,
+  /(?<two>\*\*|~~|(?<!\w)__)(?=\S)(?<strong>[^]{0,999}?\S)\k<two>(?!\*)(?:(?<!_)|(?!\w))/,
+  /(?<one>\*|(?<!\w)_)(?![\s*_])(?<em>(?:\*\*[^*]{1,999}\*\*|[^*]){0,999}?(?<!\s))\k<one>(?!\*)/,
+  /!?\[(?<label>(?:[^[\]]|\[[^[\]]{0,99}\]){1,999})\]\(<?(?<link>[^\s<>]{1,999}?)>?( "[^"]*")?\)/,
+  /(?<url>https?:\/\/[^\s<>`]{0,999}[^\s<>`.,:;!?'")\]}*_])/,
+].map((part) => part.source).join('|'), 'g');
+
+function inline(parent, text, depth = 0) {
+  let at = 0;
+  for (const match of depth < MAX_DEPTH ? text.matchAll(INLINE) : []) {
+    const {code, escaped, two, strong, em, label, url, link: href = url} = match.groups;
+    parent.append(text.slice(at, match.index));
+    at = match.index + match[0].length;
+    if (code) parent.append(el('code', {}, code.replace(/^ (.+) $/s, '$1')));
+    else if (escaped) parent.append(escaped);
+    else if (strong) parent.append(inline(el(two === '~~' ? 'del' : 'strong'), strong, depth + 1));
+    else if (em) parent.append(inline(el('em'), em, depth + 1));
+    else if (!/^https?:\/\//i.test(href)) parent.append(match[0]);  // no javascript: or data:
+    else {
+      const anchor = el('a', {href, title: href, target: '_blank', rel: 'noopener noreferrer'});
+      parent.append(inline(anchor, label ?? url, label ? depth + 1 : MAX_DEPTH));
+    }
+  }
+  parent.append(text.slice(at));
+  return parent;
+}
+function list(lines, at, depth) {
+  const [, pad, marker] = ITEM.exec(lines[at]), ordered = /\d/.test(marker);
+  const node = ordered ? el('ol', {start: parseInt(marker)}) : el('ul');
+  for (let item; (item = ITEM.exec(lines[at] ?? '')) && /\d/.test(item[2]) === ordered;) {
+    const body = [lines[at].slice(item[0].length)];
+    for (at++; at < lines.length; at++) {
+      const line = lines[at].replace(/^\t/, '    '), indent = line.search(/\S/);
+      const lazy = body.at(-1).trim() && !ITEM.test(line) && !interrupts(lines, at);
+      if (indent >= 0 && indent < pad.length + 2 && !lazy) break;
+      body.push(line.slice(Math.min(Math.max(indent, 0), item[0].length)));
+    }
+    node.append(nested(el('li'), body, depth));
+  }
+  return [node, at];
+}
+const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/(?<!\\)\|/);
+const isTable = ([head, rule]) => head.includes('|') && /^[\s|:-]*-[\s|:-]*$/.test(rule ?? '')
+  && cells(head).length === cells(rule).length;
+function table(lines, at) {
+  const sides = cells(lines[at + 1]).map((cell) => /^\s*-+:/.test(cell) ? 'right' : '');
+  const row = (line, tag) => el('tr', {}, ...cells(line).slice(0, sides.length).map((cell, i) => {
+    const node = inline(el(tag), cell.trim().replace(/<br ?\/?>/gi, '\n'));
+    node.style.textAlign = sides[i];
+    return node;
+  }));
+  const node = el('table', {}, row(lines[at], 'th'));
+  for (at += 2; lines[at]?.includes('|'); at++) node.append(row(lines[at], 'td'));
+  return [el('div', {className: 'table', tabIndex: 0}, node), at];
+}
+const interrupts = (lines, at) => isTable(lines.slice(at, at + 2))
+  || [FENCE, HEADING, RULE, QUOTE, INTERRUPTS].some((start) => start.test(lines[at]));
+
+function block(lines, at, depth) {  // the block at a line that is not blank, and the line after it
+  let match, end = at + 1;
+  if ((match = FENCE.exec(lines[at]))) {
+    const [, pad, fence, language] = match, margin = RegExp(`^ {0,${pad.length}}`);
+    const closes = (line) => line.length >= fence.length && line === fence[0].repeat(line.length);
+    while (end < lines.length && !closes(lines[end].trim())) end++;
+    const text = lines.slice(at + 1, end).map((line) => line.replace(margin, '')).join('\n');
+    const code = el('code', {}, text), copy = copyButton('Copy code', () => code.textContent);
+    return [el('div', {className: 'code'}, el('div', {}, language, copy),
+      el('pre', {tabIndex: 0}, code)), end + 1];
+  }
+  if ((match = HEADING.exec(lines[at]))) {  // h1 and h2 belong to the page
+    const node = el(`h${Math.min(match[1].length + 2, 6)}`);
+    return [inline(node, match[2].replace(/\s#+\s*$/, '')), end];
+  }
+  if (RULE.test(lines[at])) return [el('hr'), end];
+  if (QUOTE.test(lines[at]) && depth < MAX_DEPTH) {
+    while (QUOTE.test(lines[end] ?? '')) end++;
+    const body = lines.slice(at, end).map((line) => line.replace(QUOTE, ''));
+    return [nested(el('blockquote'), body, depth), end];
+  }
+  if (ITEM.test(lines[at]) && depth < MAX_DEPTH) return list(lines, at, depth);
+  if (isTable(lines.slice(at, at + 2))) return table(lines, at);
+  while (end < lines.length && lines[end].trim() && !interrupts(lines, end)) end++;
+  return [inline(el('p'), lines.slice(at, end).join('\n')), end];
+}
+const nested = (root, lines, depth) => new Markdown(root, depth + 1).update(lines.join('\n'));
+class Markdown {  // text that grows: blocks which more text cannot change are built once
+  constructor(root, depth = 0) { Object.assign(this, {root, depth, start: 0, done: 0}); }
+  update(text) {
+    const lines = text.slice(this.start).split('\n');
+    let count = this.done, first = 0;
+    for (let at = 0, node; at < lines.length;) {
+      if (!lines[at].trim()) { at++; continue; }
+      // Two whole lines fix where a block begins (a table shows in its second): all before is done.
+      if (at <= lines.length - 3) [first, this.done] = [at, count];
+      [node, at] = block(lines, at, this.depth);
+      this.put(count++, node);
+    }
+    while (this.root.childNodes.length > count) this.root.lastChild.remove();
+    for (const line of lines.slice(0, first)) this.start += line.length + 1;
+    return this.root;
+  }
+  put(index, node) {  // an equal block stays, with its selection; a code block keeps its scroll
+    const old = this.root.childNodes[index];
+    if (!old) this.root.append(node);
+    else if (node.className === 'code' && old.firstChild.isEqualNode(node.firstChild)) {
+      old.querySelector('code').textContent = node.querySelector('code').textContent;
+    } else if (!old.isEqualNode(node)) old.replaceWith(node);
+  }
+}
+
+// ---- the wire ----------------------------------------------------------------------------------
+const SAMPLING = ['temperature', 'top_p', 'top_k', 'max_tokens', 'seed'];
+const settings = {...Object(load('settings'))};
+let key = load('key', 'sessionStorage') ?? load('key') ?? '';
+let model = null, trouble = 'Connecting…', reconnect;
+
+function lost(error) {
+  throw error.name === 'AbortError' ? error
+    : Error('No connection: the server has stopped, or the network is down.');
+}
+async function call(path, options) {
+  const headers = {'Content-Type': 'application/json', ...key && {Authorization: `Bearer ${key}`}};
+  const response = await fetch(path, {headers, ...options}).catch(lost);
+  if (response.ok) return response;
+  let message = (await response.text().catch(lost)).slice(0, 9999) || response.statusText;
+  const wait = response.headers.get('retry-after');
+  try { ({message} = JSON.parse(message).error); } catch { /* a proxy's own page */ }
+  if (wait) message += ` Try again in ${wait} s.`;
+  throw Object.assign(Error(message), {status: response.status});
+}
+async function* events(body) {  // the data of each server-sent event
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let buffer = ''; ;) {
+    const {value, done} = await reader.read().catch(lost);
+    if (done) return;
+    const parts = (buffer + value).split(/(?:\r\n|\n|\r(?!\n)){2}/);
+    buffer = parts.pop();
+    for (const part of parts) {
+      const lines = part.split(/[\r\n]+/).filter((line) => line.startsWith('data:'));
+      if (lines.length) yield lines.map((line) => line.slice(5).replace(/^ /, '')).join('\n');
+    }
+  }
+}
+async function connect() {
+  clearTimeout(reconnect);
+  try {
+    [model] = (await (await call('v1/models')).json()).data;
+    trouble = model.max_model_len ? '' : 'loading…';
+    if (trouble) reconnect = setTimeout(connect, 2000);
+  } catch (error) {
+    trouble = error.message;
+    if (error.status === 401) askKey(trouble);
+    else reconnect = setTimeout(connect, 5000);
+  }
+  refresh();
+}
+
+// ---- conversations: {id, title, updated, messages: [{role, content, ..}]} ----------------------
+const chats = new Map(), runs = new Map();  // by id; a run is an answer that is being written
+let current;
+
+function read(name) {  // an item of the storage; what is being written here goes before it
+  const id = name?.split('nanollama.chat.')[1], chat = id && load(`chat.${id}`);
+  const sound = (message) => typeof message?.content === 'string';
+  if (runs.has(id)) return;
+  chats.delete(id);
+  if (chat?.id === id && Array.isArray(chat?.messages) && chat.messages.every(sound)) {
+    chats.set(id, chat);
+  }
+}
+const write = ({id}) => save(`chat.${id}`, chats.get(id));
+function keep(chat) {
+  chats.set(chat.id, chat);
+  write(chat);
+  refresh();
+}
+function remove(chat) {
+  if (!confirm(`Delete “${chat.title}”?`)) return;
+  stop(chat);
+  chats.delete(chat.id);
+  write(chat);
+  if (chat === current) location.hash = '';
+  refresh();
+  ready();
+}
+const stop = (chat) => runs.get(chat.id)?.controller.abort();
+function ask(chat, content) {
+  chat.title ||= content.trim().split('\n')[0].slice(0, 60);
+  chat.messages.push({role: 'user', content});
+  answer(chat);
+}
+function answerAgain(chat) {
+  chat.messages.pop();
+  answer(chat);
+}
+async function answer(chat) {
+  stop(chat);
+  const messages = chat.messages.filter(({content}) => content)  // one that failed may have none
+    .map(({role, content}) => ({role, content}));
+  if (settings.system?.trim()) messages.unshift({role: 'system', content: settings.system});
+  const request = {model: model?.id, messages, stream: true, stream_options: {include_usage: true}};
+  for (const name of SAMPLING) if (settings[name]) request[name] = Number(settings[name]);
+
+  const message = {role: 'assistant', content: '', reasoning: ''};
+  const run = {chat, message, controller: new AbortController(), chunks: 0, cost: 0, saved: 0};
+  chat.messages.push(message);
+  chat.updated = Date.now();
+  runs.set(chat.id, run);
+  history.replaceState(null, '', `#${chat.id}`);
+  keep(chat);
+  show();
+  ready();
+  try {
+    const body = JSON.stringify(request), {signal} = run.controller;
+    const response = await call('v1/chat/completions', {method: 'POST', body, signal});
+    for await (const data of events(response.body)) {
+      if (data === '[DONE]') break;
+      take(run, JSON.parse(data));
+      paintSoon(run);
+    }
+    if (!message.finish) throw Error('The connection was closed before the answer was complete.');
+  } catch (error) {
+    if (error.name === 'AbortError') message.finish = 'stopped';
+    else message.error = {text: error.message, status: error.status};
+    if (message.error && !error.status) connect();
+  }
+  if (runs.get(chat.id) === run) runs.delete(chat.id);
+  if (chats.get(chat.id) === chat) keep(chat);
+  paint(run);
+}
+function take(run, {error, choices: [choice] = [], usage, timings}) {
+  if (error) throw Error(error.message);
+  const {message} = run, delta = choice?.delta ?? {}, now = performance.now();
+  const reasoning = delta.reasoning_content ?? delta.reasoning ?? '', content = delta.content ?? '';
+  if (reasoning + content) {
+    const seconds = (now - (run.since ??= now)) / 1000;
+    if (seconds > 1) message.note = `≈ ${(run.chunks / seconds).toFixed(1)} tokens/s`;
+    if (message.reasoning && content) message.thought ??= Math.ceil(seconds) || 1;
+    run.chunks++;
+  }
+  message.reasoning += reasoning;
+  message.content += content;
+  message.finish = choice?.finish_reason ?? message.finish;
+  run.rate = timings?.predicted_per_second ?? run.rate;
+  if (usage) {
+    const cached = usage.prompt_tokens_details?.cached_tokens;
+    message.used = usage.total_tokens;
+    message.note = (run.rate ? `${run.rate.toFixed(1)} tokens/s · ` : '')
+      + `${usage.completion_tokens} tokens · prompt ${usage.prompt_tokens}`
+      + (cached ? ` (${cached} cached)` : '');
+  }
+}
+
+// ---- the view ----------------------------------------------------------------------------------
+const log = $('log'), input = $('input'), dialog = $('settings'), form = dialog.firstElementChild;
+const touch = matchMedia('(hover: none)');  // there is no Shift+Enter, and focus opens a keyboard
+const ready = () => { if (!touch.matches) input.focus(); };
+const ENDINGS = {stop: '', length: 'cut off at the token limit', stopped: 'stopped'};
+const nodes = new WeakMap();  // message -> its article
+let atEnd = true;  // the log follows an answer only while its end is in sight
+
+function article(chat, message) {
+  const mine = message.role === 'user', text = el('div', {className: 'text'});
+  const actions = el('div', {className: 'actions'}, copyButton('Copy', () => message.content));
+  const node = el('article', {className: mine ? 'user' : 'assistant'},
+    el('h2', {className: 'sr'}, mine ? 'You' : 'Answer'), text, actions);
+  nodes.set(message, node);
+  if (mine) {
+    text.textContent = message.content;
+    actions.prepend(button('Edit', () => edit(chat, message, node)));
+    return node;
+  }
+  const summary = el('summary'), thoughts = el('div', {className: 'md'}), note = el('span');
+  const details = el('details', {}, summary, thoughts);
+  const thinking = new Markdown(thoughts), writing = new Markdown(text);
+  text.className = 'md text';
+  actions.append(button('Regenerate', () => answerAgain(chat), 'again'), note);
+  node.update = () => {  // returns the blocks that have become final
+    const live = runs.get(chat.id)?.message === message, said = writing.done;
+    node.classList.toggle('live', live);
+    if (message.reasoning) text.before(details);
+    summary.textContent = live && !message.content ? 'Thinking…'
+      : message.thought ? `Thought for ${message.thought} s` : 'Thoughts';
+    thinking.update(message.reasoning ?? '');
+    writing.update(message.content);
+    if (message.error && text.nextSibling === actions) text.after(failure(chat, message.error));
+    const ending = live || message.error ? '' : ENDINGS[message.finish] ?? 'interrupted';
+    note.textContent = [message.note, ending].filter(Boolean).join(' · ');
+    return [...text.childNodes].slice(said, live ? writing.done : undefined);
+  };
+  node.update();
+  return node;
+}
+function failure(chat, {text, status}) {
+  const node = el('div', {className: 'error', role: 'alert'},
+    el('b', {}, status ? `Error ${status}: ` : 'Error: '), text, el('br'));
+  if (status === 401) node.append(button('Enter the API key', () => askKey(text)));
+  node.append(button('Try again', () => answerAgain(chat), 'again'));
+  return node;
+}
+function edit(chat, message, node) {
+  const area = el('textarea', {value: message.content, ariaLabel: 'Edit the message', dir: 'auto'});
+  const cancel = () => { box.replaceWith(node); ready(); };
+  const send = () => {
+    if (!area.value.trim()) return;
+    stop(chat);
+    chat.messages.length = chat.messages.indexOf(message);
+    ask(chat, area.value);
+  };
+  const box = el('div', {className: 'edit'}, area, el('div', {}, 'Replaces all that follows.',
+    button('Cancel', cancel), button('Send', send, 'primary')));
+  box.onkeydown = (event) => {
+    if (event.key === 'Escape') { event.stopPropagation(); cancel(); }
+    if (event.target === area && sends(event)) send();
+  };
+  node.replaceWith(box);
+  area.focus();
+}
+function paintSoon(run) {  // painting takes a fifth of the time at most, however long the answer
+  run.timer ??= setTimeout(() => requestAnimationFrame((start) => {
+    run.timer = null;
+    if (runs.get(run.chat.id) !== run) return;
+    paint(run);
+    if (start > run.saved + 1000) { run.saved = start; write(run.chat); }
+    run.cost = performance.now() - start;
+  }), 4 * run.cost);
+}
+function paint({message}) {
+  const node = nodes.get(message), fresh = node.update();
+  if (!node.isConnected) return;
+  $('spoken').append(...fresh.map(({textContent}) => el('p', {textContent})));
+  follow();
+}
+const follow = () => { if (atEnd) log.scrollTop = log.scrollHeight; };
+function show() {
+  log.replaceChildren(...current.messages.map((one) => nodes.get(one) ?? article(current, one)));
+  if (!current.messages.length) {
+    const hint = touch.matches ? '' : 'Enter sends, Shift+Enter is a new line, Esc stops.';
+    log.append(el('div', {className: 'welcome'}, el('img', {src: $('logo').href, alt: ''}), hint));
+  }
+  $('spoken').replaceChildren();
+  $('title').value = current.title;
+  $('down').hidden = atEnd = true;
+  follow();
+  refresh();
+}
+function refresh() {  // what surrounds the messages
+  const running = runs.has(current.id), label = running ? 'Stop (Esc)' : 'Send (Enter)';
+  const used = current.messages.findLast((message) => message.used)?.used ?? 0;
+  const size = model?.max_model_len, focused = document.activeElement.id;
+  Object.assign($('send'), {textContent: running ? '■' : '↑', title: label, ariaLabel: label});
+  Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
+  $('model').textContent = [model?.id, trouble].filter(Boolean).join(' · ');
+  $('used').textContent = used.toLocaleString('en')
+    + (size ? ` of ${size.toLocaleString('en')} tokens` : ' tokens');
+  document.title = (current.title ? `${current.title} · ` : '') + 'nanollama';
+  const newest = [...chats.values()].sort((a, b) => b.updated - a.updated);
+  $('chats').replaceChildren(...newest.map((chat) => {
+    const link = el('a', {id: `open-${chat.id}`, href: `#${chat.id}`, title: chat.title,
+      className: runs.has(chat.id) ? 'live' : ''}, chat.title);
+    if (chat === current) link.ariaCurrent = 'page';
+    return el('li', {}, link, button('×', () => remove(chat), '', `Delete ${chat.title}`));
+  }));
+  $(focused)?.focus();
+}
+function go() {  // to the conversation that the address names
+  const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 6);
+  current = chats.get(location.hash.slice(1)) ?? {id, title: '', updated: 0, messages: []};
+  $('drawer').hidePopover();
+  show();
+  ready();
+}
+function askKey(why = '') {
+  $('refused').textContent = why;
+  if (!dialog.open) dialog.showModal();
+  form.elements.key.focus();
+}
+
+// ---- wiring ------------------------------------------------------------------------------------
+function sends(event) {  // 229: an input method took the key (Safari)
+  const yes = event.key === 'Enter' && !event.shiftKey && !touch.matches && !event.isComposing
+    && event.keyCode !== 229;
+  if (yes) event.preventDefault();
+  return yes;
+}
+log.onscroll = () => {
+  $('down').hidden = atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
+};
+new ResizeObserver(follow).observe(log);
+$('down').onclick = () => { atEnd = true; follow(); };
+$('new').onclick = go;
+$('title').onchange = ({target}) => {
+  current.title = target.value.trim();
+  if (chats.has(current.id)) keep(current);
+};
+$('composer').onsubmit = (event) => {
+  event.preventDefault();
+  const text = input.value;
+  if (runs.has(current.id)) return stop(current);
+  if (text.trim()) { input.value = ''; ask(current, text); }
+};
+input.onkeydown = (event) => {
+  if (event.key === 'ArrowUp' && !input.value) {
+    [...log.querySelectorAll('.user .actions')].at(-1)?.firstChild.click();
+  }
+  if (sends(event) && !runs.has(current.id)) $('composer').requestSubmit();
+};
+document.onkeydown = ({key, isComposing}) => {
+  const busy = isComposing || document.querySelector('dialog[open], :popover-open');
+  if (key === 'Escape' && !busy) stop(current);
+};
+$('configure').onclick = () => dialog.showModal();
+dialog.onclick = ({target}) => { if (target === dialog) dialog.close(); };
+form.onsubmit = (event) => { event.preventDefault(); dialog.close(); };
+form.oninput = ({target: {name, value, validity}}) => {
+  const {key: field, remember} = form.elements;
+  if (field.validity.valid) key = field.value;
+  if (validity.valid && name !== 'key' && name !== 'remember') settings[name] = value;
+  save('settings', settings);
+  save('key', key, 'sessionStorage');
+  save('key', remember.checked && key);
+  document.documentElement.dataset.theme = settings.theme;
+};
+form.elements.key.onchange = connect;
+$('defaults').onclick = () => {
+  for (const name of SAMPLING) settings[name] = form.elements[name].value = '';
+  save('settings', settings);
+};
+for (const field of form.elements) if (field.name in settings) field.value = settings[field.name];
+form.elements.key.value = key;
+form.elements.remember.checked = load('key');
+document.documentElement.dataset.theme = settings.theme;
+
+onbeforeunload = onpagehide = () => { runs.forEach(({chat}) => { stop(chat); write(chat); }); };
+onhashchange = go;
+onstorage = ({key: name}) => {  // another tab wrote
+  read(name);
+  if (name === `nanollama.chat.${current.id}`) go();
+  else refresh();
+};
+matchMedia('(width >= 50rem)').onchange = () => $('drawer').hidePopover();
+try { Object.keys(localStorage).forEach(read); } catch { /* blocked storage holds nothing */ }
+go();
+connect();
+</script>
+</html>
+"""
 
 
 # ==================================================================================================
@@ -5152,11 +5812,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
     add("--top-p", text="keep the smallest set with this probability; 1 is off")
-    add("--min-p", text="drop tokens below this part of the likeliest; 0 is off")
+    add("--min-p", text="drop tokens less likely than X times the likeliest; 0 is off")
     add("--repeat-penalty", text="weaken tokens seen before; 1 is off")
-    add("--repeat-last-n", kind=int, text="how far back it looks; -1 is everything")
-    add("--presence-penalty", text="subtracted from tokens already generated")
-    add("--frequency-penalty", text="the same, for each time they were")
+    add("--repeat-last-n", kind=int, text="how many of the latest tokens that looks at; -1 is all")
+    add("--presence-penalty", text="subtracted from the logits of tokens already generated")
+    add("--frequency-penalty", text="the same, once for each time they were")
     add(
         "--logit-bias",
         kind=key_value,
@@ -5187,17 +5847,29 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("host", "address to listen on", metavar="ADDRESS")
     add("port", "port to listen on; 0 picks one", type=int, metavar="N")
     add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
-    add("api-key", "key that clients must send (or NANOLLAMA_API_KEY); may be repeated",
-        metavar="KEY", action="append")
-    add("cors-origin", "web origin to allow beside loopback ones; * for all",
-        metavar="ORIGIN", action="append")
+    add(
+        "api-key",
+        "key that clients must send (or NANOLLAMA_API_KEY); may be repeated",
+        metavar="KEY",
+        action="append",
+    )
+    add(
+        "cors-origin",
+        "web origin to allow beside loopback ones; * for all",
+        metavar="ORIGIN",
+        action="append",
+    )
     add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
     add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
     add("any-model", "answer for every model name", action="store_true")
     add("strict", "refuse fields that are not known", action="store_true")
     add("log-prompts", "write request bodies to the log", action="store_true")
-    add("reasoning-name", "field for thoughts in answers", metavar="NAME",
-        choices=("reasoning_content", "reasoning"))
+    add(
+        "reasoning-name",
+        "field for thoughts in answers",
+        metavar="NAME",
+        choices=("reasoning_content", "reasoning"),
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:

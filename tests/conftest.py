@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,13 @@ torch.set_num_threads(1)
 # the same examples in every run, and no test that fails because the machine was busy
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_one_test_only() -> Iterator[None]:
+    """`main` logs to the stderr of its test, which is closed afterwards."""
+    yield
+    nanollama.log.handlers.clear()
 
 
 @pytest.fixture(scope="session")

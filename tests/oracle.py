@@ -61,7 +61,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.4}},
     ),
-    "llama-yarn-no-truncate": ("Llama", {"rope_parameters": {**YARN, "truncate": False}}),
+    "llama-yarn-no-truncate": (
+        "Llama",
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 4096, "truncate": False}},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 8, "head_dim": 32}),
     "qwen2": ("Qwen2", {}),

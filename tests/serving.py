@@ -31,6 +31,7 @@ class Live:
     url: str
     pool: nanollama.Pool
     http: httpx.Client
+    stop: Callable[[], None]  # as a signal would; the server's own end is waited for later
     failures: list[BaseException] = field(default_factory=list)
 
     def chat(self, content: str = "hello", **fields: Any) -> httpx.Response:
@@ -52,25 +53,36 @@ class Live:
 
 @contextlib.contextmanager
 def serving(
-    *loaders: Callable[[], nanollama.LLM], ready: bool = True, sampling: Any = None, **config: Any
+    *loaders: Callable[[], nanollama.LLM],
+    ready: bool = True,
+    sampling: Any = None,
+    shutdown_s: int = 10,
+    **config: Any,
 ) -> Iterator[Live]:
     """A server with one replica for each loader, until the block ends."""
     failures: list[BaseException] = []
     app = nanollama.create_app(
         list(loaders), nanollama.ServerConfig(**config), sampling, failures.append
     )
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    settings = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=shutdown_s)
+    server = uvicorn.Server(settings)
+
+    def stop() -> None:
+        server.should_exit = True
+
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    pool = next(route.endpoint.__self__.pool for route in app.routes)
+    pool = app.state.pool
     with httpx.Client(base_url=url, timeout=60) as http:
         try:
             wait_until(lambda: server.started, "start-up")
             if ready:
                 wait_until(lambda: pool.ready or failures, "loading")
-            yield Live(url, pool, http, failures)
+            yield Live(url, pool, http, stop, failures)
         finally:
-            server.should_exit = True
+            stop()
             thread.join()

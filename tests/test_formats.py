@@ -460,10 +460,14 @@ def test_arrays_and_strings_longer_than_the_file_are_refused(tmp_path: Path) -> 
     array_count = raw.index(b"tokenizer.ggml.tokens") + 21 + 4 + 4
     type_count = raw.index(b"tokenizer.ggml.token_type") + 25 + 4 + 4
     text_length = raw.index(b"general.architecture") + 20 + 4
-    for at in (array_count, type_count, text_length):
+    for at, named in [
+        (array_count, "the metadata value 'tokenizer.ggml.tokens' claims"),
+        (type_count, "the metadata value 'tokenizer.ggml.token_type' needs"),
+        (text_length, "the metadata value 'general.architecture' needs"),
+    ]:
         for lie in (2**64 - 1, 2**63, 2**40, len(raw)):
             damaged = raw[:at] + struct.pack("<Q", lie) + raw[at + 8 :]
-            refused(tmp_path, damaged, "truncated or corrupt: the metadata value")
+            refused(tmp_path, damaged, f"truncated or corrupt: {named}")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanollama import (
     KEY_TILE,
@@ -97,7 +99,7 @@ def test_an_attention_row_is_bit_for_bit_the_same_however_the_queries_are_cut(
         return attention(q[start:stop], keys[:, :num_keys], values[:, :num_keys], bias)
 
     whole = rows(0, T)
-    for start, stop in ((0, 1), (0, 7), (63, 66), (100, 133), (511, 512), (510, 520), (699, 700)):
+    for start, stop in ((0, 1), (0, 7), (63, 66), (139, 164), (245, 246), (510, 520), (699, 700)):
         assert torch.equal(rows(start, stop), whole[start:stop]), (start, stop)
 
 
@@ -163,6 +165,55 @@ def test_rotated_scores_depend_on_the_distance_only() -> None:
 
     torch.testing.assert_close(score(5, 2), score(105, 102), rtol=1e-4, atol=1e-4)
     assert not torch.isclose(score(5, 2), score(5, 3), rtol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 96])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {  # Llama 3.1
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {  # Qwen 2.5 and 3 beyond 32k
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
+        {  # DeepSeek
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 40.0,
+            "beta_fast": 16,
+            "beta_slow": 2,
+            "mscale": 0.707,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        {  # gpt-oss
+            "rope_type": "yarn",
+            "rope_theta": 15e4,
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ],
+)
+def test_frequencies_of_real_models_are_those_of_transformers(
+    rope: dict[str, float], head_dim: int
+) -> None:
+    config = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=dict(rope))
+    theirs = LlamaRotaryEmbedding(config)
+    inv_freq, scale = rope_frequencies(rope, head_dim)
+    torch.testing.assert_close(inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert scale == pytest.approx(theirs.attention_scaling)
 
 
 def test_the_bias_pads_rows_and_keys_to_their_tiles() -> None:

