@@ -4274,8 +4274,10 @@ class Job:
                 )
             # asyncio.wait_for may swallow a cancellation (https://github.com/python/cpython/issues/86296)
             alarm = self.loop.call_later(left, self.events.put_nowait, [])
-            event = await self.events.get()
-            alarm.cancel()
+            try:
+                event = await self.events.get()
+            finally:
+                alarm.cancel()
             if isinstance(event, NanollamaError):
                 raise event
             num_left -= sum(1 for delta in event if delta.finish_reason)
@@ -5053,6 +5055,7 @@ def serve(
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that hang up
     host = f"[{config.host}]" if ":" in config.host else config.host
     log.info(f"http://{host}:{listener.getsockname()[1]}  (loading {config.model_id})")
     server.run(sockets=[listener])

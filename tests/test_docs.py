@@ -9,10 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
 import pytest
+from serving import serving
 from test_layout import SECTIONS, tomllib
 
 import nanollama
@@ -28,6 +30,7 @@ NOT_RUN = {
     'uv run nanollama.py --model smollm2 --chat --prompt "What is the capital of France?" --temp 0',
     'pip install -e ".[test]" && python -m pytest',
     "ruff check && ruff format --check && mypy",
+    "python nanollama.py --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
 }
 
 
@@ -141,6 +144,32 @@ def test_a_python_block_prints_what_its_comments_say(block: str, desk: Path) -> 
     (desk / "block.py").write_text(block, encoding="utf-8")
     shown = shell(desk, "python block.py").splitlines()
     assert shown == re.findall(r"(?m)^print\(.*\)  # (.*)$", block)
+
+
+@pytest.fixture(scope="module")
+def server_url(smollm2: Path) -> Iterator[str]:
+    """The address of a server that was started as README says."""
+    with serving(lambda: nanollama.LLM(smollm2), model_id="smollm2") as live:
+        yield live.url
+
+
+@pytest.mark.parametrize(
+    "command", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+)
+def test_a_request_of_the_readme_is_answered(command: str, desk: Path, server_url: str) -> None:
+    command = command.replace("http://127.0.0.1:8000", server_url)
+    answer = shell(desk, command.replace("curl ", "curl -sS --fail-with-body "))
+    assert answer.strip()
+    assert '"error"' not in answer
+
+
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "py"])
+def test_an_sdk_block_prints_what_its_comments_say(block: str, desk: Path, server_url: str) -> None:
+    source = block.replace("http://127.0.0.1:8000", server_url)
+    (desk / "block.py").write_text(source, encoding="utf-8")
+    shown = shell(desk, "python block.py").splitlines()
+    assert shown[:1] == re.findall(r"(?m)^print\(.*\)  # (.*)$", block)
+    assert "".join(shown[1:]).strip()  # then a stream
 
 
 @pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "modelfile"])

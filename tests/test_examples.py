@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+SCRIPTS = sorted(
+    path
+    for path in (ROOT / "examples").glob("*.py")
+    if path.stem != "serve_bench"  # needs a server: test_server_load.py has one
+)
 # What each prints, as a pattern.
 PRINTS = {
     "batch": r"request 2 is done \(stop\)\n.*is' -> ' Rome\.'.*three,' -> ' four, five, six,'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import http.client
@@ -21,6 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Live, serving, wait_until
 
@@ -606,6 +608,31 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
         assert url.startswith("http://127.0.0.1:")
         assert error.startswith("error: ")
         assert "bad.gguf" in error
+
+
+def test_small_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TCP_NODELAY every answer waits for the client's delayed acknowledgement."""
+    options = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        async def accept() -> None:
+            def connected(_: Any, writer: asyncio.StreamWriter) -> None:
+                accepted = writer.get_extra_info("socket")
+                options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                writer.close()
+
+            async with await asyncio.start_server(connected, sock=sockets[0]) as listening:
+                address = listening.sockets[0].getsockname()
+                reader, _ = await asyncio.open_connection(*address)
+                await reader.read()
+
+        asyncio.run(accept())
+
+    monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    nanollama.serve([], nanollama.ServerConfig(port=0), {})
+    assert options
+    assert all(options)
 
 
 def test_any_other_reason_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""Measure OpenAI servers under load: tokens per second, time to first token, time between tokens.
+
+python nanollama.py --serve --model smollm2 --parallel 16 &
+python examples/serve_bench.py http://127.0.0.1:8000/v1 [URL ..] [--clients 1 4 16 32]
+
+Every client sends one request after the other, each with a prompt that no cache has seen, and reads
+the stream. Servers take turns at each number of clients, so two can be compared in one run.
+"""
+
+import argparse
+import itertools
+import json
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("urls", nargs="+", metavar="URL", help="base URL, usually ending in /v1")
+parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
+parser.add_argument("--requests", type=int, default=3, help="of each client")
+parser.add_argument("--prompt-words", type=int, default=100)
+parser.add_argument("--max-tokens", type=int, default=64)
+parser.add_argument("--api-key", default="none")
+args = parser.parse_args()
+
+
+def post(url, path, body=None):
+    headers = {"Authorization": f"Bearer {args.api_key}", "Content-Type": "application/json"}
+    data = json.dumps(body).encode() if body else None
+    return urllib.request.urlopen(urllib.request.Request(url + path, data, headers))
+
+
+def stream(url, model, number):
+    """One request -> (tokens, seconds to the first of them, seconds between the others)."""
+    words = " ".join(str(number * 7919 + i * 31) for i in range(args.prompt_words))
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"Go on: {words}"}],
+        "max_tokens": args.max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,  # where a server knows it, all answers have the same length
+    }
+    times, usage, started = [], None, time.perf_counter()
+    with post(url, "/chat/completions", body) as response:
+        for line in response:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                usage = event.get("usage") or usage
+                said = [choice["delta"] for choice in event["choices"]]
+                if any(delta.get("content") or delta.get("reasoning_content") for delta in said):
+                    times.append(time.perf_counter())
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    return usage["completion_tokens"], times[0] - started, gaps
+
+
+def percentiles(seconds):
+    ordered = sorted(seconds) or [0.0]
+    marks = [ordered[min(int(len(ordered) * p), len(ordered) - 1)] for p in (0.5, 0.9, 0.99)]
+    return " ".join(f"{1000 * mark:8.1f}" for mark in marks)
+
+
+models = {url: json.load(post(url, "/models"))["data"][0]["id"] for url in args.urls}
+number = time.time_ns() % 10**9  # so that a second run is new to the caches too
+print(" " * 30 + "  first token, ms".ljust(29) + "  between tokens, ms")
+columns = "      p50      p90      p99   "
+print("clients  tokens/s  failed     " + columns + columns + "server")
+for num_clients in args.clients:
+    for url in args.urls:
+        numbers = range(number, number := number + num_clients * args.requests)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(num_clients) as threads:
+            futures = [threads.submit(stream, url, models[url], n) for n in numbers]
+        seconds = time.perf_counter() - started
+        errors = [future.exception() for future in futures if future.exception()]
+        done = [future.result() for future in futures if not future.exception()]
+        speed = sum(num_tokens for num_tokens, _, _ in done) / seconds
+        first = percentiles([first for _, first, _ in done])
+        between = percentiles([gap for _, _, gaps in done for gap in gaps])
+        print(f"{num_clients:7d}{speed:10.1f}{len(errors):8d}      {first}    {between}   {url}")
+        if errors:
+            print(f"        one of the failures: {errors[0]!r}")
