@@ -4986,6 +4986,8 @@ def create_app(
         yield
         for worker in workers:
             worker.inbox.put(None)
+            if worker.llm is not None:  # Python must not end while a thread is inside a step
+                await asyncio.to_thread(worker.join, SHUTDOWN_S)
 
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error)
