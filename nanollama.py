@@ -66,6 +66,7 @@ import atexit
 import base64
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fnmatch
@@ -79,8 +80,10 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import operator
 import os
+import platform
 import queue
 import re
 import reprlib
@@ -205,6 +208,7 @@ class NanollamaError(Exception):
     ├── ModelNotFoundError       404  a model reference that leads nowhere
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
+    ├── KernelError              500  the native kernels cannot be built or loaded here
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
@@ -238,6 +242,10 @@ class DownloadError(NanollamaError):
 
 
 class CheckpointError(NanollamaError):
+    pass
+
+
+class KernelError(NanollamaError):
     pass
 
 
@@ -351,9 +359,22 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
 
-    def kv_bytes(self, num_tokens: int, itemsize: int) -> int:
+    def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
         """Bytes of keys and values for `num_tokens` positions."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * num_tokens * itemsize
+        num_heads = 2 * self.n_layers * self.n_kv_heads
+        return num_heads * num_tokens * head_bytes(self.head_dim, kv_dtype)
+
+
+def kv_group(head_dim: int) -> int:
+    """How many elements of a key or value share a scale in an 8-bit cache."""
+    return head_dim if head_dim % 32 else 32
+
+
+def head_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes of one head's key, or value, at one position."""
+    if kv_dtype == "q8":
+        return head_dim + 2 * (head_dim // kv_group(head_dim))
+    return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -545,6 +566,8 @@ class SamplingParams:
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZE = ("q8", "q4")
+KERNELS = ("auto", "native", "torch")
+KV_DTYPES = ("auto", *DTYPES, "q8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,12 +583,19 @@ class EngineConfig:
     # takes as many as memory surely holds, up to MAX_PARALLEL
     prefill_chunk: int = 512  # most prompt tokens in one step
     threads: int | None = None  # CPU threads; None leaves torch's choice
+    kernels: str = "auto"  # native: compiled C, on the CPU in float32; torch: its operations
+    kv_dtype: str = "auto"  # keys and values: float16 where native kernels read packed weights,
+    # else `dtype`
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RequestError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantize not in (None, *QUANTIZE):
             raise RequestError(f"quantize is {self.quantize!r}; choose one of q8, q4")
+        for name, choices in (("kernels", KERNELS), ("kv_dtype", KV_DTYPES)):
+            value, known = getattr(self, name), ", ".join(choices)
+            if value not in choices:
+                raise RequestError(f"{name} is {value!r}; choose one of {known}", name)
         limits = {"ctx": 2**31, "parallel": 4096, "prefill_chunk": 2**20, "threads": 1024}
         for name, most in limits.items():
             value = getattr(self, name)
@@ -662,6 +692,17 @@ class PackedLinear:
         """The same weight with only the rows given, still packed."""
         offset = None if self.offset is None else self.offset[rows]
         return PackedLinear(self.q[rows], self.scale[rows], offset, dtype=self.dtype)
+
+    def padded(self, num_rows: int) -> PackedLinear:
+        """The same weight with rows of zeros up to `num_rows`."""
+        more = num_rows - len(self.q)
+        q, scale, offset = (
+            None if part is None else torch.cat((part, part.new_zeros(more, *part.shape[1:])))
+            for part in (self.q, self.scale, self.offset)
+        )
+        assert q is not None
+        assert scale is not None
+        return PackedLinear(q, scale, offset, dtype=self.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
         """On `device`, computing in `dtype`."""
@@ -881,9 +922,10 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, 1, D/2): the pair of
+    """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): the pair of
     column i is column i + D/2."""
     a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
@@ -916,6 +958,1150 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
 
 
+# ---- native kernels ------------------------------------------------------------------------------
+#
+# A PackedLinear's rows, 16 at a time, become blocks that the kernels read from front to back:
+#
+#   block   [ 16 rows x one group of columns | 16 scales | 16 offsets, if any ]    float16 scales
+#
+#   4 bits  word i of row r holds columns 4i .. 4i+3 in its low nibbles, and half a group on in its
+#           high ones; 8 bits: columns 4i .. 4i+3, 128 added
+#
+#           [ row 0 word 0 | row 1 word 0 | .. | row 15 word 0 ]  64 bytes: one vector register,
+#           [ row 0 word 1 | row 1 word 1 | .. | row 15 word 1 ]  a lane for each row
+#
+# One instruction multiplies 16 rows by 4 activations, which are int8 with a scale for each group of
+# 32 and the same for all lanes, so no sum ever runs across lanes. A token's arithmetic is the same
+# whatever else is in the call: tiles only repeat it.
+
+KERNEL_SOURCE = r"""
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* ---- 16 lanes, whatever the width of the machine's own vectors ---- */
+
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
+INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+
+/* What machines do in different ways:
+ *   fma16       a * b + c, always in one rounding or always in two
+ *   from_half   16 float16 at p -> 16 floats; to_half is the way back
+ *   dot4        adds to each of 16 lanes the dot product of its 4 weights (unsigned bytes) and the
+ *               4 activations (signed bytes) at `a`, the same for all lanes */
+#if defined(__AVX512VNNI__)
+#define PATH "AVX-512 VNNI"
+#define TILE 8
+INLINE vec fma16(vec a, vec b, vec c) {
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    (void)bits;
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PATH "AVX2"
+#define TILE 4
+typedef union { vec v; ivec i; __m256 f[2]; __m256i h[2]; } pair;
+INLINE vec fma16(vec a, vec b, vec c) {
+    pair x = {a}, y = {b}, z = {c};
+    for (int i = 0; i < 2; i++) z.f[i] = _mm256_fmadd_ps(x.f[i], y.f[i], z.f[i]);
+    return z.v;
+}
+INLINE vec from_half(const void *p) {
+    pair x;
+    for (int i = 0; i < 2; i++) x.f[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + i));
+    return x.v;
+}
+INLINE void to_half(void *p, vec v) {
+    pair x = {v};
+    for (int i = 0; i < 2; i++) _mm_storeu_si128((__m128i *)p + i, _mm256_cvtps_ph(x.f[i], 0));
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    int32_t four;
+    memcpy(&four, a, 4);
+    __m256i acts = _mm256_set1_epi32(four), low = _mm256_set1_epi16(255);
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
+    __m256i odd = _mm256_srai_epi16(acts, 8);
+    pair s = {.i = sum}, q = {.i = w};
+    for (int i = 0; i < 2; i++) {
+        __m256i d;
+        if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
+            d = _mm256_madd_epi16(_mm256_maddubs_epi16(q.h[i], acts), _mm256_set1_epi16(1));
+        else
+            d = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(q.h[i], low), even),
+                                 _mm256_madd_epi16(_mm256_srli_epi16(q.h[i], 8), odd));
+        s.h[i] = _mm256_add_epi32(s.h[i], d);
+    }
+    return s.i;
+}
+
+#else
+#define TILE 4
+INLINE vec fma16(vec a, vec b, vec c) { return a * b + c; }
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define PATH "NEON dot product"
+INLINE vec from_half(const void *p) {
+    vec x;
+    for (int i = 0; i < 4; i++) {
+        float32x4_t four = vcvt_f32_f16(vld1_f16((const float16_t *)p + 4 * i));
+        memcpy((float *)&x + 4 * i, &four, 16);
+    }
+    return x;
+}
+INLINE void to_half(void *p, vec x) {
+    for (int i = 0; i < 4; i++)
+        vst1_f16((float16_t *)p + 4 * i, vcvt_f16_f32(vld1q_f32((float *)&x + 4 * i)));
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
+    int32_t four, back = bits == 8 ? 128 * (a[0] + a[1] + a[2] + a[3]) : 0;
+    memcpy(&four, a, 4);
+    for (int i = 0; i < 4; i++) {
+        int32x4_t s;
+        int8x16_t q;
+        memcpy(&s, (int32_t *)&sum + 4 * i, 16);
+        memcpy(&q, (int32_t *)&w + 4 * i, 16);
+        if (bits == 8) q = veorq_s8(q, vdupq_n_s8(-128));
+        s = vdotq_s32(vaddq_s32(s, vdupq_n_s32(back)), q, vreinterpretq_s8_s32(vdupq_n_s32(four)));
+        memcpy((int32_t *)&sum + 4 * i, &s, 16);
+    }
+    return sum;
+}
+#else
+#define PATH "portable C"
+INLINE vec from_half(const void *p) {
+    ivec h;
+    for (int i = 0; i < 16; i++) h[i] = ((const uint16_t *)p)[i];
+    vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* the exponent's bias becomes 127, not 15 */
+    x = pick((h & 0x7c00) == 0x7c00, (vec)((ivec)x | 0x7f800000), x); /* infinity, NaN */
+    return (vec)((ivec)x | (h & 0x8000) << 16);
+}
+INLINE void to_half(void *p, vec x) {
+    ivec rest = (ivec)x & 0x7fffffff;
+    ivec h = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+    /* below 2^-14, adding 0.5 rounds at 2^-24, the last place of a subnormal */
+    h = (ivec)pick(rest < 0x38800000, (vec)((ivec)((vec)rest + 0.5f) - 0x3f000000), (vec)h);
+    h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
+    h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
+    for (int i = 0; i < 16; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    (void)bits;
+    for (int j = 0; j < 4; j++) sum += ((w >> (8 * j)) & 255) * a[j];
+    return sum;
+}
+#endif
+#endif
+
+const char *path(void) { return PATH; }
+
+/* ---- threads ---- */
+
+/* A job is cut into pieces, which the caller and the workers claim one by one. The caller takes all
+ * that nobody else claims and waits only for pieces in work, never for a worker to wake up or to be
+ * given a core: on a busy machine a job is as fast as one thread, where a barrier would stall.
+ *
+ *   ticket   [ how many pieces : 32 bits | the next one : 32 bits ]   one atomic add claims a piece
+ */
+typedef void piece(const void *job, int64_t index);
+static struct pool {
+    pthread_mutex_t owner, bed;
+    pthread_cond_t alarm;
+    uint64_t ticket;
+    piece *run;
+    const void *job;
+    int64_t num_done, num_workers, num_wanted, num_asleep;
+} pool;
+
+#define SPINS 4000 /* about 0.1 ms before a worker goes to sleep */
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() _mm_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() (void)0
+#endif
+
+static int is_open(void) {
+    uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST);
+    return (uint32_t)ticket < ticket >> 32;
+}
+
+static int work(void) {
+    if (!is_open()) return 0;
+    uint64_t ticket = __atomic_fetch_add(&pool.ticket, 1, __ATOMIC_SEQ_CST);
+    if ((uint32_t)ticket >= ticket >> 32) return 0;
+    pool.run(pool.job, (uint32_t)ticket); /* stays this job until the piece is done */
+    __atomic_fetch_add(&pool.num_done, 1, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
+static void *worker(void *index) {
+    for (int64_t spins = 0;; spins++) {
+        int wanted = (intptr_t)index < __atomic_load_n(&pool.num_wanted, __ATOMIC_SEQ_CST);
+        if (wanted && work()) spins = 0;
+        PAUSE();
+        if (spins < SPINS) continue;
+        pthread_mutex_lock(&pool.bed);
+        __atomic_fetch_add(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
+        if (!is_open()) pthread_cond_wait(&pool.alarm, &pool.bed);
+        __atomic_fetch_sub(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
+        pthread_mutex_unlock(&pool.bed);
+        spins = 0;
+    }
+    return NULL;
+}
+
+static void start_anew(void) {
+    pool = (struct pool){PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER,
+                         PTHREAD_COND_INITIALIZER, 0, NULL, NULL, 0, 0, 0, 0};
+}
+__attribute__((constructor)) static void on_load(void) {
+    start_anew();
+    pthread_atfork(NULL, NULL, start_anew); /* a fork has none of its parent's workers */
+}
+
+/* run(job, 0 .. num_pieces - 1) on up to num_threads threads, or alone while others have them */
+static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t num_threads) {
+    if (num_threads < 2 || num_pieces < 2 || pthread_mutex_trylock(&pool.owner)) {
+        for (int64_t i = 0; i < num_pieces; i++) run(job, i);
+        return;
+    }
+    pthread_t thread;
+    while (pool.num_workers < num_threads - 1 &&
+           !pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.num_workers)) {
+        pthread_detach(thread);
+        pool.num_workers++;
+    }
+    pool.run = run, pool.job = job;
+    __atomic_store_n(&pool.num_done, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pool.num_wanted, num_threads - 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pool.ticket, (uint64_t)num_pieces << 32, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&pool.num_asleep, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&pool.bed);
+        pthread_cond_broadcast(&pool.alarm);
+        pthread_mutex_unlock(&pool.bed);
+    }
+    while (work()) {}
+    for (int64_t i = 0; __atomic_load_n(&pool.num_done, __ATOMIC_SEQ_CST) < num_pieces; i++)
+        if (i < SPINS) PAUSE();
+        else sched_yield();
+    pthread_mutex_unlock(&pool.owner);
+}
+
+INLINE float sum16(vec x) {
+    float a[16];
+    store(a, x);
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] += a[i + n];
+    return a[0];
+}
+INLINE float max16(vec x) {
+    float a[16];
+    store(a, x);
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] = MAX(a[i], a[i + n]);
+    return a[0];
+}
+
+/* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
+#define ROUNDER 12582912.0f
+
+/* exp(x) for x <= 88 within 2 units in the last place, 0 below -87:
+ * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
+INLINE vec exp16(vec x) {
+    vec bounded = larger(x, splat(-87.0f));
+    vec shifted = fma16(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
+    vec r = fma16(n, splat(-1.42860677e-6f), fma16(n, splat(-0.693145752f), bounded));
+    vec p = splat(1.0f / 720);
+    p = fma16(p, r, splat(1.0f / 120));
+    p = fma16(p, r, splat(1.0f / 24));
+    p = fma16(p, r, splat(1.0f / 6));
+    p = fma16(p, r, splat(0.5f));
+    p = fma16(p, r, splat(1.0f));
+    p = fma16(p, r, splat(1.0f));
+    return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
+}
+
+/* 1 / rms of x (n), n a multiple of 16 */
+INLINE float rms_factor(const float *x, int64_t n, float eps) {
+    vec sum = {0};
+    for (int64_t i = 0; i < n; i += 16) sum = fma16(load(x + i), load(x + i), sum);
+    return 1.0f / sqrtf(sum16(sum) / n + eps);
+}
+
+/* ---- linear: y = W before(x) + bias + residual ---- */
+
+typedef struct {
+    const uint8_t *blocks;
+    const float *bias; /* (rows), or NULL */
+    int64_t rows, cols;
+    int32_t bits, group, has_offset, block_bytes;
+} matrix;
+
+enum { PLAIN, NORM, GATED }; /* what comes before: x, rms_norm(x), or silu(gate) * up */
+
+typedef struct {
+    const matrix *parts; /* they read the same input; their outputs stand side by side */
+    int64_t num_parts, num_tokens, cols, num_rows, num_blocks, before, num_pieces;
+    const float *x, *norm, *residual; /* (N, cols), or (N, 2 cols) of gate and up; (cols); as out */
+    float eps, *out;                  /* (N, rows of all parts) */
+    uint8_t *acts;
+} linear_call;
+
+/* Activations as int8, each group of 32 columns with a scale of its own. Tokens go in tiles of T,
+ * and a tile's groups follow each other:
+ *
+ *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
+ */
+#define GROUP_BYTES 52 /* a token */
+
+INLINE int tile_size(int64_t tokens_left) {
+    return tokens_left >= TILE ? TILE : tokens_left >= 4 ? 4 : tokens_left >= 2 ? 2 : 1;
+}
+
+INLINE void quantize_group(vec low, vec high, uint8_t *group, int64_t T, int64_t t) {
+    vec size_low = (vec)((ivec)low & 0x7fffffff), size_high = (vec)((ivec)high & 0x7fffffff);
+    float most = max16(larger(size_low, size_high)), inverse = most > 0 ? 127.0f / most : 0;
+    ivec q_low = (ivec)(low * inverse + ROUNDER) - (ivec)splat(ROUNDER);
+    ivec q_high = (ivec)(high * inverse + ROUNDER) - (ivec)splat(ROUNDER);
+    bytes16 *a = (bytes16 *)(group + 32 * t);
+    a[0] = __builtin_convertvector(q_low, bytes16);
+    a[1] = __builtin_convertvector(q_high, bytes16);
+    float sum_low = sum16(__builtin_convertvector(q_low, vec));
+    float sum_high = sum16(__builtin_convertvector(q_high, vec));
+    float scale = most / 127.0f, *s = (float *)(group + 32 * T) + t;
+    s[0] = scale;
+    s[T] = scale * (sum_low + sum_high);
+    s[2 * T] = scale * sum_low;
+    s[3 * T] = scale * sum_high;
+    ((int32_t *)s)[4 * T] = -8 * (int32_t)(sum_low + sum_high);
+}
+
+/* 16 columns of one token's input, ready for the matrix */
+INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
+    if (in->before == GATED) {
+        const float *gate = in->x + token * 2 * in->cols + col;
+        return load(gate) / (1.0f + exp16(-load(gate))) * load(gate + in->cols);
+    }
+    vec x = load(in->x + token * in->cols + col);
+    if (in->before == NORM) x = x * factor * load(in->norm + col);
+    return x;
+}
+
+/* quantizes a piece of all tokens' groups */
+static void quantize_piece(const void *job, int64_t piece) {
+    const linear_call *in = job;
+    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups, last = -1;
+    int64_t stop = total * (piece + 1) / in->num_pieces;
+    float factor = 1;
+    for (int64_t i = total * piece / in->num_pieces; i < stop; i++) {
+        int64_t token = i / num_groups, g = i % num_groups, start = token / TILE * TILE;
+        int T = tile_size(in->num_tokens - start);
+        for (; token >= start + T; T = tile_size(in->num_tokens - start)) start += T;
+        if (token != last && in->before == NORM)
+            factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
+        last = token;
+        uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
+        vec low = prepared(in, token, 32 * g, factor);
+        vec high = prepared(in, token, 32 * g + 16, factor);
+        quantize_group(low, high, group, T, token - start);
+    }
+}
+
+/* y[t] = 16 rows times token t of a tile. T, bits and group are constants wherever this lands. */
+INLINE void multiply(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y, int T,
+                     int bits, int group) {
+    const int num_words = group / 4, centred = bits == 4 && group == 32 && !m->has_offset;
+    for (int t = 0; t < T; t++) y[t] = (vec){0};
+    for (int64_t g = 0; g < m->cols / group; g++, block += m->block_bytes) {
+        const int64_t first = g * group % 32; /* where in its group of activations it begins */
+        const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
+        const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
+        const ivec *q = (const ivec *)block;
+        ivec w[8];
+        for (int i = 0; i < num_words; i++)
+            if (bits == 8) w[i] = q[i];
+            else w[i] = (i < num_words / 2 ? q[i] : q[i - num_words / 2] >> 4) & 0x0f0f0f0f;
+        const uint8_t *scales = block + 2 * group * bits;
+        vec scale = from_half(scales), offset = {0};
+        if (m->has_offset) offset = from_half(scales + 32);
+        if (bits == 8) offset = fma16(scale, splat(-128), offset);
+        else if (!m->has_offset) offset = scale * -8.0f;
+        for (int t = 0; t < T; t++) {
+            ivec dot = {0};
+            if (centred) dot += ((const int32_t *)s)[4 * T + t];
+            for (int i = 0; i < num_words; i++)
+                dot = dot4(dot, w[i], a + 32 * t + first + 4 * i, bits);
+            y[t] = fma16(__builtin_convertvector(dot, vec), scale * s[t], y[t]);
+            if (!centred) y[t] = fma16(offset, splat(sums[t]), y[t]);
+        }
+    }
+}
+
+#define BY_FORMAT(T) \
+    case T: \
+        if (m->bits == 4 && m->group == 32) multiply(m, block, tile, y, T, 4, 32); \
+        else if (m->bits == 4) multiply(m, block, tile, y, T, 4, 16); \
+        else if (m->group == 32) multiply(m, block, tile, y, T, 8, 32); \
+        else multiply(m, block, tile, y, T, 8, 16); \
+        break;
+static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
+                          int T) {
+    switch (T) { BY_FORMAT(1) BY_FORMAT(2) BY_FORMAT(4) BY_FORMAT(8) }
+}
+
+/* 16 rows from `row` on of one token, to place `at` of the output */
+INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residual, float *out) {
+    if (row + 16 <= m->rows) {
+        if (m->bias) y += load(m->bias + row);
+        if (residual) y = load(residual) + y;
+        store(out, y);
+    } else {
+        for (int64_t i = 0; row + i < m->rows; i++) {
+            float one = y[i] + (m->bias ? m->bias[row + i] : 0);
+            out[i] = residual ? residual[i] + one : one;
+        }
+    }
+}
+
+/* A piece is a run of blocks. It goes through all tokens, as many at a time as a cache holds. */
+static void multiply_piece(const void *job, int64_t piece) {
+    const linear_call *c = job;
+    int64_t token_bytes = c->cols / 32 * GROUP_BYTES, stop_block = c->num_blocks * (piece + 1);
+    int64_t chunk = MAX(TILE, (512 << 10) / token_bytes / TILE * TILE);
+    for (int64_t from = 0; from < c->num_tokens; from += chunk) {
+        const matrix *m = c->parts;
+        int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk);
+        int64_t b = c->num_blocks * piece / c->num_pieces;
+        for (; b < stop_block / c->num_pieces; b++) {
+            for (; (b - first_block) * 16 >= m->rows; m++) {
+                first_block += (m->rows + 15) / 16;
+                first_row += m->rows;
+            }
+            int64_t row = (b - first_block) * 16;
+            const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
+            for (int64_t start = from, T; start < stop; start += T) {
+                vec y[TILE];
+                T = tile_size(c->num_tokens - start);
+                multiply_tile(m, block, c->acts + start * token_bytes, y, T);
+                for (int64_t t = 0; t < T; t++) {
+                    int64_t at = (start + t) * c->num_rows + first_row + row;
+                    finish_rows(m, row, y[t], c->residual ? c->residual + at : NULL, c->out + at);
+                }
+            }
+        }
+    }
+}
+
+#define PIECES 8 /* for each thread: who is held up leaves the rest to others */
+
+void linear(const matrix *parts, int64_t num_parts, int64_t num_tokens, const float *x,
+            const float *norm, float eps, int64_t before, const float *residual, float *out,
+            int64_t num_threads) {
+    linear_call c = {parts, num_parts, num_tokens, parts->cols, 0, 0, before, 1,
+                     x, norm, residual, eps, out, NULL};
+    for (const matrix *m = parts; m < parts + num_parts; m++) {
+        c.num_rows += m->rows;
+        c.num_blocks += (m->rows + 15) / 16;
+    }
+    int64_t num_groups = num_tokens * c.cols / 32;
+    c.acts = malloc(num_groups * GROUP_BYTES);
+    c.num_pieces = num_groups < 128 ? 1 : MIN(num_groups / 64, PIECES * num_threads);
+    share_out(quantize_piece, &c, c.num_pieces, num_threads);
+    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
+    share_out(multiply_piece, &c, c.num_pieces, num_threads);
+    free(c.acts);
+}
+
+/* rows `ids` (n) of a matrix as floats (n, cols) */
+void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
+    int64_t num_groups = m->cols / m->group, half = m->group / 2;
+    int64_t num_bytes = m->group * m->bits / 8;
+    for (int64_t i = 0; i < n * num_groups; i++) {
+        int64_t id = ids[i / num_groups], lane = id % 16;
+        const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
+        const uint8_t *scales = block + 16 * num_bytes;
+        float scale = from_half(scales)[lane], offset = 0, *y = out + i * m->group;
+        if (m->has_offset) offset = from_half(scales + 32)[lane];
+        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : 8;
+        for (int64_t j = 0; j < num_bytes; j++) {
+            uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
+            y[j] = ((m->bits == 8 ? q : q & 15) - zero) * scale + offset;
+            if (m->bits == 4) y[j + half] = ((q >> 4) - zero) * scale + offset;
+        }
+    }
+}
+
+/* ---- attention ---- */
+
+/* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
+ *
+ *   keys     (D, 16) elements, so that a lane is a position | 8 bits: scales (D / group, 16)
+ *   values   (16, D) elements                               | 8 bits: scales (16, D / group)
+ */
+enum { FLOAT32, FLOAT16, Q8 };
+#define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
+#define ROWS 8         /* queries that share a pass over keys and values */
+#define MAX_D 512
+#define NOTHING -1e30f /* the largest of no scores */
+
+typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
+
+typedef struct {
+    const float *qkv, *cos, *sin, *q_norm, *k_norm;
+    const span *spans;
+    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
+    float eps, scale, *out;
+    float *q;           /* (N, H, D), rotated and scaled */
+    float *partials;    /* of each task's chunks, when these are shared out */
+    int64_t num_chunks; /* that a task is cut into, or 1 */
+} attention_call;
+
+INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
+
+INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value, int64_t head) {
+    int64_t strip = (is_value * c->n_layers + c->layer) * c->n_kv_heads + head;
+    return s->strip + strip * s->num_blocks * c->block_bytes;
+}
+
+/* y = one head x (D), normed if the family does that, rotated to its token's position, scaled */
+INLINE void rotate_head(const attention_call *c, const float *x, const float *norm, int64_t token,
+                        float scale, float *y) {
+    int64_t half = c->head_dim / 2;
+    const float *cos = c->cos + token * half, *sin = c->sin + token * half;
+    float factor = norm ? rms_factor(x, 2 * half, c->eps) : 1;
+    for (int64_t d = 0; d < half; d++) {
+        float a = x[d] * factor, b = x[d + half] * factor;
+        if (norm) a *= norm[d], b *= norm[d + half];
+        y[d] = (a * cos[d] - b * sin[d]) * scale;
+        y[d + half] = (b * cos[d] + a * sin[d]) * scale;
+    }
+}
+
+/* keeps x (D) of one position in its block */
+INLINE void keep(const attention_call *c, const float *x, char *block, int64_t lane, int is_value) {
+    int64_t D = c->head_dim, group = scale_group(D), step = is_value ? 1 : 16;
+    int64_t first = is_value ? lane * D : lane;
+    uint16_t half[16];
+    for (int64_t d = 0; d < D; d += 16) {
+        vec part = load(x + d);
+        if (c->kind == FLOAT16) to_half(half, part);
+        for (int64_t i = 0; i < 16 && c->kind != Q8; i++)
+            if (c->kind == FLOAT16) ((uint16_t *)block)[first + (d + i) * step] = half[i];
+            else ((float *)block)[first + (d + i) * step] = part[i];
+    }
+    for (int64_t g = 0; g < D / group && c->kind == Q8; g++) {
+        float most = 0;
+        for (int64_t d = g * group; d < (g + 1) * group; d++) most = MAX(most, fabsf(x[d]));
+        float inverse = most > 0 ? 127.0f / most : 0;
+        to_half(half, splat(most / 127.0f));
+        int64_t at = is_value ? lane * (D / group) + g : g * 16 + lane;
+        ((uint16_t *)(block + 16 * D))[at] = half[0];
+        for (int64_t d = g * group; d < (g + 1) * group; d++)
+            ((int8_t *)block)[first + d * step] = (int8_t)lrintf(x[d] * inverse);
+    }
+}
+
+/* 16 elements of a block from element `at` on */
+INLINE vec elements(const char *block, int64_t at, int kind) {
+    if (kind == FLOAT32) return load((const float *)block + at);
+    if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
+    return __builtin_convertvector(*(const bytes16 *)(block + at), vec);
+}
+
+/* Up to ROWS queries of one sequence that share a key/value head, and the keys each may see */
+typedef struct {
+    const span *s;
+    int64_t head, first_row, num_rows, first_chunk, end;
+    struct { int32_t from, to; } sees[ROWS];
+} task;
+
+/* What R queries q (R, D) make of some keys: the largest score m, the sum l of exp(score - m), and
+ * y, the values weighted with these: m (ROWS) | l (ROWS) | y (ROWS, D) */
+#define PARTIAL(D) (ROWS * (2 + (D)))
+
+/* numerators of the softmax over keys first..last, p (R, CHUNK); m and l */
+INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
+                  int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int64_t D = c->head_dim, group = scale_group(D), num_blocks = (last - first + 15) / 16;
+    vec most[ROWS], sum[ROWS];
+    for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
+    for (int64_t b = 0; b < num_blocks; b++) {
+        const char *block = keys + b * c->block_bytes;
+        vec dot[ROWS], scale = {0};
+        for (int r = 0; r < R; r++) dot[r] = (vec){0};
+        for (int64_t d = 0; d < D; d++) {
+            vec k = elements(block, 16 * d, kind);
+            if (kind == Q8) {
+                if (d % group == 0) scale = from_half(block + 16 * D + 32 * (d / group));
+                k *= scale;
+            }
+            for (int r = 0; r < R; r++) dot[r] = fma16(splat(q[r * D + d]), k, dot[r]);
+        }
+        ivec key = lanes + (int32_t)(first + 16 * b);
+        for (int r = 0; r < R; r++) {
+            ivec seen = (key >= t->sees[r].from) & (key < t->sees[r].to);
+            dot[r] = pick(seen, dot[r], splat(-INFINITY));
+            most[r] = larger(most[r], dot[r]);
+            store(p + r * CHUNK + 16 * b, dot[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        m[r] = max16(most[r]);
+        for (float *at = p + r * CHUNK; at < p + r * CHUNK + 16 * num_blocks; at += 16) {
+            vec weight = exp16(load(at) - m[r]);
+            store(at, weight);
+            sum[r] += weight;
+        }
+        l[r] = sum16(sum[r]);
+    }
+}
+
+/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, 32 columns at a time */
+INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
+                  float *y, int R, int kind) {
+    int64_t D = c->head_dim, group = scale_group(D);
+    for (int64_t d = 0; d < D; d += 32) {
+        const int two = d + 32 <= D;
+        vec sum[ROWS][2];
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
+        for (int64_t k = 0; k < num_keys; k++) {
+            const char *block = values + k / 16 * c->block_bytes;
+            vec v = elements(block, k % 16 * D + d, kind), v2 = {0};
+            if (two) v2 = elements(block, k % 16 * D + d + 16, kind);
+            if (kind == Q8) {
+                int64_t at = k % 16 * (D / group) + d / group;
+                float scale = from_half(block + 16 * D + at / 16 * 32)[at % 16];
+                v *= scale, v2 *= scale;
+            }
+            for (int r = 0; r < R; r++) {
+                sum[r][0] = fma16(splat(p[r * CHUNK + k]), v, sum[r][0]);
+                sum[r][1] = fma16(splat(p[r * CHUNK + k]), v2, sum[r][1]);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(y + r * D + d, sum[r][0]);
+            if (two) store(y + r * D + d + 16, sum[r][1]);
+        }
+    }
+}
+
+#define WITH(R, KIND) \
+    case R: \
+        score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
+        weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
+        break;
+#define BY_ROWS(KIND) \
+    switch (R) { \
+        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) WITH(6, KIND) WITH(8, KIND) \
+    }
+static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
+                         float *out) {
+    float p[ROWS * CHUNK];
+    int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
+    const char *keys = blocks_of(c, t->s, 0, t->head) + first / 16 * c->block_bytes;
+    const char *values = blocks_of(c, t->s, 1, t->head) + first / 16 * c->block_bytes;
+    int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
+    if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
+    else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
+    else BY_ROWS(Q8)
+}
+
+INLINE void clear(float *sum, int64_t D) {
+    memset(sum, 0, PARTIAL(D) * sizeof(float));
+    for (int r = 0; r < ROWS; r++) sum[r] = NOTHING;
+}
+
+/* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
+INLINE void merge(const task *t, float *sum, const float *chunk, int64_t D) {
+    for (int r = 0; r < t->num_rows; r++) {
+        float m = MAX(sum[r], chunk[r]), *y = sum + 2 * ROWS + r * D;
+        float old = exp16(splat(sum[r] - m))[0], new = exp16(splat(chunk[r] - m))[0];
+        sum[r] = m;
+        sum[ROWS + r] = sum[ROWS + r] * old + chunk[ROWS + r] * new;
+        for (int64_t d = 0; d < D; d += 16)
+            store(y + d, load(y + d) * old + load(chunk + 2 * ROWS + r * D + d) * new);
+    }
+}
+
+static task find_task(const attention_call *c, int64_t index) {
+    int64_t heads = c->n_heads / c->n_kv_heads, num_tiles;
+    task t = {.s = c->spans};
+    for (;; t.s++) {
+        num_tiles = (t.s->num_new * heads + ROWS - 1) / ROWS;
+        if (index < num_tiles * c->n_kv_heads) break;
+        index -= num_tiles * c->n_kv_heads;
+    }
+    t.head = index / num_tiles;
+    t.first_row = index % num_tiles * ROWS;
+    t.num_rows = MIN(ROWS, t.s->num_new * heads - t.first_row);
+    for (int r = 0; r < ROWS; r++) {
+        t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
+        t.sees[r].from = c->window ? MAX(0, t.end - c->window) : 0;
+        t.sees[r].to = t.end;
+    }
+    t.first_chunk = t.sees[0].from / CHUNK;
+    return t;
+}
+
+/* where row r of a task lies in (N, H, D) */
+INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
+    int64_t heads = c->n_heads / c->n_kv_heads, row = t->first_row + r;
+    int64_t token = t->s->row + row / heads;
+    return (token * c->n_heads + t->head * heads + row % heads) * c->head_dim;
+}
+
+INLINE void finish(const attention_call *c, const task *t, const float *sum) {
+    int64_t D = c->head_dim;
+    for (int64_t r = 0; r < t->num_rows; r++)
+        for (int64_t d = 0; d < D; d++)
+            c->out[place(c, t, r) + d] = sum[2 * ROWS + r * D + d] / sum[ROWS + r];
+}
+
+/* a piece is a token: its queries go to q, its keys and values to the strip */
+static void place_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
+    const span *s = c->spans;
+    for (; piece >= s->num_new; s++) piece -= s->num_new;
+    int64_t token = s->row + piece, at = s->start + piece, block = at / 16 * c->block_bytes;
+    const float *x = c->qkv + token * (H + 2 * Hkv) * D;
+    for (int64_t h = 0; h < H; h++)
+        rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
+    for (int64_t h = 0; h < Hkv; h++) {
+        float key[MAX_D];
+        rotate_head(c, x + (H + h) * D, c->k_norm, token, 1, key);
+        keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
+        keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
+    }
+}
+
+/* a piece is a task, or one chunk of a task */
+static void attend_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    float tile[ROWS * MAX_D], sum[PARTIAL(MAX_D)], one[PARTIAL(MAX_D)];
+    int64_t D = c->head_dim, chunk = piece % c->num_chunks;
+    task t = find_task(c, piece / c->num_chunks);
+    for (int64_t r = 0; r < ROWS; r++) /* the last query fills up the tile */
+        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)), D * sizeof(float));
+    if (c->num_chunks > 1) {
+        if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
+            attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
+        return;
+    }
+    clear(sum, D);
+    for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
+        attend_chunk(c, &t, tile, chunk, one);
+        merge(&t, sum, one, D);
+    }
+    finish(c, &t, sum);
+}
+
+static void merge_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    float sum[PARTIAL(MAX_D)];
+    task t = find_task(c, piece);
+    clear(sum, c->head_dim);
+    for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
+        merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
+              c->head_dim);
+    finish(c, &t, sum);
+}
+
+/* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
+ * chunks are shared out among threads; the arithmetic is the same. */
+void attention(const float *qkv, const float *cos, const float *sin, const float *q_norm,
+               const float *k_norm, float eps, const span *spans, int64_t num_spans,
+               int64_t num_tokens, int64_t layer, int64_t n_layers, int64_t n_heads,
+               int64_t n_kv_heads, int64_t head_dim, int64_t window, int64_t kind,
+               int64_t block_bytes, float *out, int64_t num_threads) {
+    attention_call c = {qkv, cos, sin, q_norm, k_norm, spans, layer, n_layers, n_heads, n_kv_heads,
+                        head_dim, window, kind, block_bytes, eps, 1.0f / sqrtf(head_dim), out,
+                        NULL, NULL, 1}; /* q, partials, chunks */
+    int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
+    for (const span *s = spans; s < spans + num_spans; s++) {
+        num_new += s->num_new;
+        num_tasks += (s->num_new * (n_heads / n_kv_heads) + ROWS - 1) / ROWS * n_kv_heads;
+        num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
+    }
+    if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
+    c.q = malloc(num_tokens * n_heads * head_dim * sizeof(float));
+    if (c.num_chunks > 1)
+        c.partials = malloc(num_tasks * num_chunks * PARTIAL(head_dim) * sizeof(float));
+    share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
+    share_out(attend_piece, &c, num_tasks * c.num_chunks, num_threads);
+    if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
+    free(c.q);
+    free(c.partials);
+}
+
+typedef struct { const uint8_t *bytes; int64_t num_bytes, num_pieces, total; } read_call;
+
+static void read_piece(const void *job, int64_t piece) {
+    read_call *c = (read_call *)job;
+    ivec sum[4] = {{0}};
+    int64_t lines = c->num_bytes / 256;
+    for (int64_t i = lines * piece / c->num_pieces; i < lines * (piece + 1) / c->num_pieces; i++)
+        for (int j = 0; j < 4; j++) sum[j] += ((const ivec *)(c->bytes + 256 * i))[j];
+    sum[0] += sum[1] + sum[2] + sum[3];
+    int64_t total = 0;
+    for (int j = 0; j < 16; j++) total += sum[0][j];
+    __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
+}
+
+/* reads a buffer once; the sum is there so that it must be read */
+int64_t read_all(const uint8_t *bytes, int64_t num_bytes, int64_t num_threads) {
+    read_call c = {bytes, num_bytes, PIECES * num_threads, 0};
+    share_out(read_piece, &c, c.num_pieces, num_threads);
+    return c.total;
+}
+"""
+
+THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+KERNEL_FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", THIS_CPU)
+BLOCK_ROWS = 16
+
+
+def cpu_features() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    words = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(words)}))
+
+
+def find_compiler() -> str:
+    """The system's C compiler. Raises KernelError."""
+    names = (os.environ.get("CC", ""), "gcc", "cc", "clang")
+    for found in filter(None, map(shutil.which, filter(None, names))):
+        return found
+    raise KernelError("no C compiler was found (the environment's CC, gcc, cc or clang)")
+
+
+def compile_kernels(target: Path, flags: tuple[str, ...]) -> None:
+    """KERNEL_SOURCE -> a shared library. Raises KernelError with what the compiler said first."""
+    compiler = find_compiler()
+    source = target.with_suffix(".c")
+    source.write_text(KERNEL_SOURCE, encoding="utf-8")
+    command = (compiler, *flags, "-w", str(source), "-o", str(target), "-lm", "-lpthread")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{compiler} does not run: {first_line(error)}") from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        said = (errors or done.stderr.splitlines() or [f"exit code {done.returncode}"])[0]
+        raise KernelError(f"{compiler} cannot compile the kernels: {said}")
+
+
+def kernel_cache() -> Path:
+    """Where compiled kernels lie: beside the models (see ModelStore)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
+    return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser() / "kernels"
+
+
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels. Raises KernelError."""
+    return _load_kernels(KERNEL_FLAGS)
+
+
+@functools.cache
+def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The compiled kernels, from the cache or compiled now.
+
+    The file's name is a hash of all it depends on. It appears in the cache in one move, so that
+    processes which start at once never see half a file; where the cache cannot be written, it is
+    loaded from a temporary directory."""
+    compiler = find_compiler()
+    stamp = os.stat(compiler)
+    made_of = (KERNEL_SOURCE, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16] + ".so"
+    cached = kernel_cache() / name
+    with contextlib.suppress(OSError, AttributeError):  # not there, or damaged: made anew
+        return declare_kernels(ctypes.CDLL(str(cached)))
+    with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
+        built = Path(folder) / name
+        compile_kernels(built, flags)
+        try:
+            library = declare_kernels(ctypes.CDLL(str(built)))
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
+        with contextlib.suppress(OSError):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            shutil.copyfile(built, partial)
+            os.replace(partial, cached)
+    return library
+
+
+def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the arguments: p a pointer, i an integer, f a float."""
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+    signatures = {
+        "linear": "piippfippi",
+        "gather": "ppip",
+        "attention": "pppppfpiiiiiiiiiipi",
+        "read_all": "pii",
+    }
+    for name, letters in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = [kinds[letter] for letter in letters]
+        function.restype = ctypes.c_int64 if name == "read_all" else None
+    library.path.restype = ctypes.c_char_p
+    return library
+
+
+class Matrix(ctypes.Structure):
+    """The kernels' `matrix`."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("has_offset", ctypes.c_int32),
+        ("block_bytes", ctypes.c_int32),
+    )
+
+
+class NativeLinear:
+    """A packed weight (rows, cols) in the kernels' layout; filled from PackedLinears, some rows at
+    a time, so that a file's bytes and the blocks are never in memory together as a whole.
+
+    blocks (rows / 16, G, block_bytes) uint8, the last rows padded with zeros"""
+
+    def __init__(
+        self, shape: tuple[int, int], read: Callable[[slice], PackedLinear], bias: Tensor | None
+    ) -> None:
+        """`read(rows)` gives the rows asked for."""
+        self.shape, self.bias = shape, bias
+        num_rows, num_cols = shape
+        step = round_up(max(1, LOAD_WEIGHTS // num_cols), BLOCK_ROWS)
+        for start in range(0, num_rows, step):
+            packed = read(slice(start, min(start + step, num_rows)))
+            if start == 0:
+                self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
+                self.has_offset = packed.offset is not None
+                num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
+                num_blocks = -(-num_rows // BLOCK_ROWS)
+                shape3 = (num_blocks, packed.q.shape[1], num_bytes)
+                self.blocks = torch.empty(shape3, dtype=torch.uint8)
+            fill_blocks(self.blocks[start // BLOCK_ROWS :][: -(-step // BLOCK_ROWS)], packed)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    @property
+    def matrix(self) -> Matrix:
+        """How the kernels see it; valid as long as this object and its bias live."""
+        return Matrix(
+            self.blocks.data_ptr(),
+            pointer(self.bias),
+            *self.shape,
+            self.bits,
+            self.group,
+            self.has_offset,
+            self.blocks.shape[-1],
+        )
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The weight's rows at `index` (N,) -> (N, cols)"""
+        out = torch.empty(len(index), self.shape[1])
+        matrix = ctypes.byref(self.matrix)
+        load_kernels().gather(matrix, index.data_ptr(), len(index), out.data_ptr())
+        return out
+
+    def dequantize(self) -> Tensor:
+        """The float weight (rows, cols)"""
+        return self.rows(torch.arange(self.shape[0]))
+
+
+LOAD_WEIGHTS = 1 << 21  # weights repacked at a time
+
+
+def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
+    """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
+    num_blocks, num_groups, _ = blocks.shape
+    num_rows = packed.q.shape[0]
+    if num_rows % BLOCK_ROWS:
+        blocks.zero_()  # rows that do not exist have scale 0
+        packed = packed.padded(num_blocks * BLOCK_ROWS)
+    q = packed.q if packed.bits == 4 else packed.q.view(torch.uint8) ^ 128
+    words = q.view(torch.int32).view(num_blocks, BLOCK_ROWS, num_groups, -1).permute(0, 2, 3, 1)
+    at = words[0, 0].numel() * 4
+    blocks[..., :at].view(torch.int32).view(words.shape).copy_(words)
+    for part in (packed.scale, packed.offset):
+        if part is not None:
+            lanes = part.view(num_blocks, BLOCK_ROWS, num_groups).transpose(1, 2)
+            blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
+            at += 2 * BLOCK_ROWS
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def native_linear(
+    x: Tensor,
+    matrices: int,
+    num_matrices: int,
+    num_rows: int,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
+    `matrices`"""
+    out = torch.empty(len(x), num_rows)
+    load_kernels().linear(
+        matrices,
+        num_matrices,
+        len(x),
+        x.data_ptr(),
+        pointer(norm),
+        eps,
+        2 if gated else int(norm is not None),
+        pointer(residual),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def native_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    spans: Tensor,
+    layer: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    window: int,
+    kind: int,
+    block_bytes: int,
+) -> Tensor:
+    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
+    start, new tokens, row -> (N, H D). Keys and values go to the strips."""
+    out = torch.zeros(len(qkv), n_heads * head_dim)  # rows that only pad the batch stay zero
+    load_kernels().attention(
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        pointer(q_norm),
+        pointer(k_norm),
+        eps,
+        spans.data_ptr(),
+        len(spans),
+        len(qkv),
+        layer,
+        n_layers,
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        window,
+        kind,
+        block_bytes,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "linear(Tensor x, int matrices, int num_matrices, int num_rows, Tensor? norm, float eps, "
+    "bool gated, Tensor? residual) -> Tensor": (
+        native_linear,
+        lambda x, matrices, num_matrices, num_rows, *rest: x.new_empty(len(x), num_rows),
+    ),
+    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
+    "Tensor spans, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
+    "int kind, int block_bytes) -> Tensor": (
+        native_attention,
+        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[8] * rest[10]),
+    ),
+}
+
+
+@functools.cache
+def register_operators() -> Any:
+    """Make the kernels operators of torch: torch.ops.nanollama.linear and .attention."""
+    library = torch.library.Library("nanollama", "DEF")
+    for schema, (function, fake) in OPERATORS.items():
+        name = library.define(schema)
+        library.impl(name, function, "CPU")
+        torch.library.register_fake(f"nanollama::{name}", fake, lib=library)
+    return library
+
+
+def native(name: str) -> Callable[..., Tensor]:
+    """The kernel, or the operator around it where somebody looks: torch.compile or a profiler. An
+    operator call takes several times as long as the kernel's own work on a small matrix."""
+    if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
+        operator: Callable[..., Tensor] = getattr(torch.ops.nanollama, name)
+        return operator
+    return native_linear if name == "linear" else native_attention
+
+
+def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether native kernels run, and what to tell the user: which, or why not.
+
+    Raises RequestError when they were asked for and cannot be had."""
+    if wanted == "torch":
+        return False, "torch"
+    if device.type != "cpu" or dtype != torch.float32:
+        why = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
+    else:
+        try:
+            library = load_kernels()
+            register_operators()
+            return True, f"native ({library.path().decode()})"
+        except KernelError as error:
+            why = str(error)
+            if wanted == "auto":
+                log.warning(f"warning: no native kernels, torch's are slower: {why}")
+    if wanted == "native":
+        raise RequestError(f"native kernels cannot be had: {why}", "kernels")
+    return False, f"torch ({why})"
+
+
 # ==================================================================================================
 # 5 MODEL: one decoder for every family
 #
@@ -942,7 +2128,7 @@ class TensorSource:
     shape: tuple[int, ...]
     kind: str
     nbytes: int
-    load: Callable[[], Tensor | PackedLinear]
+    load: Callable[..., Tensor | PackedLinear]  # all rows, or those that a slice or indices name
 
 
 class Weights:
@@ -958,12 +2144,15 @@ class Weights:
         device: torch.device,
         dtype: torch.dtype,
         quantize_bits: int | None = None,
+        kernels: str = "torch",
     ) -> None:
         self.tensors, self.source = tensors, source
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
+        self.native, self.kernels = pick_kernels(kernels, device, dtype)
+        self.num_float = self.num_packed = 0  # matrices handed out
         self.used: set[str] = set()
 
-    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor | PackedLinear:
+    def _find(self, name: str, shape: tuple[int, ...]) -> TensorSource:
         self.used.add(name)
         found = self.tensors.get(name)
         if found is None:
@@ -972,33 +2161,59 @@ class Weights:
             raise CheckpointError(
                 f"{self.source}: tensor {name} has shape {found.shape}; its config asks for {shape}"
             )
+        return found
+
+    def _read(self, name: str, *rows: slice) -> Tensor | PackedLinear:
+        tensor = self.tensors[name]
         try:
-            return found.load()
+            return tensor.load(*rows)
         except (RuntimeError, OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
-                f"{self.source}: tensor {name} of type {found.kind} cannot be read: "
+                f"{self.source}: tensor {name} of type {tensor.kind} cannot be read: "
                 + first_line(error)
             ) from None
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A float tensor in the compute dtype, or in `dtype`."""
-        tensor = self._load(name, shape)
+        self._find(name, shape)
+        tensor = self._read(name)
         if isinstance(tensor, PackedLinear):
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
     def linear(
-        self, prefix: str, num_rows: int, num_cols: int, bias: bool = False
-    ) -> Linear | PackedLinear:
-        """The matrix prefix.weight, with prefix.bias where the family has one."""
-        weight = self._load(f"{prefix}.weight", (num_rows, num_cols))
-        b = self.take(f"{prefix}.bias", num_rows) if bias else None
-        if not isinstance(weight, PackedLinear):
-            if not self.quantize_bits or num_cols % GROUP:
-                return Linear(weight.to(self.device, self.dtype), b)
-            weight = quantize(weight.to(self.device), self.quantize_bits)
-        packed = weight.to(self.device, self.dtype)
-        packed.bias = b
+        self, outputs: Mapping[str, int], num_cols: int, bias: bool = False
+    ) -> Projection:
+        """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
+        biases where the family has them."""
+        parts = []
+        for name, num_rows in outputs.items():
+            b = self.take(f"{name}.bias", num_rows) if bias else None
+            parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
+        native = all(isinstance(part, NativeLinear) for part in parts)
+        return NativeProjection(parts) if native else Projection(parts)
+
+    def _matrix(
+        self, name: str, shape: tuple[int, int], bias: Tensor | None
+    ) -> Linear | PackedLinear | NativeLinear:
+        packed_on_disk = self._find(name, shape).kind in REPACK
+        bits = 0 if packed_on_disk or shape[1] % GROUP else self.quantize_bits
+
+        def read(*rows: slice) -> Any:
+            weight = self._read(name, *rows)
+            if isinstance(weight, torch.Tensor):
+                weight = weight.to(self.device)
+                return quantize(weight, bits) if bits else weight
+            return weight
+
+        if not packed_on_disk and not bits:
+            self.num_float += 1
+            return Linear(read().to(self.dtype), bias)
+        self.num_packed += 1
+        if self.native:
+            return NativeLinear(shape, read, bias)
+        packed: PackedLinear = read().to(self.device, self.dtype)
+        packed.bias = bias
         return packed
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
@@ -1027,13 +2242,16 @@ class Span:
 class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
-    token_ids, positions  (N,), padded to ROW_TILE with rows that belong to nobody
+    token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
     spans                 whose rows are whose
     logit_rows            rows whose logits are wanted, padded likewise
     num_logits            R: how many of them are real"""
 
     def __init__(
-        self, work: Iterable[tuple[int, int, list[int], int]], device: torch.device
+        self,
+        work: Iterable[tuple[int, int, list[int], int]],
+        device: torch.device,
+        row_tile: int = ROW_TILE,
     ) -> None:
         """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
         ids: list[int] = []
@@ -1046,27 +2264,31 @@ class Batch:
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
         self.num_logits = len(rows)
-        pad = [0] * (-len(ids) % ROW_TILE)
+        pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
-        self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % ROW_TILE), device=device)
-        self.bias: dict[tuple[int, int | None], Tensor] = {}  # by (row, window), shared by layers
+        self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
+        self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
 
 
 class KVCache:
     """Keys and values of every slot, and the attention over them.
 
-    strips[slot] is (2, L, Hkv, capacity, D): keys, then values. A strip starts empty and doubles as
-    its sequence grows. Capacity is a multiple of KEY_TILE; positions not written yet are zero, and
-    masked."""
+    strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
+    empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
+    yet are zero, and masked."""
+
+    tile = KEY_TILE
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_slots: int, kv_dtype: str, device: torch.device
     ) -> None:
-        shape = (2, config.n_layers, config.n_kv_heads, 0, config.head_dim)
-        self.num_groups = config.n_heads // config.n_kv_heads
-        self.windows = config.windows
-        self.strips = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_slots)]
+        self.config, self.kv_dtype = config, kv_dtype
+        width = head_bytes(config.head_dim, kv_dtype)
+        shape = (2, config.n_layers, config.n_kv_heads, 0, width)
+        self.strips = [
+            torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -1077,104 +2299,239 @@ class KVCache:
         strip = self.strips[slot]
         capacity = strip.shape[3]
         if num_tokens > capacity:
-            more = round_up(max(num_tokens, 2 * capacity), KEY_TILE) - capacity
+            more = round_up(max(num_tokens, 2 * capacity), self.tile) - capacity
             self.strips[slot] = F.pad(strip, (0, 0, 0, more))
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Give slot `target` the first `num_tokens` positions of slot `source`."""
+        num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    def attend(
+        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
+    ) -> Tensor:
         """Store the new keys and values of every span, then let its queries see its strip.
 
-        q (N, H, D); k, v (N, Hkv, D) -> (N, H, D)"""
+        qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2) -> (N, H D)"""
+        q, k, v = attn.heads(qkv, cos, sin)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
-        window = self.windows[layer]
+        window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
         for span in batch.spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
-            keys, values = self.strips[span.slot][:, layer]  # (Hkv, capacity, D) each
-            keys[:, span.start : end] = k[rows].transpose(0, 1)
-            values[:, span.start : end] = v[rows].transpose(0, 1)
-            bias = batch.bias.get((span.row, window))
+            strips = self.strips[span.slot][:, attn.index]  # (2, Hkv, capacity, bytes)
+            new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
+            strips[:, :, span.start : end] = encode_kv(new, self.kv_dtype)
+            bias = batch.memo.get((span.row, window))
             if bias is None:
-                bias = attention_bias(span.start, span.num_new, self.num_groups, window, like=q)
-                batch.bias[span.row, window] = bias
-            num_keys = bias.shape[1]
-            out[rows] = attention(q[rows], keys[:, :num_keys], values[:, :num_keys], bias)
-        return out
+                bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
+                batch.memo[span.row, window] = bias
+            keys, values = decode_kv(strips[:, :, : bias.shape[1]], self.kv_dtype, q.dtype)
+            out[rows] = attention(q[rows], keys, values, bias)
+        return out.flatten(1)
+
+
+def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
+    """Keys or values (.., D) as bytes (.., bytes of a head)"""
+    if kv_dtype != "q8":
+        return x.to(getattr(torch, kv_dtype)).contiguous().view(torch.uint8)
+    groups = x.float().unflatten(-1, (-1, kv_group(x.shape[-1])))
+    scale = groups.abs().amax(-1) / 127
+    q = (groups / _nonzero(scale)).round_().to(torch.int8).flatten(-2)
+    return torch.cat((q.view(torch.uint8), scale.half().view(torch.uint8)), dim=-1)
+
+
+def decode_kv(x: Tensor, kv_dtype: str, dtype: torch.dtype) -> Tensor:
+    """The way back: (.., bytes of a head) -> (.., D) in `dtype`"""
+    if kv_dtype != "q8":
+        stored: torch.dtype = getattr(torch, kv_dtype)
+        return x.view(stored).to(dtype)
+    head_dim = next(d for d in range(x.shape[-1], 0, -1) if head_bytes(d, kv_dtype) == x.shape[-1])
+    q = x[..., :head_dim].view(torch.int8).unflatten(-1, (-1, kv_group(head_dim)))
+    scale = x[..., head_dim:].contiguous().view(torch.float16).unsqueeze(-1)
+    y: Tensor = q.to(dtype) * scale.to(dtype)
+    return y.flatten(-2)
+
+
+class NativeKVCache(KVCache):
+    """KVCache in the layout that the native kernel reads; 16 positions make a block."""
+
+    tile = BLOCK_ROWS
+    kinds = ("float32", "float16", "q8")
+
+    def attend(
+        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
+    ) -> Tensor:
+        spans = batch.memo.get("spans")
+        if spans is None:
+            strips = ((self.strips[span.slot], span) for span in batch.spans)
+            spans = batch.memo["spans"] = torch.tensor(
+                [
+                    (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
+                    for strip, s in strips
+                ]
+            )
+        config = self.config
+        return native("attention")(
+            qkv,
+            cos,
+            sin,
+            attn.q_norm and attn.q_norm.weight,
+            attn.k_norm and attn.k_norm.weight,
+            config.norm_eps,
+            spans,
+            attn.index,
+            config.n_layers,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.windows[attn.index] or 0,
+            self.kinds.index(self.kv_dtype),
+            BLOCK_ROWS * self.strips[0].shape[4],
+        )
+
+
+class RMSNorm:
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Projection:
+    """Matrices that read the same input, side by side: y = concat(W_i before(x) + b_i) + residual.
+
+    before(x) is x, norm(x), or silu(gate) * up of x = gate | up (SwiGLU)."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows)"""
+        if norm is not None:
+            x = norm(x)
+        if gated:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        outputs = [part(x) for part in self.parts]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y if residual is None else residual + y
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The first matrix's rows at `index` (N,) -> (N, cols)"""
+        rows: Tensor = self.parts[0].rows(index)
+        return rows
+
+
+class NativeProjection(Projection):
+    """Projection in one kernel call."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        super().__init__(parts)
+        self.matrices = (Matrix * len(parts))(*(part.matrix for part in parts))
+        self.address = ctypes.addressof(self.matrices)
+        self.num_rows = sum(part.shape[0] for part in parts)
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return native("linear")(
+            x, self.address, len(self.parts), self.num_rows, weight, eps, gated, residual
+        )
 
 
 class Attention:
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, layer: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
         C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
-        self.layer, self.head_dim, self.eps = layer, D, config.norm_eps
-        self.q_proj = weights.linear(f"{prefix}.q_proj", H * D, C, config.qkv_bias)
-        self.k_proj = weights.linear(f"{prefix}.k_proj", Hkv * D, C, config.qkv_bias)
-        self.v_proj = weights.linear(f"{prefix}.v_proj", Hkv * D, C, config.qkv_bias)
-        self.o_proj = weights.linear(f"{prefix}.o_proj", C, H * D, config.o_bias)
-        self.q_norm = weights.take(f"{prefix}.q_norm.weight", D) if config.qk_norm else None
-        self.k_norm = weights.take(f"{prefix}.k_norm.weight", D) if config.qk_norm else None
-
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, C) -> q (N, H, D), k and v (N, Hkv, D), q and k rotated to their positions"""
-        q, k, v = (
-            p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        self.index, self.head_dim, self.sizes = index, D, (H, Hkv, Hkv)
+        rows = {"q_proj": H * D, "k_proj": Hkv * D, "v_proj": Hkv * D}
+        rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
+        self.qkv_proj = weights.linear(rows, C, config.qkv_bias)
+        self.o_proj = weights.linear({f"{prefix}.o_proj": C}, H * D, config.o_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(weights.take(f"{prefix}.{name}.weight", D), config.norm_eps)
+            if config.qk_norm
+            else None
+            for name in ("q_norm", "k_norm")
         )
+
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
+        family does that, and rotated to their positions"""
+        q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        q, k, v = self.qkv(x, cos, sin)
-        return self.o_proj(cache.attend(self.layer, q, k, v, batch).flatten(1))  # (N, C)
+    def __call__(
+        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch
+    ) -> Tensor:
+        qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
+        return self.o_proj(cache.attend(self, qkv, cos, sin, batch), residual=x)  # (N, C)
 
 
 class MLP:
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
-        self.gate_proj = weights.linear(f"{prefix}.gate_proj", width, C, bias)
-        self.up_proj = weights.linear(f"{prefix}.up_proj", width, C, bias)
-        self.down_proj = weights.linear(f"{prefix}.down_proj", C, width, bias)
+        rows = {f"{prefix}.gate_proj": width, f"{prefix}.up_proj": width}
+        self.gate_up_proj = weights.linear(rows, C, bias)
+        self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, F) -> (N, C)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """(N, C) -> (N, 2 F) -> (N, C)"""
+        return self.down_proj(self.gate_up_proj(x, norm=norm), gated=True, residual=x)
 
 
 class DecoderLayer:
-    def __init__(self, config: ModelConfig, weights: Weights, layer: int) -> None:
-        prefix, C = f"model.layers.{layer}", config.n_embd
-        self.eps = config.norm_eps
-        self.input_layernorm = weights.take(f"{prefix}.input_layernorm.weight", C)
-        self.self_attn = Attention(config, weights, f"{prefix}.self_attn", layer)
-        self.post_attention_layernorm = weights.take(f"{prefix}.post_attention_layernorm.weight", C)
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix, C = f"model.layers.{index}", config.n_embd
+        self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp = MLP(config, weights, f"{prefix}.mlp")
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(weights.take(f"{prefix}.{name}.weight", C), config.norm_eps)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        h = rms_norm(x, self.input_layernorm, self.eps)
-        x = x + self.self_attn(h, cos, sin, cache, batch)
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm, self.eps))  # (N, C)
+        x = self.self_attn(x, self.input_layernorm, cos, sin, cache, batch)
+        return self.mlp(x, self.post_attention_layernorm)  # (N, C)
 
 
 class Decoder:
     """Embedding, L layers, norm, head. Built from Weights, which raises for tensors that are not as
     the config says; afterwards nothing can be missing."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
+        self.native, self.kernels = weights.native, weights.kernels
         V, C = config.n_vocab, config.n_embd
         inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
             divisors = weights.take("rope_freqs.weight", config.head_dim // 2, dtype=torch.float32)
             inv_freq = inv_freq / divisors.cpu()
         self.inv_freq = inv_freq.to(self.device)
-        self.embed_tokens = weights.linear("model.embed_tokens", V, C)
+        self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
-        self.norm = weights.take("model.norm.weight", C)
+        self.norm = RMSNorm(weights.take("model.norm.weight", C), config.norm_eps)
         self.lm_head = (
-            self.embed_tokens if config.tie_embeddings else weights.linear("lm_head", V, C)
+            self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
@@ -1183,25 +2540,33 @@ class Decoder:
                 or (config.tie_embeddings and name == "lm_head.weight")
             )
         )
+        self.row_tile = ROW_TILE if weights.num_float or not self.native else 1
+        exact = "float16" if self.native and weights.num_packed else str(self.dtype)[6:]
+        self.kv_dtype = exact if kv_dtype == "auto" else kv_dtype
+
+    def new_cache(self, num_slots: int) -> KVCache:
+        """A KVCache for sequences that this decoder runs."""
+        D = self.config.head_dim
+        native = self.native and D % 16 == 0 and D <= 512 and self.kv_dtype in NativeKVCache.kinds
+        kind = NativeKVCache if native else KVCache
+        return kind(self.config, num_slots, self.kv_dtype, self.device)
 
     def compile(self) -> None:
         """Fuse what lies between attention calls with torch.compile."""
         for layer in self.layers:
-            layer.self_attn.qkv = torch.compile(layer.self_attn.qkv, dynamic=True)  # type: ignore
+            attn = layer.self_attn
+            attn.heads = torch.compile(attn.heads, dynamic=True)  # type: ignore
             layer.mlp = torch.compile(layer.mlp.__call__, dynamic=True)  # type: ignore
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
-        cos, sin = (
-            (f(angles) * self.rope_scale).to(self.dtype).unsqueeze(1)
-            for f in (torch.cos, torch.sin)
-        )  # (N, 1, D/2)
+        cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, batch)
-        x = rms_norm(x[batch.logit_rows], self.norm, self.config.norm_eps)
-        return self.lm_head(x)[: batch.num_logits].float()  # (R, V)
+        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
+        return logits[: batch.num_logits].float()  # (R, V)
 
 
 # ==================================================================================================
@@ -1413,8 +2778,8 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
     return tensors
 
 
-def _safetensor_loader(opened: Any, key: str) -> Callable[[], Tensor]:
-    return lambda: opened.get_tensor(key)
+def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
+    return lambda rows=None: opened.get_slice(key)[rows] if rows else opened.get_tensor(key)
 
 
 def _directory_text(path: Path) -> TextFiles:
@@ -1614,20 +2979,35 @@ def _gguf_tensors(
 
 def _gguf_loader(
     raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
-) -> Callable[[], Tensor | PackedLinear]:
-    def load() -> Tensor | PackedLinear:
+) -> Callable[..., Tensor | PackedLinear]:
+    def load(rows: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw)
+        data = torch.from_numpy(raw).view(shape[0], -1)[rows]  # (rows, bytes)
+        wanted = (len(data), *shape[1:])
         if kind.name in REPACK and len(shape) == 2:
-            return REPACK[kind.name](data.view(shape[0], shape[1] // block, block_bytes))
-        if kind.name in ("F32", "F16", "BF16", "F64"):
+            blocks = data.view(-1, shape[1] // block, block_bytes)
+            weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
+        elif kind.name in ("F32", "F16", "BF16", "F64"):
             dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
             # a tensor may start at any byte that `general.alignment` allows: copy before the view
-            return data.clone().view(dtypes.get(kind.name, torch.float64)).view(shape)
-        values = gguf.quants.dequantize(raw.reshape(-1, block_bytes), kind)
-        return torch.from_numpy(values).view(shape)
+            weight = data.clone().view(dtypes.get(kind.name, torch.float64)).view(wanted)
+        else:
+            values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
+            weight = torch.from_numpy(values).view(wanted)
+        forget_pages(raw)
+        return weight
 
     return load
+
+
+def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
+    """Give back the memory of the file's pages that were read through a mapping: what was made of
+    them is a copy. They stay in the system's cache, and count no longer as this process's."""
+    file = getattr(mapped, "_mmap", None)
+    if file is not None and hasattr(mmap, "MADV_DONTNEED"):
+        start = mapped.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_DONTNEED, first, start + mapped.nbytes - first)
 
 
 def gguf_shards(path: Path) -> list[Path]:
@@ -1746,12 +3126,8 @@ def _unpermute(tensor: TensorSource, num_heads: int) -> TensorSource:
     if tensor.shape[0] % (2 * num_heads):
         return tensor  # the decoder refuses its shape
 
-    def load() -> Tensor | PackedLinear:
-        weight = tensor.load()
-        order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
-        return weight.select(order) if isinstance(weight, PackedLinear) else weight[order]
-
-    return dataclasses.replace(tensor, load=load)
+    order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
+    return dataclasses.replace(tensor, load=lambda rows=slice(None): tensor.load(order[rows]))
 
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
@@ -3354,7 +4730,7 @@ def default_slots(decoder: Decoder, n_ctx: int) -> int:
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows does not say without another library
         num_bytes = 8 << 30
-    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.dtype.itemsize)
+    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype)
     return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
 
 
@@ -3365,7 +4741,7 @@ class Engine:
         self.decoder, self.end_ids = decoder, end_ids
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         num_slots = config.parallel or default_slots(decoder, self.n_ctx)
-        self.cache = KVCache(decoder.config, num_slots, decoder.dtype, decoder.device)
+        self.cache = decoder.new_cache(num_slots)
         self.scheduler = Scheduler(num_slots, config.prefill_chunk)
         self.stats = EngineStats()
 
@@ -3441,7 +4817,9 @@ class Engine:
         new = (seq.token_ids[seq.num_computed :][:num_new] for seq, num_new in work)
         starts = ((seq.slot, seq.num_computed) for seq, _ in work)
         batch = Batch(
-            ((*start, ids, n) for start, ids, n in zip(starts, new, num_rows)), self.decoder.device
+            ((*start, ids, n) for start, ids, n in zip(starts, new, num_rows)),
+            self.decoder.device,
+            self.decoder.row_tile,
         )
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
@@ -3532,12 +4910,23 @@ class LLM:
         parallel: int | None = None,
         prefill_chunk: int = ENGINE_DEFAULTS.prefill_chunk,
         threads: int | None = None,
+        kernels: str = ENGINE_DEFAULTS.kernels,
+        kv_dtype: str = ENGINE_DEFAULTS.kv_dtype,
         revision: str | None = None,
         tokenizer: str | None = None,
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
-            device, dtype, quantize, compile, ctx, parallel, prefill_chunk, threads
+            device,
+            dtype,
+            quantize,
+            compile,
+            ctx,
+            parallel,
+            prefill_chunk,
+            threads,
+            kernels,
+            kv_dtype,
         )
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
@@ -3554,9 +4943,10 @@ class LLM:
             used_device,
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
+            kernels,
         )
         with torch.inference_mode():
-            decoder = Decoder(self.config, weights)
+            decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
         if compile:
             decoder.compile()
@@ -3594,13 +4984,14 @@ class LLM:
         if not token_ids:
             raise RequestError("there are no token ids to run", "token_ids")
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
-        cache = KVCache(self.config, 1, decoder.dtype, decoder.device)
+        cache = decoder.new_cache(1)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
             parts = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
-                parts.append(decoder(Batch([(0, at, new, len(new))], decoder.device), cache))
+                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+                parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -6455,7 +7846,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
     itemsize = 4 if (settings.args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
-    kv_bytes = config.kv_bytes(n_ctx, itemsize)
+    kv_bytes = config.kv_bytes(n_ctx, settings.args.kv_dtype or "float32")
     packed = checkpoint.quantization in REPACK
     weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
     if settings.args.quantize and not packed:

@@ -17,7 +17,7 @@ def spy(layer, number):
 
     def call(x, *rest):
         x = layer(x, *rest)
-        last = rms_norm(x[num_tokens - 1 : num_tokens], decoder.norm, decoder.config.norm_eps)
+        last = decoder.norm(x[num_tokens - 1 : num_tokens])
         token_id = int(decoder.lm_head(last).argmax())
         print(f"after layer {number:2}  {llm.decode([token_id])!r}")
         return x

@@ -135,4 +135,4 @@ def matrices(decoder: nanollama.Decoder) -> list[Any]:
     for layer in decoder.layers:
         for block in (layer.self_attn, layer.mlp):
             found += [value for name, value in vars(block).items() if name.endswith("_proj")]
-    return found
+    return [part for projection in found for part in projection.parts]

@@ -176,7 +176,7 @@ def test_stdout_carries_the_text_alone(
 
 
 def test_the_real_model_answers(cli: Callable[..., Ran], smollm2: Path) -> None:
-    question = ("--prompt", "What is the capital of France?", "--max-tokens", "8")
+    question = ("--prompt", "Name the capital of France.", "--max-tokens", "8")
     ran = cli("--model", smollm2, "--chat", *question, "--temp", "0", "--stop", ".")
     assert ran.out == "The capital of France is Paris\n"
 

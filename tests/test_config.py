@@ -232,7 +232,8 @@ def test_any_config_is_either_usable_or_refused_in_one_line(
 
 
 def test_the_size_of_keys_and_values_counts_both() -> None:
-    assert of(num_key_value_heads=4).kv_bytes(10, itemsize=2) == 2 * 3 * 4 * 8 * 10 * 2
+    assert of(num_key_value_heads=4).kv_bytes(10, "float16") == 2 * 3 * 4 * 8 * 10 * 2
+    assert of(num_key_value_heads=4).kv_bytes(10, "q8") == 2 * 3 * 4 * (8 + 2) * 10
 
 
 # ---- SamplingParams and EngineConfig -------------------------------------------------------------

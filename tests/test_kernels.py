@@ -144,7 +144,7 @@ def test_rotate_turns_pairs_as_complex_numbers_do() -> None:
         torch.arange(6).unsqueeze(1)
         * rope_frequencies({"rope_type": "default", "rope_theta": 1e4}, 16)[0]
     )
-    turned = rotate(x, angles.cos().unsqueeze(1), angles.sin().unsqueeze(1))
+    turned = rotate(x, angles.cos(), angles.sin())
     pairs = torch.complex(x[..., :8].double(), x[..., 8:].double())
     exact = pairs * torch.polar(torch.ones(6, 1, 8).double(), angles.double().unsqueeze(1))
     torch.testing.assert_close(
@@ -158,7 +158,7 @@ def test_rotated_scores_depend_on_the_distance_only() -> None:
 
     def score(i: int, j: int) -> Tensor:
         turned = [
-            rotate(x, (p * inv_freq).cos().view(1, 1, -1), (p * inv_freq).sin().view(1, 1, -1))
+            rotate(x, (p * inv_freq).cos().view(1, -1), (p * inv_freq).sin().view(1, -1))
             for x, p in ((q, i), (k, j))
         ]
         return (turned[0] * turned[1]).sum()

@@ -111,7 +111,7 @@ def test_a_quantized_model_is_the_model_of_the_rounded_weights_in_less_memory(
 ) -> None:
     name, overrides = VARIANTS[variant]
     path = tiny(name, **overrides)
-    llm, model = LLM(path, quantize=quantize), oracle.load(path)
+    llm, model = LLM(path, quantize=quantize, kernels="torch"), oracle.load(path)
     packed, unpacked = (
         sum(m.nbytes for m in matrices(each.engine.decoder)) for each in (llm, LLM(path))
     )
@@ -135,8 +135,8 @@ def test_more_bits_give_logits_closer_to_the_float_ones(tiny: Tiny) -> None:
 def test_a_matrix_that_groups_do_not_divide_stays_float(tiny: Tiny) -> None:
     llm = LLM(tiny("Llama", intermediate_size=72), quantize="q8")
     mlp = llm.engine.decoder.layers[0].mlp
-    assert isinstance(mlp.down_proj, nanollama.Linear)  # 72 columns
-    assert isinstance(mlp.up_proj, nanollama.PackedLinear)  # 64 columns
+    assert isinstance(mlp.down_proj.parts[0], nanollama.Linear)  # 72 columns
+    assert isinstance(mlp.gate_up_proj.parts[0], nanollama.NativeLinear)  # 64 columns
     assert torch.isfinite(llm.logits(oracle.random_ids(5))).all()
 
 
@@ -149,12 +149,12 @@ def forward(llm: LLM, cache: KVCache, work: list[tuple[int, int, list[int]]]) ->
         cache.reserve(slot, start + len(ids))
     decoder = llm.engine.decoder
     with torch.inference_mode():
-        return decoder(Batch([(*one, len(one[2])) for one in work], decoder.device), cache)
+        batch = Batch([(*one, len(one[2])) for one in work], decoder.device, decoder.row_tile)
+        return decoder(batch, cache)
 
 
 def new_cache(llm: LLM, num_slots: int = 1) -> KVCache:
-    decoder = llm.engine.decoder
-    return KVCache(llm.config, num_slots, decoder.dtype, decoder.device)
+    return llm.engine.decoder.new_cache(num_slots)
 
 
 CACHED = ["llama", "mistral-window", "qwen2-window", "qwen3"]
@@ -170,12 +170,21 @@ def test_a_cached_decode_equals_a_full_forward_token_by_token(tiny: Tiny, varian
         assert torch.equal(row[0], llm.logits(ids[: i + 1])[-1]), i
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantize", [None, "q4"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dtype": dtype, "kernels": "torch"} for dtype in ("float32", "bfloat16")),
+        *({"dtype": d, "kernels": "torch", "quantize": "q4"} for d in ("float32", "bfloat16")),
+        {"kernels": "torch", "kv_dtype": "q8"},
+        *({"kernels": "native", "kv_dtype": kv} for kv in ("float32", "float16", "q8", "bfloat16")),
+        *({"kernels": "native", "quantize": q} for q in ("q4", "q8")),
+    ],
+    ids=repr,
+)
 def test_rows_are_bit_for_bit_the_same_however_a_prompt_is_cut(
-    tiny: Tiny, dtype: str, quantize: str | None
+    tiny: Tiny, options: dict[str, str]
 ) -> None:
-    llm, ids = LLM(tiny("Llama"), dtype=dtype, quantize=quantize), oracle.random_ids(600)
+    llm, ids = LLM(tiny("Llama"), **options), oracle.random_ids(600)
     whole = forward(llm, new_cache(llm), [(0, 0, ids)])
     for chunk in (1, 7, 64, 513):
         cache = new_cache(llm)
@@ -203,26 +212,28 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny: Tiny, variant: str) -> No
     assert torch.equal(mixed, torch.cat([*expected, llm.logits([9] * 12)]))
 
 
-def test_a_strip_grows_by_doubling_and_keeps_what_it_holds(tiny_llm: LLM) -> None:
-    cache, ids = new_cache(tiny_llm, 2), oracle.random_ids(20)
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_a_strip_grows_by_doubling_and_keeps_what_it_holds(tiny: Tiny, kernels: str) -> None:
+    tiny_llm = LLM(tiny("Llama", max_position_embeddings=8192), kernels=kernels)
+    cache, ids = new_cache(tiny_llm, 2), oracle.random_ids(12)
     assert cache.nbytes == 0
     forward(tiny_llm, cache, [(0, 0, ids)])
     before = cache.strips[0].clone()
-    tile = nanollama.KEY_TILE
+    tile = cache.tile
     assert before.shape[3] == tile
     cache.reserve(0, tile)
     assert cache.strips[0].shape[3] == tile
     cache.reserve(0, tile + 1)
     assert cache.strips[0].shape[3] == 2 * tile
-    assert torch.equal(cache.strips[0][:, :, :, :20], before[:, :, :, :20])
-    assert (cache.strips[0][:, :, :, 20:] == 0).all()
+    assert torch.equal(cache.strips[0][:, :, :, :tile], before)
+    assert (cache.strips[0][:, :, :, tile:] == 0).all()
     cache.reserve(0, 2 * tile + 1)
     assert cache.strips[0].shape[3] == 4 * tile
     cache.reserve(0, 9 * tile)
     assert cache.strips[0].shape[3] == 9 * tile
-    assert cache.nbytes == tiny_llm.config.kv_bytes(9 * tile, itemsize=4)
+    assert cache.nbytes == tiny_llm.config.kv_bytes(9 * tile, "float32")
     assert cache.strips[1].shape[3] == 0  # the other slot took nothing
-    row = forward(tiny_llm, cache, [(0, 20, [3])])
+    row = forward(tiny_llm, cache, [(0, 12, [3])])
     assert torch.equal(row[0], tiny_llm.logits([*ids, 3])[-1])
 
 
@@ -327,7 +338,7 @@ def test_a_tensor_type_that_torch_cannot_hold_is_refused(tiny: Tiny, tmp_path: P
 def test_the_shape_of_a_config_is_what_the_decoder_has(tiny_llm: LLM) -> None:
     config: ModelConfig = tiny_llm.config
     decoder = tiny_llm.engine.decoder
-    assert (len(decoder.layers), decoder.embed_tokens.weight.shape) == (
+    assert (len(decoder.layers), decoder.embed_tokens.parts[0].weight.shape) == (
         config.n_layers,
         (config.n_vocab, config.n_embd),
     )

@@ -236,13 +236,13 @@ def test_the_second_turn_processes_only_what_is_new(
     smollm2_llm: nanollama.LLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nanollama.Settings, "load", lambda self: smollm2_llm)
-    lines = b"What is the capital of France?\nAnd of Italy?\n"
+    lines = b"Name the capital of France.\nAnd of Italy?\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     assert nanollama.main(["--interactive", "--temp", "0", "--max-tokens", "7"]) == 0
     out, err = capsys.readouterr()
     first, second = out.split("\n")[:2]
     assert first == "The capital of France is Paris."
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "Name the capital of France."}]
     start = len(smollm2_llm.prompt_ids(nanollama.GenerationRequest(messages=messages)))
     messages += [{"role": "assistant", "content": first}]
     messages += [{"role": "user", "content": "And of Italy?"}]
@@ -326,7 +326,7 @@ def test_a_conversation_in_a_terminal(
 
 def test_the_real_model_in_a_terminal(terminal: Callable[..., Any], smollm2: Path) -> None:
     child = terminal("--model", smollm2, "--temp", "0", "--max-tokens", "7")
-    child.sendline("What is the capital of France?")
+    child.sendline("Name the capital of France.")
     child.expect_exact("The capital of France is Paris.")
     child.expect_exact(">>> ")
     child.sendeof()
