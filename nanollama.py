@@ -560,21 +560,31 @@ class EngineConfig:
     # takes as many as memory surely holds, up to MAX_PARALLEL
     prefill_chunk: int = 512  # most prompt tokens in one step
     threads: int | None = None  # CPU threads; None leaves torch's choice
+    lookup: int = 0  # most tokens to draft from the context and verify in one step; 0 is off
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RequestError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantize not in (None, *QUANTIZE):
             raise RequestError(f"quantize is {self.quantize!r}; choose one of q8, q4")
-        limits = {"ctx": 2**31, "parallel": 4096, "prefill_chunk": 2**20, "threads": 1024}
-        for name, most in limits.items():
+        limits = {
+            "ctx": (1, 2**31),
+            "parallel": (1, 4096),
+            "prefill_chunk": (1, 2**20),
+            "threads": (1, 1024),
+            "lookup": (0, 64),
+        }
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise RequestError(f"{name} is {value!r}; it must be between 1 and {most}", name)
+            if value is not None and not least <= value <= most:
+                raise RequestError(
+                    f"{name} is {value!r}; it must be between {least} and {most}", name
+                )
 
 
 ENGINE_DEFAULTS = EngineConfig()
 MAX_PARALLEL = 16
+DEFAULT_LOOKUP = 8  # of --lookup without a number
 SLOT_TOKENS = 8192  # context that the default number of slots reckons with
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -3066,8 +3076,10 @@ class ThoughtSplitter:
 #                   > top-k > top-p > min-p > draw
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
-#               to carry, nothing that another sequence could disturb.
-#   Invariant   a token depends on this row, this history, this seed and this position alone.
+#               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
+#               ever sorted (see `likeliest`).
+#   Invariant   a token depends on this row, this history, this seed and this position alone. Of
+#               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
 #   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty)
 #               https://arxiv.org/abs/1904.09751 (top-p)
@@ -3097,17 +3109,43 @@ def uniform(seed: int, position: int) -> float:
     return (x >> 11) / (1 << 53)
 
 
-def penalize(logits: Tensor, params: SamplingParams, history: list[int], num_prompt: int) -> Tensor:
+class Seen:
+    """The distinct tokens of a history that only grows: each call looks at what is new."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        self.num_read = 0
+        self.ids = torch.empty(0, dtype=torch.long)
+
+    def update(self, history: list[int]) -> Tensor:
+        """The distinct ids of `history`, which begins with that of the last call"""
+        new = set(history[self.num_read :]) - self.known
+        if new:
+            self.ids = torch.cat((self.ids, torch.tensor(list(new))))
+            self.known |= new
+        self.num_read = len(history)
+        return self.ids
+
+
+def penalize(
+    logits: Tensor,
+    params: SamplingParams,
+    history: list[int],
+    num_prompt: int,
+    seen: Seen | None = None,
+) -> Tensor:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
     are copied first if anything changes. Repetition looks at prompt and answer, the others at the
-    answer only."""
+    answer only. `seen` spares reading a history again that was longer only by its end."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
-        recent = history if p.repeat_last_n < 0 else history[-p.repeat_last_n :]
-        seen = torch.tensor(sorted(set(recent)))
-        values = logits[seen]
+        if p.repeat_last_n < 0:
+            ids = (seen or Seen()).update(history)
+        else:
+            ids = torch.tensor(history[-p.repeat_last_n :])
+        values = logits[ids]
         values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
-        logits = logits.index_put((seen,), values)
+        logits = logits.index_put((ids,), values)
     if (p.presence_penalty or p.frequency_penalty) and len(history) > num_prompt:
         counts = Counter(history[num_prompt:])
         ids = torch.tensor(list(counts))
@@ -3121,17 +3159,61 @@ def penalize(logits: Tensor, params: SamplingParams, history: list[int], num_pro
     return logits
 
 
+VOCAB_BLOCK = 64  # tokens whose maximum is looked at first; divides most vocabularies
+
+
+def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,)
+
+    The `num`-th largest maximum of a block of tokens is a floor: at least `num` tokens reach it,
+    and only in blocks whose maximum does. What is sorted is what reaches it there."""
+    V = len(logits)
+    if num == V:
+        return logits.sort(descending=True, stable=True)
+    width = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
+    blocks = F.pad(logits, (0, -V % width), value=-math.inf) if V % width else logits
+    blocks = blocks.view(-1, width)
+    best = blocks.amax(1) if width > 1 else logits
+    floor = best.topk(num).values[-1]
+    kept = (best >= floor).nonzero().squeeze(1)
+    found = blocks[kept].flatten()
+    at = (found >= floor).nonzero().squeeze(1)  # in the order of their ids
+    values, order = found[at].sort(descending=True, stable=True)
+    at = at[order[:num]]
+    return values[:num], kept[at // width] * width + at % width
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Temperature and top-k -> probabilities (K,) float64, best first, and their token ids. Without
+    top-k, K is no more than what top-p and min-p need to see."""
+    V = len(logits)
+    if params.top_k:
+        top, ids = likeliest(logits, min(params.top_k, V))
+        # the best becomes 0, which no temperature can overflow
+        return ((top - top[0]).double() / params.temperature).softmax(0), ids
+    whole = ((logits - logits.max()).double() / params.temperature).softmax(0)  # (V,)
+    num = 64 if params.top_p < 1 or params.min_p > 0 else V
+    while True:
+        ids = likeliest(logits, min(num, V))[1]
+        probs = whole[ids]
+        if num >= V or probs.sum() >= params.top_p or probs[-1] < params.min_p * probs[0]:
+            return probs, ids
+        num *= 16
+
+
 def sample(
-    logits: Tensor, params: SamplingParams, seed: int, history: list[int], num_prompt: int
+    logits: Tensor,
+    params: SamplingParams,
+    seed: int,
+    history: list[int],
+    num_prompt: int,
+    seen: Seen | None = None,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU. The position is len(history)."""
-    logits = penalize(logits, params, history, num_prompt)
+    logits = penalize(logits, params, history, num_prompt, seen)
     if params.temperature == 0 or params.top_k == 1:
-        return int(logits.argmax())
-    num_kept = min(params.top_k or len(logits), len(logits))
-    top, ids = logits.topk(num_kept)  # (K,), best first
-    # the best becomes 0, which no temperature can overflow
-    probs = ((top - top[0]).double() / params.temperature).softmax(0)
+        return int(likeliest(logits, 1)[1])
+    probs, ids = candidates(logits, params)
     if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
         in_nucleus = (probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])
         probs = probs[: int(in_nucleus.sum())]
@@ -3147,7 +3229,9 @@ def sample(
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
     logprobs = logits.log_softmax(0)
-    values, ids = logprobs.topk(min(num_top, len(logits)))
+    if not num_top:
+        return TokenLogprobs(float(logprobs[token_id]))
+    values, ids = likeliest(logprobs, min(num_top, len(logits)))
     return TokenLogprobs(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist())))
 
 
@@ -3163,11 +3247,18 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
 #
 #               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
 #               tokens share the longest prefix with its own, and processes only the rest.
+#               With lookup, a sequence that decodes adds guesses after its last token. Each of its
+#               rows is sampled as ever, as long as the guess before it was what came:
+#
+#                   rows      last   guess 1   guess 2   guess 3
+#                   sampled   a      b         c         (not looked at)
+#                   if        a = guess 1, b = guess 2, c is not guess 3: three tokens in one step
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
 #               is the only place that decides when an answer ends.
 #   Extend      another policy of who runs next is a change of Scheduler, which knows no tensors.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
+#               https://arxiv.org/abs/2211.17192 (speculative decoding)
 # ==================================================================================================
 
 
@@ -3181,6 +3272,8 @@ class Usage:
     queue_s: float  # until a slot was free
     prefill_s: float  # from then to the first token
     decode_s: float  # from the first token to the last
+    drafted_tokens: int = 0  # guessed by lookup
+    accepted_tokens: int = 0  # of these, how many came to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -3199,6 +3292,59 @@ class Delta:
     error: NanollamaError | None = None
 
 
+class Drafter:
+    """Guesses how a text goes on from what followed its latest tokens before (prompt lookup,
+    https://github.com/apoorvumang/prompt-lookup-decoding). No model, no tensors.
+
+    It guesses far while it is right, hardly farther than it was right the last time, and more and
+    more rarely while it is wrong."""
+
+    MAX_PLACES = 16  # earlier ones that are compared
+    MAX_MATCH = 8  # tokens in common that are as good as more
+    MAX_PAUSE = 5  # longest pause after wrong guesses: 2**5 - 1 tokens
+
+    def __init__(self) -> None:
+        self.latest: dict[tuple[int, int], int] = {}  # a pair -> the position after its last place
+        self.earlier = [0, 0]  # position after a pair -> that after its place before; 0 for none
+        self.reach = 2**31  # most tokens to guess the next time
+        self.num_wrong = 0  # guesses in a row of which nothing came
+        self.resume = 0  # length of the text from which on to guess again
+
+    def draft(self, tokens: list[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `tokens`, which begin as in the last call"""
+        num = min(most, self.reach)
+        if num < 1 or len(tokens) < max(self.resume, 3):
+            return []
+        for at in range(len(self.earlier), len(tokens)):
+            pair = tokens[at - 2], tokens[at - 1]
+            self.earlier.append(self.latest.get(pair, 0))
+            self.latest[pair] = at
+        start = self.longest_match(tokens)
+        # a text that repeats itself goes on past its end: the guess then is its own source
+        return [tokens[start + i % (len(tokens) - start)] for i in range(num)] if start else []
+
+    def longest_match(self, tokens: list[int]) -> int:
+        """The position after the place that shares most tokens with the end; 0 for none"""
+        best = longest = 0
+        at = self.latest.get((tokens[-2], tokens[-1]), 0)
+        for _ in range(self.MAX_PLACES):
+            if not at or longest == self.MAX_MATCH:
+                break
+            num = 2
+            while num < min(self.MAX_MATCH, at) and tokens[at - 1 - num] == tokens[-1 - num]:
+                num += 1
+            if num > longest:
+                best, longest = at, num
+            at = self.earlier[at]
+        return best
+
+    def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
+        """What became of a draft, and how long the text is now."""
+        self.reach = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
+        self.num_wrong = 0 if num_accepted else min(self.num_wrong + 1, self.MAX_PAUSE + 1)
+        self.resume = num_tokens + 2 ** max(self.num_wrong - 1, 0) - 1
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One prompt on its way to an answer. It changes at every step; the engine owns it."""
@@ -3209,6 +3355,7 @@ class Sequence:
     text: TextStream
     num_prompt: int = 0
     seed: int = 0
+    max_length: int = 0  # of prompt and answer together; the engine knows the context
     slot: int = -1
     num_computed: int = 0  # leading tokens whose keys and values are in the slot
     num_cached: int = 0  # of these, how many an earlier sequence left there
@@ -3218,6 +3365,11 @@ class Sequence:
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    seen: Seen = field(default_factory=Seen)
+    drafter: Drafter = field(default_factory=Drafter)
+    draft: list[int] = field(default_factory=list)  # guesses that this step verifies
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
@@ -3249,17 +3401,20 @@ class Sequence:
             queue_s=self.started_s - self.created_s,
             prefill_s=first - self.started_s,
             decode_s=now - first,
+            drafted_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
         )
 
 
 WORTH_WAITING = 32  # tokens of prefill saved
+DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost about what they save
 
 
 class Scheduler:
     """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
-        self.prefill_chunk = prefill_chunk
+    def __init__(self, num_slots: int, prefill_chunk: int, lookup: int = 0) -> None:
+        self.prefill_chunk, self.lookup = prefill_chunk, lookup
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -3298,12 +3453,17 @@ class Scheduler:
         return seq, source
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """Each running sequence with the number of tokens it processes in this step. Prompts share
-        the chunk in the order of their arrival."""
+        """Each running sequence with the number of tokens it processes in this step, and its draft.
+        Prompts share the chunk in the order of their arrival, drafts share their rows evenly."""
         budget, work = self.prefill_chunk, []
+        most = max(DRAFT_ROWS, self.lookup + 1) // max(len(self.running), 1) - 1
         for seq in self.running:
             num_left = len(seq.token_ids) - seq.num_computed
             num_new = num_left if num_left == 1 else min(num_left, budget)
+            seq.draft = []
+            if num_left == 1 and seq.num_generated:
+                room = seq.max_length - len(seq.token_ids) - 1
+                seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most, room))
             if num_new > 0:
                 work.append((seq, num_new))
                 budget -= num_new if num_left > 1 else 0
@@ -3332,6 +3492,8 @@ class EngineStats:
     decode_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, num_prefill: int, num_decode: int, seconds: float) -> None:
         share = num_prefill / max(num_prefill + num_decode, 1)
@@ -3366,7 +3528,7 @@ class Engine:
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         num_slots = config.parallel or default_slots(decoder, self.n_ctx)
         self.cache = KVCache(decoder.config, num_slots, decoder.dtype, decoder.device)
-        self.scheduler = Scheduler(num_slots, config.prefill_chunk)
+        self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
 
     @property
@@ -3387,6 +3549,8 @@ class Engine:
                 + (" or raise --ctx" if self.n_ctx < self.decoder.config.n_ctx else ""),
                 "prompt",
             )
+        most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
+        seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         self.scheduler.waiting.append(seq)
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
@@ -3405,8 +3569,8 @@ class Engine:
         self.scheduler.contents = [[] for _ in self.scheduler.contents]
 
     def step(self) -> None:
-        """One forward pass for everything that runs. A sequence that got a token has one Delta more
-        in its outbox; one that is done has a finish_reason and is out."""
+        """One forward pass for everything that runs. A sequence has a Delta more in its outbox for
+        each token that it got; one that is done has a finish_reason and is out."""
         started = time.perf_counter()
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
@@ -3417,42 +3581,59 @@ class Engine:
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
                 return
-            num_prefill = sum(num for seq, num in work if seq.num_computed < seq.num_prompt)
-            num_decode = sum(num for _, num in work) - num_prefill
+            num_prefill = num_decode = 0
             for (seq, num_new), rows in zip(work, self.forward(work)):
+                num_before = len(seq.token_ids)
+                is_prefill = seq.num_computed < seq.num_prompt
                 if seq.params.prompt_logprobs:
                     seq.note_prompt(rows)
                 seq.num_computed += num_new
-                if seq.num_computed == len(seq.token_ids):
-                    seq.outbox.append(self.advance(seq, rows[-1]))
-                    if seq.finish_reason:
-                        self.scheduler.retire(seq)
+                if seq.num_computed == num_before:
+                    self.advance(seq, rows)
+                num_prefill += num_new if is_prefill else 0
+                num_decode += 0 if is_prefill else len(seq.token_ids) - num_before
         self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
-        """Gather the new tokens of each sequence and run the decoder -> each sequence's logits
-        (rows, V): of its last new token, or of all of them while prompt_logprobs wants them."""
-        num_rows = [
-            n if seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt else 1
-            for seq, n in work
-        ]
+        """Gather the new tokens and the draft of each sequence and run the decoder -> each
+        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
+        while prompt_logprobs wants them."""
+        num_rows, parts = [], []
         for seq, num_new in work:
-            self.cache.reserve(seq.slot, seq.num_computed + num_new)
-        new = (seq.token_ids[seq.num_computed :][:num_new] for seq, num_new in work)
-        starts = ((seq.slot, seq.num_computed) for seq, _ in work)
-        batch = Batch(
-            ((*start, ids, n) for start, ids, n in zip(starts, new, num_rows)), self.decoder.device
-        )
-        logits = self.decoder(batch, self.cache).cpu()
+            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
+            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
+            self.cache.reserve(seq.slot, seq.num_computed + len(new))
+            parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
+        logits = self.decoder(Batch(parts, self.decoder.device), self.cache).cpu()
         return torch.split(logits, num_rows)
 
-    def advance(self, seq: Sequence, logits: Tensor) -> Delta:
+    def advance(self, seq: Sequence, logits: Tensor) -> None:
+        """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
+        guess of the draft that came true. Keys and values of the others will be overwritten."""
+        num_drafted, num_before = len(seq.draft), seq.num_accepted
+        seq.num_drafted += num_drafted
+        for row, guess in zip(logits[-1 - num_drafted :], [*seq.draft, None]):
+            seq.outbox.append(self.extend(seq, row))
+            if seq.finish_reason or seq.token_ids[-1] != guess:
+                break
+            seq.num_computed += 1
+            seq.num_accepted += 1
+        if num_drafted:
+            num_accepted = seq.num_accepted - num_before
+            self.stats.drafted_tokens += num_drafted
+            self.stats.accepted_tokens += num_accepted
+            seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
+        if seq.finish_reason:
+            self.scheduler.retire(seq)
+
+    def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
         p = seq.params
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
-        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt)
+        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         seq.token_ids.append(token_id)
         seq.first_token_s = seq.first_token_s or time.perf_counter()
@@ -3463,7 +3644,7 @@ class Engine:
             text = seq.text.push(token_id)
             if seq.text.stopped:
                 seq.finish_reason = "stop"
-            elif seq.num_generated == p.max_tokens or len(seq.token_ids) >= self.n_ctx:
+            elif len(seq.token_ids) >= seq.max_length:
                 seq.finish_reason = "length"
         if seq.finish_reason is None:
             return Delta(seq.index, text, token_id, logprobs)
@@ -3532,12 +3713,13 @@ class LLM:
         parallel: int | None = None,
         prefill_chunk: int = ENGINE_DEFAULTS.prefill_chunk,
         threads: int | None = None,
+        lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
-            device, dtype, quantize, compile, ctx, parallel, prefill_chunk, threads
+            device, dtype, quantize, compile, ctx, parallel, prefill_chunk, threads, lookup
         )
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
@@ -4037,6 +4219,8 @@ def timings_body(usages: list[Usage]) -> dict[str, Any]:
     # the first token comes with the prompt: decoding starts after it
     num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
     prompt_s, decode_s = sum(u.prefill_s for u in usages), sum(u.decode_s for u in usages)
+    num_drafted = sum(u.drafted_tokens for u in usages)
+    drafts = {"draft_n": num_drafted, "draft_n_accepted": sum(u.accepted_tokens for u in usages)}
     return {
         "prompt_n": num_prompt,
         "cache_n": cached,
@@ -4045,6 +4229,7 @@ def timings_body(usages: list[Usage]) -> dict[str, Any]:
         "predicted_n": num_decoded,
         "predicted_ms": decode_s * 1e3,
         "predicted_per_second": num_decoded / decode_s if decode_s else 0.0,
+        **(drafts if num_drafted else {}),
     }
 
 
@@ -4452,6 +4637,8 @@ class Metrics:
         self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
         self.cached_tokens = make(counter, "cached_tokens", "Prompt tokens found in the cache")
         self.generated_tokens = make(counter, "generated_tokens", "Tokens generated")
+        self.drafted_tokens = make(counter, "drafted_tokens", "Tokens guessed by lookup")
+        self.accepted_tokens = make(counter, "accepted_tokens", "Guesses that came true")
         self.running = make(gauge, "running_sequences", "Sequences in the batch")
         self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
         self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
@@ -4475,6 +4662,8 @@ class Metrics:
                 self.prompt_tokens.inc(usage.prompt_tokens)
                 self.cached_tokens.inc(usage.cached_tokens)
                 self.generated_tokens.inc(usage.completion_tokens)
+                self.drafted_tokens.inc(usage.drafted_tokens)
+                self.accepted_tokens.inc(usage.accepted_tokens)
                 self.first_token_s.observe(usage.queue_s + usage.prefill_s)
                 if usage.completion_tokens > 1:
                     self.per_token_s.observe(usage.decode_s / (usage.completion_tokens - 1))
@@ -5800,6 +5989,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})",
     )
+    add(
+        "--lookup",
+        type=int,
+        nargs="?",
+        const=DEFAULT_LOOKUP,
+        metavar="N",
+        help=f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step",
+    )
     add("--verbose", action="store_true", help="say more on stderr")
 
 
@@ -5978,7 +6175,7 @@ class Settings:
         args = self.args
         extra = {
             n: getattr(args, n)
-            for n in ("parallel", "prefill_chunk")
+            for n in ("parallel", "prefill_chunk", "lookup")
             if getattr(args, n) is not None
         }
         return LLM(
@@ -6006,7 +6203,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         flags["logit_bias"] = dict(flags["logit_bias"])
     try:
         SamplingParams(**flags)
-        for name in ("ctx", "threads", "parallel", "prefill_chunk"):
+        for name in ("ctx", "threads", "parallel", "prefill_chunk", "lookup"):
             if getattr(args, name) is not None:
                 EngineConfig(**{name: getattr(args, name)})
     except RequestError as error:
@@ -6019,12 +6216,14 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def speed_line(stats: EngineStats) -> str:
-    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s]"""
+    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s | lookup: 12 of 20 right]"""
     prefill = stats.prefill_tokens / max(stats.prefill_s, 1e-9)
     decode = stats.decode_tokens / max(stats.decode_s, 1e-9)
+    lookup = f" | lookup: {stats.accepted_tokens} of {stats.drafted_tokens} right"
     return (
         f"[prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
-        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s]"
+        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s"
+        f"{lookup if stats.drafted_tokens else ''}]"
     )
 
 
