@@ -3174,13 +3174,14 @@ def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
     blocks = F.pad(logits, (0, -V % width), value=-math.inf) if V % width else logits
     blocks = blocks.view(-1, width)
     best = blocks.amax(1) if width > 1 else logits
-    floor = best.topk(num).values[-1]
-    kept = (best >= floor).nonzero().squeeze(1)
-    found = blocks[kept].flatten()
-    at = (found >= floor).nonzero().squeeze(1)  # in the order of their ids
-    values, order = found[at].sort(descending=True, stable=True)
-    at = at[order[:num]]
-    return values[:num], kept[at // width] * width + at % width
+    floor = float(best.topk(num).values[-1])
+    # on arrays this small, NumPy's calls cost a third of torch's
+    kept = (best.numpy() >= floor).nonzero()[0]
+    found = blocks.numpy()[kept].reshape(-1)
+    at = (found >= floor).nonzero()[0]  # in the order of their ids
+    at = at[(-found[at]).argsort(kind="stable")[:num]]
+    ids = kept[at // width] * width + at % width
+    return torch.from_numpy(found[at]), torch.from_numpy(ids)
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -3212,17 +3213,16 @@ def sample(
     """The next token id for one row of logits (V,) on the CPU. The position is len(history)."""
     logits = penalize(logits, params, history, num_prompt, seen)
     if params.temperature == 0 or params.top_k == 1:
-        return int(likeliest(logits, 1)[1])
-    probs, ids = candidates(logits, params)
+        return int(logits.numpy().argmax())
+    tensor, ids = candidates(logits, params)
+    probs = tensor.numpy()
     if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
         in_nucleus = (probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])
         probs = probs[: int(in_nucleus.sum())]
     if params.min_p > 0:
         probs = probs[probs >= params.min_p * probs[0]]
     cumulative = probs.cumsum(0)
-    drawn = torch.searchsorted(
-        cumulative, uniform(seed, len(history)) * cumulative[-1:], right=True
-    )
+    drawn = cumulative.searchsorted(uniform(seed, len(history)) * cumulative[-1], side="right")
     return int(ids[min(int(drawn), len(probs) - 1)])
 
 
