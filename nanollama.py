@@ -3613,8 +3613,8 @@ class Engine:
         guess of the draft that came true. Keys and values of the others will be overwritten."""
         num_drafted, num_before = len(seq.draft), seq.num_accepted
         seq.num_drafted += num_drafted
-        for row, guess in zip(logits[-1 - num_drafted :], [*seq.draft, None]):
-            seq.outbox.append(self.extend(seq, row))
+        for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
+            seq.outbox.append(self.extend(seq, logits[row]))
             if seq.finish_reason or seq.token_ids[-1] != guess:
                 break
             seq.num_computed += 1
