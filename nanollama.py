@@ -22,6 +22,7 @@
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
+    nanollama.py bench --model smollm2                                    how fast it runs here
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -5940,7 +5941,8 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
-       nanollama.py pull MODEL | list | show MODEL | rm MODEL"""
+       nanollama.py pull MODEL | list | show MODEL | rm MODEL
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -6752,7 +6754,208 @@ def command_rm(argv: list[str]) -> int:
     return 0
 
 
+# ---- bench ---------------------------------------------------------------------------------------
+
+BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+
+
+def read_bandwidth(buffer: Tensor) -> float:
+    """Bytes a second at which torch's threads read `buffer`: the best of a few passes."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        buffer.sum().item()  # a number to wait for: some devices work on their own
+        times.append(time.perf_counter() - started)
+    return buffer.nbytes / min(times)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had resident; 0 where the system does not say."""
+    with contextlib.suppress(OSError, IndexError):  # on Linux, getrusage counts the parent in
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    try:
+        import resource
+    except ImportError:  # not there on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    found = [m for p in parts for m in vars(p).values() if isinstance(m, (Linear, PackedLinear))]
+    return sum(m.nbytes for m in [*found, decoder.lm_head])
+
+
+class Bench:
+    """Runs prompts of random ids through an engine and takes the time."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.random = llm, torch.Generator().manual_seed(0)
+        self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
+        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+
+    def peak_memory(self) -> int:
+        """Of the process, without the buffer, which is there all the time."""
+        buffer_bytes = self.buffer.nbytes if self.device.type == "cpu" else 0
+        return max(self.peak_before, peak_memory() - buffer_bytes)
+
+    def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
+        """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
+        params = SamplingParams(
+            temperature=0, repeat_penalty=1, max_tokens=num_gen, ignore_eos=True
+        )
+        for ids in prompts:
+            self.llm.start(GenerationRequest(ids, params=params))
+        started, num_steps = time.perf_counter(), 0
+        while self.llm.engine.has_work:
+            self.llm.engine.step()
+            num_steps += 1
+        return time.perf_counter() - started, num_steps
+
+    def once(self, batch: int, depth: int, num_prompt: int, num_gen: int) -> tuple[float, int]:
+        """`run` of new prompts whose first `depth` tokens are in the cache already."""
+        self.llm.engine.forget()
+        shape = batch, depth + num_prompt
+        ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
+        if depth:
+            self.run(ids[:, :depth].tolist(), 0)
+        return self.run(ids.tolist(), num_gen)
+
+    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> dict[str, Any]:
+        """Speed of reading prompts, after one run to warm up."""
+        seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
+        rates = [batch * num_prompt / s for s in seconds[1:]]
+        return speed(f"pp{num_prompt}", batch, depth, rates)
+
+    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> dict[str, Any]:
+        """Speed of generating, after one run to warm up, and how much of the bandwidth found right
+        then it took: a step reads all weights, and each sequence's keys and values."""
+        itemsize, rates, reads, machine = self.llm.engine.decoder.dtype.itemsize, [], [], []
+        kv_bytes = batch * self.llm.config.kv_bytes(depth + (num_gen + 1) // 2, itemsize)
+        step_bytes = weight_bytes(self.llm.engine.decoder) + kv_bytes
+        for _ in range(repetitions + 1):
+            seconds, num_steps = self.once(batch, depth, 1, num_gen)
+            rates.append(batch * num_gen / seconds)
+            reads.append(step_bytes * num_steps / seconds)
+            machine.append(read_bandwidth(self.buffer))
+        return {
+            **speed(f"tg{num_gen}", batch, depth, rates[1:]),
+            "bytes_per_step": step_bytes,
+            "bytes_per_s": sum(reads[1:]) / repetitions,
+            "read_bandwidth": sum(machine[1:]) / repetitions,
+            "bandwidth_fraction": sum(reads[1:]) / sum(machine[1:]),
+        }
+
+
+def speed(test: str, batch: int, depth: int, samples: list[float]) -> dict[str, Any]:
+    """A result: mean and standard deviation of tokens a second."""
+    mean = sum(samples) / len(samples)
+    squares = sum((x - mean) ** 2 for x in samples) / max(len(samples) - 1, 1)
+    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": mean}
+    return {**row, "stddev": math.sqrt(squares), "samples": samples}
+
+
+def bench_line(row: Mapping[str, Any]) -> str:
+    """A result as a line of the table."""
+    rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
+    line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
+    if "bytes_per_s" not in row:
+        return line
+    reads, machine = human_bytes(row["bytes_per_s"]), human_bytes(row["read_bandwidth"])
+    return f"{line}  {reads + '/s':>11}  {machine + '/s':>11}  {row['bandwidth_fraction']:>7.0%}"
+
+
+def numbers(text: str, least: int) -> list[int]:
+    """1,16 -> [1, 16]"""
+    if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        values = [int(word) for word in text.split(",")]
+        if min(values) >= least:
+            return values
+    wanted = f"whole numbers from {least} up, with commas between them"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py bench",
+        usage="nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]",
+        description=command_bench.__doc__,
+        conflict_handler="resolve",  # --dtype leaves -d to --depth
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("bench").add_argument
+    for flag, name, least, default, text in (
+        ("-p", "prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
+        ("-n", "gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
+        ("-d", "depth", 0, 0, "tokens that come before and are not measured"),
+        ("-b", "batch", 1, 1, "sequences at once"),
+    ):
+        kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
+        add(flag, f"--{name}", metavar="N,..", type=kind, default=[default], help=shown)
+    text = "times to measure, after one to warm up (default: 3)"
+    add("-r", "--repetitions", metavar="N", type=int, default=3, help=text)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results, each as soon as it is there."""
+    for batch, depth in itertools.product(args.batch, args.depth):
+        for num in filter(None, args.prompt_tokens):
+            yield bench.prefill(batch, depth, num, args.repetitions)
+        for num in filter(None, args.gen_tokens):
+            yield bench.decode(batch, depth, num, args.repetitions)
+
+
+def bench_model(settings: Settings, bench: Bench) -> dict[str, Any]:
+    """What was measured, and with what."""
+    llm, packed = bench.llm, settings.args.quantize
+    kind = llm.checkpoint.quantization
+    return {
+        "model": settings.model,
+        "quantization": f"{kind} to {packed}" if packed else kind,
+        "device": str(bench.device),
+        "threads": torch.get_num_threads(),
+        "weight_bytes": weight_bytes(llm.engine.decoder),
+        "peak_memory_bytes": bench.peak_memory(),
+    }
+
+
+def command_bench(argv: list[str]) -> int:
+    """bench: how fast a model reads and writes here, and how near that is to what memory allows."""
+    parser = bench_parser()
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error(f"repetitions is {args.repetitions}; it must be at least 1")
+    if not any(args.prompt_tokens + args.gen_tokens):
+        parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
+    args.parallel = max(args.parallel or 0, *args.batch)
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
+    if length > llm.engine.n_ctx:
+        raise UsageError(f"{length} tokens are asked for; the context holds {llm.engine.n_ctx}")
+    bench, rows = Bench(llm), []
+    if not args.json:
+        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
+    for row in bench_rows(bench, args):
+        rows.append(row)
+        if not args.json:
+            print(bench_line(row), flush=True)
+    about = bench_model(settings, bench)
+    if args.json:
+        print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
+    else:
+        memory = human_bytes(about["peak_memory_bytes"])
+        where = f"{about['device']}, {about['threads']} threads, peak memory {memory}"
+        print(f"{about['model']} ({about['quantization']}), {where}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "bench": command_bench,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,
