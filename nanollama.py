@@ -3078,7 +3078,7 @@ class ThoughtSplitter:
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
-#               ever sorted (see `likeliest`).
+#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off.
 #   Invariant   a token depends on this row, this history, this seed and this position alone. Of
 #               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
@@ -3137,7 +3137,7 @@ def penalize(
 ) -> Tensor:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
     are copied first if anything changes. Repetition looks at prompt and answer, the others at the
-    answer only. `seen` spares reading a history again that was longer only by its end."""
+    answer only. `seen` spares reading again what the history held at the last call."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
         if p.repeat_last_n < 0:
