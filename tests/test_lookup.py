@@ -350,6 +350,15 @@ def test_a_draft_leaves_room_for_the_token_after_it() -> None:
         assert len(seq.draft) == max(room - 1, 0)
 
 
+def test_a_draft_lasts_for_one_step() -> None:
+    scheduler = decoding(1, 8)
+    [(seq, _)] = scheduler.schedule()
+    assert seq.draft
+    seq.token_ids.append(1)  # as after a step that was interrupted
+    assert scheduler.schedule() == [(seq, 2)]
+    assert seq.draft == []
+
+
 def test_without_lookup_nothing_is_drafted() -> None:
     assert [seq.draft for seq, _ in decoding(3, 0).schedule()] == [[]] * 3
 

@@ -235,6 +235,7 @@ def test_a_history_read_bit_by_bit_is_penalized_like_one_read_at_once(
         length = data.draw(st.integers(length + 1, len(history)))
         found = nanollama.penalize(logits, params, history[:length], 1, seen)
         assert torch.equal(found, penalized(logits, params, history[:length]))
+        assert sorted(seen.ids.tolist()) == sorted(set(history[:length]))
 
 
 # ---- penalties -----------------------------------------------------------------------------------
