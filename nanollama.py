@@ -22,6 +22,7 @@
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
+    nanollama.py bench --model smollm2                                    how fast it runs here
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -586,6 +587,7 @@ class EngineConfig:
     kernels: str = "auto"  # native: compiled C, on the CPU in float32; torch: its operations
     kv_dtype: str = "auto"  # keys and values: float16 where native kernels read packed weights,
     # else `dtype`
+    lookup: int = 0  # most tokens to draft from the context and verify in one step; 0 is off
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -596,15 +598,24 @@ class EngineConfig:
             value, known = getattr(self, name), ", ".join(choices)
             if value not in choices:
                 raise RequestError(f"{name} is {value!r}; choose one of {known}", name)
-        limits = {"ctx": 2**31, "parallel": 4096, "prefill_chunk": 2**20, "threads": 1024}
-        for name, most in limits.items():
+        limits = {
+            "ctx": (1, 2**31),
+            "parallel": (1, 4096),
+            "prefill_chunk": (1, 2**20),
+            "threads": (1, 1024),
+            "lookup": (0, 64),
+        }
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise RequestError(f"{name} is {value!r}; it must be between 1 and {most}", name)
+            if value is not None and not least <= value <= most:
+                raise RequestError(
+                    f"{name} is {value!r}; it must be between {least} and {most}", name
+                )
 
 
 ENGINE_DEFAULTS = EngineConfig()
 MAX_PARALLEL = 16
+DEFAULT_LOOKUP = 8  # of --lookup without a number
 SLOT_TOKENS = 8192  # context that the default number of slots reckons with
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -2080,6 +2091,14 @@ def native(name: str) -> Callable[..., Tensor]:
     return native_linear if name == "linear" else native_attention
 
 
+def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
+    """What `auto` keeps keys and values in: beside weights of few bits and activations of 8, half
+    precision is exact enough."""
+    if wanted != "auto":
+        return wanted
+    return "float16" if native_packed else dtype
+
+
 def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether native kernels run, and what to tell the user: which, or why not.
 
@@ -2181,9 +2200,7 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
-    def linear(
-        self, outputs: Mapping[str, int], num_cols: int, bias: bool = False
-    ) -> Projection:
+    def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
         biases where the family has them."""
         parts = []
@@ -2541,8 +2558,8 @@ class Decoder:
             )
         )
         self.row_tile = ROW_TILE if weights.num_float or not self.native else 1
-        exact = "float16" if self.native and weights.num_packed else str(self.dtype)[6:]
-        self.kv_dtype = exact if kv_dtype == "auto" else kv_dtype
+        packed = self.native and weights.num_packed > 0
+        self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
     def new_cache(self, num_slots: int) -> KVCache:
         """A KVCache for sequences that this decoder runs."""
@@ -4442,8 +4459,10 @@ class ThoughtSplitter:
 #                   > top-k > top-p > min-p > draw
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
-#               to carry, nothing that another sequence could disturb.
-#   Invariant   a token depends on this row, this history, this seed and this position alone.
+#               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
+#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off.
+#   Invariant   a token depends on this row, this history, this seed and this position alone. Of
+#               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
 #   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty)
 #               https://arxiv.org/abs/1904.09751 (top-p)
@@ -4473,17 +4492,43 @@ def uniform(seed: int, position: int) -> float:
     return (x >> 11) / (1 << 53)
 
 
-def penalize(logits: Tensor, params: SamplingParams, history: list[int], num_prompt: int) -> Tensor:
+class Seen:
+    """The distinct tokens of a history that only grows: each call looks at what is new."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        self.num_read = 0
+        self.ids = torch.empty(0, dtype=torch.long)
+
+    def update(self, history: list[int]) -> Tensor:
+        """The distinct ids of `history`, which begins with that of the last call"""
+        new = set(history[self.num_read :]) - self.known
+        if new:
+            self.ids = torch.cat((self.ids, torch.tensor(list(new))))
+            self.known |= new
+        self.num_read = len(history)
+        return self.ids
+
+
+def penalize(
+    logits: Tensor,
+    params: SamplingParams,
+    history: list[int],
+    num_prompt: int,
+    seen: Seen | None = None,
+) -> Tensor:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
     are copied first if anything changes. Repetition looks at prompt and answer, the others at the
-    answer only."""
+    answer only. `seen` spares reading again what the history held at the last call."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
-        recent = history if p.repeat_last_n < 0 else history[-p.repeat_last_n :]
-        seen = torch.tensor(sorted(set(recent)))
-        values = logits[seen]
+        if p.repeat_last_n < 0:
+            ids = (seen or Seen()).update(history)
+        else:
+            ids = torch.tensor(history[-p.repeat_last_n :])
+        values = logits[ids]
         values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
-        logits = logits.index_put((seen,), values)
+        logits = logits.index_put((ids,), values)
     if (p.presence_penalty or p.frequency_penalty) and len(history) > num_prompt:
         counts = Counter(history[num_prompt:])
         ids = torch.tensor(list(counts))
@@ -4497,33 +4542,79 @@ def penalize(logits: Tensor, params: SamplingParams, history: list[int], num_pro
     return logits
 
 
+VOCAB_BLOCK = 64  # tokens whose maximum is looked at first; divides most vocabularies
+
+
+def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,)
+
+    The `num`-th largest maximum of a block of tokens is a floor: at least `num` tokens reach it,
+    and only in blocks whose maximum does. What is sorted is what reaches it there."""
+    V = len(logits)
+    if num == V:
+        return logits.sort(descending=True, stable=True)
+    width = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
+    blocks = F.pad(logits, (0, -V % width), value=-math.inf) if V % width else logits
+    blocks = blocks.view(-1, width)
+    best = blocks.amax(1) if width > 1 else logits
+    floor = float(best.topk(num).values[-1])
+    # on arrays this small, NumPy's calls cost a third of torch's
+    kept = (best.numpy() >= floor).nonzero()[0]
+    found = blocks.numpy()[kept].reshape(-1)
+    at = (found >= floor).nonzero()[0]  # in the order of their ids
+    at = at[(-found[at]).argsort(kind="stable")[:num]]
+    ids = kept[at // width] * width + at % width
+    return torch.from_numpy(found[at]), torch.from_numpy(ids)
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Temperature and top-k -> probabilities (K,) float64, best first, and their token ids. Without
+    top-k, K is no more than what top-p and min-p need to see."""
+    V = len(logits)
+    if params.top_k:
+        top, ids = likeliest(logits, min(params.top_k, V))
+        # the best becomes 0, which no temperature can overflow
+        return ((top - top[0]).double() / params.temperature).softmax(0), ids
+    whole = ((logits - logits.max()).double() / params.temperature).softmax(0)  # (V,)
+    num = 64 if params.top_p < 1 or params.min_p > 0 else V
+    while True:
+        ids = likeliest(logits, min(num, V))[1]
+        probs = whole[ids]
+        if num >= V or probs.sum() >= params.top_p or probs[-1] < params.min_p * probs[0]:
+            return probs, ids
+        num *= 16
+
+
 def sample(
-    logits: Tensor, params: SamplingParams, seed: int, history: list[int], num_prompt: int
+    logits: Tensor,
+    params: SamplingParams,
+    seed: int,
+    history: list[int],
+    num_prompt: int,
+    seen: Seen | None = None,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU. The position is len(history)."""
-    logits = penalize(logits, params, history, num_prompt)
+    logits = penalize(logits, params, history, num_prompt, seen)
     if params.temperature == 0 or params.top_k == 1:
-        return int(logits.argmax())
-    num_kept = min(params.top_k or len(logits), len(logits))
-    top, ids = logits.topk(num_kept)  # (K,), best first
-    # the best becomes 0, which no temperature can overflow
-    probs = ((top - top[0]).double() / params.temperature).softmax(0)
+        return int(logits.numpy().argmax())
+    tensor, ids = candidates(logits, params)
+    probs = tensor.numpy()
     if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
         in_nucleus = (probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])
         probs = probs[: int(in_nucleus.sum())]
     if params.min_p > 0:
         probs = probs[probs >= params.min_p * probs[0]]
     cumulative = probs.cumsum(0)
-    drawn = torch.searchsorted(
-        cumulative, uniform(seed, len(history)) * cumulative[-1:], right=True
-    )
+    drawn = cumulative.searchsorted(uniform(seed, len(history)) * cumulative[-1], side="right")
     return int(ids[min(int(drawn), len(probs) - 1)])
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
     logprobs = logits.log_softmax(0)
-    values, ids = logprobs.topk(min(num_top, len(logits)))
+    if not num_top:
+        return TokenLogprobs(float(logprobs[token_id]))
+    values, ids = likeliest(logprobs, min(num_top, len(logits)))
     return TokenLogprobs(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist())))
 
 
@@ -4539,11 +4630,18 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
 #
 #               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
 #               tokens share the longest prefix with its own, and processes only the rest.
+#               With lookup, a sequence that decodes adds guesses after its last token. Each of its
+#               rows is sampled as ever, as long as the guess before it was what came:
+#
+#                   rows      last   guess 1   guess 2   guess 3
+#                   sampled   a      b         c         (not looked at)
+#                   if        a = guess 1, b = guess 2, c is not guess 3: three tokens in one step
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
 #               is the only place that decides when an answer ends.
 #   Extend      another policy of who runs next is a change of Scheduler, which knows no tensors.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
+#               https://arxiv.org/abs/2211.17192 (speculative decoding)
 # ==================================================================================================
 
 
@@ -4557,6 +4655,8 @@ class Usage:
     queue_s: float  # until a slot was free
     prefill_s: float  # from then to the first token
     decode_s: float  # from the first token to the last
+    drafted_tokens: int = 0  # guessed by lookup
+    accepted_tokens: int = 0  # of these, how many came to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -4575,6 +4675,59 @@ class Delta:
     error: NanollamaError | None = None
 
 
+class Drafter:
+    """Guesses how a text goes on from what followed its latest tokens before (prompt lookup,
+    https://github.com/apoorvumang/prompt-lookup-decoding). No model, no tensors.
+
+    It guesses far while it is right, hardly farther than it was right the last time, and more and
+    more rarely while it is wrong."""
+
+    MAX_PLACES = 16  # earlier ones that are compared
+    MAX_MATCH = 8  # tokens in common that are as good as more
+    MAX_PAUSE = 5  # longest pause after wrong guesses: 2**5 - 1 tokens
+
+    def __init__(self) -> None:
+        self.latest: dict[tuple[int, int], int] = {}  # a pair -> the position after its last place
+        self.earlier = [0, 0]  # position after a pair -> that after its place before; 0 for none
+        self.reach = 2**31  # most tokens to guess the next time
+        self.num_wrong = 0  # guesses in a row of which nothing came
+        self.resume = 0  # length of the text from which on to guess again
+
+    def draft(self, tokens: list[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `tokens`, which begin as in the last call"""
+        num = min(most, self.reach)
+        if num < 1 or len(tokens) < max(self.resume, 3):
+            return []
+        for at in range(len(self.earlier), len(tokens)):
+            pair = tokens[at - 2], tokens[at - 1]
+            self.earlier.append(self.latest.get(pair, 0))
+            self.latest[pair] = at
+        start = self.longest_match(tokens)
+        # a text that repeats itself goes on past its end: the guess then is its own source
+        return [tokens[start + i % (len(tokens) - start)] for i in range(num)] if start else []
+
+    def longest_match(self, tokens: list[int]) -> int:
+        """The position after the place that shares most tokens with the end; 0 for none"""
+        best = longest = 0
+        at = self.latest.get((tokens[-2], tokens[-1]), 0)
+        for _ in range(self.MAX_PLACES):
+            if not at or longest == self.MAX_MATCH:
+                break
+            num = 2
+            while num < min(self.MAX_MATCH, at) and tokens[at - 1 - num] == tokens[-1 - num]:
+                num += 1
+            if num > longest:
+                best, longest = at, num
+            at = self.earlier[at]
+        return best
+
+    def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
+        """What became of a draft, and how long the text is now."""
+        self.reach = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
+        self.num_wrong = 0 if num_accepted else min(self.num_wrong + 1, self.MAX_PAUSE + 1)
+        self.resume = num_tokens + 2 ** max(self.num_wrong - 1, 0) - 1
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One prompt on its way to an answer. It changes at every step; the engine owns it."""
@@ -4585,6 +4738,7 @@ class Sequence:
     text: TextStream
     num_prompt: int = 0
     seed: int = 0
+    max_length: int = 0  # of prompt and answer together; the engine knows the context
     slot: int = -1
     num_computed: int = 0  # leading tokens whose keys and values are in the slot
     num_cached: int = 0  # of these, how many an earlier sequence left there
@@ -4594,6 +4748,11 @@ class Sequence:
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    seen: Seen = field(default_factory=Seen)
+    drafter: Drafter = field(default_factory=Drafter)
+    draft: list[int] = field(default_factory=list)  # guesses that this step verifies
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
@@ -4625,17 +4784,20 @@ class Sequence:
             queue_s=self.started_s - self.created_s,
             prefill_s=first - self.started_s,
             decode_s=now - first,
+            drafted_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
         )
 
 
 WORTH_WAITING = 32  # tokens of prefill saved
+DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost about what they save
 
 
 class Scheduler:
     """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int) -> None:
-        self.prefill_chunk = prefill_chunk
+    def __init__(self, num_slots: int, prefill_chunk: int, lookup: int = 0) -> None:
+        self.prefill_chunk, self.lookup = prefill_chunk, lookup
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -4674,12 +4836,17 @@ class Scheduler:
         return seq, source
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """Each running sequence with the number of tokens it processes in this step. Prompts share
-        the chunk in the order of their arrival."""
+        """Each running sequence with the number of tokens it processes in this step, and its draft.
+        Prompts share the chunk in the order of their arrival, drafts share their rows evenly."""
         budget, work = self.prefill_chunk, []
+        most = max(DRAFT_ROWS, self.lookup + 1) // max(len(self.running), 1) - 1
         for seq in self.running:
             num_left = len(seq.token_ids) - seq.num_computed
             num_new = num_left if num_left == 1 else min(num_left, budget)
+            seq.draft = []
+            if num_left == 1 and seq.num_generated:
+                room = seq.max_length - len(seq.token_ids) - 1
+                seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most, room))
             if num_new > 0:
                 work.append((seq, num_new))
                 budget -= num_new if num_left > 1 else 0
@@ -4708,6 +4875,8 @@ class EngineStats:
     decode_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, num_prefill: int, num_decode: int, seconds: float) -> None:
         share = num_prefill / max(num_prefill + num_decode, 1)
@@ -4742,7 +4911,7 @@ class Engine:
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         num_slots = config.parallel or default_slots(decoder, self.n_ctx)
         self.cache = decoder.new_cache(num_slots)
-        self.scheduler = Scheduler(num_slots, config.prefill_chunk)
+        self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
 
     @property
@@ -4763,6 +4932,8 @@ class Engine:
                 + (" or raise --ctx" if self.n_ctx < self.decoder.config.n_ctx else ""),
                 "prompt",
             )
+        most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
+        seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         self.scheduler.waiting.append(seq)
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
@@ -4781,8 +4952,8 @@ class Engine:
         self.scheduler.contents = [[] for _ in self.scheduler.contents]
 
     def step(self) -> None:
-        """One forward pass for everything that runs. A sequence that got a token has one Delta more
-        in its outbox; one that is done has a finish_reason and is out."""
+        """One forward pass for everything that runs. A sequence has a Delta more in its outbox for
+        each token that it got; one that is done has a finish_reason and is out."""
         started = time.perf_counter()
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
@@ -4793,44 +4964,60 @@ class Engine:
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
                 return
-            num_prefill = sum(num for seq, num in work if seq.num_computed < seq.num_prompt)
-            num_decode = sum(num for _, num in work) - num_prefill
+            num_prefill = num_decode = 0
             for (seq, num_new), rows in zip(work, self.forward(work)):
+                num_before = len(seq.token_ids)
+                is_prefill = seq.num_computed < seq.num_prompt
                 if seq.params.prompt_logprobs:
                     seq.note_prompt(rows)
                 seq.num_computed += num_new
-                if seq.num_computed == len(seq.token_ids):
-                    seq.outbox.append(self.advance(seq, rows[-1]))
-                    if seq.finish_reason:
-                        self.scheduler.retire(seq)
+                if seq.num_computed == num_before:
+                    self.advance(seq, rows)
+                num_prefill += num_new if is_prefill else 0
+                num_decode += 0 if is_prefill else len(seq.token_ids) - num_before
         self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
-        """Gather the new tokens of each sequence and run the decoder -> each sequence's logits
-        (rows, V): of its last new token, or of all of them while prompt_logprobs wants them."""
-        num_rows = [
-            n if seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt else 1
-            for seq, n in work
-        ]
+        """Gather the new tokens and the draft of each sequence and run the decoder -> each
+        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
+        while prompt_logprobs wants them."""
+        num_rows, parts = [], []
         for seq, num_new in work:
-            self.cache.reserve(seq.slot, seq.num_computed + num_new)
-        new = (seq.token_ids[seq.num_computed :][:num_new] for seq, num_new in work)
-        starts = ((seq.slot, seq.num_computed) for seq, _ in work)
-        batch = Batch(
-            ((*start, ids, n) for start, ids, n in zip(starts, new, num_rows)),
-            self.decoder.device,
-            self.decoder.row_tile,
-        )
+            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
+            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
+            self.cache.reserve(seq.slot, seq.num_computed + len(new))
+            parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
+        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
 
-    def advance(self, seq: Sequence, logits: Tensor) -> Delta:
+    def advance(self, seq: Sequence, logits: Tensor) -> None:
+        """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
+        guess of the draft that came true. Keys and values of the others will be overwritten."""
+        num_drafted, num_before = len(seq.draft), seq.num_accepted
+        seq.num_drafted += num_drafted
+        for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
+            seq.outbox.append(self.extend(seq, logits[row]))
+            if seq.finish_reason or seq.token_ids[-1] != guess:
+                break
+            seq.num_computed += 1
+            seq.num_accepted += 1
+        if num_drafted:
+            num_accepted = seq.num_accepted - num_before
+            self.stats.drafted_tokens += num_drafted
+            self.stats.accepted_tokens += num_accepted
+            seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
+        if seq.finish_reason:
+            self.scheduler.retire(seq)
+
+    def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
         p = seq.params
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
-        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt)
+        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         seq.token_ids.append(token_id)
         seq.first_token_s = seq.first_token_s or time.perf_counter()
@@ -4841,7 +5028,7 @@ class Engine:
             text = seq.text.push(token_id)
             if seq.text.stopped:
                 seq.finish_reason = "stop"
-            elif seq.num_generated == p.max_tokens or len(seq.token_ids) >= self.n_ctx:
+            elif len(seq.token_ids) >= seq.max_length:
                 seq.finish_reason = "length"
         if seq.finish_reason is None:
             return Delta(seq.index, text, token_id, logprobs)
@@ -4912,6 +5099,7 @@ class LLM:
         threads: int | None = None,
         kernels: str = ENGINE_DEFAULTS.kernels,
         kv_dtype: str = ENGINE_DEFAULTS.kv_dtype,
+        lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
         template: str | None = None,
@@ -4927,6 +5115,7 @@ class LLM:
             threads,
             kernels,
             kv_dtype,
+            lookup,
         )
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
@@ -5428,6 +5617,8 @@ def timings_body(usages: list[Usage]) -> dict[str, Any]:
     # the first token comes with the prompt: decoding starts after it
     num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
     prompt_s, decode_s = sum(u.prefill_s for u in usages), sum(u.decode_s for u in usages)
+    num_drafted = sum(u.drafted_tokens for u in usages)
+    drafts = {"draft_n": num_drafted, "draft_n_accepted": sum(u.accepted_tokens for u in usages)}
     return {
         "prompt_n": num_prompt,
         "cache_n": cached,
@@ -5436,6 +5627,7 @@ def timings_body(usages: list[Usage]) -> dict[str, Any]:
         "predicted_n": num_decoded,
         "predicted_ms": decode_s * 1e3,
         "predicted_per_second": num_decoded / decode_s if decode_s else 0.0,
+        **(drafts if num_drafted else {}),
     }
 
 
@@ -5843,6 +6035,8 @@ class Metrics:
         self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
         self.cached_tokens = make(counter, "cached_tokens", "Prompt tokens found in the cache")
         self.generated_tokens = make(counter, "generated_tokens", "Tokens generated")
+        self.drafted_tokens = make(counter, "drafted_tokens", "Tokens guessed by lookup")
+        self.accepted_tokens = make(counter, "accepted_tokens", "Guesses that came true")
         self.running = make(gauge, "running_sequences", "Sequences in the batch")
         self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
         self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
@@ -5866,6 +6060,8 @@ class Metrics:
                 self.prompt_tokens.inc(usage.prompt_tokens)
                 self.cached_tokens.inc(usage.cached_tokens)
                 self.generated_tokens.inc(usage.completion_tokens)
+                self.drafted_tokens.inc(usage.drafted_tokens)
+                self.accepted_tokens.inc(usage.accepted_tokens)
                 self.first_token_s.observe(usage.queue_s + usage.prefill_s)
                 if usage.completion_tokens > 1:
                     self.per_token_s.observe(usage.decode_s / (usage.completion_tokens - 1))
@@ -6251,6 +6447,8 @@ class App:
                 {
                     "gpu_id": worker.index,
                     "device": str(engine.decoder.device),
+                    "kernels": engine.decoder.kernels,
+                    "kv_dtype": engine.decoder.kv_dtype,
                     "running": len(engine.scheduler.running),
                     "waiting": len(engine.scheduler.waiting),
                     "slots": len(engine.cache.strips),
@@ -7142,7 +7340,8 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
-       nanollama.py pull MODEL | list | show MODEL | rm MODEL"""
+       nanollama.py pull MODEL | list | show MODEL | rm MODEL
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -7191,6 +7390,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})",
     )
+    add(
+        "--lookup",
+        type=int,
+        nargs="?",
+        const=DEFAULT_LOOKUP,
+        metavar="N",
+        help=f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step",
+    )
+    text = "native: compiled C; torch: its operations (default: native where it can be had)"
+    add("--kernels", type=str.lower, choices=KERNELS, help=text)
+    text = "keys and values: " + ", ".join(KV_DTYPES[1:]) + " (default: by the weights)"
+    add("--kv-dtype", type=str.lower, choices=KV_DTYPES, help=text)
     add("--verbose", action="store_true", help="say more on stderr")
 
 
@@ -7369,10 +7580,10 @@ class Settings:
         args = self.args
         extra = {
             n: getattr(args, n)
-            for n in ("parallel", "prefill_chunk")
+            for n in ("parallel", "prefill_chunk", "lookup", "kernels", "kv_dtype")
             if getattr(args, n) is not None
         }
-        return LLM(
+        llm = LLM(
             self.model,
             device=device or args.device,
             dtype=args.dtype or ENGINE_DEFAULTS.dtype,
@@ -7385,6 +7596,9 @@ class Settings:
             template=self.modelfile.template,
             **extra,
         )
+        decoder = llm.engine.decoder
+        log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
+        return llm
 
 
 def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
@@ -7397,7 +7611,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         flags["logit_bias"] = dict(flags["logit_bias"])
     try:
         SamplingParams(**flags)
-        for name in ("ctx", "threads", "parallel", "prefill_chunk"):
+        for name in ("ctx", "threads", "parallel", "prefill_chunk", "lookup"):
             if getattr(args, name) is not None:
                 EngineConfig(**{name: getattr(args, name)})
     except RequestError as error:
@@ -7410,12 +7624,14 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def speed_line(stats: EngineStats) -> str:
-    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s]"""
+    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s | lookup: 12 of 20 right]"""
     prefill = stats.prefill_tokens / max(stats.prefill_s, 1e-9)
     decode = stats.decode_tokens / max(stats.decode_s, 1e-9)
+    lookup = f" | lookup: {stats.accepted_tokens} of {stats.drafted_tokens} right"
     return (
         f"[prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
-        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s]"
+        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s"
+        f"{lookup if stats.drafted_tokens else ''}]"
     )
 
 
@@ -7845,14 +8061,19 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    itemsize = 4 if (settings.args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
-    kv_bytes = config.kv_bytes(n_ctx, settings.args.kv_dtype or "float32")
+    args, dtype = settings.args, settings.args.dtype or ENGINE_DEFAULTS.dtype
+    itemsize = 4 if dtype == "float32" else 2
     packed = checkpoint.quantization in REPACK
+    native, kernels = pick_kernels(
+        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
+    )
+    kv_dtype = pick_kv_dtype(
+        args.kv_dtype or "auto", dtype, native and bool(packed or args.quantize)
+    )
+    kv_bytes = config.kv_bytes(n_ctx, kv_dtype)
     weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if settings.args.quantize and not packed:
-        weight_bytes = int(
-            checkpoint.num_parameters * (1.0625 if settings.args.quantize == "q8" else 0.625)
-        )
+    if args.quantize and not packed:
+        weight_bytes = int(checkpoint.num_parameters * (1.0625 if args.quantize == "q8" else 0.625))
     rope = config.rope["rope_type"]
     return [
         f"model         {settings.model}",
@@ -7869,6 +8090,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         f"template      {template.origin}",
         f"memory        {human_bytes(weight_bytes)} weights + up to {human_bytes(kv_bytes)} for "
         f"the keys and values of {n_ctx} tokens",
+        f"kernels       {kernels}; keys and values in {kv_dtype}",
     ]
 
 
@@ -7944,7 +8166,213 @@ def command_rm(argv: list[str]) -> int:
     return 0
 
 
+# ---- bench ---------------------------------------------------------------------------------------
+
+BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+
+
+def read_bandwidth(buffer: Tensor, native: bool) -> float:
+    """Bytes a second at which the threads read `buffer`: the best of a few passes."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        if native:
+            load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
+        else:
+            buffer.sum().item()  # a number to wait for: some devices work on their own
+        times.append(time.perf_counter() - started)
+    return buffer.nbytes / min(times)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had resident; 0 where the system does not say."""
+    with contextlib.suppress(OSError, IndexError):  # on Linux, getrusage counts the parent in
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    try:
+        import resource
+    except ImportError:  # not there on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    found = [m for p in parts for m in vars(p).values() if isinstance(m, Projection)]
+    return sum(m.nbytes for m in [*found, decoder.lm_head])
+
+
+class Bench:
+    """Runs prompts of random ids through an engine and takes the time."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.random = llm, torch.Generator().manual_seed(0)
+        self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
+        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+
+    def peak_memory(self) -> int:
+        """Of the process, without the buffer, which is there all the time."""
+        buffer_bytes = self.buffer.nbytes if self.device.type == "cpu" else 0
+        return max(self.peak_before, peak_memory() - buffer_bytes)
+
+    def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
+        """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
+        params = SamplingParams(
+            temperature=0, repeat_penalty=1, max_tokens=num_gen, ignore_eos=True
+        )
+        for ids in prompts:
+            self.llm.start(GenerationRequest(ids, params=params))
+        started, num_steps = time.perf_counter(), 0
+        while self.llm.engine.has_work:
+            self.llm.engine.step()
+            num_steps += 1
+        return time.perf_counter() - started, num_steps
+
+    def once(self, batch: int, depth: int, num_prompt: int, num_gen: int) -> tuple[float, int]:
+        """`run` of new prompts whose first `depth` tokens are in the cache already."""
+        self.llm.engine.forget()
+        shape = batch, depth + num_prompt
+        ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
+        if depth:
+            self.run(ids[:, :depth].tolist(), 0)
+        return self.run(ids.tolist(), num_gen)
+
+    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> dict[str, Any]:
+        """Speed of reading prompts, after one run to warm up."""
+        seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
+        rates = [batch * num_prompt / s for s in seconds[1:]]
+        return speed(f"pp{num_prompt}", batch, depth, rates)
+
+    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> dict[str, Any]:
+        """Speed of generating, after one run to warm up, and how much of the bandwidth found right
+        then it took: a step reads all weights, and each sequence's keys and values."""
+        decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
+        kv_bytes = batch * decoder.config.kv_bytes(depth + (num_gen + 1) // 2, decoder.kv_dtype)
+        step_bytes = weight_bytes(decoder) + kv_bytes
+        for _ in range(repetitions + 1):
+            seconds, num_steps = self.once(batch, depth, 1, num_gen)
+            rates.append(batch * num_gen / seconds)
+            reads.append(step_bytes * num_steps / seconds)
+            machine.append(read_bandwidth(self.buffer, decoder.native))
+        return {
+            **speed(f"tg{num_gen}", batch, depth, rates[1:]),
+            "bytes_per_step": step_bytes,
+            "bytes_per_s": sum(reads[1:]) / repetitions,
+            "read_bandwidth": sum(machine[1:]) / repetitions,
+            "bandwidth_fraction": sum(reads[1:]) / sum(machine[1:]),
+        }
+
+
+def speed(test: str, batch: int, depth: int, samples: list[float]) -> dict[str, Any]:
+    """A result: mean and standard deviation of tokens a second."""
+    mean = sum(samples) / len(samples)
+    squares = sum((x - mean) ** 2 for x in samples) / max(len(samples) - 1, 1)
+    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": mean}
+    return {**row, "stddev": math.sqrt(squares), "samples": samples}
+
+
+def bench_line(row: Mapping[str, Any]) -> str:
+    """A result as a line of the table."""
+    rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
+    line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
+    if "bytes_per_s" not in row:
+        return line
+    reads, machine = human_bytes(row["bytes_per_s"]), human_bytes(row["read_bandwidth"])
+    return f"{line}  {reads + '/s':>11}  {machine + '/s':>11}  {row['bandwidth_fraction']:>7.0%}"
+
+
+def numbers(text: str, least: int) -> list[int]:
+    """1,16 -> [1, 16]"""
+    if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        values = [int(word) for word in text.split(",")]
+        if min(values) >= least:
+            return values
+    wanted = f"whole numbers from {least} up, with commas between them"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py bench",
+        usage="nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]",
+        description=command_bench.__doc__,
+        conflict_handler="resolve",  # --dtype leaves -d to --depth
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("bench").add_argument
+    for flag, name, least, default, text in (
+        ("-p", "prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
+        ("-n", "gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
+        ("-d", "depth", 0, 0, "tokens that come before and are not measured"),
+        ("-b", "batch", 1, 1, "sequences at once"),
+    ):
+        kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
+        add(flag, f"--{name}", metavar="N,..", type=kind, default=[default], help=shown)
+    text = "times to measure, after one to warm up (default: 3)"
+    add("-r", "--repetitions", metavar="N", type=int, default=3, help=text)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
+def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results, each as soon as it is there."""
+    for batch, depth in itertools.product(args.batch, args.depth):
+        for num in filter(None, args.prompt_tokens):
+            yield bench.prefill(batch, depth, num, args.repetitions)
+        for num in filter(None, args.gen_tokens):
+            yield bench.decode(batch, depth, num, args.repetitions)
+
+
+def bench_model(settings: Settings, bench: Bench) -> dict[str, Any]:
+    """What was measured, and with what."""
+    llm, packed = bench.llm, settings.args.quantize
+    kind = llm.checkpoint.quantization
+    return {
+        "model": settings.model,
+        "quantization": f"{kind} to {packed}" if packed else kind,
+        "device": str(bench.device),
+        "kernels": llm.engine.decoder.kernels,
+        "kv_dtype": llm.engine.decoder.kv_dtype,
+        "threads": torch.get_num_threads(),
+        "weight_bytes": weight_bytes(llm.engine.decoder),
+        "peak_memory_bytes": bench.peak_memory(),
+    }
+
+
+def command_bench(argv: list[str]) -> int:
+    """bench: how fast a model reads and writes here, and how near that is to what memory allows."""
+    parser = bench_parser()
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error(f"repetitions is {args.repetitions}; it must be at least 1")
+    if not any(args.prompt_tokens + args.gen_tokens):
+        parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
+    args.parallel = max(args.parallel or 0, *args.batch)
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
+    if length > llm.engine.n_ctx:
+        raise UsageError(f"{length} tokens are asked for; the context holds {llm.engine.n_ctx}")
+    bench, rows = Bench(llm), []
+    if not args.json:
+        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
+    for row in bench_rows(bench, args):
+        rows.append(row)
+        if not args.json:
+            print(bench_line(row), flush=True)
+    about = bench_model(settings, bench)
+    if args.json:
+        print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
+    else:
+        memory = human_bytes(about["peak_memory_bytes"])
+        where = f"{about['device']}, {about['threads']} threads, peak memory {memory}"
+        print(f"{about['model']} ({about['quantization']}), {where}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "bench": command_bench,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,

@@ -6,7 +6,7 @@ The logit lens applies the final norm and head to the residual stream between la
 (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens).
 """
 
-from nanollama import LLM, rms_norm
+from nanollama import LLM
 
 llm = LLM("smollm2")
 decoder = llm.engine.decoder

@@ -93,9 +93,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
     seen: Rows = {}
     sample = nanollama.sample
 
-    def spy(logits: torch.Tensor, params: Any, seed: int, history: list[int], n: int) -> int:
+    def spy(logits: torch.Tensor, params: Any, seed: int, history: list[int], *rest: Any) -> int:
         seen[tuple(history)] = logits.clone()
-        return sample(logits, params, seed, history, n)
+        return sample(logits, params, seed, history, *rest)
 
     monkeypatch.setattr(nanollama, "sample", spy)
     return seen

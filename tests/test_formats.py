@@ -207,9 +207,7 @@ def smollm2_reference(smollm2: Path) -> Any:
 
 
 @pytest.mark.xdist_group("smollm2")  # loads the reference once
-def test_smollm2_is_the_model_that_transformers_runs(
-    smollm2: Path, smollm2_reference: Any
-) -> None:
+def test_smollm2_is_the_model_that_transformers_runs(smollm2: Path, smollm2_reference: Any) -> None:
     llm = LLM(smollm2, kernels="torch")
     ids = llm.encode("The capital of France is Paris. The capital of Germany is")
     oracle.assert_same_model(llm, smollm2_reference, ids)

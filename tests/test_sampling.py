@@ -151,6 +151,93 @@ def test_greedy_follows_the_repetition_penalty_and_the_bias() -> None:
     assert nanollama.sample(logits, biased, 0, [0], 1) == 2
 
 
+# ---- without sorting the vocabulary --------------------------------------------------------------
+
+
+def penalized(logits: torch.Tensor, params: SamplingParams, history: list[int]) -> torch.Tensor:
+    """The repetition penalty, token by token."""
+    logits = logits.clone()
+    recent = history if params.repeat_last_n < 0 else history[-params.repeat_last_n :]
+    for i in set(recent) if params.repeat_last_n else ():
+        penalty = params.repeat_penalty
+        logits[i] = logits[i] / penalty if logits[i] > 0 else logits[i] * penalty
+    return logits
+
+
+def sample_from_all(
+    logits: torch.Tensor, params: SamplingParams, seed: int, history: list[int]
+) -> int:
+    """The chain as its formulas say: the whole vocabulary sorted, then cut."""
+    top, ids = penalized(logits, params, history).sort(descending=True, stable=True)
+    if params.temperature == 0:
+        return int(ids[0])
+    top = top[: params.top_k or len(top)]
+    probs = ((top - top[0]).double() / params.temperature).softmax(0)
+    if params.top_p < 1:
+        probs = probs[(probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])]
+    probs = probs[probs >= params.min_p * probs[0]]
+    cumulative = probs.cumsum(0)
+    drawn = nanollama.uniform(seed, len(history)) * cumulative[-1]
+    return int(ids[min(int((cumulative <= drawn).sum()), len(probs) - 1)])
+
+
+@pytest.mark.parametrize("n_vocab", [3, 320, 8191, 50257, 151936])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.7, "top_k": 40, "repeat_penalty": 1.1},
+        {"temperature": 0.0, "repeat_penalty": 1.1},
+        {"temperature": 1.5, "top_k": 1000},
+        {"top_p": 0.9},
+        {"top_p": 0.9, "min_p": 0.01, "temperature": 2.0},
+        {"min_p": 0.02, "repeat_penalty": 1.3, "repeat_last_n": 7},
+        {"temperature": 3.0, "top_p": 0.999},
+        {},
+    ],
+    ids=str,
+)
+def test_a_token_is_the_one_that_sorting_the_whole_vocabulary_gives(
+    changes: dict[str, Any], n_vocab: int
+) -> None:
+    params = SamplingParams(**{**PLAIN, **changes})
+    flat, equal = torch.zeros(n_vocab), random_logits(2, n_vocab).bfloat16().float()
+    masked = random_logits(3, n_vocab).where(torch.arange(n_vocab) % 1000 == 1, -math.inf)
+    for seed, logits in enumerate((random_logits(1, n_vocab), flat, equal, masked)):
+        history = [(i * 7919) % n_vocab for i in range(50)]
+        for s in (seed, seed + 10):
+            expected = sample_from_all(logits, params, s, history)
+            assert nanollama.sample(logits, params, s, history, 1) == expected
+
+
+@given(
+    st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(0, 10**6),
+    st.sampled_from([0.1, 1.0, 1000.0]),
+)
+def test_the_likeliest_come_best_first_and_equal_ones_by_id(
+    sizes: tuple[int, int], seed: int, scale: float
+) -> None:
+    n_vocab, num = sizes
+    logits = (random_logits(seed, n_vocab) * scale).round()  # small scales make many equal
+    values, ids = nanollama.likeliest(logits, num)
+    expected, order = logits.sort(descending=True, stable=True)
+    assert torch.equal(values, expected[:num])
+    assert torch.equal(ids, order[:num])
+
+
+@given(st.lists(st.integers(0, 199), min_size=1, max_size=80), st.data())
+def test_a_history_read_bit_by_bit_is_penalized_like_one_read_at_once(
+    history: list[int], data: st.DataObject
+) -> None:
+    logits, params = random_logits(8), SamplingParams(repeat_penalty=1.3)
+    seen, length = nanollama.Seen(), 0
+    while length < len(history):
+        length = data.draw(st.integers(length + 1, len(history)))
+        found = nanollama.penalize(logits, params, history[:length], 1, seen)
+        assert torch.equal(found, penalized(logits, params, history[:length]))
+        assert sorted(seen.ids.tolist()) == sorted(set(history[:length]))
+
+
 # ---- penalties -----------------------------------------------------------------------------------
 
 
