@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nanollama import GROUP, LLM, CheckpointError, keep_8_bits, quantize
+from nanollama import GROUP, LLM, CheckpointError, PackedLinear, keep_8_bits, main, quantize
 
 Tiny = Callable[..., Path]
 TEXT = (Path(__file__).parent / "data" / "jefferson-1801.txt").read_text(encoding="utf-8")
@@ -284,3 +285,27 @@ def test_sensitive_matrices_keep_8_bits_and_the_others_take_5(trained: Path) -> 
         "model.layers.10.mlp.down_proj.weight",
     }
     assert keep_8_bits([]) == set()
+
+
+@pytest.mark.xdist_group("trained")
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+def test_show_foretells_the_bytes_of_the_weights(
+    trained: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = LLM(trained, quantize=kind).engine.decoder
+    matrices = [decoder.embed_tokens, decoder.lm_head]
+    for layer in decoder.layers:
+        matrices += [
+            m
+            for part in (layer.self_attn, layer.mlp)
+            for m in vars(part).values()
+            if isinstance(m, PackedLinear)
+        ]
+    num_bytes = sum(matrix.nbytes for matrix in matrices)
+    assert num_bytes < {"q8": 0.27, "q4": 0.235}[kind] * 4 * sum(
+        map(math.prod, (m.shape for m in matrices))
+    )
+    assert main(["show", str(trained), "--quantize", kind]) == 0
+    shown = re.search(r"^memory +([\d.]+) KB weights", capsys.readouterr().out, re.MULTILINE)
+    assert shown
+    assert float(shown[1]) * 1000 == pytest.approx(num_bytes, rel=0.01)
