@@ -54,6 +54,8 @@ def test_json_holds_every_figure(
     prefill, decode = found.pop("results")
     assert found.pop("peak_memory_bytes") > 1 << 26  # torch alone takes more
     assert found.pop("weight_bytes") > 0
+    assert found.pop("kernels").startswith("native (")
+    assert found.pop("kv_dtype") == "float16"
     assert found == {"model": model, "quantization": "F32 to q8", "device": "cpu", "threads": 1}
     for row, test in ((prefill, "pp20"), (decode, "tg6")):
         assert (row["test"], row["batch"], row["depth"]) == (test, 2, 40)
@@ -171,7 +173,11 @@ def test_the_peak_of_memory_is_the_systems_without_the_buffer(
         assert nanollama.Bench(tiny_llm).peak_memory() == expected
 
 
-def test_read_bandwidth_is_bytes_over_the_best_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_read_bandwidth_is_bytes_over_the_best_time(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nanollama.load_kernels()
     times = iter([0.0, 5.0, 10.0, 12.0, 20.0, 29.0, 30.0, 33.0, 40.0, 44.0])
     monkeypatch.setattr(nanollama.time, "perf_counter", lambda: next(times))
-    assert nanollama.read_bandwidth(torch.ones(250)) == 1000 / 2
+    assert nanollama.read_bandwidth(torch.ones(250), native) == 1000 / 2

@@ -250,13 +250,13 @@ def test_rejected_guesses_are_not_taken_for_a_prefix(plain: LLM, looking: LLM) -
     for slot, contents in enumerate(looking.engine.scheduler.contents):
         strip = looking.engine.cache.strips[slot].clone()
         looking.engine.forget()
-        fresh = nanollama.KVCache(plain.config, 1, torch.float32, plain.engine.decoder.device)
+        fresh = plain.engine.decoder.new_cache(1)
         fresh.reserve(0, len(contents))
         batch = nanollama.Batch([(0, 0, contents, 1)], plain.engine.decoder.device)
         with torch.inference_mode():
             plain.engine.decoder(batch, fresh)
-        num = len(contents)
-        torch.testing.assert_close(strip[..., :num, :], fresh.strips[0][..., :num, :])
+        num = len(contents) // 16 * 16  # whole blocks of positions
+        assert torch.equal(strip[..., :num, :], fresh.strips[0][..., :num, :])
     assert len(answers) == 6
 
 

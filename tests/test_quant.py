@@ -1,4 +1,4 @@
-"""Section 3: packed weights against the gguf package, and our own rounding against its bounds."""
+"""Section 3: packed weights against the gguf package."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
-from nanollama import GROUP, REPACK, PackedLinear, pack_nibbles, quantize
+from nanollama import REPACK, PackedLinear, pack_nibbles
 
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
@@ -154,69 +151,3 @@ def test_nibbles_lie_as_the_banner_says() -> None:
     assert packed_q.shape == (1, 1, 16)
     assert (packed_q & 15).flatten().tolist() == q.flatten().tolist()[:16]  # column j
     assert (packed_q >> 4).flatten().tolist() == q.flatten().tolist()[16:]  # column j + 16
-
-
-# ---- quantize ------------------------------------------------------------------------------------
-
-WEIGHTS = hnp.arrays(
-    np.float32,
-    st.tuples(st.integers(1, 3), st.sampled_from([32, 64, 96])),
-    elements=st.floats(-1000, 1000, width=32),
-)
-
-
-def group_bound(groups: torch.Tensor, bits: int) -> torch.Tensor:
-    """Most that rounding may change a weight of each group: half a step, and what float16 does to
-    the scale (times the largest q) and to the offset."""
-    if bits == 8:
-        largest = groups.abs().amax(-1, keepdim=True)
-        return largest / 127 / 2 + largest * 2.0**-11 + 127 * 2.0**-25
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    return (high - low) * (1 / 30 + 2.0**-11) + low.abs() * 2.0**-11 + 16 * 2.0**-25
-
-
-@settings(max_examples=200)
-@given(WEIGHTS, st.sampled_from([8, 4]))
-def test_rounding_stays_within_half_a_step_of_its_group(array: np.ndarray, bits: int) -> None:
-    weight = torch.from_numpy(array)
-    linear = quantize(weight, bits)
-    assert linear.bits == bits
-    assert linear.shape == tuple(weight.shape)
-    groups = weight.unflatten(1, (-1, GROUP))
-    error = (linear.dequantize().unflatten(1, (-1, GROUP)) - groups).abs()
-    assert (error <= group_bound(groups, bits) * 1.01).all()
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_groups_of_zeros_and_of_one_value_are_exact(bits: int) -> None:
-    assert torch.equal(quantize(torch.zeros(2, 64), bits).dequantize(), torch.zeros(2, 64))
-    mixed = torch.cat((torch.zeros(1, 32), torch.full((1, 32), 0.5)), dim=1)
-    torch.testing.assert_close(quantize(mixed, bits).dequantize(), mixed, rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_an_outlier_harms_only_its_own_group(bits: int) -> None:
-    weight = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    alone = quantize(weight, bits).dequantize()
-    weight[0, 0] = 1000
-    assert torch.equal(quantize(weight, bits).dequantize()[:, 32:], alone[:, 32:])
-
-
-def test_eight_bits_are_as_good_as_the_gguf_package_s_and_better_than_four() -> None:
-    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    q8_0 = gguf.GGMLQuantizationType.Q8_0
-    theirs = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q8_0), q8_0)
-    error = {
-        bits: (quantize(weight, bits).dequantize() - weight).square().mean() for bits in (8, 4)
-    }
-    assert error[8] <= 1.01 * (torch.from_numpy(theirs) - weight).square().mean()
-    assert error[8] < error[4] / 100
-    assert error[4].sqrt() < 0.1
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_are_quantized_in_float32(dtype: torch.dtype) -> None:
-    weight = torch.randn(4, 64).to(dtype)
-    ours, exact = quantize(weight, 4), quantize(weight.float(), 4)
-    assert torch.equal(ours.q, exact.q)
-    assert torch.equal(ours.scale, exact.scale)
