@@ -1085,7 +1085,6 @@ KERNEL_SOURCE = r"""
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
@@ -1096,16 +1095,21 @@ INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
 /* What machines do in different ways:
  *   fma16       a * b + c, always in one rounding or always in two
  *   from_half   16 float16 at p -> 16 floats; to_half is the way back
+ *   from_bytes  16 int8 at p -> 16 floats; to_bytes is the way back from integers
  *   dot4        adds to each of 16 lanes the dot product of its 4 weights (unsigned bytes) and the
  *               4 activations (signed bytes) at `a`, the same for all lanes */
 #if defined(__AVX512VNNI__)
 #define PATH "AVX-512 VNNI"
-#define TILE 8
+#define PAIR 2 /* blocks of rows that share each activation they load */
 INLINE vec fma16(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
+INLINE vec from_bytes(const void *p) {
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
+INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     int32_t four;
     memcpy(&four, a, 4);
@@ -1115,7 +1119,7 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PATH "AVX2"
-#define TILE 4
+#define PAIR 1
 typedef union { vec v; ivec i; __m256 f[2]; __m256i h[2]; } pair;
 INLINE vec fma16(vec a, vec b, vec c) {
     pair x = {a}, y = {b}, z = {c};
@@ -1151,7 +1155,7 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
 }
 
 #else
-#define TILE 4
+#define PAIR 1
 INLINE vec fma16(vec a, vec b, vec c) { return a * b + c; }
 #if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define PATH "NEON dot product"
@@ -1206,6 +1210,19 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     return sum;
 }
 #endif
+#endif
+
+#if !defined(__AVX512VNNI__)
+INLINE vec from_bytes(const int8_t *p) {
+    float x[16];
+    for (int i = 0; i < 16; i++) x[i] = p[i];
+    return load(x);
+}
+INLINE void to_bytes(int8_t *p, ivec x) {
+    int32_t w[16];
+    memcpy(w, &x, 64);
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)w[i];
+}
 #endif
 
 const char *path(void) { return PATH; }
@@ -1304,12 +1321,12 @@ static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t n
     pthread_mutex_unlock(&pool.owner);
 }
 
+typedef float half_vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float quarter_vec __attribute__((vector_size(16), aligned(4), may_alias));
 INLINE float sum16(vec x) {
-    float a[16];
-    store(a, x);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    half_vec h = ((half_vec *)&x)[0] + ((half_vec *)&x)[1];
+    quarter_vec q = ((quarter_vec *)&h)[0] + ((quarter_vec *)&h)[1];
+    return q[0] + q[1] + (q[2] + q[3]);
 }
 INLINE float max16(vec x) {
     float a[16];
@@ -1370,9 +1387,10 @@ typedef struct {
  *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
  */
 #define GROUP_BYTES 52 /* a token */
+#define TILE 4
 
 INLINE int tile_size(int64_t tokens_left) {
-    return tokens_left >= TILE ? TILE : tokens_left >= 4 ? 4 : tokens_left >= 2 ? 2 : 1;
+    return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
 }
 
 INLINE void quantize_group(vec low, vec high, uint8_t *group, int64_t T, int64_t t) {
@@ -1380,9 +1398,9 @@ INLINE void quantize_group(vec low, vec high, uint8_t *group, int64_t T, int64_t
     float most = max16(larger(size_low, size_high)), inverse = most > 0 ? 127.0f / most : 0;
     ivec q_low = (ivec)(low * inverse + ROUNDER) - (ivec)splat(ROUNDER);
     ivec q_high = (ivec)(high * inverse + ROUNDER) - (ivec)splat(ROUNDER);
-    bytes16 *a = (bytes16 *)(group + 32 * t);
-    a[0] = __builtin_convertvector(q_low, bytes16);
-    a[1] = __builtin_convertvector(q_high, bytes16);
+    int8_t *a = (int8_t *)group + 32 * t;
+    to_bytes(a, q_low);
+    to_bytes(a + 16, q_high);
     float sum_low = sum16(__builtin_convertvector(q_low, vec));
     float sum_high = sum16(__builtin_convertvector(q_high, vec));
     float scale = most / 127.0f, *s = (float *)(group + 32 * T) + t;
@@ -1424,46 +1442,70 @@ static void quantize_piece(const void *job, int64_t piece) {
     }
 }
 
-/* y[t] = 16 rows times token t of a tile. T, bits and group are constants wherever this lands. */
-INLINE void multiply(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y, int T,
-                     int bits, int group) {
-    const int num_words = group / 4, centred = bits == 4 && group == 32 && !m->has_offset;
-    for (int t = 0; t < T; t++) y[t] = (vec){0};
-    for (int64_t g = 0; g < m->cols / group; g++, block += m->block_bytes) {
-        const int64_t first = g * group % 32; /* where in its group of activations it begins */
+#define AHEAD 4096 /* bytes: what prefetching gains is most from 2 to 8 KB on */
+
+/* out (B, T) = B blocks of rows times T tokens. All but the pointers and num_groups are constants
+ * wherever this lands. A register of weights meets all tokens before the next one is loaded: B T
+ * sums grow side by side, and none waits for itself. */
+INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
+                     int T, int bits, int group, int has_offset) {
+    const int num_registers = group * bits / 32, centred = bits == 4 && !has_offset;
+    const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
+    vec y[PAIR][TILE];
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++) y[b][t] = (vec){0};
+    for (int64_t g = 0; g < num_groups; g++, block += block_bytes) {
         const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
         const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
-        const ivec *q = (const ivec *)block;
-        ivec w[8];
-        for (int i = 0; i < num_words; i++)
-            if (bits == 8) w[i] = q[i];
-            else w[i] = (i < num_words / 2 ? q[i] : q[i - num_words / 2] >> 4) & 0x0f0f0f0f;
-        const uint8_t *scales = block + 2 * group * bits;
-        vec scale = from_half(scales), offset = {0};
-        if (m->has_offset) offset = from_half(scales + 32);
-        if (bits == 8) offset = fma16(scale, splat(-128), offset);
-        else if (!m->has_offset) offset = scale * -8.0f;
-        for (int t = 0; t < T; t++) {
-            ivec dot = {0};
-            if (centred) dot += ((const int32_t *)s)[4 * T + t];
-            for (int i = 0; i < num_words; i++)
-                dot = dot4(dot, w[i], a + 32 * t + first + 4 * i, bits);
-            y[t] = fma16(__builtin_convertvector(dot, vec), scale * s[t], y[t]);
-            if (!centred) y[t] = fma16(offset, splat(sums[t]), y[t]);
+        ivec dot[PAIR][TILE];
+        for (int t = 0; t < T; t++)
+            for (int b = 0; b < B; b++)
+                dot[b][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+        for (int b = 0; b < B; b++)
+            for (int i = 0; i < block_bytes; i += 64)
+                __builtin_prefetch(block + b * num_groups * block_bytes + AHEAD + i);
+        a += g * group % 32; /* where in its group of activations a short one begins */
+        for (int i = 0; i < num_registers; i++) {
+            ivec w[PAIR];
+            for (int b = 0; b < B; b++)
+                w[b] = ((const ivec *)(block + b * num_groups * block_bytes))[i];
+            for (int half = 0; half < (bits == 4 ? 2 : 1); half++)
+                for (int t = 0; t < T; t++)
+                    for (int b = 0; b < B; b++) {
+                        ivec q = w[b];
+                        if (bits == 4) q = w[b] >> 4 * half & 0x0f0f0f0f;
+                        dot[b][t] = dot4(dot[b][t], q, a + 32 * t + 4 * i + 16 * half, bits);
+                    }
+        }
+        for (int b = 0; b < B; b++) {
+            const uint8_t *scales = block + b * num_groups * block_bytes + 2 * group * bits;
+            vec scale = from_half(scales), offset = {0};
+            if (has_offset) offset = from_half(scales + 32);
+            if (bits == 8) offset = fma16(scale, splat(-128), offset);
+            for (int t = 0; t < T; t++) {
+                y[b][t] = fma16(__builtin_convertvector(dot[b][t], vec), scale * s[t], y[b][t]);
+                if (!centred) y[b][t] = fma16(offset, splat(sums[t]), y[b][t]);
+            }
         }
     }
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++) out[b * T + t] = y[b][t];
 }
 
-#define BY_FORMAT(T) \
-    case T: \
-        if (m->bits == 4 && m->group == 32) multiply(m, block, tile, y, T, 4, 32); \
-        else if (m->bits == 4) multiply(m, block, tile, y, T, 4, 16); \
-        else if (m->group == 32) multiply(m, block, tile, y, T, 8, 32); \
-        else multiply(m, block, tile, y, T, 8, 16); \
-        break;
+#define FORMAT(B, T, BITS, GROUP, OFFSET) \
+    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET) \
+        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET);
+#define FORMATS(B, T) \
+    if (num_blocks == B && num_tokens == T) { \
+        FORMAT(B, T, 4, 32, 0) FORMAT(B, T, 4, 32, 1) FORMAT(B, T, 8, 32, 0) \
+        FORMAT(B, T, 8, 32, 1) FORMAT(B, T, 8, 16, 0) \
+    }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
-                          int T) {
-    switch (T) { BY_FORMAT(1) BY_FORMAT(2) BY_FORMAT(4) BY_FORMAT(8) }
+                          int num_blocks, int num_tokens) {
+    FORMATS(1, 1) FORMATS(1, 2) FORMATS(1, TILE)
+#if PAIR == 2
+    FORMATS(2, 1) FORMATS(2, 2) FORMATS(2, TILE)
+#endif
 }
 
 /* 16 rows from `row` on of one token, to place `at` of the output */
@@ -1483,26 +1525,28 @@ INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residu
 /* A piece is a run of blocks. It goes through all tokens, as many at a time as a cache holds. */
 static void multiply_piece(const void *job, int64_t piece) {
     const linear_call *c = job;
-    int64_t token_bytes = c->cols / 32 * GROUP_BYTES, stop_block = c->num_blocks * (piece + 1);
+    int64_t token_bytes = c->cols / 32 * GROUP_BYTES, last = c->num_blocks * (piece + 1);
     int64_t chunk = MAX(TILE, (512 << 10) / token_bytes / TILE * TILE);
     for (int64_t from = 0; from < c->num_tokens; from += chunk) {
         const matrix *m = c->parts;
-        int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk);
-        int64_t b = c->num_blocks * piece / c->num_pieces;
-        for (; b < stop_block / c->num_pieces; b++) {
-            for (; (b - first_block) * 16 >= m->rows; m++) {
+        int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk), B;
+        for (int64_t i = c->num_blocks * piece / c->num_pieces; i < last / c->num_pieces; i += B) {
+            for (; (i - first_block) * 16 >= m->rows; m++) {
                 first_block += (m->rows + 15) / 16;
                 first_row += m->rows;
             }
-            int64_t row = (b - first_block) * 16;
+            int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
             const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
+            B = MIN(PAIR, MIN(left, last / c->num_pieces - i));
+            if (c->num_tokens == 1) B = 1; /* memory likes one stream better than two */
             for (int64_t start = from, T; start < stop; start += T) {
-                vec y[TILE];
+                vec y[PAIR * TILE];
                 T = tile_size(c->num_tokens - start);
-                multiply_tile(m, block, c->acts + start * token_bytes, y, T);
-                for (int64_t t = 0; t < T; t++) {
-                    int64_t at = (start + t) * c->num_rows + first_row + row;
-                    finish_rows(m, row, y[t], c->residual ? c->residual + at : NULL, c->out + at);
+                multiply_tile(m, block, c->acts + start * token_bytes, y, B, T);
+                for (int64_t n = 0; n < B * T; n++) {
+                    int64_t r = row + n / T * 16, token = start + n % T;
+                    int64_t at = token * c->num_rows + first_row + r;
+                    finish_rows(m, r, y[n], c->residual ? c->residual + at : NULL, c->out + at);
                 }
             }
         }
@@ -1552,8 +1596,10 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
 
 /* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
  *
- *   keys     (D, 16) elements, so that a lane is a position | 8 bits: scales (D / group, 16)
- *   values   (16, D) elements                               | 8 bits: scales (16, D / group)
+ *   keys     (D, 16) elements, so that a lane is a position
+ *   values   (16, D) elements
+ *
+ * 8-bit blocks end with the scales of both, (D / group, 16) float16.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
@@ -1582,7 +1628,7 @@ INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value,
 
 /* y = one head x (D), normed if the family does that, rotated to its token's position, scaled */
 INLINE void rotate_head(const attention_call *c, const float *x, const float *norm, int64_t token,
-                        float scale, float *y) {
+                        float scale, float *restrict y) {
     int64_t half = c->head_dim / 2;
     const float *cos = c->cos + token * half, *sin = c->sin + token * half;
     float factor = norm ? rms_factor(x, 2 * half, c->eps) : 1;
@@ -1611,8 +1657,7 @@ INLINE void keep(const attention_call *c, const float *x, char *block, int64_t l
         for (int64_t d = g * group; d < (g + 1) * group; d++) most = MAX(most, fabsf(x[d]));
         float inverse = most > 0 ? 127.0f / most : 0;
         to_half(half, splat(most / 127.0f));
-        int64_t at = is_value ? lane * (D / group) + g : g * 16 + lane;
-        ((uint16_t *)(block + 16 * D))[at] = half[0];
+        ((uint16_t *)(block + 16 * D))[g * 16 + lane] = half[0];
         for (int64_t d = g * group; d < (g + 1) * group; d++)
             ((int8_t *)block)[first + d * step] = (int8_t)lrintf(x[d] * inverse);
     }
@@ -1622,7 +1667,7 @@ INLINE void keep(const attention_call *c, const float *x, char *block, int64_t l
 INLINE vec elements(const char *block, int64_t at, int kind) {
     if (kind == FLOAT32) return load((const float *)block + at);
     if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
-    return __builtin_convertvector(*(const bytes16 *)(block + at), vec);
+    return from_bytes((const int8_t *)block + at);
 }
 
 /* Up to ROWS queries of one sequence that share a key/value head, and the keys each may see */
@@ -1640,20 +1685,23 @@ typedef struct {
 INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
                   int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
     const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int64_t D = c->head_dim, group = scale_group(D), num_blocks = (last - first + 15) / 16;
+    int64_t D = c->head_dim, num_blocks = (last - first + 15) / 16;
+    int64_t group = kind == Q8 ? scale_group(D) : D;
     vec most[ROWS], sum[ROWS];
     for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
     for (int64_t b = 0; b < num_blocks; b++) {
         const char *block = keys + b * c->block_bytes;
-        vec dot[ROWS], scale = {0};
+        vec dot[ROWS], part[ROWS];
         for (int r = 0; r < R; r++) dot[r] = (vec){0};
-        for (int64_t d = 0; d < D; d++) {
-            vec k = elements(block, 16 * d, kind);
-            if (kind == Q8) {
-                if (d % group == 0) scale = from_half(block + 16 * D + 32 * (d / group));
-                k *= scale;
+        for (int64_t g = 0; g < D; g += group) {
+            for (int r = 0; r < R; r++) part[r] = (vec){0};
+            for (int64_t d = g; d < g + group; d++) {
+                vec k = elements(block, 16 * d, kind);
+                for (int r = 0; r < R; r++) part[r] = fma16(splat(q[r * D + d]), k, part[r]);
             }
-            for (int r = 0; r < R; r++) dot[r] = fma16(splat(q[r * D + d]), k, dot[r]);
+            vec scale = splat(1);
+            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32);
+            for (int r = 0; r < R; r++) dot[r] = fma16(part[r], scale, dot[r]);
         }
         ivec key = lanes + (int32_t)(first + 16 * b);
         for (int r = 0; r < R; r++) {
@@ -1677,25 +1725,31 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
 /* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, 32 columns at a time */
 INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
                   float *y, int R, int kind) {
-    int64_t D = c->head_dim, group = scale_group(D);
+    int64_t D = c->head_dim;
     for (int64_t d = 0; d < D; d += 32) {
         const int two = d + 32 <= D;
         vec sum[ROWS][2];
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
-        for (int64_t k = 0; k < num_keys; k++) {
-            const char *block = values + k / 16 * c->block_bytes;
-            vec v = elements(block, k % 16 * D + d, kind), v2 = {0};
-            if (two) v2 = elements(block, k % 16 * D + d + 16, kind);
+        for (int64_t first = 0; first < num_keys; first += 16, values += c->block_bytes) {
+            float weight[ROWS * 16];
+            const float *w = p + first;
+            int64_t step = CHUNK;
             if (kind == Q8) {
-                int64_t at = k % 16 * (D / group) + d / group;
-                float scale = from_half(block + 16 * D + at / 16 * 32)[at % 16];
-                v *= scale, v2 *= scale;
+                vec scale = from_half(values + 16 * D + d / scale_group(D) * 32);
+                for (int r = 0; r < R; r++)
+                    store(weight + 16 * r, load(p + r * CHUNK + first) * scale);
+                w = weight, step = 16;
             }
-            for (int r = 0; r < R; r++) {
-                sum[r][0] = fma16(splat(p[r * CHUNK + k]), v, sum[r][0]);
-                sum[r][1] = fma16(splat(p[r * CHUNK + k]), v2, sum[r][1]);
+            for (int64_t k = 0; k < MIN(16, num_keys - first); k++) {
+                vec v = elements(values, k * D + d, kind), v2 = {0};
+                if (two) v2 = elements(values, k * D + d + 16, kind);
+                for (int r = 0; r < R; r++) {
+                    sum[r][0] = fma16(splat(w[r * step + k]), v, sum[r][0]);
+                    sum[r][1] = fma16(splat(w[r * step + k]), v2, sum[r][1]);
+                }
             }
         }
+        values -= (num_keys + 15) / 16 * c->block_bytes;
         for (int r = 0; r < R; r++) {
             store(y + r * D + d, sum[r][0]);
             if (two) store(y + r * D + d + 16, sum[r][1]);
@@ -1770,9 +1824,11 @@ INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
 
 INLINE void finish(const attention_call *c, const task *t, const float *sum) {
     int64_t D = c->head_dim;
-    for (int64_t r = 0; r < t->num_rows; r++)
-        for (int64_t d = 0; d < D; d++)
-            c->out[place(c, t, r) + d] = sum[2 * ROWS + r * D + d] / sum[ROWS + r];
+    for (int64_t r = 0; r < t->num_rows; r++) {
+        float *out = c->out + place(c, t, r);
+        for (int64_t d = 0; d < D; d += 16)
+            store(out + d, load(sum + 2 * ROWS + r * D + d) / sum[ROWS + r]);
+    }
 }
 
 /* a piece is a token: its queries go to q, its keys and values to the strip */
@@ -2075,11 +2131,12 @@ def native_linear(
 ) -> Tensor:
     """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
     `matrices`"""
-    out = torch.empty(len(x), num_rows)
+    num_tokens = x.size(0)
+    out = torch.empty(num_tokens, num_rows)
     load_kernels().linear(
         matrices,
         num_matrices,
-        len(x),
+        num_tokens,
         x.data_ptr(),
         pointer(norm),
         eps,
@@ -2110,7 +2167,8 @@ def native_attention(
 ) -> Tensor:
     """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
     start, new tokens, row -> (N, H D). Keys and values go to the strips."""
-    out = torch.zeros(len(qkv), n_heads * head_dim)  # rows that only pad the batch stay zero
+    num_tokens = qkv.size(0)
+    out = torch.zeros(num_tokens, n_heads * head_dim)  # rows that only pad the batch stay zero
     load_kernels().attention(
         qkv.data_ptr(),
         cos.data_ptr(),
@@ -2119,8 +2177,8 @@ def native_attention(
         pointer(k_norm),
         eps,
         spans.data_ptr(),
-        len(spans),
-        len(qkv),
+        spans.size(0),
+        num_tokens,
         layer,
         n_layers,
         n_heads,
@@ -2605,6 +2663,9 @@ class Attention:
         return self.o_proj(cache.attend(self, qkv, cos, sin, batch), residual=x)  # (N, C)
 
 
+MLP_BYTES = 16 << 20  # of gate and up at a time
+
+
 class MLP:
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
@@ -2612,9 +2673,17 @@ class MLP:
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
+        # malloc takes larger blocks from the system anew each time, and touching them costs more
+        # than the arithmetic saves
+        self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
+
     def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """(N, C) -> (N, 2 F) -> (N, C)"""
-        return self.down_proj(self.gate_up_proj(x, norm=norm), gated=True, residual=x)
+        """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
+        parts = [
+            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part)
+            for part in (x.split(self.step) if x.size(0) > self.step else (x,))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class DecoderLayer:
