@@ -945,7 +945,8 @@ class Kernel:
     @functools.cached_property
     def jit(self) -> Any:
         assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
-        return triton.jit(self.function)
+        varying = ("num_x", "layer", "window", "num_programs")  # not to be compiled in
+        return triton.jit(self.function, do_not_specialize=varying)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.jit[grid]  # type: ignore[no-any-return]
@@ -1174,7 +1175,7 @@ def part_kernel(
     PARTS: tl.constexpr,
 ) -> None:
     """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
-    the strip: block b of KEYS keys is in part b % PARTS. Softmax as in
+    the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
     https://arxiv.org/abs/2205.14135: the largest score so far, the sum of exp(score - largest), and
     the values weighted with it."""
     r, kv = tl.program_id(0), tl.program_id(1)
@@ -1191,9 +1192,7 @@ def part_kernel(
         largest = tl.full((HEADS, 1), -1e30, tl.float32)
         weight = tl.zeros((HEADS, 1), tl.float32)
         total = tl.zeros((HEADS, COLS), tl.float32)
-        block = first // KEYS
-        block += (part + PARTS - block % PARTS) % PARTS
-        for start in range(block * KEYS, position + 1, PARTS * KEYS):
+        for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
             s = start + tl.arange(0, KEYS)
             seen = (s >= first) & (s <= position)
             at, there = s[:, None] * D + d, seen[:, None] & (d < D)

@@ -263,8 +263,8 @@ def test_a_step_in_fixed_tensors_is_an_ordinary_step(
             cache.reserve(slot, 4)
         decoder(Batch(work, DEVICE), cache)
     steps = graphs(decoder, caches[0])
-    for turn, slots in enumerate(([2, 0, 1], [0, 1], [2])):  # 3 rows take 4 with one for nobody
-        rows = [(slot, len(caches[0].strips) - 3 + slot + turn, 30 + slot) for slot in slots]
+    for turn, slots in enumerate(([2, 0, 1], [0, 1], [2], [1, 2])):  # 3 rows: 4, one for nobody
+        rows = [(slot, 1 + slot + turn, 30 + slot) for slot in slots]
         for slot in slots:  # strips move when they grow
             caches[0].strips[slot] = caches[0].strips[slot].clone()
         ordinary = Batch([(slot, at, [token], 1) for slot, at, token in rows], DEVICE)
