@@ -177,12 +177,15 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
+    import triton
+    import triton.language as tl
     import uvicorn
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
+
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -197,7 +200,9 @@ else:
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
+    tl = LazyModule("triton.language")
     tqdm = LazyModule("tqdm")
+    triton = LazyModule("triton")
     uvicorn = LazyModule("uvicorn")
 
 
@@ -656,6 +661,7 @@ GRIDS: dict[int, list[tuple[float, float]]] = {
 LEAST_WEIGHT, MOST_WEIGHT = 2.0**-14, 2.0**15  # what the largest weight of a matrix may be
 SEARCH_WEIGHTS = 1 << 19  # weights that one core searches at a time
 DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
+FAST_LINEAR: dict[str, Callable[[Tensor, PackedLinear], Tensor | None]] = {}  # by device; section 4
 
 
 class Linear:
@@ -744,6 +750,9 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
+        fast = FAST_LINEAR.get(x.device.type)
+        if fast is not None and (y := fast(x, self)) is not None:
+            return y
         num_rows, num_cols = self.shape
         step = max(1, DEQUANT_WEIGHTS // num_cols)
         parts = [
@@ -963,6 +972,8 @@ KEY_TILE = 512
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., C) / rms(x) * weight, in float32 (https://arxiv.org/abs/1910.07467)"""
+    if uses_triton(x):
+        return triton_rms_norm(x, weight, eps)
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * x32.to(x.dtype)
@@ -1014,6 +1025,8 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): the pair of
     column i is column i + D/2."""
+    if uses_triton(x):
+        return triton_rotate(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -1339,10 +1352,11 @@ INLINE float max16(vec x) {
 /* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
 #define ROUNDER 12582912.0f
 
-/* exp(x) for x <= 88 within 2 units in the last place, 0 below -87:
+/* exp(x) within 2 units in the last place, 0 below -87 and exp(88) above 88:
  * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
 INLINE vec exp16(vec x) {
     vec bounded = larger(x, splat(-87.0f));
+    bounded = pick(bounded < 88.0f, bounded, splat(88.0f));
     vec shifted = fma16(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
     vec r = fma16(n, splat(-1.42860677e-6f), fma16(n, splat(-0.693145752f), bounded));
     vec p = splat(1.0f / 720);
@@ -2258,6 +2272,381 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple
     return False, f"torch ({why})"
 
 
+# ---- the same on CUDA, as Triton kernels (https://triton-lang.org) -------------------------------
+#
+#   A kernel is a function over blocks of numbers, run by many programs at once: `kernel[grid](..)`
+#   starts one for each point of the grid. Block sizes (capital constexpr names) are powers of two;
+#   masks cut off what sticks out.
+
+
+class Kernel:
+    """Decorates a Triton kernel. Nothing is imported or compiled before the first launch."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    @functools.cached_property
+    def jit(self) -> Any:
+        assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
+        varying = ("num_x", "layer", "window", "num_programs")  # not to be compiled in
+        return triton.jit(self.function, do_not_specialize=varying)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self.jit[grid]  # type: ignore[no-any-return]
+
+
+@Kernel
+def linear_kernel(
+    y: tl.tensor,
+    x: tl.tensor,
+    q: tl.tensor,
+    scale: tl.tensor,
+    offset: tl.tensor,
+    bias: tl.tensor,
+    num_x: tl.tensor,
+    num_rows: tl.tensor,
+    num_groups: tl.tensor,
+    one: tl.tensor,
+    bits: tl.constexpr,
+    zero: tl.constexpr,
+    width: tl.constexpr,
+    NUM: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLICES: tl.constexpr,
+) -> None:
+    """y (N, rows) = x W^T: a program makes ROWS x NUM numbers. Each of its SLICES (warps) sums up
+    other columns, in an order that neither N nor NUM changes. `width` bytes hold a group.
+
+    GPUs are slow at converting integers. A nibble becomes a float without it: or-ed into the bits
+    of 1.0, which `one` holds, a nibble u makes 1 + u / 256, or 1 + u / 16 if it is the high one."""
+    n = tl.program_id(0) * NUM + tl.arange(0, NUM)[None, :, None]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :, None].to(tl.int64)
+    byte = tl.arange(0, width)[None, None, None, :]
+    slices = tl.arange(0, SLICES)[:, None, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
+    total = tl.zeros((SLICES, ROWS, NUM), tl.float32)
+    for start in range(0, num_groups, SLICES * GROUPS):
+        g = start + slices  # (SLICES, 1, GROUPS)
+        inside = (row < num_rows) & (g < num_groups)
+        at = row * num_groups + g
+        packed = tl.load(q + (at[:, :, :, None] * width + byte), inside[:, :, :, None], 0)
+        s = tl.load(scale + at, inside, 0).to(tl.float32)[:, :, :, None]
+        o = -zero * s
+        if offset is not None:
+            o += tl.load(offset + at, inside, 0).to(tl.float32)[:, :, :, None]
+        x_at = (n * num_groups + g)[:, :, :, None] * (width * 8 // bits) + byte
+        x_inside = ((n < num_x) & (g < num_groups))[:, :, :, None]
+        for part in tl.static_range(0, 8 // bits):
+            if bits == 8:
+                w = packed.to(tl.float32) * s + o
+            else:
+                u = (packed.to(tl.int32) << 15) & (0x78000 << (4 * part))
+                unit = s * (256 >> (4 * part))
+                w = (u | one).to(tl.float32, bitcast=True) * unit + (o - unit)
+            w = tl.reshape(w.to(x.dtype.element_ty), (SLICES, ROWS, GROUPS * width))
+            xs = tl.load(x + x_at + part * width, x_inside, 0)
+            xs = tl.permute(tl.reshape(xs, (SLICES, NUM, GROUPS * width)), (0, 2, 1))
+            total = tl.dot(w, xs, total, input_precision="tf32x3")
+    out = tl.sum(total, 0)  # (ROWS, NUM)
+    n = tl.program_id(0) * NUM + tl.arange(0, NUM)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    if bias is not None:
+        out += tl.load(bias + row, row < num_rows, 0)
+    tl.store(y + n * num_rows + row, out.to(y.dtype.element_ty), (n < num_x) & (row < num_rows))
+
+
+def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor | None:
+    """x (N, cols) -> (N, rows), weights unpacked on the way. None where Triton does not work."""
+    if not uses_triton(x):
+        return None
+    num_rows, num_groups, width = packed.q.shape
+    y = x.new_empty(len(x), num_rows)
+    num = 32 if len(x) > 16 and x.itemsize == 2 else 16
+    linear_kernel[triton.cdiv(len(x), num), triton.cdiv(num_rows, 16)](
+        y,
+        x.contiguous(),
+        packed.q,
+        packed.scale,
+        packed.offset,
+        packed.bias,
+        len(x),
+        num_rows,
+        num_groups,
+        0x3F800000,
+        bits=packed.bits,
+        zero=8 if packed.bits == 4 and packed.offset is None else 0,
+        width=width,
+        NUM=num,
+        ROWS=16,
+        GROUPS=4,
+        SLICES=4,
+        num_stages=3 if num == 16 and x.itemsize == 2 else 2,
+    )
+    return y
+
+
+FAST_LINEAR["cuda"] = triton_linear
+
+
+@Kernel
+def rms_norm_kernel(
+    y: tl.tensor,
+    x: tl.tensor,
+    weight: tl.tensor,
+    num_cols: tl.tensor,
+    eps: tl.tensor,
+    COLS: tl.constexpr,
+) -> None:
+    """A program normalizes one row."""
+    col = tl.arange(0, COLS)
+    at = tl.program_id(0) * num_cols + col
+    x32 = tl.load(x + at, col < num_cols, 0).to(tl.float32)
+    normed = x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / num_cols + eps)
+    w = tl.load(weight + col, col < num_cols, 0)
+    normed = normed.to(w.dtype).to(tl.float32) * w.to(tl.float32)
+    tl.store(y + at, normed.to(w.dtype), col < num_cols)
+
+
+def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    y, num_cols = torch.empty_like(x), x.shape[-1]
+    rms_norm_kernel[(x.numel() // num_cols,)](
+        y, x, weight, num_cols, eps, COLS=triton.next_power_of_2(num_cols)
+    )
+    return y
+
+
+@Kernel
+def rotate_kernel(
+    y: tl.tensor,
+    x: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    x_stride: tl.tensor,
+    num_heads: tl.tensor,
+    half: tl.tensor,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+) -> None:
+    """A program turns the heads of one token."""
+    n = tl.program_id(0)
+    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    at, inside = h * 2 * half + i, (h < num_heads) & (i < half)
+    c = tl.load(cos + n * half + i, i < half, 0).to(tl.float32)
+    s = tl.load(sin + n * half + i, i < half, 0).to(tl.float32)
+    a = tl.load(x + n * x_stride + at, inside, 0).to(tl.float32)
+    b = tl.load(x + n * x_stride + at + half, inside, 0).to(tl.float32)
+    y += n * num_heads * 2 * half + at
+    tl.store(y, (a * c - b * s).to(x.dtype.element_ty), inside)
+    tl.store(y + half, (b * c + a * s).to(x.dtype.element_ty), inside)
+
+
+def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    N, H, D = x.shape
+    y = x.new_empty(N, H, D)
+    heads, half = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
+    rotate_kernel[(N,)](y, x, cos, sin, x.stride(0), H, D // 2, HEADS=heads, HALF=half)
+    return y
+
+
+SHORT_SPAN = 8  # rows of one sequence that read its strip one by one: decoding, and drafts
+STRIP_KEYS = 64  # keys in a block
+STRIP_PARTS = 16  # a strip's blocks are dealt out to so many parts, which are summed up apart
+STRIP_PROGRAMS = 512  # enough to keep a large GPU busy
+
+
+@dataclass(frozen=True, slots=True)
+class StripRows:
+    """Rows of a batch, each with the strip it belongs to: (R,) int64 each."""
+
+    rows: Tensor  # in the batch
+    positions: Tensor  # of their tokens
+    addresses: Tensor  # of the strips' first elements
+    capacities: Tensor  # tokens the strips have room for
+
+
+@Kernel
+def store_kernel(
+    k: tl.tensor,
+    v: tl.tensor,
+    k_stride: tl.tensor,
+    v_stride: tl.tensor,
+    rows: tl.tensor,
+    positions: tl.tensor,
+    addresses: tl.tensor,
+    capacities: tl.tensor,
+    layer: tl.tensor,
+    n_layers: tl.tensor,
+    Hkv: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
+    """A program writes one row's keys and values into its strip (2, L, Hkv, capacity, D)."""
+    r = tl.program_id(0)
+    h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
+    inside = (h < Hkv) & (d < D)
+    capacity = tl.load(capacities + r)
+    keys = tl.load(addresses + r).to(tl.pointer_type(k.dtype.element_ty))
+    at = ((layer * Hkv + h) * capacity + tl.load(positions + r)) * D + d
+    row = tl.load(rows + r)
+    tl.store(keys + at, tl.load(k + row * k_stride + h * D + d, inside, 0), inside)
+    at += n_layers * Hkv * capacity * D
+    tl.store(keys + at, tl.load(v + row * v_stride + h * D + d, inside, 0), inside)
+
+
+@Kernel
+def part_kernel(
+    sums: tl.tensor,
+    stats: tl.tensor,
+    q: tl.tensor,
+    rows: tl.tensor,
+    positions: tl.tensor,
+    addresses: tl.tensor,
+    capacities: tl.tensor,
+    layer: tl.tensor,
+    n_layers: tl.tensor,
+    window: tl.tensor,
+    num_programs: tl.tensor,
+    factor: tl.tensor,
+    H: tl.constexpr,
+    Hkv: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
+    the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
+    https://arxiv.org/abs/2205.14135: the largest score so far, the sum of exp(score - largest), and
+    the values weighted with it."""
+    r, kv = tl.program_id(0), tl.program_id(1)
+    h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
+    inside = (h < H // Hkv) & (d < D)
+    head = kv * (H // Hkv) + h
+    queries = tl.load(q + (tl.load(rows + r) * H + head) * D + d, inside, 0)
+    position, capacity = tl.load(positions + r), tl.load(capacities + r)
+    address = tl.multiple_of(tl.load(addresses + r), 16)
+    keys = address.to(tl.pointer_type(q.dtype.element_ty))
+    keys += (layer * Hkv + kv) * capacity * D
+    first = tl.maximum(position + 1 - window, 0)
+    for part in range(tl.program_id(2), PARTS, num_programs):
+        largest = tl.full((HEADS, 1), -1e30, tl.float32)
+        weight = tl.zeros((HEADS, 1), tl.float32)
+        total = tl.zeros((HEADS, COLS), tl.float32)
+        for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
+            s = start + tl.arange(0, KEYS)
+            seen = (s >= first) & (s <= position)
+            at, there = s[:, None] * D + d, seen[:, None] & (d < D)
+            scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
+            scores = tl.where(seen[None, :], scores * factor, -1e30)
+            top = tl.maximum(largest, tl.max(scores, 1)[:, None])
+            shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
+            values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
+            total = total * shrink
+            total += tl.dot(scores.to(values.dtype), values, input_precision="ieee")
+            weight = weight * shrink + tl.sum(scores, 1)[:, None]
+            largest = top
+        at = (r * H + head) * PARTS + part
+        tl.store(sums + at * D + d, total, inside & (weight > 0))
+        tl.store(stats + at * 2, largest, h < H // Hkv)
+        tl.store(stats + at * 2 + 1, weight, h < H // Hkv)
+
+
+@Kernel
+def join_kernel(
+    out: tl.tensor,
+    sums: tl.tensor,
+    stats: tl.tensor,
+    rows: tl.tensor,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """A program adds up the parts of one head of one row."""
+    r, head = tl.program_id(0), tl.program_id(1)
+    at = (r * H + head) * PARTS + tl.arange(0, PARTS)
+    largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
+    factor = tl.exp(largest - tl.max(largest, 0))
+    d = tl.arange(0, COLS)[None, :]
+    values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
+    total = tl.sum(values * factor[:, None], 0) / tl.sum(weight * factor, 0)
+    d = tl.arange(0, COLS)
+    to = out + (tl.load(rows + r) * H + head) * D + d
+    tl.store(to, total.to(out.dtype.element_ty), d < D)
+
+
+def strip_attention(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    strips: StripRows,
+    layer: int,
+    n_layers: int,
+    window: int | None,
+) -> None:
+    """Write keys and values of the rows in `strips` to their strips, then attend with each row to
+    all of its strip up to its position, or to the last `window` keys. A row's result does not
+    depend on the others.
+
+    out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
+    (_, H, D), Hkv = q.shape, k.shape[1]
+    table = (strips.rows, strips.positions, strips.addresses, strips.capacities)
+    shape = {"Hkv": Hkv, "D": D, "COLS": max(triton.next_power_of_2(D), 16)}
+    num_rows = len(strips.rows)
+    heads = triton.next_power_of_2(Hkv)
+    store_kernel[(num_rows,)](
+        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, HEADS=heads, **shape
+    )
+    sums = q.new_empty((num_rows, H, STRIP_PARTS, D), dtype=torch.float32)
+    stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
+    num_programs = max(1, min(STRIP_PARTS, STRIP_PROGRAMS // (num_rows * Hkv)))
+    heads = max(triton.next_power_of_2(H // Hkv), 16)
+    part_kernel[num_rows, Hkv, num_programs](
+        sums,
+        stats,
+        q.contiguous(),
+        *table,
+        layer,
+        n_layers,
+        window or 2**31 - 1,
+        num_programs,
+        D**-0.5,
+        H=H,
+        HEADS=heads,
+        KEYS=STRIP_KEYS,
+        PARTS=STRIP_PARTS,
+        num_stages=2 if D * q.itemsize <= 256 else 1,  # what fits into a small GPU's shared memory
+        **shape,
+    )
+    join_kernel[num_rows, H](
+        out, sums, stats, strips.rows, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
+    )
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether what is computed from x goes through the kernels above."""
+    return x.is_cuda and triton_works()
+
+
+@functools.cache
+def triton_works() -> bool:
+    """Try a kernel. If Triton or the C compiler that it needs is missing, say so once."""
+    try:
+        ones = torch.ones(2, 32, device="cuda")
+        y = triton_rms_norm(ones, ones[0], 0.0)
+        works = torch.equal(y, ones)
+        reason = "its results are wrong"
+    except Exception as error:  # whatever: torch's own operations do the same
+        works, reason = False, first_line(error)
+    if not works:
+        log.warning(f"Triton does not work here, CUDA will be slower: {reason}")
+    return works
+
+
 # ==================================================================================================
 # 5 MODEL: one decoder for every family
 #
@@ -2445,6 +2834,30 @@ class Batch:
         self.positions = torch.tensor(positions + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
+        self.strips: StripRows | None = None  # made by the first layer that needs it
+
+
+class DecodeBatch(Batch):
+    """One new token for each of up to `num_rows` sequences, in tensors that stay where they are
+    from step to step, so that a step can be recorded. Needs kernels that take StripRows.
+
+    Rows without a sequence write to a strip of their own."""
+
+    def __init__(self, num_rows: int, like: Tensor) -> None:
+        """`like` is a strip."""
+        self.num_logits = num_rows
+        self.spans, self.memo = [], {}
+        self.logit_rows = torch.arange(num_rows, device=like.device)
+        self.nobody = like.new_zeros((*like.shape[:3], 1, like.shape[4]))
+        self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
+        self.token_ids, self.positions, addresses, capacities = self.inputs
+        self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+
+    def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
+        """Put in (token id, position, strip) for each sequence."""
+        table = [(i, at, strip.data_ptr(), strip.shape[3]) for i, at, strip in rows]
+        table += [(0, 0, self.nobody.data_ptr(), 1)] * (self.num_logits - len(table))
+        self.inputs.copy_(torch.tensor(table).T)
 
 
 class KVCache:
@@ -2493,7 +2906,9 @@ class KVCache:
         q, k, v = attn.heads(qkv, cos, sin)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
-        for span in batch.spans:
+        direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
+        spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
+        for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
             strips = self.strips[span.slot][:, attn.index]  # (2, Hkv, capacity, bytes)
@@ -2506,6 +2921,26 @@ class KVCache:
             keys, values = decode_kv(strips[:, :, : bias.shape[1]], self.kv_dtype, q.dtype)
             out[rows] = attention(q[rows], keys, values, bias)
         return out.flatten(1)
+
+    def attend_rows(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
+    ) -> list[Span]:
+        """Do what `attend` does for all short spans with one call -> the spans that are left."""
+        if batch.strips is None:
+            short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
+            flat = [(s, s.row + i, s.start + i) for s in short for i in range(s.num_new)]
+            strips = [self.strips[span.slot] for span, _, _ in flat]
+            table = [
+                [row for _, row, _ in flat],
+                [position for _, _, position in flat],
+                [strip.data_ptr() for strip in strips],
+                [strip.shape[3] for strip in strips],
+            ]
+            batch.strips = StripRows(*torch.tensor(table, device=q.device))
+        if len(batch.strips.rows):
+            windows = self.config.windows
+            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer])
+        return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
 def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
@@ -2738,13 +3173,6 @@ class Decoder:
         kind = NativeKVCache if native else KVCache
         return kind(self.config, num_slots, self.kv_dtype, self.device)
 
-    def compile(self) -> None:
-        """Fuse what lies between attention calls with torch.compile."""
-        for layer in self.layers:
-            attn = layer.self_attn
-            attn.heads = torch.compile(attn.heads, dynamic=True)  # type: ignore
-            layer.mlp = torch.compile(layer.mlp.__call__, dynamic=True)  # type: ignore
-
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
@@ -2754,6 +3182,49 @@ class Decoder:
             x = layer(x, cos, sin, cache, batch)
         logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
         return logits[: batch.num_logits].float()  # (R, V)
+
+
+class DecodeGraphs:
+    """Decode steps recorded as CUDA graphs: replaying one starts its hundreds of kernels at once
+    (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A graph is recorded when
+    first needed, for 1, 2, 4, 8, .. sequences. It holds no address of a strip, for these are among
+    its inputs: strips may grow, move and change hands."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.recorded: dict[int, tuple[DecodeBatch, Callable[[], Tensor]]] = {}
+        self.pool: Any = None  # memory that all graphs share: only one runs at a time
+
+    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
+        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
+        valid until the next step. The slots must have room."""
+        size = 1 << (len(rows) - 1).bit_length()
+        inputs = [(token_id, at, self.cache.strips[slot]) for slot, at, token_id in rows]
+        if size not in self.recorded:
+            batch = DecodeBatch(size, like=self.cache.strips[0])
+            batch.load(inputs)
+            self.recorded[size] = batch, self.record(batch)
+        batch, replay = self.recorded[size]
+        batch.load(inputs)
+        return replay()[: len(rows)]
+
+    def record(self, batch: DecodeBatch) -> Callable[[], Tensor]:
+        """-> a function that runs the decoder on what the batch's tensors hold then."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.decoder(batch, self.cache)  # compiles the kernels; a second time changes nothing
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = self.decoder(batch, self.cache)
+        self.pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
 
 
 # ==================================================================================================
@@ -5083,6 +5554,11 @@ class Engine:
         self.cache = decoder.new_cache(num_slots)
         self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
+        self.graphs: DecodeGraphs | None = None
+        if config.compile and uses_triton(decoder.inv_freq) and decoder.kv_dtype != "q8":
+            self.graphs = DecodeGraphs(decoder, self.cache)
+        elif config.compile:
+            log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
 
     @property
     def has_work(self) -> bool:
@@ -5158,6 +5634,9 @@ class Engine:
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
+        if self.graphs and all(len(new) == 1 for _, _, new, _ in parts):
+            rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
+            return torch.split(self.graphs(rows).cpu(), num_rows)
         batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
@@ -5307,12 +5786,12 @@ class LLM:
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
-        if compile:
-            decoder.compile()
+        if self.engine.graphs:
             try:
-                for num_tokens in (1, 2):  # one token and many are compiled apart: do it now
-                    self.logits([0] * num_tokens)
-            except Exception as error:  # the compiler it needs may be missing, and more
+                with torch.inference_mode():
+                    self.engine.cache.reserve(0, 1)
+                    self.engine.graphs([(0, 0, 0)])
+            except RuntimeError as error:
                 raise RequestError(
                     f"compile does not work on this machine: {first_line(error)}", "compile"
                 ) from None
@@ -7545,7 +8024,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})",
     )
     add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
-    add("--compile", action="store_true", help="fuse operations with torch.compile")
+    add("--compile", action="store_true", help="record decode steps as CUDA graphs")
     add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
     add("--threads", type=int, metavar="N", help="CPU threads")
     add(

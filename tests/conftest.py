@@ -18,6 +18,8 @@ import torch
 import nanollama
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # to be said before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # the same examples in every run, and no test that fails because the machine was busy
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")

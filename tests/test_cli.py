@@ -113,8 +113,6 @@ def test_every_example_of_the_reference_runs(
         models = "TinyLlama/TinyLlama-1.1B-Chat-v1.0 path/to/model.gguf deepseek-ai/".split()
         local = [str(tiny()) if a.startswith(tuple(models)) else a for a in argv]
         ran = cli(*local, "--max-tokens", "5", stdin=b"Hello\n")
-        if "compile does not work on this machine" in ran.err:
-            pytest.skip("there is no C++ compiler")
         assert ran.code == 0
         assert ran.out.endswith("\n")
         assert SPEED.fullmatch(ran.err.splitlines()[-1])

@@ -1,0 +1,212 @@
+"""The C of section 4 under the compiler's sanitizers: no byte beyond a buffer, no undefined
+arithmetic, no race between threads."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import nanollama
+
+try:
+    COMPILER = nanollama.find_compiler()
+except nanollama.KernelError:
+    pytest.skip("there is no C compiler", allow_module_level=True)
+
+pytestmark = pytest.mark.xdist_group("sanitizers")
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-fsanitize=thread",)
+
+# Buffers of exactly the size that the kernels may use, each an allocation of its own.
+DATA = r"""
+#include <stdio.h>
+
+static uint64_t seed = 1;
+static uint32_t any(void) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return seed >> 33;
+}
+static void *bytes(int64_t n) {
+    uint8_t *p = malloc(n);
+    for (int64_t i = 0; i < n; i++) p[i] = any();
+    return p;
+}
+static float *floats(int64_t n) {
+    float *p = malloc(n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) p[i] = (float)any() / (1u << 30) - 1;
+    return p;
+}
+static uint8_t *ones(int64_t n) { /* as int32: read_all sums these, and shall not overflow */
+    uint8_t *p = malloc(n);
+    for (int64_t i = 0; i < n; i++) p[i] = i % 4 == 0;
+    return p;
+}
+static matrix make(int bits, int group, int has_offset, int64_t rows, int64_t cols, int bias) {
+    int32_t block_bytes = 2 * group * bits + 32 + 32 * has_offset;
+    int64_t num_bytes = (rows + 15) / 16 * (cols / group) * block_bytes;
+    uint8_t *blocks = bytes(num_bytes);
+    for (int64_t i = 0; i < num_bytes; i += block_bytes) /* scales that are numbers */
+        for (int j = 2 * group * bits + 1; j < block_bytes; j += 2) blocks[i + j] &= 0x8f;
+    return (matrix){blocks, bias ? floats(rows) : NULL, rows, cols, bits, group, has_offset,
+                    block_bytes};
+}
+static const int FORMATS_OF[5][3] = {{4, 32, 0}, {4, 32, 1}, {8, 32, 0}, {8, 32, 1}, {8, 16, 0}};
+static matrix any_matrix(int format, int64_t rows, int64_t cols) {
+    const int *f = FORMATS_OF[format % 5];
+    return make(f[0], f[1], f[2], rows, cols, format % 2);
+}
+static int64_t kv_block_bytes(int64_t D, int kind) {
+    return 16 * (kind == Q8 ? D + 2 * (D / scale_group(D)) : kind == FLOAT16 ? 2 * D : 4 * D);
+}
+static void check(int ok, const char *what) {
+    if (!ok) printf("%s differs\n", what), exit(1);
+}
+"""
+
+MEMORY_MAIN = r"""
+static void spoil(float *x, int64_t n) {
+    const float bad[] = {0, 1e-45f, -1e-38f, 3e38f, -88.8f, -1e4f, 88.8f, INFINITY, -INFINITY, NAN};
+    for (int64_t i = 0; i < n; i++)
+        if (any() % 16 == 0) x[i] = bad[any() % 10];
+}
+static void try_linear(int format, int64_t rows, int64_t num_tokens, int before, int bad) {
+    int64_t cols = before == NORM ? 96 : 64, width = before == GATED ? 2 * cols : cols;
+    matrix parts[] = {any_matrix(format, rows, cols), any_matrix(format + 1, 33 - rows % 33, cols)};
+    int64_t num_rows = parts[0].rows + parts[1].rows, num_out = num_tokens * num_rows;
+    float *x = floats(num_tokens * width), *norm = before == NORM ? floats(cols) : NULL;
+    float *residual = format % 2 ? floats(num_out) : NULL;
+    float *out = floats(num_out), *again = floats(num_out);
+    if (bad) spoil(x, num_tokens * width);
+    linear(parts, 2, num_tokens, x, norm, 1e-5f, before, residual, out, 1);
+    linear(parts, 2, num_tokens, x, norm, 1e-5f, before, residual, again, 3);
+    check(!memcmp(out, again, num_out * sizeof(float)), "linear");
+    int64_t *ids = malloc(rows * sizeof(int64_t));
+    float *all = floats(rows * cols);
+    for (int64_t i = 0; i < rows; i++) ids[i] = rows - 1 - i;
+    gather(parts, ids, rows, all);
+    void *made[] = {x, norm, residual, out, again, ids, all, (void *)parts[0].blocks,
+                    (void *)parts[0].bias, (void *)parts[1].blocks, (void *)parts[1].bias};
+    for (int i = 0; i < 11; i++) free(made[i]);
+}
+static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t window, int bad) {
+    const int64_t starts[] = {0, 127, 16}, news[] = {3, 2, 1}, layers = 2, num_tokens = 8;
+    int64_t block_bytes = kv_block_bytes(D, kind), row = 1;
+    float *qkv = floats(num_tokens * (H + 2 * Hkv) * D), *norm = window ? floats(D) : NULL;
+    float *cosines = floats(num_tokens * D / 2), *sines = floats(num_tokens * D / 2);
+    float *out = floats(num_tokens * H * D), *again = floats(num_tokens * H * D);
+    if (bad) spoil(qkv, num_tokens * (H + 2 * Hkv) * D);
+    else memset(again, 0, num_tokens * H * D * 4), memset(out, 0, num_tokens * H * D * 4);
+    span *spans = malloc(3 * sizeof(span));
+    for (int i = 0; i < 3; row += news[i++]) {
+        int64_t num_blocks = (starts[i] + news[i] + 15) / 16;
+        int64_t num_bytes = 2 * layers * Hkv * num_blocks * block_bytes;
+        spans[i] = (span){malloc(num_bytes), num_blocks, starts[i], news[i], row};
+        memset(spans[i].strip, bad ? 0xff : 0, num_bytes);
+    }
+    float *outs[] = {out, again};
+    for (int i = 0; i < 2; i++)
+        attention(qkv, cosines, sines, norm, norm, 1e-6f, spans, 3, num_tokens, 1, layers, H, Hkv,
+                  D, window, kind, block_bytes, outs[i], i ? 4 : 1);
+    check(bad || !memcmp(out, again, num_tokens * H * D * sizeof(float)), "attention");
+    for (int i = 0; i < 3; i++) free(spans[i].strip);
+    void *made[] = {qkv, norm, cosines, sines, out, again, spans};
+    for (int i = 0; i < 7; i++) free(made[i]);
+}
+int main(void) {
+    const int64_t rows[] = {1, 15, 16, 17, 50}, tokens[] = {0, 1, 2, 3, 5, 8, 9, 33};
+    for (int format = 0; format < 5; format++)
+        for (int r = 0; r < 5; r++)
+            for (int n = 0; n < 8; n++)
+                try_linear(format, rows[r], tokens[n], (format + r + n) % 3, n == 4);
+    for (int kind = FLOAT32; kind <= Q8; kind++)
+        for (int64_t heads = 1; heads <= 8; heads++)
+            for (int64_t D = 16; D <= 80; D += 16)
+                try_attention(2 * heads, 2, D, kind, heads % 2 ? 0 : 5, heads == 3);
+    for (int kind = FLOAT32; kind <= Q8; kind++) try_attention(2, 1, MAX_D, kind, 0, 0);
+    for (int64_t n = 0; n < 3000; n += 251) {
+        uint8_t *data = ones(n);
+        for (int i = 1; i < 4; i++) check(read_all(data, n, i) == n / 256 * 64, "read_all");
+        free(data);
+    }
+    return 0;
+}
+"""
+
+THREADS_MAIN = r"""
+static matrix parts[2];
+static float *x, *expected, *qkv, *angles, *expected_rows;
+static uint8_t *data;
+enum { TOKENS = 9, COLS = 256, OUT = 80, HEADS = 6, D = 32, LENGTH = 270 };
+
+static void attend(char *strip, int64_t start, int64_t n, float *out, int64_t num_threads) {
+    span s = {strip, (LENGTH + 15) / 16, start, n, 0};
+    attention(qkv + start * (HEADS + 4) * D, angles, angles, NULL, NULL, 0, &s, 1, n, 0, 1, HEADS,
+              2, D, 0, FLOAT16, kv_block_bytes(D, FLOAT16), out, num_threads);
+}
+static char *empty_strip(void) {
+    return calloc((LENGTH + 15) / 16, 4 * kv_block_bytes(D, FLOAT16));
+}
+static void *caller(void *index) {
+    int64_t num_threads = 1 + (intptr_t)index;
+    float *out = malloc(TOKENS * OUT * 4), *rows = malloc(LENGTH * HEADS * D * 4);
+    char *strip = empty_strip();
+    for (int i = 0; i < 25; i++) {
+        linear(parts, 2, TOKENS, x, NULL, 0, PLAIN, NULL, out, num_threads);
+        check(!memcmp(out, expected, TOKENS * OUT * 4), "linear");
+        int64_t start = i ? LENGTH - 1 : 0; /* the whole prompt, then single tokens of its end */
+        attend(strip, start, LENGTH - start, rows, num_threads);
+        if (!i) check(!memcmp(rows, expected_rows, LENGTH * HEADS * D * 4), "attention");
+        check(read_all(data, 1 << 16, num_threads) == 1 << 14, "read_all");
+    }
+    free(out), free(rows), free(strip);
+    return NULL;
+}
+int main(void) {
+    parts[0] = any_matrix(1, 50, COLS), parts[1] = any_matrix(4, 30, COLS);
+    x = floats(TOKENS * COLS), expected = floats(TOKENS * OUT), data = ones(1 << 16);
+    qkv = floats(LENGTH * (HEADS + 4) * D), angles = floats(LENGTH * D / 2);
+    expected_rows = floats(LENGTH * HEADS * D);
+    linear(parts, 2, TOKENS, x, NULL, 0, PLAIN, NULL, expected, 1);
+    char *strip = empty_strip();
+    attend(strip, 0, LENGTH, expected_rows, 1);
+    pthread_t threads[4];
+    for (intptr_t i = 0; i < 4; i++) pthread_create(threads + i, NULL, caller, (void *)i);
+    for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
+    return 0;
+}
+"""
+
+
+def run(folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Compile a program and run it."""
+    code, program = folder / "program.c", folder / "program"
+    code.write_text(source)
+    command = [COMPILER, "-g", "-w", "-ffp-contract=off", *flags, str(code), "-o", str(program)]
+    built = subprocess.run(
+        [*command, "-lm", "-lpthread"], capture_output=True, text=True, check=False
+    )
+    if built.returncode:
+        return built
+    return subprocess.run([str(program)], capture_output=True, text=True, check=False)
+
+
+def checked(folder: Path, main: str, *flags: str) -> None:
+    """Run the kernels under sanitizers; skip where those do not work."""
+    probe = run(folder, "#include <stdlib.h>\nint main() { free(malloc(3)); return 0; }", *flags)
+    if probe.returncode:
+        pytest.skip(f"{COMPILER} {' '.join(flags)} does not work: {probe.stderr[:200]}")
+    done = run(folder, nanollama.KERNEL_SOURCE + DATA + main, *flags)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("cpu", [nanollama.THIS_CPU, "-march=haswell", "-march=x86-64"])
+def test_no_kernel_leaves_its_buffers_or_computes_what_is_undefined(
+    tmp_path: Path, cpu: str
+) -> None:
+    checked(tmp_path, MEMORY_MAIN, *MEMORY, "-O1", cpu)
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    checked(tmp_path, THREADS_MAIN, *THREADS, "-O1", nanollama.THIS_CPU)
