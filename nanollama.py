@@ -290,6 +290,12 @@ def brief(value: object) -> str:
     return cut.repr(value)
 
 
+def return_freed_memory() -> None:
+    """Give the system what malloc keeps of freed memory, where the C library is glibc."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -765,6 +771,35 @@ class PackedLinear:
     def rows(self, index: Tensor) -> Tensor:
         """The weight's rows at `index` (N,) -> (N, cols)"""
         return self.select(index).dequantize()
+
+
+class Int4Linear:
+    """A 4-bit PackedLinear in the layout of torch's own kernel for the CPU, which computes in
+    bfloat16: w = (q - 8) * scale + offset, with a scale and an offset for each group of 32."""
+
+    def __init__(self, packed: PackedLinear, bias: Tensor | None) -> None:
+        scale, self.bias = packed.scale.float(), bias
+        q = torch.cat((packed.q & 15, packed.q >> 4), dim=-1).flatten(1).int()
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        offset = torch.zeros_like(scale)
+        if packed.offset is not None:
+            offset = packed.offset.float() + 8 * scale
+        self.scales = torch.stack((scale.T, offset.T), dim=-1).to(torch.bfloat16)  # (G, rows, 2)
+
+    @staticmethod
+    def fits(packed: PackedLinear) -> bool:
+        fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
+        return fast and packed.bits == 4 and len(packed.q) % 16 == 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight, self.scales))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, cols) -> (N, rows)"""
+        args = x.contiguous(), self.weight, GROUP, self.scales
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(*args)
+        return y if self.bias is None else y + self.bias
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
@@ -1352,11 +1387,10 @@ INLINE float max16(vec x) {
 /* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
 #define ROUNDER 12582912.0f
 
-/* exp(x) within 2 units in the last place, 0 below -87 and exp(88) above 88:
+/* exp(x) within 3 units in the last place, 0 below -87 and exp(88) above 88, NaN for NaN:
  * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
 INLINE vec exp16(vec x) {
-    vec bounded = larger(x, splat(-87.0f));
-    bounded = pick(bounded < 88.0f, bounded, splat(88.0f));
+    vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
     vec shifted = fma16(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
     vec r = fma16(n, splat(-1.42860677e-6f), fma16(n, splat(-0.693145752f), bounded));
     vec p = splat(1.0f / 720);
@@ -1409,20 +1443,19 @@ INLINE int tile_size(int64_t tokens_left) {
 
 INLINE void quantize_group(vec low, vec high, uint8_t *group, int64_t T, int64_t t) {
     vec size_low = (vec)((ivec)low & 0x7fffffff), size_high = (vec)((ivec)high & 0x7fffffff);
-    float most = max16(larger(size_low, size_high)), inverse = most > 0 ? 127.0f / most : 0;
-    ivec q_low = (ivec)(low * inverse + ROUNDER) - (ivec)splat(ROUNDER);
-    ivec q_high = (ivec)(high * inverse + ROUNDER) - (ivec)splat(ROUNDER);
+    float most = max16(larger(size_low, size_high)), inverse = most > 1e-35f ? 127.0f / most : 0;
+    vec q_low = low * inverse + ROUNDER, q_high = high * inverse + ROUNDER;
     int8_t *a = (int8_t *)group + 32 * t;
-    to_bytes(a, q_low);
-    to_bytes(a + 16, q_high);
-    float sum_low = sum16(__builtin_convertvector(q_low, vec));
-    float sum_high = sum16(__builtin_convertvector(q_high, vec));
-    float scale = most / 127.0f, *s = (float *)(group + 32 * T) + t;
+    to_bytes(a, (ivec)q_low - (ivec)splat(ROUNDER));
+    to_bytes(a + 16, (ivec)q_high - (ivec)splat(ROUNDER));
+    float sum_low = sum16(q_low - ROUNDER), sum_high = sum16(q_high - ROUNDER);
+    float sum = sum_low + sum_high; /* NaN where any x is NaN or infinite: not to be hidden */
+    float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
     s[0] = scale;
-    s[T] = scale * (sum_low + sum_high);
+    s[T] = scale * sum;
     s[2 * T] = scale * sum_low;
     s[3 * T] = scale * sum_high;
-    ((int32_t *)s)[4 * T] = -8 * (int32_t)(sum_low + sum_high);
+    ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
 }
 
 /* 16 columns of one token's input, ready for the matrix */
@@ -1989,6 +2022,10 @@ def kernel_cache() -> Path:
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser() / "kernels"
 
 
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def load_kernels() -> ctypes.CDLL:
     """The compiled kernels. Raises KernelError."""
     return _load_kernels(KERNEL_FLAGS)
@@ -1998,28 +2035,33 @@ def load_kernels() -> ctypes.CDLL:
 def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The compiled kernels, from the cache or compiled now.
 
-    The file's name is a hash of all it depends on. It appears in the cache in one move, so that
-    processes which start at once never see half a file; where the cache cannot be written, it is
-    loaded from a temporary directory."""
+    The file's name is a hash of all it depends on, and one of its content: loading a damaged file
+    would crash. It appears in the cache in one move, so that processes which start at once never
+    see half a file; where the cache cannot be written, it is loaded from a temporary directory."""
     compiler = find_compiler()
     stamp = os.stat(compiler)
     made_of = (KERNEL_SOURCE, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
-    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16] + ".so"
-    cached = kernel_cache() / name
-    with contextlib.suppress(OSError, AttributeError):  # not there, or damaged: made anew
-        return declare_kernels(ctypes.CDLL(str(cached)))
+    key = short_hash(repr(made_of).encode())
+    with contextlib.suppress(OSError, AttributeError):  # what does not load is made anew
+        for cached in kernel_cache().glob(f"{key}-*.so"):
+            if cached.stem == f"{key}-{short_hash(cached.read_bytes())}":
+                return declare_kernels(ctypes.CDLL(str(cached)))
     with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
-        built = Path(folder) / name
+        built = Path(folder) / f"{key}.so"
         compile_kernels(built, flags)
         try:
             library = declare_kernels(ctypes.CDLL(str(built)))
         except (OSError, AttributeError) as error:
             raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
         with contextlib.suppress(OSError):
+            cached = kernel_cache() / f"{key}-{short_hash(built.read_bytes())}.so"
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            shutil.copyfile(built, partial)
-            os.replace(partial, cached)
+            try:
+                shutil.copyfile(built, partial)
+                os.replace(partial, cached)
+            finally:  # a full disk leaves half a file
+                partial.unlink(missing_ok=True)
     return library
 
 
@@ -2108,7 +2150,7 @@ class NativeLinear:
         return self.rows(torch.arange(self.shape[0]))
 
 
-LOAD_WEIGHTS = 1 << 21  # weights repacked at a time
+LOAD_WEIGHTS = 1 << 19  # weights repacked at a time
 
 
 def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
@@ -2266,7 +2308,10 @@ def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple
         except KernelError as error:
             why = str(error)
             if wanted == "auto":
-                log.warning(f"warning: no native kernels, torch's are slower: {why}")
+                log.warning(
+                    "warning: torch's slower kernels are used (fastest with --dtype bfloat16), "
+                    f"native ones cannot be had: {why}"
+                )
     if wanted == "native":
         raise RequestError(f"native kernels cannot be had: {why}", "kernels")
     return False, f"torch ({why})"
@@ -2684,6 +2729,9 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
+EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
+
+
 class Weights:
     """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
     device, in the compute dtype or packed. What nobody asked for is reported by `check_used`.
@@ -2750,7 +2798,7 @@ class Weights:
 
     def _matrix(
         self, name: str, shape: tuple[int, int], bias: Tensor | None
-    ) -> Linear | PackedLinear | NativeLinear:
+    ) -> Linear | PackedLinear | Int4Linear | NativeLinear:
         packed_on_disk = self._find(name, shape).kind in REPACK
         bits = 0 if packed_on_disk or shape[1] % GROUP else self.quantize_bits or 0
         if bits and name in self.sensitive:
@@ -2769,6 +2817,8 @@ class Weights:
         if self.native:
             return NativeLinear(shape, weight.select, bias)
         packed = weight.to(self.device, self.dtype)
+        if Int4Linear.fits(packed) and name != EMBEDDING:
+            return Int4Linear(packed, bias)
         packed.bias = bias
         return packed
 
@@ -5768,11 +5818,15 @@ class LLM:
         )
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
-        self.checkpoint = open_checkpoint(store.resolve(str(model), revision))
-        text = open_text(store.resolve(tokenizer)) if tokenizer else self.checkpoint.text
+        checkpoint = open_checkpoint(store.resolve(str(model), revision))
+        text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
         self.template = ChatTemplate(text, template)
-        self.config = self.checkpoint.config
+        self.config = checkpoint.config
+        # a GGUF's list of tokens has done its work; its memory is free for the weights
+        text = dataclasses.replace(checkpoint.text, gguf=None)
+        self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
+        return_freed_memory()
         if threads:
             torch.set_num_threads(threads)
         weights = Weights(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanollama import REPACK, PackedLinear, pack_nibbles
+from nanollama import REPACK, Int4Linear, PackedLinear, pack_nibbles
 
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
@@ -151,3 +151,28 @@ def test_nibbles_lie_as_the_banner_says() -> None:
     assert packed_q.shape == (1, 1, 16)
     assert (packed_q & 15).flatten().tolist() == q.flatten().tolist()[:16]  # column j
     assert (packed_q >> 4).flatten().tolist() == q.flatten().tolist()[16:]  # column j + 16
+
+
+# ---- torch's own 4-bit kernel --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1"])
+def test_torch_s_own_kernel_computes_with_the_same_weights(name: str) -> None:
+    packed = random_packed(name, num_rows=32).to(torch.device("cpu"), torch.bfloat16)
+    assert Int4Linear.fits(packed)
+    bias = torch.randn(32).bfloat16()
+    linear = Int4Linear(packed, bias)
+    assert linear.nbytes == 32 * 96 // 2 + 32 * 3 * 2 * 2
+    x = torch.randn(9, 96).bfloat16()
+    exact = x.float() @ packed.to(torch.device("cpu"), torch.float32).dequantize().T + bias.float()
+    error = (linear(x).float() - exact).norm() / exact.norm()
+    assert error < 5e-3  # bfloat16 keeps 8 bits
+    for n in (1, 2, 5):
+        assert torch.equal(linear(x[:n]), linear(x)[:n])
+
+
+def test_torch_s_own_kernel_is_for_bfloat16_on_the_cpu_only() -> None:
+    cpu = torch.device("cpu")
+    assert not Int4Linear.fits(random_packed("Q4_1").to(cpu, torch.bfloat16))  # 24 rows
+    assert not Int4Linear.fits(random_packed("Q4_1", num_rows=32).to(cpu, torch.float32))
+    assert not Int4Linear.fits(random_packed("Q8_0", num_rows=32).to(cpu, torch.bfloat16))
