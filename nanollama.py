@@ -1129,10 +1129,17 @@ KERNEL_SOURCE = r"""
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* ---- 16 lanes, whatever the width of the machine's own vectors ---- */
+/* ---- vectors: LANES floats, as wide as the machine's registers ---- */
 
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(64), aligned(4), may_alias));
+#if defined(__AVX512VNNI__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE vec load(const float *p) { return *(const vec *)p; }
@@ -1141,15 +1148,17 @@ INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mas
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
 
 /* What machines do in different ways:
- *   fma16       a * b + c, always in one rounding or always in two
- *   from_half   16 float16 at p -> 16 floats; to_half is the way back
- *   from_bytes  16 int8 at p -> 16 floats; to_bytes is the way back from integers
- *   dot4        adds to each of 16 lanes the dot product of its 4 weights (unsigned bytes) and the
- *               4 activations (signed bytes) at `a`, the same for all lanes */
-#if defined(__AVX512VNNI__)
+ *   madd         a * b + c, always in one rounding or always in two
+ *   from_half    float16 at p -> floats; to_half is the way back
+ *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
+ *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
+ *                activations (signed bytes) at `a`, the same for all lanes */
+#if LANES == 16
 #define PATH "AVX-512 VNNI"
-#define PAIR 2 /* blocks of rows that share each activation they load */
-INLINE vec fma16(vec a, vec b, vec c) {
+#define TILE 4   /* tokens and */
+#define BLOCKS 2 /* blocks of 16 rows whose sums fit into registers together */
+#define ROWS 8   /* queries that share a pass over keys and values */
+INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
@@ -1159,86 +1168,64 @@ INLINE vec from_bytes(const void *p) {
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int32_t four;
-    memcpy(&four, a, 4);
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
     (void)bits;
-    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four));
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(bytes));
 }
 
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif LANES == 8
 #define PATH "AVX2"
-#define PAIR 1
-typedef union { vec v; ivec i; __m256 f[2]; __m256i h[2]; } pair;
-INLINE vec fma16(vec a, vec b, vec c) {
-    pair x = {a}, y = {b}, z = {c};
-    for (int i = 0; i < 2; i++) z.f[i] = _mm256_fmadd_ps(x.f[i], y.f[i], z.f[i]);
-    return z.v;
+#define TILE 2
+#define BLOCKS 1
+#define ROWS 4
+INLINE vec madd(vec a, vec b, vec c) {
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
-INLINE vec from_half(const void *p) {
-    pair x;
-    for (int i = 0; i < 2; i++) x.f[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + i));
-    return x.v;
-}
-INLINE void to_half(void *p, vec v) {
-    pair x = {v};
-    for (int i = 0; i < 2; i++) _mm_storeu_si128((__m128i *)p + i, _mm256_cvtps_ph(x.f[i], 0));
+INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
+INLINE vec from_bytes(const void *p) {
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int32_t four;
-    memcpy(&four, a, 4);
-    __m256i acts = _mm256_set1_epi32(four), low = _mm256_set1_epi16(255);
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
+    __m256i acts = _mm256_set1_epi32(bytes), q = (__m256i)w, low = _mm256_set1_epi16(255);
+    if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
+        return sum + (ivec)_mm256_madd_epi16(_mm256_maddubs_epi16(q, acts), _mm256_set1_epi16(1));
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
-    __m256i odd = _mm256_srai_epi16(acts, 8);
-    pair s = {.i = sum}, q = {.i = w};
-    for (int i = 0; i < 2; i++) {
-        __m256i d;
-        if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
-            d = _mm256_madd_epi16(_mm256_maddubs_epi16(q.h[i], acts), _mm256_set1_epi16(1));
-        else
-            d = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(q.h[i], low), even),
-                                 _mm256_madd_epi16(_mm256_srli_epi16(q.h[i], 8), odd));
-        s.h[i] = _mm256_add_epi32(s.h[i], d);
-    }
-    return s.i;
+    sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
+    return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
 }
 
 #else
-#define PAIR 1
-INLINE vec fma16(vec a, vec b, vec c) { return a * b + c; }
-#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
-#define PATH "NEON dot product"
-INLINE vec from_half(const void *p) {
+#define TILE 4
+#define BLOCKS 1
+#define ROWS 4
+INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec from_bytes(const int8_t *p) {
     vec x;
-    for (int i = 0; i < 4; i++) {
-        float32x4_t four = vcvt_f32_f16(vld1_f16((const float16_t *)p + 4 * i));
-        memcpy((float *)&x + 4 * i, &four, 16);
-    }
+    for (int i = 0; i < LANES; i++) x[i] = p[i];
     return x;
 }
-INLINE void to_half(void *p, vec x) {
-    for (int i = 0; i < 4; i++)
-        vst1_f16((float16_t *)p + 4 * i, vcvt_f16_f32(vld1q_f32((float *)&x + 4 * i)));
-}
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define PATH "NEON dot product"
+INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
+INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
+    int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
+    if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
     /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
-    int32_t four, back = bits == 8 ? 128 * (a[0] + a[1] + a[2] + a[3]) : 0;
-    memcpy(&four, a, 4);
-    for (int i = 0; i < 4; i++) {
-        int32x4_t s;
-        int8x16_t q;
-        memcpy(&s, (int32_t *)&sum + 4 * i, 16);
-        memcpy(&q, (int32_t *)&w + 4 * i, 16);
-        if (bits == 8) q = veorq_s8(q, vdupq_n_s8(-128));
-        s = vdotq_s32(vaddq_s32(s, vdupq_n_s32(back)), q, vreinterpretq_s8_s32(vdupq_n_s32(four)));
-        memcpy((int32_t *)&sum + 4 * i, &s, 16);
-    }
-    return sum;
+    sum += 128 * (a[0] + a[1] + a[2] + a[3]);
+    return (ivec)vdotq_s32((int32x4_t)sum, veorq_s8(q, vdupq_n_s8(-128)), acts);
 }
 #else
 #define PATH "portable C"
 INLINE vec from_half(const void *p) {
     ivec h;
-    for (int i = 0; i < 16; i++) h[i] = ((const uint16_t *)p)[i];
+    for (int i = 0; i < LANES; i++) h[i] = ((const uint16_t *)p)[i];
     vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* the exponent's bias becomes 127, not 15 */
     x = pick((h & 0x7c00) == 0x7c00, (vec)((ivec)x | 0x7f800000), x); /* infinity, NaN */
     return (vec)((ivec)x | (h & 0x8000) << 16);
@@ -1250,7 +1237,7 @@ INLINE void to_half(void *p, vec x) {
     h = (ivec)pick(rest < 0x38800000, (vec)((ivec)((vec)rest + 0.5f) - 0x3f000000), (vec)h);
     h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
     h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
-    for (int i = 0; i < 16; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+    for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
@@ -1260,16 +1247,9 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
 #endif
 #endif
 
-#if !defined(__AVX512VNNI__)
-INLINE vec from_bytes(const int8_t *p) {
-    float x[16];
-    for (int i = 0; i < 16; i++) x[i] = p[i];
-    return load(x);
-}
+#if LANES < 16
 INLINE void to_bytes(int8_t *p, ivec x) {
-    int32_t w[16];
-    memcpy(w, &x, 64);
-    for (int i = 0; i < 16; i++) p[i] = (int8_t)w[i];
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
 }
 #endif
 
@@ -1369,19 +1349,21 @@ static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t n
     pthread_mutex_unlock(&pool.owner);
 }
 
-typedef float half_vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float quarter_vec __attribute__((vector_size(16), aligned(4), may_alias));
-INLINE float sum16(vec x) {
-    half_vec h = ((half_vec *)&x)[0] + ((half_vec *)&x)[1];
-    quarter_vec q = ((quarter_vec *)&h)[0] + ((quarter_vec *)&h)[1];
-    return q[0] + q[1] + (q[2] + q[3]);
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
+INLINE float sum_of(vec x) {
+    four sum = *(four *)&x;
+    for (int i = 1; i < LANES / 4; i++) sum += ((four *)&x)[i];
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
-INLINE float max16(vec x) {
-    float a[16];
-    store(a, x);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] = MAX(a[i], a[i + n]);
-    return a[0];
+INLINE float largest_of(vec x) {
+    four most = *(four *)&x;
+    for (int i = 1; i < LANES / 4; i++) {
+        four other = ((four *)&x)[i];
+        four_ints mask = most > other;
+        most = (four)((mask & (four_ints)most) | (~mask & (four_ints)other));
+    }
+    return MAX(MAX(most[0], most[1]), MAX(most[2], most[3]));
 }
 
 /* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
@@ -1389,25 +1371,25 @@ INLINE float max16(vec x) {
 
 /* exp(x) within 3 units in the last place, 0 below -87 and exp(88) above 88, NaN for NaN:
  * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
-INLINE vec exp16(vec x) {
+INLINE vec exp_of(vec x) {
     vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
-    vec shifted = fma16(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
-    vec r = fma16(n, splat(-1.42860677e-6f), fma16(n, splat(-0.693145752f), bounded));
+    vec shifted = madd(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
+    vec r = madd(n, splat(-1.42860677e-6f), madd(n, splat(-0.693145752f), bounded));
     vec p = splat(1.0f / 720);
-    p = fma16(p, r, splat(1.0f / 120));
-    p = fma16(p, r, splat(1.0f / 24));
-    p = fma16(p, r, splat(1.0f / 6));
-    p = fma16(p, r, splat(0.5f));
-    p = fma16(p, r, splat(1.0f));
-    p = fma16(p, r, splat(1.0f));
+    p = madd(p, r, splat(1.0f / 120));
+    p = madd(p, r, splat(1.0f / 24));
+    p = madd(p, r, splat(1.0f / 6));
+    p = madd(p, r, splat(0.5f));
+    p = madd(p, r, splat(1.0f));
+    p = madd(p, r, splat(1.0f));
     return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
 }
 
 /* 1 / rms of x (n), n a multiple of 16 */
 INLINE float rms_factor(const float *x, int64_t n, float eps) {
     vec sum = {0};
-    for (int64_t i = 0; i < n; i += 16) sum = fma16(load(x + i), load(x + i), sum);
-    return 1.0f / sqrtf(sum16(sum) / n + eps);
+    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(x + i), sum);
+    return 1.0f / sqrtf(sum_of(sum) / n + eps);
 }
 
 /* ---- linear: y = W before(x) + bias + residual ---- */
@@ -1435,34 +1417,36 @@ typedef struct {
  *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
  */
 #define GROUP_BYTES 52 /* a token */
-#define TILE 4
 
 INLINE int tile_size(int64_t tokens_left) {
     return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
 }
 
-INLINE void quantize_group(vec low, vec high, uint8_t *group, int64_t T, int64_t t) {
-    vec size_low = (vec)((ivec)low & 0x7fffffff), size_high = (vec)((ivec)high & 0x7fffffff);
-    float most = max16(larger(size_low, size_high)), inverse = most > 1e-35f ? 127.0f / most : 0;
-    vec q_low = low * inverse + ROUNDER, q_high = high * inverse + ROUNDER;
+/* x, 32 columns of token t of a tile, to its group */
+INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
+    vec sizes = {0};
+    for (int i = 0; i < 32 / LANES; i++) sizes = larger((vec)((ivec)x[i] & 0x7fffffff), sizes);
+    float most = largest_of(sizes), inverse = most > 1e-35f ? 127.0f / most : 0, sums[2] = {0};
     int8_t *a = (int8_t *)group + 32 * t;
-    to_bytes(a, (ivec)q_low - (ivec)splat(ROUNDER));
-    to_bytes(a + 16, (ivec)q_high - (ivec)splat(ROUNDER));
-    float sum_low = sum16(q_low - ROUNDER), sum_high = sum16(q_high - ROUNDER);
-    float sum = sum_low + sum_high; /* NaN where any x is NaN or infinite: not to be hidden */
+    for (int i = 0; i < 32 / LANES; i++) {
+        vec q = x[i] * inverse + ROUNDER;
+        to_bytes(a + i * LANES, (ivec)q - (ivec)splat(ROUNDER));
+        sums[i * LANES / 16] += sum_of(q - ROUNDER);
+    }
+    float sum = sums[0] + sums[1]; /* NaN where any x is NaN or infinite: not to be hidden */
     float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
     s[0] = scale;
     s[T] = scale * sum;
-    s[2 * T] = scale * sum_low;
-    s[3 * T] = scale * sum_high;
+    s[2 * T] = scale * sums[0];
+    s[3 * T] = scale * sums[1];
     ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
 }
 
-/* 16 columns of one token's input, ready for the matrix */
+/* LANES columns of one token's input, ready for the matrix */
 INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
     if (in->before == GATED) {
         const float *gate = in->x + token * 2 * in->cols + col;
-        return load(gate) / (1.0f + exp16(-load(gate))) * load(gate + in->cols);
+        return load(gate) / (1.0f + exp_of(-load(gate))) * load(gate + in->cols);
     }
     vec x = load(in->x + token * in->cols + col);
     if (in->before == NORM) x = x * factor * load(in->norm + col);
@@ -1483,60 +1467,65 @@ static void quantize_piece(const void *job, int64_t piece) {
             factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
         last = token;
         uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
-        vec low = prepared(in, token, 32 * g, factor);
-        vec high = prepared(in, token, 32 * g + 16, factor);
-        quantize_group(low, high, group, T, token - start);
+        vec x[32 / LANES];
+        for (int c = 0; c < 32 / LANES; c++)
+            x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+        quantize_group(x, group, T, token - start);
     }
 }
 
 #define AHEAD 4096 /* bytes: what prefetching gains is most from 2 to 8 KB on */
 
-/* out (B, T) = B blocks of rows times T tokens. All but the pointers and num_groups are constants
- * wherever this lands. A register of weights meets all tokens before the next one is loaded: B T
- * sums grow side by side, and none waits for itself. */
+#define VECS (16 / LANES) /* that hold a block's rows */
+
+/* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
+ * constants wherever this lands. A register of weights meets all tokens before the next one is
+ * loaded: all sums grow side by side, and none waits for itself. */
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
                      int T, int bits, int group, int has_offset) {
-    const int num_registers = group * bits / 32, centred = bits == 4 && !has_offset;
+    const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
-    vec y[PAIR][TILE];
-    for (int b = 0; b < B; b++)
-        for (int t = 0; t < T; t++) y[b][t] = (vec){0};
+    const int64_t next_block = num_groups * block_bytes;
+    vec y[BLOCKS * VECS][TILE];
+    for (int v = 0; v < B * VECS; v++)
+        for (int t = 0; t < T; t++) y[v][t] = (vec){0};
     for (int64_t g = 0; g < num_groups; g++, block += block_bytes) {
         const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
         const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
-        ivec dot[PAIR][TILE];
+        ivec dot[BLOCKS * VECS][TILE];
         for (int t = 0; t < T; t++)
-            for (int b = 0; b < B; b++)
-                dot[b][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+            for (int v = 0; v < B * VECS; v++)
+                dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64)
-                __builtin_prefetch(block + b * num_groups * block_bytes + AHEAD + i);
+                __builtin_prefetch(block + b * next_block + AHEAD + i);
         a += g * group % 32; /* where in its group of activations a short one begins */
-        for (int i = 0; i < num_registers; i++) {
-            ivec w[PAIR];
-            for (int b = 0; b < B; b++)
-                w[b] = ((const ivec *)(block + b * num_groups * block_bytes))[i];
+        for (int i = 0; i < num_words; i++) {
+            ivec w[BLOCKS * VECS];
+            for (int v = 0; v < B * VECS; v++)
+                w[v] = ((const ivec *)(block + v / VECS * next_block + 64 * i))[v % VECS];
             for (int half = 0; half < (bits == 4 ? 2 : 1); half++)
                 for (int t = 0; t < T; t++)
-                    for (int b = 0; b < B; b++) {
-                        ivec q = w[b];
-                        if (bits == 4) q = w[b] >> 4 * half & 0x0f0f0f0f;
-                        dot[b][t] = dot4(dot[b][t], q, a + 32 * t + 4 * i + 16 * half, bits);
+                    for (int v = 0; v < B * VECS; v++) {
+                        ivec q = w[v];
+                        if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
+                        dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
                     }
         }
-        for (int b = 0; b < B; b++) {
-            const uint8_t *scales = block + b * num_groups * block_bytes + 2 * group * bits;
+        for (int v = 0; v < B * VECS; v++) {
+            const uint8_t *scales = block + v / VECS * next_block + 2 * group * bits;
+            scales += v % VECS * LANES * 2;
             vec scale = from_half(scales), offset = {0};
             if (has_offset) offset = from_half(scales + 32);
-            if (bits == 8) offset = fma16(scale, splat(-128), offset);
+            if (bits == 8) offset = madd(scale, splat(-128), offset);
             for (int t = 0; t < T; t++) {
-                y[b][t] = fma16(__builtin_convertvector(dot[b][t], vec), scale * s[t], y[b][t]);
-                if (!centred) y[b][t] = fma16(offset, splat(sums[t]), y[b][t]);
+                y[v][t] = madd(__builtin_convertvector(dot[v][t], vec), scale * s[t], y[v][t]);
+                if (!centred) y[v][t] = madd(offset, splat(sums[t]), y[v][t]);
             }
         }
     }
-    for (int b = 0; b < B; b++)
-        for (int t = 0; t < T; t++) out[b * T + t] = y[b][t];
+    for (int v = 0; v < B * VECS; v++)
+        for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
 }
 
 #define FORMAT(B, T, BITS, GROUP, OFFSET) \
@@ -1546,18 +1535,22 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
     if (num_blocks == B && num_tokens == T) { \
         FORMAT(B, T, 4, 32, 0) FORMAT(B, T, 4, 32, 1) FORMAT(B, T, 8, 32, 0) \
         FORMAT(B, T, 8, 32, 1) FORMAT(B, T, 8, 16, 0) \
+        return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
                           int num_blocks, int num_tokens) {
-    FORMATS(1, 1) FORMATS(1, 2) FORMATS(1, TILE)
-#if PAIR == 2
+    FORMATS(1, 1) FORMATS(1, 2)
+#if TILE > 2
+    FORMATS(1, TILE)
+#endif
+#if BLOCKS == 2
     FORMATS(2, 1) FORMATS(2, 2) FORMATS(2, TILE)
 #endif
 }
 
-/* 16 rows from `row` on of one token, to place `at` of the output */
+/* LANES rows from `row` on of one token, to place `at` of the output */
 INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residual, float *out) {
-    if (row + 16 <= m->rows) {
+    if (row + LANES <= m->rows) {
         if (m->bias) y += load(m->bias + row);
         if (residual) y = load(residual) + y;
         store(out, y);
@@ -1584,14 +1577,14 @@ static void multiply_piece(const void *job, int64_t piece) {
             }
             int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
             const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
-            B = MIN(PAIR, MIN(left, last / c->num_pieces - i));
+            B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
             if (c->num_tokens == 1) B = 1; /* memory likes one stream better than two */
             for (int64_t start = from, T; start < stop; start += T) {
-                vec y[PAIR * TILE];
+                vec y[BLOCKS * VECS * TILE];
                 T = tile_size(c->num_tokens - start);
                 multiply_tile(m, block, c->acts + start * token_bytes, y, B, T);
-                for (int64_t n = 0; n < B * T; n++) {
-                    int64_t r = row + n / T * 16, token = start + n % T;
+                for (int64_t n = 0; n < B * VECS * T; n++) {
+                    int64_t r = row + n / T * LANES, token = start + n % T;
                     int64_t at = token * c->num_rows + first_row + r;
                     finish_rows(m, r, y[n], c->residual ? c->residual + at : NULL, c->out + at);
                 }
@@ -1627,9 +1620,9 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
     for (int64_t i = 0; i < n * num_groups; i++) {
         int64_t id = ids[i / num_groups], lane = id % 16;
         const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
-        const uint8_t *scales = block + 16 * num_bytes;
-        float scale = from_half(scales)[lane], offset = 0, *y = out + i * m->group;
-        if (m->has_offset) offset = from_half(scales + 32)[lane];
+        const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
+        float scale = from_half(scales)[lane % LANES], offset = 0, *y = out + i * m->group;
+        if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
         int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : 8;
         for (int64_t j = 0; j < num_bytes; j++) {
             uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
@@ -1650,7 +1643,6 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
-#define ROWS 8         /* queries that share a pass over keys and values */
 #define MAX_D 512
 #define NOTHING -1e30f /* the largest of no scores */
 
@@ -1691,11 +1683,11 @@ INLINE void rotate_head(const attention_call *c, const float *x, const float *no
 INLINE void keep(const attention_call *c, const float *x, char *block, int64_t lane, int is_value) {
     int64_t D = c->head_dim, group = scale_group(D), step = is_value ? 1 : 16;
     int64_t first = is_value ? lane * D : lane;
-    uint16_t half[16];
-    for (int64_t d = 0; d < D; d += 16) {
+    uint16_t half[LANES];
+    for (int64_t d = 0; d < D; d += LANES) {
         vec part = load(x + d);
         if (c->kind == FLOAT16) to_half(half, part);
-        for (int64_t i = 0; i < 16 && c->kind != Q8; i++)
+        for (int64_t i = 0; i < LANES && c->kind != Q8; i++)
             if (c->kind == FLOAT16) ((uint16_t *)block)[first + (d + i) * step] = half[i];
             else ((float *)block)[first + (d + i) * step] = part[i];
     }
@@ -1710,7 +1702,7 @@ INLINE void keep(const attention_call *c, const float *x, char *block, int64_t l
     }
 }
 
-/* 16 elements of a block from element `at` on */
+/* LANES elements of a block from element `at` on */
 INLINE vec elements(const char *block, int64_t at, int kind) {
     if (kind == FLOAT32) return load((const float *)block + at);
     if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
@@ -1731,75 +1723,78 @@ typedef struct {
 /* numerators of the softmax over keys first..last, p (R, CHUNK); m and l */
 INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
                   int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
-    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int64_t D = c->head_dim, num_blocks = (last - first + 15) / 16;
-    int64_t group = kind == Q8 ? scale_group(D) : D;
+    int64_t D = c->head_dim, num_keys = last - first, group = kind == Q8 ? scale_group(D) : D;
     vec most[ROWS], sum[ROWS];
+    ivec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
     for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
-    for (int64_t b = 0; b < num_blocks; b++) {
-        const char *block = keys + b * c->block_bytes;
+    for (int64_t k = 0; k < num_keys; k += LANES) {
+        const char *block = keys + k / 16 * c->block_bytes;
         vec dot[ROWS], part[ROWS];
         for (int r = 0; r < R; r++) dot[r] = (vec){0};
         for (int64_t g = 0; g < D; g += group) {
             for (int r = 0; r < R; r++) part[r] = (vec){0};
             for (int64_t d = g; d < g + group; d++) {
-                vec k = elements(block, 16 * d, kind);
-                for (int r = 0; r < R; r++) part[r] = fma16(splat(q[r * D + d]), k, part[r]);
+                vec key = elements(block, 16 * d + k % 16, kind);
+                for (int r = 0; r < R; r++) part[r] = madd(splat(q[r * D + d]), key, part[r]);
             }
             vec scale = splat(1);
-            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32);
-            for (int r = 0; r < R; r++) dot[r] = fma16(part[r], scale, dot[r]);
+            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
+            for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
         }
-        ivec key = lanes + (int32_t)(first + 16 * b);
+        ivec place = lanes + (int32_t)(first + k);
         for (int r = 0; r < R; r++) {
-            ivec seen = (key >= t->sees[r].from) & (key < t->sees[r].to);
+            ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
             dot[r] = pick(seen, dot[r], splat(-INFINITY));
             most[r] = larger(most[r], dot[r]);
-            store(p + r * CHUNK + 16 * b, dot[r]);
+            store(p + r * CHUNK + k, dot[r]);
         }
     }
     for (int r = 0; r < R; r++) {
-        m[r] = max16(most[r]);
-        for (float *at = p + r * CHUNK; at < p + r * CHUNK + 16 * num_blocks; at += 16) {
-            vec weight = exp16(load(at) - m[r]);
+        m[r] = largest_of(most[r]);
+        for (float *at = p + r * CHUNK; at < p + r * CHUNK + num_keys; at += LANES) {
+            vec weight = exp_of(load(at) - m[r]);
             store(at, weight);
             sum[r] += weight;
         }
-        l[r] = sum16(sum[r]);
+        l[r] = sum_of(sum[r]);
     }
 }
 
-/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, 32 columns at a time */
+/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors at a time */
 INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
                   float *y, int R, int kind) {
     int64_t D = c->head_dim;
-    for (int64_t d = 0; d < D; d += 32) {
-        const int two = d + 32 <= D;
+    for (int64_t d = 0; d < D; d += 2 * LANES) {
+        const int two = d + 2 * LANES <= D;
         vec sum[ROWS][2];
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
-        for (int64_t first = 0; first < num_keys; first += 16, values += c->block_bytes) {
-            float weight[ROWS * 16];
-            const float *w = p + first;
+        for (int64_t first = 0; first < num_keys; first += 16) {
+            const char *block = values + first / 16 * c->block_bytes;
+            float scaled[ROWS * 16];
+            const float *weight = p + first;
             int64_t step = CHUNK;
             if (kind == Q8) {
-                vec scale = from_half(values + 16 * D + d / scale_group(D) * 32);
+                const char *scales = block + 16 * D + d / scale_group(D) * 32;
                 for (int r = 0; r < R; r++)
-                    store(weight + 16 * r, load(p + r * CHUNK + first) * scale);
-                w = weight, step = 16;
+                    for (int i = 0; i < 16; i += LANES) {
+                        vec w = load(weight + r * CHUNK + i);
+                        store(scaled + 16 * r + i, w * from_half(scales + 2 * i));
+                    }
+                weight = scaled, step = 16;
             }
             for (int64_t k = 0; k < MIN(16, num_keys - first); k++) {
-                vec v = elements(values, k * D + d, kind), v2 = {0};
-                if (two) v2 = elements(values, k * D + d + 16, kind);
+                vec v = elements(block, k * D + d, kind), v2 = {0};
+                if (two) v2 = elements(block, k * D + d + LANES, kind);
                 for (int r = 0; r < R; r++) {
-                    sum[r][0] = fma16(splat(w[r * step + k]), v, sum[r][0]);
-                    sum[r][1] = fma16(splat(w[r * step + k]), v2, sum[r][1]);
+                    sum[r][0] = madd(splat(weight[r * step + k]), v, sum[r][0]);
+                    sum[r][1] = madd(splat(weight[r * step + k]), v2, sum[r][1]);
                 }
             }
         }
-        values -= (num_keys + 15) / 16 * c->block_bytes;
         for (int r = 0; r < R; r++) {
             store(y + r * D + d, sum[r][0]);
-            if (two) store(y + r * D + d + 16, sum[r][1]);
+            if (two) store(y + r * D + d + LANES, sum[r][1]);
         }
     }
 }
@@ -1809,9 +1804,14 @@ INLINE void weigh(const attention_call *c, const float *p, const char *values, i
         score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
         weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
         break;
+#if ROWS == 8
+#define MORE_ROWS(KIND) WITH(6, KIND) WITH(8, KIND)
+#else
+#define MORE_ROWS(KIND)
+#endif
 #define BY_ROWS(KIND) \
     switch (R) { \
-        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) WITH(6, KIND) WITH(8, KIND) \
+        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) MORE_ROWS(KIND) \
     }
 static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
                          float *out) {
@@ -1834,10 +1834,10 @@ INLINE void clear(float *sum, int64_t D) {
 INLINE void merge(const task *t, float *sum, const float *chunk, int64_t D) {
     for (int r = 0; r < t->num_rows; r++) {
         float m = MAX(sum[r], chunk[r]), *y = sum + 2 * ROWS + r * D;
-        float old = exp16(splat(sum[r] - m))[0], new = exp16(splat(chunk[r] - m))[0];
+        float old = exp_of(splat(sum[r] - m))[0], new = exp_of(splat(chunk[r] - m))[0];
         sum[r] = m;
         sum[ROWS + r] = sum[ROWS + r] * old + chunk[ROWS + r] * new;
-        for (int64_t d = 0; d < D; d += 16)
+        for (int64_t d = 0; d < D; d += LANES)
             store(y + d, load(y + d) * old + load(chunk + 2 * ROWS + r * D + d) * new);
     }
 }
@@ -1873,7 +1873,7 @@ INLINE void finish(const attention_call *c, const task *t, const float *sum) {
     int64_t D = c->head_dim;
     for (int64_t r = 0; r < t->num_rows; r++) {
         float *out = c->out + place(c, t, r);
-        for (int64_t d = 0; d < D; d += 16)
+        for (int64_t d = 0; d < D; d += LANES)
             store(out + d, load(sum + 2 * ROWS + r * D + d) / sum[ROWS + r]);
     }
 }
@@ -1962,10 +1962,11 @@ static void read_piece(const void *job, int64_t piece) {
     ivec sum[4] = {{0}};
     int64_t lines = c->num_bytes / 256;
     for (int64_t i = lines * piece / c->num_pieces; i < lines * (piece + 1) / c->num_pieces; i++)
-        for (int j = 0; j < 4; j++) sum[j] += ((const ivec *)(c->bytes + 256 * i))[j];
+        for (int j = 0; j < 64 / LANES; j++)
+            sum[j % 4] += ((const ivec *)(c->bytes + 256 * i))[j];
     sum[0] += sum[1] + sum[2] + sum[3];
     int64_t total = 0;
-    for (int j = 0; j < 16; j++) total += sum[0][j];
+    for (int j = 0; j < LANES; j++) total += sum[0][j];
     __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
 }
 

@@ -51,6 +51,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*argv: object, stdin: bytes = b"") -> Ran:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()  # what making a model has printed
         code: Any
         try:
             code = nanollama.main([str(argument) for argument in argv])
@@ -446,7 +447,7 @@ def test_an_output_file_survives_a_model_that_does_not_load(
 
 
 def test_show_describes_a_model(cli: Callable[..., Ran], smollm2: Path) -> None:
-    ran = cli("show", smollm2, "--top-k", "7", "--ctx", "1000")
+    ran = cli("show", smollm2, "--top-k", "7", "--ctx", "1000", "--kv-dtype", "float16")
     assert (ran.code, ran.err) == (0, "")
     fields = dict(re.findall(r"^(\w+)  +(.+)$", ran.out, re.MULTILINE))
     assert fields["architecture"] == "llama"
@@ -454,8 +455,9 @@ def test_show_describes_a_model(cli: Callable[..., Ran], smollm2: Path) -> None:
     assert fields["context"] == "8192 tokens"
     assert fields["quantization"].startswith("Q4_1 (gguf, 96")
     assert fields["template"] == "model"
-    # 2 (k, v) x 30 layers x 3 heads x 64 x 1000 tokens x 4 bytes
-    assert fields["memory"].endswith("up to 46.1 MB for the keys and values of 1000 tokens")
+    # 2 (k, v) x 30 layers x 3 heads x 64 x 1000 tokens x 2 bytes
+    assert fields["memory"].endswith("up to 23.0 MB for the keys and values of 1000 tokens")
+    assert fields["kernels"].endswith("; keys and values in float16")
     assert re.search(r"^  top_k +7  \(flag\)$", ran.out, re.MULTILINE)
     assert re.search(r"^  temperature +0.7  \(built-in\)$", ran.out, re.MULTILINE)
 

@@ -1018,7 +1018,7 @@ def test_smollm2_answers_over_http(smollm2: Path) -> None:
         client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="any")
         request: dict[str, Any] = {
             "model": "smollm2",
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "messages": [{"role": "user", "content": "Name the capital of France."}],
             "temperature": 0,
             "max_tokens": 8,
         }
