@@ -1945,7 +1945,10 @@ void attention(const float *qkv, const float *cos, const float *sin, const float
         num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
     }
     if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
-    c.q = malloc(num_tokens * n_heads * head_dim * sizeof(float));
+    int64_t row_bytes = n_heads * head_dim * sizeof(float);
+    for (int64_t row = num_new; row < num_tokens; row++) /* rows that only pad the batch */
+        memset(out + row * n_heads * head_dim, 0, row_bytes);
+    c.q = malloc(num_tokens * row_bytes);
     if (c.num_chunks > 1)
         c.partials = malloc(num_tasks * num_chunks * PARTIAL(head_dim) * sizeof(float));
     share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
@@ -2225,7 +2228,7 @@ def native_attention(
     """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
     start, new tokens, row -> (N, H D). Keys and values go to the strips."""
     num_tokens = qkv.size(0)
-    out = torch.zeros(num_tokens, n_heads * head_dim)  # rows that only pad the batch stay zero
+    out = torch.empty(num_tokens, n_heads * head_dim)
     load_kernels().attention(
         qkv.data_ptr(),
         cos.data_ptr(),
@@ -3227,7 +3230,11 @@ class Decoder:
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
-        cos, sin = ((f(angles) * self.rope_scale).to(self.dtype) for f in (torch.cos, torch.sin))
+        if self.native:  # torch would wake its threads for this, and wait for them
+            cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
+        else:
+            cos, sin = angles.cos(), angles.sin()
+        cos, sin = ((x * self.rope_scale).to(self.dtype) for x in (cos, sin))  # (N, D/2)
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, batch)

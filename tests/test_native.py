@@ -615,7 +615,7 @@ def test_the_code_paths_agree(kernel_folder: Path) -> None:
                 torch.manual_seed(0)
                 parts = [native(packed(kind, 30, 256)) for kind in ("Q4_K", "Q6_K", "Q4_0")]
                 y = NativeProjection(parts)(torch.randn(9, 256))
-                attend = Attend((6, 2, 64), "float16", [150])
+                attend = Attend((6, 2, 64), "float32", [150])
                 found.append((y, attend((0, 0, 150))[0]))
     assert len(found) > 1
     for linear, attention in found:
@@ -640,7 +640,7 @@ void exps(const float *x, float *y, int64_t n) {
 
 @pytest.fixture
 def harness(code_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    """The kernels' arithmetic on 16 lanes, open to calls."""
+    """The kernels' arithmetic on vectors, open to calls."""
     lanes = KERNEL_SOURCE[: KERNEL_SOURCE.index("/* ---- linear:")]
     monkeypatch.setattr(nanollama, "KERNEL_SOURCE", lanes + HARNESS)
     nanollama.compile_kernels(tmp_path / "harness.so", nanollama.KERNEL_FLAGS)
