@@ -1593,7 +1593,7 @@ static void multiply_piece(const void *job, int64_t piece) {
     }
 }
 
-#define PIECES 8 /* for each thread: who is held up leaves the rest to others */
+#define PIECES 4 /* for each thread: who is held up leaves the rest to others */
 
 void linear(const matrix *parts, int64_t num_parts, int64_t num_tokens, const float *x,
             const float *norm, float eps, int64_t before, const float *residual, float *out,
@@ -2972,7 +2972,8 @@ class KVCache:
             if bias is None:
                 bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
                 batch.memo[span.row, window] = bias
-            keys, values = decode_kv(strips[:, :, : bias.shape[1]], self.kv_dtype, q.dtype)
+            seen = strips[:, :, : bias.shape[1]]
+            keys, values = decode_kv(seen, self.config.head_dim, self.kv_dtype, q.dtype)
             out[rows] = attention(q[rows], keys, values, bias)
         return out.flatten(1)
 
@@ -3007,12 +3008,11 @@ def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
     return torch.cat((q.view(torch.uint8), scale.half().view(torch.uint8)), dim=-1)
 
 
-def decode_kv(x: Tensor, kv_dtype: str, dtype: torch.dtype) -> Tensor:
+def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Tensor:
     """The way back: (.., bytes of a head) -> (.., D) in `dtype`"""
     if kv_dtype != "q8":
         stored: torch.dtype = getattr(torch, kv_dtype)
         return x.view(stored).to(dtype)
-    head_dim = next(d for d in range(x.shape[-1], 0, -1) if head_bytes(d, kv_dtype) == x.shape[-1])
     q = x[..., :head_dim].view(torch.int8).unflatten(-1, (-1, kv_group(head_dim)))
     scale = x[..., head_dim:].contiguous().view(torch.float16).unsqueeze(-1)
     y: Tensor = q.to(dtype) * scale.to(dtype)
