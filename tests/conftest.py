@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 import nanollama
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or programs ignore Ctrl-C too
 if not torch.cuda.is_available():  # to be said before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # the same examples in every run, and no test that fails because the machine was busy
