@@ -296,6 +296,12 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def cache_root() -> Path:
+    """Our directory: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
+    return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -746,7 +752,7 @@ class PackedLinear:
         """The float weight (rows, cols)"""
         q = self.q
         if self.bits == 4:
-            q = torch.cat((q & 15, q >> 4), dim=-1).view(torch.int8)  # (rows, G, group)
+            q = _nibbles(q).view(torch.int8)  # (rows, G, group)
         scale = self.scale.to(self.dtype).unsqueeze(-1)
         if self.offset is not None:
             offset = self.offset.to(self.dtype).unsqueeze(-1)
@@ -779,7 +785,7 @@ class Int4Linear:
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None) -> None:
         scale, self.bias = packed.scale.float(), bias
-        q = torch.cat((packed.q & 15, packed.q >> 4), dim=-1).flatten(1).int()
+        q = _nibbles(packed.q).flatten(1).int()
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         offset = torch.zeros_like(scale)
         if packed.offset is not None:
@@ -909,6 +915,7 @@ def _high_bits(qh: Tensor) -> Tensor:
 
 
 def _nibbles(qs: Tensor) -> Tensor:
+    """The way back from `pack_nibbles`: (.., group/2) bytes -> (.., group) values"""
     return torch.cat((qs & 15, qs >> 4), dim=-1)
 
 
@@ -1147,6 +1154,12 @@ INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
 
+INLINE int32_t four_bytes(const int8_t *a) {
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
+    return bytes;
+}
+
 /* What machines do in different ways:
  *   madd         a * b + c, always in one rounding or always in two
  *   from_half    float16 at p -> floats; to_half is the way back
@@ -1168,10 +1181,8 @@ INLINE vec from_bytes(const void *p) {
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int32_t bytes;
-    memcpy(&bytes, a, 4);
     (void)bits;
-    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(bytes));
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
 }
 
 #elif LANES == 8
@@ -1188,9 +1199,7 @@ INLINE vec from_bytes(const void *p) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int32_t bytes;
-    memcpy(&bytes, a, 4);
-    __m256i acts = _mm256_set1_epi32(bytes), q = (__m256i)w, low = _mm256_set1_epi16(255);
+    __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
     if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
         return sum + (ivec)_mm256_madd_epi16(_mm256_maddubs_epi16(q, acts), _mm256_set1_epi16(1));
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
@@ -1213,9 +1222,7 @@ INLINE vec from_bytes(const int8_t *p) {
 INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
 INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int32_t bytes;
-    memcpy(&bytes, a, 4);
-    int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(bytes));
+    int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
     if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
     /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
     sum += 128 * (a[0] + a[1] + a[2] + a[3]);
@@ -2020,12 +2027,6 @@ def compile_kernels(target: Path, flags: tuple[str, ...]) -> None:
         raise KernelError(f"{compiler} cannot compile the kernels: {said}")
 
 
-def kernel_cache() -> Path:
-    """Where compiled kernels lie: beside the models (see ModelStore)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
-    return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser() / "kernels"
-
-
 def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -2047,7 +2048,7 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
     made_of = (KERNEL_SOURCE, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
     key = short_hash(repr(made_of).encode())
     with contextlib.suppress(OSError, AttributeError):  # what does not load is made anew
-        for cached in kernel_cache().glob(f"{key}-*.so"):
+        for cached in (cache_root() / "kernels").glob(f"{key}-*.so"):
             if cached.stem == f"{key}-{short_hash(cached.read_bytes())}":
                 return declare_kernels(ctypes.CDLL(str(cached)))
     with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
@@ -2058,7 +2059,7 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
         except (OSError, AttributeError) as error:
             raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
         with contextlib.suppress(OSError):
-            cached = kernel_cache() / f"{key}-{short_hash(built.read_bytes())}.so"
+            cached = cache_root() / "kernels" / f"{key}-{short_hash(built.read_bytes())}.so"
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
             try:
@@ -2120,10 +2121,10 @@ class NativeLinear:
                 self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
                 self.has_offset = packed.offset is not None
                 num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
-                num_blocks = -(-num_rows // BLOCK_ROWS)
+                num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
                 shape3 = (num_blocks, packed.q.shape[1], num_bytes)
                 self.blocks = torch.empty(shape3, dtype=torch.uint8)
-            fill_blocks(self.blocks[start // BLOCK_ROWS :][: -(-step // BLOCK_ROWS)], packed)
+            fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
 
     @property
     def nbytes(self) -> int:
@@ -2160,10 +2161,8 @@ LOAD_WEIGHTS = 1 << 19  # weights repacked at a time
 def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
     """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
     num_blocks, num_groups, _ = blocks.shape
-    num_rows = packed.q.shape[0]
-    if num_rows % BLOCK_ROWS:
-        blocks.zero_()  # rows that do not exist have scale 0
-        packed = packed.padded(num_blocks * BLOCK_ROWS)
+    if len(packed.q) % BLOCK_ROWS:
+        packed = packed.padded(num_blocks * BLOCK_ROWS)  # rows that do not exist have scale 0
     q = packed.q if packed.bits == 4 else packed.q.view(torch.uint8) ^ 128
     words = q.view(torch.int32).view(num_blocks, BLOCK_ROWS, num_groups, -1).permute(0, 2, 3, 1)
     at = words[0, 0].numel() * 4
@@ -4006,12 +4005,10 @@ class ModelStore:
     """Finds, downloads, lists and removes models.
 
     Two places hold models: Hugging Face's cache, which other programs share, and our own directory
-    (NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama) for what came from the
-    package index."""
+    (see `cache_root`) for what came from the package index."""
 
     def __init__(self, root: Path | None = None) -> None:
-        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
-        self.root = (root or Path(os.environ.get("NANOLLAMA_CACHE") or default)).expanduser()
+        self.root = root.expanduser() if root else cache_root()
 
     # -- resolve -----------------------------------------------------------------------------------
 
