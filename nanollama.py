@@ -688,10 +688,20 @@ class ModelConfig:
         n_rot: int = self.rope["n_rot"]
         return n_rot
 
-    def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
-        """Bytes of keys and values for `num_tokens` positions."""
-        num_heads = 2 * self.n_layers * self.n_kv_heads
-        return num_heads * num_tokens * head_bytes(self.head_dim, kv_dtype)
+    def ring_tokens(self, most_new: int) -> int:
+        """How many positions a layer with a window keeps, so that each of `most_new` tokens of one
+        step finds all that it sees."""
+        window = max((window for window in self.windows if window), default=0)
+        return round_up(window + most_new, RING_TILE)
+
+    def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
+        """Bytes of keys and values for `num_tokens` positions, with `most_new` in a step."""
+        in_ring = min(num_tokens, self.ring_tokens(most_new))
+        num_kept = sum(in_ring if window else num_tokens for window in self.windows)
+        return 2 * self.n_kv_heads * num_kept * head_bytes(self.head_dim, kv_dtype)
+
+
+RING_TILE = 512  # a multiple of what any kernel takes at a time
 
 
 def kv_group(head_dim: int) -> int:
@@ -1590,15 +1600,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_bias(
-    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor
+    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
 ) -> Tensor:
     """What is added to the scores of `num_new` queries from position `start` on: 0 for keys a query
-    may see, -inf for later ones, for those outside `window` and for the strip's unused end.
+    may see, -inf for later ones, for those outside `window` and for the strip's unused end. In a
+    strip of `ring` positions, later ones take the place of earlier ones.
 
     (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
-    num_keys = round_up(start + num_new, KEY_TILE)
-    behind = torch.arange(start, start + num_new).unsqueeze(1) - torch.arange(num_keys)
-    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+    num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
+    num_keys = min(num_keys, ring or num_keys)
+    places = last - (last - torch.arange(num_keys)) % num_keys  # the position that each key has
+    behind = torch.arange(start, start + num_new).unsqueeze(1) - places
+    hidden = (behind < 0) | (places < 0)
+    if window is not None:
+        hidden |= behind >= window
     bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
@@ -2219,7 +2234,8 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
  *   keys     (D, 16) elements, so that a lane is a position
  *   values   (16, D) elements
  *
- * 8-bit blocks end with the scales of both, (D / group, 16) float16.
+ * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
+ * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
@@ -2231,7 +2247,7 @@ typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 typedef struct {
     const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
     const span *spans;
-    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
+    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
     float eps, scale, softcap, *out;
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
@@ -2399,8 +2415,9 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
                          float *out) {
     float p[ROWS * CHUNK];
     int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
-    const char *keys = blocks_of(c, t->s, 0, t->head) + first / 16 * c->block_bytes;
-    const char *values = blocks_of(c, t->s, 1, t->head) + first / 16 * c->block_bytes;
+    int64_t at = first / 16 % c->ring * c->block_bytes;
+    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
+    const char *values = blocks_of(c, t->s, 1, t->head) + at;
     int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
     if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
     else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
@@ -2471,7 +2488,8 @@ static void place_piece(const void *job, int64_t piece) {
     int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
     const span *s = c->spans;
     for (; piece >= s->num_new; s++) piece -= s->num_new;
-    int64_t token = s->row + piece, at = s->start + piece, block = at / 16 * c->block_bytes;
+    int64_t token = s->row + piece, at = s->start + piece;
+    int64_t block = at / 16 % c->ring * c->block_bytes;
     const float *x = c->qkv + token * (H + 2 * Hkv) * D;
     for (int64_t h = 0; h < H; h++)
         rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
@@ -2521,10 +2539,10 @@ void attention(const float *qkv, const float *cos, const float *sin, const float
                const float *k_norm, const float *sinks, float eps, float scale, float softcap,
                const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
                int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-               int64_t window, int64_t kind, int64_t block_bytes, float *out,
+               int64_t window, int64_t ring, int64_t kind, int64_t block_bytes, float *out,
                int64_t num_threads) {
     attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
-                        n_kv_heads, head_dim, window, kind, block_bytes, eps,
+                        n_kv_heads, head_dim, window, ring, kind, block_bytes, eps,
                         scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
                         NULL, NULL, 1}; /* q, partials, chunks */
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
@@ -2658,7 +2676,7 @@ def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "linear": "piippfippi",
         "gather": "ppip",
-        "attention": "ppppppfffpiiiiiiiiiipi",
+        "attention": "ppppppfffpiiiiiiiiiiipi",
         "read_all": "pii",
     }
     for name, letters in signatures.items():
@@ -2806,6 +2824,7 @@ def native_attention(
     n_kv_heads: int,
     head_dim: int,
     window: int,
+    ring: int,
     kind: int,
     block_bytes: int,
 ) -> Tensor:
@@ -2833,6 +2852,7 @@ def native_attention(
         n_kv_heads,
         head_dim,
         window,
+        ring,
         kind,
         block_bytes,
         out.data_ptr(),
@@ -2849,7 +2869,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     ),
     "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
     "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
-    "int n_kv_heads, int head_dim, int window, int kind, int block_bytes) -> Tensor": (
+    "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
         native_attention,
         lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
     ),
@@ -2925,7 +2945,7 @@ class Kernel:
     @functools.cached_property
     def jit(self) -> Any:
         assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
-        varying = ("num_x", "layer", "window", "num_programs")  # not to be compiled in
+        varying = ("num_x", "layer", "window", "ring", "num_programs")  # not to be compiled in
         return triton.jit(self.function, do_not_specialize=varying)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -3114,6 +3134,7 @@ def store_kernel(
     capacities: tl.tensor,
     layer: tl.tensor,
     n_layers: tl.tensor,
+    ring: tl.tensor,
     Hkv: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -3125,7 +3146,7 @@ def store_kernel(
     inside = (h < Hkv) & (d < D)
     capacity = tl.load(capacities + r)
     keys = tl.load(addresses + r).to(tl.pointer_type(k.dtype.element_ty))
-    at = ((layer * Hkv + h) * capacity + tl.load(positions + r)) * D + d
+    at = ((layer * Hkv + h) * capacity + tl.load(positions + r) % ring) * D + d
     row = tl.load(rows + r)
     tl.store(keys + at, tl.load(k + row * k_stride + h * D + d, inside, 0), inside)
     at += n_layers * Hkv * capacity * D
@@ -3144,6 +3165,7 @@ def part_kernel(
     layer: tl.tensor,
     n_layers: tl.tensor,
     window: tl.tensor,
+    ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
     H: tl.constexpr,
@@ -3175,7 +3197,7 @@ def part_kernel(
         for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
             s = start + tl.arange(0, KEYS)
             seen = (s >= first) & (s <= position)
-            at, there = s[:, None] * D + d, seen[:, None] & (d < D)
+            at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
             scores = tl.where(seen[None, :], scores * factor, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
@@ -3225,19 +3247,21 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D).
+    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
     (_, H, D), Hkv = q.shape, k.shape[1]
     table = (strips.rows, strips.positions, strips.addresses, strips.capacities)
     shape = {"Hkv": Hkv, "D": D, "COLS": max(triton.next_power_of_2(D), 16)}
-    num_rows = len(strips.rows)
+    num_rows, ring = len(strips.rows), ring or 2**31 - 1
     heads = triton.next_power_of_2(Hkv)
     store_kernel[(num_rows,)](
-        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, HEADS=heads, **shape
+        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, ring, HEADS=heads, **shape
     )
     sums = q.new_empty((num_rows, H, STRIP_PARTS, D), dtype=torch.float32)
     stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
@@ -3251,6 +3275,7 @@ def strip_attention(
         layer,
         n_layers,
         window or 2**31 - 1,
+        ring,
         num_programs,
         scale or D**-0.5,
         H=H,
@@ -3483,7 +3508,7 @@ class Batch:
         self.lengths = torch.tensor(whole + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
-        self.strips: StripRows | None = None  # made by the first layer that needs it
+        self.strips: dict[bool, StripRows] = {}  # made by the first layer that needs them
 
 
 class DecodeBatch(Batch):
@@ -3492,24 +3517,31 @@ class DecodeBatch(Batch):
 
     Rows without a sequence write to a strip of their own."""
 
-    def __init__(self, num_rows: int, like: Tensor) -> None:
-        """`like` is a strip."""
+    def __init__(self, num_rows: int, cache: KVCache) -> None:
+        device = cache.strips[0].device
         self.num_logits = num_rows
         self.spans, self.memo = [], {}
-        self.logit_rows = torch.arange(num_rows, device=like.device)
-        self.nobody = like.new_zeros((*like.shape[:3], 1, like.shape[4]))
-        self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
-        self.token_ids, self.positions, addresses, capacities = self.inputs
-        self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+        self.logit_rows = torch.arange(num_rows, device=device)
+        self.nobody = [
+            like.new_zeros((*like.shape[:3], 1, like.shape[4]))
+            for like in (cache.strips[0], cache.rings[0])
+        ]
+        self.inputs = torch.zeros((6, num_rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, *places = self.inputs
+        at = self.logit_rows, self.positions
+        self.strips = {False: StripRows(*at, *places[:2]), True: StripRows(*at, *places[2:])}
 
     @property
     def lengths(self) -> Tensor:  # type: ignore[override]
         return self.positions + 1
 
-    def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
-        """Put in (token id, position, strip) for each sequence."""
-        table = [(i, at, strip.data_ptr(), strip.shape[3]) for i, at, strip in rows]
-        table += [(0, 0, self.nobody.data_ptr(), 1)] * (self.num_logits - len(table))
+    def load(self, rows: Iterable[tuple[int, int, Iterable[Tensor]]]) -> None:
+        """Put in (token id, position, strip and ring) for each sequence."""
+        nobody = [(0, 0, self.nobody)] * self.num_logits
+        table = [
+            (token_id, at, *(n for strip in strips for n in (strip.data_ptr(), strip.shape[3])))
+            for token_id, at, strips in [*rows, *nobody][: self.num_logits]
+        ]
         self.inputs.copy_(torch.tensor(table).T)
 
 
@@ -3518,37 +3550,74 @@ class KVCache:
 
     strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
     empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
-    yet are zero, and masked."""
+    yet are zero, and masked. rings[slot] is the same for the layers with a window, except that it
+    grows to `ring` positions only: position p is kept at p % ring until p + ring takes its place.
+
+    With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
 
     tile = KEY_TILE
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, kv_dtype: str, device: torch.device
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        kv_dtype: str,
+        device: torch.device,
+        most_new: int = 0,
     ) -> None:
+        """`most_new` is how many tokens of a sequence a step adds at most; 0 for any number, which
+        takes strips for all layers."""
         self.config, self.kv_dtype = config, kv_dtype
+        self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
+        self.written = [0] * num_slots  # positions that were, of which a ring has the last ones
+        in_ring = [bool(self.ring and window) for window in config.windows]
+        # which layer of the strip, or the ring, a layer of the model is
+        self.places = [(ring, in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
-        shape = (2, config.n_layers, config.n_kv_heads, 0, width)
-        self.strips = [
-            torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)
-        ]
+        self.strips, self.rings = (
+            [
+                torch.zeros(
+                    (2, in_ring.count(ring), config.n_kv_heads, 0, width),
+                    dtype=torch.uint8,
+                    device=device,
+                )
+                for _ in range(num_slots)
+            ]
+            for ring in (False, True)
+        )
 
     @property
     def nbytes(self) -> int:
-        return sum(strip.nbytes for strip in self.strips)
+        return sum(strip.nbytes for strip in self.strips + self.rings)
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Make room for `num_tokens` positions in `slot`."""
-        strip = self.strips[slot]
-        capacity = strip.shape[3]
-        if num_tokens > capacity:
-            more = round_up(max(num_tokens, 2 * capacity), self.tile) - capacity
-            self.strips[slot] = F.pad(strip, (0, 0, 0, more))
+        self.written[slot] = max(self.written[slot], num_tokens)
+        for strips, most in ((self.strips, 2**62), (self.rings, self.ring)):
+            strip = strips[slot]
+            capacity = strip.shape[3]
+            if min(num_tokens, most) > capacity and strip.shape[1]:
+                wanted = min(round_up(max(num_tokens, 2 * capacity), self.tile), most)
+                strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
+
+    def keeps(self, slot: int, num_tokens: int) -> bool:
+        """Whether the slot still has all that a token at position `num_tokens` sees."""
+        window = self.ring and max(window for window in self.config.windows if window)
+        return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
+
+    def start(self, source: int, target: int, num_tokens: int) -> None:
+        """Begin a sequence in slot `target` with the first `num_tokens` positions of slot
+        `source`, which may be the same."""
+        self.written[target] = self.written[source] if num_tokens else 0
+        if num_tokens and source != target:
+            self.copy_prefix(source, target, num_tokens)
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Give slot `target` the first `num_tokens` positions of slot `source`."""
         num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+        self.rings[target] = self.rings[source].clone()
 
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
@@ -3559,18 +3628,24 @@ class KVCache:
         q, k, v = attn.heads(qkv, cos, sin)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
+        in_ring, index = self.places[attn.index]
+        ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
         direct = direct and not self.config.attn_softcap and attn.sinks is None
         spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
-            strips = self.strips[span.slot][:, attn.index]  # (2, Hkv, capacity, bytes)
+            strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
             new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-            strips[:, :, span.start : end] = encode_kv(new, self.kv_dtype)
+            encoded = encode_kv(new, self.kv_dtype)
+            if end <= (ring or end):
+                strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
+            else:
+                strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
             bias = batch.memo.get((span.row, window))
             if bias is None:
-                bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
+                bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
                 batch.memo[span.row, window] = bias
             seen, config = strips[:, :, : bias.shape[1]], self.config
             keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
@@ -3582,21 +3657,25 @@ class KVCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        if batch.strips is None:
+        in_ring, index = self.places[layer]
+        strips = self.rings if in_ring else self.strips
+        if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
             flat = [(s, s.row + i, s.start + i) for s in short for i in range(s.num_new)]
-            strips = [self.strips[span.slot] for span, _, _ in flat]
+            its_strips = [strips[span.slot] for span, _, _ in flat]
             table = [
                 [row for _, row, _ in flat],
                 [position for _, _, position in flat],
-                [strip.data_ptr() for strip in strips],
-                [strip.shape[3] for strip in strips],
+                [strip.data_ptr() for strip in its_strips],
+                [strip.shape[3] for strip in its_strips],
             ]
-            batch.strips = StripRows(*torch.tensor(table, device=q.device))
-        if len(batch.strips.rows):
-            windows = self.config.windows
-            scale = self.config.attn_scale
-            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer], scale)
+            batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
+        rows = batch.strips[in_ring]
+        if len(rows.rows):
+            window, scale = self.config.windows[layer], self.config.attn_scale
+            ring = self.ring if in_ring else 0
+            num_layers = strips[0].shape[1]
+            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -3630,13 +3709,15 @@ class NativeKVCache(KVCache):
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
     ) -> Tensor:
-        spans = batch.memo.get("spans")
+        in_ring, index = self.places[attn.index]
+        strips = self.rings if in_ring else self.strips
+        spans = batch.memo.get(("spans", in_ring))
         if spans is None:
-            strips = ((self.strips[span.slot], span) for span in batch.spans)
-            spans = batch.memo["spans"] = torch.tensor(
+            with_strips = ((strips[span.slot], span) for span in batch.spans)
+            spans = batch.memo["spans", in_ring] = torch.tensor(
                 [
                     (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
-                    for strip, s in strips
+                    for strip, s in with_strips
                 ]
             )
         config, norms = self.config, (attn.q_norm, attn.k_norm)
@@ -3654,14 +3735,15 @@ class NativeKVCache(KVCache):
             config.attn_scale or 0.0,
             config.attn_softcap,
             spans,
-            attn.index,
-            config.n_layers,
+            index,
+            strips[0].shape[1],
             config.n_heads,
             config.n_kv_heads,
             config.head_dim,
             config.windows[attn.index] or 0,
+            self.ring // BLOCK_ROWS if in_ring else 2**62,
             self.kinds.index(self.kv_dtype),
-            BLOCK_ROWS * self.strips[0].shape[4],
+            BLOCK_ROWS * strips[0].shape[4],
         )
 
 
@@ -3872,8 +3954,8 @@ class MoE:
         self.shared_expert: MLP | None = None
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
-            name = f"{prefix}.shared_expert_gate"
-            self.shared_expert_gate = self.router(weights, name, 1, config.n_embd)
+            name = f"{prefix}.shared_expert_gate.weight"
+            self.shared_expert_gate = weights.take(name, 1, config.n_embd)
         both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
         native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
         self.row_tile = 1 if native else ROW_TILE
@@ -3895,8 +3977,10 @@ class MoE:
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None:
-            share = self.shared_expert_gate(tiled)[: len(x)].sigmoid()
-            y += share * self.shared_expert(x)
+            # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
+            # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
+            share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
+            y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
         places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
         for place, expert in enumerate(chosen.flatten().tolist()):
             places.setdefault(expert, []).append(place)
@@ -3970,17 +4054,25 @@ class Decoder:
         self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
     @property
+    def n_short(self) -> int:
+        """The most tokens of a text whose keys are turned as in short ones."""
+        rope = self.config.rope
+        if rope["rope_type"] != "longrope":
+            return 2**62
+        return int(rope["original_max_position_embeddings"])
+
+    @property
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
         return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
 
-    def new_cache(self, num_slots: int) -> KVCache:
-        """A KVCache for sequences that this decoder runs."""
+    def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
+        """A KVCache for sequences that this decoder runs; `most_new` as there."""
         D = self.config.head_dim
         native = self.native and D % 16 == 0 and D <= 512 and self.kv_dtype in NativeKVCache.kinds
         kind = NativeKVCache if native else KVCache
-        return kind(self.config, num_slots, self.kv_dtype, self.device)
+        return kind(self.config, num_slots, self.kv_dtype, self.device, most_new)
 
     def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
@@ -4041,9 +4133,10 @@ class DecodeGraphs:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
         valid until the next step. The slots must have room."""
         size = 1 << (len(rows) - 1).bit_length()
-        inputs = [(token_id, at, self.cache.strips[slot]) for slot, at, token_id in rows]
+        strips, rings = self.cache.strips, self.cache.rings
+        inputs = [(token_id, at, (strips[slot], rings[slot])) for slot, at, token_id in rows]
         if size not in self.recorded:
-            batch = DecodeBatch(size, like=self.cache.strips[0])
+            batch = DecodeBatch(size, self.cache)
             batch.load(inputs)
             self.recorded[size] = batch, self.record(batch)
         batch, replay = self.recorded[size]
@@ -6526,8 +6619,19 @@ DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost 
 class Scheduler:
     """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int, lookup: int = 0) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        prefill_chunk: int,
+        lookup: int = 0,
+        keeps: Callable[[int, int], bool] = lambda slot, num_tokens: True,
+        n_short: int = 2**62,
+    ) -> None:
+        """`keeps(slot, n)` says whether a text can go on at position n from what the slot holds;
+        texts of up to `n_short` tokens and longer ones have keys of different kinds."""
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
+        self.keeps, self.n_short = keeps, n_short
+        self.is_long = [False] * num_slots  # what kind of keys a slot's contents have
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -6550,10 +6654,18 @@ class Scheduler:
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
-        shared = [common_prefix(tokens, wanted) for tokens in computed]
+            self.is_long[other.slot] = len(other.token_ids) > self.n_short
+        kind = len(seq.token_ids) > self.n_short
+        shared = [
+            num if self.is_long[slot] == kind and self.keeps(slot, num) else 0
+            for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
+        ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
-        coming = [common_prefix(other.token_ids, wanted) for other in self.running]
-        if max(coming, default=0) > shared[source] + WORTH_WAITING:
+        coming = [(common_prefix(other.token_ids, wanted), other) for other in self.running]
+        alike = (
+            n for n, other in coming if n > other.num_computed and self.is_long[other.slot] == kind
+        )
+        if max(alike, default=0) > shared[source] + WORTH_WAITING:
             return None
         self.waiting.popleft()
         # taking over a slot cuts its contents short: only worth it for most of what it holds
@@ -6587,6 +6699,7 @@ class Scheduler:
         if seq in self.running:
             self.running.remove(seq)
             self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
+            self.is_long[seq.slot] = len(seq.token_ids) > self.n_short
             self.free.append(seq.slot)
         elif seq in self.waiting:
             self.waiting.remove(seq)
@@ -6621,7 +6734,7 @@ class EngineStats:
         )
 
 
-def default_slots(decoder: Decoder, n_ctx: int) -> int:
+def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
     """How many KV strips of a usual length fit into half of the device's memory."""
     if decoder.device.type == "cuda":
         num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
@@ -6629,7 +6742,7 @@ def default_slots(decoder: Decoder, n_ctx: int) -> int:
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows does not say without another library
         num_bytes = 8 << 30
-    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype)
+    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
     return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
 
 
@@ -6639,9 +6752,12 @@ class Engine:
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
-        num_slots = config.parallel or default_slots(decoder, self.n_ctx)
-        self.cache = decoder.new_cache(num_slots)
-        self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
+        most_new = max(config.prefill_chunk, config.lookup + 1)
+        num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
+        self.cache = decoder.new_cache(num_slots, most_new)
+        self.scheduler = Scheduler(
+            num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
+        )
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
         if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
@@ -6693,8 +6809,7 @@ class Engine:
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
-                if seq.num_cached and source != seq.slot:
-                    self.cache.copy_prefix(source, seq.slot, seq.num_cached)
+                self.cache.start(source, seq.slot, seq.num_cached)
                 seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
@@ -6703,7 +6818,7 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
-                if seq.params.prompt_logprobs:
+                if seq.params.prompt_logprobs and not seq.num_generated:
                     seq.note_prompt(rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
@@ -6718,7 +6833,7 @@ class Engine:
         while prompt_logprobs wants them."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
+            wants_all = seq.params.prompt_logprobs and not seq.num_generated
             num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
@@ -6738,7 +6853,8 @@ class Engine:
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
             seq.outbox.append(self.extend(seq, logits[row]))
-            if seq.finish_reason or seq.token_ids[-1] != guess:
+            is_crossing = len(seq.token_ids) == self.decoder.n_short + 1
+            if seq.finish_reason or seq.token_ids[-1] != guess or is_crossing:
                 break
             seq.num_computed += 1
             seq.num_accepted += 1
@@ -6749,6 +6865,9 @@ class Engine:
             seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
         if seq.finish_reason:
             self.scheduler.retire(seq)
+        elif is_crossing:  # from here on, all keys are of the other kind
+            self.cache.start(seq.slot, seq.slot, 0)
+            seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
@@ -6916,7 +7035,7 @@ class LLM:
         if not token_ids:
             raise RequestError("there are no token ids to run", "token_ids")
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
-        cache = decoder.new_cache(1)
+        cache = decoder.new_cache(1, chunk)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
             parts = []
@@ -9814,7 +9933,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     kv_dtype = pick_kv_dtype(
         args.kv_dtype or "auto", dtype, native and bool(packed or args.quantize)
     )
-    kv_bytes = config.kv_bytes(n_ctx, kv_dtype)
+    kv_bytes = config.kv_bytes(n_ctx, kv_dtype, ENGINE_DEFAULTS.prefill_chunk)
     weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
     if args.quantize and not packed:
         wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
@@ -9995,7 +10114,8 @@ class Bench:
         """Speed of generating, after one run to warm up, and how much of the bandwidth found right
         then it took: a step reads all weights, and each sequence's keys and values."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
-        kv_bytes = batch * decoder.config.kv_bytes(depth + (num_gen + 1) // 2, decoder.kv_dtype)
+        num_tokens = depth + (num_gen + 1) // 2
+        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
         step_bytes = weight_bytes(decoder) + kv_bytes
         for _ in range(repetitions + 1):
             seconds, num_steps = self.once(batch, depth, 1, num_gen)
