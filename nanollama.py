@@ -3350,6 +3350,23 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
 EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a matrix: y += scale B A x (https://arxiv.org/abs/2106.09685)."""
+
+    a: TensorSource  # (rank, cols)
+    b: TensorSource  # (rows, rank)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LowRank by the name of the module that it belongs to."""
+
+    path: Path
+    modules: Mapping[str, LowRank]
+
+
 class Weights:
     """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
     device, in the compute dtype or packed. What nobody asked for is reported by `check_used`.
@@ -3364,8 +3381,10 @@ class Weights:
         dtype: torch.dtype,
         quantize_bits: int | None = None,
         kernels: str = "torch",
+        adapter: Adapter | None = None,
     ) -> None:
-        self.tensors, self.source = tensors, source
+        self.tensors, self.source, self.adapter = tensors, source, adapter
+        self.adapted: set[str] = set()
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.native, self.kernels = pick_kernels(kernels, device, dtype)
         self.num_float = self.num_packed = 0  # matrices handed out
@@ -3409,10 +3428,36 @@ class Weights:
             b = self.take(f"{name}.bias", num_rows) if bias else None
             parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
         if all(isinstance(part, NativeLinear) for part in parts):
-            return NativeProjection(parts)
-        return Projection(
-            [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
-        )
+            projection: Projection = NativeProjection(parts)
+        else:
+            projection = Projection(
+                [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
+            )
+        updates = self._updates(outputs, num_cols)
+        return AdaptedProjection(projection, updates) if updates else projection
+
+    def _updates(
+        self, outputs: Mapping[str, int], num_cols: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """What the adapter adds to matrices side by side: from which row of the output on, A (rank,
+        cols) and B (rows, rank)."""
+        found, start = [], 0
+        modules = self.adapter.modules if self.adapter else {}
+        for name, num_rows in outputs.items():
+            if low_rank := modules.get(name):
+                a, b, rank = low_rank.a, low_rank.b, low_rank.b.shape[-1]
+                if (a.shape, b.shape) != ((rank, num_cols), (num_rows, rank)):
+                    raise CheckpointError(
+                        f"{self.adapter and self.adapter.path}: {name} has A {a.shape} and B "
+                        f"{b.shape}; the model's matrix is {(num_rows, num_cols)}"
+                    )
+                loaded = (cast("Tensor", source.load()) for source in (a, b))
+                down, up = (x.to(self.device, torch.float32) for x in loaded)
+                up = up * low_rank.scale
+                found.append((start, down.to(self.dtype), up.to(self.dtype)))
+                self.adapted.add(name)
+            start += num_rows
+        return found
 
     def _matrix(
         self, name: str, shape: tuple[int, int], bias: Tensor | None
@@ -3450,6 +3495,12 @@ class Weights:
             ) from None
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
+        left = sorted(self.adapter.modules.keys() - self.adapted) if self.adapter else []
+        if self.adapter and left:
+            raise CheckpointError(
+                f"{self.adapter.path}: it changes {brief(left[0])}, which this model does not "
+                "have, or which cannot be adapted here"
+            )
         extra = sorted(
             name for name in self.tensors if name not in self.used and not harmless(name)
         )
@@ -3809,13 +3860,15 @@ class Projection:
         self, x: Tensor, norm: Norm | None = None, act: str = "", residual: Tensor | None = None
     ) -> Tensor:
         """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows)"""
-        if norm is not None:
-            x = norm(x)
-        if act:
-            x = ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
+        x = self.before(x, norm, act)
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if residual is None else residual + y
+
+    def before(self, x: Tensor, norm: Norm | None, act: str) -> Tensor:
+        if norm is not None:
+            x = norm(x)
+        return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,))) if act else x
 
     @property
     def nbytes(self) -> int:
@@ -3846,6 +3899,28 @@ class NativeProjection(Projection):
             x = norm(x)
         address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
         return native("linear")(x, address, num_parts, self.num_rows, weight, eps, number, residual)
+
+
+class AdaptedProjection(Projection):
+    """Projection with what an adapter adds."""
+
+    def __init__(self, base: Projection, updates: list[tuple[int, Tensor, Tensor]]) -> None:
+        super().__init__(base.parts)
+        self.base, self.updates = base, updates
+
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, act: str = "", residual: Tensor | None = None
+    ) -> Tensor:
+        x = self.before(x, norm, act)
+        y = self.base(x, residual=residual)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        for start, a, b in self.updates:
+            y[:, start : start + len(b)] += F.linear(F.linear(tiled, a), b)[: len(x)]
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -4413,21 +4488,26 @@ def weight_files(path: Path) -> list[str]:
 def _safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
-        file = path / name
-        try:
-            opened = safetensors.safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
-        except Exception as error:  # SafetensorError, and OSError for what is not a plain file
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file: {first_line(error)}"
-            ) from None
-        for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            view = opened.get_slice(key)
-            shape, kind = tuple(view.get_shape()), view.get_dtype()
-            bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
-            num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
-            tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+        tensors |= _safetensors_file(path / name)
+    return tensors
+
+
+def _safetensors_file(file: Path) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
+    try:
+        opened = safetensors.safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
+    except Exception as error:  # SafetensorError, and OSError for what is not a plain file
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file: {first_line(error)}"
+        ) from None
+    for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        view = opened.get_slice(key)
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+        bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
+        num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
+        tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
     return tensors
 
 
@@ -4843,8 +4923,7 @@ def canonical_tensors(
     for name, tensor in tensors.items():
         if NOT_TEXT.match(name):
             continue
-        for pattern, ours in HF_NAMES.items():
-            name = re.sub(pattern, ours, name)
+        name = _canonical_name(name)
         for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
             if theirs in name:
                 name = name.replace(theirs, ours)
@@ -4861,6 +4940,12 @@ def canonical_tensors(
         elif family.plus_one and not from_gguf and "norm" in name:
             found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
     return found
+
+
+def _canonical_name(name: str) -> str:
+    for pattern, ours in HF_NAMES.items():
+        name = re.sub(pattern, ours, name)
+    return name
 
 
 def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
@@ -4997,6 +5082,89 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Keys of adapter_config.json with which there is more to an adapter than A and B.
+ADAPTER_EXTRAS = (
+    "use_dora modules_to_save lora_bias fan_in_fan_out layer_replication target_parameters "
+    "trainable_token_indices use_qalora alora_invocation_tokens use_bdlora arrow_config "
+    "kasa_config velora_config monteclora_config".split()
+)
+
+
+def open_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """Open a LoRA adapter in the layout of PEFT (https://huggingface.co/docs/peft): a directory
+    with adapter_config.json and adapter_model.safetensors. Raises CheckpointError."""
+    if not path.is_dir():
+        what = "no such directory" if not path.exists() else "not a directory"
+        raise CheckpointError(f"{path}: {what}; an adapter is one with {ADAPTER_FILE} in it")
+    if not (path / ADAPTER_FILE).exists():
+        pickled = (path / "adapter_model.bin").exists()
+        hint = "; adapter_model.bin is a pickle, which is never opened" if pickled else ""
+        raise CheckpointError(f"{path}: no {ADAPTER_FILE}{hint}")
+    settings = read_json(path / ADAPTER_CONFIG)
+    where = str(path / ADAPTER_CONFIG)
+    if settings.get("peft_type") != "LORA":
+        found = brief(settings.get("peft_type"))
+        raise CheckpointError(f"{where}: peft_type {found} is not supported; LORA is")
+    for key in ("bias", *ADAPTER_EXTRAS):
+        if settings.get(key) and (key, settings[key]) != ("bias", "none"):
+            raise CheckpointError(f"{where}: {key} {brief(settings[key])} is not supported")
+    return Adapter(path, _low_ranks(_safetensors_file(path / ADAPTER_FILE), settings, config, path))
+
+
+def _low_ranks(
+    tensors: Mapping[str, TensorSource],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+    path: Path,
+) -> dict[str, LowRank]:
+    """A and B of each module, in the decoder's names and order of rows: B goes the way of the
+    weight that it changes, and matrices that were fused share one A."""
+    a: dict[str, TensorSource] = {}
+    b: dict[str, TensorSource] = {}
+    scales: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if match is None or len(tensor.shape) != 2:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: tensor {brief(name)} is not supported")
+        if match[2] == "A":
+            module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
+            a[module] = tensor
+            scales[module] = _lora_scale(match[1], tensor.shape[0], settings, path)
+        else:
+            b[f"{match[1]}.lora_B"] = tensor
+    found = {}
+    for name, tensor in canonical_tensors(b, config).items():
+        module = name.removesuffix(".lora_B")
+        fused = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)
+        fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
+        owner = module if module in a else fused
+        if owner not in a:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: {module} has a B and no A")
+        found[module] = LowRank(a[owner], tensor, scales[owner])
+    return found
+
+
+def _lora_scale(module: str, rank: int, settings: Mapping[str, Any], path: Path) -> float:
+    """alpha / rank, or alpha / sqrt(rank); alpha_pattern has other alphas for some modules"""
+    where, alpha = f"{path / ADAPTER_CONFIG}: lora_alpha", settings.get("lora_alpha")
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: alpha_pattern is {brief(patterns)}")
+    for pattern, its_alpha in patterns.items():
+        if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG}: alpha_pattern {brief(pattern)} is not supported; "
+                "plain names of modules are"
+            )
+        if f".{module}".endswith(f".{pattern}"):
+            alpha = its_alpha
+            break
+    return positive(alpha, where) / (rank**0.5 if settings.get("use_rslora") else max(rank, 1))
 
 
 # ==================================================================================================
@@ -5517,6 +5685,7 @@ class Modelfile:
 
     model: str | None = None
     tokenizer: str | None = None
+    adapter: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -5535,20 +5704,20 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
-    """The directives FROM, TOKENIZER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE, in any case;
-    values bare, in quotes, or in three quotes over several lines; # starts a comment line.
+    """The directives of DIRECTIVES, in any case; values bare, in quotes, or in three quotes over
+    several lines; # starts a comment line.
 
-    Relative FROM and TOKENIZER paths count from the Modelfile's directory. Raises
+    Relative FROM, TOKENIZER and ADAPTER paths count from the Modelfile's directory. Raises
     ModelfileError."""
     fields: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     messages: list[dict[str, str]] = []
     for line, key, word, value in _directives(text, path):
-        if key in ("FROM", "TOKENIZER"):
+        if key in ("FROM", "TOKENIZER", "ADAPTER"):
             local = local_path(value, path.parent)
             if local is None and value.startswith("."):
                 local = path.parent / value
-            fields["model" if key == "FROM" else "tokenizer"] = str(local or value)
+            fields["model" if key == "FROM" else key.lower()] = str(local or value)
         elif key == "PARAMETER":
             try:
                 name, parsed = parse_parameter(word, value)
@@ -5568,7 +5737,7 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
 
 
-DIRECTIVES = ("FROM", "TOKENIZER", "PARAMETER", "SYSTEM", "TEMPLATE", "MESSAGE", "LICENSE")
+DIRECTIVES = "FROM TOKENIZER ADAPTER PARAMETER SYSTEM TEMPLATE MESSAGE LICENSE".split()
 
 
 def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -6939,9 +7108,10 @@ class LLM:
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
-    tokenizer: a reference to take tokenizer and template from instead. template: Jinja source to
-    use instead of the model's. revision: branch, tag or commit of a hub model. The rest are
-    EngineConfig's fields. Raises NanollamaError subclasses; see section 1."""
+    tokenizer: a reference to take tokenizer and template from instead. adapter: the directory of a
+    LoRA adapter. template: Jinja source to use instead of the model's. revision: branch, tag or
+    commit of a hub model. The rest are EngineConfig's fields. Raises NanollamaError subclasses; see
+    section 1."""
 
     def __init__(
         self,
@@ -6960,6 +7130,7 @@ class LLM:
         lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
+        adapter: str | Path | None = None,
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
@@ -6995,6 +7166,7 @@ class LLM:
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
             kernels,
+            open_adapter(Path(adapter).expanduser(), self.config) if adapter else None,
         )
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
@@ -9223,6 +9395,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
+    add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
     add(
         "--modelfile",
         metavar="PATH",
@@ -9401,7 +9574,7 @@ class Settings:
         return system
 
     def value(self, name: str) -> tuple[Any, str]:
-        """model, tokenizer, system, ctx or threads, and its origin."""
+        """model, tokenizer, adapter, system, ctx or threads, and its origin."""
         flag = getattr(self.args, name, None)
         file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
         if flag is not None:
@@ -9456,6 +9629,7 @@ class Settings:
             threads=self.value("threads")[0],
             revision=args.revision,
             tokenizer=self.value("tokenizer")[0],
+            adapter=self.value("adapter")[0],
             template=self.modelfile.template,
             **extra,
         )
@@ -9911,7 +10085,8 @@ def run_serve(settings: Settings) -> int:
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """A line for each setting, with its origin; - for what is not set."""
-    rows = {name: settings.value(name) for name in ("system", "tokenizer", "ctx", "threads")}
+    names = ("system", "tokenizer", "adapter", "ctx", "threads")
+    rows = {name: settings.value(name) for name in names}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
