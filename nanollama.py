@@ -1463,25 +1463,25 @@ INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float fac
 /* quantizes a piece of all tokens' groups */
 static void quantize_piece(const void *job, int64_t piece) {
     const linear_call *in = job;
-    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups, last = -1;
-    int64_t stop = total * (piece + 1) / in->num_pieces;
-    float factor = 1;
-    for (int64_t i = total * piece / in->num_pieces; i < stop; i++) {
-        int64_t token = i / num_groups, g = i % num_groups, start = token / TILE * TILE;
-        int T = tile_size(in->num_tokens - start);
-        for (; token >= start + T; T = tile_size(in->num_tokens - start)) start += T;
-        if (token != last && in->before == NORM)
+    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
+    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
+    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
+        int64_t start = token / TILE * TILE, T;
+        for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
+        float factor = 1;
+        if (in->before == NORM)
             factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
-        last = token;
-        uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
-        vec x[32 / LANES];
-        for (int c = 0; c < 32 / LANES; c++)
-            x[c] = prepared(in, token, 32 * g + c * LANES, factor);
-        quantize_group(x, group, T, token - start);
+        for (; g < num_groups && i < stop; g++, i++) {
+            vec x[32 / LANES];
+            for (int c = 0; c < 32 / LANES; c++)
+                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+            uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
+            quantize_group(x, group, T, token - start);
+        }
     }
 }
 
-#define AHEAD 4096 /* bytes: what prefetching gains is most from 2 to 8 KB on */
+#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
 #define VECS (16 / LANES) /* that hold a block's rows */
 
@@ -2182,20 +2182,18 @@ def native_linear(
     x: Tensor,
     matrices: int,
     num_matrices: int,
-    num_rows: int,
     norm: Tensor | None,
     eps: float,
     gated: bool,
     residual: Tensor | None,
-) -> Tensor:
-    """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
-    `matrices`"""
-    num_tokens = x.size(0)
-    out = torch.empty(num_tokens, num_rows)
+    out: Tensor,
+) -> None:
+    """x (N, cols), or (N, 2 cols) when gated; residual like out (N, rows), which the Matrix array
+    at the address `matrices` fills"""
     load_kernels().linear(
         matrices,
         num_matrices,
-        num_tokens,
+        x.size(0),
         x.data_ptr(),
         pointer(norm),
         eps,
@@ -2204,7 +2202,6 @@ def native_linear(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out
 
 
 def native_attention(
@@ -2252,12 +2249,9 @@ def native_attention(
     return out
 
 
-OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "linear(Tensor x, int matrices, int num_matrices, int num_rows, Tensor? norm, float eps, "
-    "bool gated, Tensor? residual) -> Tensor": (
-        native_linear,
-        lambda x, matrices, num_matrices, num_rows, *rest: x.new_empty(len(x), num_rows),
-    ),
+OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
+    "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, bool gated, "
+    "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
     "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
     "Tensor spans, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
     "int kind, int block_bytes) -> Tensor": (
@@ -2278,12 +2272,11 @@ def register_operators() -> Any:
     return library
 
 
-def native(name: str) -> Callable[..., Tensor]:
+def native(name: str) -> Callable[..., Any]:
     """The kernel, or the operator around it where somebody looks: torch.compile or a profiler. An
     operator call takes several times as long as the kernel's own work on a small matrix."""
     if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
-        operator: Callable[..., Tensor] = getattr(torch.ops.nanollama, name)
-        return operator
+        return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
     return native_linear if name == "linear" else native_attention
 
 
@@ -3037,7 +3030,7 @@ class NativeKVCache(KVCache):
                 ]
             )
         config = self.config
-        return native("attention")(
+        out: Tensor = native("attention")(
             qkv,
             cos,
             sin,
@@ -3054,6 +3047,7 @@ class NativeKVCache(KVCache):
             self.kinds.index(self.kv_dtype),
             BLOCK_ROWS * self.strips[0].shape[4],
         )
+        return out
 
 
 class RMSNorm:
@@ -3078,8 +3072,10 @@ class Projection:
         norm: RMSNorm | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows)"""
+        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows), in `out` if
+        that is given"""
         if norm is not None:
             x = norm(x)
         if gated:
@@ -3087,7 +3083,8 @@ class Projection:
             x = F.silu(gate) * up
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if residual is None else residual + y
+        y = y if residual is None else residual + y
+        return y if out is None else out.copy_(y)
 
     @property
     def nbytes(self) -> int:
@@ -3114,11 +3111,12 @@ class NativeProjection(Projection):
         norm: RMSNorm | None = None,
         gated: bool = False,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
+        out = torch.empty(x.size(0), self.num_rows) if out is None else out
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return native("linear")(
-            x, self.address, len(self.parts), self.num_rows, weight, eps, gated, residual
-        )
+        native("linear")(x, self.address, len(self.parts), weight, eps, gated, residual, out)
+        return out
 
 
 class Attention:
@@ -3167,11 +3165,10 @@ class MLP:
 
     def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
-        parts = [
-            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part)
-            for part in (x.split(self.step) if x.size(0) > self.step else (x,))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then take a core
+        for part, out in zip(x.split(self.step), y.split(self.step)):
+            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part, out=out)
+        return y
 
 
 class DecoderLayer:
@@ -3716,13 +3713,12 @@ def _gguf_loader(
 
 
 def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
-    """Give back the memory of the file's pages that were read through a mapping: what was made of
-    them is a copy. They stay in the system's cache, and count no longer as this process's."""
+    """Give back the memory of a file's pages that were read through a mapping: what was made of
+    them is a copy. They stay in the system's cache, and count no longer as this process's. All
+    of them, for the system maps a page's neighbours with it."""
     file = getattr(mapped, "_mmap", None)
     if file is not None and hasattr(mmap, "MADV_DONTNEED"):
-        start = mapped.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        file.madvise(mmap.MADV_DONTNEED, first, start + mapped.nbytes - first)
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def gguf_shards(path: Path) -> list[Path]:
@@ -8880,19 +8876,21 @@ def command_rm(argv: list[str]) -> int:
 # ---- bench ---------------------------------------------------------------------------------------
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+BANDWIDTH_S = 0.5  # to read it again and again
 
 
 def read_bandwidth(buffer: Tensor, native: bool) -> float:
-    """Bytes a second at which the threads read `buffer`: the best of a few passes."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
+    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
+    others is not equally fast all the time, and what this is held against takes its time too."""
+    started, num_passes, seconds = time.perf_counter(), 0, 0.0
+    while seconds < BANDWIDTH_S:
         if native:
             load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
         else:
             buffer.sum().item()  # a number to wait for: some devices work on their own
-        times.append(time.perf_counter() - started)
-    return buffer.nbytes / min(times)
+        num_passes += 1
+        seconds = time.perf_counter() - started
+    return num_passes * buffer.nbytes / seconds
 
 
 def peak_memory() -> int:
