@@ -1059,9 +1059,7 @@ print(sum(after[task] > before.get(task, 0) for task in after))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
-def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(
-    tiny: Callable[..., Path],
-) -> None:
+def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(tiny: Callable[..., Path]) -> None:
     model = tiny("Llama", max_position_embeddings=4096)
     ran = python(AWAKE, MODEL=model, OMP_NUM_THREADS=2)
     assert ran.stdout in ("1\n", "2\n"), ran.stderr  # the caller, and perhaps the kernels' worker
