@@ -169,6 +169,7 @@ if TYPE_CHECKING:
     import jinja2.sandbox
     import llguidance
     import numpy as np
+    import numpy.typing as npt
     import prometheus_client
     import safetensors
     import starlette.applications
@@ -5170,7 +5171,7 @@ class ThoughtSplitter:
 # ---- what an answer must be ----------------------------------------------------------------------
 
 # JSON as models write it: on one line, or indented. Space without a limit is where small ones stay.
-JSON_OPTIONS = {
+JSON_OPTIONS: Any = {
     "whitespace_pattern": r" ?|\n[ \t]{0,16}",
     "lenient": False,
     "coerce_one_of": False,
@@ -5209,14 +5210,14 @@ class Constraint:
         """Nothing can follow any more."""
         return bool(self.matcher.is_stopped() and not self.matcher.is_error())
 
-    def allowed(self) -> Tensor:
-        """Which tokens may come next, (V,) bool. Raises RequestError when none may."""
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next (V,). Raises RequestError when none may."""
         mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(mask, count=self.n_vocab, bitorder="little").view(np.bool_)
         if self.matcher.is_error() or not allowed.any():
             reason = error_line(self.matcher.get_error()) or "no token can follow"
             raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
-        return torch.from_numpy(allowed)
+        return allowed
 
     def push(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
@@ -5254,15 +5255,16 @@ def schema_error(schema: Mapping[str, Any]) -> str:
             digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
             if int(digits) > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
-    return error_line(llguidance.LLMatcher.validate_grammar(f"start: {json_grammar(schema)}"))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
+    return error_line(llguidance.LLMatcher.validate_grammar(grammar))
 
 
-def faulty_part(schema: Mapping[str, Any], error: str) -> str:
-    """The path to the innermost part of a schema that has the same error."""
-    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+def faulty_part(schema: Mapping[str, Any], error: str, shared: Mapping[str, Any]) -> str:
+    """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
+    it refer to."""
     for path, part in parts(schema, 2):
-        if isinstance(part, dict) and schema_error(inner := {**shared, **part}) == error:
-            return path + faulty_part(inner, error)
+        if isinstance(part, dict) and schema_error({**shared, **part}) == error:
+            return path + faulty_part(part, error, shared)
     return ""
 
 
@@ -5322,7 +5324,8 @@ class Grammars:
         """A JSON Schema as an expression. Raises RequestError that says where and why not."""
         try:
             if error := schema_error(schema):
-                where = faulty_part(schema, error) or "/"
+                shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+                where = faulty_part(schema, error, shared) or "/"
                 raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
             return json_grammar(schema)
         except RecursionError:
@@ -5487,13 +5490,13 @@ def sample(
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
-    allowed: Tensor | None = None,
+    allowed: npt.NDArray[np.bool_] | None = None,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
     The position is len(history)."""
     logits = penalize(logits, params, history, num_prompt, seen)
     if allowed is not None:
-        logits = logits.where(allowed, -math.inf)
+        logits = logits.where(torch.from_numpy(allowed), -math.inf)
     if params.temperature == 0 or params.top_k == 1:
         return int(logits.numpy().argmax())
     tensor, ids = candidates(logits, params)
