@@ -4882,11 +4882,14 @@ def _scored_merges(
     scores: list[float], vocab: Mapping[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
     """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
-    into two pieces, and the better its score, the earlier it applies."""
+    into two pieces, and the better its score, the earlier it applies; pieces that a user defined
+    come first, whatever score a converter gave them."""
+    user = TOKEN_USER_DEFINED
+    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
     pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
     merges = [
-        (-scores[i], i, pieces[left], pieces[right], left, right)
+        (order[i], i, pieces[left], pieces[right], left, right)
         for piece, i in pieces.items()
         for cut in range(1, len(piece))
         if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
