@@ -23,6 +23,7 @@
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
+    nanollama.py eval --model smollm2 --text FILE                         how well it predicts
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -5443,7 +5444,8 @@ class Sequence:
     started_s: float = 0.0
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    logprobs_from: int = 1  # the prompt token from which on prompt_logprobs are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     drafter: Drafter = field(default_factory=Drafter)
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
@@ -5458,12 +5460,21 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def note_prompt(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the next rows to
-        be computed predict."""
-        following = self.token_ids[self.num_computed + 1 : self.num_prompt]
-        for token_id, row in zip(following, logits):
-            self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
+    def num_rows(self, num_new: int) -> int:
+        """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
+        a prompt token whose log-probability is wanted."""
+        if not self.params.prompt_logprobs or self.num_computed >= self.num_prompt:
+            return 1
+        return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
+
+    def note_prompt(self, num_new: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the last of the
+        next `num_new` rows predict."""
+        first = self.num_computed + num_new + 1 - len(logits)
+        if first >= self.logprobs_from:
+            for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
+                found = token_logprobs(row, token_id, self.params.logprobs or 0)
+                self.prompt_logprobs.append(found)
 
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
@@ -5512,7 +5523,8 @@ class Scheduler:
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
-        wanted = [] if seq.params.prompt_logprobs else seq.token_ids[:-1]
+        end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
+        wanted = seq.token_ids[:end]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
@@ -5669,8 +5681,8 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
-                if seq.params.prompt_logprobs:
-                    seq.note_prompt(rows)
+                if is_prefill and seq.params.prompt_logprobs:
+                    seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
@@ -5680,12 +5692,11 @@ class Engine:
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
-        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
-        while prompt_logprobs wants them."""
+        sequence's logits (rows, V): of its last new token and its draft, and of those before that
+        prompt_logprobs wants."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
-            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            num_rows.append(len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
@@ -5918,15 +5929,20 @@ class LLM:
         return prompt if isinstance(prompt, str) else self.decode(prompt)
 
     def start(
-        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
     ) -> Sequence:
         """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
-        where they are known. Raises RequestError."""
+        where they are known; prompt_logprobs, if asked for, start with `logprobs_from` and so leave
+        the tokens before to the cache. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         stream = TextStream(self.tokenizer, request.params.stop, continues)
         ids = self.prompt_ids(request) if ids is None else list(ids)
-        seq = Sequence(index, ids, request.params, stream)
+        seq = Sequence(index, ids, request.params, stream, logprobs_from=logprobs_from)
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -5962,6 +5978,31 @@ class LLM:
                     self.engine.step()
         finally:
             for seq in sequences:
+                self.engine.cancel(seq)
+
+    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
+        """Log-probabilities of the ids from `start` on, each after all ids before it, for every
+        (ids, start) -> (index, log-probabilities), as they are done.
+
+        Texts run together. What neighbours share before their starts is processed once."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
+        pending = enumerate(texts)
+        scheduler, running = self.engine.scheduler, list[Sequence]()
+        try:
+            while True:
+                num_wanted = len(scheduler.contents) - len(scheduler.waiting)
+                for index, (ids, start) in itertools.islice(pending, num_wanted):
+                    request = GenerationRequest(ids, params=params)
+                    running.append(self.start(request, index, ids, start))
+                if not running:
+                    return
+                self.engine.step()
+                done = [seq for seq in running if seq.finish_reason]
+                running = [seq for seq in running if not seq.finish_reason]
+                for seq in done:
+                    yield seq.index, [found.logprob for found in seq.prompt_logprobs]
+        finally:
+            for seq in running:
                 self.engine.cancel(seq)
 
     def fit_context(
@@ -8049,7 +8090,8 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL
-       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here
+       nanollama.py eval [--model MODEL] [--text FILE] [--task FILE]   how well it predicts"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -9082,8 +9124,199 @@ def command_bench(argv: list[str]) -> int:
     return 0
 
 
+# ---- eval ----------------------------------------------------------------------------------------
+
+EVAL_WINDOW = 2048  # longest by default
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_task(name: str) -> list[Question]:
+    """The questions of a file of JSON lines: {"prompt": .., "choices": [..], "answer": 0}; `prompt`
+    may be called `context`. Raises RequestError, naming the line."""
+    questions = []
+    for number, line in enumerate(read_input(name).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["context"]
+            question = Question(prompt, tuple(row["choices"]), row["answer"])
+            is_text = all(isinstance(text, str) and text for text in question.choices)
+            num = len(question.choices)
+            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
+                questions.append(question)
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise RequestError(
+            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
+            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+        )
+    if not questions:
+        raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
+    return questions
+
+
+def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
+    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
+    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
+    beginning. Raises RequestError when nothing is left of it."""
+    ids = llm.encode(prompt + choice)
+    start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
+    cut = max(0, len(ids) - llm.engine.n_ctx + 1)
+    if start <= cut:
+        raise RequestError(
+            f"{brief(prompt + choice)}: no token of the prompt precedes the choice in a context of "
+            f"{llm.engine.n_ctx} tokens"
+        )
+    return ids[cut:], start - cut
+
+
+def text_windows(
+    prefix: list[int], ids: list[int], window: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
+    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
+    which on its tokens are scored: the first scores all it can, each further one `stride` that
+    the one before it did not reach."""
+    size = window - len(prefix)
+    yield prefix + ids[:size], max(1, len(prefix))
+    for end in range(min(size, len(ids)), len(ids), stride):
+        begin = max(0, min(end + stride, len(ids)) - size)
+        yield prefix + ids[begin : end + stride], len(prefix) + end - begin
+
+
+def interval(num_right: float, num: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, https://doi.org/10.2307/2276774)."""
+    z, p = 1.959964, num_right / num
+    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
+    width = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return middle - width, middle + width
+
+
+def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
+    the tokenizer puts none before it; nor are its bytes counted then."""
+    try:
+        text = read_input(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{name}: not UTF-8 text") from None
+    prefix, ids = llm.encode(""), llm.encode(text, add_special_tokens=False)
+    num_bytes = len(text.encode())
+    if not prefix and ids:
+        num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
+    if num_bytes < 1 or len(prefix) + len(ids) < 2:
+        raise RequestError(f"{name}: too short to be scored")
+    windows = list(text_windows(prefix, ids, window, stride))
+    bar.reset(total=len(windows))
+    num_tokens, bits = 0, 0.0
+    for _, logprobs in llm.score(windows):
+        num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
+        bar.update()
+    return {
+        "file": name,
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "window": window,
+        "stride": stride,
+        "perplexity": 2 ** min(bits / num_tokens, 1000),
+        "bits_per_byte": bits / num_bytes,
+    }
+
+
+def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+    """How often the right choice is the likeliest: as a whole, and per character of its text
+    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
+    questions = read_task(name)
+    texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
+    bar.reset(total=len(texts))
+    sums = [0.0] * len(texts)
+    for index, logprobs in llm.score(texts):
+        sums[index] = sum(logprobs)
+        bar.update()
+    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    left = iter(sums)
+    scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
+    for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
+        num_right = 0
+        for q, values in scored:
+            per = [value / measure(text) for value, text in zip(values, q.choices)]
+            num_right += per.index(max(per)) == q.answer
+        low_high = interval(num_right, len(questions))
+        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
+    return found
+
+
+def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The results as lines to read."""
+    if text := results.get("text"):
+        yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
+        yield f"  perplexity     {text['perplexity']:.3f}"
+        yield f"  bits per byte  {text['bits_per_byte']:.4f}"
+    if task := results.get("task"):
+        yield f"{task['file']}: {task['questions']} questions"
+        for key, name in (("accuracy", "accuracy"), ("accuracy_norm", "normalised")):
+            low, high = task[f"{key}_interval"]
+            yield f"  {name:<13}  {task[key]:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py eval",
+        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
+        description=command_eval.__doc__,
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("eval").add_argument
+    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
+    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
+    add("--window", metavar="N", type=int, help=text)
+    text = "tokens that each window scores after the first (default: half of it)"
+    add("--stride", metavar="N", type=int, help=text)
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def command_eval(argv: list[str]) -> int:
+    """eval: how well a model predicts a text, and how often it chooses right."""
+    parser = eval_parser()
+    args = parser.parse_args(argv)
+    if not args.text and not args.task:
+        parser.error("give --text FILE, --task FILE, or both")
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    longest = llm.engine.n_ctx - 1
+    window = min(longest, EVAL_WINDOW) if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    if not 2 <= window <= longest or not 1 <= stride < window:
+        parser.error(
+            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
+            "stride is shorter"
+        )
+    results: dict[str, Any] = {"model": settings.model}
+    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
+        if args.text:
+            results["text"] = eval_text(llm, args.text, window, stride, bar)
+        if args.task:
+            results["task"] = eval_task(llm, args.task, bar)
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(eval_lines(results)))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": command_bench,
+    "eval": command_eval,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,
