@@ -143,7 +143,7 @@ ALLOWED = {
     **dict.fromkeys(("torch", "F", "Tensor"), TENSOR_SECTIONS),
     "np": {"FORMATS", "MODEL"},
     "gguf": {"FORMATS"},
-    "safetensors": {"FORMATS", "MODEL"},
+    "safetensors": {"FORMATS", "MODEL", "CLI"},
     "huggingface_hub": {"STORE"},
     "zipfile": {"STORE"},
     "subprocess": {"STORE", "KERNELS"},
