@@ -183,6 +183,7 @@ if TYPE_CHECKING:
     import triton
     import triton.language as tl
     import uvicorn
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
@@ -197,6 +198,7 @@ else:
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
     safetensors = LazyModule("safetensors", "torch")
+    sentencepiece_model = LazyModule("sentencepiece.sentencepiece_model_pb2")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
     )
@@ -3311,6 +3313,9 @@ END_OF_GENERATION = frozenset(
     "_<EOT>".split()
 )
 
+# Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model*", "*.tiktoken")
+
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -3355,13 +3360,14 @@ FILE_SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What the tokenizer and the chat template are made from: a tokenizer.json, or GGUF metadata.
+    """What the tokenizer and the chat template are made from: one of TOKENIZER_FILES, or GGUF
+    metadata.
 
     templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
     bos_token, eos_token and so on as text; eos_ids the ids that the files declare as the end."""
 
     source: str
-    tokenizer_json: Path | None = None
+    tokenizer_file: Path | None = None
     gguf: Mapping[str, Any] | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -3501,6 +3507,12 @@ def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
     return lambda rows=None: opened.get_slice(key)[rows] if rows else opened.get_tensor(key)
 
 
+def tokenizer_file(names: Iterable[str]) -> str | None:
+    """Which of a directory's files holds the tokenizer."""
+    flat = sorted(name for name in names if "/" not in name)
+    return next((n for pattern in TOKENIZER_FILES for n in fnmatch.filter(flat, pattern)), None)
+
+
 def _directory_text(path: Path) -> TextFiles:
     settings = read_json(path / "tokenizer_config.json", required=False)
     special = read_json(path / "special_tokens_map.json", required=False)
@@ -3517,7 +3529,7 @@ def _directory_text(path: Path) -> TextFiles:
         eos_ids |= {i for i in listed if isinstance(i, int)}
     return TextFiles(
         source=str(path),
-        tokenizer_json=path / "tokenizer.json",
+        tokenizer_file=path / file if (file := tokenizer_file(os.listdir(path))) else None,
         templates=_directory_templates(path, settings.get("chat_template")),
         special_tokens=special_tokens,
         eos_ids=frozenset(eos_ids),
@@ -3921,7 +3933,6 @@ GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", 
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -4082,8 +4093,10 @@ class ModelStore:
             return gguf_shards(snapshot / hub.file)[0]
         if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
             return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        for name in ("config.json", "tokenizer.json", *weight_files(snapshot)):
-            if not (snapshot / name).exists():
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
                 raise CheckpointError(f"{snapshot}: {name} is missing")
         return snapshot
 
@@ -4135,10 +4148,12 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        for needed in ("config.json", "tokenizer.json"):
-            if needed not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {needed}")
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
+        needed = ("config.json", tokenizer_file(names) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
         shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
         if "model.safetensors.index.json" in names:
             shards = [n for n in shards if n != "model.safetensors"]
@@ -4490,7 +4505,8 @@ def split_word(text: str) -> tuple[str, str]:
 # ==================================================================================================
 # 8 TOKENIZER: text <-> ids, and ids -> text as they come
 #
-#   In          TextFiles (a tokenizer.json, or GGUF metadata)
+#   In          TextFiles: a tokenizer.json, or a vocabulary (GGUF metadata, and three kinds of
+#               file that `read_vocabulary` brings into the same terms)
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
 #   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
 #               character yet turns them into text, one token at a time or all at once:
@@ -4499,7 +4515,8 @@ def split_word(text: str) -> tuple[str, str]:
 #
 #   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
 #               halves, and nothing that may still become a stop string is emitted.
-#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS.
+#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, a vocabulary
+#               in a tiktoken file one of TIKTOKEN.
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
@@ -4521,8 +4538,8 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p"
         r"{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern- "
-    "bert mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
+    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+    "mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
     "tekken": (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^"
@@ -4590,20 +4607,15 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 PRE_TOKENIZERS = {name: row for names, row in _PRE_ROWS.items() for name in names.split()}
-# Vocabularies whose whole words are taken without merging, add BOS by default, or normalise to NFC.
-IGNORE_MERGES = frozenset(
-    (
-        "falcon-h1 falcon3 glm4 glm5 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 "
-        "minicpm5 pixtral tekken youtu granite-embed-multi-97m "
-    ).split()
-)
+# Vocabularies that add BOS by default, whose whole words are taken without merging, or that
+# normalise to NFC.
 ADD_BOS = frozenset(
-    (
-        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral "
-        "tekken chameleon "
-    ).split()
+    "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral tekken".split()
 )
+IGNORE_MERGES = ADD_BOS | {"glm4", "glm5", "minicpm5"}
 NFC = frozenset({"qwen2", "qwen35", "command-r"})
+# Of Phi-3's control tokens, those that leave the spaces behind them alone (llama-vocab.cpp)
+PHI3_KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
@@ -4619,36 +4631,178 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+# Control tokens behind the ranks of a tiktoken file, which holds none, and how its text is split;
+# by the number of ranks. https://github.com/meta-llama/llama-models (llama3/tokenizer.py),
+# https://huggingface.co/Qwen/Qwen-7B (tokenization_qwen.py)
+_LLAMA3 = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
+_QWEN1 = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
+TIKTOKEN = {
+    128000: ("llama-bpe", [f"<|{name}|>" for name in _LLAMA3], "<|begin_of_text|>", "<|eot_id|>"),
+    151643: ("qwen2", [f"<|{name}|>" for name in _QWEN1], None, "<|im_end|>"),
+}
+# The first ids of a tekken.json that does not name its control tokens
+# https://github.com/mistralai/mistral-common (tokens/tokenizers/tekken.py)
+TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
+
+
+def read_vocabulary(text: TextFiles) -> TextFiles:
+    """The text files with `gguf` saying what the metadata of a GGUF file would: read from a
+    tekken.json, a tiktoken file or a SentencePiece model, and the settings beside it."""
+    path = text.tokenizer_file
+    assert path is not None
+    raw = path.read_bytes()
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
+    read = _tekken if path.suffix == ".json" else _tiktoken if is_tiktoken else _sentencepiece
+    metadata = read(raw)
+    _name_added_tokens(metadata, path.parent)
+    found = _gguf_text(metadata, text.source)
+    return dataclasses.replace(
+        text,
+        gguf=metadata,
+        special_tokens={**found.special_tokens, **text.special_tokens},
+        eos_ids=found.eos_ids | text.eos_ids,
+    )
+
+
+def _tekken(raw: bytes) -> dict[str, Any]:
+    read = json.loads(raw)
+    config, entries = read["config"], read["vocab"]
+    num_control, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
+    names = read.get("special_tokens") or [
+        {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
+    ]
+    if not len(names) <= num_control <= len(entries):
+        raise CheckpointError(f"{brief(num_control)} control tokens; the file names {len(names)}")
+    control = [f"<SPECIAL_{i}>" for i in range(num_control)]
+    for token in names:
+        control[token["rank"]] = token["token_str"]
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"]
+        for entry in entries[: num_tokens - num_control]
+    }
+    metadata = _ranked(ranks, control, [], "<s>", "</s>")
+    return metadata | {"pattern": config["pattern"], "tokenizer.ggml.add_bos_token": True}
+
+
+def _tiktoken(raw: bytes) -> dict[str, Any]:
+    lines = map(bytes.split, raw.splitlines())
+    ranks = {base64.b64decode(line[0]): int(line[1]) for line in lines if line}
+    if len(ranks) not in TIKTOKEN:
+        known = ", ".join(map(str, TIKTOKEN))
+        raise CheckpointError(
+            f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
+            "--tokenizer with a model directory or hub id"
+        )
+    pre, control, bos, eos = TIKTOKEN[len(ranks)]
+    return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+
+
+def _ranked(
+    ranks: Mapping[bytes, int], before: list[str], behind: list[str], bos: str | None, eos: str
+) -> dict[str, Any]:
+    """Byte strings in the order in which they merge, between control tokens."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError("the ranks are not 0, 1, 2 and so on")
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    pieces = [p.decode("latin-1").translate(alphabet) for p in sorted(ranks, key=ranks.__getitem__)]
+    tokens = [*before, *pieces, *behind]
+    normal = range(len(before), len(before) + len(pieces))
+    types = [TOKEN_NORMAL if i in normal else TOKEN_CONTROL for i in range(len(tokens))]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-i for i in range(len(tokens))],
+        "tokenizer.ggml.bos_token_id": tokens.index(bos) if bos else None,
+        "tokenizer.ggml.eos_token_id": tokens.index(eos),
+    }
+
+
+def _sentencepiece(raw: bytes) -> dict[str, Any]:
+    try:
+        model = sentencepiece_model.ModelProto.FromString(raw)
+    except ImportError as error:
+        raise CheckpointError(
+            f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
+        ) from None
+    trained, normalized = model.trainer_spec, model.normalizer_spec
+    if trained.model_type != trained.BPE:
+        kind = trained.ModelType.Name(trained.model_type)
+        raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": normalized.remove_extra_whitespaces,
+        "tokenizer.ggml.precompiled_charsmap": normalized.precompiled_charsmap,
+        **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
+    }
+
+
+def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
+    """Put the tokens into the vocabulary that tokenizer_config.json and added_tokens.json name, and
+    what else they say of them into `added_tokens`."""
+    settings = read_json(directory / "tokenizer_config.json", required=False)
+    beside = read_json(directory / "added_tokens.json", required=False)
+    named = {i: {"content": token} for token, i in beside.items()}
+    named |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    tokens, types, scores = (
+        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
+    )
+    if named and not 0 <= min(named) <= max(named) < len(tokens) + 2**16:
+        raise CheckpointError(f"added tokens have the ids {min(named)} to {max(named)}")
+    for i in range(len(tokens), max(named, default=0) + 1):
+        tokens.append(f"[PAD{i}]")
+        types.append(TOKEN_UNUSED)
+        scores.append(-1e4)
+    for i, token in named.items():
+        tokens[i] = token["content"]
+        types[i] = TOKEN_CONTROL if token.get("special") else TOKEN_USER_DEFINED
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    metadata["added_tokens"] = {
+        i: {flag: token[flag] for flag in flags if flag in token} for i, token in named.items()
+    }
+    metadata["legacy"] = settings.get("legacy")
+    if isinstance(add_bos := settings.get("add_bos_token"), bool):
+        metadata["tokenizer.ggml.add_bos_token"] = add_bos
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
-    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError."""
+    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
+
+    What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
+    splits text, whether spaces are put as SentencePiece's `legacy` code in transformers did."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
-    seen: dict[str, int] = {}
-    for i, token in enumerate(tokens):  # empty and repeated pieces get a name that no text has
-        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
-        seen[tokens[i]] = i
     types = list(metadata.get("tokenizer.ggml.token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
+            token = "▁" * len(token)  # Gemma's runs of spaces, which converters spell out
+        # empty and repeated pieces get a name that no text has
+        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
+        seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, source)
-    elif kind == "llama":
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types, source)
+    elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2 and llama are); give "
-            "--tokenizer with a model directory or hub id"
+            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama and gemma4 "
+            "are); give --tokenizer with a model directory or hub id"
         )
-    for wanted, special in (
-        (TOKEN_CONTROL, True),
-        (TOKEN_UNKNOWN, True),
-        (TOKEN_USER_DEFINED, False),
-    ):
-        added = [
-            tokenizers.AddedToken(token, normalized=False, special=special)
-            for token, token_type in zip(tokens, types)
-            if token_type == wanted
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
         bos = tokens[bos_id]
@@ -4658,27 +4812,57 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
     return tokenizer
 
 
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer,
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+) -> None:
+    """Make control and user-defined tokens whole words that no merging takes apart."""
+    flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
+    # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
+    is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
+    for wanted, special in (
+        (TOKEN_CONTROL, True),
+        (TOKEN_UNKNOWN, True),
+        (TOKEN_USER_DEFINED, False),
+    ):
+        added = [
+            tokenizers.AddedToken(
+                token,
+                special=special,
+                **{
+                    "normalized": False,
+                    "rstrip": bool(is_phi3 and special and token not in PHI3_KEPT),
+                    **flags.get(i, {}),
+                },
+            )
+            for i, (token, token_type) in enumerate(zip(tokens, types))
+            if token_type == wanted
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+
+
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int], source: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
+    if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    merges = []
-    for line in metadata.get("tokenizer.ggml.merges") or []:
-        space = line.find(" ", 1)  # a piece may itself begin with a space
-        left, right = line[:space], line[space + 1 :]
-        if space > 0 and left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
+    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
+    scores = None if merges else metadata.get("tokenizer.ggml.scores")
+    if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
+        merges = _scored_merges(scores, vocab, types)
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=pre in IGNORE_MERGES)
+        tokenizers.models.BPE(
+            dict(vocab), merges, ignore_merges=bool(scores) or pre in IGNORE_MERGES
+        )
     )
     split = [
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
-        for regex in PRE_TOKENIZERS[pre]
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes
     ]
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, byte_level])
@@ -4688,36 +4872,64 @@ def _byte_level_bpe(
     return tokenizer, pre in ADD_BOS
 
 
+def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for line in metadata.get("tokenizer.ggml.merges") or []:
+        space = line.find(" ", 1)  # a piece may itself begin with a space
+        left, right = line[:space], line[space + 1 :]
+        if space > 0 and left in vocab and right in vocab and left + right in vocab:
+            merges.append((left, right))
+    return merges
+
+
+def _scored_merges(
+    scores: list[float], vocab: Mapping[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
+    into two pieces, and the better its score, the earlier it applies."""
+    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
+    merges = [
+        (-scores[i], i, pieces[left], pieces[right], left, right)
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
+    ]
+    merges.sort()
+    return [merge[4:] for merge in merges]
+
+
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    """SentencePiece BPE has scores instead of merges: a merge is any split of a piece into two
-    pieces, and the better its score, the earlier it applies."""
+    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
+    is_gemma4 = metadata["tokenizer.ggml.model"] == "gemma4"
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
-    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
-    merges = []
-    for piece, i in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = pieces.get(piece[:cut]), pieces.get(piece[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[i], i, left, right, piece[:cut], piece[cut:]))
-    merges.sort()
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             dict(vocab),
-            [merge[4:] for merge in merges],
+            _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    tokenizer.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
+    normalizers, decoders, regex = tokenizers.normalizers, tokenizers.decoders, tokenizers.Regex
+    steps: list[Any] = []
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        steps.append(normalizers.Precompiled(bytes(charsmap)))
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
+        steps += [normalizers.Strip(), normalizers.Replace(regex(" {2,}"), " ")]
+    if prefix and metadata.get("legacy") is not False:
+        steps.append(normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    split = tokenizers.pre_tokenizers
+    if is_gemma4:
+        tokenizer.pre_tokenizer = split.Split(regex("\n+"), "isolated")
+    elif prefix and metadata.get("legacy") is False:  # a space before the text's first word only
+        tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
@@ -4731,23 +4943,26 @@ class Tokenizer:
     Raises CheckpointError when the files hold no tokenizer that can be read."""
 
     def __init__(self, text: TextFiles) -> None:
-        if text.gguf is None and (text.tokenizer_json is None or not text.tokenizer_json.exists()):
+        file = None if text.gguf else text.tokenizer_file
+        if not text.gguf and not (file and file.exists()):
             raise CheckpointError(
-                f"{text.source}: holds no tokenizer.json; give --tokenizer with a model directory "
-                "or hub id that does"
+                f"{text.source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give "
+                "--tokenizer with a model directory or hub id that does"
             )
         try:
-            if text.gguf is not None:
-                self._tokenizer = gguf_tokenizer(text.gguf, text.source)
+            if file is not None and file.name == "tokenizer.json":
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(text.tokenizer_json))
-        except CheckpointError:
-            raise
+                text = read_vocabulary(text) if file else text
+                self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
         except Exception as error:  # the library raises plain Exception, and files hold anything
+            if isinstance(error, CheckpointError) and not file:
+                raise
+            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
             raise CheckpointError(
-                f"{text.tokenizer_json or text.source}: the tokenizer cannot be built: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{file or text.source}: the tokenizer cannot be built: {kind}{first_line(error)}"
             ) from None
+        self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -5840,7 +6055,7 @@ class LLM:
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
-        self.template = ChatTemplate(text, template)
+        self.template = ChatTemplate(self.tokenizer.text, template)
         self.config = checkpoint.config
         # a GGUF's list of tokens has done its work; its memory is free for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
