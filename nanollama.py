@@ -86,6 +86,7 @@ import math
 import mmap
 import operator
 import os
+import pickletools
 import platform
 import queue
 import re
@@ -3310,11 +3311,26 @@ class DecodeGraphs:
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
-    "_<EOT>".split()
+    "_<EOT> <|assistant_end|>".split()
 )
 
 # Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
-TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model*", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tekken.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "tokenizer.pkl",
+)
+
+# Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
+# an answer that comes back, nanochat's template makes the tokens again.
+SHOWN_CONTROL = {
+    "<|python_start|>": "\n~~~python\n",
+    "<|python_end|>": "\n~~~\n",
+    "<|output_start|>": "\n~~~~output\n",
+    "<|output_end|>": "\n~~~~\n",
+}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -3379,7 +3395,7 @@ class Checkpoint:
     """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
 
     path: Path
-    format: str  # safetensors or gguf
+    format: str  # safetensors, gguf or nanochat
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
     text: TextFiles
@@ -3409,7 +3425,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    return _open_gguf(path)
+    return _open_nanochat(path) if path.suffix == ".pt" else _open_gguf(path)
 
 
 def open_text(path: Path) -> TextFiles:
@@ -3888,6 +3904,173 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
+# ---- nanochat's checkpoints ----------------------------------------------------------------------
+
+# nanochat's names of tensors, without the layer prefix -> Hugging Face's
+NANOCHAT_TENSORS = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.ve_gate": "self_attn.value_gate",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
+# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
+# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
+NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
+    (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
+    (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
+    (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
+    (12, True): {
+        "rope_base": 1e5,
+        "softcap": 15.0,
+        "qk_scale": 1.2,
+        "value_scale": 3.0,
+        "short": (4, 128),
+    },
+}
+NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
+NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and loop.first %}"
+    "{% set ns.system = message.content + '\n\n' %}"
+    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
+    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
+    "{% else %}<|assistant_start|>{{ message.content"
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
+    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+)
+
+
+def _open_nanochat(path: Path) -> Checkpoint:
+    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
+    beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
+    config = dict(read_json(beside).get("model_config") or {})
+    try:
+        tensors = _nanochat_tensors(path)
+        raw = _nanochat_config(config, tensors, str(beside))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
+    directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
+    text = dataclasses.replace(
+        open_text(directory) if directory else TextFiles(str(path)),
+        templates={"default": NANOCHAT_TEMPLATE},
+        special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
+    )
+    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+
+
+def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # a file from before torch 1.6 is not a zip file, and not mapped
+            state = torch.load(path, **options)
+    except Exception as error:  # UnpicklingError, EOFError, and whatever a damaged file leads to
+        raise CheckpointError(f"{path}: no file of tensors: {first_line(error)}") from None
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
+    tensors = {}
+    for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(tensor)}; a tensor is needed")
+        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
+        prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
+        tensors[prefix + name] = _held(tensor)
+    return tensors
+
+
+def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
+    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    name = str(tensor.dtype).removeprefix("torch.")
+
+    def load(rows: Any = slice(None)) -> Tensor:
+        return tensor[rows] if scale == 1 else tensor[rows].float() * scale
+
+    return TensorSource(tuple(tensor.shape), kind.get(name, name), tensor.nbytes, load)
+
+
+def _nanochat_config(
+    config: Mapping[str, Any], tensors: dict[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
+    those with the defaults that nanochat gives to older checkpoints.
+
+    Raises CheckpointError for a variant that is not known."""
+    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
+        raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
+        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
+    )
+    age = _nanochat_age(config, tensors, source)
+    for name, tensor in list(tensors.items()):
+        if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
+            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
+    layers = min(max(n_layers, 0), len(tensors))
+    for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
+        if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
+            tensors.setdefault(name, _held(fill(layers)))
+    pattern = str(config.get("window_pattern") or "L").upper()
+    if set(pattern) - {"S", "L"}:
+        raise CheckpointError(f"{source}: window_pattern is {brief(pattern)}; S and L are known")
+    short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
+    parts, tile = age["short"]
+    window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
+    width = tensors.get("model.layers.0.mlp.up_proj.weight")
+    return {
+        "model_type": "nanochat",
+        "max_position_embeddings": n_ctx,
+        "vocab_size": n_vocab,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "hidden_size": n_embd,
+        "intermediate_size": width.shape[0] if width else 4 * n_embd,
+        "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
+        "rope_theta": age["rope_base"],
+        "final_logit_softcapping": age["softcap"],
+        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "sliding_window": window + 1,  # nanochat does not count the token itself
+        "layer_types": [
+            "sliding_attention" if is_short else "full_attention" for is_short in short
+        ],
+    }
+
+
+def _nanochat_age(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
+    do not tell them."""
+    gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
+    kind = max(gates, default=0), "model.backout_lambda" in tensors
+    age = NANOCHAT_AGES.get(kind)
+    if age is None or len(gates) > 1:
+        raise CheckpointError(
+            f"{source}: value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
+        )
+    if "softcap" not in config and "softcap" not in age:
+        raise CheckpointError(
+            f"{source}: nanochats with these parameters capped logits at 15 or, from 2 March 2026 "
+            'for some time, at 20, and the files do not say which: add "softcap": 15 (or 20) to '
+            "model_config"
+        )
+    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+
+
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -4016,6 +4199,57 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
 
 
+# Where nanochat keeps what it trained, under NANOCHAT_BASE_DIR or ~/.cache/nanochat
+NANOCHAT = "nanochat"
+NANOCHAT_SOURCES = {
+    "sft": ("chatsft_checkpoints", "sft_checkpoints"),
+    "rl": ("chatrl_checkpoints", "rl_checkpoints"),
+    "mid": ("mid_checkpoints",),
+    "base": ("base_checkpoints",),
+}
+
+
+def nanochat_base(reference: str) -> Path | None:
+    """The base directory that a reference means: nanochat, or its path. None for others."""
+    base = local_path(reference)
+    names = itertools.chain(*NANOCHAT_SOURCES.values())
+    if base and any((base / name).is_dir() for name in names):
+        return base
+    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return Path(default).expanduser() if reference == NANOCHAT else None
+
+
+def nanochat_model(
+    base: Path, source: str | None = None, tag: str | None = None, step: int | None = None
+) -> Path:
+    """The model_NNNNNN.pt of a source (sft), a tag (the deepest dNN, else the one written last) and
+    a step (the last). Raises ModelNotFoundError, listing what there is."""
+
+    def choose(what: str, there: Mapping[Any, Path], wanted: Any, default: Any) -> Path:
+        if there and (wanted in there or wanted is None):
+            return there[default(there) if wanted is None else wanted]
+        known = ", ".join(map(str, sorted(there))) or "nothing"
+        missing = "" if wanted is None else f" {wanted}"
+        raise ModelNotFoundError(f"{where}: no {what}{missing}; there is: {known}")
+
+    def largest(tags: Mapping[str, Path]) -> str:
+        depth = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
+        return max(depth or tags, key=lambda tag: depth.get(tag) or tags[tag].stat().st_mtime)
+
+    where = base
+    sources = {
+        name: path
+        for name, places in NANOCHAT_SOURCES.items()
+        for place in reversed(places)
+        if (path := base / place).is_dir()
+    }
+    where = choose("checkpoints of source", sources, source or "sft", None)
+    tags = {path.name: path for path in where.iterdir() if path.is_dir()}
+    where = choose("model tag", tags, tag, largest)
+    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in where.iterdir())
+    return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
+
+
 class ModelStore:
     """Finds, downloads, lists and removes models.
 
@@ -4038,9 +4272,11 @@ class ModelStore:
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
-        path = local_path(reference)
-        if revision and (path or reference in ALIASES):
+        path, base = local_path(reference), nanochat_base(reference)
+        if revision and (path or base or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        if base:
+            return nanochat_model(base)
         if reference in ALIASES:
             found = self._find_alias(reference)
         elif path:
@@ -4659,13 +4895,14 @@ def read_vocabulary(text: TextFiles) -> TextFiles:
     assert path is not None
     raw = path.read_bytes()
     is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
-    read = _tekken if path.suffix == ".json" else _tiktoken if is_tiktoken else _sentencepiece
-    metadata = read(raw)
+    by_text = _tiktoken if is_tiktoken else _sentencepiece
+    metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
     _name_added_tokens(metadata, path.parent)
     found = _gguf_text(metadata, text.source)
     return dataclasses.replace(
         text,
         gguf=metadata,
+        templates={**found.templates, **text.templates},
         special_tokens={**found.special_tokens, **text.special_tokens},
         eos_ids=found.eos_ids | text.eos_ids,
     )
@@ -4702,6 +4939,86 @@ def _tiktoken(raw: bytes) -> dict[str, Any]:
         )
     pre, control, bos, eos = TIKTOKEN[len(ranks)]
     return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+
+
+def _nanochat(raw: bytes) -> dict[str, Any]:
+    state = read_encoding(raw)
+    ranks, control = state["mergeable_ranks"], state["special_tokens"]
+    names = sorted(control, key=control.__getitem__)
+    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+        raise CheckpointError("the control tokens do not follow the others")
+    metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
+    return metadata | {
+        "pattern": state["pat_str"],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
+        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
+    }
+
+
+# What a pickle may push: what it spells out, and what is empty at first; ... marks a place.
+PICKLED = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2".split()
+)
+PICKLED_NEW: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: ...,
+}
+
+
+def read_encoding(raw: bytes) -> dict[str, Any]:
+    """What a pickled tiktoken.Encoding holds: pat_str, mergeable_ranks, special_tokens. Raises
+    CheckpointError for any other pickle."""
+    try:
+        state = _unpickled(raw)
+        kinds = {"mergeable_ranks": (bytes, int), "special_tokens": (str, int)}
+        for name, (key_type, value_type) in kinds.items():
+            for key, value in state[name].items():
+                if not isinstance(key, key_type) or not isinstance(value, value_type):
+                    raise ValueError(f"{name} has {brief(key)}: {brief(value)}")
+        if not isinstance(state["pat_str"], str):
+            raise ValueError(f"pat_str is {brief(state['pat_str'])}")
+        return state
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"not the tiktoken encoding that nanochat saves, and no other pickle is read: {error}"
+        ) from None
+
+
+def _unpickled(raw: bytes) -> dict[str, Any]:
+    """A pickle is a program for a small machine, which may call anything. This machine only puts
+    dictionaries of text, bytes and numbers together, and one object whose class it does not look
+    up. https://github.com/python/cpython/blob/main/Lib/pickletools.py has the instructions."""
+    stack: list[Any] = []
+    memo: list[Any] = []
+    encoding = ["tiktoken.core", "Encoding"]
+    for instruction, value, _ in pickletools.genops(raw):
+        name = instruction.name
+        if name in PICKLED:
+            stack.append(value)
+        elif name in PICKLED_NEW:
+            stack.append(PICKLED_NEW[name]())
+        elif name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[cast(int, value)])
+        elif name in ("SETITEM", "SETITEMS"):
+            num = 2 if name == "SETITEM" else stack[::-1].index(...)
+            items = stack[len(stack) - num :]
+            del stack[len(stack) - num - (name == "SETITEMS") :]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name == "STACK_GLOBAL" and stack[-2:] == encoding:
+            stack[-2:] = [encoding]
+        elif name == "NEWOBJ" and stack == [encoding, ()]:
+            stack.pop()
+        elif name == "BUILD" and len(stack) == 2 and stack[0] == encoding:
+            stack.pop(0)
+        elif name == "STOP" and len(stack) == 1:
+            return cast(dict[str, Any], stack[0])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it holds {name} {brief(value)}")
+    raise ValueError("it has no end")
 
 
 def _ranked(
@@ -4968,7 +5285,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self._control_ids = frozenset(self.control.values())
+        self._control_bytes = {
+            i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
+        }
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
@@ -5003,10 +5322,10 @@ class Tokenizer:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text a token stands for; none for control tokens."""
+        """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
-        if token_id in self._control_ids:
-            return b""
+        if token_id in self._control_bytes:
+            return self._control_bytes[token_id]
         if self._byte_level:
             alphabet = byte_alphabet()
             if all(character in alphabet for character in piece):
@@ -8328,6 +8647,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
+    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
+    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
+    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add(
         "--modelfile",
@@ -8499,7 +8822,18 @@ class Settings:
 
     @property
     def model(self) -> str:
-        return str(self.value("model")[0])
+        """What was asked for; of nanochat's checkpoints, the file of the one that was chosen."""
+        reference, origin = self.value("model")
+        choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
+        if all(chosen is None for chosen in choice):
+            return str(reference)
+        base = nanochat_base(NANOCHAT if origin == "built-in" else reference)
+        if base is None:
+            raise UsageError(
+                f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
+                f"neither {NANOCHAT} nor a directory of these"
+            )
+        return str(nanochat_model(base, *choice))
 
     @property
     def system(self) -> str | None:
