@@ -53,6 +53,7 @@ Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
     C model width              H query heads         Hkv key/value heads      D head width
     F MLP width                L layers              G quantization groups in a row
+    E experts
     T tokens of one text       K tokens that top-k keeps
     R rows of logits in a step: one for each sequence that gets a new token, and one for each prompt
       token whose log-probabilities are wanted
@@ -330,42 +331,328 @@ def round_up(n: int, multiple: int) -> int:
 class Family:
     """How one `model_type` departs from Llama."""
 
-    gguf: str  # general.architecture in GGUF files
+    gguf: str = ""  # general.architecture in GGUF files
+    gguf_key: str = ""  # metadata that tells it from another family of that architecture
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
-    qkv_bias: bool = False  # q, k, v always carry a bias, whatever attention_bias says
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
+    plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
+    experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
+    gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
+    switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
 
-_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
+POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
+Values = dict[str, Any]
+_QWEN: Values = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QKV_BIAS = {"qkv_bias": True, "o_bias": False}
+_MISTRAL: Values = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+_GEMMA: Values = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "head_dim": 256}
+_GEMMA_SWITCHES = {"act": "geglu", "embed_root": True}
+_GEMMA2: Values = {
+    **_GEMMA,
+    "vocab_size": 256000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "llama",
         permuted=True,
         defaults={"max_position_embeddings": 2048, "use_sliding_window": False},
     ),
-    "mistral": Family(
-        "llama",
+    "mistral": Family("llama", permuted=True, defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral": Family(defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral3": Family(
+        "mistral3",
         permuted=True,
         defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
+            **_MISTRAL,
+            "max_position_embeddings": 262144,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                **_YARN,
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
     ),
-    "qwen2": Family("qwen2", qkv_bias=True, defaults={**_QWEN, **_QWEN_WINDOW}),
-    "qwen3": Family("qwen3", qk_norm=True, defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}),
+    "mixtral": Family(
+        "llama",
+        "expert_count",
+        permuted=True,
+        defaults={**_MISTRAL, **_EXPERTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        switches={"experts": True},
+    ),
+    "qwen2": Family("qwen2", defaults={**_QWEN, **_QWEN_WINDOW}, switches=_QKV_BIAS),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        defaults={
+            **_QWEN,
+            **_QWEN_WINDOW,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        switches={"experts": True, "o_bias": False},
+    ),
+    "qwen3": Family(
+        "qwen3", defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}, switches={"qk_norm": "head"}
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        defaults={
+            **_QWEN,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        gguf_values={"norm_topk_prob": True},
+        switches={"experts": True, "qk_norm": "head"},
+    ),
+    "smollm3": Family(
+        "smollm3",
+        permuted=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "phi3": Family("phi3", defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "gemma": Family(
+        "gemma",
+        plus_one=True,
+        defaults={**_GEMMA, "num_key_value_heads": 16},
+        switches=_GEMMA_SWITCHES,
+    ),
+    "gemma2": Family(
+        "gemma2",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS},
+    ),
+    "gemma3_text": Family(
+        "gemma3",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "max_position_embeddings": 131072,
+            "vocab_size": 262208,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS, "qk_norm": "head"},
+    ),
+    "olmo2": Family(
+        "olmo2",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmo3": Family(
+        "olmo2",
+        "attention.sliding_window",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmoe": Family(
+        "olmoe",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        switches={"experts": True, "qk_norm": "full"},
+    ),
+    "granite": Family(
+        "granite",
+        permuted=True,
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        permuted=True,
+        defaults={**_EXPERTS, "max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        switches={"experts": True},
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        experts_last=True,
+        defaults={
+            **_EXPERTS,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "expert_bias": True,
+            "attention_bias": True,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                **_YARN,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        },
+        gguf_values={"rope_parameters": {"truncate": False}},
+        switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
+    ),
+    "nanochat": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "hidden_act": "relu2",
+            "final_logit_softcapping": 15.0,
+            "rope_backwards": True,
+        },
+        switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
+    ),
+    "seed_oss": Family(
+        "seed_oss",
+        defaults={
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    "arcee": Family(
+        "arcee",
+        permuted=True,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
+    "hunyuan_v1_dense": Family(
+        "hunyuan-dense",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"qk_norm": "after_rope"},
+    ),
+    "exaone4": Family(
+        "exaone4",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "head"},
+    ),
+    "glm4": Family(
+        "glm4",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+        switches={"norms": PRE_NORMS + POST_NORMS, "o_bias": False},
+    ),
+    "cohere2": Family(
+        "cohere2",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
+    ),
+    "starcoder2": Family(
+        "starcoder2",
+        defaults={
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "num_key_value_heads": 2,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        switches={"norm": "layer_bias", "act": "gelu"},
+    ),
+    "stablelm": Family(
+        "stablelm",
+        defaults={
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.25,
+        },
+        switches={"norm": "layer_bias", "o_bias": False},
+    ),
 }
 SUPPORTED = ", ".join(FAMILIES)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope")
+ROPE_ALIASES = {"su": "longrope", "none": "default"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # these have a gate_proj beside up_proj
+REFUSED = ("clip_qkv", "qk_layernorm", "use_parallel_residual", "use_bidirectional_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts: each token goes to `num_used` of `count` MLPs of width `n_ff`."""
+
+    count: int
+    num_used: int
+    n_ff: int
+    layers: frozenset[int]  # the others have one MLP
+    renormalized: bool  # the weights of those used add up to 1
+    bias: bool
+    n_ff_shared: int = 0  # width of an expert that every token goes to
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. `rope` holds Hugging Face's rope_parameters, always with
-    rope_type and rope_theta; `windows` gives each layer's attention window, None for all keys."""
+    """The shape of a decoder. `ropes` hold Hugging Face's rope_parameters, always with rope_type
+    and rope_theta, the main one first; `layer_ropes` says which one each layer uses, None for a
+    layer without positions. `windows` gives each layer's attention window, None for all keys."""
 
     model_type: str
     n_vocab: int  # V
@@ -377,13 +664,36 @@ class ModelConfig:
     head_dim: int  # D
     n_ctx: int  # longest context the model was made for
     norm_eps: float
-    rope: Mapping[str, Any]
+    ropes: tuple[Mapping[str, Any], ...]
+    layer_ropes: tuple[int | None, ...]
     windows: tuple[int | None, ...]
     tie_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""  # of q and k before RoPE: each "head", the "full" projection; "after_rope"
+    norm: str = "rms"  # or "weightless", "layer" (LayerNorm), "layer_bias"
+    norms: tuple[str, ...] = PRE_NORMS  # which ones a layer has
+    parallel: bool = False  # the MLP reads what attention reads
+    act: str = "swiglu"  # a key of section 5's ACTS
+    experts: Experts | None = None
+    embed_norm: bool = False  # the final norm also follows the embedding
+    embed_scale: float = 1.0
+    attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
+    attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
+    sinks: bool = False  # each head has a score that takes weight and gives nothing
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        return self.ropes[0]
+
+    @property
+    def n_rot(self) -> int:
+        """How many columns of a head RoPE turns."""
+        n_rot: int = self.rope["n_rot"]
+        return n_rot
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
         """Bytes of keys and values for `num_tokens` positions."""
@@ -403,10 +713,58 @@ def head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
+class ConfigValues:
+    """A config.json with its family's defaults, read key by key.
+
+    Raises CheckpointError, naming `source`, for a value that cannot be."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def first(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first of several spellings that is there."""
+        return next((self.values[key] for key in keys if key in self.values), default)
+
+    def any(self, *keys: str) -> bool:
+        return any(self.values.get(key) for key in keys)
+
+    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CheckpointError(
+                f"{self.source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return positive(self.values.get(key, default), f"{self.source}: {key}")
+
+
+def positive(value: Any, what: str) -> float:
+    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1e-15 < value < 1e15:
+        raise CheckpointError(f"{what} is {brief(value)}; a positive number is needed")
+    return float(value)
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a multimodal config.json that describes the language model."""
+    nested = raw.get("text_config")
+    if not isinstance(nested, Mapping):
+        return raw
+    outer = ("tie_word_embeddings", "quantization_config")
+    return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
+
+
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """ModelConfig from a config.json dict, in the 4.x or the 5.x spelling.
 
     Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
+    raw = text_config(raw)
     model_type = raw.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
@@ -414,74 +772,164 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: model_type {brief(model_type)} is not supported; supported are: {SUPPORTED}"
         )
     # a null takes the family's default away: no window, as many key/value heads as heads
-    values = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
-
-    def count(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(
-                f"{source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
-            )
-        return value
-
-    n_embd, n_heads = count("hidden_size"), count("num_attention_heads")
-    n_layers = count("num_hidden_layers", most=2**16)
-    n_kv_heads = count("num_key_value_heads", n_heads)
-    head_dim = count("head_dim", n_embd // n_heads, most=2**16)
+    merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
+    values = ConfigValues(merged, source)
+    n_embd, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    n_kv_heads = values.count("num_key_value_heads", n_heads)
+    head_dim = values.count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
             "the width must be even and the heads must divide evenly"
         )
-    if values.get("quantization_config"):
-        raise CheckpointError(
-            f"{source}: quantization_config {brief(values['quantization_config'])} is not "
-            "supported; take the float weights (with --quantize) or a GGUF file of this model"
-        )
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{source}: hidden_act {brief(values['hidden_act'])} is not supported; silu is"
-        )
-    bias = bool(values.get("attention_bias", False))
+    _check_supported(values)
+    switches = dict(family.switches)
+    if switches.get("experts"):
+        switches["experts"] = _experts(values, n_layers)
+    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
+    if switches.pop("embed_root", False):
+        embed_scale = n_embd**0.5
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    windows = _layer_windows(values, n_layers)
+    ropes, layer_ropes = _ropes(values, windows, head_dim)
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    n_ctx = values.count("max_position_embeddings")
+    if ropes[0]["rope_type"] == "dynamic":
+        n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
+    fields = {
+        "n_ctx": n_ctx,
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": embed_scale / residual,
+        "norm_eps": norm_eps / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
     return ModelConfig(
         model_type=str(model_type),
-        n_vocab=count("vocab_size"),
+        n_vocab=values.count("vocab_size"),
         n_embd=n_embd,
-        n_ff=count("intermediate_size"),
+        n_ff=values.count("intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        n_ctx=count("max_position_embeddings"),
-        norm_eps=_number(values, "rms_norm_eps", source, 1e-6),
-        rope=_rope_parameters(values, source),
-        windows=_layer_windows(values, n_layers, source),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias or bias,
-        o_bias=bias and not family.qkv_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
+        ropes=ropes,
+        layer_ropes=layer_ropes,
+        windows=windows,
+        **{**fields, **switches},
     )
 
 
-def _number(
-    values: Mapping[str, Any], key: str, source: str, default: float | None = None
-) -> float:
-    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
-    value = values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{source}: {key} is {brief(value)}; a positive number is needed")
-    return float(value)
+def _check_supported(values: ConfigValues) -> None:
+    source, quantized = values.source, values.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+    if quantized and method != "mxfp4":
+        raise CheckpointError(
+            f"{source}: quantization_config {brief(quantized)} is not supported; take the float "
+            "weights (with --quantize) or a GGUF file of this model"
+        )
+    for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not {only}")
+    for key in REFUSED:
+        if values.get(key):
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not supported")
 
 
-def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """5.x writes `rope_parameters`; 4.x writes `rope_theta` beside `rope_scaling`, whose kind is
-    `rope_type` or, older, `type`."""
+def _activation(values: ConfigValues) -> str:
+    act = values.first("hidden_activation", "hidden_act", default="silu")
+    if act == "gelu" and values.get("model_type") == "gemma":
+        act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise CheckpointError(
+            f"{values.source}: hidden_act {brief(act)} is not supported; {known} are"
+        )
+    return ACTIVATIONS[act]
+
+
+def _norm_eps(values: ConfigValues) -> float:
+    keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    return values.number(next((key for key in keys if values.get(key)), keys[0]), 1e-6)
+
+
+def _softcap(values: ConfigValues, key: str) -> float:
+    return values.number(key) if values.get(key) else 0.0
+
+
+def _experts(values: ConfigValues, n_layers: int) -> Experts:
+    """Which layers have experts, and which have one MLP, is Qwen's to say; otherwise all have."""
+    key = "num_local_experts" if "num_local_experts" in values.values else "num_experts"
+    count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers", [])
+    if not isinstance(dense, list):
+        raise CheckpointError(f"{values.source}: mlp_only_layers is {brief(dense)}; not a list")
+    shared = "shared_expert_intermediate_size"
+    return Experts(
+        count=count,
+        num_used=values.count("num_experts_per_tok", most=count),
+        n_ff=values.count("moe_intermediate_size", values.count("intermediate_size")),
+        layers=frozenset(i for i in range(n_layers) if (i + 1) % step == 0 and i not in dense),
+        renormalized=bool(values.get("norm_topk_prob", False)),
+        bias=bool(values.get("expert_bias", False)),
+        n_ff_shared=values.count(shared) if values.get(shared) else 0,
+    )
+
+
+def _ropes(
+    values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[int | None, ...]]:
+    """The RoPEs of a model, and which one each layer uses. 5.x writes `rope_parameters`, for each
+    layer type where these differ; 4.x writes `rope_theta` beside `rope_scaling`, and
+    `rope_local_base_freq` for layers with a window."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{source}: rope_parameters is {brief(found)}; an object is needed")
-    rope = dict(found)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+        raise CheckpointError(
+            f"{values.source}: rope_parameters is {brief(found)}; an object is needed"
+        )
+    main, local = found, None
+    if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
+        main, local = (found.get(kind) or {} for kind in LAYER_TYPES)
+    elif "rope_local_base_freq" in values.values:
+        local = {"rope_theta": values.get("rope_local_base_freq")}
+    ropes = [_rope_parameters(rope, values, head_dim) for rope in (main, local) if rope is not None]
+    has_local = len(ropes) > 1
+    interval = values.get("no_rope_layer_interval")
+    turned = values.get("no_rope_layers") or [
+        (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
+        for i in range(len(windows))
+    ]
+    if not isinstance(turned, list) or len(turned) < len(windows):
+        raise CheckpointError(f"{values.source}: no_rope_layers is {brief(turned)}")
+    if values.get("rope_only_in_windows") and any(windows):
+        turned = windows
+    both = zip(turned, windows)
+    return tuple(ropes), tuple(int(has_local and w is not None) if has else None for has, w in both)
+
+
+def _rope_parameters(
+    found: Mapping[str, Any], values: ConfigValues, head_dim: int
+) -> dict[str, Any]:
+    """One set of rope_parameters, whose kind is `rope_type` or, older, `type`."""
+    source, rope = values.source, dict(found)
+    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
+    kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files say so, but the stretch is fixed
+        kind = "ntk"
+    rope["rope_type"] = kind
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
     rope["original_max_position_embeddings"] = (
@@ -489,43 +937,73 @@ def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         or rope.get("original_max_position_embeddings")
         or values.get("max_position_embeddings")
     )
-    if rope["rope_type"] not in ROPE_TYPES:
+    if kind not in ROPE_TYPES:
         raise CheckpointError(
-            f"{source}: rope_type {brief(rope['rope_type'])} is not supported; supported are: "
+            f"{source}: rope_type {brief(kind)} is not supported; supported are: "
             + ", ".join(ROPE_TYPES)
         )
-    rotary = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if rotary != 1.0:
-        raise CheckpointError(f"{source}: partial_rotary_factor {brief(rotary)} is not supported")
+    rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    needed |= {"longrope": (), "ntk": ("alpha",)}
     optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    checked = ConfigValues(rope, f"{source}: rope")
     for key in (
         "rope_theta",
         "original_max_position_embeddings",
-        *needed.get(rope["rope_type"], ("factor",)),
-        *(key for key in optional if rope.get(key)),
+        "partial_rotary_factor",
+        *needed.get(kind, ("factor",)),
+        *(key for key in (*optional, "llama_4_scaling_beta", "factor") if rope.get(key)),
     ):
-        _number(rope, key, f"{source}: rope")
+        checked.number(key)
+    rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
+    if n_rot % 2 or not 0 < n_rot <= head_dim or (kind in ("dynamic", "ntk") and n_rot < 4):
+        raise CheckpointError(f"{source}: rope turns {n_rot} of the {head_dim} columns of a head")
     if rope["rope_theta"] <= 1:
         raise CheckpointError(f"{source}: rope_theta is {rope['rope_theta']}; it must be above 1")
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise CheckpointError(f"{source}: rope low_freq_factor must be below high_freq_factor")
+    if kind == "longrope":
+        _check_longrope(rope, values)
+    rope["backwards"] = bool(values.get("rope_backwards", False))
     return rope
 
 
-def _layer_windows(values: Mapping[str, Any], n_layers: int, source: str) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
-    from which layer on (`max_window_layers`), and Mistral means every layer."""
+def _check_longrope(rope: dict[str, Any], values: ConfigValues) -> None:
+    """Long and short factors are lists of divisors; the context says how far they stretch it."""
+    for key in ("short_factor", "long_factor"):
+        factors, size = rope.get(key), rope["n_rot"] // 2
+        if not isinstance(factors, list) or len(factors) != size:
+            raise CheckpointError(
+                f"{values.source}: rope {key} is {brief(factors)}; {size} numbers are needed"
+            )
+        for factor in factors:
+            positive(factor, f"{values.source}: rope {key}")
+    n_old = rope["original_max_position_embeddings"]
+    if n_old <= 1:
+        raise CheckpointError(f"{values.source}: rope original_max_position_embeddings is {n_old}")
+    rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / n_old
+
+
+def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, every n-th
+    layer had none (Gemma), or those from the n-th on had one (Qwen2), or all of them (Mistral)."""
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    if not isinstance(window, int) or window < 1 or not isinstance(first, int):
-        raise CheckpointError(f"{source}: sliding_window {brief(window)} from layer {brief(first)}")
-    default = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
-    kinds = values.get("layer_types") or default
+    pattern = values.first("sliding_window_pattern", "_sliding_window_pattern", default=0)
+    pattern = len(pattern) if isinstance(pattern, str) else pattern
+    numbers = (window, first, pattern)
+    if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
+        raise CheckpointError(
+            f"{values.source}: sliding_window {brief(window)} from layer {brief(first)}, except "
+            f"for every {brief(pattern)}th"
+        )
+    slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
+    kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
     if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
         raise CheckpointError(
-            f"{source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
+            f"{values.source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are "
+            "needed"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -983,6 +1461,18 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
+def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
+    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
+    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
+    q = torch.cat((doubled, -doubled))[codes.int()]
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+
+
+def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
+    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+
+
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -992,6 +1482,7 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
 }
 
 
@@ -1028,20 +1519,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
-def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Inverse wavelengths (D/2,) float32 of rotary embeddings (https://arxiv.org/abs/2104.09864),
-    stretched as `rope_type` says, and the factor on cos and sin.
+def rope_frequencies(
+    rope: Mapping[str, Any], head_dim: int, long: bool = False
+) -> tuple[Tensor, float]:
+    """Inverse wavelengths (n_rot/2,) float32 of rotary embeddings, stretched as `rope_type` says
+    for a context within the old one, or a `long` one, and the factor on cos and sin.
 
-    llama3: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    yarn:   https://arxiv.org/abs/2309.00071"""
+    rotary:   https://arxiv.org/abs/2104.09864; dynamic: see `dynamic_stretch`
+    llama3:   https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
+    yarn:     https://arxiv.org/abs/2309.00071
+    longrope: https://arxiv.org/abs/2402.13753"""
     theta, kind = float(rope["rope_theta"]), rope["rope_type"]
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if kind == "default":
+    n_rot: int = rope.get("n_rot", head_dim)
+    if kind == "ntk":
+        theta *= rope["alpha"] ** (n_rot / (n_rot - 2))
+    inv_freq = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
+    inv_freq *= -1 if rope.get("backwards") else 1
+    if kind in ("default", "dynamic", "ntk"):
         return inv_freq, 1.0
     factor = float(rope["factor"])
     if kind == "linear":
         return inv_freq / factor, 1.0
     n_old = rope["original_max_position_embeddings"]
+    if kind == "longrope":
+        scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
+        divisors = torch.tensor(rope["long_factor" if long else "short_factor"])
+        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
@@ -1049,14 +1552,26 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
         return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
 
     def dim_of(turns: float) -> float:
-        return head_dim * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return n_rot * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
+    first, last = max(first, 0), min(last, n_rot - 1)
+    ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
+
+
+def dynamic_stretch(rope: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """What dynamic NTK multiplies the angles with (N, n_rot/2): theta grows with the length once it
+    exceeds the old context. A token is turned as if it were the text's last one, so that neither
+    chunks nor cached prefixes change anything; a transformers model that decodes with a cache,
+    token by token, does the same.
+    https://huggingface.co/docs/transformers/internal/rope_utils"""
+    n_rot, factor = rope["n_rot"], rope["factor"]
+    longer = factor * (positions + 1.0) / rope["original_max_position_embeddings"] - (factor - 1)
+    powers = -torch.arange(0, n_rot, 2, device=positions.device) / (n_rot - 2)
+    return torch.pow(longer.clamp(min=1).unsqueeze(1), powers)
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -1095,19 +1610,63 @@ def attention_bias(
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for one sequence, scores in float32.
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(softcap(scale q k^T) + bias) v for one sequence, scores in float32.
 
-    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias` -> (n, H, D)"""
+    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias`; scale, None for
+    1 / sqrt(D); softcap c, c tanh(score / c); sinks (H,) -> (n, H, D)"""
     n, H, D = q.shape
     num_rows = n * H // len(keys)
     q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
     q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
-    out = F.scaled_dot_product_attention(
-        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias
-    )
-    out = out[0, :, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
+    if softcap or sinks is not None:
+        extra = None  # (Hkv, rows, 1)
+        if sinks is not None:
+            extra = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
+            extra = F.pad(extra, (0, 0, 0, len(bias) - num_rows))
+        out = _attention_in_blocks(q, keys, values, bias, scale or D**-0.5, softcap, extra)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
+        )[0]
+    out = out[:, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
+
+
+def _attention_in_blocks(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention that torch has no operation for, KEY_TILE keys at a time, so that no sum depends
+    on how many there are (https://arxiv.org/abs/2112.05682). q (Hkv, rows, D) -> as q"""
+    most = q.new_full((*q.shape[:2], 1), -1e30, dtype=torch.float32) if sinks is None else sinks
+    total = torch.zeros_like(most) if sinks is None else torch.ones_like(most)
+    out = torch.zeros_like(q, dtype=torch.float32)
+    for at in range(0, keys.shape[1], KEY_TILE):
+        block = slice(at, at + KEY_TILE)
+        scores = (q @ keys[:, block].mT).float() * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores += bias[:, block]
+        top = torch.maximum(most, scores.amax(-1, keepdim=True))
+        weight, shrink = torch.exp(scores - top), torch.exp(most - top)
+        total = total * shrink + weight.sum(-1, keepdim=True)
+        out = out * shrink + (weight.to(q.dtype) @ values[:, block]).float()
+        most = top
+    return (out / total).to(q.dtype)
 
 
 # ---- native kernels ------------------------------------------------------------------------------
@@ -1160,6 +1719,7 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
 
 INLINE int32_t four_bytes(const int8_t *a) {
     int32_t bytes;
@@ -1415,7 +1975,8 @@ typedef struct {
     int32_t bits, group, has_offset, block_bytes;
 } matrix;
 
-enum { PLAIN, NORM, GATED }; /* what comes before: x, rms_norm(x), or silu(gate) * up */
+/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
+enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
 
 typedef struct {
     const matrix *parts; /* they read the same input; their outputs stand side by side */
@@ -1456,15 +2017,27 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
     ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
 }
 
+/* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE vec gelu(vec x) {
+    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
+
 /* LANES columns of one token's input, ready for the matrix */
 INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
-    if (in->before == GATED) {
-        const float *gate = in->x + token * 2 * in->cols + col;
-        return load(gate) / (1.0f + exp_of(-load(gate))) * load(gate + in->cols);
+    int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
+    const float *at = in->x + token * (in->cols << gated) + col;
+    vec x = load(at), up = load(at + (gated ? in->cols : 0));
+    switch (in->before) {
+    case NORM: return x * factor * load(in->norm + col);
+    case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
+    case GEGLU: return gelu(x) * up;
+    case CLAMPED_SWIGLU: /* as in gpt-oss */
+        x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
+        return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
+    case RELU2: return larger((vec){0}, x) * x;
+    case GELU: return gelu(x);
+    default: return x;
     }
-    vec x = load(in->x + token * in->cols + col);
-    if (in->before == NORM) x = x * factor * load(in->norm + col);
-    return x;
 }
 
 /* quantizes a piece of all tokens' groups */
@@ -1663,10 +2236,10 @@ enum { FLOAT32, FLOAT16, Q8 };
 typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 
 typedef struct {
-    const float *qkv, *cos, *sin, *q_norm, *k_norm;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
     const span *spans;
     int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
-    float eps, scale, *out;
+    float eps, scale, softcap, *out;
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
     int64_t num_chunks; /* that a task is cut into, or 1 */
@@ -1756,6 +2329,8 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
             if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
             for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
         }
+        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
+            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
         ivec place = lanes + (int32_t)(first + k);
         for (int r = 0; r < R; r++) {
             ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
@@ -1839,9 +2414,14 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
     else BY_ROWS(Q8)
 }
 
-INLINE void clear(float *sum, int64_t D) {
-    memset(sum, 0, PARTIAL(D) * sizeof(float));
-    for (int r = 0; r < ROWS; r++) sum[r] = NOTHING;
+/* nothing yet, or a sink's score with a value of zeros */
+INLINE void clear(const attention_call *c, const task *t, float *sum) {
+    int64_t heads = c->n_heads / c->n_kv_heads;
+    memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = c->sinks ? c->sinks[t->head * heads + (t->first_row + r) % heads] : NOTHING;
+        if (c->sinks) sum[ROWS + r] = 1;
+    }
 }
 
 /* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
@@ -1923,7 +2503,7 @@ static void attend_piece(const void *job, int64_t piece) {
             attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
         return;
     }
-    clear(sum, D);
+    clear(c, &t, sum);
     for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
         attend_chunk(c, &t, tile, chunk, one);
         merge(&t, sum, one, D);
@@ -1935,7 +2515,7 @@ static void merge_piece(const void *job, int64_t piece) {
     const attention_call *c = job;
     float sum[PARTIAL(MAX_D)];
     task t = find_task(c, piece);
-    clear(sum, c->head_dim);
+    clear(c, &t, sum);
     for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
         merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
               c->head_dim);
@@ -1945,12 +2525,14 @@ static void merge_piece(const void *job, int64_t piece) {
 /* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
  * chunks are shared out among threads; the arithmetic is the same. */
 void attention(const float *qkv, const float *cos, const float *sin, const float *q_norm,
-               const float *k_norm, float eps, const span *spans, int64_t num_spans,
-               int64_t num_tokens, int64_t layer, int64_t n_layers, int64_t n_heads,
-               int64_t n_kv_heads, int64_t head_dim, int64_t window, int64_t kind,
-               int64_t block_bytes, float *out, int64_t num_threads) {
-    attention_call c = {qkv, cos, sin, q_norm, k_norm, spans, layer, n_layers, n_heads, n_kv_heads,
-                        head_dim, window, kind, block_bytes, eps, 1.0f / sqrtf(head_dim), out,
+               const float *k_norm, const float *sinks, float eps, float scale, float softcap,
+               const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
+               int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+               int64_t window, int64_t kind, int64_t block_bytes, float *out,
+               int64_t num_threads) {
+    attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
+                        n_kv_heads, head_dim, window, kind, block_bytes, eps,
+                        scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
                         NULL, NULL, 1}; /* q, partials, chunks */
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
     for (const span *s = spans; s < spans + num_spans; s++) {
@@ -2083,7 +2665,7 @@ def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "linear": "piippfippi",
         "gather": "ppip",
-        "attention": "pppppfpiiiiiiiiiipi",
+        "attention": "ppppppfffpiiiiiiiiiipi",
         "read_all": "pii",
     }
     for name, letters in signatures.items():
@@ -2192,11 +2774,11 @@ def native_linear(
     num_rows: int,
     norm: Tensor | None,
     eps: float,
-    gated: bool,
+    act: int,
     residual: Tensor | None,
 ) -> Tensor:
-    """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
-    `matrices`"""
+    """x (N, cols), or (N, 2 cols) of gate and up -> (N, num_rows), by the Matrix array at the
+    address `matrices`; `act` is 0 or an activation's number in the kernels"""
     num_tokens = x.size(0)
     out = torch.empty(num_tokens, num_rows)
     load_kernels().linear(
@@ -2206,7 +2788,7 @@ def native_linear(
         x.data_ptr(),
         pointer(norm),
         eps,
-        2 if gated else int(norm is not None),
+        act or int(norm is not None),
         pointer(residual),
         out.data_ptr(),
         torch.get_num_threads(),
@@ -2220,7 +2802,10 @@ def native_attention(
     sin: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
+    sinks: Tensor | None,
     eps: float,
+    scale: float,
+    softcap: float,
     spans: Tensor,
     layer: int,
     n_layers: int,
@@ -2231,8 +2816,9 @@ def native_attention(
     kind: int,
     block_bytes: int,
 ) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
-    start, new tokens, row -> (N, H D). Keys and values go to the strips."""
+    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
+    of strip address, blocks in a strip, start, new tokens, row -> (N, H D). Keys and values go to
+    the strips."""
     num_tokens = qkv.size(0)
     out = torch.empty(num_tokens, n_heads * head_dim)
     load_kernels().attention(
@@ -2241,7 +2827,10 @@ def native_attention(
         sin.data_ptr(),
         pointer(q_norm),
         pointer(k_norm),
+        pointer(sinks),
         eps,
+        scale,
+        softcap,
         spans.data_ptr(),
         spans.size(0),
         num_tokens,
@@ -2261,15 +2850,15 @@ def native_attention(
 
 OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear(Tensor x, int matrices, int num_matrices, int num_rows, Tensor? norm, float eps, "
-    "bool gated, Tensor? residual) -> Tensor": (
+    "int act, Tensor? residual) -> Tensor": (
         native_linear,
         lambda x, matrices, num_matrices, num_rows, *rest: x.new_empty(len(x), num_rows),
     ),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
-    "Tensor spans, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
-    "int kind, int block_bytes) -> Tensor": (
+    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
+    "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
+    "int n_kv_heads, int head_dim, int window, int kind, int block_bytes) -> Tensor": (
         native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[8] * rest[10]),
+        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
     ),
 }
 
@@ -2642,10 +3231,11 @@ def strip_attention(
     layer: int,
     n_layers: int,
     window: int | None,
+    scale: float | None = None,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others.
+    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D).
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
     (_, H, D), Hkv = q.shape, k.shape[1]
@@ -2669,7 +3259,7 @@ def strip_attention(
         n_layers,
         window or 2**31 - 1,
         num_programs,
-        D**-0.5,
+        scale or D**-0.5,
         H=H,
         HEADS=heads,
         KEYS=STRIP_KEYS,
@@ -2868,6 +3458,7 @@ class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
     token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
+    lengths               (N,): how long the text is that a row belongs to, as far as it is known
     spans                 whose rows are whose
     logit_rows            rows whose logits are wanted, padded likewise
     num_logits            R: how many of them are real"""
@@ -2877,21 +3468,26 @@ class Batch:
         work: Iterable[tuple[int, int, list[int], int]],
         device: torch.device,
         row_tile: int = ROW_TILE,
+        lengths: Iterable[int] = (),
     ) -> None:
-        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
+        """`work` lists (slot, start, new token ids, how many of the last rows need logits);
+        `lengths` says for each how long its text is, where more of it is known than this."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        whole: list[int] = []
         self.spans: list[Span] = []
-        for slot, start, new, num_rows in work:
+        for (slot, start, new, num_rows), length in itertools.zip_longest(work, lengths):
             self.spans.append(Span(slot, start, len(new), len(ids)))
             ids += new
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
+            whole += [length or start + len(new)] * len(new)
         self.num_logits = len(rows)
         pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
+        self.lengths = torch.tensor(whole + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
         self.strips: StripRows | None = None  # made by the first layer that needs it
@@ -2912,6 +3508,10 @@ class DecodeBatch(Batch):
         self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
         self.token_ids, self.positions, addresses, capacities = self.inputs
         self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+
+    @property
+    def lengths(self) -> Tensor:  # type: ignore[override]
+        return self.positions + 1
 
     def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
         """Put in (token id, position, strip) for each sequence."""
@@ -2967,6 +3567,7 @@ class KVCache:
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
+        direct = direct and not self.config.attn_softcap and attn.sinks is None
         spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
@@ -2978,9 +3579,10 @@ class KVCache:
             if bias is None:
                 bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
                 batch.memo[span.row, window] = bias
-            seen = strips[:, :, : bias.shape[1]]
-            keys, values = decode_kv(seen, self.config.head_dim, self.kv_dtype, q.dtype)
-            out[rows] = attention(q[rows], keys, values, bias)
+            seen, config = strips[:, :, : bias.shape[1]], self.config
+            keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
+            how = config.attn_scale, config.attn_softcap, attn.sinks
+            out[rows] = attention(q[rows], keys, values, bias, *how)
         return out.flatten(1)
 
     def attend_rows(
@@ -3000,7 +3602,8 @@ class KVCache:
             batch.strips = StripRows(*torch.tensor(table, device=q.device))
         if len(batch.strips.rows):
             windows = self.config.windows
-            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer])
+            scale = self.config.attn_scale
+            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer], scale)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -3043,14 +3646,20 @@ class NativeKVCache(KVCache):
                     for strip, s in strips
                 ]
             )
-        config = self.config
+        config, norms = self.config, (attn.q_norm, attn.k_norm)
+        if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
+            q, k, v = attn.heads(qkv, cos, sin)
+            qkv, norms = torch.cat((q, k, v), dim=1).flatten(1), (None, None)
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         return native("attention")(
             qkv,
             cos,
             sin,
-            attn.q_norm and attn.q_norm.weight,
-            attn.k_norm and attn.k_norm.weight,
+            *(norm and norm.weight for norm in norms),
+            attn.sinks,
             config.norm_eps,
+            config.attn_scale or 0.0,
+            config.attn_softcap,
             spans,
             attn.index,
             config.n_layers,
@@ -3071,27 +3680,64 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm:
+    """https://arxiv.org/abs/1607.06450"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
+    """The family's kind of norm, with the weights called `name`."""
+    if config.norm == "weightless":
+        weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
+        return RMSNorm(weight, config.norm_eps)
+    weight = weights.take(f"{name}.weight", width)
+    if config.norm == "rms":
+        return RMSNorm(weight, config.norm_eps)
+    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    return LayerNorm(weight, bias, config.norm_eps)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's activation: https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py"""
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+# What comes before a matrix, in the order of the kernels' numbers. The first three take gate | up.
+ACTS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped_swiglu": clamped_swiglu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+}
+ACT_NUMBERS = {name: number for number, name in enumerate(ACTS, 2)} | {"": 0}
+
+
 class Projection:
     """Matrices that read the same input, side by side: y = concat(W_i before(x) + b_i) + residual.
 
-    before(x) is x, norm(x), or silu(gate) * up of x = gate | up (SwiGLU)."""
+    before(x) is x, norm(x), or one of ACTS, of gate and up where x = gate | up."""
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
 
     def __call__(
-        self,
-        x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
-        residual: Tensor | None = None,
+        self, x: Tensor, norm: Norm | None = None, act: str = "", residual: Tensor | None = None
     ) -> Tensor:
-        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows)"""
+        """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows)"""
         if norm is not None:
             x = norm(x)
-        if gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+        if act:
+            x = ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y if residual is None else residual + y
@@ -3116,16 +3762,25 @@ class NativeProjection(Projection):
         self.num_rows = sum(part.shape[0] for part in parts)
 
     def __call__(
-        self,
-        x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
-        residual: Tensor | None = None,
+        self, x: Tensor, norm: Norm | None = None, act: str = "", residual: Tensor | None = None
     ) -> Tensor:
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return native("linear")(
-            x, self.address, len(self.parts), self.num_rows, weight, eps, gated, residual
-        )
+        weight, eps = None, 0.0
+        if isinstance(norm, RMSNorm):
+            weight, eps = norm.weight, norm.eps
+        elif norm is not None:
+            x = norm(x)
+        address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
+        return native("linear")(x, address, num_parts, self.num_rows, weight, eps, number, residual)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
+    alone, and what q is multiplied with (N, 1) where scores grow with the position."""
+
+    cos: Tensor
+    sin: Tensor
+    q_scale: Tensor | None = None
 
 
 class Attention:
@@ -3136,35 +3791,59 @@ class Attention:
         rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
         self.qkv_proj = weights.linear(rows, C, config.qkv_bias)
         self.o_proj = weights.linear({f"{prefix}.o_proj": C}, H * D, config.o_bias)
+        whole = config.qk_norm == "full"
         self.q_norm, self.k_norm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", D), config.norm_eps)
+            make_norm(config, weights, f"{prefix}.{name}", heads * D if whole else D)
             if config.qk_norm
             else None
-            for name in ("q_norm", "k_norm")
+            for name, heads in (("q_norm", H), ("k_norm", Hkv))
         )
+        self.norm_last = config.qk_norm == "after_rope"
+        self.fused = config.qk_norm in ("", "head")  # the native kernel norms and turns
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
         family does that, and rotated to their positions"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        if self.norm_last:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = (
+                norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return (q, k, v) if self.norm_last else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def __call__(
-        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        rotation: Rotation,
+        cache: KVCache,
+        batch: Batch,
+        residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        return self.o_proj(cache.attend(self, qkv, cos, sin, batch), residual=x)  # (N, C)
+        if rotation.q_scale is not None:
+            qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
+        return self.o_proj(out, residual=residual)  # (N, C)
 
 
 MLP_BYTES = 16 << 20  # of gate and up at a time
 
 
 class MLP:
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
-        rows = {f"{prefix}.gate_proj": width, f"{prefix}.up_proj": width}
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, width: int, bias: bool
+    ) -> None:
+        """`width` is F."""
+        C, self.act = config.n_embd, config.act
+        names = ("gate_proj", "up_proj") if self.act in GATED else ("up_proj",)
+        rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
@@ -3172,28 +3851,94 @@ class MLP:
         # than the arithmetic saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
-    def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
-        parts = [
-            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part)
-            for part in (x.split(self.step) if x.size(0) > self.step else (x,))
-        ]
+        parts = []
+        for at in range(0, len(x), self.step):
+            rows = slice(at, at + self.step)
+            hidden = self.gate_up_proj(x[rows], norm=norm)
+            rest = None if residual is None else residual[rows]
+            parts.append(self.down_proj(hidden, act=self.act, residual=rest))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class MoE:
+    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
+    for every expert, and only those with the largest weights run, each with all its tokens."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        assert config.experts is not None
+        self.config = experts = config.experts
+        self.gate = self.router(weights, f"{prefix}.gate", experts.count, config.n_embd)
+        self.experts = [
+            MLP(config, weights, f"{prefix}.experts.{i}", experts.n_ff, experts.bias)
+            for i in range(experts.count)
+        ]
+        self.shared_expert: MLP | None = None
+        if width := experts.n_ff_shared:
+            self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
+            name = f"{prefix}.shared_expert_gate"
+            self.shared_expert_gate = self.router(weights, name, 1, config.n_embd)
+        both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
+        native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
+        self.row_tile = 1 if native else ROW_TILE
+
+    def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
+        bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
+        return Linear(weights.take(f"{name}.weight", num_rows, num_cols), bias)
+
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(N, C) -> (N, C)"""
+        x = x if norm is None else norm(x)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
+        weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
+        if self.config.renormalized:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
+        y = torch.zeros_like(x) if residual is None else residual.clone()
+        if self.shared_expert is not None:
+            share = self.shared_expert_gate(tiled)[: len(x)].sigmoid()
+            y += share * self.shared_expert(x)
+        places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
+        for place, expert in enumerate(chosen.flatten().tolist()):
+            places.setdefault(expert, []).append(place)
+        for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
+            at = torch.tensor(places[expert], device=x.device)
+            rows = at // num_used
+            padded = F.pad(rows, (0, -len(rows) % self.row_tile))
+            out = self.experts[expert](x[padded])[: len(rows)]
+            y.index_add_(0, rows, out * weight[at].unsqueeze(1))
+        return y
 
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
+        self.rope, self.parallel = config.layer_ropes[index], config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
-        self.mlp = MLP(config, weights, f"{prefix}.mlp")
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", C), config.norm_eps)
-            for name in ("input_layernorm", "post_attention_layernorm")
-        )
+        self.mlp: MLP | MoE
+        if config.experts and index in config.experts.layers:
+            self.mlp = MoE(config, weights, f"{prefix}.mlp")
+        else:
+            self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
+        norms = {name: make_norm(config, weights, f"{prefix}.{name}", C) for name in config.norms}
+        self.input_layernorm, self.post_attention_layernorm = map(norms.get, PRE_NORMS)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = map(norms.get, POST_NORMS)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, cos, sin, cache, batch)
-        return self.mlp(x, self.post_attention_layernorm)  # (N, C)
+    def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
+        norm, post = self.input_layernorm, self.post_self_attn_layernorm
+        added = self.self_attn(x, norm, rotation, cache, batch, None if post else x)
+        h = x + post(added) if post else added
+        norm, post = self.post_attention_layernorm, self.post_mlp_layernorm
+        if self.parallel:
+            return self.mlp(x, self.input_layernorm, h)
+        added = self.mlp(h, norm, None if post else h)
+        return h + post(added) if post else added  # (N, C)
 
 
 class Decoder:
@@ -3204,14 +3949,19 @@ class Decoder:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
         self.native, self.kernels = weights.native, weights.kernels
         V, C = config.n_vocab, config.n_embd
-        inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
+        divisors = torch.tensor(1.0)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
-            divisors = weights.take("rope_freqs.weight", config.head_dim // 2, dtype=torch.float32)
-            inv_freq = inv_freq / divisors.cpu()
-        self.inv_freq = inv_freq.to(self.device)
+            divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
+        self.ropes = []
+        for rope in config.ropes:
+            (short, scale), (long, _) = (
+                rope_frequencies(rope, config.head_dim, long) for long in (False, True)
+            )
+            both = torch.stack((short, long)) / divisors.cpu()
+            self.ropes.append((rope, both.to(self.device), scale))  # (2, n_rot/2)
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
-        self.norm = RMSNorm(weights.take("model.norm.weight", C), config.norm_eps)
+        self.norm = make_norm(config, weights, "model.norm", C)
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
@@ -3226,6 +3976,12 @@ class Decoder:
         packed = self.native and weights.num_packed > 0
         self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
+        c = self.config
+        return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
+
     def new_cache(self, num_slots: int) -> KVCache:
         """A KVCache for sequences that this decoder runs."""
         D = self.config.head_dim
@@ -3233,19 +3989,48 @@ class Decoder:
         kind = NativeKVCache if native else KVCache
         return kind(self.config, num_slots, self.kv_dtype, self.device)
 
+    def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
+        """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
+        found: dict[int | None, Rotation] = {}
+        positions, config = batch.positions, self.config
+        rest = config.head_dim // 2 - config.n_rot // 2  # pairs of columns that are not turned
+        for i, (rope, inv_freq, scale) in enumerate(self.ropes):
+            n_old = rope["original_max_position_embeddings"]
+            longer = (batch.lengths > n_old).long() if rope["rope_type"] == "longrope" else 0
+            angles = positions.unsqueeze(1) * inv_freq[longer]  # (N, n_rot/2)
+            if rope["rope_type"] == "dynamic":
+                angles = angles * dynamic_stretch(rope, positions)
+            if self.native:  # torch would wake its threads for this, and wait for them
+                cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
+            else:
+                cos, sin = angles.cos(), angles.sin()
+            cos, sin = ((x * scale).to(self.dtype) for x in (cos, sin))
+            if rest:
+                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+            found[i] = Rotation(cos, sin)
+            if beta := rope.get("llama_4_scaling_beta"):
+                grows = 1 + beta * torch.log(1 + positions.unsqueeze(1) // n_old)
+                found[i] = Rotation(cos, sin, grows.to(self.dtype))
+        if None in config.layer_ropes:
+            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
+        return found
+
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
-        angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
-        if self.native:  # torch would wake its threads for this, and wait for them
-            cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
-        else:
-            cos, sin = angles.cos(), angles.sin()
-        cos, sin = ((x * self.rope_scale).to(self.dtype) for x in (cos, sin))  # (N, D/2)
+        config, rotations = self.config, self.rotations(batch)
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
+        if config.embed_scale != 1:
+            x = x * config.embed_scale
+        if config.embed_norm:
+            x = self.norm(x)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, batch)
-        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
-        return logits[: batch.num_logits].float()  # (R, V)
+            x = layer(x, rotations[layer.rope], cache, batch)
+        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
+        if config.logit_scale != 1:
+            logits = logits * config.logit_scale
+        if config.logit_softcap:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits  # (R, V)
 
 
 class DecodeGraphs:
@@ -3341,22 +4126,82 @@ GGUF_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_self_attn_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+
+# How families spell a part of a tensor's name -> how the decoder asks for it.
+HF_NAMES = {
+    r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
+    r"^language_model\.(?=lm_head)": "",
+    r"block_sparse_moe\.router\.layer": "mlp.gate",
+    r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
+    r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
+    "block_sparse_moe": "mlp",
+    r"\.w1\.": ".gate_proj.",
+    r"\.w3\.": ".up_proj.",
+    r"\.w2\.": ".down_proj.",
+    r"mlp\.router": "mlp.gate",
+    r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
+    r"(?<=experts)\.(gate_up_proj|down_proj)_": r".\1.",  # bias, blocks, scales
+    r"mlp\.(c_fc|fc1)\.": "mlp.up_proj.",
+    r"mlp\.(c_proj|fc2)\.": "mlp.down_proj.",
+    "query_layernorm": "q_norm",
+    "key_layernorm": "k_norm",
+    "sinks$": "sinks.weight",
+}
+# Where there is a norm after each block, the older names shift by one.
+SANDWICH_NAMES = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
 # What GGUF says under {arch}.rope.scaling, as rope_parameters has it.
 GGUF_ROPE = {
     "original_context_length": "original_max_position_embeddings",
     "yarn_attn_factor": "attention_factor",
+    "attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+
+# Other metadata under {arch}, as config.json has it.
+GGUF_VALUES = {
+    "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "use_parallel_residual": "use_parallel_residual",
+}
+
+# Models whose queries are scaled by another width than a head's, which their files do not say:
+# https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
+WIDE_SCALE = (("gemma2", 46), ("gemma3", 62))
 
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
 FILE_SAMPLING = {
@@ -3461,7 +4306,7 @@ def _open_directory(path: Path) -> Checkpoint:
         path=path,
         format="safetensors",
         config=config,
-        tensors=_safetensors(path),
+        tensors=canonical_tensors(_safetensors(path), config),
         text=_directory_text(path),
         sampling=_file_sampling(generation),
     )
@@ -3520,7 +4365,14 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
 
 
 def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
-    return lambda rows=None: opened.get_slice(key)[rows] if rows else opened.get_tensor(key)
+    def load(*index: Any) -> Tensor:
+        if index and isinstance(index[0], (int, slice)):  # only this much is read
+            part: Tensor = opened.get_slice(key)[index[0]]
+            return part[index[1:]] if index[1:] else part
+        whole: Tensor = opened.get_tensor(key)
+        return whole[index] if index else whole
+
+    return load
 
 
 def tokenizer_file(names: Iterable[str]) -> str | None:
@@ -3540,7 +4392,8 @@ def _directory_text(path: Path) -> TextFiles:
             special_tokens[name] = content
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        declared = read_json(path / name, required=False).get("eos_token_id")
+        values = read_json(path / name, required=False)
+        declared = values.get("eos_token_id", text_config(values).get("eos_token_id"))
         listed = declared if isinstance(declared, list) else [declared]
         eos_ids |= {i for i in listed if isinstance(i, int)}
     return TextFiles(
@@ -3727,12 +4580,14 @@ def _gguf_tensors(
 def _gguf_loader(
     raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
 ) -> Callable[..., Tensor | PackedLinear]:
-    def load(rows: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+    def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(shape[0], -1)[rows]  # (rows, bytes)
-        wanted = (len(data), *shape[1:])
-        if kind.name in REPACK and len(shape) == 2:
-            blocks = data.view(-1, shape[1] // block, block_bytes)
+        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
+        for part in index:  # of three dimensions, the first is the expert
+            data = data[part]
+        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        if kind.name in REPACK and len(wanted) == 2:
+            blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
         elif kind.name in ("F32", "F16", "BF16", "F64"):
             dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -3778,9 +4633,12 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = files[0].metadata
     tensors = {name: t for file in files for name, t in file.tensors.items()}
     arch = metadata.get("general.architecture")
-    model_type = next((name for name, family in FAMILIES.items() if family.gguf == arch), None)
+    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
+    model_type = next(iter(fitting), None)
+    for name, key in fitting.items():
+        model_type = name if key and metadata.get(f"{arch}.{key}") else model_type
     if model_type is None:
-        known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
+        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
         raise CheckpointError(
             f"{path}: general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
@@ -3789,7 +4647,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         path=path,
         format="gguf",
         config=config,
-        tensors=_gguf_names(tensors, config),
+        tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
     )
@@ -3815,66 +4673,242 @@ def _gguf_config(
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{source}: tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
-    scaling = key("rope.scaling.type")
-    rope: dict[str, Any] = {"rope_theta": key("rope.freq_base", 10000.0)}
-    if scaling not in (None, "none"):
-        rope |= {"rope_type": scaling, "factor": key("rope.scaling.factor")}
-    elif key("rope.scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
-        rope |= {"rope_type": "linear", "factor": key("rope.scale_linear")}
-    rope |= {
-        theirs: key(f"rope.scaling.{ours}")
-        for ours, theirs in GGUF_ROPE.items()
-        if key(f"rope.scaling.{ours}")
-    }
+    head_dim, output = n_embd // max(n_heads, 1), tensors.get("blk.0.attn_output.weight")
+    if output is None or output.shape[-1] != n_heads * head_dim:  # else n_rot may be less
+        head_dim = key("rope.dimension_count", head_dim)
+    head_dim = key("attention.key_length", head_dim)
+    family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
+    widths = ("feed_forward_length", "expert_feed_forward_length")
+    values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
+    if (arch, key("block_count")) in WIDE_SCALE:
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
+    elif "query_pre_attn_scalar" in family.defaults:
+        values["query_pre_attn_scalar"] = head_dim
+    if key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
+            "logit_scale"
+        )
+    if "rope_local_base_freq" in family.defaults:
+        local = 10000.0 if "gemma" in arch else key("rope.freq_base")
+        values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
     return {
+        **values,
+        **family.gguf_values,
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": need(next((name for name in widths if key(name)), widths[0])),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": key("attention.head_count_kv", n_heads),
-        "head_dim": key(
-            "attention.key_length", key("rope.dimension_count", n_embd // max(n_heads, 1))
-        ),
+        "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope,
+        "rms_norm_eps": key(eps) if key(eps) else need(eps.replace("_rms", "")),
+        "rope_parameters": _gguf_rope(metadata, tensors, family, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _gguf_rope(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
+) -> dict[str, Any]:
+    """The rope_parameters that this metadata would have been made from."""
+    arch = family.gguf
+
+    def key(name: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.rope.{name}", default)
+
+    rope: dict[str, Any] = {"rope_theta": key("freq_base", 10000.0)}
+    scaling, n_rot = key("scaling.type"), key("dimension_count", head_dim)
+    if scaling not in (None, "none"):
+        rope |= {"rope_type": scaling, "factor": key("scaling.factor")}
+    elif key("scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
+        rope |= {"rope_type": "linear", "factor": key("scale_linear")}
+    scaled = ((theirs, key(f"scaling.{ours}")) for ours, theirs in GGUF_ROPE.items())
+    rope |= {theirs: value for theirs, value in scaled if value}
+    for length in ("long", "short"):
+        if factors := tensors.get(f"rope_factors_{length}.weight"):
+            loaded = factors.load()
+            assert isinstance(loaded, torch.Tensor)
+            rope |= {"rope_type": "longrope", f"{length}_factor": loaded.flatten().tolist()}
+    if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
+        rope["partial_rotary_factor"] = n_rot / head_dim
+    if (log_multiplier := key("scaling.yarn_log_multiplier")) is not None:
+        rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
+    if beta := metadata.get(f"{arch}.attention.temperature_scale"):
+        rope["llama_4_scaling_beta"] = beta
+    return rope | dict(family.gguf_values.get("rope_parameters", {}))
 
 
 def _gguf_names(
     tensors: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, TensorSource]:
-    """Hugging Face names for GGUF tensors, q and k back in the row order of the family."""
-    permuted = FAMILIES[config.model_type].permuted
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    """Hugging Face names for GGUF tensors."""
     renamed: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
+        if name.startswith("rope_factors_"):
+            continue  # they are in the config
         block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if block is None or block[2] not in GGUF_TENSORS:
             renamed[name] = tensor  # the decoder asks for it, or reports it as unexpected
             continue
         layer, part, suffix = block.groups()
-        if permuted and part in heads:
-            tensor = _unpermute(tensor, heads[part])
+        ours = GGUF_TENSORS[part]
+        if ours == POST_NORMS[0] and ours not in config.norms:
+            ours = PRE_NORMS[1]
+        if (part, config.act in GATED) == ("ffn_up", True):
+            alone = f"blk.{layer}.ffn_gate.weight" in tensors
+            ours = ours if alone else "mlp.gate_up_proj"
         prefix = f"model.layers.{layer}." if layer is not None else ""
-        renamed[f"{prefix}{GGUF_TENSORS[part]}.{suffix}"] = tensor
+        renamed[f"{prefix}{ours}.{suffix}"] = tensor
     return renamed
 
 
-def _unpermute(tensor: TensorSource, num_heads: int) -> TensorSource:
-    """Rows of each head from interleaved order (pairs side by side) to halves: even ones first.
+# ---- one set of names and layouts ----------------------------------------------------------------
 
-    in the file   0a 0b 1a 1b 2a 2b       as `rotate` pairs them   0a 1a 2a 0b 1b 2b"""
-    if tensor.shape[0] % (2 * num_heads):
-        return tensor  # the decoder refuses its shape
 
-    order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
-    return dataclasses.replace(tensor, load=lambda rows=slice(None): tensor.load(order[rows]))
+def canonical_tensors(
+    tensors: Mapping[str, TensorSource], config: ModelConfig, from_gguf: bool = False
+) -> dict[str, TensorSource]:
+    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices apart, the
+    rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
+
+    Names are Hugging Face's; what GGUF files do in their own way is done if `from_gguf`."""
+    family, found = FAMILIES[config.model_type], {}
+    sandwich = any("post_feedforward_layernorm" in name for name in tensors)
+    for name, tensor in tensors.items():
+        if NOT_TEXT.match(name):
+            continue
+        for pattern, ours in HF_NAMES.items():
+            name = re.sub(pattern, ours, name)
+        for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
+            if theirs in name:
+                name = name.replace(theirs, ours)
+                break
+        found[name] = tensor
+    last = family.experts_last and not from_gguf
+    found = {name: part for key in found for name, part in _apart(key, found, config, last)}
+    order = head_order(config, family.interleaved or (from_gguf and family.permuted))
+    for name, tensor in found.items():
+        if order is not None and re.search(r"self_attn\.[qk]_proj", name):
+            if tensor.shape and tensor.shape[0] % config.head_dim == 0:  # else it is refused
+                starts = torch.arange(0, tensor.shape[0], config.head_dim).unsqueeze(1)
+                found[name] = _some_rows(tensor, (starts + order).flatten())
+        elif family.plus_one and not from_gguf and "norm" in name:
+            found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
+    return found
+
+
+def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+    """Which columns of a head `rotate` finds where, None for all in their place. It turns column i
+    with i + D/2, so these pairs come first in both halves, and then the columns that stay.
+
+    0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
+    D, n_rot = config.head_dim, config.n_rot
+    if n_rot == D and not interleaved:
+        return None
+    pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
+    pairs = pairs if not interleaved else pairs.T  # (2, n_rot/2)
+    return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
+
+
+def _some_rows(tensor: TensorSource, rows: Tensor) -> TensorSource:
+    """A tensor made of these rows of another"""
+    num_bytes = tensor.nbytes * len(rows) // max(tensor.shape[0], 1)
+    shape = (len(rows), *tensor.shape[1:])
+    return TensorSource(shape, tensor.kind, num_bytes, lambda at=slice(None): tensor.load(rows[at]))
+
+
+def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
+    return lambda *rows: tensor.load(*rows).float() + 1  # type: ignore[union-attr]
+
+
+def _apart(
+    name: str, tensors: Mapping[str, TensorSource], config: ModelConfig, last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """The matrices, or vectors, that a tensor holds, each with its name. What does not have the
+    shape for that stays as it is, and the decoder refuses it."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    sizes: dict[str, int] = {}
+    if config.experts and owner.endswith("mlp.experts"):
+        if min(tensor.shape, default=0) > 0 and tensor.shape[0] == config.experts.count:
+            yield from _experts_apart(name, tensors, last)
+            return
+    elif part == "qkv_proj":
+        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
+        sizes = {key: num_heads * config.head_dim for key, num_heads in heads.items()}
+    elif part == "gate_up_proj":
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.n_ff)
+    if tensor.shape[:1] != (sum(sizes.values()),):
+        yield name, tensor
+        return
+    start = 0
+    for its_part, num_rows in sizes.items():
+        rows = torch.arange(start, start + num_rows)
+        yield f"{owner}.{its_part}.{suffix}", _some_rows(tensor, rows)
+        start += num_rows
+
+
+def _experts_apart(
+    name: str, tensors: Mapping[str, TensorSource], last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """What a tensor (E, ..) holds of each expert, under its name. `last`: matrices are (E, columns,
+    rows), and rows of gate and up take turns."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    if suffix == "scales":
+        return  # they come with their blocks
+    if suffix == "blocks":
+        scales = tensors.get(f"{stem}.scales")
+        if scales is None or len(tensor.shape) != 4 or scales.shape != tensor.shape[:3]:
+            yield name, tensor
+            return
+        tensor, suffix = _mxfp4_source(tensor, scales), "weight"
+    transposed = last and len(tensor.shape) == 3 and tensor.kind != "MXFP4"
+    rows = torch.arange(tensor.shape[-1 if transposed else min(1, len(tensor.shape) - 1)])
+    named = {part: rows}
+    if part == "gate_up_proj":
+        halves = (rows[::2], rows[1::2]) if last else rows.chunk(2)
+        named = dict(zip(("gate_proj", "up_proj"), halves))
+    for its_part, its_rows in named.items():
+        for e in range(tensor.shape[0]):
+            yield f"{owner}.{e}.{its_part}.{suffix}", _expert(tensor, e, its_rows, transposed)
+
+
+def _expert(tensor: TensorSource, expert: int, rows: Tensor, transposed: bool) -> TensorSource:
+    """These rows of one expert"""
+
+    def load(at: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+        if not transposed:
+            return tensor.load(expert, rows[at])
+        whole = tensor.load(expert)
+        assert isinstance(whole, torch.Tensor)
+        return whole.T[rows[at]].contiguous()
+
+    shape = (len(rows), *tensor.shape[2:])
+    if transposed:
+        shape = len(rows), tensor.shape[1]
+    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
+    return TensorSource(shape, tensor.kind, num_bytes, load)
+
+
+def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
+    """Matrices (E, rows, cols) of 4-bit floats: blocks (E, rows, G, 16), whose bytes hold columns
+    2i and 2i + 1, and scales (E, rows, G)."""
+
+    def load(expert: int, rows: Tensor) -> PackedLinear:
+        codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
+        assert isinstance(codes, torch.Tensor)
+        assert isinstance(exponents, torch.Tensor)
+        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+
+    E, num_rows, num_groups, width = blocks.shape
+    shape = (E, num_rows, num_groups * width * 2)
+    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load)
 
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
@@ -6159,7 +7193,7 @@ class Engine:
         self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
-        if config.compile and uses_triton(decoder.inv_freq) and decoder.kv_dtype != "q8":
+        if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
             self.graphs = DecodeGraphs(decoder, self.cache)
         elif config.compile:
             log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
@@ -6240,7 +7274,8 @@ class Engine:
         if self.graphs and all(len(new) == 1 for _, _, new, _ in parts):
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(self.graphs(rows).cpu(), num_rows)
-        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
+        lengths = [len(seq.token_ids) for seq, _ in work]
+        batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
 
@@ -6435,7 +7470,8 @@ class LLM:
             parts = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
-                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+                work = [(0, at, new, len(new))]
+                batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
