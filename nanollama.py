@@ -24,6 +24,8 @@
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
+    nanollama.py eval --model smollm2 --text FILE                         how well it predicts
+    nanollama.py verify DIRECTORY                                         is it the same model
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -87,6 +89,7 @@ import math
 import mmap
 import operator
 import os
+import pickletools
 import platform
 import queue
 import re
@@ -172,7 +175,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import prometheus_client
-    import safetensors
+    import safetensors.torch
     import starlette.applications
     import starlette.exceptions
     import starlette.requests
@@ -182,6 +185,7 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
+    import transformers
     import triton
     import triton.language as tl
     import uvicorn
@@ -200,7 +204,7 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
-    safetensors = LazyModule("safetensors")
+    safetensors = LazyModule("safetensors", "torch")
     sentencepiece_model = LazyModule("sentencepiece.sentencepiece_model_pb2")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
@@ -210,6 +214,7 @@ else:
     F = LazyModule("torch.nn.functional")
     tl = LazyModule("triton.language")
     tqdm = LazyModule("tqdm")
+    transformers = LazyModule("transformers")
     triton = LazyModule("triton")
     uvicorn = LazyModule("uvicorn")
 
@@ -4118,11 +4123,26 @@ class DecodeGraphs:
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
-    "_<EOT>".split()
+    "_<EOT> <|assistant_end|>".split()
 )
 
 # Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
-TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model*", "*.tiktoken")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tekken.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "tokenizer.pkl",
+)
+
+# Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
+# an answer that comes back, nanochat's template makes the tokens again.
+SHOWN_CONTROL = {
+    "<|python_start|>": "\n~~~python\n",
+    "<|python_end|>": "\n~~~\n",
+    "<|output_start|>": "\n~~~~output\n",
+    "<|output_end|>": "\n~~~~\n",
+}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -4247,7 +4267,7 @@ class Checkpoint:
     """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
 
     path: Path
-    format: str  # safetensors or gguf
+    format: str  # safetensors, gguf or nanochat
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
     text: TextFiles
@@ -4277,7 +4297,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    return _open_gguf(path)
+    return _open_nanochat(path) if path.suffix == ".pt" else _open_gguf(path)
 
 
 def open_text(path: Path) -> TextFiles:
@@ -4944,6 +4964,173 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
+# ---- nanochat's checkpoints ----------------------------------------------------------------------
+
+# nanochat's names of tensors, without the layer prefix -> Hugging Face's
+NANOCHAT_TENSORS = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.ve_gate": "self_attn.value_gate",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
+# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
+# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
+NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
+    (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
+    (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
+    (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
+    (12, True): {
+        "rope_base": 1e5,
+        "softcap": 15.0,
+        "qk_scale": 1.2,
+        "value_scale": 3.0,
+        "short": (4, 128),
+    },
+}
+NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
+NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and loop.first %}"
+    "{% set ns.system = message.content + '\n\n' %}"
+    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
+    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
+    "{% else %}<|assistant_start|>{{ message.content"
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
+    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+)
+
+
+def _open_nanochat(path: Path) -> Checkpoint:
+    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
+    beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
+    config = dict(read_json(beside).get("model_config") or {})
+    try:
+        tensors = _nanochat_tensors(path)
+        raw = _nanochat_config(config, tensors, str(beside))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
+    directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
+    text = dataclasses.replace(
+        open_text(directory) if directory else TextFiles(str(path)),
+        templates={"default": NANOCHAT_TEMPLATE},
+        special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
+    )
+    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+
+
+def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # a file from before torch 1.6 is not a zip file, and not mapped
+            state = torch.load(path, **options)
+    except Exception as error:  # UnpicklingError, EOFError, and whatever a damaged file leads to
+        raise CheckpointError(f"{path}: no file of tensors: {first_line(error)}") from None
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
+    tensors = {}
+    for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(tensor)}; a tensor is needed")
+        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
+        prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
+        tensors[prefix + name] = _held(tensor)
+    return tensors
+
+
+def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
+    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    name = str(tensor.dtype).removeprefix("torch.")
+
+    def load(rows: Any = slice(None)) -> Tensor:
+        return tensor[rows] if scale == 1 else tensor[rows].float() * scale
+
+    return TensorSource(tuple(tensor.shape), kind.get(name, name), tensor.nbytes, load)
+
+
+def _nanochat_config(
+    config: Mapping[str, Any], tensors: dict[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
+    those with the defaults that nanochat gives to older checkpoints.
+
+    Raises CheckpointError for a variant that is not known."""
+    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
+        raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
+        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
+    )
+    age = _nanochat_age(config, tensors, source)
+    for name, tensor in list(tensors.items()):
+        if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
+            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
+    layers = min(max(n_layers, 0), len(tensors))
+    for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
+        if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
+            tensors.setdefault(name, _held(fill(layers)))
+    pattern = str(config.get("window_pattern") or "L").upper()
+    if set(pattern) - {"S", "L"}:
+        raise CheckpointError(f"{source}: window_pattern is {brief(pattern)}; S and L are known")
+    short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
+    parts, tile = age["short"]
+    window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
+    width = tensors.get("model.layers.0.mlp.up_proj.weight")
+    return {
+        "model_type": "nanochat",
+        "max_position_embeddings": n_ctx,
+        "vocab_size": n_vocab,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "hidden_size": n_embd,
+        "intermediate_size": width.shape[0] if width else 4 * n_embd,
+        "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
+        "rope_theta": age["rope_base"],
+        "final_logit_softcapping": age["softcap"],
+        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "sliding_window": window + 1,  # nanochat does not count the token itself
+        "layer_types": [
+            "sliding_attention" if is_short else "full_attention" for is_short in short
+        ],
+    }
+
+
+def _nanochat_age(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
+    do not tell them."""
+    gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
+    kind = max(gates, default=0), "model.backout_lambda" in tensors
+    age = NANOCHAT_AGES.get(kind)
+    if age is None or len(gates) > 1:
+        raise CheckpointError(
+            f"{source}: value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
+        )
+    if "softcap" not in config and "softcap" not in age:
+        raise CheckpointError(
+            f"{source}: nanochats with these parameters capped logits at 15 or, from 2 March 2026 "
+            'for some time, at 20, and the files do not say which: add "softcap": 15 (or 20) to '
+            "model_config"
+        )
+    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+
+
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -5072,6 +5259,57 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
 
 
+# Where nanochat keeps what it trained, under NANOCHAT_BASE_DIR or ~/.cache/nanochat
+NANOCHAT = "nanochat"
+NANOCHAT_SOURCES = {
+    "sft": ("chatsft_checkpoints", "sft_checkpoints"),
+    "rl": ("chatrl_checkpoints", "rl_checkpoints"),
+    "mid": ("mid_checkpoints",),
+    "base": ("base_checkpoints",),
+}
+
+
+def nanochat_base(reference: str) -> Path | None:
+    """The base directory that a reference means: nanochat, or its path. None for others."""
+    base = local_path(reference)
+    names = itertools.chain(*NANOCHAT_SOURCES.values())
+    if base and any((base / name).is_dir() for name in names):
+        return base
+    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return Path(default).expanduser() if reference == NANOCHAT else None
+
+
+def nanochat_model(
+    base: Path, source: str | None = None, tag: str | None = None, step: int | None = None
+) -> Path:
+    """The model_NNNNNN.pt of a source (sft), a tag (the deepest dNN, else the one written last) and
+    a step (the last). Raises ModelNotFoundError, listing what there is."""
+
+    def choose(what: str, there: Mapping[Any, Path], wanted: Any, default: Any) -> Path:
+        if there and (wanted in there or wanted is None):
+            return there[default(there) if wanted is None else wanted]
+        known = ", ".join(map(str, sorted(there))) or "nothing"
+        missing = "" if wanted is None else f" {wanted}"
+        raise ModelNotFoundError(f"{where}: no {what}{missing}; there is: {known}")
+
+    def largest(tags: Mapping[str, Path]) -> str:
+        depth = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
+        return max(depth or tags, key=lambda tag: depth.get(tag) or tags[tag].stat().st_mtime)
+
+    where = base
+    sources = {
+        name: path
+        for name, places in NANOCHAT_SOURCES.items()
+        for place in reversed(places)
+        if (path := base / place).is_dir()
+    }
+    where = choose("checkpoints of source", sources, source or "sft", None)
+    tags = {path.name: path for path in where.iterdir() if path.is_dir()}
+    where = choose("model tag", tags, tag, largest)
+    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in where.iterdir())
+    return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
+
+
 class ModelStore:
     """Finds, downloads, lists and removes models.
 
@@ -5094,9 +5332,11 @@ class ModelStore:
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
-        path = local_path(reference)
-        if revision and (path or reference in ALIASES):
+        path, base = local_path(reference), nanochat_base(reference)
+        if revision and (path or base or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        if base:
+            return nanochat_model(base)
         if reference in ALIASES:
             found = self._find_alias(reference)
         elif path:
@@ -5715,13 +5955,14 @@ def read_vocabulary(text: TextFiles) -> TextFiles:
     assert path is not None
     raw = path.read_bytes()
     is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
-    read = _tekken if path.suffix == ".json" else _tiktoken if is_tiktoken else _sentencepiece
-    metadata = read(raw)
+    by_text = _tiktoken if is_tiktoken else _sentencepiece
+    metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
     _name_added_tokens(metadata, path.parent)
     found = _gguf_text(metadata, text.source)
     return dataclasses.replace(
         text,
         gguf=metadata,
+        templates={**found.templates, **text.templates},
         special_tokens={**found.special_tokens, **text.special_tokens},
         eos_ids=found.eos_ids | text.eos_ids,
     )
@@ -5758,6 +5999,86 @@ def _tiktoken(raw: bytes) -> dict[str, Any]:
         )
     pre, control, bos, eos = TIKTOKEN[len(ranks)]
     return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+
+
+def _nanochat(raw: bytes) -> dict[str, Any]:
+    state = read_encoding(raw)
+    ranks, control = state["mergeable_ranks"], state["special_tokens"]
+    names = sorted(control, key=control.__getitem__)
+    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+        raise CheckpointError("the control tokens do not follow the others")
+    metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
+    return metadata | {
+        "pattern": state["pat_str"],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
+        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
+    }
+
+
+# What a pickle may push: what it spells out, and what is empty at first; ... marks a place.
+PICKLED = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2".split()
+)
+PICKLED_NEW: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: ...,
+}
+
+
+def read_encoding(raw: bytes) -> dict[str, Any]:
+    """What a pickled tiktoken.Encoding holds: pat_str, mergeable_ranks, special_tokens. Raises
+    CheckpointError for any other pickle."""
+    try:
+        state = _unpickled(raw)
+        kinds = {"mergeable_ranks": (bytes, int), "special_tokens": (str, int)}
+        for name, (key_type, value_type) in kinds.items():
+            for key, value in state[name].items():
+                if not isinstance(key, key_type) or not isinstance(value, value_type):
+                    raise ValueError(f"{name} has {brief(key)}: {brief(value)}")
+        if not isinstance(state["pat_str"], str):
+            raise ValueError(f"pat_str is {brief(state['pat_str'])}")
+        return state
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"not the tiktoken encoding that nanochat saves, and no other pickle is read: {error}"
+        ) from None
+
+
+def _unpickled(raw: bytes) -> dict[str, Any]:
+    """A pickle is a program for a small machine, which may call anything. This machine only puts
+    dictionaries of text, bytes and numbers together, and one object whose class it does not look
+    up. https://github.com/python/cpython/blob/main/Lib/pickletools.py has the instructions."""
+    stack: list[Any] = []
+    memo: list[Any] = []
+    encoding = ["tiktoken.core", "Encoding"]
+    for instruction, value, _ in pickletools.genops(raw):
+        name = instruction.name
+        if name in PICKLED:
+            stack.append(value)
+        elif name in PICKLED_NEW:
+            stack.append(PICKLED_NEW[name]())
+        elif name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[cast(int, value)])
+        elif name in ("SETITEM", "SETITEMS"):
+            num = 2 if name == "SETITEM" else stack[::-1].index(...)
+            items = stack[len(stack) - num :]
+            del stack[len(stack) - num - (name == "SETITEMS") :]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name == "STACK_GLOBAL" and stack[-2:] == encoding:
+            stack[-2:] = [encoding]
+        elif name == "NEWOBJ" and stack == [encoding, ()]:
+            stack.pop()
+        elif name == "BUILD" and len(stack) == 2 and stack[0] == encoding:
+            stack.pop(0)
+        elif name == "STOP" and len(stack) == 1:
+            return cast(dict[str, Any], stack[0])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it holds {name} {brief(value)}")
+    raise ValueError("it has no end")
 
 
 def _ranked(
@@ -6027,7 +6348,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self._control_ids = frozenset(self.control.values())
+        self._control_bytes = {
+            i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
+        }
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
@@ -6062,10 +6385,10 @@ class Tokenizer:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text a token stands for; none for control tokens."""
+        """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
-        if token_id in self._control_ids:
-            return b""
+        if token_id in self._control_bytes:
+            return self._control_bytes[token_id]
         if self._byte_level:
             alphabet = byte_alphabet()
             if all(character in alphabet for character in piece):
@@ -6910,7 +7233,8 @@ class Sequence:
     started_s: float = 0.0
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    logprobs_from: int = 1  # the prompt token from which on prompt_logprobs are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     constraint: Constraint | None = None  # what the answer must be
     drafter: Drafter = field(default_factory=Drafter)
@@ -6926,12 +7250,21 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def note_prompt(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the next rows to
-        be computed predict."""
-        following = self.token_ids[self.num_computed + 1 : self.num_prompt]
-        for token_id, row in zip(following, logits):
-            self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
+    def num_rows(self, num_new: int) -> int:
+        """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
+        a prompt token whose log-probability is wanted."""
+        if not self.params.prompt_logprobs or self.num_computed >= self.num_prompt:
+            return 1
+        return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
+
+    def note_prompt(self, num_new: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the last of the
+        next `num_new` rows predict."""
+        first = self.num_computed + num_new + 1 - len(logits)
+        if first >= self.logprobs_from:
+            for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
+                found = token_logprobs(row, token_id, self.params.logprobs or 0)
+                self.prompt_logprobs.append(found)
 
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
@@ -6980,7 +7313,8 @@ class Scheduler:
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
-        wanted = [] if seq.params.prompt_logprobs else seq.token_ids[:-1]
+        end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
+        wanted = seq.token_ids[:end]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
@@ -7139,8 +7473,8 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
-                if seq.params.prompt_logprobs:
-                    seq.note_prompt(rows)
+                if is_prefill and seq.params.prompt_logprobs:
+                    seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
@@ -7150,12 +7484,11 @@ class Engine:
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
-        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
-        while prompt_logprobs wants them."""
+        sequence's logits (rows, V): of its last new token and its draft, and of those before that
+        prompt_logprobs wants."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
-            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            num_rows.append(len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
@@ -7404,16 +7737,23 @@ class LLM:
         return self.grammars.constraint(request.params, self.decode(ids[-16:]), may_think)
 
     def start(
-        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
     ) -> Sequence:
         """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
-        where they are known. Raises RequestError."""
+        where they are known; prompt_logprobs, if asked for, start with `logprobs_from` and so leave
+        the tokens before to the cache. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint = self.constraint(request, ids)
         stream = TextStream(self.tokenizer, request.params.stop, continues or bool(constraint))
-        seq = Sequence(index, ids, request.params, stream, constraint=constraint)
+        seq = Sequence(
+            index, ids, request.params, stream, constraint=constraint, logprobs_from=logprobs_from
+        )
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -7452,6 +7792,31 @@ class LLM:
                     self.engine.step()
         finally:
             for seq in sequences:
+                self.engine.cancel(seq)
+
+    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
+        """Log-probabilities of the ids from `start` on, each after all ids before it, for every
+        (ids, start) -> (index, log-probabilities), as they are done.
+
+        Texts run together. What neighbours share before their starts is processed once."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
+        pending = enumerate(texts)
+        scheduler, running = self.engine.scheduler, list[Sequence]()
+        try:
+            while True:
+                num_wanted = len(scheduler.contents) - len(scheduler.waiting)
+                for index, (ids, start) in itertools.islice(pending, num_wanted):
+                    request = GenerationRequest(ids, params=params)
+                    running.append(self.start(request, index, ids, start))
+                if not running:
+                    return
+                self.engine.step()
+                done = [seq for seq in running if seq.finish_reason]
+                running = [seq for seq in running if not seq.finish_reason]
+                for seq in done:
+                    yield seq.index, [found.logprob for found in seq.prompt_logprobs]
+        finally:
+            for seq in running:
                 self.engine.cancel(seq)
 
     def fit_context(
@@ -9626,7 +9991,9 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL
-       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here
+       nanollama.py eval [--model MODEL] [--text FILE] [--task FILE]   how well it predicts
+       nanollama.py verify MODEL [--reference FILE]   is it what transformers runs"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -9644,6 +10011,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
+    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
+    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
+    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add(
         "--modelfile",
@@ -9817,7 +10188,18 @@ class Settings:
 
     @property
     def model(self) -> str:
-        return str(self.value("model")[0])
+        """What was asked for; of nanochat's checkpoints, the file of the one that was chosen."""
+        reference, origin = self.value("model")
+        choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
+        if all(chosen is None for chosen in choice):
+            return str(reference)
+        base = nanochat_base(NANOCHAT if origin == "built-in" else reference)
+        if base is None:
+            raise UsageError(
+                f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
+                f"neither {NANOCHAT} nor a directory of these"
+            )
+        return str(nanochat_model(base, *choice))
 
     @property
     def system(self) -> str | None:
@@ -10673,12 +11055,527 @@ def command_bench(argv: list[str]) -> int:
     return 0
 
 
+# ---- eval ----------------------------------------------------------------------------------------
+
+EVAL_WINDOW = 2048  # longest by default
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_task(name: str) -> list[Question]:
+    """The questions of a file of JSON lines: {"prompt": .., "choices": [..], "answer": 0}; `prompt`
+    may be called `context`. Raises RequestError, naming the line."""
+    questions = []
+    for number, line in enumerate(read_input(name).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["context"]
+            question = Question(prompt, tuple(row["choices"]), row["answer"])
+            is_text = all(isinstance(text, str) and text for text in question.choices)
+            num = len(question.choices)
+            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
+                questions.append(question)
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise RequestError(
+            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
+            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+        )
+    if not questions:
+        raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
+    return questions
+
+
+def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
+    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
+    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
+    beginning. Raises RequestError when nothing is left of it."""
+    ids = llm.encode(prompt + choice)
+    start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
+    cut = max(0, len(ids) - llm.engine.n_ctx + 1)
+    if start <= cut:
+        raise RequestError(
+            f"{brief(prompt + choice)}: no token of the prompt precedes the choice in a context of "
+            f"{llm.engine.n_ctx} tokens"
+        )
+    return ids[cut:], start - cut
+
+
+def text_windows(
+    prefix: list[int], ids: list[int], window: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
+    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
+    which on its tokens are scored: the first scores all it can, each further one `stride` that
+    the one before it did not reach."""
+    size = window - len(prefix)
+    yield prefix + ids[:size], max(1, len(prefix))
+    for end in range(min(size, len(ids)), len(ids), stride):
+        begin = max(0, min(end + stride, len(ids)) - size)
+        yield prefix + ids[begin : end + stride], len(prefix) + end - begin
+
+
+def interval(num_right: float, num: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, https://doi.org/10.2307/2276774)."""
+    z, p = 1.959964, num_right / num
+    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
+    width = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return middle - width, middle + width
+
+
+def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
+    the tokenizer puts none before it; nor are its bytes counted then."""
+    try:
+        text = read_input(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{name}: not UTF-8 text") from None
+    prefix, ids = llm.encode(""), llm.encode(text, add_special_tokens=False)
+    num_bytes = len(text.encode())
+    if not prefix and ids:
+        num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
+    if num_bytes < 1 or len(prefix) + len(ids) < 2:
+        raise RequestError(f"{name}: too short to be scored")
+    windows = list(text_windows(prefix, ids, window, stride))
+    bar.reset(total=len(windows))
+    num_tokens, bits = 0, 0.0
+    for _, logprobs in llm.score(windows):
+        num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
+        bar.update()
+    return {
+        "file": name,
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "window": window,
+        "stride": stride,
+        "perplexity": 2 ** min(bits / num_tokens, 1000),
+        "bits_per_byte": bits / num_bytes,
+    }
+
+
+def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+    """How often the right choice is the likeliest: as a whole, and per character of its text
+    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
+    questions = read_task(name)
+    texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
+    bar.reset(total=len(texts))
+    sums = [0.0] * len(texts)
+    for index, logprobs in llm.score(texts):
+        sums[index] = sum(logprobs)
+        bar.update()
+    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    left = iter(sums)
+    scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
+    for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
+        num_right = 0
+        for q, values in scored:
+            per = [value / measure(text) for value, text in zip(values, q.choices)]
+            num_right += per.index(max(per)) == q.answer
+        low_high = interval(num_right, len(questions))
+        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
+    return found
+
+
+def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The results as lines to read."""
+    if text := results.get("text"):
+        yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
+        yield f"  perplexity     {text['perplexity']:.3f}"
+        yield f"  bits per byte  {text['bits_per_byte']:.4f}"
+    if task := results.get("task"):
+        yield f"{task['file']}: {task['questions']} questions"
+        for key, name in (("accuracy", "accuracy"), ("accuracy_norm", "normalised")):
+            low, high = task[f"{key}_interval"]
+            yield f"  {name:<13}  {task[key]:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py eval",
+        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
+        description=command_eval.__doc__,
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("eval").add_argument
+    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
+    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
+    add("--window", metavar="N", type=int, help=text)
+    text = "tokens that each window scores after the first (default: half of it)"
+    add("--stride", metavar="N", type=int, help=text)
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def command_eval(argv: list[str]) -> int:
+    """eval: how well a model predicts a text, and how often it chooses right."""
+    parser = eval_parser()
+    args = parser.parse_args(argv)
+    if not args.text and not args.task:
+        parser.error("give --text FILE, --task FILE, or both")
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    longest = llm.engine.n_ctx - 1
+    window = min(longest, EVAL_WINDOW) if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    if not 2 <= window <= longest or not 1 <= stride < window:
+        parser.error(
+            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
+            "stride is shorter"
+        )
+    results: dict[str, Any] = {"model": settings.model}
+    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
+        if args.text:
+            results["text"] = eval_text(llm, args.text, window, stride, bar)
+        if args.task:
+            results["task"] = eval_task(llm, args.task, bar)
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(eval_lines(results)))
+    return 0
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a model may be from its reference."""
+
+    reason: str
+    error: float  # of a logit
+    divergence: float  # Kullback-Leibler, mean over tokens, in nats
+    agreement: float  # least part of the tokens with the same likeliest next one
+    layer: float  # relative error of a layer's input; a divergence is reported, not judged
+
+
+# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
+TOLERANCES = {
+    "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
+    "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
+    "packed": Tolerance("the same packed weights, 8-bit activations here", 4.0, 0.03, 0.85, 0.3),
+    "q8": Tolerance("8-bit weights here, others in the reference", 4.0, 0.05, 0.85, 0.3),
+    "q4": Tolerance("4-bit weights here, others in the reference", 10.0, 0.5, 0.6, 1.0),
+}
+VERIFY_TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ttab\n\n\nlines \r\n and an end  ",
+    "I'm sure they'll say it's 1234567890 or 3.14159 (±0.5 %).",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "L'été, naïveté, Übergröße, smørrebrød, żółw",
+    "Съешь же ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过懒狗。いろはにほへと 다람쥐 헌 쳇바퀴",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    "😀 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \ufb01 \u200b \u00a0 \x07 \x00",
+    "<s> </s> <|im_start|> <|endoftext|> [INST] <bos> <|eot_id|> <think>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
+    '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
+)
+VERIFY_CHATS: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three é 日本"},
+    ],
+)
+VERIFY_PROMPTS = (
+    "The history of science is the study of the development of science, including both the natural "
+    "and social sciences. In the year 1687, Isaac Newton published his Principia, in which he",
+    "import math\n\ndef area(radius):\n    return math.pi * radius ** 2\n\nprint(area(2.5))\n"
+    "# Voilà une réponse : 19.63. 日本語もどうぞ",
+)
+VERIFY_TOKENS = 48  # of a prompt, at most
+VERIFY_GREEDY = 16  # tokens to generate
+VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
+VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
+
+
+def spread(num: int, most: int) -> Tensor:
+    """At most `most` indices, evenly spread over `num`."""
+    return torch.arange(min(num, most)) * num // min(num, most)
+
+
+def reference_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
+    chats: list[str | None] = []
+    for messages in VERIFY_CHATS if tokenizer.chat_template else ():
+        try:
+            chats.append(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception:  # a template can fail in any way Python can
+            chats.append(None)
+    return {
+        "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
+        "chats": chats,
+        "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
+    }
+
+
+def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
+    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
+    out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
+    top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
+    others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
+    kept = torch.cat((top, others), dim=1)
+    num_layers, _, width = streams.shape
+    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
+    tensors = {
+        "ids": kept.int(),
+        "logits": logits.gather(1, kept),
+        "total": logits.logsumexp(1),
+        "streams": streams[:, :, channels],
+    }
+    tokens, margins = list(ids), []
+    for _ in range(VERIFY_GREEDY):
+        values, best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(best[0]))
+        margins.append(float(values[0] - values[1]))
+    return tensors, tokens[len(ids) :], margins
+
+
+def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
+    UsageError where transformers is missing, CheckpointError where it cannot load the model."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError(
+            "this compares with transformers: pip install transformers, or give "
+            "--reference FILE, made where it is installed"
+        )
+
+    def load(kind: Any, source: Path, **options: Any) -> Any:
+        if source.is_file():
+            source, options = source.parent, {**options, "gguf_file": source.name}
+        try:
+            return kind.from_pretrained(source, local_files_only=True, **options)
+        except Exception as error:  # whatever it may be, there is no reference
+            raise CheckpointError(
+                f"{path}: transformers {transformers.__version__} cannot load this: "
+                f"{first_line(error)}; give --reference FILE, made from another form of the model"
+            ) from None
+
+    transformers.utils.logging.set_verbosity_error()
+    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = load(transformers.AutoModelForCausalLM, path, **options).eval()
+    tensors: dict[str, Tensor] = {}
+    about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
+    about["made_by"] = f"transformers {transformers.__version__}"
+    with torch.inference_mode():
+        for number, ids in enumerate(about["prompts"]):
+            found, tokens, margins = reference_run(model, ids)
+            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
+            about["greedy"].append(tokens)
+            about["margins"].append(margins)
+    return about, tensors
+
+
+def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A reference that --save-reference wrote. Raises RequestError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["nanollama"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
+        raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
+
+
+def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), and the input of each layer (L, T, C)"""
+    decoder: Any = llm.engine.decoder
+    layers, streams = decoder.layers, []
+
+    def traced(layer: Any) -> Callable[..., Any]:
+        def call(x: Tensor, *rest: Any) -> Any:
+            streams.append(x[: len(ids)].float().cpu())
+            return layer(x, *rest)
+
+        return call
+
+    decoder.layers = [traced(layer) for layer in layers]
+    try:
+        return llm.logits(ids).cpu(), torch.stack(streams)
+    finally:
+        decoder.layers = layers
+
+
+def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
+    the likeliest token; and at each layer and token (L, T)."""
+    logits, streams = traced_logits(llm, ids)
+    kept = wanted["ids"].long()
+    found, total = logits.gather(1, kept), logits.logsumexp(1)
+    p, q = (  # the likeliest tokens, and what is left for all others
+        torch.cat((likely, (1 - likely.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
+        for likely in (
+            (values[:, :VERIFY_TOP].double() - lse.double().unsqueeze(1)).exp()
+            for values, lse in ((wanted["logits"], wanted["total"]), (found, total))
+        )
+    )
+    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
+    distance = (streams - wanted["streams"]).norm(dim=2) / wanted["streams"].norm(dim=2)
+    return {
+        "errors": (found - wanted["logits"]).abs().amax(1),
+        "divergences": (p * (p / q).log()).sum(1),
+        "agrees": logits.argmax(1) == kept[:, 0],
+        "layers": distance,
+    }
+
+
+def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
+    """The first layer whose output is off, and the first token whose prediction is; None for none.
+    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
+    bad = (found["layers"] > limit.layer).any(1).nonzero()
+    off = ((found["errors"] > limit.error) | ~found["agrees"]).nonzero()
+    return {
+        "layer": int(bad[0]) - 1 if len(bad) else None,
+        "token": int(off[0]) if len(off) else None,
+    }
+
+
+def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    params = SamplingParams(
+        temperature=0, repeat_penalty=1, max_tokens=VERIFY_GREEDY, ignore_eos=True
+    )
+    return llm.complete(GenerationRequest(ids, params=params)).token_ids
+
+
+def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Which texts become other ids, and which conversations another prompt."""
+    pairs = zip(VERIFY_TEXTS, about["texts"])
+    texts = [text for text, ids in pairs if llm.encode(text) != ids]
+    chats = []
+    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
+        with contextlib.suppress(TemplateError):
+            # what a template refuses, ours may answer in another shape
+            if wanted is not None and llm.render(messages) != wanted:
+                chats.append(messages)
+    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
+
+
+def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> Tolerance:
+    kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
+    if kind in REPACK and kind != about["weights"]:
+        return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
+    if kind in REPACK and decoder.native:
+        return TOLERANCES["packed"]
+    exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
+    return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
+
+
+def compare(
+    llm: LLM, about: Mapping[str, Any], tensors: Mapping[str, Tensor], limit: Tolerance
+) -> dict[str, Any]:
+    """The model against a reference: what was found, and whether it passes."""
+    found, greedy, places = [], [], []
+    for number, ids in enumerate(about["prompts"]):
+        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
+        found.append(compare_prompt(llm, ids, wanted))
+        places.append(first_place(found[-1], limit))
+        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
+        margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
+        greedy.append({"same": num_same, "margin": margin})
+    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
+    result = {
+        **compare_text(llm, about),
+        "error": float(joined["errors"].max()),
+        "divergence": float(joined["divergences"].mean()),
+        "agreement": float(joined["agrees"].float().mean()),
+        "layer_error": float(joined["layers"].max()),
+        "first": places,
+        "greedy": greedy,
+    }
+    is_near = all(g["margin"] is None or g["margin"] <= 2 * limit.error for g in greedy)
+    result["passed"] = is_near and not (
+        result["texts"]
+        or result["chats"]
+        or result["error"] > limit.error
+        or result["divergence"] > limit.divergence
+        or result["agreement"] < limit.agreement
+    )
+    return result
+
+
+def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
+    """The result as lines to read."""
+    num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
+    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
+    yield from (f"               differs: {brief(text)}" for text in result["texts"])
+    yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
+    yield from (f"               differs: {brief(chat)}" for chat in result["chats"])
+    yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
+    kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
+    yield f"               KL divergence {kl}"
+    top = f"{result['agreement']:.1%} of tokens (at least {limit.agreement:.0%})"
+    yield f"               same likeliest next token at {top}"
+    yield f"layers         largest relative error {result['layer_error']:.2g}"
+    for number, place in enumerate(result["first"]):
+        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
+            yield f"               prompt {number} first differs at {', '.join(words)}"
+    same = ", ".join(str(g["same"]) for g in result["greedy"])
+    yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"
+    yield f"{'pass' if result['passed'] else 'FAIL'}           {limit.reason}"
+
+
+def command_verify(argv: list[str]) -> int:
+    """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
+    parser = argparse.ArgumentParser(prog="nanollama.py verify", description=command_verify.__doc__)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    add_model_options(parser)
+    add = parser.add_argument_group("verify").add_argument
+    add("--save-reference", metavar="FILE", type=Path, help="keep what transformers computes")
+    add("--reference", metavar="FILE", type=Path, help="compare with what was kept")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    args.model, args.prefill_chunk = args.ref or args.model, None
+    settings = read_settings(args, parser)
+    if args.reference and not args.save_reference:
+        about, tensors = read_reference(args.reference)
+    else:
+        path = ModelStore().resolve(settings.model, args.revision)
+        other = settings.value("tokenizer")[0]
+        about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
+    if args.save_reference:
+        kept = {"nanollama": json.dumps(about)}
+        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
+        return 0
+    llm = settings.load()
+    limit = pick_tolerance(llm, args.quantize, about)
+    try:
+        result = compare(llm, about, tensors, limit)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"the reference is of another model: {first_line(error)}") from None
+    if args.json:
+        print(json.dumps({"model": settings.model, "reference": about["made_by"], **result}))
+    else:
+        print(f"{settings.model} against {about['made_by']}, kernels {llm.engine.decoder.kernels}")
+        print("\n".join(verify_lines(result, limit)))
+    return 0 if result["passed"] else 1
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": command_bench,
+    "eval": command_eval,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,
     "show": command_show,
+    "verify": command_verify,
 }
 
 
