@@ -72,6 +72,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import importlib
@@ -102,7 +103,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -4026,14 +4027,19 @@ class ModelStore:
         path = local_path(reference)
         if revision and (path or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        if path and reference not in ALIASES:
+            return path
+        if reference in ALIASES or parse_hub_ref(reference):
+            return self.find_cached(reference, revision)
+        raise ModelNotFoundError(self._unknown(reference))
+
+    def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
+        """The path of a model in the two caches, complete; never what is merely a path."""
+        hub = parse_hub_ref(reference)
         if reference in ALIASES:
             found = self._find_alias(reference)
-        elif path:
-            return path
-        elif hub := parse_hub_ref(reference):
-            found = self._find_in_hub_cache(hub, revision)
         else:
-            raise ModelNotFoundError(self._unknown(reference))
+            found = self._find_in_hub_cache(hub, revision) if hub else None
         if found:
             mark_used(found)
         return found
@@ -5587,6 +5593,16 @@ class EngineStats:
         )
 
 
+def available_memory(device: torch.device) -> float:
+    """Bytes that a model may still take on a device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
+        found = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        return int(found.split()[0]) * 1024.0
+    return math.inf
+
+
 def default_slots(decoder: Decoder, n_ctx: int) -> int:
     """How many KV strips of a usual length fit into half of the device's memory."""
     if decoder.device.type == "cuda":
@@ -5605,9 +5621,9 @@ class Engine:
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
-        num_slots = config.parallel or default_slots(decoder, self.n_ctx)
-        self.cache = decoder.new_cache(num_slots)
-        self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
+        self.num_slots = config.parallel or default_slots(decoder, self.n_ctx)
+        self.cache = decoder.new_cache(self.num_slots)
+        self.scheduler = Scheduler(self.num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
         if config.compile and uses_triton(decoder.inv_freq) and decoder.kv_dtype != "q8":
@@ -5636,6 +5652,19 @@ class Engine:
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         self.scheduler.waiting.append(seq)
+
+    def state(self) -> dict[str, Any]:
+        """Who runs, on what, and the totals since the start."""
+        return {
+            "device": str(self.decoder.device),
+            "kernels": self.decoder.kernels,
+            "kv_dtype": self.decoder.kv_dtype,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "slots": self.num_slots,
+            "kv_cache_bytes": self.cache.nbytes,
+            **dataclasses.asdict(self.stats),
+        }
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises RequestError, naming `param`, for an id that the model does not have."""
@@ -6106,6 +6135,18 @@ class WireError(NanollamaError):
         self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
+def parse_duration(value: Any, name: str = "keep_alive") -> float:
+    """Seconds of a number, or of 5m, 1h30m, 500ms, 30s; infinity for a negative one, for ever.
+    Raises RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    text = str(value).strip() if not isinstance(value, bool) else ""
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
+    if not parts or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, parts)):
+        refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
+    seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
+    return math.inf if text.startswith("-") else seconds
+
+
 def error_body(error: NanollamaError) -> dict[str, Any]:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
@@ -6166,9 +6207,13 @@ class WireRequest:
 
 
 def parse_chat(
-    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
+    body: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    strict: bool = False,
+    opening: Iterable[dict[str, Any]] = (),
 ) -> WireRequest:
-    """A body of /v1/chat/completions. `defaults` are SamplingParams fields. Raises RequestError."""
+    """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
+    a conversation that has no system message. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
@@ -6176,7 +6221,7 @@ def parse_chat(
         refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
     sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
     request = GenerationRequest(
-        messages=parse_messages(given),
+        messages=parse_messages(given, opening),
         params=SamplingParams(**sampling),
         template_kwargs=_template_kwargs(given),
     )
@@ -6280,10 +6325,15 @@ def _prompts(given: Mapping[str, Any]) -> list[str | list[int]]:
     return list(prompt)
 
 
-def parse_messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `messages` of a body, checked. Raises RequestError, naming the message."""
+def parse_messages(
+    given: Mapping[str, Any], opening: Iterable[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """The `messages` of a body, checked, after the opening. Raises RequestError, naming the
+    message."""
     check_type("messages", messages := required(given, "messages"), "array")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    has_system = any(message["role"] in ("system", "developer") for message in read)
+    return [*([] if has_system else opening), *read]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -6481,25 +6531,79 @@ class TextChoice:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
+class Reply:
+    """An answer of OpenAI's: `start`, then `push` each delta, and `end` give its stream's events;
+    `result` is the same as one object."""
+
+    def __init__(
+        self, wire: WireRequest, choices: list[ChatChoice | TextChoice], model: str, print: str
+    ) -> None:
+        self.wire, self.choices, self.num_left = wire, choices, len(choices)
+        self.envelope = {
+            "id": choices[0].id_prefix + secrets.token_hex(12),
+            "object": choices[0].object,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": print,
+        }
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = dict(self.envelope)
+        if head["object"] == "chat.completion":
+            head["object"] = "chat.completion.chunk"
+        usage = {"usage": None} if self.wire.include_usage else {}
+        return {**head, **usage, "choices": choices, **more}
+
+    def start(self) -> list[dict[str, Any]]:
+        return [self._event([chunk]) for choice in self.choices for chunk in choice.start()]
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        chunks = self.choices[delta.index].push(delta)
+        self.num_left -= bool(delta.finish_reason)
+        events = [self._event([chunk]) for chunk in chunks]
+        if not self.num_left:
+            events[-1]["timings"] = self._closing()["timings"]
+        return events
+
+    def end(self) -> list[dict[str, Any]]:
+        return [self._event([], **self._closing())] if self.wire.include_usage else []
+
+    def _closing(self) -> dict[str, Any]:
+        """usage and timings, once all is done."""
+        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        per_prompt = len(self.choices) // self.wire.num_prompts
+        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
+
+    def result(self) -> dict[str, Any]:
+        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
+        if self.wire.metadata is not None:
+            body["metadata"] = self.wire.metadata
+        return {**body, **self._closing()}
+
+
 # ==================================================================================================
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
 #   Out         JSON, server-sent events, the chat page, metrics
-#   Idea        one thread for each replica of the model owns it and steps its engine; the event
+#   Idea        one thread for each replica of a model owns it and steps its engine; the event
 #               loop only parses and writes. Between them go functions (in) and deltas (out):
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
+#               A model is loaded when it is asked for (`Models`), and leaves when it was idle for
+#               long or another one needs its memory.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
-#               Every error, whatever its cause, is an OpenAI error object (`told`).
-#   Extend      a route is a line in `create_app`.
+#               Every error, whatever its cause, is an error object (`told`). A request reaches the
+#               models of the `Catalog` and no other file.
+#   Extend      a route is a row of ROUTES.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
 #               https://prometheus.io/docs/instrumenting/exposition_formats
 # ==================================================================================================
 
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
+KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
 WEB_MAX_MESSAGES, WEB_MAX_MESSAGE_CHARS, WEB_MAX_CHARS = 500, 8000, 32000
@@ -6510,7 +6614,6 @@ WEB_CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens
 class ServerConfig:
     """How the server behaves. Raises UsageError for values that make no sense."""
 
-    model_id: str = "model"
     host: str = "127.0.0.1"
     port: int = 8000  # 0 picks a free one
     api_keys: tuple[str, ...] = ()
@@ -6523,6 +6626,8 @@ class ServerConfig:
     log_prompts: bool = False
     reasoning_name: str = "reasoning_content"
     num_gpus: int = 1
+    keep_alive_s: float | None = None  # how long an idle model stays; negative is for ever. None:
+    # for ever where one model is named, else KEEP_ALIVE_S
 
     def __post_init__(self) -> None:
         seconds = math.inf if self.timeout_s is None else self.timeout_s
@@ -6533,12 +6638,42 @@ class ServerConfig:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that can be served. Each loader makes one replica, in the thread that will own it.
+
+    sampling: SamplingParams fields for requests that do not say. opening: messages before those of
+    a request that brings no system message. need_bytes: about what it takes in memory; what is
+    missing on disk is fetched first."""
+
+    name: str
+    loaders: tuple[Callable[[], LLM], ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    opening: tuple[dict[str, Any], ...] = ()
+    need_bytes: Callable[[], int] = int
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What may be served: the models named at the start or, where there are none, every model that
+    `names` lists, as `find` makes it. A request never reaches anything else."""
+
+    named: Mapping[str, ModelSource]
+    find: Callable[[str], ModelSource | None] = lambda name: None
+    names: Callable[[], list[str]] = list  # the one last used first
+
+
 class Job:
     """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
     whatever the reason."""
 
-    def __init__(self, worker: EngineWorker, requests: tuple[GenerationRequest, ...]) -> None:
-        self.worker, self.requests = worker, requests
+    def __init__(
+        self,
+        worker: EngineWorker,
+        requests: tuple[GenerationRequest, ...],
+        at_end: Callable[[], None],
+    ) -> None:
+        self.worker, self.requests, self.at_end = worker, requests, at_end
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
         # empty once all has started; then deltas, or what ended the job early
@@ -6551,6 +6686,7 @@ class Job:
         """Stop what still runs, and take the load off the worker."""
         self.worker.num_sequences -= len(self.requests)
         self.worker.inbox.put(lambda llm: self.worker.drop(self))
+        self.at_end()
 
     def post(self, event: list[Delta] | NanollamaError) -> None:
         """Hand over from the worker's thread."""
@@ -6587,7 +6723,8 @@ class Job:
 
 class EngineWorker(threading.Thread):
     """A replica of the model and the thread that owns it: whatever touches the engine goes through
-    `inbox` and runs there. `on_failure` hears why the thread ended."""
+    `inbox` and runs there. `loaded` is done once the model is there, or cannot be loaded;
+    `on_failure` hears why the thread ended later."""
 
     def __init__(
         self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
@@ -6595,6 +6732,7 @@ class EngineWorker(threading.Thread):
         super().__init__(name=f"engine-{index}", daemon=True)
         self.index, self.load_model, self.on_failure = index, load, on_failure
         self.llm: LLM | None = None
+        self.loaded: Future[None] = Future()
         self.inbox: queue.SimpleQueue[Callable[[LLM], None] | None] = queue.SimpleQueue()
         self.jobs: list[Job] = []
         self.num_sequences = 0  # submitted and not finished; the event loop counts
@@ -6632,9 +6770,17 @@ class EngineWorker(threading.Thread):
     def run(self) -> None:
         try:
             self.llm = self.load_model()
+            self.loaded.set_result(None)
             self.work(self.llm)
         except BaseException as error:  # nobody else would hear of it
-            self.on_failure(error)
+            if self.loaded.done():
+                self.on_failure(error)
+            else:
+                self.loaded.set_exception(error)
+        finally:
+            self.llm = None
+            gc.collect()  # layers and caches refer to each other
+            return_freed_memory()
 
     def work(self, llm: LLM) -> None:
         """Run what the inbox holds, step, deliver; until the inbox says None."""
@@ -6675,32 +6821,79 @@ class EngineWorker(threading.Thread):
 
 
 class Pool:
-    """The replicas, and which of them takes a request: the least busy one, unless the one that saw
-    the same beginning is about as free, since it has the prefix in its cache."""
+    """A model that is loaded, or being loaded: its replicas, and which of them takes a request: the
+    least busy one, unless the one that saw the same beginning is about as free, since it has the
+    prefix in its cache."""
 
     MAX_REMEMBERED = 1024
 
-    def __init__(self, workers: list[EngineWorker], max_queue: int) -> None:
-        self.workers, self.max_queue = workers, max_queue
+    def __init__(
+        self,
+        source: ModelSource,
+        max_queue: int,
+        on_idle: Callable[[Pool], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.source, self.max_queue, self.on_idle = source, max_queue, on_idle
+        self.workers = [EngineWorker(i, f, on_failure) for i, f in enumerate(source.loaders)]
         self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
-        self.is_closing: Callable[[], bool] = lambda: False
+        self.loading: asyncio.Task[None] | None = None
+        self.loading_bytes = 0  # of memory that it is going to take
+        self.load_s = 0.0  # how long that took
+        self.num_waiting = 0  # requests that wait for it to be loaded
+        self.used_s = time.monotonic()
+        self.keep_s = 0.0  # how long to stay when idle; negative is for ever
+        self.timer: asyncio.TimerHandle | None = None
 
     @property
     def ready(self) -> bool:
-        return not self.is_closing() and all(worker.llm is not None for worker in self.workers)
+        return all(worker.llm is not None for worker in self.workers)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.num_waiting and not any(w.num_sequences for w in self.workers)
 
     def llm(self) -> LLM:
-        """A loaded model, for what only reads it. Raises WireError 503."""
+        """One of the replicas, for what only reads it."""
         llm = self.workers[0].llm
-        if llm is None or not self.ready:
-            code = "shutting_down" if self.is_closing() else "model_loading"
-            message = f"the server is not ready: {code.replace('_', ' ')}"
-            raise WireError(503, code, message, {"retry-after": "1"})
+        assert llm is not None
         return llm
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """SamplingParams fields for requests that do not say: what the server was started with,
+        then the model's own."""
+        return {**self.llm().checkpoint.sampling, **self.source.sampling}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.llm())
+
+    async def load(self) -> None:
+        """Start the replicas. Raises the first reason why one cannot run."""
+        started = time.perf_counter()
+        for worker in self.workers:
+            worker.start()
+        try:
+            await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
+        except Exception as error:
+            if isinstance(error, NanollamaError):
+                raise
+            log.debug("", exc_info=error)
+            kind, reason = type(error).__name__, first_line(error)
+            raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from error
+        self.load_s = time.perf_counter() - started
+
+    async def stop(self) -> None:
+        """End the threads, and wait for that; what is still in a step may take SHUTDOWN_S."""
+        for worker in self.workers:
+            worker.inbox.put(None)
+        for worker in self.workers:
+            if worker.llm is not None:  # Python must not end while a thread is inside a step
+                await asyncio.to_thread(worker.join, SHUTDOWN_S)
+
     def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
-        """The worker for a request. Raises WireError 503, or 429 when the queue is full."""
-        llm = self.llm()
+        """The worker for a request. Raises WireError 429 when the queue is full."""
         beginning = request.messages[0].get("content") if request.messages else request.prompt
         key = hash(str((beginning or "")[:512]))
         least = min(self.workers, key=lambda worker: worker.num_sequences)
@@ -6709,7 +6902,7 @@ class Pool:
         self.seen[key] = worker
         while len(self.seen) > self.MAX_REMEMBERED:
             del self.seen[next(iter(self.seen))]
-        limit = len(llm.engine.cache.strips) + self.max_queue
+        limit = self.llm().engine.num_slots + self.max_queue
         if worker.num_sequences and worker.num_sequences + num_sequences > limit:
             message = f"the queue of {self.max_queue} is full; try again soon"
             raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
@@ -6718,13 +6911,167 @@ class Pool:
     async def start(self, requests: tuple[GenerationRequest, ...]) -> Job:
         """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`."""
         worker = self.pick(requests[0], len(requests))
-        job = Job(worker, requests)
+        job = Job(worker, requests, lambda: self.on_idle(self))
         try:
             await worker.submit(job)
         except BaseException:
             job.finish()
             raise
         return job
+
+
+class Models:
+    """The models in memory, by name. Whoever asks for another one waits until it is loaded, once
+    for all who ask; where memory is short, idle ones leave first, the one least recently used
+    before the others, and busy ones are waited for. Everything here runs in the event loop.
+
+    free_bytes: memory to be had. on_failure hears of what the server cannot go on without."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        config: ServerConfig,
+        free_bytes: Callable[[], float],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.catalog, self.config = catalog, config
+        self.free_bytes, self.on_failure = free_bytes, on_failure
+        # a single model is loaded at the start, and the server is not ready before
+        self.starting = next(iter(catalog.named)) if len(catalog.named) == 1 else None
+        keep = math.inf if self.starting else KEEP_ALIVE_S
+        self.keep_s = keep if config.keep_alive_s is None else config.keep_alive_s
+        self.pools: dict[str, Pool] = {}
+        self.room = asyncio.Lock()  # one at a time makes room for itself
+        self.idle = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
+        self.is_closing: Callable[[], bool] = lambda: False
+
+    @property
+    def ready(self) -> bool:
+        return not self.is_closing() and self.starting is None
+
+    @property
+    def workers(self) -> list[EngineWorker]:
+        """Those of every model that is in."""
+        return [w for pool in self.pools.values() if pool.ready for w in pool.workers]
+
+    def check_ready(self) -> None:
+        """Raises WireError 503."""
+        if not self.ready:
+            code = "shutting_down" if self.is_closing() else "model_loading"
+            message = f"the server is not ready: {code.replace('_', ' ')}"
+            raise WireError(503, code, message, {"retry-after": "1"})
+
+    async def names(self) -> list[str]:
+        """Every model that can be asked for, those in memory first, the one last used before the
+        others."""
+        known = list(self.catalog.named) or await asyncio.to_thread(self.catalog.names)
+        recent = sorted(self.pools.values(), key=lambda pool: -pool.used_s)
+        return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
+
+    async def source(self, name: str | None) -> ModelSource:
+        """The model a request means. Raises WireError 404 for one that is not served."""
+        names: list[str] = []
+        for wanted in (name, name and name.removesuffix(":latest")):
+            if wanted in self.pools or wanted in self.catalog.named:
+                assert wanted is not None
+                return self.catalog.named.get(wanted) or self.pools[wanted].source
+            if wanted and not self.catalog.named:
+                found = await asyncio.to_thread(self.catalog.find, wanted)
+                if found:
+                    return found
+        if not self.catalog.named or name is None or self.config.any_model:
+            names = await self.names()
+        if names and (name is None or self.config.any_model):
+            return await self.source(names[0])
+        there = ", ".join(list(self.catalog.named) or names) or "none yet; POST /api/pull"
+        asked = "no model is named" if name is None else f"model {name!r} is not served here"
+        raise WireError(404, "model_not_found", f"{asked}; there is: {there}")
+
+    async def pool(self, name: str | None, keep_s: float | None = None) -> Pool:
+        """The model a request means, loaded. Its caller starts a job before it awaits anything, or
+        the model may be gone. keep_s: how long it then stays, where that is not the server's.
+        Raises WireError 404 or 503, or what keeps the model from being loaded."""
+        self.check_ready()
+        source = await self.source(name)
+        pool = self.pools.get(source.name) or self.open(source)
+        assert pool.loading is not None
+        pool.num_waiting += 1
+        try:
+            await asyncio.shield(pool.loading)
+        finally:
+            pool.num_waiting -= 1
+        pool.keep_s = self.keep_s if keep_s is None else keep_s
+        self.settle(pool)
+        return pool
+
+    def open(self, source: ModelSource) -> Pool:
+        """Begin to load a model."""
+        pool = Pool(source, self.config.max_queue, self.settle, self.on_failure)
+        self.pools[source.name] = pool
+        pool.loading = asyncio.create_task(self.load(pool))
+        pool.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return pool
+
+    async def load(self, pool: Pool) -> None:
+        try:
+            if not self.starting:  # nobody is there to make room
+                async with self.room:
+                    pool.loading_bytes = await self.make_room(pool)
+            await pool.load()
+            self.starting = None
+        except Exception as error:
+            await pool.stop()
+            if self.starting:
+                self.on_failure(error)
+            else:
+                log.error(f"{pool.source.name}: {first_line(error)}")
+                del self.pools[pool.source.name]
+            raise
+        finally:
+            pool.loading_bytes = 0
+
+    async def make_room(self, pool: Pool) -> int:
+        """Unload others until there is memory for a model, or nothing is left to unload -> the
+        bytes it needs."""
+        need = await asyncio.to_thread(pool.source.need_bytes)
+        while need > self.free_bytes() - sum(p.loading_bytes for p in self.pools.values()):
+            others = [other for other in self.pools.values() if other.ready]
+            if not others:
+                break
+            if idle := [other for other in others if other.is_idle]:
+                await self.unload(min(idle, key=lambda other: other.used_s))
+            else:
+                self.idle.clear()
+                await self.idle.wait()
+        return need
+
+    def settle(self, pool: Pool) -> None:
+        """Note that a model was used; once it is idle, it leaves when its time is over."""
+        pool.used_s = time.monotonic()
+        if pool.timer:
+            pool.timer.cancel()
+        if pool.is_idle:
+            self.idle.set()
+            if 0 <= pool.keep_s < math.inf:
+                loop = asyncio.get_running_loop()
+                pool.timer = loop.call_later(pool.keep_s, self.expire, pool)
+
+    def expire(self, pool: Pool) -> None:
+        if pool.is_idle and pool.ready:
+            task = asyncio.create_task(self.unload(pool))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def unload(self, pool: Pool) -> None:
+        if self.pools.get(pool.source.name) is pool:
+            del self.pools[pool.source.name]
+            log.info(f"{pool.source.name}: unloaded")
+            await pool.stop()
+
+    async def close(self) -> None:
+        """End every thread; those that still load are left to end with the process."""
+        await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
 
 
 class Metrics:
@@ -6870,9 +7217,36 @@ def as_json(
     return starlette.responses.Response(encode_json(body), status, headers, "application/json")
 
 
+def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
+    """The header that names the fields of a request that had no effect; the log does too."""
+    if not names:
+        return {}
+    told = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
+    log.info(f"fields that have no effect: {told}")
+    return {"x-nanollama-ignored": told}
+
+
+def model_name(body: Mapping[str, Any]) -> str | None:
+    """The model that a body asks for. Raises RequestError."""
+    if (name := body.get("model")) is not None:
+        check_type("model", name, "string")
+    return name
+
+
 def error_response(error: BaseException) -> Response:
     problem = told(error)
     return as_json(error_body(problem), problem.status, getattr(problem, "headers", None))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a stream of objects is written."""
+
+    media_type: str
+    encode: Callable[[Mapping[str, Any]], bytes]
+    error: Callable[[NanollamaError], dict[str, Any]] = error_body
+    ping: bytes = b""  # what says that the stream is alive
+    last: bytes = b""
 
 
 def sse(value: Mapping[str, Any]) -> bytes:
@@ -6880,26 +7254,32 @@ def sse(value: Mapping[str, Any]) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-def event_stream(
+SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
+WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
+
+
+def stream_response(
     events: AsyncIterator[dict[str, Any] | None],
-    last: bytes,
-    job: Job,
+    encoding: Encoding,
+    at_end: Callable[[], None] = lambda: None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A response of server-sent events, a comment for each None, then `last`. It finishes the job
-    at its end, also when the client left before the first event."""
+    """A response that grows: the events, a ping for each None, and what ends a stream. It calls
+    `at_end` at its end, also when the client left before the first event."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
             async for event in events:
-                yield b": ping\n\n" if event is None else sse(event)
+                if data := encoding.ping if event is None else encoding.encode(event):
+                    yield data
         except (Exception, asyncio.CancelledError) as error:
-            yield sse(error_body(told(error)))
-        yield last
+            yield encoding.encode(encoding.error(told(error)))
+        if encoding.last:
+            yield encoding.last
 
     stream = starlette.responses.StreamingResponse(
         body(),
-        media_type="text/event-stream",
+        media_type=encoding.media_type,
         headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
     )
 
@@ -6908,7 +7288,7 @@ def event_stream(
             with contextlib.suppress(starlette.requests.ClientDisconnect):
                 await unless_disconnected(receive, stream.stream_response(send))
         finally:
-            job.finish()
+            at_end()
 
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
@@ -6932,70 +7312,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Answer:
-    """One response on its way: `events` streams it, `whole` waits for all of it."""
-
-    def __init__(
-        self,
-        deltas: AsyncIterator[list[Delta]],
-        wire: WireRequest,
-        choices: list[ChatChoice | TextChoice],
-        model: str,
-        fingerprint: str,
-    ) -> None:
-        self.deltas, self.wire, self.choices = deltas, wire, choices
-        self.envelope = {
-            "id": choices[0].id_prefix + secrets.token_hex(12),
-            "object": choices[0].object,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-
-    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
-        """Every choice's chunks; None where nothing came for a while."""
-        for choice in self.choices:
-            for chunk in choice.start():
-                yield chunk
-        async for deltas in self.deltas:
-            if not deltas:
-                yield None
-            for delta in deltas:
-                for chunk in self.choices[delta.index].push(delta):
-                    yield chunk
-
-    def closing(self) -> dict[str, Any]:
-        """usage and timings, once all is done."""
-        usages = [choice.usage for choice in self.choices if choice.usage is not None]
-        per_prompt = len(self.choices) // self.wire.num_prompts
-        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
-
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self.chunks():
-            pass
-        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
-        if self.wire.metadata is not None:
-            body["metadata"] = self.wire.metadata
-        return {**body, **self.closing()}
-
-    async def events(self) -> AsyncIterator[dict[str, Any] | None]:
-        head = dict(self.envelope)
-        if head["object"] == "chat.completion":
-            head["object"] = "chat.completion.chunk"
-        if self.wire.include_usage:
-            head["usage"] = None
-        num_left = len(self.choices)
-        async for chunk in self.chunks():
-            if chunk is None:
-                yield None
-                continue
-            num_left -= chunk["finish_reason"] is not None
-            last = {"timings": self.closing()["timings"]} if not num_left else {}
-            yield {**head, "choices": [chunk], **last}
-        if self.wire.include_usage:
-            yield {**head, "choices": [], **self.closing()}
-
-
 def fingerprint(llm: LLM) -> str:
     """A short hash of weights (sampled), code version and precision."""
     digest = hashlib.sha256(f"{__version__} {llm.engine.decoder.dtype}".encode())
@@ -7011,23 +7327,29 @@ def fingerprint(llm: LLM) -> str:
     return f"fp_{digest.hexdigest()[:12]}"
 
 
+class WebReply:
+    """An answer on the web chat's own route, as Reply; nothing but its stream is wanted."""
+
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
+
+    def start(self) -> list[dict[str, Any]]:
+        return []
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
+
+    def end(self) -> list[dict[str, Any]]:
+        return []
+
+
 class App:
     """The handlers and what they share."""
 
-    def __init__(self, pool: Pool, config: ServerConfig, sampling: Mapping[str, Any]) -> None:
-        self.pool, self.config, self.given = pool, config, dict(sampling)
+    def __init__(self, models: Models, config: ServerConfig) -> None:
+        self.models, self.config = models, config
         self.metrics = Metrics()
         self.created = int(time.time())
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """SamplingParams fields for requests that do not say: what the server was started with,
-        then the model's own."""
-        return {**self.pool.llm().checkpoint.sampling, **self.given}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.pool.llm())
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -7050,49 +7372,69 @@ class App:
             log.info(encode_json(value).decode())
         return value
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer under. Raises WireError 404 for a model that is not served."""
-        known = self.config.model_id
-        if name is None or name == known or self.config.any_model:
-            return name or known
-        raise WireError(
-            404, "model_not_found", f"model {name!r} is not served here; there is: {known}"
-        )
-
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        wire = parse_chat(await self.body(request), self.sampling, self.config.strict)
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, wire, make)
+        return await self.answer(request, pool, wire, make)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
-        wire = parse_text(await self.body(request), self.sampling, self.config.strict)
-        return await self.answer(request, wire, functools.partial(TextChoice, echo=wire.echo))
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_text(body, pool.sampling, self.config.strict)
+        make = functools.partial(TextChoice, echo=wire.echo)
+        return await self.answer(request, pool, wire, make)
 
     async def answer(
         self,
         request: Request,
+        pool: Pool,
         wire: WireRequest,
         make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
     ) -> Response:
-        """Run a request and answer with one object, or with a stream of chunks."""
-        model, fingerprint, headers = self.check_model(wire.model), self.fingerprint, {}
-        if wire.ignored:  # a header has no room for all that a name may hold
-            names = ", ".join(ascii(name)[1:-1] for name in wire.ignored)[:1000]
-            headers["x-nanollama-ignored"] = names
-            log.info(f"fields that have no effect: {names}")
-        job = await self.pool.start(wire.requests)
+        """Answer as OpenAI does, under the name that was asked for."""
+        job = await pool.start(wire.requests)
         choices = list(map(make, itertools.count(), job.sequences, job.prompts))
-        deltas = self.metrics.watch(job, self.config.timeout_s)
-        answer = Answer(deltas, wire, choices, model, fingerprint)
+        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        headers = ignored_header(wire.ignored)
         if wire.stream:
-            return event_stream(answer.events(), b"data: [DONE]\n\n", job, headers)
+            return self.stream(job, reply, SSE, headers)
+        return as_json(await self.whole(request, job, reply), headers=headers)
+
+    async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
+        """What a reply makes of the deltas of a job; None where nothing came for a while."""
+        for event in reply.start():
+            yield event
+        async for deltas in self.metrics.watch(job, self.config.timeout_s):
+            if not deltas:
+                yield None
+            for delta in deltas:
+                for event in reply.push(delta):
+                    yield event
+        for event in reply.end():
+            yield event
+
+    def stream(
+        self, job: Job, reply: Any, encoding: Encoding, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        return stream_response(self.events(job, reply), encoding, job.finish, headers)
+
+    async def whole(self, request: Request, job: Job, reply: Any) -> dict[str, Any]:
+        """The same answer as one object: a fold over its stream."""
+
+        async def fold() -> None:
+            async for _ in self.events(job, reply):
+                pass
+
         try:
-            body = await unless_disconnected(request.receive, answer.whole())
+            await unless_disconnected(request.receive, fold())
         finally:
             job.finish()
-        return as_json(body, headers=headers)
+        body: dict[str, Any] = reply.result()
+        return body
 
     # -- the web chat's own route ------------------------------------------------------------------
 
@@ -7100,7 +7442,8 @@ class App:
         """POST /chat/completions: {token, gpu} events, then {done}. Values out of range are
         clamped, conversations over the limits refused."""
         given, _ = read_fields(await self.body(request), CHAT_FIELDS)
-        messages = parse_messages(given)
+        pool = await self.models.pool(given.get("model"))
+        messages = parse_messages(given, pool.source.opening)
         sizes = [len(message.get("content") or "") for message in messages]
         if len(messages) > WEB_MAX_MESSAGES:
             refuse(f"{len(messages)} messages; at most {WEB_MAX_MESSAGES} are taken", "messages")
@@ -7110,22 +7453,13 @@ class App:
                 f"{WEB_MAX_CHARS}; these have {max(sizes)} and {sum(sizes)}",
                 "messages",
             )
-        values = self.sampling
+        values = pool.sampling
         for name, (least, most, default) in WEB_CLAMPS.items():
             wanted = given.get(name, values.get(name, default))
             values[name] = most if wanted is None else min(max(wanted, least), most)
         params = SamplingParams(**values)
-        job = await self.pool.start((GenerationRequest(messages=messages, params=params),))
-
-        async def events() -> AsyncIterator[dict[str, Any] | None]:
-            async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                if not deltas:
-                    yield None
-                for delta in deltas:
-                    if delta.text:
-                        yield {"token": delta.text, "gpu": job.worker.index}
-
-        return event_stream(events(), sse({"done": True}), job)
+        job = await pool.start((GenerationRequest(messages=messages, params=params),))
+        return self.stream(job, WebReply(job.worker.index), WEB_SSE)
 
     # -- looking in --------------------------------------------------------------------------------
 
@@ -7135,9 +7469,9 @@ class App:
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 when requests can be taken"""
-        workers, ready = self.pool.workers, self.pool.ready
+        workers, ready = self.models.workers, self.models.ready
         body = {
-            "status": "ok" if ready else "closing" if self.pool.is_closing() else "loading",
+            "status": "ok" if ready else "closing" if self.models.is_closing() else "loading",
             "ready": ready,
             "num_gpus": len(workers),
             "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
@@ -7146,51 +7480,46 @@ class App:
 
     async def stats(self, request: Request) -> Response:
         """GET /stats: who is busy with what"""
-        self.pool.llm()
-        workers = []
-        for worker in self.pool.workers:
-            assert worker.llm is not None
-            engine = worker.llm.engine
-            workers.append(
-                {
-                    "gpu_id": worker.index,
-                    "device": str(engine.decoder.device),
-                    "kernels": engine.decoder.kernels,
-                    "kv_dtype": engine.decoder.kv_dtype,
-                    "running": len(engine.scheduler.running),
-                    "waiting": len(engine.scheduler.waiting),
-                    "slots": len(engine.cache.strips),
-                    "kv_cache_bytes": engine.cache.nbytes,
-                    **dataclasses.asdict(engine.stats),
-                }
-            )
-        num_busy = sum(worker.num_sequences > 0 for worker in self.pool.workers)
+        self.models.check_ready()
+        rows = [
+            {"gpu_id": worker.index, "model": name, **worker.llm.engine.state()}
+            for name, pool in self.models.pools.items()
+            for worker in pool.workers
+            if worker.llm is not None
+        ]
+        num_busy = sum(worker.num_sequences > 0 for worker in self.models.workers)
         body = {
-            "total_workers": len(workers),
-            "available_workers": len(workers) - num_busy,
+            "total_workers": len(rows),
+            "available_workers": len(rows) - num_busy,
             "busy_workers": num_busy,
-            "workers": workers,
+            "workers": rows,
         }
         return as_json(body)
 
     async def prometheus(self, request: Request) -> Response:
         """GET /metrics"""
-        text = self.metrics.render(self.pool.workers)
+        text = self.metrics.render(self.models.workers)
         return starlette.responses.Response(
             text, media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    def model_body(self, name: str) -> dict[str, Any]:
-        body = {"id": name, "object": "model", "created": self.created, "owned_by": "nanollama"}
-        return {**body, "max_model_len": self.pool.llm().engine.n_ctx} if self.pool.ready else body
+    def model_body(self, name: str, asked: str | None = None) -> dict[str, Any]:
+        """A model as /v1/models lists it, under the name that was asked for."""
+        pool = self.models.pools.get(name)
+        state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
+        n_ctx = {"max_model_len": pool.llm().engine.n_ctx} if pool and pool.ready else {}
+        head = {"id": asked or name, "object": "model", "created": self.created}
+        return {**head, "owned_by": "nanollama", "state": state, **n_ctx}
 
-    async def models(self, request: Request) -> Response:
-        """GET /v1/models"""
-        return as_json({"object": "list", "data": [self.model_body(self.config.model_id)]})
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models: what can be asked for, and what of it is in memory"""
+        bodies = [self.model_body(name) for name in await self.models.names()]
+        return as_json({"object": "list", "data": bodies})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}"""
-        return as_json(self.model_body(self.check_model(request.path_params["id"])))
+        name = request.path_params["id"]
+        return as_json(self.model_body((await self.models.source(name)).name, name))
 
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
@@ -7207,9 +7536,11 @@ class App:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body, llm = await self.body(request), self.pool.llm()
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        llm = pool.llm()
         if body.get("messages") is not None:
-            chat = parse_chat(body, self.sampling).requests[0]
+            chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
             ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
             given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
@@ -7219,8 +7550,8 @@ class App:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
-        given, _ = read_fields(await self.body(request), {"tokens": "array"})
-        ids, llm = given.get("tokens", []), self.pool.llm()
+        given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
+        ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
         bad = next((i for i in ids if type(i) is not int or not 0 <= i < llm.config.n_vocab), None)
         if bad is not None:
             refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
@@ -7228,17 +7559,50 @@ class App:
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info"""
-        template = self.pool.llm().template
+        template = (await self.models.pool(request.query_params.get("model"))).llm().template
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         words = {name: template.special_tokens.get(name) for name in names}
         return as_json({**words, "chat_template": template.source or CHATML})
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        chat, llm = parse_chat(await self.body(request), self.sampling).requests[0], self.pool.llm()
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        llm = pool.llm()
+        chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
         ids = await asyncio.to_thread(llm.prompt_ids, chat)
         pieces = [llm.tokenizer.piece(i) for i in ids]
         return as_json({"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One handler: the methods and paths it answers, and the fields of its body, with JSON types;
+    the handler's own docstring says what it is."""
+
+    handler: Callable[[App, Request], Coroutine[Any, Any, Response]]
+    names: tuple[str, ...]
+    fields: Mapping[str, str] | None = None
+    required: tuple[str, ...] = ()
+
+
+TOKENIZE_FIELDS = {"prompt": "string", "add_special_tokens": "boolean", **CHAT_FIELDS}
+ROUTES = (
+    Route(App.page, ("GET /",)),
+    Route(App.health, ("GET /health",)),
+    Route(App.stats, ("GET /stats",)),
+    Route(App.prometheus, ("GET /metrics",)),
+    Route(App.capabilities, ("GET /v1/capabilities",)),
+    Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
+    Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+    Route(App.list_models, ("GET /v1/models", "GET /models")),
+    Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
+    Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
+    Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
+    Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
+    Route(App.tokenizer_info, ("GET /tokenizer_info",)),
+    Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
+)
 
 
 @lru_cache(maxsize=1)
@@ -7263,56 +7627,38 @@ def page_headers() -> dict[str, str]:
 
 
 def create_app(
-    loaders: list[Callable[[], LLM]],
+    catalog: Catalog,
     config: ServerConfig | None = None,
-    sampling: Mapping[str, Any] | None = None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
+    free_bytes: Callable[[], float] = lambda: math.inf,
 ) -> starlette.applications.Starlette:
-    """The ASGI application. Each loader makes one replica, in the thread that will own it.
+    """The ASGI application. A single model that is named is loaded at once and stays.
 
-    sampling: SamplingParams fields for requests that do not say. on_failure is called in a worker's
-    thread when it has to give up, mostly because its model cannot be loaded."""
+    on_failure is called, in any thread, when the server has to give up, mostly because its only
+    model cannot be loaded. free_bytes says how much memory there is for more models."""
     config = config or ServerConfig()
-    workers = [EngineWorker(i, load, on_failure) for i, load in enumerate(loaders)]
-    app = App(Pool(workers, config.max_queue), config, sampling or {})
+    models = Models(catalog, config, free_bytes, on_failure)
+    app = App(models, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        for worker in workers:
-            worker.start()
+        if models.starting:
+            models.open(catalog.named[models.starting])
         yield
-        for worker in workers:
-            worker.inbox.put(None)
-            if worker.llm is not None:  # Python must not end while a thread is inside a step
-                await asyncio.to_thread(worker.join, SHUTDOWN_S)
+        await models.close()
 
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error)
 
     loopback = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
     everyone = "*" in config.cors_origins
-    route, middleware = starlette.routing.Route, starlette.middleware.Middleware
-    routes = [
-        route("/", app.page),
-        route("/health", app.health),
-        route("/stats", app.stats),
-        route("/metrics", app.prometheus),
-        route("/v1/capabilities", app.capabilities),
-        route("/chat/completions", app.chat_stream, methods=["POST"]),
-        route("/tokenize", app.tokenize, methods=["POST"]),
-        route("/detokenize", app.detokenize, methods=["POST"]),
-        route("/tokenizer_info", app.tokenizer_info),
-        route("/apply-template", app.apply_template, methods=["POST"]),
-        route("/v1/chat/completions", app.chat, methods=["POST"]),
-    ]
-    for prefix in ("/v1", ""):
-        routes += [
-            route(f"{prefix}/completions", app.text, methods=["POST"]),
-            route(f"{prefix}/models", app.models),
-            route(f"{prefix}/models/{{id:path}}", app.model),
-        ]
+    middleware = starlette.middleware.Middleware
     application = starlette.applications.Starlette(
-        routes=routes,
+        routes=[
+            starlette.routing.Route(path, getattr(app, route.handler.__name__), methods=[method])
+            for route in ROUTES
+            for method, path in (name.split() for name in route.names)
+        ],
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
         middleware=[
@@ -7320,53 +7666,62 @@ def create_app(
                 cors.CORSMiddleware,
                 allow_origins=list(config.cors_origins),
                 allow_origin_regex=None if everyone else loopback,
-                allow_methods=["GET", "POST", "OPTIONS"],
+                allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "x-nanollama-ignored"],
             ),
             middleware(Gate, config=config, metrics=app.metrics),
         ],
     )
-    application.state.pool = app.pool
+    application.state.models = models
     return application
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises UsageError for an address that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
+        ) from None
+    return listener
+
+
 def serve(
-    loaders: list[Callable[[], LLM]], config: ServerConfig, sampling: Mapping[str, Any]
+    catalog: Catalog, config: ServerConfig, free_bytes: Callable[[], float] = lambda: math.inf
 ) -> None:
     """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S).
 
-    Raises what made a worker give up, or UsageError when the address cannot be bound."""
+    Raises what made the server give up, or UsageError when the address cannot be bound."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {config.host}:{config.port}: {first_line(error)}; try another --port"
-        ) from None
-    app = create_app(loaders, config, sampling, failed)
+    listener = listen(config.host, config.port)
+    app = create_app(catalog, config, failed, free_bytes)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
         )
     )
-    app.state.pool.is_closing = lambda: server.should_exit  # connections that are kept may go on
+    app.state.models.is_closing = lambda: server.should_exit  # connections that are kept may go on
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that hang up
     host = f"[{config.host}]" if ":" in config.host else config.host
-    log.info(f"http://{host}:{listener.getsockname()[1]}  (loading {config.model_id})")
+    models = ", ".join(catalog.named) or "the models on this machine"
+    what = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
+    log.info(f"http://{host}:{listener.getsockname()[1]}  ({what})")
     server.run(sockets=[listener])
     if failures and not isinstance(failures[0], NanollamaError):
         kind, reason = type(failures[0]).__name__, first_line(failures[0])
@@ -7729,7 +8084,7 @@ async function connect() {
   clearTimeout(reconnect);
   try {
     [model] = (await (await call('v1/models')).json()).data;
-    trouble = model.max_model_len ? '' : 'loading…';
+    trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
     if (trouble) reconnect = setTimeout(connect, 2000);
   } catch (error) {
     trouble = error.message;
@@ -8047,7 +8402,7 @@ USAGE = """\
 nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
-       nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
+       nanollama.py --serve [--model MODEL ..] [options]  OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL
        nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -8062,10 +8417,27 @@ def key_value(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, as in 42=-100") from None
 
 
+class ModelAction(argparse.Action):
+    """--model: the last one given is `model`, all of them are `models`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        namespace.model, namespace.models = values, (*namespace.models, values)
+
+
+def duration(text: str) -> float:
+    """5m, 30s, 0, -1 of --keep-alive"""
+    try:
+        return parse_duration(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
+    text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
+    add("--model", metavar="MODEL", action=ModelAction, help=text)
+    parser.set_defaults(models=())
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add(
@@ -8185,6 +8557,14 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         action="append",
     )
     add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
+    add(
+        "keep-alive",
+        "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
+        "where one model is named)",
+        dest="keep_alive_s",
+        type=duration,
+        metavar="TIME",
+    )
     add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
     add("any-model", "answer for every model name", action="store_true")
     add("strict", "refuse fields that are not known", action="store_true")
@@ -8725,6 +9105,70 @@ def run_interactive(settings: Settings) -> int:
     return Repl(settings, settings.load()).run()
 
 
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
+    """Whether native kernels run a model, which ones, and the type of its keys and values."""
+    args = settings.args
+    dtype = args.dtype or ENGINE_DEFAULTS.dtype
+    native, kernels = pick_kernels(
+        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
+    )
+    packed = native and bool(checkpoint.quantization in REPACK or args.quantize)
+    return native, kernels, pick_kv_dtype(args.kv_dtype or "auto", dtype, packed)
+
+
+def memory_needed(
+    checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
+) -> tuple[int, int]:
+    """Bytes of the weights, and of the keys and values of a full context (or `most_ctx`)."""
+    args, config, tensors = settings.args, checkpoint.config, checkpoint.tensors
+    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
+    packed = checkpoint.quantization in REPACK
+    itemsize = 4 if (args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
+    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
+    if args.quantize and not packed:
+        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
+        weight_bytes = int(
+            sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
+        )
+    return weight_bytes, config.kv_bytes(n_ctx, chosen_kernels(checkpoint, settings)[2])
+
+
+def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
+    """How the server gets a model: by its name, or from `path`."""
+    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
+    args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
+    settings = dataclasses.replace(settings, args=args)
+    num_gpus = args.num_gpus or 1
+    devices = [f"cuda:{i}" if num_gpus > 1 else args.device for i in range(num_gpus)]
+
+    def need_bytes() -> int:
+        checkpoint = open_checkpoint(ModelStore().resolve(settings.model, args.revision))
+        return sum(memory_needed(checkpoint, settings, SLOT_TOKENS))
+
+    loaders = tuple(functools.partial(settings.load, device) for device in devices)
+    return ModelSource(name, loaders, chosen, tuple(settings.messages()), need_bytes)
+
+
+def serve_catalog(settings: Settings) -> Catalog:
+    """The models named by --model or the Modelfile; where there are none, those on this machine."""
+    args, store = settings.args, ModelStore()
+    if args.modelfile or len(args.models) == 1:
+        return Catalog({settings.model: model_source(settings, settings.model)})
+    if args.models:
+        ones = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.models}
+        named = {n: dataclasses.replace(settings, args=one) for n, one in ones.items()}
+        return Catalog({name: model_source(one, name) for name, one in named.items()})
+
+    def find(name: str) -> ModelSource | None:
+        path = store.find_cached(name)
+        return model_source(settings, name, path) if path else None
+
+    def names() -> list[str]:
+        return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
+
+    return Catalog({}, find, names)
+
+
 def run_serve(settings: Settings) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
@@ -8736,7 +9180,6 @@ def run_serve(settings: Settings) -> int:
     }
     config = ServerConfig(
         **given,
-        model_id=settings.model,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin or ()),
     )
@@ -8744,10 +9187,9 @@ def run_serve(settings: Settings) -> int:
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
-    devices = [f"cuda:{i}" if config.num_gpus > 1 else args.device for i in range(config.num_gpus)]
-    loaders: list[Callable[[], LLM]] = [functools.partial(settings.load, d) for d in devices]
-    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
-    serve(loaders, config, chosen)
+    serve(
+        serve_catalog(settings), config, lambda: available_memory(pick_device(settings.args.device))
+    )
     return 0
 
 
@@ -8769,22 +9211,8 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    args, dtype = settings.args, settings.args.dtype or ENGINE_DEFAULTS.dtype
-    itemsize = 4 if dtype == "float32" else 2
-    packed, tensors = checkpoint.quantization in REPACK, checkpoint.tensors
-    native, kernels = pick_kernels(
-        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
-    )
-    kv_dtype = pick_kv_dtype(
-        args.kv_dtype or "auto", dtype, native and bool(packed or args.quantize)
-    )
-    kv_bytes = config.kv_bytes(n_ctx, kv_dtype)
-    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if args.quantize and not packed:
-        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
-        weight_bytes = int(
-            sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
-        )
+    kernels, kv_dtype = chosen_kernels(checkpoint, settings)[1:]
+    weight_bytes, kv_bytes = memory_needed(checkpoint, settings)
     rope = config.rope["rope_type"]
     return [
         f"model         {settings.model}",
@@ -9098,6 +9526,8 @@ def run(argv: list[str]) -> int:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     args = parser.parse_args(argv)
+    if len(args.models) > 1 and not args.serve:
+        parser.error("several --model go with --serve")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
     if args.verbose:
