@@ -13,6 +13,7 @@
 #     "starlette>=0.46",
 #     "uvicorn>=0.34",
 #     "prometheus_client>=0.21",
+#     "pyyaml>=6",
 # ]
 # ///
 """nanollama: download, run, chat with and serve language models, in one file you can read.
@@ -87,6 +88,7 @@ import operator
 import os
 import platform
 import queue
+import random
 import re
 import reprlib
 import secrets
@@ -127,6 +129,7 @@ __all__ = [
     "NanollamaError",
     "PackedLinear",
     "SamplingParams",
+    "TestServer",
     "TextStream",
     "Tokenizer",
     "Usage",
@@ -168,6 +171,7 @@ if TYPE_CHECKING:
     import jinja2.sandbox
     import numpy as np
     import prometheus_client
+    import pytest
     import safetensors
     import starlette.applications
     import starlette.exceptions
@@ -181,6 +185,7 @@ if TYPE_CHECKING:
     import triton
     import triton.language as tl
     import uvicorn
+    import yaml
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
@@ -194,6 +199,7 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
+    pytest = LazyModule("pytest")
     safetensors = LazyModule("safetensors")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
@@ -205,6 +211,7 @@ else:
     tqdm = LazyModule("tqdm")
     triton = LazyModule("triton")
     uvicorn = LazyModule("uvicorn")
+    yaml = LazyModule("yaml")
 
 
 class NanollamaError(Exception):
@@ -3873,6 +3880,92 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+# ---- a model for tests ---------------------------------------------------------------------------
+
+TINY_RANDOM = "tiny-random"
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
+
+
+def write_tiny_random(directory: Path) -> None:
+    """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
+    header: dict[str, Any] = {}
+    data = bytearray()
+    for name, shape in _tiny_shapes().items():
+        start, values = len(data), _tiny_values(name, shape)
+        data += struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
+    head = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": w, "special": True, **flags} for w, i in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": byte_alphabet() | special, "merges": []},
+    }
+    for file, value in {
+        "config.json": {**TINY_CONFIG, "eos_token_id": special["<|im_end|>"]},
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+    }.items():
+        (directory / file).write_text(json.dumps(value), encoding="utf-8")
+
+
+def _tiny_shapes() -> dict[str, tuple[int, ...]]:
+    V, C, F, kv = 260, 64, 96, 32
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (V, C), "norm": (C,)}
+    for layer in ("layers.0", "layers.1"):
+        shapes |= {f"{layer}.{n}_layernorm": (C,) for n in ("input", "post_attention")}
+        rows = {"q": C, "k": kv, "v": kv, "o": C}
+        shapes |= {f"{layer}.self_attn.{n}_proj": (num, C) for n, num in rows.items()}
+        shapes |= {f"{layer}.mlp.{n}_proj": (F, C) for n in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj"] = (C, F)
+    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    return {**names, "lm_head.weight": (V, C)}
+
+
+def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
+    """Random numbers, except that channel 0 is always there, and only printable ASCII and the end
+    like it: so answers are of these."""
+    rng = random.Random(name)
+    values = [rng.gauss(float("norm" in name), 0.2) for _ in range(math.prod(shape))]
+    if "embed" in name:
+        values[::64] = [16.0] * 260
+    if "lm_head" in name:
+        values[::64] = [2.0 if 31 < i < 127 or i == 258 else -2.0 for i in range(260)]
+    return values
+
+
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -4027,9 +4120,9 @@ class ModelStore:
         path = local_path(reference)
         if revision and (path or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
-        if path and reference not in ALIASES:
+        if path and reference not in (*ALIASES, TINY_RANDOM):
             return path
-        if reference in ALIASES or parse_hub_ref(reference):
+        if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
             return self.find_cached(reference, revision)
         raise ModelNotFoundError(self._unknown(reference))
 
@@ -4038,6 +4131,8 @@ class ModelStore:
         hub = parse_hub_ref(reference)
         if reference in ALIASES:
             found = self._find_alias(reference)
+        elif reference == TINY_RANDOM:
+            found = self._tiny_random()
         else:
             found = self._find_in_hub_cache(hub, revision) if hub else None
         if found:
@@ -4062,6 +4157,19 @@ class ModelStore:
         hub = HubRef(alias.repo, file=alias.file)
         path = own if own.exists() else self._find_in_hub_cache(hub, None)
         return path if path and path.stat().st_size == alias.num_bytes else None
+
+    def _tiny_random(self) -> Path:
+        """The model for tests, made the first time it is asked for."""
+        target = self.root / TINY_RANDOM / __version__
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / "made"
+                made.mkdir()
+                write_tiny_random(made)
+                with contextlib.suppress(OSError):  # another process was faster
+                    made.rename(target)
+        return target
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
@@ -4093,7 +4201,9 @@ class ModelStore:
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
-        self.find(reference, revision)  # raises for what means nothing
+        found = self.find(reference, revision)  # raises for what means nothing
+        if reference == TINY_RANDOM and found:
+            return found
         if reference in ALIASES:
             return self._pull_alias(reference)
         hub = parse_hub_ref(reference)
@@ -4610,15 +4720,6 @@ NFC = frozenset({"qwen2", "qwen35", "command-r"})
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
 )
-
-
-@lru_cache(maxsize=1)
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
-    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
@@ -5200,16 +5301,17 @@ class Seen:
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids = torch.empty(0, dtype=torch.long)
+        self.ids: Tensor | None = None  # of `known`
 
     def update(self, history: list[int]) -> Tensor:
         """The distinct ids of `history`, which begins with that of the last call"""
         new = set(history[self.num_read :]) - self.known
         if new:
-            self.ids = torch.cat((self.ids, torch.tensor(list(new))))
+            ids = torch.tensor(list(new))
+            self.ids = ids if self.ids is None else torch.cat((self.ids, ids))
             self.known |= new
         self.num_read = len(history)
-        return self.ids
+        return cast("Tensor", self.ids)
 
 
 def penalize(
@@ -5471,6 +5573,22 @@ class Sequence:
         for token_id, row in zip(following, logits):
             self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
 
+    def append(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, is_end: bool = False
+    ) -> Delta:
+        """Take a new token, and decide whether it is the last."""
+        self.token_ids.append(token_id)
+        self.first_token_s = self.first_token_s or time.perf_counter()
+        text = "" if is_end else self.text.push(token_id)
+        if is_end or self.text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_length:
+            self.finish_reason = "length"
+        if self.finish_reason is None:
+            return Delta(self.index, text, token_id, logprobs)
+        text += self.text.flush()
+        return Delta(self.index, text, token_id, logprobs, self.finish_reason, self.usage())
+
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
         deltas, self.outbox = self.outbox, []
@@ -5620,7 +5738,9 @@ class Engine:
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
+        self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
+        self.is_capped = self.n_ctx < decoder.config.n_ctx
         self.num_slots = config.parallel or default_slots(decoder, self.n_ctx)
         self.cache = decoder.new_cache(self.num_slots)
         self.scheduler = Scheduler(self.num_slots, config.prefill_chunk, config.lookup)
@@ -5646,7 +5766,7 @@ class Engine:
             raise ContextLengthError(
                 f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
                 "answer included; shorten the prompt"
-                + (" or raise --ctx" if self.n_ctx < self.decoder.config.n_ctx else ""),
+                + (" or raise --ctx" if self.is_capped else ""),
                 "prompt",
             )
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
@@ -5668,9 +5788,9 @@ class Engine:
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises RequestError, naming `param`, for an id that the model does not have."""
-        n_vocab = self.decoder.config.n_vocab
-        if (bad := next((i for i in token_ids if not 0 <= i < n_vocab), None)) is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {n_vocab}", param)
+        bad = next((i for i in token_ids if not 0 <= i < self.n_vocab), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.n_vocab}", param)
 
     def cancel(self, seq: Sequence) -> None:
         """Drop a sequence, running or waiting."""
@@ -5752,21 +5872,7 @@ class Engine:
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
         token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
-        seq.token_ids.append(token_id)
-        seq.first_token_s = seq.first_token_s or time.perf_counter()
-        text = ""
-        if token_id in self.end_ids and not p.ignore_eos:
-            seq.finish_reason = "stop"
-        else:
-            text = seq.text.push(token_id)
-            if seq.text.stopped:
-                seq.finish_reason = "stop"
-            elif len(seq.token_ids) >= seq.max_length:
-                seq.finish_reason = "length"
-        if seq.finish_reason is None:
-            return Delta(seq.index, text, token_id, logprobs)
-        text += seq.text.flush()
-        return Delta(seq.index, text, token_id, logprobs, seq.finish_reason, seq.usage())
+        return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5856,7 +5962,7 @@ class LLM:
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
         self.template = ChatTemplate(text, template)
-        self.config = checkpoint.config
+        self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         # a GGUF's list of tokens has done its work; its memory is free for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
@@ -6013,6 +6119,20 @@ class LLM:
             kept = [m for i, m in enumerate(kept) if i >= end or m["role"] == "system"]
         return kept, len(messages) - len(kept)
 
+    def fingerprint(self) -> str:
+        """A short hash of weights (sampled), code version and precision."""
+        digest = hashlib.sha256(f"{__version__} {self.engine.decoder.dtype}".encode())
+        path = self.checkpoint.path
+        files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as opened:
+                for i in range(16):
+                    opened.seek(size * i // 16)
+                    digest.update(opened.read(1 << 16))
+        return f"fp_{digest.hexdigest()[:12]}"
+
     def complete(self, request: GenerationRequest) -> Completion:
         """The whole answer to one request: a fold over `stream`."""
         deltas = list(self.stream(request))
@@ -6145,6 +6265,15 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
         refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
     seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
     return math.inf if text.startswith("-") else seconds
+
+
+class Fault(NanollamaError):
+    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
+    the connection."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__("the script breaks this answer off")
+        self.is_cut = is_cut
 
 
 def error_body(error: NanollamaError) -> dict[str, Any]:
@@ -6603,6 +6732,7 @@ class Reply:
 
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
+MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
@@ -6626,6 +6756,7 @@ class ServerConfig:
     log_prompts: bool = False
     reasoning_name: str = "reasoning_content"
     num_gpus: int = 1
+    keeps_requests: bool = False  # a server for tests: GET /_test/requests shows what was asked
     keep_alive_s: float | None = None  # how long an idle model stays; negative is for ever. None:
     # for ever where one model is named, else KEEP_ALIVE_S
 
@@ -6863,11 +6994,11 @@ class Pool:
     def sampling(self) -> dict[str, Any]:
         """SamplingParams fields for requests that do not say: what the server was started with,
         then the model's own."""
-        return {**self.llm().checkpoint.sampling, **self.source.sampling}
+        return {**self.llm().sampling, **self.source.sampling}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.llm())
+        return self.llm().fingerprint()
 
     async def load(self) -> None:
         """Start the replicas. Raises the first reason why one cannot run."""
@@ -7180,9 +7311,8 @@ class Gate:
             self.check_key(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
-            response = error_response(error)
             if not status:  # nothing has been sent yet
-                await response(scope, receive, note_status)
+                await error_response(error)(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("endpoint"), "__name__", "other")
@@ -7234,6 +7364,9 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 
 
 def error_response(error: BaseException) -> Response:
+    if isinstance(error, Fault):
+        length = {"content-length": "999"} if error.is_cut else None
+        return starlette.responses.Response(b'{"torn": "', 200, length, "application/json")
     problem = told(error)
     return as_json(error_body(problem), problem.status, getattr(problem, "headers", None))
 
@@ -7272,6 +7405,10 @@ def stream_response(
             async for event in events:
                 if data := encoding.ping if event is None else encoding.encode(event):
                     yield data
+        except Fault as fault:
+            if fault.is_cut:
+                raise
+            yield encoding.encode({"torn": ""}).replace(b'""}', b'"')
         except (Exception, asyncio.CancelledError) as error:
             yield encoding.encode(encoding.error(told(error)))
         if encoding.last:
@@ -7312,21 +7449,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def fingerprint(llm: LLM) -> str:
-    """A short hash of weights (sampled), code version and precision."""
-    digest = hashlib.sha256(f"{__version__} {llm.engine.decoder.dtype}".encode())
-    path = llm.checkpoint.path
-    files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for i in range(16):
-                opened.seek(size * i // 16)
-                digest.update(opened.read(1 << 16))
-    return f"fp_{digest.hexdigest()[:12]}"
-
-
 class WebReply:
     """An answer on the web chat's own route, as Reply; nothing but its stream is wanted."""
 
@@ -7350,6 +7472,7 @@ class App:
         self.models, self.config = models, config
         self.metrics = Metrics()
         self.created = int(time.time())
+        self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -7362,10 +7485,15 @@ class App:
             data += chunk
             if len(data) > limit:
                 raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
+        entry = {"method": request.method, "path": request.url.path, "body": None}
+        if self.config.keeps_requests:
+            self.asked.append({**entry, "headers": dict(request.headers)})
         try:
             value = json.loads(data.decode("utf-8"), parse_constant=not_json)
         except ValueError as error:
             raise RequestError(f"the body is not JSON: {first_line(error)}") from None
+        if self.config.keeps_requests and len(data) <= MAX_KEPT_BYTES:
+            self.asked[-1]["body"] = value
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object")
         if self.config.log_prompts:
@@ -7412,6 +7540,8 @@ class App:
             if not deltas:
                 yield None
             for delta in deltas:
+                if isinstance(delta.error, Fault):
+                    raise delta.error
                 for event in reply.push(delta):
                     yield event
         for event in reply.end():
@@ -7460,6 +7590,15 @@ class App:
         params = SamplingParams(**values)
         job = await pool.start((GenerationRequest(messages=messages, params=params),))
         return self.stream(job, WebReply(job.worker.index), WEB_SSE)
+
+    async def requests(self, request: Request) -> Response:
+        """GET, DELETE /_test/requests: what a server for tests was asked; or forget it"""
+        if not self.config.keeps_requests:
+            raise WireError(404, "not_found", "only a server for tests keeps requests")
+        body = {"requests": list(self.asked)}
+        if request.method == "DELETE":
+            self.asked.clear()
+        return as_json(body)
 
     # -- looking in --------------------------------------------------------------------------------
 
@@ -7552,7 +7691,8 @@ class App:
         """POST /detokenize {tokens} -> {prompt}"""
         given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
         ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
-        bad = next((i for i in ids if type(i) is not int or not 0 <= i < llm.config.n_vocab), None)
+        n_vocab = llm.engine.n_vocab
+        bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
         if bad is not None:
             refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
         return as_json({"prompt": llm.decode(ids)})
@@ -7601,6 +7741,7 @@ ROUTES = (
     Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
     Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
     Route(App.tokenizer_info, ("GET /tokenizer_info",)),
+    Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
 
@@ -7673,7 +7814,7 @@ def create_app(
             middleware(Gate, config=config, metrics=app.metrics),
         ],
     )
-    application.state.models = models
+    application.state.models, application.state.asked = models, app.asked
     return application
 
 
@@ -7728,6 +7869,256 @@ def serve(
         raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from failures[0]
     if failures:
         raise failures[0]
+
+
+# ---- a server for other people's tests -----------------------------------------------------------
+
+SCRIPT_FIELDS = {  # of an answer, with JSON types
+    "match": "string",  # answers whatever asks for this; the others are taken in order
+    "text": "string",
+    "reasoning": "string",
+    "tool_calls": "array",  # of {name, arguments}
+    "finish_reason": "string",
+    "delay": "number",  # seconds before the first token
+    "token_delay": "number",  # seconds before each of the others
+    "error": "integer",  # an HTTP status, with `message`
+    "message": "string",
+    "malformed_after": "integer",  # tokens; what follows is torn
+    "cut_after": "integer",  # tokens; then the connection ends
+}
+
+
+class Script:
+    """The answers of a server for tests: one after the other, and the last one from then on.
+
+    Raises UsageError for an answer that means nothing."""
+
+    def __init__(self, answers: Any) -> None:
+        given = answers if isinstance(answers, list) else [answers]
+        answers = [{"text": one} if isinstance(one, str) else one for one in given]
+        for number, answer in enumerate(answers, 1):
+            try:
+                check_type("it", answer, "object")
+                _, unknown = read_fields(answer, SCRIPT_FIELDS)
+                if unknown:
+                    refuse(f"{unknown[0]} is not known; known: {', '.join(SCRIPT_FIELDS)}", "it")
+                for call in answer.get("tool_calls", []):
+                    check_type("a tool call", call, "object")
+                    check_type("a tool call's name", call.get("name"), "string")
+                if not 400 <= answer.get("error", 400) <= 599:
+                    refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
+            except RequestError as error:
+                raise UsageError(f"answer {number} of the script: {error}") from None
+        self.matching: list[dict[str, Any]] = [a for a in answers if "match" in a]
+        self.others: deque[dict[str, Any]] = deque(a for a in answers if "match" not in a)
+
+    def next(self, asked: str) -> dict[str, Any]:
+        """The answer to a text"""
+        found: dict[str, Any] | None
+        found = next((answer for answer in self.matching if answer["match"] in asked), None)
+        if found is None and not self.others:
+            raise WireError(500, "no_answer", "the script has no answer to this request")
+        return found or (self.others[0] if len(self.others) == 1 else self.others.popleft())
+
+
+def read_script(path: Path) -> Script:
+    """A script from a YAML or JSON file. Raises UsageError."""
+    try:
+        return Script(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: is neither YAML nor JSON: {reason}") from None
+
+
+class WordTokenizer:
+    """A Tokenizer without a vocabulary: a token is a word and the space before it."""
+
+    control: Mapping[str, int] = {}
+    end_ids: frozenset[int] = frozenset()
+    strips_space = False
+    MAX_WORDS = 1 << 16  # beyond, words share an id
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {"": 0}
+        self.words = [""]
+
+    def encode(self, text: str, *_: bool, **__: bool) -> list[int]:
+        for word in (found := re.findall(r"\s?[^\s]+|\s", text)):
+            if word not in self.ids and len(self.words) < self.MAX_WORDS:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+        return [self.ids.get(word, 0) for word in found]
+
+    def piece(self, token_id: int) -> str:
+        return self.words[token_id] if 0 <= token_id < len(self.words) else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.piece(token_id).encode("utf-8", errors="replace")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(map(self.piece, ids))
+
+
+class ScriptEngine(Engine):
+    """An Engine that reads its tokens from a script. No model, no tensors."""
+
+    def __init__(self) -> None:
+        self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
+        self.num_slots, self.stats = 64, EngineStats()
+        self.scheduler = Scheduler(self.num_slots, 1)
+        self.plays: dict[Sequence, tuple[dict[str, Any], deque[int]]] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"device": "none", "kernels": "script", "slots": self.num_slots}
+
+    def step(self) -> None:
+        """A token for each sequence whose time has come; the time until then is slept."""
+        while admitted := self.scheduler.admit():
+            admitted[0].num_cached = 0
+        now = time.perf_counter()
+        due = {seq: self.due_s(seq) for seq in self.scheduler.running}
+        if due and min(due.values()) > now:
+            time.sleep(min(0.005, min(due.values()) - now))  # others may come meanwhile
+        for seq in [seq for seq, at in due.items() if at <= now]:
+            seq.outbox.append(self.play(seq))
+            self.stats.decode_tokens += 1
+            if seq.finish_reason:
+                self.cancel(seq)
+
+    def due_s(self, seq: Sequence) -> float:
+        """When the next token is to come."""
+        answer, num = self.plays[seq][0], seq.num_generated
+        return float(seq.started_s + answer.get("delay", 0) + num * answer.get("token_delay", 0))
+
+    def play(self, seq: Sequence) -> Delta:
+        answer, ids = self.plays[seq]
+        for name in ("cut_after", "malformed_after"):
+            if answer.get(name) == seq.num_generated:
+                seq.finish_reason = "error"
+                return Delta(seq.index, finish_reason="error", error=Fault(name == "cut_after"))
+        certain = None if seq.params.logprobs is None else TokenLogprobs(0.0)
+        is_end = not ids
+        delta = seq.append(0 if is_end else ids.popleft(), certain, is_end)
+        reason = answer.get("finish_reason")
+        seq.finish_reason = reason if reason and delta.finish_reason else delta.finish_reason
+        return dataclasses.replace(delta, finish_reason=seq.finish_reason)
+
+    def cancel(self, seq: Sequence) -> None:
+        super().cancel(seq)
+        self.plays.pop(seq, None)
+
+
+class ScriptLLM(LLM):
+    """What a server for tests has in place of a model."""
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.engine = script, ScriptEngine()
+        self.plays = self.engine.plays
+        self.tokenizer = cast("Tokenizer", WordTokenizer())
+        self.template = ChatTemplate(TextFiles("script"))
+        self.sampling = {}
+
+    def fingerprint(self) -> str:
+        """Of the code alone"""
+        return f"fp_{__version__}"
+
+    def start(
+        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+    ) -> Sequence:
+        """Take the next answer of the script. Raises the error that it asks for."""
+        asked = (request.messages or [{"content": request.prompt}])[-1].get("content")
+        answer = self.script.next(str(asked or ""))
+        if status := answer.get("error"):
+            code = "rate_limit_exceeded" if status == 429 else "scripted"
+            raise WireError(status, code, answer.get("message", "the script says so"))
+        seq = super().start(request, index, ids)
+        calls = [json.dumps(call) for call in answer.get("tool_calls", [])]
+        text = "".join(
+            [
+                f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else "",
+                answer.get("text", ""),
+                *(f"<tool_call>{call}</tool_call>" for call in calls),
+            ]
+        )
+        self.plays[seq] = answer, deque(self.tokenizer.encode(text))
+        return seq
+
+
+class TestServer:
+    """A scripted server in a thread of this process, for the tests of programs that call one.
+
+        with TestServer("Hello!", {"error": 429}) as server:
+            client = openai.OpenAI(base_url=server.base_url, api_key="any")
+
+    `answers` replaces the script, `requests` are the bodies that came in. `from nanollama import
+    test_server` gives the same as a pytest fixture. Raises UsageError for a script that means
+    nothing."""
+
+    __test__ = False  # not a test itself
+
+    def __init__(self, *answers: str | dict[str, Any]) -> None:
+        self.script = Script(list(answers) or ["Hello!"])
+        self._llm: ScriptLLM | None = None
+        source = ModelSource("test-model", (self._load,))
+        config = ServerConfig(any_model=True, keeps_requests=True)
+        self._app = create_app(Catalog({source.name: source}), config)
+
+    def _load(self) -> LLM:
+        self._llm = ScriptLLM(self.script)
+        return self._llm
+
+    def answers(self, *answers: str | dict[str, Any]) -> None:
+        """What to answer from now on, and forget what was asked."""
+        self.script = Script(list(answers))
+        if self._llm is not None:
+            self._llm.script = self.script
+        self.requests.clear()
+
+    @property
+    def requests(self) -> deque[dict[str, Any]]:
+        asked: deque[dict[str, Any]] = self._app.state.asked
+        return asked
+
+    def __enter__(self) -> TestServer:
+        listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.base_url = f"{self.url}/v1"
+        settings = uvicorn.Config(self._app, log_config=None, timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(settings)
+        run = functools.partial(self._server.run, sockets=[listener])
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        models = self._app.state.models
+        while not (self._server.started and models.ready) and self._thread.is_alive():
+            time.sleep(0.001)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@lru_cache(maxsize=1)
+def shared_test_server() -> TestServer:
+    """One for all tests of a process."""
+    return TestServer().__enter__()
+
+
+def __getattr__(name: str) -> Any:
+    """`test_server`, a pytest fixture: pytest is needed only where somebody asks for it."""
+    if name != "test_server":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    @pytest.fixture
+    def test_server() -> TestServer:
+        """A TestServer that answers "Hello!" until its `answers` are given."""
+        server = shared_test_server()
+        server.answers("Hello!")
+        return server
+
+    return test_server
 
 
 # ---- the chat page: one document; `page_headers` knows its script and style by their hashes ------
@@ -8543,6 +8934,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
     add("host", "address to listen on", metavar="ADDRESS")
     add("port", "port to listen on; 0 picks one", type=int, metavar="N")
+    add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
     add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
     add(
         "api-key",
@@ -8658,7 +9050,7 @@ class Settings:
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
         """A prompt of the command line: to be answered with --chat, else to be continued."""
-        params = self.params(llm.checkpoint.sampling)
+        params = self.params(llm.sampling)
         if not self.args.chat:
             return GenerationRequest(prompt=text, params=params)
         messages = [*self.messages(), {"role": "user", "content": text}]
@@ -8671,6 +9063,8 @@ class Settings:
             for n in ("parallel", "prefill_chunk", "lookup", "kernels", "kv_dtype")
             if getattr(args, n) is not None
         }
+        if self.model == TINY_RANDOM:  # compiling kernels would take longer than its tests
+            extra.setdefault("kernels", "torch")
         llm = LLM(
             self.model,
             device=device or args.device,
@@ -8890,7 +9284,7 @@ class Repl:
 
     def __init__(self, settings: Settings, llm: LLM) -> None:
         self.settings, self.llm = settings, llm
-        self.values = {n: v for n, (v, _) in settings.sampling(llm.checkpoint.sampling).items()}
+        self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[dict[str, Any]] = []  # messages of the last prompt
         self.num_retries = 0
@@ -9152,6 +9546,9 @@ def model_source(settings: Settings, name: str, path: Path | None = None) -> Mod
 def serve_catalog(settings: Settings) -> Catalog:
     """The models named by --model or the Modelfile; where there are none, those on this machine."""
     args, store = settings.args, ModelStore()
+    if args.script:
+        script = read_script(args.script)
+        return Catalog({"script": ModelSource("script", (lambda: ScriptLLM(script),))})
     if args.modelfile or len(args.models) == 1:
         return Catalog({settings.model: model_source(settings, settings.model)})
     if args.models:
@@ -9178,8 +9575,10 @@ def run_serve(settings: Settings) -> int:
         for field in dataclasses.fields(ServerConfig)
         if getattr(args, field.name, None) is not None
     }
+    is_test = bool(args.script) or settings.model == TINY_RANDOM
     config = ServerConfig(
-        **given,
+        **{**given, "any_model": args.any_model or is_test},
+        keeps_requests=is_test,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin or ()),
     )
