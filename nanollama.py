@@ -8,6 +8,7 @@
 #     "huggingface_hub>=1.0",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
+#     "llguidance>=1.3",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
@@ -70,6 +71,7 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
+import decimal
 import difflib
 import fnmatch
 import functools
@@ -169,6 +171,7 @@ if TYPE_CHECKING:
     import huggingface_hub
     import jinja2.ext
     import jinja2.sandbox
+    import llguidance
     import numpy as np
     import prometheus_client
     import pytest
@@ -196,6 +199,7 @@ else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
+    llguidance = LazyModule("llguidance", "gbnf_to_lark")
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
@@ -552,6 +556,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report with each token
     prompt_logprobs: bool = False  # report them for the prompt's tokens too
+    schema: Mapping[str, Any] | None = None  # the answer is JSON that this JSON Schema accepts
+    regex: str | None = None  # the answer is text that this matches from end to end
+    grammar: str | None = None  # the answer is text of this grammar, in Lark's or llama.cpp's words
 
     def __post_init__(self) -> None:
         def check(name: str, kind: type, low: float, high: float, wanted: str) -> None:
@@ -580,6 +587,15 @@ class SamplingParams:
         is_list = isinstance(self.stop, (list, tuple))
         if not is_list or not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError(f"stop is {self.stop!r}; it must list non-empty strings", "stop")
+        forms = {"schema": Mapping, "regex": str, "grammar": str}
+        given = [name for name in forms if getattr(self, name) is not None]
+        if len(given) > 1:
+            both = " and a ".join(given)
+            raise RequestError(f"an answer cannot have both a {both}", given[1])
+        for name in given:
+            if not isinstance(value := getattr(self, name), forms[name]):
+                wanted = "an object" if name == "schema" else "a string"
+                raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
@@ -4968,7 +4984,8 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer
+#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer, and
+#               Constraint for what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
 #               what one of them refuses is spelled the other way (`_message_shapes`).
@@ -4976,6 +4993,7 @@ def held_back(text: str, words: Iterable[str]) -> int:
 #               it spells a control token (see `encode_chat`).
 #   Extend      what templates may call is a filter or a global of `template_environment`.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
+#               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
 
 CHATML = (
@@ -5028,6 +5046,11 @@ class ChatTemplate:
             "Modelfile" if override else "model" if self.source else "ChatML (none in the model)"
         )
         self.special_tokens = dict(text.special_tokens)
+
+    @property
+    def may_think(self) -> bool:
+        """Whether the model is one that writes its thoughts first."""
+        return ThoughtSplitter.CLOSE in (self.source or "")
 
     def render(
         self,
@@ -5251,6 +5274,181 @@ class ThoughtSplitter:
         return [pair for pair in out if pair[1]]
 
 
+# ---- what an answer must be ----------------------------------------------------------------------
+
+# JSON as models write it: on one line, or indented. Space without a limit is where small ones stay.
+JSON_OPTIONS = {
+    "whitespace_pattern": r" ?|\n[ \t]{0,16}",
+    "lenient": False,
+    "coerce_one_of": False,
+    "item_separator": ",",
+    "key_separator": ":",
+}
+MAX_MULTIPLE = 10_000  # of multipleOf, without its point: its automaton has as many states
+
+
+class Vocabulary:
+    """A tokenizer as llguidance wants it: the bytes of each of V tokens. Control tokens have their
+    names instead, and one more token ends answers where the model has none that does."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
+        self.tokenizer = tokenizer
+        names = {i: name.encode() for name, i in tokenizer.control.items() if i < n_vocab}
+        pieces = [names.get(i) or tokenizer.token_bytes(i) for i in range(n_vocab)]
+        self.tokens, self.special_token_ids = [*pieces, b"<end>"], [*names, n_vocab]
+        self.eos_token_id = n_vocab
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, False, False)
+
+
+class Constraint:
+    """What may come next in one answer: `allowed` says, and `push` takes what was chosen."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int) -> None:
+        self.matcher, self.n_vocab = matcher, n_vocab
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing can follow any more."""
+        return bool(self.matcher.is_stopped() and not self.matcher.is_error())
+
+    def allowed(self) -> Tensor:
+        """Which tokens may come next, (V,) bool. Raises RequestError when none may."""
+        mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(mask, count=self.n_vocab, bitorder="little").view(np.bool_)
+        if self.matcher.is_error() or not allowed.any():
+            reason = error_line(self.matcher.get_error()) or "no token can follow"
+            raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
+        return torch.from_numpy(allowed)
+
+    def push(self, token_id: int) -> None:
+        self.matcher.consume_token(token_id)
+
+    def num_valid(self, token_ids: list[int]) -> int:
+        """How many of these tokens could come next, one after the other."""
+        return int(self.matcher.validate_tokens(token_ids))
+
+
+def error_line(text: str) -> str:
+    """The first line of llguidance's message, and what its regex compiler adds further down."""
+    head = text.partition("<state>")[0].strip().partition("\n")[0]
+    reason = re.search(r"(?m)^error: (.+)$", text)
+    return f"{head} {reason[1]}" if reason else head
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """A JSON Schema as an expression of llguidance's Lark."""
+    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+
+
+def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """What a JSON value holds, down to a depth, with the path to each."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in pairs if depth else ():
+        yield f"/{key}", item
+        if isinstance(item, (dict, list)):
+            yield from ((f"/{key}{path}", inner) for path, inner in parts(item, depth - 1))
+
+
+def schema_error(schema: Mapping[str, Any]) -> str:
+    """Why a JSON Schema cannot be compiled; '' where it can."""
+    for path, value in parts(schema, sys.maxsize):
+        if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
+            digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
+            if int(digits) > MAX_MULTIPLE:
+                return f"multipleOf {value} has too many digits"
+    return error_line(llguidance.LLMatcher.validate_grammar(f"start: {json_grammar(schema)}"))
+
+
+def faulty_part(schema: Mapping[str, Any], error: str) -> str:
+    """The path to the innermost part of a schema that has the same error."""
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    for path, part in parts(schema, 2):
+        if isinstance(part, dict) and schema_error(inner := {**shared, **part}) == error:
+            return path + faulty_part(inner, error)
+    return ""
+
+
+def thought_rule(prompt: str, may_think: bool) -> tuple[str, str]:
+    """What may come before an answer to `prompt`, as the beginning of a rule, and its own rule."""
+    text, start, end = r"(.|\n)*", ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE.replace("/", r"\/")
+    if prompt.rstrip().endswith(start):
+        return "thought", f"thought[lazy]: /{text}{end}/"
+    if may_think and not prompt.rstrip().endswith(ThoughtSplitter.CLOSE):
+        return "thought?", rf"thought[lazy]: /[ \n]*{start}{text}{end}/"
+    return "", ""
+
+
+class Grammars:
+    """Compiles what answers must be for the vocabulary of one model. Safe to use from threads."""
+
+    def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
+        self.tokenizer, self.n_vocab = tokenizer, n_vocab
+        self.compiled = lru_cache(maxsize=64)(self.compile)
+
+    @functools.cached_property
+    def vocabulary(self) -> llguidance.LLTokenizer:
+        ends = sorted(i for i in self.tokenizer.end_ids if i < self.n_vocab) or [self.n_vocab]
+        words: Any = Vocabulary(self.tokenizer, self.n_vocab)
+        return llguidance.LLTokenizer(words, eos_token=ends)
+
+    def compile(self, grammar: str) -> llguidance.LLMatcher:
+        """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
+        matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
+        Constraint(matcher, self.n_vocab).allowed()  # what nothing fits shows at the first token
+        return matcher
+
+    def check(self, name: str, grammar: str) -> None:
+        """Raises RequestError, naming the field, for a grammar that does not compile."""
+        if error := llguidance.LLMatcher.validate_grammar(grammar, self.vocabulary):
+            raise RequestError(f"the {name} cannot be used: {error_line(error)}", name)
+
+    def answer(self, params: SamplingParams) -> tuple[str, str]:
+        """What an answer must be as an expression, '' for anything, and the grammar that it refers
+        to as @answer. Raises RequestError."""
+        if params.schema is not None:
+            return self.schema(params.schema, "schema"), ""
+        if params.regex is not None:
+            self.check("regex", llguidance.LLMatcher.grammar_from_regex(params.regex))
+            return f"/{llguidance.regex_to_lark(params.regex)}/", ""
+        if params.grammar is not None:
+            try:
+                lark: str = llguidance.gbnf_to_lark.any_to_lark(params.grammar)
+            except Exception as error:  # a parser that raises what it likes
+                reason = f"the grammar cannot be used: {first_line(error)}"
+                raise RequestError(reason, "grammar") from None
+            self.check("grammar", lark)
+            return "@answer", lark
+        return "", ""
+
+    def schema(self, schema: Mapping[str, Any], name: str) -> str:
+        """A JSON Schema as an expression. Raises RequestError that says where and why not."""
+        try:
+            if error := schema_error(schema):
+                where = faulty_part(schema, error) or "/"
+                raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
+            return json_grammar(schema)
+        except RecursionError:
+            raise RequestError(f"{name} is nested too deeply", name) from None
+
+    def constraint(self, params: SamplingParams, prompt: str, may_think: bool) -> Constraint | None:
+        """What the answer to `prompt`, of which the end is enough, must be; None for anything.
+        Raises RequestError."""
+        answer, nested = self.answer(params)
+        if not answer:
+            return None
+        thought, rule = thought_rule(prompt, may_think)
+        top = f"start: {thought} answer\n{rule}\nanswer: {answer}\n"
+        named = {"top": top, "answer": nested} if nested else {"top": top}
+        grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
+        matcher = self.compiled(json.dumps({"grammars": grammars}))
+        return Constraint(matcher.deep_copy(), self.n_vocab)
+
+
 # ==================================================================================================
 # 10 SAMPLING: logits -> one token
 #
@@ -5258,8 +5456,8 @@ class ThoughtSplitter:
 #   Out         the token id, with log-probabilities when asked for
 #   Idea        a fixed chain, each link skipped at its neutral value:
 #
-#                   repeat penalty > presence and frequency penalty > logit bias > temperature
-#                   > top-k > top-p > min-p > draw
+#                   repeat penalty > presence and frequency penalty > logit bias > constraint
+#                   > temperature > top-k > top-p > min-p > draw
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
@@ -5350,7 +5548,8 @@ VOCAB_BLOCK = 64  # tokens whose maximum is looked at first; divides most vocabu
 
 
 def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,)
+    """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,);
+    fewer where the others are -inf.
 
     The `num`-th largest maximum of a block of tokens is a floor: at least `num` tokens reach it,
     and only in blocks whose maximum does. What is sorted is what reaches it there."""
@@ -5361,7 +5560,7 @@ def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
     blocks = F.pad(logits, (0, -V % width), value=-math.inf) if V % width else logits
     blocks = blocks.view(-1, width)
     best = blocks.amax(1) if width > 1 else logits
-    floor = float(best.topk(num).values[-1])
+    floor = max(float(best.topk(num).values[-1]), torch.finfo(logits.dtype).min)
     # on arrays this small, NumPy's calls cost a third of torch's
     kept = (best.numpy() >= floor).nonzero()[0]
     found = blocks.numpy()[kept].reshape(-1)
@@ -5396,9 +5595,13 @@ def sample(
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
+    allowed: Tensor | None = None,
 ) -> int:
-    """The next token id for one row of logits (V,) on the CPU. The position is len(history)."""
+    """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
+    The position is len(history)."""
     logits = penalize(logits, params, history, num_prompt, seen)
+    if allowed is not None:
+        logits = logits.where(allowed, -math.inf)
     if params.temperature == 0 or params.top_k == 1:
         return int(logits.numpy().argmax())
     tensor, ids = candidates(logits, params)
@@ -5553,6 +5756,7 @@ class Sequence:
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     seen: Seen = field(default_factory=Seen)
+    constraint: Constraint | None = None  # what the answer must be
     drafter: Drafter = field(default_factory=Drafter)
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -5579,8 +5783,10 @@ class Sequence:
         """Take a new token, and decide whether it is the last."""
         self.token_ids.append(token_id)
         self.first_token_s = self.first_token_s or time.perf_counter()
+        if self.constraint:
+            self.constraint.push(token_id)
         text = "" if is_end else self.text.push(token_id)
-        if is_end or self.text.stopped:
+        if is_end or self.text.stopped or (self.constraint and self.constraint.is_done):
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = "length"
@@ -5667,6 +5873,8 @@ class Scheduler:
             if num_left == 1 and seq.num_generated:
                 room = seq.max_length - len(seq.token_ids) - 1
                 seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most, room))
+                if seq.draft and seq.constraint:
+                    del seq.draft[seq.constraint.num_valid(seq.draft) :]
             if num_new > 0:
                 work.append((seq, num_new))
                 budget -= num_new if num_left > 1 else 0
@@ -5870,7 +6078,12 @@ class Engine:
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
-        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen)
+        try:
+            allowed = seq.constraint.allowed() if seq.constraint else None
+        except RequestError as error:
+            seq.finish_reason = "error"
+            return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
+        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen, allowed)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
@@ -5980,6 +6193,7 @@ class LLM:
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
+        self.grammars = Grammars(self.tokenizer, self.config.n_vocab)
         if self.engine.graphs:
             try:
                 with torch.inference_mode():
@@ -6052,6 +6266,12 @@ class LLM:
         prompt = request.prompt or ""
         return prompt if isinstance(prompt, str) else self.decode(prompt)
 
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
+        may_think = request.messages is not None and self.template.may_think
+        # the prompt's last tokens tell whether a thought has begun
+        return self.grammars.constraint(request.params, self.decode(ids[-16:]), may_think)
+
     def start(
         self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
     ) -> Sequence:
@@ -6059,9 +6279,10 @@ class LLM:
         where they are known. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
-        stream = TextStream(self.tokenizer, request.params.stop, continues)
         ids = self.prompt_ids(request) if ids is None else list(ids)
-        seq = Sequence(index, ids, request.params, stream)
+        constraint = self.constraint(request, ids)
+        stream = TextStream(self.tokenizer, request.params.stop, continues or bool(constraint))
+        seq = Sequence(index, ids, request.params, stream, constraint=constraint)
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -6092,7 +6313,10 @@ class LLM:
                 # there is at once, and step only when there was nothing
                 deltas = [delta for seq in sequences for delta in seq.take()]
                 sequences = [seq for seq in sequences if seq.finish_reason is None]
-                yield from deltas
+                for delta in deltas:
+                    if delta.error and raise_errors:
+                        raise delta.error
+                    yield delta
                 if not deltas:
                     self.engine.step()
         finally:
@@ -6169,6 +6393,7 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "array": (list,),
     "object": (dict,),
     "string or array": (str, list),
+    "string or object": (str, dict),
 }
 # The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
 SAMPLING_FIELDS = {
@@ -6187,8 +6412,27 @@ SAMPLING_FIELDS = {
     "repeat_last_n": "integer",
     "ignore_eos": "boolean",
 }
+# What an answer must be: as vLLM's clients and llama.cpp's say it
+GUIDES = {
+    "guided_json": "schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "schema",
+    "grammar": "grammar",
+}
+GUIDE_TYPES = {
+    "schema": "string or object",
+    "regex": "string",
+    "choice": "array",
+    "grammar": "string",
+    "json_object": "boolean",
+}
 COMMON_FIELDS = {
     **SAMPLING_FIELDS,
+    **{name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
+    "structured_outputs": "object",
+    "response_format": "object",
     "model": "string",
     "n": "integer",
     "stream": "boolean",
@@ -6232,7 +6476,6 @@ HARMLESS = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -6331,6 +6574,7 @@ class WireRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)  # the body's, for SamplingParams fields
     metadata: Mapping[str, Any] | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
@@ -6344,7 +6588,7 @@ def parse_chat(
     """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
     a conversation that has no system message. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
-    sampling = _sampling(given, {"max_tokens": None, **defaults})
+    sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
@@ -6354,7 +6598,8 @@ def parse_chat(
         params=SamplingParams(**sampling),
         template_kwargs=_template_kwargs(given),
     )
-    return _wire(given, [request], metadata=given.get("metadata"), ignored=ignored)
+    metadata = given.get("metadata")
+    return _wire(given, [request], names=names, metadata=metadata, ignored=ignored)
 
 
 def parse_text(
@@ -6364,13 +6609,14 @@ def parse_text(
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
     # without an answer to make, there is still the prompt to report on
-    sampling = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens=0 if echo else 1)
+    least_tokens = 0 if echo else 1
+    sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens)
     sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
     params = SamplingParams(**sampling)
     requests = [GenerationRequest(prompt=prompt, params=params) for prompt in _prompts(given)]
-    return _wire(given, requests, echo=echo, ignored=ignored)
+    return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
 def _wire(given: Mapping[str, Any], requests: list[GenerationRequest], **more: Any) -> WireRequest:
@@ -6402,8 +6648,8 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 
 def _sampling(
     given: Mapping[str, Any], defaults: Mapping[str, Any], least_tokens: int = 1
-) -> dict[str, Any]:
-    """SamplingParams fields of a body over the defaults."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """SamplingParams fields of a body over the defaults, and the body's names for some."""
     values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
     for name in ("max_tokens", "max_completion_tokens"):
         if (limit := given.get(name, -1)) != -1 and limit < least_tokens:
@@ -6417,7 +6663,63 @@ def _sampling(
         values["stop"] = tuple(word for word in stop if word != "")
     if "logit_bias" in given:
         values["logit_bias"] = dict(_token_bias(*pair) for pair in given["logit_bias"].items())
-    return values
+    if guide := read_guide(given):
+        name, value, where = guide
+        values |= {"schema": None, "regex": None, "grammar": None}
+        return (values | {name: value} if name else values), {name: where}
+    return values, {}
+
+
+def read_guide(given: Mapping[str, Any]) -> tuple[str, Any, str] | None:
+    """What a body says that an answer must be: the SamplingParams field ('' for any text), its
+    value, and where it stands; None where the body does not say. Raises RequestError."""
+    found = [(kind, given[name], name) for name, kind in GUIDES.items() if name in given]
+    for name, value in given.get("structured_outputs", {}).items():
+        kind, where = "schema" if name == "json" else name, f"structured_outputs.{name}"
+        if value is not None and value is not False:
+            if kind not in GUIDE_TYPES:
+                refuse(f"{where} is not supported", where, "unsupported_parameter")
+            found.append((kind, value, where))
+    if "response_format" in given:
+        found.append(read_format(given["response_format"], "response_format"))
+    asked = [guide for guide in found if guide[0]] or found
+    if len(asked) > 1:
+        refuse(f"{asked[0][2]} and {asked[1][2]} cannot both be had", asked[1][2])
+    return _guide(*asked[0]) if asked else None
+
+
+def read_format(wanted: Mapping[str, Any], where: str) -> tuple[str, Any, str]:
+    """`response_format` of a chat: kind, value, where"""
+    kind = wanted.get("type")
+    if kind == "json_schema":
+        where = f"{where}.json_schema"
+        check_type(where, inner := required(wanted, "json_schema"), "object")
+        if inner.get("strict") is not None:
+            check_type(f"{where}.strict", inner["strict"], "boolean")
+        check_type(f"{where}.schema", inner.get("schema"), "object")
+        return "schema", inner["schema"], f"{where}.schema"
+    if kind not in ("text", "json_object"):
+        known = "text, json_object, json_schema"
+        refuse(f"{where}.type is {brief(kind)}; use one of {known}", f"{where}.type")
+    return ("json_object", True, where) if kind == "json_object" else ("", None, where)
+
+
+def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
+    """What `read_guide` found, as a SamplingParams field."""
+    if kind:
+        check_type(where, value, GUIDE_TYPES[kind])
+    if kind == "json_object":
+        return "schema", {"type": "object"}, where
+    if kind == "schema" and isinstance(value, str):
+        try:
+            check_type(where, value := json.loads(value), "object")
+        except ValueError as error:
+            refuse(f"{where} is not JSON: {first_line(error)}", where)
+    if kind == "choice":
+        if not value or not all(isinstance(word, str) and word for word in value):
+            refuse(f"{where} is {brief(value)}; it must list non-empty strings", where)
+        return "grammar", "start: " + " | ".join(map(json.dumps, value)), where
+    return kind, value, where
 
 
 def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
@@ -6848,6 +7150,8 @@ class Job:
                 alarm.cancel()
             if isinstance(event, NanollamaError):
                 raise event
+            if error := next((delta.error for delta in event if delta.error), None):
+                raise error
             num_left -= sum(1 for delta in event if delta.finish_reason)
             yield event
 
@@ -6877,7 +7181,10 @@ class EngineWorker(threading.Thread):
             """Ids and text of each prompt, which several choices may share."""
             assert self.llm is not None
             llm, prompts = self.llm, {id(r.messages or r.prompt): r for r in job.requests}
-            return {key: (llm.prompt_ids(r), llm.prompt_text(r)) for key, r in prompts.items()}
+            found = {key: (llm.prompt_ids(r), llm.prompt_text(r)) for key, r in prompts.items()}
+            for key, request in prompts.items():  # a grammar compiled here is there for `start`
+                llm.constraint(request, found[key][0])
+            return found
 
         prompts = await asyncio.to_thread(read)  # a long text must not hold up the engine
 
@@ -7039,14 +7346,20 @@ class Pool:
             raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
         return worker
 
-    async def start(self, requests: tuple[GenerationRequest, ...]) -> Job:
-        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`."""
+    async def start(
+        self, requests: tuple[GenerationRequest, ...], names: Mapping[str, str] | None = None
+    ) -> Job:
+        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`.
+
+        names: what the body calls some of the fields that an error may be about."""
         worker = self.pick(requests[0], len(requests))
         job = Job(worker, requests, lambda: self.on_idle(self))
         try:
             await worker.submit(job)
-        except BaseException:
+        except BaseException as error:
             job.finish()
+            if isinstance(error, RequestError):
+                error.param = (names or {}).get(error.param or "", error.param)
             raise
         return job
 
@@ -7524,7 +7837,7 @@ class App:
         make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
     ) -> Response:
         """Answer as OpenAI does, under the name that was asked for."""
-        job = await pool.start(wire.requests)
+        job = await pool.start(wire.requests, wire.names)
         choices = list(map(make, itertools.count(), job.sequences, job.prompts))
         reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         headers = ignored_header(wire.ignored)
@@ -7540,8 +7853,6 @@ class App:
             if not deltas:
                 yield None
             for delta in deltas:
-                if isinstance(delta.error, Fault):
-                    raise delta.error
                 for event in reply.push(delta):
                     yield event
         for event in reply.end():
@@ -8023,6 +8334,10 @@ class ScriptLLM(LLM):
     def fingerprint(self) -> str:
         """Of the code alone"""
         return f"fp_{__version__}"
+
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """None: an answer is what the script says, whatever was asked for."""
+        return None
 
     def start(
         self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
@@ -8921,6 +9236,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         action="append",
     )
     add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
+    add("--schema", kind=str, text="the answer is JSON that fits this JSON Schema", metavar="FILE")
+    add("--regex", kind=str, text="the answer is text that this matches whole", metavar="RE")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -9091,6 +9408,8 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         flags["stop"] = tuple(flags["stop"])
     if "logit_bias" in flags:
         flags["logit_bias"] = dict(flags["logit_bias"])
+    if "schema" in flags:
+        flags["schema"] = read_schema(flags["schema"])
     try:
         SamplingParams(**flags)
         for name in ("ctx", "threads", "parallel", "prefill_chunk", "lookup"):
@@ -9162,6 +9481,14 @@ def read_input(name: str) -> bytes:
     except OSError as error:
         raise RequestError(f"{name}: cannot be read: {error.strerror}") from None
     return data.removeprefix(codecs.BOM_UTF8)
+
+
+def read_schema(name: str) -> Any:
+    """The JSON in a file. Raises RequestError."""
+    try:
+        return json.loads(read_input(name).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: not readable as JSON: {first_line(error)}") from None
 
 
 def run_prompt(settings: Settings) -> int:
