@@ -3252,6 +3252,10 @@ class Decoder:
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
+        return self.logits(self.hidden(batch, cache), batch)
+
+    def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
         angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
         if self.native:  # torch would wake its threads for this, and wait for them
             cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
@@ -3261,6 +3265,10 @@ class Decoder:
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, batch)
+        return x  # (N, C)
+
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
         logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
         return logits[: batch.num_logits].float()  # (R, V)
 
@@ -3357,6 +3365,9 @@ GGUF_ROPE = {
     "yarn_beta_slow": "beta_slow",
 }
 
+# {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
+GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
+
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
 FILE_SAMPLING = {
     "temperature": "temperature",
@@ -3398,6 +3409,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorSource]
     text: TextFiles
     sampling: Mapping[str, Any]
+    pooling: str | None = None  # how an embedding is made of a text's states: mean, last; or
+    # another way, which is not supported
 
     @property
     def num_parameters(self) -> int:
@@ -3462,7 +3475,26 @@ def _open_directory(path: Path) -> Checkpoint:
         tensors=_safetensors(path),
         text=_directory_text(path),
         sampling=_file_sampling(generation),
+        pooling=_directory_pooling(path),
     )
+
+
+def _directory_pooling(path: Path) -> str | None:
+    """What sentence-transformers' files say, as 1_Pooling/config.json with its pooling_mode_*
+    (https://www.sbert.net/docs/package_reference/sentence_transformer/modules.html)"""
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        folder = next(m["path"] for m in modules if str(m["type"]).endswith("Pooling"))
+    except (OSError, ValueError, TypeError, KeyError, StopIteration):
+        return None
+    if not re.fullmatch(r"[\w.-]+", str(folder)) or folder == "..":
+        return None
+    modes = read_json(path / folder / "config.json", required=False)
+    if "pooling_mode" in modes:  # its newer spelling
+        return {"lasttoken": "last"}.get(str(modes["pooling_mode"]), str(modes["pooling_mode"]))
+    names = {"mean_tokens": "mean", "lasttoken": "last"}
+    given = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
+    return "+".join(names.get(k, k) for k in given if f"pooling_mode_{k}" in modes) or None
 
 
 def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -3514,6 +3546,8 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
             bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
             num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
             tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+    if "embed_tokens.weight" in tensors:  # saved without its head, as models of embeddings are
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return tensors
 
 
@@ -3784,6 +3818,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors=_gguf_names(tensors, config),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
+        pooling=GGUF_POOLING.get(str(metadata.get(f"{arch}.pooling_type"))),
     )
 
 
@@ -4035,6 +4070,8 @@ SIDE_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
+    "modules.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -5680,6 +5717,7 @@ class Delta:
     finish_reason: str | None = None
     usage: Usage | None = None
     error: NanollamaError | None = None
+    embedding: list[float] | None = None  # (C,), of unit length
 
 
 class Drafter:
@@ -5757,6 +5795,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     seen: Seen = field(default_factory=Seen)
     constraint: Constraint | None = None  # what the answer must be
+    pooling: str | None = None  # mean or last: the answer is an embedding of the prompt
+    states: list[Tensor] = field(default_factory=list)  # (n, C) each, that it is made of
     drafter: Drafter = field(default_factory=Drafter)
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -5842,7 +5882,7 @@ class Scheduler:
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
-        wanted = [] if seq.params.prompt_logprobs else seq.token_ids[:-1]
+        wanted = [] if seq.params.prompt_logprobs or seq.pooling else seq.token_ids[:-1]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
@@ -5970,7 +6010,7 @@ class Engine:
         self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
             raise RequestError("the prompt is empty: there is no token to continue", "prompt")
-        if seq.num_prompt >= self.n_ctx:
+        if seq.num_prompt >= self.n_ctx + bool(seq.pooling):  # an embedding needs no room
             raise ContextLengthError(
                 f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
                 "answer included; shorten the prompt"
@@ -6026,6 +6066,8 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
+                if seq.pooling:
+                    seq.states.append(rows)
                 if seq.params.prompt_logprobs:
                     seq.note_prompt(rows)
                 seq.num_computed += num_new
@@ -6038,20 +6080,37 @@ class Engine:
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
         sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
-        while prompt_logprobs wants them."""
+        while prompt_logprobs wants them. For an embedding, the states (n, C) that it pools."""
         num_rows, parts = [], []
         for seq, num_new in work:
             wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
-            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            num_rows.append(0 if seq.pooling else len(seq.draft) + (num_new if wants_all else 1))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
-        if self.graphs and all(len(new) == 1 for _, _, new, _ in parts):
+        pools = any(seq.pooling for seq, _ in work)
+        if self.graphs and not pools and all(len(new) == 1 for _, _, new, _ in parts):
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(self.graphs(rows).cpu(), num_rows)
         batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
+        if pools:
+            return self.forward_states(batch, work, num_rows)
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
+
+    def forward_states(
+        self, batch: Batch, work: list[tuple[Sequence, int]], num_rows: list[int]
+    ) -> tuple[Tensor, ...]:
+        """`forward` where some want states."""
+        x = self.decoder.hidden(batch, self.cache)
+        states = self.decoder.norm(x).float().cpu()
+        logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else states[:0]
+        rows = list(torch.split(logits, num_rows))
+        for i, ((seq, num_new), span) in enumerate(zip(work, batch.spans)):
+            if seq.pooling:
+                rows[i] = states[span.row : span.row + num_new]
+                rows[i] = (rows[i] if seq.pooling == "mean" else rows[i][-1:]).clone()
+        return tuple(rows)
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
         """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
@@ -6075,6 +6134,13 @@ class Engine:
     def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
         p = seq.params
+        if seq.pooling:
+            seq.finish_reason = "stop"
+            states = torch.cat(seq.states) if seq.pooling == "mean" else seq.states[-1]
+            pooled = F.normalize(states.double().mean(0), dim=0)  # whatever the chunks were
+            return Delta(
+                seq.index, finish_reason="stop", usage=seq.usage(), embedding=pooled.tolist()
+            )
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
@@ -6097,6 +6163,7 @@ class GenerationRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    embed: bool = False  # the answer is an embedding of the prompt
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -6283,6 +6350,7 @@ class LLM:
         constraint = self.constraint(request, ids)
         stream = TextStream(self.tokenizer, request.params.stop, continues or bool(constraint))
         seq = Sequence(index, ids, request.params, stream, constraint=constraint)
+        seq.pooling = self.pooling if request.embed else None
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -6322,6 +6390,20 @@ class LLM:
         finally:
             for seq in sequences:
                 self.engine.cancel(seq)
+
+    @property
+    def pooling(self) -> str:
+        """How embeddings are made: what the model says, or the mean. Raises RequestError."""
+        pooling = self.checkpoint.pooling or "mean"
+        if pooling not in ("mean", "last"):
+            raise RequestError(f"this model pools by {brief(pooling)}; mean and last are supported")
+        return pooling
+
+    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
+        """An embedding of unit length for each text. Raises RequestError."""
+        requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
+        found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
+        return [found[i] for i in range(len(requests))]
 
     def fit_context(
         self, messages: list[dict[str, Any]], num_reserved: int
@@ -6615,7 +6697,9 @@ def parse_text(
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
     params = SamplingParams(**sampling)
-    requests = [GenerationRequest(prompt=prompt, params=params) for prompt in _prompts(given)]
+    requests = [
+        GenerationRequest(prompt=prompt, params=params) for prompt in read_prompts(given, "prompt")
+    ]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
@@ -6742,18 +6826,18 @@ def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _prompts(given: Mapping[str, Any]) -> list[str | list[int]]:
-    """`prompt` is a string, a list of strings, a list of ids, or a list of lists of ids."""
-    prompt = required(given, "prompt")
+def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
+    """A field that is a string, a list of strings, a list of ids, or a list of lists of ids."""
+    value = required(given, name)
 
     def is_ids(value: Any) -> bool:
         return isinstance(value, list) and all(type(i) is int for i in value) and bool(value)
 
-    if isinstance(prompt, str) or is_ids(prompt):
-        return [prompt]
-    if not all(isinstance(item, str) or is_ids(item) for item in prompt):
-        refuse("prompt must be a string, a list of strings, token ids, or lists of them", "prompt")
-    return list(prompt)
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    if not all(isinstance(item, str) or is_ids(item) for item in value):
+        refuse(f"{name} must be a string, a list of strings, token ids, or lists of them", name)
+    return list(value)
 
 
 def parse_messages(
@@ -6780,6 +6864,66 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if kind != "text" or not isinstance(part.get("text"), str):
             refuse(f"{at} is of type {brief(kind)}; only text can be read here", at)
     return {**message, "content": "".join(part["text"] for part in content)}
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+EMBED_FIELDS = {
+    "input": "string or array",
+    "model": "string",
+    "encoding_format": "string",
+    "dimensions": "integer",
+}
+MAX_INPUTS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class WireEmbed:
+    """A body of /v1/embeddings, checked."""
+
+    requests: tuple[GenerationRequest, ...]
+    model: str | None
+    is_base64: bool = False
+    dimensions: int | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
+    """A body of /v1/embeddings. Raises RequestError."""
+    given, ignored = read_fields(body, EMBED_FIELDS, strict)
+    prompts = read_prompts(given, "input")
+    if len(prompts) > MAX_INPUTS or "" in prompts:
+        refuse(f"input must have 1 to {MAX_INPUTS} texts, none of them empty", "input")
+    form = given.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        refuse(f"encoding_format is {brief(form)}; use float or base64", "encoding_format")
+    requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
+    dimensions = given.get("dimensions")
+    return WireEmbed(requests, given.get("model"), form == "base64", dimensions, ignored)
+
+
+def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first `dimensions` numbers, of unit length again. Raises RequestError for more than
+    there are. Spec: https://arxiv.org/abs/2205.13147 (what models of such embeddings expect)"""
+    if dimensions is None:
+        return vector
+    if not 1 <= dimensions <= len(vector):
+        refuse(f"dimensions is {dimensions}; 1 to {len(vector)} can be had", "dimensions")
+    length = math.sqrt(sum(x * x for x in vector[:dimensions])) or 1.0
+    return [x / length for x in vector[:dimensions]]
+
+
+def embed_body(deltas: list[Delta], wire: WireEmbed, model: str) -> dict[str, Any]:
+    """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
+    data = []
+    for index, delta in enumerate(deltas):
+        vector: Any = cut_embedding(delta.embedding or [], wire.dimensions)
+        if wire.is_base64:
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
+    usage = {"prompt_tokens": num, "total_tokens": num}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -7035,6 +7179,7 @@ class Reply:
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
 MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
+EMBED_TOGETHER = 32  # texts
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
@@ -7845,6 +7990,39 @@ class App:
             return self.stream(job, reply, SSE, headers)
         return as_json(await self.whole(request, job, reply), headers=headers)
 
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = await self.body(request)
+        wire = parse_embed(body, self.config.strict)
+        pool = await self.models.pool(wire.model)
+        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
+        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        return as_json(answer, headers=ignored_header(wire.ignored))
+
+    async def embed(
+        self,
+        request: Request,
+        pool: Pool,
+        requests: tuple[GenerationRequest, ...],
+        names: Mapping[str, str],
+    ) -> list[Delta]:
+        """The last delta of each request, some of them at a time so that others come in between."""
+        found: list[Delta] = []
+        for at in range(0, len(requests), EMBED_TOGETHER):
+            job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
+            last: dict[int, Delta] = {}
+
+            async def read(job: Job = job, last: dict[int, Delta] = last) -> None:
+                async for deltas in self.metrics.watch(job, self.config.timeout_s):
+                    last.update({delta.index: delta for delta in deltas})
+
+            try:
+                await unless_disconnected(request.receive, read())
+            finally:
+                job.finish()
+            found += [last[i] for i in range(len(last))]
+        return found
+
     async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
         """What a reply makes of the deltas of a job; None where nothing came for a while."""
         for event in reply.start():
@@ -8046,6 +8224,7 @@ ROUTES = (
     Route(App.capabilities, ("GET /v1/capabilities",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+    Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
     Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
@@ -8343,6 +8522,8 @@ class ScriptLLM(LLM):
         self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
     ) -> Sequence:
         """Take the next answer of the script. Raises the error that it asks for."""
+        if request.embed:
+            raise RequestError("a script has no embeddings; --model tiny-random has", "input")
         asked = (request.messages or [{"content": request.prompt}])[-1].get("content")
         answer = self.script.next(str(asked or ""))
         if status := answer.get("error"):
@@ -9307,6 +9488,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--hide-thinking", action="store_true", help="leave out what is in think tags"
     )
+    chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
@@ -9491,14 +9673,19 @@ def read_schema(name: str) -> Any:
         raise RequestError(f"{name}: not readable as JSON: {first_line(error)}") from None
 
 
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt, or what stdin holds. Raises RequestError."""
+    if args.prompt != "-":
+        return str(args.prompt)
+    try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
+        return read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
+
+
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
-    args, text = settings.args, settings.args.prompt
-    if text == "-":
-        try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
-            text = read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError:
-            raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
+    args, text = settings.args, read_prompt(settings.args)
     llm = settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
@@ -9514,6 +9701,24 @@ def run_prompt(settings: Settings) -> int:
             print(flush=True)
     log.warning(speed_line(llm.engine.stats))
     return 0
+
+
+def run_embed(settings: Settings) -> int:
+    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
+    args = settings.args
+    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    llm = settings.load()
+    runnable = [row for row in rows if row.error is None]
+    requests = [GenerationRequest(prompt=row.prompt or "", embed=True) for row in runnable]
+    for delta in llm.stream(requests, raise_errors=False):
+        runnable[delta.index].error, runnable[delta.index].last = delta.error, delta
+    for row in rows:
+        if row.error and not args.batch_file:
+            raise row.error
+        if row.error:
+            log.error(f"line {row.line}: {row.error}")
+        print(json.dumps(row.last.embedding if row.last else None))
+    return 1 if any(row.error for row in rows) else 0
 
 
 @dataclass(slots=True)
@@ -10256,9 +10461,13 @@ def run(argv: list[str]) -> int:
         parser.error("several --model go with --serve")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
+    if args.embed and not (args.prompt or args.batch_file):
+        parser.error("--embed goes with --prompt or --batch-file")
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
+    if args.embed:
+        return run_embed(settings)
     if args.interactive:
         return run_interactive(settings)
     if args.serve:
