@@ -5127,6 +5127,11 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+@lru_cache(maxsize=8)
+def compiled_template(source: str) -> jinja2.Template:
+    return template_environment().from_string(source)
+
+
 class ChatTemplate:
     """Renders messages with a model's template, or ChatML when it has none.
 
@@ -5165,8 +5170,7 @@ class ChatTemplate:
         refused: TemplateError | None = None
         for shaped in _message_shapes(clean):
             try:
-                template = template_environment().from_string(source)
-                text = template.render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
