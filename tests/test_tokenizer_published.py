@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,48 @@ def test_without_sentencepiece_its_models_ask_for_it(
     monkeypatch.setattr(nanollama, "sentencepiece_model", absent)
     with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
         tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
+
+
+# ---- llama.cpp's own tests of vocabularies -------------------------------------------------------
+
+# those of the other files there are in npm's packages too
+VOCABULARIES = (
+    "deepseek-coder deepseek-llm falcon gemma-4 llama-spm mpt phi-3 qwen35 refact starcoder"
+).split()
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> None:
+    path = published.llama_cpp() / f"ggml-vocab-{name}.gguf"
+    metadata = nanollama.read_gguf(path).metadata
+    ours = Tokenizer(TextFiles(path.name, gguf=metadata))
+    with open(f"{path}.inp", encoding="utf-8", newline="") as file:
+        texts = file.read().split("\n__ggml_vocab_test__\n")
+    expected = Path(f"{path}.out").read_text().split("\n")
+    assert len(texts) > 40
+    for text, line in zip(texts, expected):
+        if name == "qwen35" and not unicodedata.is_normalized("NFC", text):
+            continue  # Hugging Face's tokenizer normalises, llama.cpp does not
+        ids = [int(word) for word in line.split()]
+        assert ours.encode(text, False, parse_special=False) == ids, text
+
+
+def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
+    metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf").metadata
+    for name, swallowed in (("Phi-3-mini-4k-instruct", True), ("phi3", True), ("TinyLlama", False)):
+        ours = Tokenizer(TextFiles("x", gguf=metadata | {"general.name": name}))
+        tight, loose = (ours.encode(f"<|user|>{gap}hi") for gap in ("", " \n"))
+        assert (tight == loose) is swallowed
+        assert ours.encode("<s> hi") != ours.encode("<s>hi")
+
+
+@pytest.mark.parametrize("row", sorted(set(nanollama.PRE_TOKENIZERS.values())))
+def test_every_pre_tokenizer_splits_and_joins(row: tuple[str, ...]) -> None:
+    names = [name for name, regexes in nanollama.PRE_TOKENIZERS.items() if regexes == row]
+    assert all(re.fullmatch(r"[a-z0-9._-]+[a-z0-9]", name) for name in names)
+    alphabet = list(nanollama.byte_alphabet())
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": alphabet}
+    ours = Tokenizer(TextFiles("x", gguf=metadata | {"tokenizer.ggml.pre": names[0]}))
+    for text in STRINGS:
+        same = unicodedata.normalize("NFC", text) if names[0] in nanollama.NFC else text
+        assert ours.decode(ours.encode(text)) == same
