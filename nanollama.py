@@ -4732,6 +4732,11 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
     if trained.model_type != trained.BPE:
         kind = trained.ModelType.Name(trained.model_type)
         raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
+        raise CheckpointError(
+            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
+            "is not supported"
+        )
     ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
     return {
         "tokenizer.ggml.model": "llama",
@@ -4739,8 +4744,6 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
         "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
         "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
-        "tokenizer.ggml.remove_extra_whitespaces": normalized.remove_extra_whitespaces,
-        "tokenizer.ggml.precompiled_charsmap": normalized.precompiled_charsmap,
         **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
     }
 
@@ -4915,25 +4918,26 @@ def _sentencepiece_bpe(
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
-    normalizers, decoders, regex = tokenizers.normalizers, tokenizers.decoders, tokenizers.Regex
-    steps: list[Any] = []
-    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
-        steps.append(normalizers.Precompiled(bytes(charsmap)))
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
-        steps += [normalizers.Strip(), normalizers.Replace(regex(" {2,}"), " ")]
-    if prefix and metadata.get("legacy") is not False:
-        steps.append(normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if every_time else []), normalizers.Replace(" ", "▁")]
+    )
     split = tokenizers.pre_tokenizers
     if is_gemma4:
-        tokenizer.pre_tokenizer = split.Split(regex("\n+"), "isolated")
-    elif prefix and metadata.get("legacy") is False:  # a space before the text's first word only
+        tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
+    elif prefix and not every_time:
         tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return tokenizer
+
+
+def failed_in_library(error: BaseException) -> bool:
+    """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 class Tokenizer:
@@ -4954,8 +4958,8 @@ class Tokenizer:
             else:
                 text = read_vocabulary(text) if file else text
                 self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
-        except Exception as error:  # the library raises plain Exception, and files hold anything
-            if isinstance(error, CheckpointError) and not file:
+        except BaseException as error:
+            if not failed_in_library(error) or (isinstance(error, CheckpointError) and not file):
                 raise
             kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
             raise CheckpointError(
@@ -4994,6 +4998,12 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):  # releases of the library differ
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
+            ) from None
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise CheckpointError(
+                f"{self.text.source}: the tokenizer fails: {first_line(error)}"
             ) from None
 
     def piece(self, token_id: int) -> str:
