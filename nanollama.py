@@ -4729,6 +4729,8 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
             f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
         ) from None
     trained, normalized = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
+        raise CheckpointError("the file holds no vocabulary")
     if trained.model_type != trained.BPE:
         kind = trained.ModelType.Name(trained.model_type)
         raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
@@ -4776,7 +4778,7 @@ def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
         metadata["tokenizer.ggml.add_bos_token"] = add_bos
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
 
     What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
@@ -4793,17 +4795,21 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
         tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
         seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types, source)
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types)
     elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama and gemma4 "
+            f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
     _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
+            raise CheckpointError(
+                f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
+            )
         bos = tokens[bos_id]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
@@ -4843,12 +4849,12 @@ def _add_tokens(
 
 
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
     if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
     regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
@@ -4887,6 +4893,8 @@ def _scored_merges(
     """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
     into two pieces, and the better its score, the earlier it applies; pieces that a user defined
     come first, whatever score a converter gave them."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = TOKEN_USER_DEFINED
     order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
@@ -4957,14 +4965,14 @@ class Tokenizer:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
                 text = read_vocabulary(text) if file else text
-                self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
+                self._tokenizer = gguf_tokenizer(text.gguf or {})
         except BaseException as error:
-            if not failed_in_library(error) or (isinstance(error, CheckpointError) and not file):
+            if not failed_in_library(error):
                 raise
-            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-            raise CheckpointError(
-                f"{file or text.source}: the tokenizer cannot be built: {kind}{first_line(error)}"
-            ) from None
+            reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, CheckpointError):
+                reason = str(error)
+            raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
