@@ -6522,9 +6522,16 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
             f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
         ) from None
     trained, normalized = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
+        raise CheckpointError("the file holds no vocabulary")
     if trained.model_type != trained.BPE:
         kind = trained.ModelType.Name(trained.model_type)
         raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
+        raise CheckpointError(
+            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
+            "is not supported"
+        )
     ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
     return {
         "tokenizer.ggml.model": "llama",
@@ -6532,8 +6539,6 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
         "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
         "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
-        "tokenizer.ggml.remove_extra_whitespaces": normalized.remove_extra_whitespaces,
-        "tokenizer.ggml.precompiled_charsmap": normalized.precompiled_charsmap,
         **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
     }
 
@@ -6566,7 +6571,7 @@ def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
         metadata["tokenizer.ggml.add_bos_token"] = add_bos
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
 
     What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
@@ -6583,17 +6588,21 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
         tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
         seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types, source)
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types)
     elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama and gemma4 "
+            f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
     _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
+            raise CheckpointError(
+                f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
+            )
         bos = tokens[bos_id]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
@@ -6633,12 +6642,12 @@ def _add_tokens(
 
 
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
     if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
     regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
@@ -6677,6 +6686,8 @@ def _scored_merges(
     """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
     into two pieces, and the better its score, the earlier it applies; pieces that a user defined
     come first, whatever score a converter gave them."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = TOKEN_USER_DEFINED
     order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
@@ -6708,25 +6719,26 @@ def _sentencepiece_bpe(
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
-    normalizers, decoders, regex = tokenizers.normalizers, tokenizers.decoders, tokenizers.Regex
-    steps: list[Any] = []
-    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
-        steps.append(normalizers.Precompiled(bytes(charsmap)))
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
-        steps += [normalizers.Strip(), normalizers.Replace(regex(" {2,}"), " ")]
-    if prefix and metadata.get("legacy") is not False:
-        steps.append(normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if every_time else []), normalizers.Replace(" ", "▁")]
+    )
     split = tokenizers.pre_tokenizers
     if is_gemma4:
-        tokenizer.pre_tokenizer = split.Split(regex("\n+"), "isolated")
-    elif prefix and metadata.get("legacy") is False:  # a space before the text's first word only
+        tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
+    elif prefix and not every_time:
         tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return tokenizer
+
+
+def failed_in_library(error: BaseException) -> bool:
+    """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 class Tokenizer:
@@ -6746,14 +6758,14 @@ class Tokenizer:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
                 text = read_vocabulary(text) if file else text
-                self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
-        except Exception as error:  # the library raises plain Exception, and files hold anything
-            if isinstance(error, CheckpointError) and not file:
+                self._tokenizer = gguf_tokenizer(text.gguf or {})
+        except BaseException as error:
+            if not failed_in_library(error):
                 raise
-            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-            raise CheckpointError(
-                f"{file or text.source}: the tokenizer cannot be built: {kind}{first_line(error)}"
-            ) from None
+            reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, CheckpointError):
+                reason = str(error)
+            raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
@@ -6789,6 +6801,12 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):  # releases of the library differ
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
+            ) from None
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise CheckpointError(
+                f"{self.text.source}: the tokenizer fails: {first_line(error)}"
             ) from None
 
     def piece(self, token_id: int) -> str:
@@ -6924,6 +6942,11 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+@lru_cache(maxsize=8)
+def compiled_template(source: str) -> jinja2.Template:
+    return template_environment().from_string(source)
+
+
 class ChatTemplate:
     """Renders messages with a model's template, or ChatML when it has none.
 
@@ -6967,8 +6990,7 @@ class ChatTemplate:
         refused: TemplateError | None = None
         for shaped in _message_shapes(clean):
             try:
-                template = template_environment().from_string(source)
-                text = template.render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
