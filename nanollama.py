@@ -3329,7 +3329,7 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
-EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
+EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
 
 
 class Weights:
@@ -3383,6 +3383,12 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """A float tensor that not every model has; 0 in its shape stands for any size."""
+        if (found := self.tensors.get(name)) is None:
+            return None
+        return self.take(name, *(n or there for n, there in zip(shape, found.shape)))
+
     def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
         biases where the family has them."""
@@ -3417,7 +3423,7 @@ class Weights:
         if self.native:
             return NativeLinear(shape, weight.select, bias)
         packed = weight.to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and name != EMBEDDING:
+        if Int4Linear.fits(packed) and not name.startswith(EMBEDDINGS):
             return Int4Linear(packed, bias)
         packed.bias = bias
         return packed
@@ -3538,6 +3544,7 @@ class KVCache:
         self.strips = [
             torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)
         ]
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]  # where the decoder asks
 
     @property
     def nbytes(self) -> int:
@@ -3556,6 +3563,7 @@ class KVCache:
         num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+        self.tokens[target] = self.tokens[source][:num_tokens]
 
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
@@ -3803,6 +3811,10 @@ class Attention:
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
+        self.value_gate = weights.optional(f"{prefix}.value_gate.weight", Hkv, 0)
+        if self.value_gate is not None:
+            name = f"model.value_embeds.{index}"
+            self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
@@ -3829,6 +3841,12 @@ class Attention:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
         if rotation.q_scale is not None:
             qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        if self.value_gate is not None and norm is not None:
+            # each token's own value vector, as much of it as the first columns of its stream open
+            columns = norm(x)[:, None, : self.value_gate.shape[1]]
+            gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
+            value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
+            qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
         out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
@@ -3965,6 +3983,13 @@ class Decoder:
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
+        # nanochat's ways around the layers: before each, the stream is scaled and gets some of the
+        # embedding again; at the end, what the middle layer gave is taken out
+        self.resid_lambdas = weights.optional("model.resid_lambdas", config.n_layers)
+        self.x0_lambdas = weights.optional("model.x0_lambdas", config.n_layers)
+        self.backout_lambda = weights.optional("model.backout_lambda", 1)
+        self.smear_gate = weights.optional("model.smear_gate.weight", 1, 0)
+        self.smear_lambda = weights.optional("model.smear_lambda", 1)
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
             lambda name: (
@@ -3980,7 +4005,8 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
+        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int) -> KVCache:
         """A KVCache for sequences that this decoder runs."""
@@ -4015,6 +4041,20 @@ class Decoder:
             found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
         return found
 
+    def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Embeddings (N, C), each with some of the one before it where the model has that gate."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x
+        before = batch.token_ids.roll(1)
+        for span in batch.spans:
+            tokens, rows = cache.tokens[span.slot], slice(span.row, span.row + span.num_new)
+            before[span.row] = tokens[span.start - 1] if span.start else -1
+            tokens[span.start :] = batch.token_ids[rows].tolist()
+        columns = x[:, : self.smear_gate.shape[1]]
+        gate = self.smear_lambda * (columns * self.smear_gate).sum(1, keepdim=True).sigmoid()
+        gate = gate * (before >= 0).unsqueeze(1)  # a text's first token has none before it
+        return x + gate * self.norm(self.embed_tokens.rows(before.clamp_min(0)))
+
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         config, rotations = self.config, self.rotations(batch)
@@ -4023,8 +4063,14 @@ class Decoder:
             x = x * config.embed_scale
         if config.embed_norm:
             x = self.norm(x)
-        for layer in self.layers:
+        start = middle = x = self.smeared(x, batch, cache)
+        for i, layer in enumerate(self.layers):
+            if self.resid_lambdas is not None and self.x0_lambdas is not None:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
             x = layer(x, rotations[layer.rope], cache, batch)
+            middle = x if i == len(self.layers) // 2 else middle
+        if self.backout_lambda is not None:
+            x = x - self.backout_lambda * middle
         logits = self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
         if config.logit_scale != 1:
             logits = logits * config.logit_scale
@@ -5044,15 +5090,19 @@ def _nanochat_config(
     Raises CheckpointError for a variant that is not known."""
     if unknown := sorted(config.keys() - NANOCHAT_KEYS):
         raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
-    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
-        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
-    )
+    counts = [config.get(key) for key in NANOCHAT_COUNTS]
+    if not all(isinstance(count, int) and 0 < count < 2**31 for count in counts):
+        named = dict(zip(NANOCHAT_COUNTS, counts))
+        raise CheckpointError(
+            f"{source}: model_config has {brief(named)}; whole numbers are needed"
+        )
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = cast(list[int], counts)
     age = _nanochat_age(config, tensors, source)
     for name, tensor in list(tensors.items()):
         if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
-            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
             tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
-    layers = min(max(n_layers, 0), len(tensors))
+    layers = min(n_layers, 2**16)
     for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
         if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
             tensors.setdefault(name, _held(fill(layers)))
@@ -5075,7 +5125,7 @@ def _nanochat_config(
         "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
         "rope_theta": age["rope_base"],
         "final_logit_softcapping": age["softcap"],
-        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
         "sliding_window": window + 1,  # nanochat does not count the token itself
         "layer_types": [
             "sliding_attention" if is_short else "full_attention" for is_short in short

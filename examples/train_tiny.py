@@ -34,8 +34,8 @@ TEMPLATE = (
 )
 CAPITALS = """France Paris Italy Rome Spain Madrid Japan Tokyo China Beijing Egypt Cairo Peru Lima
 Greece Athens Norway Oslo Russia Moscow Cuba Havana Kenya Nairobi Ireland Dublin Poland Warsaw
-Turkey Ankara Chile Santiago Austria Vienna Portugal Lisbon Sweden Stockholm Finland Helsinki""".split()
-CAPITALS = dict(zip(CAPITALS[::2], CAPITALS[1::2]))
+Turkey Ankara Chile Santiago Austria Vienna Portugal Lisbon Sweden Stockholm Finland Helsinki"""
+CAPITALS = dict(zip(CAPITALS.split()[::2], CAPITALS.split()[1::2]))
 ASKED = """What is the capital of {}?|Name the capital of {}.|{}: which city is its capital?
 Tell me the capital city of {}.""".replace("\n", "|").split("|")
 TESTED = "Which city is the capital of {}?"  # never trained on
