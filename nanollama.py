@@ -10590,9 +10590,10 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
     parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    found = [m for p in parts for m in vars(p).values() if isinstance(m, Projection)]
+    matrices = ((name, m) for part in parts for name, m in vars(part).items())
+    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
 
 
