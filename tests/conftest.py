@@ -17,6 +17,7 @@ import hypothesis
 import torch
 
 import nanollama
+from nanollama import test_server  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background

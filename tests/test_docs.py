@@ -32,6 +32,8 @@ NOT_RUN = {
     'pip install -e ".[test]" && python -m pytest',
     "ruff check && ruff format --check && mypy",
     "python nanollama.py --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
+    "python nanollama.py --serve --model smollm2 --model Qwen/Qwen3-0.6B --keep-alive 10m",
+    "python nanollama.py --serve",
 }
 
 

@@ -801,9 +801,9 @@ def test_the_operators_are_what_they_say() -> None:
     nanollama.pick_kernels("native", CPU, torch.float32)
     run = NativeProjection([native(packed("Q4_1", 20, 64))])
     for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
-        args = (torch.randn(3, 64), run.address, 1, 20, norm, 1e-5, 0, residual)
+        args = (torch.randn(3, 64), run.address, 1, norm, 1e-5, 0, residual, torch.empty(3, 20))
         torch.library.opcheck(torch.ops.nanollama.linear, args)
-    gate_up = (torch.randn(3, 128), run.address, 1, 20, None, 0.0, 2, None)
+    gate_up = (torch.randn(3, 128), run.address, 1, None, 0.0, 2, None, torch.empty(3, 20))
     torch.library.opcheck(torch.ops.nanollama.linear, gate_up)
     strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
     spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0]])
@@ -1052,3 +1052,31 @@ def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[
     with serving(lambda: LLM(tiny())) as live:
         (worker,) = live.http.get("/stats").json()["workers"]
     assert worker["kernels"] == f"native ({native_path()})"
+
+
+AWAKE = """
+import os, time, torch, nanollama
+
+def used():
+    tasks = os.listdir("/proc/self/task")
+    return {t: int(open(f"/proc/self/task/{t}/schedstat").read().split()[0]) for t in tasks}
+
+nanollama.MLP_BYTES = 1 << 20
+params = nanollama.SamplingParams(max_tokens=1)
+llm = nanollama.LLM(os.environ["MODEL"], quantize="q8", threads=2, prefill_chunk=4096)
+request = nanollama.GenerationRequest(list(range(60)) * 50, params=params)
+llm.complete(request)
+llm.engine.forget()
+time.sleep(0.5)  # until all threads sleep
+before = used()
+llm.complete(request)
+after = used()
+print(sum(after[task] > before.get(task, 0) for task in after))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(tiny: Callable[..., Path]) -> None:
+    model = tiny("Llama", max_position_embeddings=4096)
+    ran = python(AWAKE, MODEL=model, OMP_NUM_THREADS=2)
+    assert ran.stdout in ("1\n", "2\n"), ran.stderr  # the caller, and perhaps the kernels' worker
