@@ -7451,7 +7451,7 @@ class Sequence:
     def num_rows(self, num_new: int) -> int:
         """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
         a prompt token whose log-probability is wanted."""
-        if not self.params.prompt_logprobs or self.num_computed >= self.num_prompt:
+        if not self.params.prompt_logprobs or self.num_generated:
             return 1
         return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
 
@@ -7716,7 +7716,7 @@ class Engine:
                 is_prefill = seq.num_computed < seq.num_prompt
                 if seq.pooling:
                     seq.states.append(rows)
-                if is_prefill and seq.params.prompt_logprobs:
+                if seq.params.prompt_logprobs and not seq.num_generated:
                     seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
