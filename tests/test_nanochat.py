@@ -297,6 +297,7 @@ def test_other_pickles_are_refused(value: Any) -> None:
         nanollama.read_encoding(pickle.dumps(value))
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 def test_a_damaged_pickle_is_one_error() -> None:
     whole = pickle.dumps(files.ENCODING)
     assert nanollama.read_encoding(whole)["pat_str"] == files.PATTERN
