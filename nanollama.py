@@ -25,6 +25,8 @@
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
+    nanollama.py eval --model smollm2 --text FILE                         how well it predicts
+    nanollama.py verify DIRECTORY                                         is it the same model
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -53,6 +55,7 @@ Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
     C model width              H query heads         Hkv key/value heads      D head width
     F MLP width                L layers              G quantization groups in a row
+    E experts
     T tokens of one text       K tokens that top-k keeps
     R rows of logits in a step: one for each sequence that gets a new token, and one for each prompt
       token whose log-probabilities are wanted
@@ -88,6 +91,7 @@ import math
 import mmap
 import operator
 import os
+import pickletools
 import platform
 import queue
 import random
@@ -173,9 +177,10 @@ if TYPE_CHECKING:
     import jinja2.sandbox
     import llguidance
     import numpy as np
+    import numpy.typing as npt
     import prometheus_client
     import pytest
-    import safetensors
+    import safetensors.torch
     import starlette.applications
     import starlette.exceptions
     import starlette.requests
@@ -185,10 +190,12 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
+    import transformers
     import triton
     import triton.language as tl
     import uvicorn
     import yaml
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
@@ -204,7 +211,8 @@ else:
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
     pytest = LazyModule("pytest")
-    safetensors = LazyModule("safetensors")
+    safetensors = LazyModule("safetensors", "torch")
+    sentencepiece_model = LazyModule("sentencepiece.sentencepiece_model_pb2")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
     )
@@ -213,6 +221,7 @@ else:
     F = LazyModule("torch.nn.functional")
     tl = LazyModule("triton.language")
     tqdm = LazyModule("tqdm")
+    transformers = LazyModule("transformers")
     triton = LazyModule("triton")
     uvicorn = LazyModule("uvicorn")
     yaml = LazyModule("yaml")
@@ -335,42 +344,328 @@ def round_up(n: int, multiple: int) -> int:
 class Family:
     """How one `model_type` departs from Llama."""
 
-    gguf: str  # general.architecture in GGUF files
+    gguf: str = ""  # general.architecture in GGUF files
+    gguf_key: str = ""  # metadata that tells it from another family of that architecture
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
-    qkv_bias: bool = False  # q, k, v always carry a bias, whatever attention_bias says
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
+    plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
+    experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
+    gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
+    switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
 
-_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
+POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
+Values = dict[str, Any]
+_QWEN: Values = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QKV_BIAS = {"qkv_bias": True, "o_bias": False}
+_MISTRAL: Values = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+_GEMMA: Values = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "head_dim": 256}
+_GEMMA_SWITCHES = {"act": "geglu", "embed_root": True}
+_GEMMA2: Values = {
+    **_GEMMA,
+    "vocab_size": 256000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "llama",
         permuted=True,
         defaults={"max_position_embeddings": 2048, "use_sliding_window": False},
     ),
-    "mistral": Family(
-        "llama",
+    "mistral": Family("llama", permuted=True, defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral": Family(defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral3": Family(
+        "mistral3",
         permuted=True,
         defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
+            **_MISTRAL,
+            "max_position_embeddings": 262144,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                **_YARN,
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
     ),
-    "qwen2": Family("qwen2", qkv_bias=True, defaults={**_QWEN, **_QWEN_WINDOW}),
-    "qwen3": Family("qwen3", qk_norm=True, defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}),
+    "mixtral": Family(
+        "llama",
+        "expert_count",
+        permuted=True,
+        defaults={**_MISTRAL, **_EXPERTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        switches={"experts": True},
+    ),
+    "qwen2": Family("qwen2", defaults={**_QWEN, **_QWEN_WINDOW}, switches=_QKV_BIAS),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        defaults={
+            **_QWEN,
+            **_QWEN_WINDOW,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        switches={"experts": True, "o_bias": False},
+    ),
+    "qwen3": Family(
+        "qwen3", defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}, switches={"qk_norm": "head"}
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        defaults={
+            **_QWEN,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        gguf_values={"norm_topk_prob": True},
+        switches={"experts": True, "qk_norm": "head"},
+    ),
+    "smollm3": Family(
+        "smollm3",
+        permuted=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "phi3": Family("phi3", defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "gemma": Family(
+        "gemma",
+        plus_one=True,
+        defaults={**_GEMMA, "num_key_value_heads": 16},
+        switches=_GEMMA_SWITCHES,
+    ),
+    "gemma2": Family(
+        "gemma2",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS},
+    ),
+    "gemma3_text": Family(
+        "gemma3",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "max_position_embeddings": 131072,
+            "vocab_size": 262208,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS, "qk_norm": "head"},
+    ),
+    "olmo2": Family(
+        "olmo2",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmo3": Family(
+        "olmo2",
+        "attention.sliding_window",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmoe": Family(
+        "olmoe",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        switches={"experts": True, "qk_norm": "full"},
+    ),
+    "granite": Family(
+        "granite",
+        permuted=True,
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        permuted=True,
+        defaults={**_EXPERTS, "max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        switches={"experts": True},
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        experts_last=True,
+        defaults={
+            **_EXPERTS,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "expert_bias": True,
+            "attention_bias": True,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                **_YARN,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        },
+        gguf_values={"rope_parameters": {"truncate": False}},
+        switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
+    ),
+    "nanochat": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "hidden_act": "relu2",
+            "final_logit_softcapping": 15.0,
+            "rope_backwards": True,
+        },
+        switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
+    ),
+    "seed_oss": Family(
+        "seed_oss",
+        defaults={
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    "arcee": Family(
+        "arcee",
+        permuted=True,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
+    "hunyuan_v1_dense": Family(
+        "hunyuan-dense",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"qk_norm": "after_rope"},
+    ),
+    "exaone4": Family(
+        "exaone4",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "head"},
+    ),
+    "glm4": Family(
+        "glm4",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+        switches={"norms": PRE_NORMS + POST_NORMS, "o_bias": False},
+    ),
+    "cohere2": Family(
+        "cohere2",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
+    ),
+    "starcoder2": Family(
+        "starcoder2",
+        defaults={
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "num_key_value_heads": 2,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        switches={"norm": "layer_bias", "act": "gelu"},
+    ),
+    "stablelm": Family(
+        "stablelm",
+        defaults={
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.25,
+        },
+        switches={"norm": "layer_bias", "o_bias": False},
+    ),
 }
 SUPPORTED = ", ".join(FAMILIES)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope")
+ROPE_ALIASES = {"su": "longrope", "none": "default"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # these have a gate_proj beside up_proj
+REFUSED = ("clip_qkv", "qk_layernorm", "use_parallel_residual", "use_bidirectional_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts: each token goes to `num_used` of `count` MLPs of width `n_ff`."""
+
+    count: int
+    num_used: int
+    n_ff: int
+    layers: frozenset[int]  # the others have one MLP
+    renormalized: bool  # the weights of those used add up to 1
+    bias: bool
+    n_ff_shared: int = 0  # width of an expert that every token goes to
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. `rope` holds Hugging Face's rope_parameters, always with
-    rope_type and rope_theta; `windows` gives each layer's attention window, None for all keys."""
+    """The shape of a decoder. `ropes` hold Hugging Face's rope_parameters, always with rope_type
+    and rope_theta, the main one first; `layer_ropes` says which one each layer uses, None for a
+    layer without positions. `windows` gives each layer's attention window, None for all keys."""
 
     model_type: str
     n_vocab: int  # V
@@ -382,13 +677,36 @@ class ModelConfig:
     head_dim: int  # D
     n_ctx: int  # longest context the model was made for
     norm_eps: float
-    rope: Mapping[str, Any]
+    ropes: tuple[Mapping[str, Any], ...]
+    layer_ropes: tuple[int | None, ...]
     windows: tuple[int | None, ...]
     tie_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""  # of q and k before RoPE: each "head", the "full" projection; "after_rope"
+    norm: str = "rms"  # or "weightless", "layer" (LayerNorm), "layer_bias"
+    norms: tuple[str, ...] = PRE_NORMS  # which ones a layer has
+    parallel: bool = False  # the MLP reads what attention reads
+    act: str = "swiglu"  # a key of section 5's ACTS
+    experts: Experts | None = None
+    embed_norm: bool = False  # the final norm also follows the embedding
+    embed_scale: float = 1.0
+    attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
+    attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
+    sinks: bool = False  # each head has a score that takes weight and gives nothing
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        return self.ropes[0]
+
+    @property
+    def n_rot(self) -> int:
+        """How many columns of a head RoPE turns."""
+        n_rot: int = self.rope["n_rot"]
+        return n_rot
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
         """Bytes of keys and values for `num_tokens` positions."""
@@ -408,10 +726,58 @@ def head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
+class ConfigValues:
+    """A config.json with its family's defaults, read key by key.
+
+    Raises CheckpointError, naming `source`, for a value that cannot be."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def first(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first of several spellings that is there."""
+        return next((self.values[key] for key in keys if key in self.values), default)
+
+    def any(self, *keys: str) -> bool:
+        return any(self.values.get(key) for key in keys)
+
+    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CheckpointError(
+                f"{self.source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return positive(self.values.get(key, default), f"{self.source}: {key}")
+
+
+def positive(value: Any, what: str) -> float:
+    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1e-15 < value < 1e15:
+        raise CheckpointError(f"{what} is {brief(value)}; a positive number is needed")
+    return float(value)
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a multimodal config.json that describes the language model."""
+    nested = raw.get("text_config")
+    if not isinstance(nested, Mapping):
+        return raw
+    outer = ("tie_word_embeddings", "quantization_config")
+    return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
+
+
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """ModelConfig from a config.json dict, in the 4.x or the 5.x spelling.
 
     Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
+    raw = text_config(raw)
     model_type = raw.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
@@ -419,74 +785,164 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: model_type {brief(model_type)} is not supported; supported are: {SUPPORTED}"
         )
     # a null takes the family's default away: no window, as many key/value heads as heads
-    values = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
-
-    def count(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(
-                f"{source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
-            )
-        return value
-
-    n_embd, n_heads = count("hidden_size"), count("num_attention_heads")
-    n_layers = count("num_hidden_layers", most=2**16)
-    n_kv_heads = count("num_key_value_heads", n_heads)
-    head_dim = count("head_dim", n_embd // n_heads, most=2**16)
+    merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
+    values = ConfigValues(merged, source)
+    n_embd, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    n_kv_heads = values.count("num_key_value_heads", n_heads)
+    head_dim = values.count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
             "the width must be even and the heads must divide evenly"
         )
-    if values.get("quantization_config"):
-        raise CheckpointError(
-            f"{source}: quantization_config {brief(values['quantization_config'])} is not "
-            "supported; take the float weights (with --quantize) or a GGUF file of this model"
-        )
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{source}: hidden_act {brief(values['hidden_act'])} is not supported; silu is"
-        )
-    bias = bool(values.get("attention_bias", False))
+    _check_supported(values)
+    switches = dict(family.switches)
+    if switches.get("experts"):
+        switches["experts"] = _experts(values, n_layers)
+    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
+    if switches.pop("embed_root", False):
+        embed_scale = n_embd**0.5
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    windows = _layer_windows(values, n_layers)
+    ropes, layer_ropes = _ropes(values, windows, head_dim)
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    n_ctx = values.count("max_position_embeddings")
+    if ropes[0]["rope_type"] == "dynamic":
+        n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
+    fields = {
+        "n_ctx": n_ctx,
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": embed_scale / residual,
+        "norm_eps": norm_eps / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
     return ModelConfig(
         model_type=str(model_type),
-        n_vocab=count("vocab_size"),
+        n_vocab=values.count("vocab_size"),
         n_embd=n_embd,
-        n_ff=count("intermediate_size"),
+        n_ff=values.count("intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        n_ctx=count("max_position_embeddings"),
-        norm_eps=_number(values, "rms_norm_eps", source, 1e-6),
-        rope=_rope_parameters(values, source),
-        windows=_layer_windows(values, n_layers, source),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias or bias,
-        o_bias=bias and not family.qkv_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
+        ropes=ropes,
+        layer_ropes=layer_ropes,
+        windows=windows,
+        **{**fields, **switches},
     )
 
 
-def _number(
-    values: Mapping[str, Any], key: str, source: str, default: float | None = None
-) -> float:
-    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
-    value = values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{source}: {key} is {brief(value)}; a positive number is needed")
-    return float(value)
+def _check_supported(values: ConfigValues) -> None:
+    source, quantized = values.source, values.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+    if quantized and method != "mxfp4":
+        raise CheckpointError(
+            f"{source}: quantization_config {brief(quantized)} is not supported; take the float "
+            "weights (with --quantize) or a GGUF file of this model"
+        )
+    for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not {only}")
+    for key in REFUSED:
+        if values.get(key):
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not supported")
 
 
-def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """5.x writes `rope_parameters`; 4.x writes `rope_theta` beside `rope_scaling`, whose kind is
-    `rope_type` or, older, `type`."""
+def _activation(values: ConfigValues) -> str:
+    act = values.first("hidden_activation", "hidden_act", default="silu")
+    if act == "gelu" and values.get("model_type") == "gemma":
+        act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise CheckpointError(
+            f"{values.source}: hidden_act {brief(act)} is not supported; {known} are"
+        )
+    return ACTIVATIONS[act]
+
+
+def _norm_eps(values: ConfigValues) -> float:
+    keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    return values.number(next((key for key in keys if values.get(key)), keys[0]), 1e-6)
+
+
+def _softcap(values: ConfigValues, key: str) -> float:
+    return values.number(key) if values.get(key) else 0.0
+
+
+def _experts(values: ConfigValues, n_layers: int) -> Experts:
+    """Which layers have experts, and which have one MLP, is Qwen's to say; otherwise all have."""
+    key = "num_local_experts" if "num_local_experts" in values.values else "num_experts"
+    count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers", [])
+    if not isinstance(dense, list):
+        raise CheckpointError(f"{values.source}: mlp_only_layers is {brief(dense)}; not a list")
+    shared = "shared_expert_intermediate_size"
+    return Experts(
+        count=count,
+        num_used=values.count("num_experts_per_tok", most=count),
+        n_ff=values.count("moe_intermediate_size", values.count("intermediate_size")),
+        layers=frozenset(i for i in range(n_layers) if (i + 1) % step == 0 and i not in dense),
+        renormalized=bool(values.get("norm_topk_prob", False)),
+        bias=bool(values.get("expert_bias", False)),
+        n_ff_shared=values.count(shared) if values.get(shared) else 0,
+    )
+
+
+def _ropes(
+    values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[int | None, ...]]:
+    """The RoPEs of a model, and which one each layer uses. 5.x writes `rope_parameters`, for each
+    layer type where these differ; 4.x writes `rope_theta` beside `rope_scaling`, and
+    `rope_local_base_freq` for layers with a window."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{source}: rope_parameters is {brief(found)}; an object is needed")
-    rope = dict(found)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+        raise CheckpointError(
+            f"{values.source}: rope_parameters is {brief(found)}; an object is needed"
+        )
+    main, local = found, None
+    if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
+        main, local = (found.get(kind) or {} for kind in LAYER_TYPES)
+    elif "rope_local_base_freq" in values.values:
+        local = {"rope_theta": values.get("rope_local_base_freq")}
+    ropes = [_rope_parameters(rope, values, head_dim) for rope in (main, local) if rope is not None]
+    has_local = len(ropes) > 1
+    interval = values.get("no_rope_layer_interval")
+    turned = values.get("no_rope_layers") or [
+        (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
+        for i in range(len(windows))
+    ]
+    if not isinstance(turned, list) or len(turned) < len(windows):
+        raise CheckpointError(f"{values.source}: no_rope_layers is {brief(turned)}")
+    if values.get("rope_only_in_windows") and any(windows):
+        turned = windows
+    both = zip(turned, windows)
+    return tuple(ropes), tuple(int(has_local and w is not None) if has else None for has, w in both)
+
+
+def _rope_parameters(
+    found: Mapping[str, Any], values: ConfigValues, head_dim: int
+) -> dict[str, Any]:
+    """One set of rope_parameters, whose kind is `rope_type` or, older, `type`."""
+    source, rope = values.source, dict(found)
+    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
+    kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files say so, but the stretch is fixed
+        kind = "ntk"
+    rope["rope_type"] = kind
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
     rope["original_max_position_embeddings"] = (
@@ -494,43 +950,73 @@ def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         or rope.get("original_max_position_embeddings")
         or values.get("max_position_embeddings")
     )
-    if rope["rope_type"] not in ROPE_TYPES:
+    if kind not in ROPE_TYPES:
         raise CheckpointError(
-            f"{source}: rope_type {brief(rope['rope_type'])} is not supported; supported are: "
+            f"{source}: rope_type {brief(kind)} is not supported; supported are: "
             + ", ".join(ROPE_TYPES)
         )
-    rotary = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if rotary != 1.0:
-        raise CheckpointError(f"{source}: partial_rotary_factor {brief(rotary)} is not supported")
+    rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    needed |= {"longrope": (), "ntk": ("alpha",)}
     optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    checked = ConfigValues(rope, f"{source}: rope")
     for key in (
         "rope_theta",
         "original_max_position_embeddings",
-        *needed.get(rope["rope_type"], ("factor",)),
-        *(key for key in optional if rope.get(key)),
+        "partial_rotary_factor",
+        *needed.get(kind, ("factor",)),
+        *(key for key in (*optional, "llama_4_scaling_beta", "factor") if rope.get(key)),
     ):
-        _number(rope, key, f"{source}: rope")
+        checked.number(key)
+    rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
+    if n_rot % 2 or not 0 < n_rot <= head_dim or (kind in ("dynamic", "ntk") and n_rot < 4):
+        raise CheckpointError(f"{source}: rope turns {n_rot} of the {head_dim} columns of a head")
     if rope["rope_theta"] <= 1:
         raise CheckpointError(f"{source}: rope_theta is {rope['rope_theta']}; it must be above 1")
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise CheckpointError(f"{source}: rope low_freq_factor must be below high_freq_factor")
+    if kind == "longrope":
+        _check_longrope(rope, values)
+    rope["backwards"] = bool(values.get("rope_backwards", False))
     return rope
 
 
-def _layer_windows(values: Mapping[str, Any], n_layers: int, source: str) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
-    from which layer on (`max_window_layers`), and Mistral means every layer."""
+def _check_longrope(rope: dict[str, Any], values: ConfigValues) -> None:
+    """Long and short factors are lists of divisors; the context says how far they stretch it."""
+    for key in ("short_factor", "long_factor"):
+        factors, size = rope.get(key), rope["n_rot"] // 2
+        if not isinstance(factors, list) or len(factors) != size:
+            raise CheckpointError(
+                f"{values.source}: rope {key} is {brief(factors)}; {size} numbers are needed"
+            )
+        for factor in factors:
+            positive(factor, f"{values.source}: rope {key}")
+    n_old = rope["original_max_position_embeddings"]
+    if n_old <= 1:
+        raise CheckpointError(f"{values.source}: rope original_max_position_embeddings is {n_old}")
+    rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / n_old
+
+
+def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, every n-th
+    layer had none (Gemma), or those from the n-th on had one (Qwen2), or all of them (Mistral)."""
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    if not isinstance(window, int) or window < 1 or not isinstance(first, int):
-        raise CheckpointError(f"{source}: sliding_window {brief(window)} from layer {brief(first)}")
-    default = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
-    kinds = values.get("layer_types") or default
+    pattern = values.first("sliding_window_pattern", "_sliding_window_pattern", default=0)
+    pattern = len(pattern) if isinstance(pattern, str) else pattern
+    numbers = (window, first, pattern)
+    if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
+        raise CheckpointError(
+            f"{values.source}: sliding_window {brief(window)} from layer {brief(first)}, except "
+            f"for every {brief(pattern)}th"
+        )
+    slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
+    kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
     if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
         raise CheckpointError(
-            f"{source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
+            f"{values.source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are "
+            "needed"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -1000,6 +1486,18 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
+def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
+    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
+    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
+    q = torch.cat((doubled, -doubled))[codes.int()]
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+
+
+def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
+    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+
+
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -1009,6 +1507,7 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
 }
 
 
@@ -1045,20 +1544,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
-def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Inverse wavelengths (D/2,) float32 of rotary embeddings (https://arxiv.org/abs/2104.09864),
-    stretched as `rope_type` says, and the factor on cos and sin.
+def rope_frequencies(
+    rope: Mapping[str, Any], head_dim: int, long: bool = False
+) -> tuple[Tensor, float]:
+    """Inverse wavelengths (n_rot/2,) float32 of rotary embeddings, stretched as `rope_type` says
+    for a context within the old one, or a `long` one, and the factor on cos and sin.
 
-    llama3: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    yarn:   https://arxiv.org/abs/2309.00071"""
+    rotary:   https://arxiv.org/abs/2104.09864; dynamic: see `dynamic_stretch`
+    llama3:   https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
+    yarn:     https://arxiv.org/abs/2309.00071
+    longrope: https://arxiv.org/abs/2402.13753"""
     theta, kind = float(rope["rope_theta"]), rope["rope_type"]
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if kind == "default":
+    n_rot: int = rope.get("n_rot", head_dim)
+    if kind == "ntk":
+        theta *= rope["alpha"] ** (n_rot / (n_rot - 2))
+    inv_freq = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
+    inv_freq *= -1 if rope.get("backwards") else 1
+    if kind in ("default", "dynamic", "ntk"):
         return inv_freq, 1.0
     factor = float(rope["factor"])
     if kind == "linear":
         return inv_freq / factor, 1.0
     n_old = rope["original_max_position_embeddings"]
+    if kind == "longrope":
+        scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
+        divisors = torch.tensor(rope["long_factor" if long else "short_factor"])
+        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
@@ -1066,14 +1577,26 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
         return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
 
     def dim_of(turns: float) -> float:
-        return head_dim * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return n_rot * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
+    first, last = max(first, 0), min(last, n_rot - 1)
+    ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
+
+
+def dynamic_stretch(rope: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """What dynamic NTK multiplies the angles with (N, n_rot/2): theta grows with the length once it
+    exceeds the old context. A token is turned as if it were the text's last one, so that neither
+    chunks nor cached prefixes change anything; a transformers model that decodes with a cache,
+    token by token, does the same.
+    https://huggingface.co/docs/transformers/internal/rope_utils"""
+    n_rot, factor = rope["n_rot"], rope["factor"]
+    longer = factor * (positions + 1.0) / rope["original_max_position_embeddings"] - (factor - 1)
+    powers = -torch.arange(0, n_rot, 2, device=positions.device) / (n_rot - 2)
+    return torch.pow(longer.clamp(min=1).unsqueeze(1), powers)
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -1112,19 +1635,63 @@ def attention_bias(
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for one sequence, scores in float32.
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(softcap(scale q k^T) + bias) v for one sequence, scores in float32.
 
-    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias` -> (n, H, D)"""
+    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias`; scale, None for
+    1 / sqrt(D); softcap c, c tanh(score / c); sinks (H,) -> (n, H, D)"""
     n, H, D = q.shape
     num_rows = n * H // len(keys)
     q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
     q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
-    out = F.scaled_dot_product_attention(
-        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias
-    )
-    out = out[0, :, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
+    if softcap or sinks is not None:
+        extra = None  # (Hkv, rows, 1)
+        if sinks is not None:
+            extra = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
+            extra = F.pad(extra, (0, 0, 0, len(bias) - num_rows))
+        out = _attention_in_blocks(q, keys, values, bias, scale or D**-0.5, softcap, extra)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
+        )[0]
+    out = out[:, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
+
+
+def _attention_in_blocks(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention that torch has no operation for, KEY_TILE keys at a time, so that no sum depends
+    on how many there are (https://arxiv.org/abs/2112.05682). q (Hkv, rows, D) -> as q"""
+    most = q.new_full((*q.shape[:2], 1), -1e30, dtype=torch.float32) if sinks is None else sinks
+    total = torch.zeros_like(most) if sinks is None else torch.ones_like(most)
+    out = torch.zeros_like(q, dtype=torch.float32)
+    for at in range(0, keys.shape[1], KEY_TILE):
+        block = slice(at, at + KEY_TILE)
+        scores = (q @ keys[:, block].mT).float() * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores += bias[:, block]
+        top = torch.maximum(most, scores.amax(-1, keepdim=True))
+        weight, shrink = torch.exp(scores - top), torch.exp(most - top)
+        total = total * shrink + weight.sum(-1, keepdim=True)
+        out = out * shrink + (weight.to(q.dtype) @ values[:, block]).float()
+        most = top
+    return (out / total).to(q.dtype)
 
 
 # ---- native kernels ------------------------------------------------------------------------------
@@ -1177,6 +1744,7 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
 
 INLINE int32_t four_bytes(const int8_t *a) {
     int32_t bytes;
@@ -1432,7 +2000,8 @@ typedef struct {
     int32_t bits, group, has_offset, block_bytes;
 } matrix;
 
-enum { PLAIN, NORM, GATED }; /* what comes before: x, rms_norm(x), or silu(gate) * up */
+/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
+enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
 
 typedef struct {
     const matrix *parts; /* they read the same input; their outputs stand side by side */
@@ -1473,39 +2042,51 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
     ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
 }
 
+/* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE vec gelu(vec x) {
+    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
+
 /* LANES columns of one token's input, ready for the matrix */
 INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
-    if (in->before == GATED) {
-        const float *gate = in->x + token * 2 * in->cols + col;
-        return load(gate) / (1.0f + exp_of(-load(gate))) * load(gate + in->cols);
+    int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
+    const float *at = in->x + token * (in->cols << gated) + col;
+    vec x = load(at), up = load(at + (gated ? in->cols : 0));
+    switch (in->before) {
+    case NORM: return x * factor * load(in->norm + col);
+    case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
+    case GEGLU: return gelu(x) * up;
+    case CLAMPED_SWIGLU: /* as in gpt-oss */
+        x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
+        return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
+    case RELU2: return larger((vec){0}, x) * x;
+    case GELU: return gelu(x);
+    default: return x;
     }
-    vec x = load(in->x + token * in->cols + col);
-    if (in->before == NORM) x = x * factor * load(in->norm + col);
-    return x;
 }
 
 /* quantizes a piece of all tokens' groups */
 static void quantize_piece(const void *job, int64_t piece) {
     const linear_call *in = job;
-    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups, last = -1;
-    int64_t stop = total * (piece + 1) / in->num_pieces;
-    float factor = 1;
-    for (int64_t i = total * piece / in->num_pieces; i < stop; i++) {
-        int64_t token = i / num_groups, g = i % num_groups, start = token / TILE * TILE;
-        int T = tile_size(in->num_tokens - start);
-        for (; token >= start + T; T = tile_size(in->num_tokens - start)) start += T;
-        if (token != last && in->before == NORM)
+    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
+    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
+    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
+        int64_t start = token / TILE * TILE, T;
+        for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
+        float factor = 1;
+        if (in->before == NORM)
             factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
-        last = token;
-        uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
-        vec x[32 / LANES];
-        for (int c = 0; c < 32 / LANES; c++)
-            x[c] = prepared(in, token, 32 * g + c * LANES, factor);
-        quantize_group(x, group, T, token - start);
+        for (; g < num_groups && i < stop; g++, i++) {
+            vec x[32 / LANES];
+            for (int c = 0; c < 32 / LANES; c++)
+                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+            uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
+            quantize_group(x, group, T, token - start);
+        }
     }
 }
 
-#define AHEAD 4096 /* bytes: what prefetching gains is most from 2 to 8 KB on */
+#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
 #define VECS (16 / LANES) /* that hold a block's rows */
 
@@ -1680,10 +2261,10 @@ enum { FLOAT32, FLOAT16, Q8 };
 typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 
 typedef struct {
-    const float *qkv, *cos, *sin, *q_norm, *k_norm;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
     const span *spans;
     int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
-    float eps, scale, *out;
+    float eps, scale, softcap, *out;
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
     int64_t num_chunks; /* that a task is cut into, or 1 */
@@ -1773,6 +2354,8 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
             if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
             for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
         }
+        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
+            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
         ivec place = lanes + (int32_t)(first + k);
         for (int r = 0; r < R; r++) {
             ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
@@ -1856,9 +2439,14 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
     else BY_ROWS(Q8)
 }
 
-INLINE void clear(float *sum, int64_t D) {
-    memset(sum, 0, PARTIAL(D) * sizeof(float));
-    for (int r = 0; r < ROWS; r++) sum[r] = NOTHING;
+/* nothing yet, or a sink's score with a value of zeros */
+INLINE void clear(const attention_call *c, const task *t, float *sum) {
+    int64_t heads = c->n_heads / c->n_kv_heads;
+    memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = c->sinks ? c->sinks[t->head * heads + (t->first_row + r) % heads] : NOTHING;
+        if (c->sinks) sum[ROWS + r] = 1;
+    }
 }
 
 /* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
@@ -1940,7 +2528,7 @@ static void attend_piece(const void *job, int64_t piece) {
             attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
         return;
     }
-    clear(sum, D);
+    clear(c, &t, sum);
     for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
         attend_chunk(c, &t, tile, chunk, one);
         merge(&t, sum, one, D);
@@ -1952,7 +2540,7 @@ static void merge_piece(const void *job, int64_t piece) {
     const attention_call *c = job;
     float sum[PARTIAL(MAX_D)];
     task t = find_task(c, piece);
-    clear(sum, c->head_dim);
+    clear(c, &t, sum);
     for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
         merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
               c->head_dim);
@@ -1962,12 +2550,14 @@ static void merge_piece(const void *job, int64_t piece) {
 /* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
  * chunks are shared out among threads; the arithmetic is the same. */
 void attention(const float *qkv, const float *cos, const float *sin, const float *q_norm,
-               const float *k_norm, float eps, const span *spans, int64_t num_spans,
-               int64_t num_tokens, int64_t layer, int64_t n_layers, int64_t n_heads,
-               int64_t n_kv_heads, int64_t head_dim, int64_t window, int64_t kind,
-               int64_t block_bytes, float *out, int64_t num_threads) {
-    attention_call c = {qkv, cos, sin, q_norm, k_norm, spans, layer, n_layers, n_heads, n_kv_heads,
-                        head_dim, window, kind, block_bytes, eps, 1.0f / sqrtf(head_dim), out,
+               const float *k_norm, const float *sinks, float eps, float scale, float softcap,
+               const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
+               int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+               int64_t window, int64_t kind, int64_t block_bytes, float *out,
+               int64_t num_threads) {
+    attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
+                        n_kv_heads, head_dim, window, kind, block_bytes, eps,
+                        scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
                         NULL, NULL, 1}; /* q, partials, chunks */
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
     for (const span *s = spans; s < spans + num_spans; s++) {
@@ -2100,7 +2690,7 @@ def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "linear": "piippfippi",
         "gather": "ppip",
-        "attention": "pppppfpiiiiiiiiiipi",
+        "attention": "ppppppfffpiiiiiiiiiipi",
         "read_all": "pii",
     }
     for name, letters in signatures.items():
@@ -2206,29 +2796,26 @@ def native_linear(
     x: Tensor,
     matrices: int,
     num_matrices: int,
-    num_rows: int,
     norm: Tensor | None,
     eps: float,
-    gated: bool,
+    act: int,
     residual: Tensor | None,
-) -> Tensor:
-    """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
-    `matrices`"""
-    num_tokens = x.size(0)
-    out = torch.empty(num_tokens, num_rows)
+    out: Tensor,
+) -> None:
+    """x (N, cols), or (N, 2 cols) of gate and up; residual like out (N, rows), which the Matrix
+    array at the address `matrices` fills; `act` is 0 or an activation's number in the kernels"""
     load_kernels().linear(
         matrices,
         num_matrices,
-        num_tokens,
+        x.size(0),
         x.data_ptr(),
         pointer(norm),
         eps,
-        2 if gated else int(norm is not None),
+        act or int(norm is not None),
         pointer(residual),
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out
 
 
 def native_attention(
@@ -2237,7 +2824,10 @@ def native_attention(
     sin: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
+    sinks: Tensor | None,
     eps: float,
+    scale: float,
+    softcap: float,
     spans: Tensor,
     layer: int,
     n_layers: int,
@@ -2248,8 +2838,9 @@ def native_attention(
     kind: int,
     block_bytes: int,
 ) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
-    start, new tokens, row -> (N, H D). Keys and values go to the strips."""
+    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
+    of strip address, blocks in a strip, start, new tokens, row -> (N, H D). Keys and values go to
+    the strips."""
     num_tokens = qkv.size(0)
     out = torch.empty(num_tokens, n_heads * head_dim)
     load_kernels().attention(
@@ -2258,7 +2849,10 @@ def native_attention(
         sin.data_ptr(),
         pointer(q_norm),
         pointer(k_norm),
+        pointer(sinks),
         eps,
+        scale,
+        softcap,
         spans.data_ptr(),
         spans.size(0),
         num_tokens,
@@ -2276,17 +2870,14 @@ def native_attention(
     return out
 
 
-OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "linear(Tensor x, int matrices, int num_matrices, int num_rows, Tensor? norm, float eps, "
-    "bool gated, Tensor? residual) -> Tensor": (
-        native_linear,
-        lambda x, matrices, num_matrices, num_rows, *rest: x.new_empty(len(x), num_rows),
-    ),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
-    "Tensor spans, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
-    "int kind, int block_bytes) -> Tensor": (
+OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
+    "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
+    "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
+    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
+    "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
+    "int n_kv_heads, int head_dim, int window, int kind, int block_bytes) -> Tensor": (
         native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[8] * rest[10]),
+        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
     ),
 }
 
@@ -2302,12 +2893,11 @@ def register_operators() -> Any:
     return library
 
 
-def native(name: str) -> Callable[..., Tensor]:
+def native(name: str) -> Callable[..., Any]:
     """The kernel, or the operator around it where somebody looks: torch.compile or a profiler. An
     operator call takes several times as long as the kernel's own work on a small matrix."""
     if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
-        operator: Callable[..., Tensor] = getattr(torch.ops.nanollama, name)
-        return operator
+        return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
     return native_linear if name == "linear" else native_attention
 
 
@@ -2659,10 +3249,11 @@ def strip_attention(
     layer: int,
     n_layers: int,
     window: int | None,
+    scale: float | None = None,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others.
+    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D).
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
     (_, H, D), Hkv = q.shape, k.shape[1]
@@ -2686,7 +3277,7 @@ def strip_attention(
         n_layers,
         window or 2**31 - 1,
         num_programs,
-        D**-0.5,
+        scale or D**-0.5,
         H=H,
         HEADS=heads,
         KEYS=STRIP_KEYS,
@@ -2885,6 +3476,7 @@ class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
     token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
+    lengths               (N,): how long the text is that a row belongs to, as far as it is known
     spans                 whose rows are whose
     logit_rows            rows whose logits are wanted, padded likewise
     num_logits            R: how many of them are real"""
@@ -2894,21 +3486,26 @@ class Batch:
         work: Iterable[tuple[int, int, list[int], int]],
         device: torch.device,
         row_tile: int = ROW_TILE,
+        lengths: Iterable[int] = (),
     ) -> None:
-        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
+        """`work` lists (slot, start, new token ids, how many of the last rows need logits);
+        `lengths` says for each how long its text is, where more of it is known than this."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        whole: list[int] = []
         self.spans: list[Span] = []
-        for slot, start, new, num_rows in work:
+        for (slot, start, new, num_rows), length in itertools.zip_longest(work, lengths):
             self.spans.append(Span(slot, start, len(new), len(ids)))
             ids += new
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
+            whole += [length or start + len(new)] * len(new)
         self.num_logits = len(rows)
         pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
+        self.lengths = torch.tensor(whole + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
         self.strips: StripRows | None = None  # made by the first layer that needs it
@@ -2929,6 +3526,10 @@ class DecodeBatch(Batch):
         self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
         self.token_ids, self.positions, addresses, capacities = self.inputs
         self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+
+    @property
+    def lengths(self) -> Tensor:  # type: ignore[override]
+        return self.positions + 1
 
     def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
         """Put in (token id, position, strip) for each sequence."""
@@ -2984,6 +3585,7 @@ class KVCache:
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
+        direct = direct and not self.config.attn_softcap and attn.sinks is None
         spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
@@ -2995,9 +3597,10 @@ class KVCache:
             if bias is None:
                 bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
                 batch.memo[span.row, window] = bias
-            seen = strips[:, :, : bias.shape[1]]
-            keys, values = decode_kv(seen, self.config.head_dim, self.kv_dtype, q.dtype)
-            out[rows] = attention(q[rows], keys, values, bias)
+            seen, config = strips[:, :, : bias.shape[1]], self.config
+            keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
+            how = config.attn_scale, config.attn_softcap, attn.sinks
+            out[rows] = attention(q[rows], keys, values, bias, *how)
         return out.flatten(1)
 
     def attend_rows(
@@ -3017,7 +3620,8 @@ class KVCache:
             batch.strips = StripRows(*torch.tensor(table, device=q.device))
         if len(batch.strips.rows):
             windows = self.config.windows
-            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer])
+            scale = self.config.attn_scale
+            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer], scale)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -3060,14 +3664,20 @@ class NativeKVCache(KVCache):
                     for strip, s in strips
                 ]
             )
-        config = self.config
-        return native("attention")(
+        config, norms = self.config, (attn.q_norm, attn.k_norm)
+        if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
+            q, k, v = attn.heads(qkv, cos, sin)
+            qkv, norms = torch.cat((q, k, v), dim=1).flatten(1), (None, None)
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        out: Tensor = native("attention")(
             qkv,
             cos,
             sin,
-            attn.q_norm and attn.q_norm.weight,
-            attn.k_norm and attn.k_norm.weight,
+            *(norm and norm.weight for norm in norms),
+            attn.sinks,
             config.norm_eps,
+            config.attn_scale or 0.0,
+            config.attn_softcap,
             spans,
             attn.index,
             config.n_layers,
@@ -3078,6 +3688,7 @@ class NativeKVCache(KVCache):
             self.kinds.index(self.kv_dtype),
             BLOCK_ROWS * self.strips[0].shape[4],
         )
+        return out
 
 
 class RMSNorm:
@@ -3088,10 +3699,52 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm:
+    """https://arxiv.org/abs/1607.06450"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
+    """The family's kind of norm, with the weights called `name`."""
+    if config.norm == "weightless":
+        weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
+        return RMSNorm(weight, config.norm_eps)
+    weight = weights.take(f"{name}.weight", width)
+    if config.norm == "rms":
+        return RMSNorm(weight, config.norm_eps)
+    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    return LayerNorm(weight, bias, config.norm_eps)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's activation: https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py"""
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+# What comes before a matrix, in the order of the kernels' numbers. The first three take gate | up.
+ACTS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped_swiglu": clamped_swiglu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+}
+ACT_NUMBERS = {name: number for number, name in enumerate(ACTS, 2)} | {"": 0}
+
+
 class Projection:
     """Matrices that read the same input, side by side: y = concat(W_i before(x) + b_i) + residual.
 
-    before(x) is x, norm(x), or silu(gate) * up of x = gate | up (SwiGLU)."""
+    before(x) is x, norm(x), or one of ACTS, of gate and up where x = gate | up."""
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
@@ -3099,19 +3752,21 @@ class Projection:
     def __call__(
         self,
         x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
+        norm: Norm | None = None,
+        act: str = "",
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows)"""
+        """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows), in `out` if
+        that is given"""
         if norm is not None:
             x = norm(x)
-        if gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+        if act:
+            x = ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if residual is None else residual + y
+        y = y if residual is None else residual + y
+        return y if out is None else out.copy_(y)
 
     @property
     def nbytes(self) -> int:
@@ -3135,14 +3790,30 @@ class NativeProjection(Projection):
     def __call__(
         self,
         x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
+        norm: Norm | None = None,
+        act: str = "",
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return native("linear")(
-            x, self.address, len(self.parts), self.num_rows, weight, eps, gated, residual
-        )
+        out = torch.empty(x.size(0), self.num_rows) if out is None else out
+        weight, eps = None, 0.0
+        if isinstance(norm, RMSNorm):
+            weight, eps = norm.weight, norm.eps
+        elif norm is not None:
+            x = norm(x)
+        address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
+        native("linear")(x, address, num_parts, weight, eps, number, residual, out)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
+    alone, and what q is multiplied with (N, 1) where scores grow with the position."""
+
+    cos: Tensor
+    sin: Tensor
+    q_scale: Tensor | None = None
 
 
 class Attention:
@@ -3153,35 +3824,59 @@ class Attention:
         rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
         self.qkv_proj = weights.linear(rows, C, config.qkv_bias)
         self.o_proj = weights.linear({f"{prefix}.o_proj": C}, H * D, config.o_bias)
+        whole = config.qk_norm == "full"
         self.q_norm, self.k_norm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", D), config.norm_eps)
+            make_norm(config, weights, f"{prefix}.{name}", heads * D if whole else D)
             if config.qk_norm
             else None
-            for name in ("q_norm", "k_norm")
+            for name, heads in (("q_norm", H), ("k_norm", Hkv))
         )
+        self.norm_last = config.qk_norm == "after_rope"
+        self.fused = config.qk_norm in ("", "head")  # the native kernel norms and turns
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
         family does that, and rotated to their positions"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        if self.norm_last:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = (
+                norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return (q, k, v) if self.norm_last else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def __call__(
-        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        rotation: Rotation,
+        cache: KVCache,
+        batch: Batch,
+        residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        return self.o_proj(cache.attend(self, qkv, cos, sin, batch), residual=x)  # (N, C)
+        if rotation.q_scale is not None:
+            qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
+        return self.o_proj(out, residual=residual)  # (N, C)
 
 
 MLP_BYTES = 16 << 20  # of gate and up at a time
 
 
 class MLP:
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
-        rows = {f"{prefix}.gate_proj": width, f"{prefix}.up_proj": width}
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, width: int, bias: bool
+    ) -> None:
+        """`width` is F."""
+        C, self.act = config.n_embd, config.act
+        names = ("gate_proj", "up_proj") if self.act in GATED else ("up_proj",)
+        rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
@@ -3189,28 +3884,96 @@ class MLP:
         # than the arithmetic saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
-    def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
-        parts = [
-            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part)
-            for part in (x.split(self.step) if x.size(0) > self.step else (x,))
+        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then take a core
+        for at in range(0, len(x), self.step):
+            rows = slice(at, at + self.step)
+            rest = None if residual is None else residual[rows]
+            # gate and up have no name here, so that their memory serves the next rows too
+            self.down_proj(
+                self.gate_up_proj(x[rows], norm=norm), act=self.act, residual=rest, out=y[rows]
+            )
+        return y
+
+
+class MoE:
+    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
+    for every expert, and only those with the largest weights run, each with all its tokens."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        assert config.experts is not None
+        self.config = experts = config.experts
+        self.gate = self.router(weights, f"{prefix}.gate", experts.count, config.n_embd)
+        self.experts = [
+            MLP(config, weights, f"{prefix}.experts.{i}", experts.n_ff, experts.bias)
+            for i in range(experts.count)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.shared_expert: MLP | None = None
+        if width := experts.n_ff_shared:
+            self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
+            name = f"{prefix}.shared_expert_gate"
+            self.shared_expert_gate = self.router(weights, name, 1, config.n_embd)
+        both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
+        native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
+        self.row_tile = 1 if native else ROW_TILE
+
+    def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
+        bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
+        return Linear(weights.take(f"{name}.weight", num_rows, num_cols), bias)
+
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(N, C) -> (N, C)"""
+        x = x if norm is None else norm(x)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
+        weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
+        if self.config.renormalized:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
+        y = torch.zeros_like(x) if residual is None else residual.clone()
+        if self.shared_expert is not None:
+            share = self.shared_expert_gate(tiled)[: len(x)].sigmoid()
+            y += share * self.shared_expert(x)
+        places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
+        for place, expert in enumerate(chosen.flatten().tolist()):
+            places.setdefault(expert, []).append(place)
+        for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
+            at = torch.tensor(places[expert], device=x.device)
+            rows = at // num_used
+            padded = F.pad(rows, (0, -len(rows) % self.row_tile))
+            out = self.experts[expert](x[padded])[: len(rows)]
+            y.index_add_(0, rows, out * weight[at].unsqueeze(1))
+        return y
 
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
+        self.rope, self.parallel = config.layer_ropes[index], config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
-        self.mlp = MLP(config, weights, f"{prefix}.mlp")
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", C), config.norm_eps)
-            for name in ("input_layernorm", "post_attention_layernorm")
-        )
+        self.mlp: MLP | MoE
+        if config.experts and index in config.experts.layers:
+            self.mlp = MoE(config, weights, f"{prefix}.mlp")
+        else:
+            self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
+        norms = {name: make_norm(config, weights, f"{prefix}.{name}", C) for name in config.norms}
+        self.input_layernorm, self.post_attention_layernorm = map(norms.get, PRE_NORMS)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = map(norms.get, POST_NORMS)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, cos, sin, cache, batch)
-        return self.mlp(x, self.post_attention_layernorm)  # (N, C)
+    def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
+        norm, post = self.input_layernorm, self.post_self_attn_layernorm
+        added = self.self_attn(x, norm, rotation, cache, batch, None if post else x)
+        h = x + post(added) if post else added
+        norm, post = self.post_attention_layernorm, self.post_mlp_layernorm
+        if self.parallel:
+            return self.mlp(x, self.input_layernorm, h)
+        added = self.mlp(h, norm, None if post else h)
+        return h + post(added) if post else added  # (N, C)
 
 
 class Decoder:
@@ -3221,14 +3984,19 @@ class Decoder:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
         self.native, self.kernels = weights.native, weights.kernels
         V, C = config.n_vocab, config.n_embd
-        inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
+        divisors = torch.tensor(1.0)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
-            divisors = weights.take("rope_freqs.weight", config.head_dim // 2, dtype=torch.float32)
-            inv_freq = inv_freq / divisors.cpu()
-        self.inv_freq = inv_freq.to(self.device)
+            divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
+        self.ropes = []
+        for rope in config.ropes:
+            (short, scale), (long, _) = (
+                rope_frequencies(rope, config.head_dim, long) for long in (False, True)
+            )
+            both = torch.stack((short, long)) / divisors.cpu()
+            self.ropes.append((rope, both.to(self.device), scale))  # (2, n_rot/2)
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
-        self.norm = RMSNorm(weights.take("model.norm.weight", C), config.norm_eps)
+        self.norm = make_norm(config, weights, "model.norm", C)
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
@@ -3243,6 +4011,12 @@ class Decoder:
         packed = self.native and weights.num_packed > 0
         self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
+        c = self.config
+        return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
+
     def new_cache(self, num_slots: int) -> KVCache:
         """A KVCache for sequences that this decoder runs."""
         D = self.config.head_dim
@@ -3250,27 +4024,57 @@ class Decoder:
         kind = NativeKVCache if native else KVCache
         return kind(self.config, num_slots, self.kv_dtype, self.device)
 
+    def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
+        """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
+        found: dict[int | None, Rotation] = {}
+        positions, config = batch.positions, self.config
+        rest = config.head_dim // 2 - config.n_rot // 2  # pairs of columns that are not turned
+        for i, (rope, inv_freq, scale) in enumerate(self.ropes):
+            n_old = rope["original_max_position_embeddings"]
+            longer = (batch.lengths > n_old).long() if rope["rope_type"] == "longrope" else 0
+            angles = positions.unsqueeze(1) * inv_freq[longer]  # (N, n_rot/2)
+            if rope["rope_type"] == "dynamic":
+                angles = angles * dynamic_stretch(rope, positions)
+            if self.native:  # torch would wake its threads for this, and wait for them
+                cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
+            else:
+                cos, sin = angles.cos(), angles.sin()
+            cos, sin = ((x * scale).to(self.dtype) for x in (cos, sin))
+            if rest:
+                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+            found[i] = Rotation(cos, sin)
+            if beta := rope.get("llama_4_scaling_beta"):
+                grows = 1 + beta * torch.log(1 + positions.unsqueeze(1) // n_old)
+                found[i] = Rotation(cos, sin, grows.to(self.dtype))
+        if None in config.layer_ropes:
+            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
+        return found
+
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         return self.logits(self.hidden(batch, cache), batch)
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
-        angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
-        if self.native:  # torch would wake its threads for this, and wait for them
-            cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
-        else:
-            cos, sin = angles.cos(), angles.sin()
-        cos, sin = ((x * self.rope_scale).to(self.dtype) for x in (cos, sin))  # (N, D/2)
+        config, rotations = self.config, self.rotations(batch)
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
+        if config.embed_scale != 1:
+            x = x * config.embed_scale
+        if config.embed_norm:
+            x = self.norm(x)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, batch)
+            x = layer(x, rotations[layer.rope], cache, batch)
         return x  # (N, C)
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
-        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
-        return logits[: batch.num_logits].float()  # (R, V)
+        config = self.config
+        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
+        if config.logit_scale != 1:
+            logits = logits * config.logit_scale
+        if config.logit_softcap:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits  # (R, V)
 
 
 class DecodeGraphs:
@@ -3336,8 +4140,26 @@ class DecodeGraphs:
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
-    "_<EOT>".split()
+    "_<EOT> <|assistant_end|>".split()
 )
+
+# Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tekken.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "tokenizer.pkl",
+)
+
+# Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
+# an answer that comes back, nanochat's template makes the tokens again.
+SHOWN_CONTROL = {
+    "<|python_start|>": "\n~~~python\n",
+    "<|python_end|>": "\n~~~\n",
+    "<|output_start|>": "\n~~~~output\n",
+    "<|output_end|>": "\n~~~~\n",
+}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -3348,25 +4170,85 @@ GGUF_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_self_attn_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+
+# How families spell a part of a tensor's name -> how the decoder asks for it.
+HF_NAMES = {
+    r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
+    r"^language_model\.(?=lm_head)": "",
+    r"block_sparse_moe\.router\.layer": "mlp.gate",
+    r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
+    r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
+    "block_sparse_moe": "mlp",
+    r"\.w1\.": ".gate_proj.",
+    r"\.w3\.": ".up_proj.",
+    r"\.w2\.": ".down_proj.",
+    r"mlp\.router": "mlp.gate",
+    r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
+    r"(?<=experts)\.(gate_up_proj|down_proj)_": r".\1.",  # bias, blocks, scales
+    r"mlp\.(c_fc|fc1)\.": "mlp.up_proj.",
+    r"mlp\.(c_proj|fc2)\.": "mlp.down_proj.",
+    "query_layernorm": "q_norm",
+    "key_layernorm": "k_norm",
+    "sinks$": "sinks.weight",
+}
+# Where there is a norm after each block, the older names shift by one.
+SANDWICH_NAMES = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
 # What GGUF says under {arch}.rope.scaling, as rope_parameters has it.
 GGUF_ROPE = {
     "original_context_length": "original_max_position_embeddings",
     "yarn_attn_factor": "attention_factor",
+    "attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
 
 # {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
 GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
+
+# Other metadata under {arch}, as config.json has it.
+GGUF_VALUES = {
+    "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "use_parallel_residual": "use_parallel_residual",
+}
+
+# Models whose queries are scaled by another width than a head's, which their files do not say:
+# https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
+WIDE_SCALE = (("gemma2", 46), ("gemma3", 62))
 
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
 FILE_SAMPLING = {
@@ -3386,13 +4268,14 @@ FILE_SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What the tokenizer and the chat template are made from: a tokenizer.json, or GGUF metadata.
+    """What the tokenizer and the chat template are made from: one of TOKENIZER_FILES, or GGUF
+    metadata.
 
     templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
     bos_token, eos_token and so on as text; eos_ids the ids that the files declare as the end."""
 
     source: str
-    tokenizer_json: Path | None = None
+    tokenizer_file: Path | None = None
     gguf: Mapping[str, Any] | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -3404,7 +4287,7 @@ class Checkpoint:
     """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
 
     path: Path
-    format: str  # safetensors or gguf
+    format: str  # safetensors, gguf or nanochat
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
     text: TextFiles
@@ -3436,7 +4319,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    return _open_gguf(path)
+    return _open_nanochat(path) if path.suffix == ".pt" else _open_gguf(path)
 
 
 def open_text(path: Path) -> TextFiles:
@@ -3472,7 +4355,7 @@ def _open_directory(path: Path) -> Checkpoint:
         path=path,
         format="safetensors",
         config=config,
-        tensors=_safetensors(path),
+        tensors=canonical_tensors(_safetensors(path), config),
         text=_directory_text(path),
         sampling=_file_sampling(generation),
         pooling=_directory_pooling(path),
@@ -3552,7 +4435,20 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
 
 
 def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
-    return lambda rows=None: opened.get_slice(key)[rows] if rows else opened.get_tensor(key)
+    def load(*index: Any) -> Tensor:
+        if index and isinstance(index[0], (int, slice)):  # only this much is read
+            part: Tensor = opened.get_slice(key)[index[0]]
+            return part[index[1:]] if index[1:] else part
+        whole: Tensor = opened.get_tensor(key)
+        return whole[index] if index else whole
+
+    return load
+
+
+def tokenizer_file(names: Iterable[str]) -> str | None:
+    """Which of a directory's files holds the tokenizer."""
+    flat = sorted(name for name in names if "/" not in name)
+    return next((n for pattern in TOKENIZER_FILES for n in fnmatch.filter(flat, pattern)), None)
 
 
 def _directory_text(path: Path) -> TextFiles:
@@ -3566,12 +4462,13 @@ def _directory_text(path: Path) -> TextFiles:
             special_tokens[name] = content
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        declared = read_json(path / name, required=False).get("eos_token_id")
+        values = read_json(path / name, required=False)
+        declared = values.get("eos_token_id", text_config(values).get("eos_token_id"))
         listed = declared if isinstance(declared, list) else [declared]
         eos_ids |= {i for i in listed if isinstance(i, int)}
     return TextFiles(
         source=str(path),
-        tokenizer_json=path / "tokenizer.json",
+        tokenizer_file=path / file if (file := tokenizer_file(os.listdir(path))) else None,
         templates=_directory_templates(path, settings.get("chat_template")),
         special_tokens=special_tokens,
         eos_ids=frozenset(eos_ids),
@@ -3753,12 +4650,14 @@ def _gguf_tensors(
 def _gguf_loader(
     raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
 ) -> Callable[..., Tensor | PackedLinear]:
-    def load(rows: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+    def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(shape[0], -1)[rows]  # (rows, bytes)
-        wanted = (len(data), *shape[1:])
-        if kind.name in REPACK and len(shape) == 2:
-            blocks = data.view(-1, shape[1] // block, block_bytes)
+        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
+        for part in index:  # of three dimensions, the first is the expert
+            data = data[part]
+        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        if kind.name in REPACK and len(wanted) == 2:
+            blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
         elif kind.name in ("F32", "F16", "BF16", "F64"):
             dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -3774,13 +4673,12 @@ def _gguf_loader(
 
 
 def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
-    """Give back the memory of the file's pages that were read through a mapping: what was made of
-    them is a copy. They stay in the system's cache, and count no longer as this process's."""
+    """Give back the memory of a file's pages that were read through a mapping: what was made of
+    them is a copy. They stay in the system's cache, and count no longer as this process's. All
+    of them, for the system maps a page's neighbours with it."""
     file = getattr(mapped, "_mmap", None)
     if file is not None and hasattr(mmap, "MADV_DONTNEED"):
-        start = mapped.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        file.madvise(mmap.MADV_DONTNEED, first, start + mapped.nbytes - first)
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def gguf_shards(path: Path) -> list[Path]:
@@ -3804,9 +4702,12 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = files[0].metadata
     tensors = {name: t for file in files for name, t in file.tensors.items()}
     arch = metadata.get("general.architecture")
-    model_type = next((name for name, family in FAMILIES.items() if family.gguf == arch), None)
+    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
+    model_type = next(iter(fitting), None)
+    for name, key in fitting.items():
+        model_type = name if key and metadata.get(f"{arch}.{key}") else model_type
     if model_type is None:
-        known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
+        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
         raise CheckpointError(
             f"{path}: general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
@@ -3815,7 +4716,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         path=path,
         format="gguf",
         config=config,
-        tensors=_gguf_names(tensors, config),
+        tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
         pooling=GGUF_POOLING.get(str(metadata.get(f"{arch}.pooling_type"))),
@@ -3842,66 +4743,242 @@ def _gguf_config(
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{source}: tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
-    scaling = key("rope.scaling.type")
-    rope: dict[str, Any] = {"rope_theta": key("rope.freq_base", 10000.0)}
-    if scaling not in (None, "none"):
-        rope |= {"rope_type": scaling, "factor": key("rope.scaling.factor")}
-    elif key("rope.scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
-        rope |= {"rope_type": "linear", "factor": key("rope.scale_linear")}
-    rope |= {
-        theirs: key(f"rope.scaling.{ours}")
-        for ours, theirs in GGUF_ROPE.items()
-        if key(f"rope.scaling.{ours}")
-    }
+    head_dim, output = n_embd // max(n_heads, 1), tensors.get("blk.0.attn_output.weight")
+    if output is None or output.shape[-1] != n_heads * head_dim:  # else n_rot may be less
+        head_dim = key("rope.dimension_count", head_dim)
+    head_dim = key("attention.key_length", head_dim)
+    family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
+    widths = ("feed_forward_length", "expert_feed_forward_length")
+    values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
+    if (arch, key("block_count")) in WIDE_SCALE:
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
+    elif "query_pre_attn_scalar" in family.defaults:
+        values["query_pre_attn_scalar"] = head_dim
+    if key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
+            "logit_scale"
+        )
+    if "rope_local_base_freq" in family.defaults:
+        local = 10000.0 if "gemma" in arch else key("rope.freq_base")
+        values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
     return {
+        **values,
+        **family.gguf_values,
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": need(next((name for name in widths if key(name)), widths[0])),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": key("attention.head_count_kv", n_heads),
-        "head_dim": key(
-            "attention.key_length", key("rope.dimension_count", n_embd // max(n_heads, 1))
-        ),
+        "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope,
+        "rms_norm_eps": key(eps) if key(eps) else need(eps.replace("_rms", "")),
+        "rope_parameters": _gguf_rope(metadata, tensors, family, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _gguf_rope(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
+) -> dict[str, Any]:
+    """The rope_parameters that this metadata would have been made from."""
+    arch = family.gguf
+
+    def key(name: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.rope.{name}", default)
+
+    rope: dict[str, Any] = {"rope_theta": key("freq_base", 10000.0)}
+    scaling, n_rot = key("scaling.type"), key("dimension_count", head_dim)
+    if scaling not in (None, "none"):
+        rope |= {"rope_type": scaling, "factor": key("scaling.factor")}
+    elif key("scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
+        rope |= {"rope_type": "linear", "factor": key("scale_linear")}
+    scaled = ((theirs, key(f"scaling.{ours}")) for ours, theirs in GGUF_ROPE.items())
+    rope |= {theirs: value for theirs, value in scaled if value}
+    for length in ("long", "short"):
+        if factors := tensors.get(f"rope_factors_{length}.weight"):
+            loaded = factors.load()
+            assert isinstance(loaded, torch.Tensor)
+            rope |= {"rope_type": "longrope", f"{length}_factor": loaded.flatten().tolist()}
+    if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
+        rope["partial_rotary_factor"] = n_rot / head_dim
+    if (log_multiplier := key("scaling.yarn_log_multiplier")) is not None:
+        rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
+    if beta := metadata.get(f"{arch}.attention.temperature_scale"):
+        rope["llama_4_scaling_beta"] = beta
+    return rope | dict(family.gguf_values.get("rope_parameters", {}))
 
 
 def _gguf_names(
     tensors: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, TensorSource]:
-    """Hugging Face names for GGUF tensors, q and k back in the row order of the family."""
-    permuted = FAMILIES[config.model_type].permuted
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    """Hugging Face names for GGUF tensors."""
     renamed: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
+        if name.startswith("rope_factors_"):
+            continue  # they are in the config
         block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if block is None or block[2] not in GGUF_TENSORS:
             renamed[name] = tensor  # the decoder asks for it, or reports it as unexpected
             continue
         layer, part, suffix = block.groups()
-        if permuted and part in heads:
-            tensor = _unpermute(tensor, heads[part])
+        ours = GGUF_TENSORS[part]
+        if ours == POST_NORMS[0] and ours not in config.norms:
+            ours = PRE_NORMS[1]
+        if (part, config.act in GATED) == ("ffn_up", True):
+            alone = f"blk.{layer}.ffn_gate.weight" in tensors
+            ours = ours if alone else "mlp.gate_up_proj"
         prefix = f"model.layers.{layer}." if layer is not None else ""
-        renamed[f"{prefix}{GGUF_TENSORS[part]}.{suffix}"] = tensor
+        renamed[f"{prefix}{ours}.{suffix}"] = tensor
     return renamed
 
 
-def _unpermute(tensor: TensorSource, num_heads: int) -> TensorSource:
-    """Rows of each head from interleaved order (pairs side by side) to halves: even ones first.
+# ---- one set of names and layouts ----------------------------------------------------------------
 
-    in the file   0a 0b 1a 1b 2a 2b       as `rotate` pairs them   0a 1a 2a 0b 1b 2b"""
-    if tensor.shape[0] % (2 * num_heads):
-        return tensor  # the decoder refuses its shape
 
-    order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
-    return dataclasses.replace(tensor, load=lambda rows=slice(None): tensor.load(order[rows]))
+def canonical_tensors(
+    tensors: Mapping[str, TensorSource], config: ModelConfig, from_gguf: bool = False
+) -> dict[str, TensorSource]:
+    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices apart, the
+    rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
+
+    Names are Hugging Face's; what GGUF files do in their own way is done if `from_gguf`."""
+    family, found = FAMILIES[config.model_type], {}
+    sandwich = any("post_feedforward_layernorm" in name for name in tensors)
+    for name, tensor in tensors.items():
+        if NOT_TEXT.match(name):
+            continue
+        for pattern, ours in HF_NAMES.items():
+            name = re.sub(pattern, ours, name)
+        for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
+            if theirs in name:
+                name = name.replace(theirs, ours)
+                break
+        found[name] = tensor
+    last = family.experts_last and not from_gguf
+    found = {name: part for key in found for name, part in _apart(key, found, config, last)}
+    order = head_order(config, family.interleaved or (from_gguf and family.permuted))
+    for name, tensor in found.items():
+        if order is not None and re.search(r"self_attn\.[qk]_proj", name):
+            if tensor.shape and tensor.shape[0] % config.head_dim == 0:  # else it is refused
+                starts = torch.arange(0, tensor.shape[0], config.head_dim).unsqueeze(1)
+                found[name] = _some_rows(tensor, (starts + order).flatten())
+        elif family.plus_one and not from_gguf and "norm" in name:
+            found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
+    return found
+
+
+def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+    """Which columns of a head `rotate` finds where, None for all in their place. It turns column i
+    with i + D/2, so these pairs come first in both halves, and then the columns that stay.
+
+    0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
+    D, n_rot = config.head_dim, config.n_rot
+    if n_rot == D and not interleaved:
+        return None
+    pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
+    pairs = pairs if not interleaved else pairs.T  # (2, n_rot/2)
+    return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
+
+
+def _some_rows(tensor: TensorSource, rows: Tensor) -> TensorSource:
+    """A tensor made of these rows of another"""
+    num_bytes = tensor.nbytes * len(rows) // max(tensor.shape[0], 1)
+    shape = (len(rows), *tensor.shape[1:])
+    return TensorSource(shape, tensor.kind, num_bytes, lambda at=slice(None): tensor.load(rows[at]))
+
+
+def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
+    return lambda *rows: tensor.load(*rows).float() + 1  # type: ignore[union-attr]
+
+
+def _apart(
+    name: str, tensors: Mapping[str, TensorSource], config: ModelConfig, last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """The matrices, or vectors, that a tensor holds, each with its name. What does not have the
+    shape for that stays as it is, and the decoder refuses it."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    sizes: dict[str, int] = {}
+    if config.experts and owner.endswith("mlp.experts"):
+        if min(tensor.shape, default=0) > 0 and tensor.shape[0] == config.experts.count:
+            yield from _experts_apart(name, tensors, last)
+            return
+    elif part == "qkv_proj":
+        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
+        sizes = {key: num_heads * config.head_dim for key, num_heads in heads.items()}
+    elif part == "gate_up_proj":
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.n_ff)
+    if tensor.shape[:1] != (sum(sizes.values()),):
+        yield name, tensor
+        return
+    start = 0
+    for its_part, num_rows in sizes.items():
+        rows = torch.arange(start, start + num_rows)
+        yield f"{owner}.{its_part}.{suffix}", _some_rows(tensor, rows)
+        start += num_rows
+
+
+def _experts_apart(
+    name: str, tensors: Mapping[str, TensorSource], last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """What a tensor (E, ..) holds of each expert, under its name. `last`: matrices are (E, columns,
+    rows), and rows of gate and up take turns."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    if suffix == "scales":
+        return  # they come with their blocks
+    if suffix == "blocks":
+        scales = tensors.get(f"{stem}.scales")
+        if scales is None or len(tensor.shape) != 4 or scales.shape != tensor.shape[:3]:
+            yield name, tensor
+            return
+        tensor, suffix = _mxfp4_source(tensor, scales), "weight"
+    transposed = last and len(tensor.shape) == 3 and tensor.kind != "MXFP4"
+    rows = torch.arange(tensor.shape[-1 if transposed else min(1, len(tensor.shape) - 1)])
+    named = {part: rows}
+    if part == "gate_up_proj":
+        halves = (rows[::2], rows[1::2]) if last else rows.chunk(2)
+        named = dict(zip(("gate_proj", "up_proj"), halves))
+    for its_part, its_rows in named.items():
+        for e in range(tensor.shape[0]):
+            yield f"{owner}.{e}.{its_part}.{suffix}", _expert(tensor, e, its_rows, transposed)
+
+
+def _expert(tensor: TensorSource, expert: int, rows: Tensor, transposed: bool) -> TensorSource:
+    """These rows of one expert"""
+
+    def load(at: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+        if not transposed:
+            return tensor.load(expert, rows[at])
+        whole = tensor.load(expert)
+        assert isinstance(whole, torch.Tensor)
+        return whole.T[rows[at]].contiguous()
+
+    shape = (len(rows), *tensor.shape[2:])
+    if transposed:
+        shape = len(rows), tensor.shape[1]
+    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
+    return TensorSource(shape, tensor.kind, num_bytes, load)
+
+
+def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
+    """Matrices (E, rows, cols) of 4-bit floats: blocks (E, rows, G, 16), whose bytes hold columns
+    2i and 2i + 1, and scales (E, rows, G)."""
+
+    def load(expert: int, rows: Tensor) -> PackedLinear:
+        codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
+        assert isinstance(codes, torch.Tensor)
+        assert isinstance(exponents, torch.Tensor)
+        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+
+    E, num_rows, num_groups, width = blocks.shape
+    shape = (E, num_rows, num_groups * width * 2)
+    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load)
 
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
@@ -4017,6 +5094,173 @@ def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
     return values
 
 
+# ---- nanochat's checkpoints ----------------------------------------------------------------------
+
+# nanochat's names of tensors, without the layer prefix -> Hugging Face's
+NANOCHAT_TENSORS = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.ve_gate": "self_attn.value_gate",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
+# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
+# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
+NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
+    (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
+    (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
+    (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
+    (12, True): {
+        "rope_base": 1e5,
+        "softcap": 15.0,
+        "qk_scale": 1.2,
+        "value_scale": 3.0,
+        "short": (4, 128),
+    },
+}
+NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
+NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and loop.first %}"
+    "{% set ns.system = message.content + '\n\n' %}"
+    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
+    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
+    "{% else %}<|assistant_start|>{{ message.content"
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
+    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+)
+
+
+def _open_nanochat(path: Path) -> Checkpoint:
+    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
+    beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
+    config = dict(read_json(beside).get("model_config") or {})
+    try:
+        tensors = _nanochat_tensors(path)
+        raw = _nanochat_config(config, tensors, str(beside))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
+    directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
+    text = dataclasses.replace(
+        open_text(directory) if directory else TextFiles(str(path)),
+        templates={"default": NANOCHAT_TEMPLATE},
+        special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
+    )
+    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+
+
+def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # a file from before torch 1.6 is not a zip file, and not mapped
+            state = torch.load(path, **options)
+    except Exception as error:  # UnpicklingError, EOFError, and whatever a damaged file leads to
+        raise CheckpointError(f"{path}: no file of tensors: {first_line(error)}") from None
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
+    tensors = {}
+    for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(tensor)}; a tensor is needed")
+        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
+        prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
+        tensors[prefix + name] = _held(tensor)
+    return tensors
+
+
+def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
+    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    name = str(tensor.dtype).removeprefix("torch.")
+
+    def load(rows: Any = slice(None)) -> Tensor:
+        return tensor[rows] if scale == 1 else tensor[rows].float() * scale
+
+    return TensorSource(tuple(tensor.shape), kind.get(name, name), tensor.nbytes, load)
+
+
+def _nanochat_config(
+    config: Mapping[str, Any], tensors: dict[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
+    those with the defaults that nanochat gives to older checkpoints.
+
+    Raises CheckpointError for a variant that is not known."""
+    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
+        raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
+        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
+    )
+    age = _nanochat_age(config, tensors, source)
+    for name, tensor in list(tensors.items()):
+        if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
+            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
+    layers = min(max(n_layers, 0), len(tensors))
+    for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
+        if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
+            tensors.setdefault(name, _held(fill(layers)))
+    pattern = str(config.get("window_pattern") or "L").upper()
+    if set(pattern) - {"S", "L"}:
+        raise CheckpointError(f"{source}: window_pattern is {brief(pattern)}; S and L are known")
+    short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
+    parts, tile = age["short"]
+    window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
+    width = tensors.get("model.layers.0.mlp.up_proj.weight")
+    return {
+        "model_type": "nanochat",
+        "max_position_embeddings": n_ctx,
+        "vocab_size": n_vocab,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "hidden_size": n_embd,
+        "intermediate_size": width.shape[0] if width else 4 * n_embd,
+        "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
+        "rope_theta": age["rope_base"],
+        "final_logit_softcapping": age["softcap"],
+        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "sliding_window": window + 1,  # nanochat does not count the token itself
+        "layer_types": [
+            "sliding_attention" if is_short else "full_attention" for is_short in short
+        ],
+    }
+
+
+def _nanochat_age(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
+    do not tell them."""
+    gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
+    kind = max(gates, default=0), "model.backout_lambda" in tensors
+    age = NANOCHAT_AGES.get(kind)
+    if age is None or len(gates) > 1:
+        raise CheckpointError(
+            f"{source}: value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
+        )
+    if "softcap" not in config and "softcap" not in age:
+        raise CheckpointError(
+            f"{source}: nanochats with these parameters capped logits at 15 or, from 2 March 2026 "
+            'for some time, at 20, and the files do not say which: add "softcap": 15 (or 20) to '
+            "model_config"
+        )
+    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+
+
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -4062,7 +5306,6 @@ GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", 
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -4148,6 +5391,57 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
 
 
+# Where nanochat keeps what it trained, under NANOCHAT_BASE_DIR or ~/.cache/nanochat
+NANOCHAT = "nanochat"
+NANOCHAT_SOURCES = {
+    "sft": ("chatsft_checkpoints", "sft_checkpoints"),
+    "rl": ("chatrl_checkpoints", "rl_checkpoints"),
+    "mid": ("mid_checkpoints",),
+    "base": ("base_checkpoints",),
+}
+
+
+def nanochat_base(reference: str) -> Path | None:
+    """The base directory that a reference means: nanochat, or its path. None for others."""
+    base = local_path(reference)
+    names = itertools.chain(*NANOCHAT_SOURCES.values())
+    if base and any((base / name).is_dir() for name in names):
+        return base
+    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return Path(default).expanduser() if reference == NANOCHAT else None
+
+
+def nanochat_model(
+    base: Path, source: str | None = None, tag: str | None = None, step: int | None = None
+) -> Path:
+    """The model_NNNNNN.pt of a source (sft), a tag (the deepest dNN, else the one written last) and
+    a step (the last). Raises ModelNotFoundError, listing what there is."""
+
+    def choose(what: str, there: Mapping[Any, Path], wanted: Any, default: Any) -> Path:
+        if there and (wanted in there or wanted is None):
+            return there[default(there) if wanted is None else wanted]
+        known = ", ".join(map(str, sorted(there))) or "nothing"
+        missing = "" if wanted is None else f" {wanted}"
+        raise ModelNotFoundError(f"{where}: no {what}{missing}; there is: {known}")
+
+    def largest(tags: Mapping[str, Path]) -> str:
+        depth = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
+        return max(depth or tags, key=lambda tag: depth.get(tag) or tags[tag].stat().st_mtime)
+
+    where = base
+    sources = {
+        name: path
+        for name, places in NANOCHAT_SOURCES.items()
+        for place in reversed(places)
+        if (path := base / place).is_dir()
+    }
+    where = choose("checkpoints of source", sources, source or "sft", None)
+    tags = {path.name: path for path in where.iterdir() if path.is_dir()}
+    where = choose("model tag", tags, tag, largest)
+    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in where.iterdir())
+    return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
+
+
 class ModelStore:
     """Finds, downloads, lists and removes models.
 
@@ -4170,11 +5464,13 @@ class ModelStore:
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
-        path = local_path(reference)
-        if revision and (path or reference in ALIASES):
+        path, base = local_path(reference), nanochat_base(reference)
+        if revision and (path or base or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
         if path and reference not in (*ALIASES, TINY_RANDOM):
             return path
+        if base:
+            return nanochat_model(base)
         if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
             found = self.find_cached(reference, revision)
             if found:
@@ -4246,8 +5542,10 @@ class ModelStore:
             return gguf_shards(snapshot / hub.file)[0]
         if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
             return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        for name in ("config.json", "tokenizer.json", *weight_files(snapshot)):
-            if not (snapshot / name).exists():
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
                 raise CheckpointError(f"{snapshot}: {name} is missing")
         return snapshot
 
@@ -4320,10 +5618,12 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        for needed in ("config.json", "tokenizer.json"):
-            if needed not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {needed}")
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
+        needed = ("config.json", tokenizer_file(names) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
         shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
         if "model.safetensors.index.json" in names:
             shards = [n for n in shards if n != "model.safetensors"]
@@ -4757,7 +6057,8 @@ def split_word(text: str) -> tuple[str, str]:
 # ==================================================================================================
 # 8 TOKENIZER: text <-> ids, and ids -> text as they come
 #
-#   In          TextFiles (a tokenizer.json, or GGUF metadata)
+#   In          TextFiles: a tokenizer.json, or a vocabulary (GGUF metadata, and three kinds of
+#               file that `read_vocabulary` brings into the same terms)
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
 #   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
 #               character yet turns them into text, one token at a time or all at once:
@@ -4766,7 +6067,8 @@ def split_word(text: str) -> tuple[str, str]:
 #
 #   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
 #               halves, and nothing that may still become a stop string is emitted.
-#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS.
+#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, a vocabulary
+#               in a tiktoken file one of TIKTOKEN.
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
@@ -4788,8 +6090,8 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p"
         r"{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern- "
-    "bert mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
+    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+    "mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
     "tekken": (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^"
@@ -4857,56 +6159,274 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 PRE_TOKENIZERS = {name: row for names, row in _PRE_ROWS.items() for name in names.split()}
-# Vocabularies whose whole words are taken without merging, add BOS by default, or normalise to NFC.
-IGNORE_MERGES = frozenset(
-    (
-        "falcon-h1 falcon3 glm4 glm5 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 "
-        "minicpm5 pixtral tekken youtu granite-embed-multi-97m "
-    ).split()
-)
+# Vocabularies that add BOS by default, whose whole words are taken without merging, or that
+# normalise to NFC.
 ADD_BOS = frozenset(
-    (
-        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral "
-        "tekken chameleon "
-    ).split()
+    "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral tekken".split()
 )
+IGNORE_MERGES = ADD_BOS | {"glm4", "glm5", "minicpm5"}
 NFC = frozenset({"qwen2", "qwen35", "command-r"})
+# Of Phi-3's control tokens, those that leave the spaces behind them alone (llama-vocab.cpp)
+PHI3_KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
 )
 
 
+# Control tokens behind the ranks of a tiktoken file, which holds none, and how its text is split;
+# by the number of ranks. https://github.com/meta-llama/llama-models (llama3/tokenizer.py),
+# https://huggingface.co/Qwen/Qwen-7B (tokenization_qwen.py)
+_LLAMA3 = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
+_QWEN1 = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
+TIKTOKEN = {
+    128000: ("llama-bpe", [f"<|{name}|>" for name in _LLAMA3], "<|begin_of_text|>", "<|eot_id|>"),
+    151643: ("qwen2", [f"<|{name}|>" for name in _QWEN1], None, "<|im_end|>"),
+}
+# The first ids of a tekken.json that does not name its control tokens
+# https://github.com/mistralai/mistral-common (tokens/tokenizers/tekken.py)
+TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
+
+
+def read_vocabulary(text: TextFiles) -> TextFiles:
+    """The text files with `gguf` saying what the metadata of a GGUF file would: read from a
+    tekken.json, a tiktoken file or a SentencePiece model, and the settings beside it."""
+    path = text.tokenizer_file
+    assert path is not None
+    raw = path.read_bytes()
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
+    by_text = _tiktoken if is_tiktoken else _sentencepiece
+    metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
+    _name_added_tokens(metadata, path.parent)
+    found = _gguf_text(metadata, text.source)
+    return dataclasses.replace(
+        text,
+        gguf=metadata,
+        templates={**found.templates, **text.templates},
+        special_tokens={**found.special_tokens, **text.special_tokens},
+        eos_ids=found.eos_ids | text.eos_ids,
+    )
+
+
+def _tekken(raw: bytes) -> dict[str, Any]:
+    read = json.loads(raw)
+    config, entries = read["config"], read["vocab"]
+    num_control, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
+    names = read.get("special_tokens") or [
+        {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
+    ]
+    if not len(names) <= num_control <= len(entries):
+        raise CheckpointError(f"{brief(num_control)} control tokens; the file names {len(names)}")
+    control = [f"<SPECIAL_{i}>" for i in range(num_control)]
+    for token in names:
+        control[token["rank"]] = token["token_str"]
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"]
+        for entry in entries[: num_tokens - num_control]
+    }
+    metadata = _ranked(ranks, control, [], "<s>", "</s>")
+    return metadata | {"pattern": config["pattern"], "tokenizer.ggml.add_bos_token": True}
+
+
+def _tiktoken(raw: bytes) -> dict[str, Any]:
+    lines = map(bytes.split, raw.splitlines())
+    ranks = {base64.b64decode(line[0]): int(line[1]) for line in lines if line}
+    if len(ranks) not in TIKTOKEN:
+        known = ", ".join(map(str, TIKTOKEN))
+        raise CheckpointError(
+            f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
+            "--tokenizer with a model directory or hub id"
+        )
+    pre, control, bos, eos = TIKTOKEN[len(ranks)]
+    return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+
+
+def _nanochat(raw: bytes) -> dict[str, Any]:
+    state = read_encoding(raw)
+    ranks, control = state["mergeable_ranks"], state["special_tokens"]
+    names = sorted(control, key=control.__getitem__)
+    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+        raise CheckpointError("the control tokens do not follow the others")
+    metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
+    return metadata | {
+        "pattern": state["pat_str"],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
+        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
+    }
+
+
+# What a pickle may push: what it spells out, and what is empty at first; ... marks a place.
+PICKLED = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2".split()
+)
+PICKLED_NEW: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: ...,
+}
+
+
+def read_encoding(raw: bytes) -> dict[str, Any]:
+    """What a pickled tiktoken.Encoding holds: pat_str, mergeable_ranks, special_tokens. Raises
+    CheckpointError for any other pickle."""
+    try:
+        state = _unpickled(raw)
+        kinds = {"mergeable_ranks": (bytes, int), "special_tokens": (str, int)}
+        for name, (key_type, value_type) in kinds.items():
+            for key, value in state[name].items():
+                if not isinstance(key, key_type) or not isinstance(value, value_type):
+                    raise ValueError(f"{name} has {brief(key)}: {brief(value)}")
+        if not isinstance(state["pat_str"], str):
+            raise ValueError(f"pat_str is {brief(state['pat_str'])}")
+        return state
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"not the tiktoken encoding that nanochat saves, and no other pickle is read: {error}"
+        ) from None
+
+
+def _unpickled(raw: bytes) -> dict[str, Any]:
+    """A pickle is a program for a small machine, which may call anything. This machine only puts
+    dictionaries of text, bytes and numbers together, and one object whose class it does not look
+    up. https://github.com/python/cpython/blob/main/Lib/pickletools.py has the instructions."""
+    stack: list[Any] = []
+    memo: list[Any] = []
+    encoding = ["tiktoken.core", "Encoding"]
+    for instruction, value, _ in pickletools.genops(raw):
+        name = instruction.name
+        if name in PICKLED:
+            stack.append(value)
+        elif name in PICKLED_NEW:
+            stack.append(PICKLED_NEW[name]())
+        elif name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[cast(int, value)])
+        elif name in ("SETITEM", "SETITEMS"):
+            num = 2 if name == "SETITEM" else stack[::-1].index(...)
+            items = stack[len(stack) - num :]
+            del stack[len(stack) - num - (name == "SETITEMS") :]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name == "STACK_GLOBAL" and stack[-2:] == encoding:
+            stack[-2:] = [encoding]
+        elif name == "NEWOBJ" and stack == [encoding, ()]:
+            stack.pop()
+        elif name == "BUILD" and len(stack) == 2 and stack[0] == encoding:
+            stack.pop(0)
+        elif name == "STOP" and len(stack) == 1:
+            return cast(dict[str, Any], stack[0])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it holds {name} {brief(value)}")
+    raise ValueError("it has no end")
+
+
+def _ranked(
+    ranks: Mapping[bytes, int], before: list[str], behind: list[str], bos: str | None, eos: str
+) -> dict[str, Any]:
+    """Byte strings in the order in which they merge, between control tokens."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError("the ranks are not 0, 1, 2 and so on")
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    pieces = [p.decode("latin-1").translate(alphabet) for p in sorted(ranks, key=ranks.__getitem__)]
+    tokens = [*before, *pieces, *behind]
+    normal = range(len(before), len(before) + len(pieces))
+    types = [TOKEN_NORMAL if i in normal else TOKEN_CONTROL for i in range(len(tokens))]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-i for i in range(len(tokens))],
+        "tokenizer.ggml.bos_token_id": tokens.index(bos) if bos else None,
+        "tokenizer.ggml.eos_token_id": tokens.index(eos),
+    }
+
+
+def _sentencepiece(raw: bytes) -> dict[str, Any]:
+    try:
+        model = sentencepiece_model.ModelProto.FromString(raw)
+    except ImportError as error:
+        raise CheckpointError(
+            f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
+        ) from None
+    trained, normalized = model.trainer_spec, model.normalizer_spec
+    if trained.model_type != trained.BPE:
+        kind = trained.ModelType.Name(trained.model_type)
+        raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": normalized.remove_extra_whitespaces,
+        "tokenizer.ggml.precompiled_charsmap": normalized.precompiled_charsmap,
+        **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
+    }
+
+
+def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
+    """Put the tokens into the vocabulary that tokenizer_config.json and added_tokens.json name, and
+    what else they say of them into `added_tokens`."""
+    settings = read_json(directory / "tokenizer_config.json", required=False)
+    beside = read_json(directory / "added_tokens.json", required=False)
+    named = {i: {"content": token} for token, i in beside.items()}
+    named |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    tokens, types, scores = (
+        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
+    )
+    if named and not 0 <= min(named) <= max(named) < len(tokens) + 2**16:
+        raise CheckpointError(f"added tokens have the ids {min(named)} to {max(named)}")
+    for i in range(len(tokens), max(named, default=0) + 1):
+        tokens.append(f"[PAD{i}]")
+        types.append(TOKEN_UNUSED)
+        scores.append(-1e4)
+    for i, token in named.items():
+        tokens[i] = token["content"]
+        types[i] = TOKEN_CONTROL if token.get("special") else TOKEN_USER_DEFINED
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    metadata["added_tokens"] = {
+        i: {flag: token[flag] for flag in flags if flag in token} for i, token in named.items()
+    }
+    metadata["legacy"] = settings.get("legacy")
+    if isinstance(add_bos := settings.get("add_bos_token"), bool):
+        metadata["tokenizer.ggml.add_bos_token"] = add_bos
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
-    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError."""
+    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
+
+    What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
+    splits text, whether spaces are put as SentencePiece's `legacy` code in transformers did."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
-    seen: dict[str, int] = {}
-    for i, token in enumerate(tokens):  # empty and repeated pieces get a name that no text has
-        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
-        seen[tokens[i]] = i
     types = list(metadata.get("tokenizer.ggml.token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
+            token = "▁" * len(token)  # Gemma's runs of spaces, which converters spell out
+        # empty and repeated pieces get a name that no text has
+        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
+        seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, source)
-    elif kind == "llama":
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types, source)
+    elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2 and llama are); give "
-            "--tokenizer with a model directory or hub id"
+            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama and gemma4 "
+            "are); give --tokenizer with a model directory or hub id"
         )
-    for wanted, special in (
-        (TOKEN_CONTROL, True),
-        (TOKEN_UNKNOWN, True),
-        (TOKEN_USER_DEFINED, False),
-    ):
-        added = [
-            tokenizers.AddedToken(token, normalized=False, special=special)
-            for token, token_type in zip(tokens, types)
-            if token_type == wanted
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
         bos = tokens[bos_id]
@@ -4916,27 +6436,57 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
     return tokenizer
 
 
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer,
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+) -> None:
+    """Make control and user-defined tokens whole words that no merging takes apart."""
+    flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
+    # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
+    is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
+    for wanted, special in (
+        (TOKEN_CONTROL, True),
+        (TOKEN_UNKNOWN, True),
+        (TOKEN_USER_DEFINED, False),
+    ):
+        added = [
+            tokenizers.AddedToken(
+                token,
+                special=special,
+                **{
+                    "normalized": False,
+                    "rstrip": bool(is_phi3 and special and token not in PHI3_KEPT),
+                    **flags.get(i, {}),
+                },
+            )
+            for i, (token, token_type) in enumerate(zip(tokens, types))
+            if token_type == wanted
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+
+
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int], source: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
+    if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    merges = []
-    for line in metadata.get("tokenizer.ggml.merges") or []:
-        space = line.find(" ", 1)  # a piece may itself begin with a space
-        left, right = line[:space], line[space + 1 :]
-        if space > 0 and left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
+    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
+    scores = None if merges else metadata.get("tokenizer.ggml.scores")
+    if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
+        merges = _scored_merges(scores, vocab, types)
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=pre in IGNORE_MERGES)
+        tokenizers.models.BPE(
+            dict(vocab), merges, ignore_merges=bool(scores) or pre in IGNORE_MERGES
+        )
     )
     split = [
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
-        for regex in PRE_TOKENIZERS[pre]
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes
     ]
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, byte_level])
@@ -4946,36 +6496,67 @@ def _byte_level_bpe(
     return tokenizer, pre in ADD_BOS
 
 
+def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for line in metadata.get("tokenizer.ggml.merges") or []:
+        space = line.find(" ", 1)  # a piece may itself begin with a space
+        left, right = line[:space], line[space + 1 :]
+        if space > 0 and left in vocab and right in vocab and left + right in vocab:
+            merges.append((left, right))
+    return merges
+
+
+def _scored_merges(
+    scores: list[float], vocab: Mapping[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
+    into two pieces, and the better its score, the earlier it applies; pieces that a user defined
+    come first, whatever score a converter gave them."""
+    user = TOKEN_USER_DEFINED
+    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
+    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
+    merges = [
+        (order[i], i, pieces[left], pieces[right], left, right)
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
+    ]
+    merges.sort()
+    return [merge[4:] for merge in merges]
+
+
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    """SentencePiece BPE has scores instead of merges: a merge is any split of a piece into two
-    pieces, and the better its score, the earlier it applies."""
+    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
+    is_gemma4 = metadata["tokenizer.ggml.model"] == "gemma4"
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
-    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
-    merges = []
-    for piece, i in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = pieces.get(piece[:cut]), pieces.get(piece[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[i], i, left, right, piece[:cut], piece[cut:]))
-    merges.sort()
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             dict(vocab),
-            [merge[4:] for merge in merges],
+            _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    tokenizer.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
-    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
+    normalizers, decoders, regex = tokenizers.normalizers, tokenizers.decoders, tokenizers.Regex
+    steps: list[Any] = []
+    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
+        steps.append(normalizers.Precompiled(bytes(charsmap)))
+    if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
+        steps += [normalizers.Strip(), normalizers.Replace(regex(" {2,}"), " ")]
+    if prefix and metadata.get("legacy") is not False:
+        steps.append(normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    split = tokenizers.pre_tokenizers
+    if is_gemma4:
+        tokenizer.pre_tokenizer = split.Split(regex("\n+"), "isolated")
+    elif prefix and metadata.get("legacy") is False:  # a space before the text's first word only
+        tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
@@ -4989,29 +6570,34 @@ class Tokenizer:
     Raises CheckpointError when the files hold no tokenizer that can be read."""
 
     def __init__(self, text: TextFiles) -> None:
-        if text.gguf is None and (text.tokenizer_json is None or not text.tokenizer_json.exists()):
+        file = None if text.gguf else text.tokenizer_file
+        if not text.gguf and not (file and file.exists()):
             raise CheckpointError(
-                f"{text.source}: holds no tokenizer.json; give --tokenizer with a model directory "
-                "or hub id that does"
+                f"{text.source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give "
+                "--tokenizer with a model directory or hub id that does"
             )
         try:
-            if text.gguf is not None:
-                self._tokenizer = gguf_tokenizer(text.gguf, text.source)
+            if file is not None and file.name == "tokenizer.json":
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(text.tokenizer_json))
-        except CheckpointError:
-            raise
+                text = read_vocabulary(text) if file else text
+                self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
         except Exception as error:  # the library raises plain Exception, and files hold anything
+            if isinstance(error, CheckpointError) and not file:
+                raise
+            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
             raise CheckpointError(
-                f"{text.tokenizer_json or text.source}: the tokenizer cannot be built: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{file or text.source}: the tokenizer cannot be built: {kind}{first_line(error)}"
             ) from None
+        self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self._control_ids = frozenset(self.control.values())
+        self._control_bytes = {
+            i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
+        }
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
@@ -5046,10 +6632,10 @@ class Tokenizer:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text a token stands for; none for control tokens."""
+        """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
-        if token_id in self._control_ids:
-            return b""
+        if token_id in self._control_bytes:
+            return self._control_bytes[token_id]
         if self._byte_level:
             alphabet = byte_alphabet()
             if all(character in alphabet for character in piece):
@@ -5416,7 +7002,7 @@ class ThoughtSplitter:
 # ---- what an answer must be ----------------------------------------------------------------------
 
 # JSON as models write it: on one line, or indented. Space without a limit is where small ones stay.
-JSON_OPTIONS = {
+JSON_OPTIONS: Any = {
     "whitespace_pattern": r" ?|\n[ \t]{0,16}",
     "lenient": False,
     "coerce_one_of": False,
@@ -5455,14 +7041,14 @@ class Constraint:
         """Nothing can follow any more."""
         return bool(self.matcher.is_stopped() and not self.matcher.is_error())
 
-    def allowed(self) -> Tensor:
-        """Which tokens may come next, (V,) bool. Raises RequestError when none may."""
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next (V,). Raises RequestError when none may."""
         mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(mask, count=self.n_vocab, bitorder="little").view(np.bool_)
         if self.matcher.is_error() or not allowed.any():
             reason = error_line(self.matcher.get_error()) or "no token can follow"
             raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
-        return torch.from_numpy(allowed)
+        return allowed
 
     def push(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
@@ -5500,15 +7086,16 @@ def schema_error(schema: Mapping[str, Any]) -> str:
             digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
             if int(digits) > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
-    return error_line(llguidance.LLMatcher.validate_grammar(f"start: {json_grammar(schema)}"))
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
+    return error_line(llguidance.LLMatcher.validate_grammar(grammar))
 
 
-def faulty_part(schema: Mapping[str, Any], error: str) -> str:
-    """The path to the innermost part of a schema that has the same error."""
-    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+def faulty_part(schema: Mapping[str, Any], error: str, shared: Mapping[str, Any]) -> str:
+    """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
+    it refer to."""
     for path, part in parts(schema, 2):
-        if isinstance(part, dict) and schema_error(inner := {**shared, **part}) == error:
-            return path + faulty_part(inner, error)
+        if isinstance(part, dict) and schema_error({**shared, **part}) == error:
+            return path + faulty_part(part, error, shared)
     return ""
 
 
@@ -5568,7 +7155,8 @@ class Grammars:
         """A JSON Schema as an expression. Raises RequestError that says where and why not."""
         try:
             if error := schema_error(schema):
-                where = faulty_part(schema, error) or "/"
+                shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+                where = faulty_part(schema, error, shared) or "/"
                 raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
             return json_grammar(schema)
         except RecursionError:
@@ -5734,13 +7322,13 @@ def sample(
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
-    allowed: Tensor | None = None,
+    allowed: npt.NDArray[np.bool_] | None = None,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
     The position is len(history)."""
     logits = penalize(logits, params, history, num_prompt, seen)
     if allowed is not None:
-        logits = logits.where(allowed, -math.inf)
+        logits = logits.where(torch.from_numpy(allowed), -math.inf)
     if params.temperature == 0 or params.top_k == 1:
         return int(logits.numpy().argmax())
     tensor, ids = candidates(logits, params)
@@ -5894,7 +7482,8 @@ class Sequence:
     started_s: float = 0.0
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    logprobs_from: int = 1  # the prompt token from which on prompt_logprobs are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     constraint: Constraint | None = None  # what the answer must be
     pooling: str | None = None  # mean or last: the answer is an embedding of the prompt
@@ -5912,12 +7501,21 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def note_prompt(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the next rows to
-        be computed predict."""
-        following = self.token_ids[self.num_computed + 1 : self.num_prompt]
-        for token_id, row in zip(following, logits):
-            self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
+    def num_rows(self, num_new: int) -> int:
+        """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
+        a prompt token whose log-probability is wanted."""
+        if not self.params.prompt_logprobs or self.num_computed >= self.num_prompt:
+            return 1
+        return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
+
+    def note_prompt(self, num_new: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the last of the
+        next `num_new` rows predict."""
+        first = self.num_computed + num_new + 1 - len(logits)
+        if first >= self.logprobs_from:
+            for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
+                found = token_logprobs(row, token_id, self.params.logprobs or 0)
+                self.prompt_logprobs.append(found)
 
     def append(
         self, token_id: int, logprobs: TokenLogprobs | None = None, is_end: bool = False
@@ -5984,7 +7582,8 @@ class Scheduler:
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
-        wanted = [] if seq.params.prompt_logprobs or seq.pooling else seq.token_ids[:-1]
+        end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
+        wanted = [] if seq.pooling else seq.token_ids[:end]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
@@ -6096,7 +7695,7 @@ class Engine:
         self.scheduler = Scheduler(self.num_slots, config.prefill_chunk, config.lookup)
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
-        if config.compile and uses_triton(decoder.inv_freq) and decoder.kv_dtype != "q8":
+        if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
             self.graphs = DecodeGraphs(decoder, self.cache)
         elif config.compile:
             log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
@@ -6170,8 +7769,8 @@ class Engine:
                 is_prefill = seq.num_computed < seq.num_prompt
                 if seq.pooling:
                     seq.states.append(rows)
-                if seq.params.prompt_logprobs:
-                    seq.note_prompt(rows)
+                elif is_prefill and seq.params.prompt_logprobs:
+                    seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
@@ -6181,12 +7780,11 @@ class Engine:
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
-        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
-        while prompt_logprobs wants them. For an embedding, the states (n, C) that it pools."""
+        sequence's logits (rows, V): of its last new token and its draft, and of those before that
+        prompt_logprobs wants. For an embedding, the states (n, C) that it pools."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
-            num_rows.append(0 if seq.pooling else len(seq.draft) + (num_new if wants_all else 1))
+            num_rows.append(0 if seq.pooling else len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
@@ -6194,7 +7792,8 @@ class Engine:
         if self.graphs and not pools and all(len(new) == 1 for _, _, new, _ in parts):
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(self.graphs(rows).cpu(), num_rows)
-        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
+        lengths = [len(seq.token_ids) for seq, _ in work]
+        batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
         if pools:
             return self.forward_states(batch, work, num_rows)
         logits = self.decoder(batch, self.cache).cpu()
@@ -6343,7 +7942,7 @@ class LLM:
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
-        self.template = ChatTemplate(text, template)
+        self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         # a GGUF's list of tokens has done its work; its memory is free for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
@@ -6405,7 +8004,8 @@ class LLM:
             parts = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
-                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+                work = [(0, at, new, len(new))]
+                batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
@@ -6442,16 +8042,23 @@ class LLM:
         return self.grammars.constraint(request.params, self.decode(ids[-16:]), may_think)
 
     def start(
-        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
     ) -> Sequence:
         """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
-        where they are known. Raises RequestError."""
+        where they are known; prompt_logprobs, if asked for, start with `logprobs_from` and so leave
+        the tokens before to the cache. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint = self.constraint(request, ids)
         stream = TextStream(self.tokenizer, request.params.stop, continues or bool(constraint))
-        seq = Sequence(index, ids, request.params, stream, constraint=constraint)
+        seq = Sequence(
+            index, ids, request.params, stream, constraint=constraint, logprobs_from=logprobs_from
+        )
         seq.pooling = self.pooling if request.embed else None
         try:
             self.engine.add(seq)
@@ -6506,6 +8113,31 @@ class LLM:
         requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
         found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
         return [found[i] for i in range(len(requests))]
+
+    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
+        """Log-probabilities of the ids from `start` on, each after all ids before it, for every
+        (ids, start) -> (index, log-probabilities), as they are done.
+
+        Texts run together. What neighbours share before their starts is processed once."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
+        pending = enumerate(texts)
+        scheduler, running = self.engine.scheduler, list[Sequence]()
+        try:
+            while True:
+                num_wanted = len(scheduler.contents) - len(scheduler.waiting)
+                for index, (ids, start) in itertools.islice(pending, num_wanted):
+                    request = GenerationRequest(ids, params=params)
+                    running.append(self.start(request, index, ids, start))
+                if not running:
+                    return
+                self.engine.step()
+                done = [seq for seq in running if seq.finish_reason]
+                running = [seq for seq in running if not seq.finish_reason]
+                for seq in done:
+                    yield seq.index, [found.logprob for found in seq.prompt_logprobs]
+        finally:
+            for seq in running:
+                self.engine.cancel(seq)
 
     def fit_context(
         self, messages: list[dict[str, Any]], num_reserved: int
@@ -9324,7 +10956,11 @@ class ScriptLLM(LLM):
         return None
 
     def start(
-        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
     ) -> Sequence:
         """Take the next answer of the script. Raises the error that it asks for."""
         if request.embed:
@@ -9334,7 +10970,7 @@ class ScriptLLM(LLM):
         if status := answer.get("error"):
             code = "rate_limit_exceeded" if status == 429 else "scripted"
             raise WireError(status, code, answer.get("message", "the script says so"))
-        seq = super().start(request, index, ids)
+        seq = super().start(request, index, ids, logprobs_from)
         calls = [json.dumps(call) for call in answer.get("tool_calls", [])]
         text = "".join(
             [
@@ -10096,7 +11732,9 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--model MODEL ..] [options]  OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL
-       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here
+       nanollama.py eval [--model MODEL] [--text FILE] [--task FILE]   how well it predicts
+       nanollama.py verify MODEL [--reference FILE]   is it what transformers runs"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -10131,6 +11769,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="MODEL", action=ModelAction, help=text)
     parser.set_defaults(models=())
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
+    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
+    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
+    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add(
         "--modelfile",
@@ -10314,7 +11956,18 @@ class Settings:
 
     @property
     def model(self) -> str:
-        return str(self.value("model")[0])
+        """What was asked for; of nanochat's checkpoints, the file of the one that was chosen."""
+        reference, origin = self.value("model")
+        choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
+        if all(chosen is None for chosen in choice):
+            return str(reference)
+        base = nanochat_base(NANOCHAT if origin == "built-in" else reference)
+        if base is None:
+            raise UsageError(
+                f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
+                f"neither {NANOCHAT} nor a directory of these"
+            )
+        return str(nanochat_model(base, *choice))
 
     @property
     def system(self) -> str | None:
@@ -11061,19 +12714,21 @@ def command_rm(argv: list[str]) -> int:
 # ---- bench ---------------------------------------------------------------------------------------
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+BANDWIDTH_S = 0.5  # to read it again and again
 
 
 def read_bandwidth(buffer: Tensor, native: bool) -> float:
-    """Bytes a second at which the threads read `buffer`: the best of a few passes."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
+    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
+    others is not equally fast all the time, and what this is held against takes its time too."""
+    started, num_passes, seconds = time.perf_counter(), 0, 0.0
+    while seconds < BANDWIDTH_S:
         if native:
             load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
         else:
             buffer.sum().item()  # a number to wait for: some devices work on their own
-        times.append(time.perf_counter() - started)
-    return buffer.nbytes / min(times)
+        num_passes += 1
+        seconds = time.perf_counter() - started
+    return num_passes * buffer.nbytes / seconds
 
 
 def peak_memory() -> int:
@@ -11263,12 +12918,527 @@ def command_bench(argv: list[str]) -> int:
     return 0
 
 
+# ---- eval ----------------------------------------------------------------------------------------
+
+EVAL_WINDOW = 2048  # longest by default
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_task(name: str) -> list[Question]:
+    """The questions of a file of JSON lines: {"prompt": .., "choices": [..], "answer": 0}; `prompt`
+    may be called `context`. Raises RequestError, naming the line."""
+    questions = []
+    for number, line in enumerate(read_input(name).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["context"]
+            question = Question(prompt, tuple(row["choices"]), row["answer"])
+            is_text = all(isinstance(text, str) and text for text in question.choices)
+            num = len(question.choices)
+            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
+                questions.append(question)
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise RequestError(
+            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
+            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+        )
+    if not questions:
+        raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
+    return questions
+
+
+def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
+    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
+    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
+    beginning. Raises RequestError when nothing is left of it."""
+    ids = llm.encode(prompt + choice)
+    start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
+    cut = max(0, len(ids) - llm.engine.n_ctx + 1)
+    if start <= cut:
+        raise RequestError(
+            f"{brief(prompt + choice)}: no token of the prompt precedes the choice in a context of "
+            f"{llm.engine.n_ctx} tokens"
+        )
+    return ids[cut:], start - cut
+
+
+def text_windows(
+    prefix: list[int], ids: list[int], window: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
+    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
+    which on its tokens are scored: the first scores all it can, each further one `stride` that
+    the one before it did not reach."""
+    size = window - len(prefix)
+    yield prefix + ids[:size], max(1, len(prefix))
+    for end in range(min(size, len(ids)), len(ids), stride):
+        begin = max(0, min(end + stride, len(ids)) - size)
+        yield prefix + ids[begin : end + stride], len(prefix) + end - begin
+
+
+def interval(num_right: float, num: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, https://doi.org/10.2307/2276774)."""
+    z, p = 1.959964, num_right / num
+    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
+    width = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return middle - width, middle + width
+
+
+def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
+    the tokenizer puts none before it; nor are its bytes counted then."""
+    try:
+        text = read_input(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{name}: not UTF-8 text") from None
+    prefix, ids = llm.encode(""), llm.encode(text, add_special_tokens=False)
+    num_bytes = len(text.encode())
+    if not prefix and ids:
+        num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
+    if num_bytes < 1 or len(prefix) + len(ids) < 2:
+        raise RequestError(f"{name}: too short to be scored")
+    windows = list(text_windows(prefix, ids, window, stride))
+    bar.reset(total=len(windows))
+    num_tokens, bits = 0, 0.0
+    for _, logprobs in llm.score(windows):
+        num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
+        bar.update()
+    return {
+        "file": name,
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "window": window,
+        "stride": stride,
+        "perplexity": 2 ** min(bits / num_tokens, 1000),
+        "bits_per_byte": bits / num_bytes,
+    }
+
+
+def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+    """How often the right choice is the likeliest: as a whole, and per character of its text
+    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
+    questions = read_task(name)
+    texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
+    bar.reset(total=len(texts))
+    sums = [0.0] * len(texts)
+    for index, logprobs in llm.score(texts):
+        sums[index] = sum(logprobs)
+        bar.update()
+    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    left = iter(sums)
+    scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
+    for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
+        num_right = 0
+        for q, values in scored:
+            per = [value / measure(text) for value, text in zip(values, q.choices)]
+            num_right += per.index(max(per)) == q.answer
+        low_high = interval(num_right, len(questions))
+        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
+    return found
+
+
+def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The results as lines to read."""
+    if text := results.get("text"):
+        yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
+        yield f"  perplexity     {text['perplexity']:.3f}"
+        yield f"  bits per byte  {text['bits_per_byte']:.4f}"
+    if task := results.get("task"):
+        yield f"{task['file']}: {task['questions']} questions"
+        for key, name in (("accuracy", "accuracy"), ("accuracy_norm", "normalised")):
+            low, high = task[f"{key}_interval"]
+            yield f"  {name:<13}  {task[key]:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py eval",
+        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
+        description=command_eval.__doc__,
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("eval").add_argument
+    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
+    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
+    add("--window", metavar="N", type=int, help=text)
+    text = "tokens that each window scores after the first (default: half of it)"
+    add("--stride", metavar="N", type=int, help=text)
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def command_eval(argv: list[str]) -> int:
+    """eval: how well a model predicts a text, and how often it chooses right."""
+    parser = eval_parser()
+    args = parser.parse_args(argv)
+    if not args.text and not args.task:
+        parser.error("give --text FILE, --task FILE, or both")
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    longest = llm.engine.n_ctx - 1
+    window = min(longest, EVAL_WINDOW) if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    if not 2 <= window <= longest or not 1 <= stride < window:
+        parser.error(
+            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
+            "stride is shorter"
+        )
+    results: dict[str, Any] = {"model": settings.model}
+    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
+        if args.text:
+            results["text"] = eval_text(llm, args.text, window, stride, bar)
+        if args.task:
+            results["task"] = eval_task(llm, args.task, bar)
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(eval_lines(results)))
+    return 0
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a model may be from its reference."""
+
+    reason: str
+    error: float  # of a logit
+    divergence: float  # Kullback-Leibler, mean over tokens, in nats
+    agreement: float  # least part of the tokens with the same likeliest next one
+    layer: float  # relative error of a layer's input; a divergence is reported, not judged
+
+
+# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
+TOLERANCES = {
+    "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
+    "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
+    "packed": Tolerance("the same packed weights, 8-bit activations here", 4.0, 0.03, 0.85, 0.3),
+    "q8": Tolerance("8-bit weights here, others in the reference", 4.0, 0.05, 0.85, 0.3),
+    "q4": Tolerance("4-bit weights here, others in the reference", 10.0, 0.5, 0.6, 1.0),
+}
+VERIFY_TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ttab\n\n\nlines \r\n and an end  ",
+    "I'm sure they'll say it's 1234567890 or 3.14159 (±0.5 %).",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "L'été, naïveté, Übergröße, smørrebrød, żółw",
+    "Съешь же ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过懒狗。いろはにほへと 다람쥐 헌 쳇바퀴",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    "😀 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \ufb01 \u200b \u00a0 \x07 \x00",
+    "<s> </s> <|im_start|> <|endoftext|> [INST] <bos> <|eot_id|> <think>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
+    '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
+)
+VERIFY_CHATS: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three é 日本"},
+    ],
+)
+VERIFY_PROMPTS = (
+    "The history of science is the study of the development of science, including both the natural "
+    "and social sciences. In the year 1687, Isaac Newton published his Principia, in which he",
+    "import math\n\ndef area(radius):\n    return math.pi * radius ** 2\n\nprint(area(2.5))\n"
+    "# Voilà une réponse : 19.63. 日本語もどうぞ",
+)
+VERIFY_TOKENS = 48  # of a prompt, at most
+VERIFY_GREEDY = 16  # tokens to generate
+VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
+VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
+
+
+def spread(num: int, most: int) -> Tensor:
+    """At most `most` indices, evenly spread over `num`."""
+    return torch.arange(min(num, most)) * num // min(num, most)
+
+
+def reference_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
+    chats: list[str | None] = []
+    for messages in VERIFY_CHATS if tokenizer.chat_template else ():
+        try:
+            chats.append(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception:  # a template can fail in any way Python can
+            chats.append(None)
+    return {
+        "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
+        "chats": chats,
+        "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
+    }
+
+
+def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
+    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
+    out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
+    top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
+    others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
+    kept = torch.cat((top, others), dim=1)
+    num_layers, _, width = streams.shape
+    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
+    tensors = {
+        "ids": kept.int(),
+        "logits": logits.gather(1, kept),
+        "total": logits.logsumexp(1),
+        "streams": streams[:, :, channels],
+    }
+    tokens, margins = list(ids), []
+    for _ in range(VERIFY_GREEDY):
+        values, best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(best[0]))
+        margins.append(float(values[0] - values[1]))
+    return tensors, tokens[len(ids) :], margins
+
+
+def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
+    UsageError where transformers is missing, CheckpointError where it cannot load the model."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError(
+            "this compares with transformers: pip install transformers, or give "
+            "--reference FILE, made where it is installed"
+        )
+
+    def load(kind: Any, source: Path, **options: Any) -> Any:
+        if source.is_file():
+            source, options = source.parent, {**options, "gguf_file": source.name}
+        try:
+            return kind.from_pretrained(source, local_files_only=True, **options)
+        except Exception as error:  # whatever it may be, there is no reference
+            raise CheckpointError(
+                f"{path}: transformers {transformers.__version__} cannot load this: "
+                f"{first_line(error)}; give --reference FILE, made from another form of the model"
+            ) from None
+
+    transformers.utils.logging.set_verbosity_error()
+    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = load(transformers.AutoModelForCausalLM, path, **options).eval()
+    tensors: dict[str, Tensor] = {}
+    about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
+    about["made_by"] = f"transformers {transformers.__version__}"
+    with torch.inference_mode():
+        for number, ids in enumerate(about["prompts"]):
+            found, tokens, margins = reference_run(model, ids)
+            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
+            about["greedy"].append(tokens)
+            about["margins"].append(margins)
+    return about, tensors
+
+
+def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A reference that --save-reference wrote. Raises RequestError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["nanollama"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
+        raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
+
+
+def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), and the input of each layer (L, T, C)"""
+    decoder: Any = llm.engine.decoder
+    layers, streams = decoder.layers, []
+
+    def traced(layer: Any) -> Callable[..., Any]:
+        def call(x: Tensor, *rest: Any) -> Any:
+            streams.append(x[: len(ids)].float().cpu())
+            return layer(x, *rest)
+
+        return call
+
+    decoder.layers = [traced(layer) for layer in layers]
+    try:
+        return llm.logits(ids).cpu(), torch.stack(streams)
+    finally:
+        decoder.layers = layers
+
+
+def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
+    the likeliest token; and at each layer and token (L, T)."""
+    logits, streams = traced_logits(llm, ids)
+    kept = wanted["ids"].long()
+    found, total = logits.gather(1, kept), logits.logsumexp(1)
+    p, q = (  # the likeliest tokens, and what is left for all others
+        torch.cat((likely, (1 - likely.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
+        for likely in (
+            (values[:, :VERIFY_TOP].double() - lse.double().unsqueeze(1)).exp()
+            for values, lse in ((wanted["logits"], wanted["total"]), (found, total))
+        )
+    )
+    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
+    distance = (streams - wanted["streams"]).norm(dim=2) / wanted["streams"].norm(dim=2)
+    return {
+        "errors": (found - wanted["logits"]).abs().amax(1),
+        "divergences": (p * (p / q).log()).sum(1),
+        "agrees": logits.argmax(1) == kept[:, 0],
+        "layers": distance,
+    }
+
+
+def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
+    """The first layer whose output is off, and the first token whose prediction is; None for none.
+    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
+    bad = (found["layers"] > limit.layer).any(1).nonzero()
+    off = ((found["errors"] > limit.error) | ~found["agrees"]).nonzero()
+    return {
+        "layer": int(bad[0]) - 1 if len(bad) else None,
+        "token": int(off[0]) if len(off) else None,
+    }
+
+
+def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    params = SamplingParams(
+        temperature=0, repeat_penalty=1, max_tokens=VERIFY_GREEDY, ignore_eos=True
+    )
+    return llm.complete(GenerationRequest(ids, params=params)).token_ids
+
+
+def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Which texts become other ids, and which conversations another prompt."""
+    pairs = zip(VERIFY_TEXTS, about["texts"])
+    texts = [text for text, ids in pairs if llm.encode(text) != ids]
+    chats = []
+    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
+        with contextlib.suppress(TemplateError):
+            # what a template refuses, ours may answer in another shape
+            if wanted is not None and llm.render(messages) != wanted:
+                chats.append(messages)
+    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
+
+
+def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> Tolerance:
+    kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
+    if kind in REPACK and kind != about["weights"]:
+        return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
+    if kind in REPACK and decoder.native:
+        return TOLERANCES["packed"]
+    exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
+    return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
+
+
+def compare(
+    llm: LLM, about: Mapping[str, Any], tensors: Mapping[str, Tensor], limit: Tolerance
+) -> dict[str, Any]:
+    """The model against a reference: what was found, and whether it passes."""
+    found, greedy, places = [], [], []
+    for number, ids in enumerate(about["prompts"]):
+        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
+        found.append(compare_prompt(llm, ids, wanted))
+        places.append(first_place(found[-1], limit))
+        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
+        margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
+        greedy.append({"same": num_same, "margin": margin})
+    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
+    result = {
+        **compare_text(llm, about),
+        "error": float(joined["errors"].max()),
+        "divergence": float(joined["divergences"].mean()),
+        "agreement": float(joined["agrees"].float().mean()),
+        "layer_error": float(joined["layers"].max()),
+        "first": places,
+        "greedy": greedy,
+    }
+    is_near = all(g["margin"] is None or g["margin"] <= 2 * limit.error for g in greedy)
+    result["passed"] = is_near and not (
+        result["texts"]
+        or result["chats"]
+        or result["error"] > limit.error
+        or result["divergence"] > limit.divergence
+        or result["agreement"] < limit.agreement
+    )
+    return result
+
+
+def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
+    """The result as lines to read."""
+    num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
+    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
+    yield from (f"               differs: {brief(text)}" for text in result["texts"])
+    yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
+    yield from (f"               differs: {brief(chat)}" for chat in result["chats"])
+    yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
+    kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
+    yield f"               KL divergence {kl}"
+    top = f"{result['agreement']:.1%} of tokens (at least {limit.agreement:.0%})"
+    yield f"               same likeliest next token at {top}"
+    yield f"layers         largest relative error {result['layer_error']:.2g}"
+    for number, place in enumerate(result["first"]):
+        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
+            yield f"               prompt {number} first differs at {', '.join(words)}"
+    same = ", ".join(str(g["same"]) for g in result["greedy"])
+    yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"
+    yield f"{'pass' if result['passed'] else 'FAIL'}           {limit.reason}"
+
+
+def command_verify(argv: list[str]) -> int:
+    """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
+    parser = argparse.ArgumentParser(prog="nanollama.py verify", description=command_verify.__doc__)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    add_model_options(parser)
+    add = parser.add_argument_group("verify").add_argument
+    add("--save-reference", metavar="FILE", type=Path, help="keep what transformers computes")
+    add("--reference", metavar="FILE", type=Path, help="compare with what was kept")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    args.model, args.prefill_chunk = args.ref or args.model, None
+    settings = read_settings(args, parser)
+    if args.reference and not args.save_reference:
+        about, tensors = read_reference(args.reference)
+    else:
+        path = ModelStore().resolve(settings.model, args.revision)
+        other = settings.value("tokenizer")[0]
+        about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
+    if args.save_reference:
+        kept = {"nanollama": json.dumps(about)}
+        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
+        return 0
+    llm = settings.load()
+    limit = pick_tolerance(llm, args.quantize, about)
+    try:
+        result = compare(llm, about, tensors, limit)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"the reference is of another model: {first_line(error)}") from None
+    if args.json:
+        print(json.dumps({"model": settings.model, "reference": about["made_by"], **result}))
+    else:
+        print(f"{settings.model} against {about['made_by']}, kernels {llm.engine.decoder.kernels}")
+        print("\n".join(verify_lines(result, limit)))
+    return 0 if result["passed"] else 1
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": command_bench,
+    "eval": command_eval,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,
     "show": command_show,
+    "verify": command_verify,
 }
 
 

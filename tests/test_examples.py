@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     path
     for path in (ROOT / "examples").glob("*.py")
-    if path.stem != "serve_bench"  # needs a server: test_server_load.py has one
+    if path.stem not in ("harness", "serve_bench")  # need a server: other tests have one
 )
 # What each prints, as a pattern.
 PRINTS = {

@@ -508,7 +508,7 @@ def test_a_created_model_is_one_on_the_command_line_too(
     text = capsys.readouterr().out
     assert text.rstrip("\n") == client.chat("short", USER).message.content.rstrip("\n")
     assert nanollama.main(["rm", "short", "--yes"]) == 0
-    assert refusal(lambda: client.show("short")).status_code == 404
+    assert nanollama.ModelStore().modelfile("short") is None
 
 
 def test_what_there_is_nothing_like_here(client: ollama.Client, tmp_path: Path) -> None:
