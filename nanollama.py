@@ -8845,6 +8845,383 @@ class TextChoice:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
+# ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
+# https://developers.openai.com/api/reference/resources/responses
+
+RESPONSE_FIELDS = {
+    "input": "string or array",
+    "model": "string",
+    "instructions": "string",
+    "max_output_tokens": "integer",
+    "temperature": "number",
+    "top_p": "number",
+    "stream": "boolean",
+    "stream_options": "object",
+    "text": "object",
+    "tools": "array",
+    "tool_choice": "string or object",
+    "parallel_tool_calls": "boolean",
+    "previous_response_id": "string",
+    "reasoning": "object",
+    "include": "array",
+    "top_logprobs": "integer",
+    "store": "boolean",
+    "metadata": "object",
+    # beyond OpenAI's
+    **{n: k for n, k in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
+}
+RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "truncation": ("disabled",),
+    **dict.fromkeys("conversation prompt image context_management max_tool_calls".split(), ()),
+    "modalities": (["text"],),
+}
+WITH_LOGPROBS = "message.output_text.logprobs"
+# What of a chat's field names is called otherwise here, for errors.
+RESPONSE_NAMES = {
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
+    Raises RequestError, naming the item."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    messages: list[dict[str, Any]] = []
+    for i, item in enumerate(value):
+        check_type(f"input[{i}]", item, "object")
+        if item.get("type") == "item_reference":
+            if item.get("id") not in recall:
+                refuse(f"input[{i}] refers to {brief(item.get('id'))}, which is not kept", "input")
+            item = recall[item["id"]]
+        _add_item(messages, item, f"input[{i}]")
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+    """Add what one input item says to the messages."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
+        messages.append(message)
+    elif kind == "function_call":
+        for name in ("call_id", "name", "arguments"):
+            check_type(f"{where}.{name}", item.get(name), "string")
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        if not messages or messages[-1]["role"] != "assistant":  # calls of one turn are together
+            messages.append({"role": "assistant", "content": None})
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        check_type(f"{where}.call_id", item.get("call_id"), "string")
+        text = _item_text(item.get("output"), where)
+        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
+    elif kind != "reasoning":  # thoughts are not said again
+        refuse(f"{where} is of type {brief(kind)}, which is not supported", where)
+
+
+def _item_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    check_type(f"{where}.content", content, "string or array")
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else 0
+        if kind not in ("input_text", "output_text", "refusal", "text") or not isinstance(
+            text, str
+        ):
+            refuse(f"{where} has a part of type {brief(kind)}; only text is read here", where)
+        texts.append(text)
+    return "".join(texts)
+
+
+def response_tools(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`tools` and `tool_choice`, which are flat here, as a chat has them. Raises RequestError."""
+    tools = []
+    for i, tool in enumerate(given.get("tools", [])):
+        check_type(f"tools[{i}]", tool, "object")
+        if tool.get("type") != "function":
+            what = f"tools[{i}] is of type {brief(tool.get('type'))}"
+            refuse(f"{what}; only functions can be called", f"tools[{i}]")
+        function = {k: v for k, v in tool.items() if k != "type" and v is not None}
+        tools.append({"type": "function", "function": function})
+    body: dict[str, Any] = {"tools": tools} if tools else {}
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        kind, inner = choice.get("type"), choice.get("tools", [])
+        if kind == "allowed_tools" and isinstance(inner, list):
+            named = [{"type": "function", "function": {"name": t.get("name")}}
+                     for t in inner if isinstance(t, dict)]  # fmt: skip
+            choice = {"type": kind, kind: {"mode": choice.get("mode"), "tools": named}}
+        elif kind == "function":
+            choice = {"type": kind, kind: {"name": choice.get("name")}}
+        else:
+            refuse(f"tool_choice is of type {brief(kind)}, which is not supported", "tool_choice")
+    return body | ({} if choice is None else {"tool_choice": choice})
+
+
+def response_body(
+    given: Mapping[str, Any], earlier: list[dict[str, Any]], recall: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
+    the messages of the response it goes on from. Raises RequestError."""
+    same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata")
+    body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
+    system = (
+        [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
+    )
+    body["messages"] = [*system, *earlier, *response_input(required(given, "input"), recall)]
+    if "max_output_tokens" in given:
+        body["max_tokens"] = given["max_output_tokens"]
+    effort = given.get("reasoning", {}).get("effort")
+    if effort is not None:
+        check_type("reasoning.effort", effort, "string")
+        body["reasoning_effort"] = effort
+    form = given.get("text", {}).get("format")
+    if form is not None:
+        check_type("text.format", form, "object")
+        inner = {k: v for k, v in form.items() if k != "type"}
+        is_schema = form.get("type") == "json_schema"
+        body["response_format"] = {**form, **({"json_schema": inner} if is_schema else {})}
+    wants_logprobs = WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs")
+    if wants_logprobs:
+        body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
+    return body
+
+
+def parse_response(
+    body: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    strict: bool = False,
+    opening: Iterable[dict[str, Any]] = (),
+    kept: Mapping[str, KeptResponse] | None = None,
+) -> tuple[WireRequest, dict[str, Any]]:
+    """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
+    responses by id. Raises RequestError."""
+    given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
+    kept, earlier = kept or {}, []
+    if (last := given.get("previous_response_id")) is not None:
+        if last not in kept:
+            what = f"previous_response_id {brief(last)} is not kept (any more)"
+            refuse(what, "previous_response_id", "previous_response_not_found")
+        earlier = kept[last].messages
+    recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
+    try:
+        wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
+    except RequestError as error:
+        raise _renamed(error) from None
+    names = {name: _response_name(where) for name, where in wire.names.items()}
+    return dataclasses.replace(wire, ignored=ignored, names=names), given
+
+
+def _response_name(name: str) -> str:
+    found = next((chat for chat in RESPONSE_NAMES if name.startswith(chat)), "")
+    return RESPONSE_NAMES.get(found, "") + name[len(found) :]
+
+
+def _renamed(error: RequestError) -> RequestError:
+    """An error about a field of a chat, in the words of a response."""
+    if error.param and (name := _response_name(error.param)) != error.param:
+        renamed = type(error)(str(error).replace(error.param, name), name)
+        renamed.code = error.code
+        return renamed
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class KeptResponse:
+    """A response, for those that go on from it: its body, and its conversation as messages."""
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    num_chars: int
+
+
+class ResponseReply:
+    """An answer of /v1/responses, as Reply: items, of which one at a time is open."""
+
+    def __init__(
+        self, choice: ChatChoice, wire: WireRequest, given: Mapping[str, Any], model: str
+    ) -> None:
+        self.choice, self.wire = choice, wire
+        self.num_events = self.num_thought = 0
+        self.item: dict[str, Any] | None = None  # the open one
+        self.text: list[str] = []  # of the open one
+        self.logprobs: list[dict[str, Any]] = []  # of the open one
+        params = wire.requests[0].params
+        wanted = {"format": {"type": "text"}} | dict(given.get("text", {}))
+        self.body: dict[str, Any] = {
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": given.get("instructions"),
+            "max_output_tokens": given.get("max_output_tokens"),
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": given.get("parallel_tool_calls", True),
+            "previous_response_id": given.get("previous_response_id"),
+            "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
+            "store": given.get("store", True),
+            "temperature": params.temperature,
+            "text": wanted,
+            "tool_choice": given.get("tool_choice", "auto"),
+            "tools": given.get("tools", []),
+            "top_logprobs": params.logprobs or 0,
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": None,
+            "metadata": given.get("metadata", {}),
+        }
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self.num_events += 1
+        return {"type": kind, "sequence_number": self.num_events - 1, **fields}
+
+    def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event about the open item"""
+        assert self.item is not None
+        index = len(self.body["output"]) - 1
+        if kind.startswith("response.output_item"):
+            return self._event(kind, output_index=index, item=json.loads(json.dumps(self.item)))
+        return self._event(kind, item_id=self.item["id"], output_index=index, **fields)
+
+    def error(self, error: NanollamaError) -> dict[str, Any]:
+        return self._event("error", code=error.code, message=str(error), param=error.param)
+
+    def start(self) -> list[dict[str, Any]]:
+        body = {**self.body, "output": []}
+        kinds = ("response.created", "response.in_progress")
+        return [self._event(kind, response=body) for kind in kinds]
+
+    def _open(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        """Close what is open, and begin an item."""
+        events = self._close()
+        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
+        head = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress"}
+        self.item = {**head, **fields}
+        self.body["output"].append(self.item)
+        events.append(self._at("response.output_item.added"))
+        if part := self._part(""):
+            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        return events
+
+    def _part(self, text: str) -> dict[str, Any] | None:
+        """The content of the open item, unless it is a call"""
+        assert self.item is not None
+        if self.item["type"] == "message":
+            more = {"annotations": [], "logprobs": list(self.logprobs)}
+            return {"type": "output_text", "text": text, **more}
+        return (
+            {"type": "reasoning_text", "text": text} if self.item["type"] == "reasoning" else None
+        )
+
+    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
+        """End the open item, if there is one."""
+        if (item := self.item) is None:
+            return []
+        text, events = "".join(self.text), []
+        item["status"] = status
+        if item["type"] == "function_call":
+            item["arguments"], name = text, item["name"]
+            kind = "response.function_call_arguments.done"
+            events.append(self._at(kind, name=name, arguments=text))
+        else:
+            part = self._part(text) or {}
+            item["content"] = [part]
+            more = {"logprobs": self.logprobs} if item["type"] == "message" else {}
+            kind = f"response.{part['type']}.done"
+            events.append(self._at(kind, content_index=0, text=text, **more))
+            events.append(self._at("response.content_part.done", content_index=0, part=part))
+        events.append(self._at("response.output_item.done"))
+        self.item, self.text, self.logprobs = None, [], []
+        return events
+
+    def _text(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A piece of a message or of a thought"""
+        events = []
+        if self.item is None or self.item["type"] != kind:
+            head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
+            events = self._open(kind, content=[], **head)
+        self.text.append(text)
+        self.logprobs += entries
+        name = "output_text" if kind == "message" else "reasoning_text"
+        more = {"logprobs": entries} if kind == "message" else {}
+        return [*events, self._at(f"response.{name}.delta", content_index=0, delta=text, **more)]
+
+    def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A piece of a tool call"""
+        events, function = [], call.get("function", {})
+        if call.get("id"):
+            about = {"call_id": call["id"], "name": function["name"]}
+            events = self._open("function_call", **about, arguments="")
+        if text := function.get("arguments"):
+            self.text.append(text)
+            events.append(self._at("response.function_call_arguments.delta", delta=text))
+        return events
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        was_thinking = self.choice.splitter.thinking
+        events = []
+        for chunk in self.choice.push(delta):
+            entries = (chunk["logprobs"] or {}).get("content", [])
+            for name, value in chunk["delta"].items():
+                if name == "tool_calls":
+                    events += [event for call in value for event in self._call(call)]
+                elif name in ("content", "reasoning_content") and value:
+                    kind = "message" if name == "content" else "reasoning"
+                    events += self._text(kind, value, entries)
+        self.num_thought += was_thinking or self.choice.splitter.thinking
+        return events
+
+    def end(self) -> list[dict[str, Any]]:
+        usage, is_cut = self.choice.usage, self.choice.finish_reason == "length"
+        assert usage is not None
+        status = "incomplete" if is_cut else "completed"
+        events = []
+        if not any(item["type"] != "reasoning" for item in self.body["output"]):
+            events = self._text("message", "", [])[:-1]
+        events += self._close(status)
+        num_in, num_out = usage.prompt_tokens, usage.completion_tokens
+        details = {"cached_tokens": usage.cached_tokens}
+        details["cache_write_tokens"] = num_in - usage.cached_tokens
+        self.body |= {
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "completed_at": None if is_cut else int(time.time()),
+            "usage": {
+                "input_tokens": num_in,
+                "input_tokens_details": details,
+                "output_tokens": num_out,
+                "output_tokens_details": {"reasoning_tokens": min(self.num_thought, num_out)},
+                "total_tokens": num_in + num_out,
+            },
+        }
+        return [*events, self._event(f"response.{status}", response=self.body)]
+
+    def result(self) -> dict[str, Any]:
+        return self.body
+
+    def kept(self) -> KeptResponse:
+        """This response, for the next one; without the system messages that it began with"""
+        messages = list(self.wire.requests[0].messages or [])
+        while messages and messages[0]["role"] == "system":
+            messages.pop(0)
+        for item in self.body["output"]:
+            _add_item(messages, item, "output")
+        return KeptResponse(self.body, messages, len(json.dumps([self.body, messages])))
+
+
 # ---- Ollama's API: bodies in OpenAI's words, answers in Ollama's ---------------------------------
 # https://github.com/ollama/ollama/blob/main/docs/api.md
 
@@ -9175,6 +9552,7 @@ PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
 MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
 EMBED_TOGETHER = 32  # texts
+MAX_KEPT_RESPONSES, MAX_KEPT_CHARS = 1000, 1 << 26  # of /v1/responses
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
@@ -9881,6 +10259,9 @@ def sse(value: Mapping[str, Any]) -> bytes:
 
 SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
 WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
+NAMED_SSE = dataclasses.replace(
+    SSE, encode=lambda value: f"event: {value['type']}\n".encode() + sse(value), last=b""
+)
 NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", ollama_error)
 
 
@@ -10133,16 +10514,15 @@ def cached_models(name: str) -> list[CachedModel]:
     return store.cached(name)
 
 
-class App:
-    """The handlers and what they share."""
+class Handlers:
+    """What all handlers share: a request's body, and the ways to answer."""
 
     def __init__(self, models: Models, config: ServerConfig) -> None:
         self.models, self.config = models, config
         self.metrics = Metrics()
         self.created = int(time.time())
+        self.kept: dict[str, KeptResponse] = {}
         self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
-
-    # -- requests ----------------------------------------------------------------------------------
 
     async def body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request, whatever its content type says. Raises RequestError, or
@@ -10167,47 +10547,6 @@ class App:
         if self.config.log_prompts:
             log.info(encode_json(value).decode())
         return value
-
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
-        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
-        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, pool, wire, make)
-
-    async def text(self, request: Request) -> Response:
-        """POST /v1/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
-        wire = parse_text(body, pool.sampling, self.config.strict)
-        make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.answer(request, pool, wire, make)
-
-    async def answer(
-        self,
-        request: Request,
-        pool: Pool,
-        wire: WireRequest,
-        make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
-    ) -> Response:
-        """Answer as OpenAI does, under the name that was asked for."""
-        job = await pool.start(wire.requests, wire.names)
-        choices = list(map(make, itertools.count(), job.sequences, job.prompts))
-        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
-        headers = ignored_header(wire.ignored)
-        if wire.stream:
-            return self.stream(job, reply, SSE, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
-
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
-        body = await self.body(request)
-        wire = parse_embed(body, self.config.strict)
-        pool = await self.models.pool(wire.model)
-        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
-        answer = embed_body(deltas, wire, wire.model or pool.source.name)
-        return as_json(answer, headers=ignored_header(wire.ignored))
 
     async def embed(
         self,
@@ -10265,7 +10604,98 @@ class App:
         body: dict[str, Any] = reply.result()
         return body
 
-    # -- Ollama's API ------------------------------------------------------------------------------
+
+class OpenAIHandlers(Handlers):
+    """OpenAI's API."""
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
+        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
+        return await self.answer(request, pool, wire, make)
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_text(body, pool.sampling, self.config.strict)
+        make = functools.partial(TextChoice, echo=wire.echo)
+        return await self.answer(request, pool, wire, make)
+
+    async def answer(
+        self,
+        request: Request,
+        pool: Pool,
+        wire: WireRequest,
+        make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
+    ) -> Response:
+        """Answer as OpenAI does, under the name that was asked for."""
+        job = await pool.start(wire.requests, wire.names)
+        choices = list(map(make, itertools.count(), job.sequences, job.prompts))
+        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        headers = ignored_header(wire.ignored)
+        if wire.stream:
+            return self.stream(job, reply, SSE, headers)
+        return as_json(await self.whole(request, job, reply), headers=headers)
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        strict, opening = self.config.strict, pool.source.opening
+        wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
+        job = await pool.start(wire.requests, wire.names)
+        choice = ChatChoice(0, job.sequences[0], job.prompts[0], "reasoning_content")
+        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name)
+        headers = ignored_header(wire.ignored)
+
+        async def events() -> AsyncIterator[dict[str, Any] | None]:
+            async for event in self.events(job, reply):
+                if event and event["type"] in ("response.completed", "response.incomplete"):
+                    self.keep(reply)
+                yield event
+
+        if wire.stream:
+            encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
+            return stream_response(events(), encoding, job.finish, headers)
+        whole = await self.whole(request, job, reply)
+        self.keep(reply)
+        return as_json(whole, headers=headers)
+
+    def keep(self, reply: ResponseReply) -> None:
+        """Keep a response for those that go on from it; old ones make room."""
+        if reply.body["store"]:
+            self.kept[reply.body["id"]] = reply.kept()
+        while (
+            len(self.kept) > MAX_KEPT_RESPONSES
+            or sum(kept.num_chars for kept in self.kept.values()) > MAX_KEPT_CHARS
+        ):
+            del self.kept[next(iter(self.kept))]
+
+    async def response(self, request: Request) -> Response:
+        """GET, DELETE /v1/responses/{id}: a response that is kept"""
+        name = request.path_params["id"]
+        if name not in self.kept:
+            raise WireError(404, "not_found", f"response {name!r} is not kept (any more)")
+        if request.method == "DELETE":
+            del self.kept[name]
+            return as_json({"id": name, "object": "response", "deleted": True})
+        return as_json(self.kept[name].body)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = await self.body(request)
+        wire = parse_embed(body, self.config.strict)
+        pool = await self.models.pool(wire.model)
+        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
+        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        return as_json(answer, headers=ignored_header(wire.ignored))
+
+
+class OllamaHandlers(Handlers):
+    """Ollama's API."""
 
     async def ollama_pool(self, given: Mapping[str, Any]) -> tuple[Pool, Clock]:
         """The model that a body names, loaded, and kept as long as the body says."""
@@ -10480,6 +10910,10 @@ class App:
         """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
         raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
 
+
+class App(OpenAIHandlers, OllamaHandlers):
+    """Every handler: also the web chat's own route, and what looks in."""
+
     # -- the web chat's own route ------------------------------------------------------------------
 
     async def chat_stream(self, request: Request) -> Response:
@@ -10649,6 +11083,8 @@ ROUTES = (
     Route(App.capabilities, ("GET /v1/capabilities",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+    Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
+    Route(App.response, ("GET /v1/responses/{id}", "DELETE /v1/responses/{id}")),
     Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
