@@ -116,7 +116,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -6654,15 +6654,20 @@ class Tokenizer:
 class TextStream:
     """Turns one sequence's ids into text as they come: `push` each id, `flush` at the end.
 
-    Holds back bytes that are not a whole character, and text that may begin a stop string.
+    Holds back bytes that are not a whole character, and text that may begin a stop string. Control
+    tokens are no text, but for those in `shown`.
     `stopped` turns true at the stop string that is complete first, which is not emitted. What
     continues a text keeps the space that SentencePiece puts before a first word; `decode` drops
     it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Iterable[str] = (), continues: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: Iterable[str] = (),
+        continues: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.shown = tokenizer, shown
         self.stop = tuple(stop)
         self.stopped = False
         self._drop_space = tokenizer.strips_space and not continues
@@ -6671,7 +6676,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is now certain."""
-        return self._emit(self._utf8.decode(self.tokenizer.token_bytes(token_id)), final=False)
+        piece = self.tokenizer.piece(token_id).encode() if token_id in self.shown else b""
+        raw = piece or self.tokenizer.token_bytes(token_id)
+        return self._emit(self._utf8.decode(raw), final=False)
 
     def flush(self) -> str:
         """What was held back, once no more ids will come."""
@@ -6759,6 +6766,107 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a family of models writes calls: begin, call, between, call, .., end. `trigger` is the
+    first of it; where there is none, a call is known by its whole head."""
+
+    call: str  # with NAME and ARGUMENTS
+    begin: str = ""
+    between: str = ""
+    end: str = ""
+    trigger: str = ""
+
+    def head(self, name: str) -> str:
+        return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
+
+    @property
+    def tail(self) -> str:
+        return self.call.partition("ARGUMENTS")[2]
+
+    def spell(self, calls: Iterable[tuple[str, str]]) -> str:
+        """Calls (name, arguments as JSON) as the model writes them."""
+        spelled = [self.head(name) + arguments + self.tail for name, arguments in calls]
+        return self.begin + self.between.join(spelled) + self.end
+
+
+_CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
+_DEEPSEEK = "<｜tool▁call▁begin｜>{}ARGUMENTS{}<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"
+# Found by what a template makes of a call. Hermes' serves models whose way is not known.
+TOOL_FORMATS = {
+    "hermes": ToolFormat(f"<tool_call>\n{_CALL}\n</tool_call>", "", "\n", "", "<tool_call>"),
+    "smollm2": ToolFormat(_CALL, "<tool_call>[\n", ",\n", "\n]</tool_call>", "<tool_call>"),
+    "llama": ToolFormat('{"name": "NAME", "parameters": ARGUMENTS}', "", "; "),
+    "mistral": ToolFormat(_CALL, "[TOOL_CALLS][", ", ", "]", "[TOOL_CALLS]"),
+    "mistral-args": ToolFormat("[TOOL_CALLS]NAME[ARGS]ARGUMENTS", trigger="[TOOL_CALLS]"),
+    "granite": ToolFormat(_CALL, "<|tool_call|>[", ", ", "]", "<|tool_call|>"),
+    "deepseek": ToolFormat(
+        _DEEPSEEK[0].format("function<｜tool▁sep｜>NAME\n```json\n", "\n```"),
+        _DEEPSEEK[1],
+        "\n",
+        "<｜tool▁calls▁end｜>",
+        _DEEPSEEK[1],
+    ),
+    "deepseek-v3.1": ToolFormat(
+        _DEEPSEEK[0].format("NAME<｜tool▁sep｜>", ""),
+        _DEEPSEEK[1],
+        "",
+        "<｜tool▁calls▁end｜>",
+        _DEEPSEEK[1],
+    ),
+}
+# What a template that cannot write calls may still say of its model; the first that is found.
+TOOL_MARKS = {
+    "[ARGS]": "mistral-args",
+    "[TOOL_CALLS]": "mistral",
+    "<|tool_call|>": "granite",
+    "<|start_header_id|>": "llama",
+    "tool▁call▁begin": "deepseek",
+    "/no_think": "hermes",
+    "named SmolLM": "smollm2",
+}
+PROBE = "probe_function"
+MAX_CALLS = 16  # in one answer
+TOOLS_PROMPT = """You can call these functions:
+{tools}
+To call one, answer with this alone, its name and its arguments filled in, and wait for the result:
+{example}"""
+
+
+def introduce_tools(
+    messages: list[Mapping[str, Any]], tools: list[dict[str, Any]], form: ToolFormat
+) -> list[Mapping[str, Any]]:
+    """The messages with a system prompt that describes the tools."""
+    lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
+    example = form.spell([("function_name", '{"argument": "value"}')])
+    text = TOOLS_PROMPT.format(tools="\n".join(lines), example=example)
+    first = messages[0] if messages else {}
+    if first.get("role") in ("system", "developer"):
+        content = _template_message(first).get("content", "")
+        return [{**first, "content": f"{content}\n\n{text}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _is_about_calls(message: Mapping[str, Any]) -> bool:
+    return isinstance(message, Mapping) and (
+        bool(message.get("tool_calls")) or message.get("role") == "tool"
+    )
+
+
+def _plain_call(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, Any]:
+    """A message whose calls are its content; a tool's result as a user's message."""
+    if message.get("role") == "tool":
+        content = _template_message(message).get("content", "")
+        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = [(str(f["name"]), _json_text(f.get("arguments", {}))) for f in functions]
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    content = _template_message(rest).get("content", "")
+    return {**rest, "content": content + form.spell(calls)}
+
+
 class ChatTemplate:
     """Renders messages with a model's template, or ChatML when it has none.
 
@@ -6785,7 +6893,59 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
+        """The prompt text, as `apply_chat_template(tokenize=False)` gives it. Where the template
+        has no place for tools or calls, they are written into messages."""
+        messages = list(messages)
+        if tools and not self.lists_tools:
+            messages, tools = introduce_tools(messages, tools, self.tool_format), None
+        if any(_is_about_calls(m) for m in messages) and not self._probe[1]:
+            messages = [_plain_call(message, self.tool_format) for message in messages]
+        return self._render(
+            messages, tools, add_generation_prompt, continue_final_message, **template_kwargs
+        )
+
+    @functools.cached_property
+    def lists_tools(self) -> bool:
+        """Whether the template tells the model about tools."""
+        tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
+        with contextlib.suppress(TemplateError):
+            user: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}]
+            return PROBE in self._render(user, [{"type": "function", "function": tool}])
+        return False
+
+    @functools.cached_property
+    def _probe(self) -> tuple[ToolFormat, bool]:
+        """How the model calls functions, and whether the template can write calls and results."""
+        function = {"name": PROBE, "arguments": "{}"}
+        text, call = "", {"id": "probe0001", "type": "function", "function": function}
+        with contextlib.suppress(TemplateError):
+            text = self._render(
+                [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": "", "tool_calls": [call]},
+                    {"role": "tool", "tool_call_id": "probe0001", "content": "done" + PROBE},
+                ]
+            )
+        squeezed = "".join(text.split())
+        for form in TOOL_FORMATS.values():
+            spelled = form.begin + form.head(PROBE)
+            if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
+                return form, True
+        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "hermes")
+        return TOOL_FORMATS[name], False
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        return self._probe[0]
+
+    def _render(
+        self,
+        messages: list[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
         source = (self.tool_source if tools else None) or self.source or CHATML
         clean = [_template_message(message) for message in messages]
         if not clean:
@@ -6849,11 +7009,13 @@ def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The same messages as some template needs them, the usual shape first: tool-call arguments as
-    text (Functionary), a null content beside the calls (DeepSeek), an empty content (Qwen3), one
-    system message first and then roles that alternate (Mistral)."""
+    """The same messages as some template needs them, the usual shape first: ids of calls with nine
+    characters (Mistral), tool-call arguments as text (Functionary), a null content beside the calls
+    (DeepSeek), an empty content (Qwen3), one system message first and then roles that alternate
+    (Mistral)."""
     yield messages
-    if any("tool_calls" in message for message in messages):
+    if any(map(_is_about_calls, messages)):
+        yield (messages := _with_short_ids(messages))
         texts = [_with_arguments(message, _json_text) for message in messages]
         yield texts
         yield [{"content": None, **message} for message in messages]
@@ -6861,6 +7023,22 @@ def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, A
     if not all("content" in message for message in messages):
         yield [{"content": "", **message} for message in messages]
     yield _in_turns(messages)
+
+
+def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the last nine letters and digits of each call's id."""
+
+    def short(item: Any, key: str) -> Any:
+        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
+            return item
+        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
+
+    def shortened(message: dict[str, Any]) -> Any:
+        if isinstance(calls := message.get("tool_calls"), list):
+            message = {**message, "tool_calls": [short(call, "id") for call in calls]}
+        return short(message, "tool_call_id")
+
+    return [shortened(message) for message in messages]
 
 
 def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -6999,12 +7177,202 @@ class ThoughtSplitter:
         return [pair for pair in out if pair[1]]
 
 
+class Piece(NamedTuple):
+    """A part of an answer. kind: thought, content, name (a call begins: its function), arguments
+    (of the call that began last: JSON, as it comes)."""
+
+    kind: str
+    text: str
+
+
+class ToolSplitter:
+    """Finds the calls in an answer: `push` text, get pieces. What is no call of a function in
+    `names`, spelled as in `form`, is content."""
+
+    def __init__(self, form: ToolFormat, names: Iterable[str]) -> None:
+        names = list(names)
+
+        def loose(literal: str) -> str:
+            """A regex for `literal` with any space between its words and signs."""
+            known = "|".join(map(re.escape, names))
+            words = re.findall(r"NAME|\w+|[^\w\s]", literal)
+            return r"\s*".join(
+                f"({known})" if word == "NAME" else re.escape(word) for word in words
+            )
+
+        head = form.head("NAME")
+        self.opener = form.trigger or form.call[0]
+        self.first = re.compile(loose(form.begin + head) + r"\s*(?={)")
+        self.next = re.compile(r"\s*" + loose(form.tail + form.between + head) + r"\s*(?={)")
+        self.last = re.compile(r"\s*" + loose(form.tail + form.end))
+        self.reach = 2 * len(form.begin + head) + max(map(len, names), default=0)
+        self.num_calls = self.depth = 0
+        self.quoted = self.escaped = self.has_content = False
+        self._held = ""
+
+    def push(self, text: str) -> list[Piece]:
+        return self._split(text, final=False)
+
+    def flush(self) -> list[Piece]:
+        return self._split("", final=True)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether there were calls, the last of them complete."""
+        return self.num_calls > 0 and self.depth == 0
+
+    def _split(self, new: str, final: bool) -> list[Piece]:
+        self._held += new
+        out: list[Piece] = []
+        while self._held:
+            if self.depth:
+                out.append(Piece("arguments", self._take(self._end_of_arguments())))
+                continue
+            pattern = self.next if self.num_calls else self.first
+            match = pattern.match(self._held) if self.num_calls else pattern.search(self._held)
+            if match is None:
+                out += self._rest(final)
+                break
+            before = self._take(match.start())
+            if before.strip() or self.has_content:
+                out.append(Piece("content", before))
+            self._take(match.end() - match.start())
+            self.num_calls, self.depth = self.num_calls + 1, 1
+            out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+        self.has_content |= any(piece.kind == "content" for piece in out)
+        return [piece for piece in out if piece.text]
+
+    def _take(self, num: int) -> str:
+        taken, self._held = self._held[:num], self._held[num:]
+        return taken
+
+    def _end_of_arguments(self) -> int:
+        """How much of what is held belongs to the arguments, one brace of which is open."""
+        for i, character in enumerate(self._held):
+            if self.quoted:
+                self.quoted = self.escaped or character != '"'
+                self.escaped = not self.escaped and character == "\\"
+            elif character == '"':
+                self.quoted = True
+            else:
+                self.depth += (character == "{") - (character == "}")
+            if not self.depth:
+                return i + 1
+        return len(self._held)
+
+    def _rest(self, final: bool) -> list[Piece]:
+        """Content in text where no call begins, as far as it is certain."""
+        if self.num_calls:  # what ends the calls is not content; what follows it can wait
+            text = self.last.sub("", self._take(len(self._held)), count=1) if final else ""
+            return [Piece("content", text)] if text.strip() else []
+        text, at = self._held, self._held.find(self.opener)
+        while 0 <= at < len(text) - self.reach - len(self.opener):
+            at = text.find(self.opener, at + 1)
+        num = at if at >= 0 else len(text) - held_back(text, (self.opener,))
+        if final:
+            num = len(text)
+        elif not text[:num].strip() and not self.has_content:
+            num = 0  # space before a call is not content
+        return [Piece("content", self._take(num))]
+
+
+class AnswerSplitter:
+    """Splits an answer to `prompt` into thoughts, content and calls: `push` text, get pieces."""
+
+    def __init__(
+        self, prompt: str = "", tools: ToolSplitter | None = None, keep_tags: bool = False
+    ) -> None:
+        self.prompt, self.tools = prompt, tools
+        self.thoughts = ThoughtSplitter(prompt, keep_tags)
+
+    def push(self, text: str) -> list[Piece]:
+        return self._pieces(self.thoughts.push(text))
+
+    def flush(self) -> list[Piece]:
+        pieces = self._pieces(self.thoughts.flush())
+        return pieces + self.tools.flush() if self.tools else pieces
+
+    def _pieces(self, pairs: Iterable[tuple[bool, str]]) -> list[Piece]:
+        pieces = []
+        for is_thought, text in pairs:
+            if self.tools and not is_thought:
+                pieces += self.tools.push(text)
+            else:
+                pieces.append(Piece("thought" if is_thought else "content", text))
+        return pieces
+
+    def finish_reason(self, reason: str) -> str:
+        """The answer's finish_reason, given the engine's."""
+        return "tool_calls" if reason == "stop" and self.tools and self.tools.has_calls else reason
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether and what an answer calls."""
+
+    mode: str = "auto"  # none, auto, required
+    names: tuple[str, ...] | None = None  # the functions that may be called; None for all
+    max_calls: int = MAX_CALLS
+
+
+class Function(NamedTuple):
+    """What may be called: the schema of its arguments, whether they must keep all of it, and where
+    in a request that stands."""
+
+    schema: Mapping[str, Any]
+    strict: bool
+    where: str
+
+
+def tool_functions(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> dict[str, Function]:
+    """The functions that may be called, by name. Raises RequestError, naming the tool."""
+    functions: dict[str, Function] = {}
+    for i, tool in enumerate(tools or []):
+        where = f"tools[{i}].function"
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise RequestError(f"tools[{i}] is {brief(tool)}; a function is needed", where)
+        name, schema = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
+            problem = "1 to 64 letters, digits, _ and - are needed"
+            raise RequestError(f"{where}.name is {brief(name)}; {problem}", f"{where}.name")
+        if name in functions:
+            raise RequestError(f"{where}.name is {name!r}, as is another's", f"{where}.name")
+        schema = {"type": "object", "properties": {}} if schema in (None, {}) else schema
+        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+            problem = "a JSON Schema of type object is needed"
+            raise RequestError(
+                f"{where}.parameters is {brief(schema)}; {problem}", f"{where}.parameters"
+            )
+        closed = {"additionalProperties": False} if "properties" in schema else {}
+        schema = {**closed, "type": "object", **schema}
+        functions[name] = Function(schema, bool(function.get("strict")), f"{where}.parameters")
+    if unknown := [name for name in choice.names or () if name not in functions]:
+        raise RequestError(f"tool_choice names {unknown[0]!r}, which no tool has", "tool_choice")
+    if choice.mode == "required" and not functions:
+        raise RequestError("tool_choice needs tools", "tool_choice")
+    names = functions if choice.names is None else choice.names
+    return {name: functions[name] for name in names if choice.mode != "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What an answer may or must call, and how that is written."""
+
+    form: ToolFormat
+    functions: Mapping[str, Function]
+    choice: ToolChoice
+
+    def splitter(self) -> ToolSplitter:
+        return ToolSplitter(self.form, self.functions)
+
+
 # ---- what an answer must be ----------------------------------------------------------------------
 
 # JSON as models write it: on one line, or indented. Space without a limit is where small ones stay.
 JSON_OPTIONS: Any = {
     "whitespace_pattern": r" ?|\n[ \t]{0,16}",
-    "lenient": False,
+    "lenient": False,  # what cannot be kept is refused
     "coerce_one_of": False,
     "item_separator": ",",
     "key_separator": ":",
@@ -7065,9 +7433,11 @@ def error_line(text: str) -> str:
     return f"{head} {reason[1]}" if reason else head
 
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """A JSON Schema as an expression of llguidance's Lark."""
-    return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+def json_grammar(schema: Mapping[str, Any], strict: bool = True) -> str:
+    """A JSON Schema as an expression of llguidance's Lark; if not strict, keywords that it cannot
+    keep are left out."""
+    options = JSON_OPTIONS if strict else {**JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
@@ -7079,23 +7449,26 @@ def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
             yield from ((f"/{key}{path}", inner) for path, inner in parts(item, depth - 1))
 
 
-def schema_error(schema: Mapping[str, Any]) -> str:
+def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
     """Why a JSON Schema cannot be compiled; '' where it can."""
     for path, value in parts(schema, sys.maxsize):
         if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
             digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
             if int(digits) > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
-    return error_line(llguidance.LLMatcher.validate_grammar(grammar))
+    grammar = f"start: {json_grammar(schema, strict)}"
+    error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
+    return error.rpartition("failed to compile JSON schema: ")[2]
 
 
-def faulty_part(schema: Mapping[str, Any], error: str, shared: Mapping[str, Any]) -> str:
+def faulty_part(
+    schema: Mapping[str, Any], error: str, shared: Mapping[str, Any], strict: bool
+) -> str:
     """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
     it refer to."""
     for path, part in parts(schema, 2):
-        if isinstance(part, dict) and schema_error({**shared, **part}) == error:
-            return path + faulty_part(part, error, shared)
+        if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
+            return path + faulty_part(part, error, shared, strict)
     return ""
 
 
@@ -7151,25 +7524,70 @@ class Grammars:
             return "@answer", lark
         return "", ""
 
-    def schema(self, schema: Mapping[str, Any], name: str) -> str:
+    def schema(self, schema: Mapping[str, Any], name: str, strict: bool = True) -> str:
         """A JSON Schema as an expression. Raises RequestError that says where and why not."""
         try:
-            if error := schema_error(schema):
+            if error := schema_error(schema, strict):
                 shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-                where = faulty_part(schema, error, shared) or "/"
+                where = faulty_part(schema, error, shared, strict) or "/"
                 raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
-            return json_grammar(schema)
+            return json_grammar(schema, strict)
         except RecursionError:
             raise RequestError(f"{name} is nested too deeply", name) from None
 
-    def constraint(self, params: SamplingParams, prompt: str, may_think: bool) -> Constraint | None:
+    def literal(self, text: str) -> str:
+        """Text as an expression, its control tokens as such."""
+        control = self.tokenizer.control
+        words = "|".join(re.escape(word) for word in sorted(control, key=len, reverse=True))
+        parts = re.split(f"({words})", text) if words else [text]
+        return " ".join(
+            f"<[{control[part]}]>" if part in control else json.dumps(part)
+            for part in parts
+            if part
+        )
+
+    def calls(self, calls: Calls, is_free: bool) -> str:
+        """The rules of `calls`, behind any text where they are free. Raises RequestError."""
+        form, num_more = calls.form, calls.choice.max_calls - 1
+        more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
+        rules = [f"calls: first {more} {self.literal(form.end)}"]
+        if is_free and form.trigger and form.trigger not in self.tokenizer.control:
+            rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
+        for i, (name, function) in enumerate(calls.functions.items()):
+            head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
+            opening = f"SPACE? {self.literal(form.begin + head)}"
+            if is_free and form.trigger in self.tokenizer.control:
+                opening = f"TEXT {self.literal(form.begin + head)}"
+            elif is_free and form.trigger:
+                opening = f"open {json.dumps((form.begin + head).removeprefix(form.trigger))}"
+            elif is_free:
+                rules.append(f"open_{i}[lazy]: TEXT {json.dumps(form.begin + head)}")
+                opening = f"open_{i}"
+            expression = self.schema(function.schema, function.where, function.strict)
+            rules += [f"first_{i}: {opening} {tail}", f"next_{i}: {self.literal(head)} {tail}"]
+            rules.append(f"arguments_{i}: {expression}")
+        for kind in ("first", "next"):
+            rules.append(
+                f"{kind}: " + " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
+            )
+        return "\n".join(rules)
+
+    def constraint(
+        self, params: SamplingParams, prompt: str, may_think: bool, calls: Calls | None = None
+    ) -> Constraint | None:
         """What the answer to `prompt`, of which the end is enough, must be; None for anything.
         Raises RequestError."""
         answer, nested = self.answer(params)
-        if not answer:
+        if not answer and not calls:
             return None
-        thought, rule = thought_rule(prompt, may_think)
-        top = f"start: {thought} answer\n{rule}\nanswer: {answer}\n"
+        thought, rules = thought_rule(prompt, may_think)
+        choices = ["answer"]
+        if calls:
+            is_required = calls.choice.mode == "required"
+            choices = ["calls"] if is_required else ["answer", "calls"]
+            rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
+        top = f"start: {thought} ({' | '.join(choices)})\n{rules}\nanswer: {answer or 'TEXT'}\n"
+        top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
         matcher = self.compiled(json.dumps({"grammars": grammars}))
@@ -7862,7 +8280,8 @@ class GenerationRequest:
     prompt: str | list[int] | None = None
     messages: list[dict[str, Any]] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None  # as OpenAI spells them
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     embed: bool = False  # the answer is an embedding of the prompt
 
@@ -8039,7 +8458,28 @@ class LLM:
         """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
         may_think = request.messages is not None and self.template.may_think
         # the prompt's last tokens tell whether a thought has begun
-        return self.grammars.constraint(request.params, self.decode(ids[-16:]), may_think)
+        prompt, calls = self.decode(ids[-16:]), self.calls(request)
+        return self.grammars.constraint(request.params, prompt, may_think, calls)
+
+    def calls(self, request: GenerationRequest) -> Calls | None:
+        """What the answer to a request may call; None for nothing. Raises RequestError."""
+        functions = tool_functions(request.tools, request.tool_choice)
+        if not functions or request.messages is None:
+            return None
+        form, tag, p = self.template.tool_format, "<|python_tag|>", request.params
+        is_json = (form.begin + form.call).startswith("{")
+        if is_json and (p.schema or p.regex or p.grammar) and request.tool_choice.mode == "auto":
+            if tag not in self.tokenizer.control:
+                raise RequestError("this model's calls look like JSON answers: not both", "tools")
+            form = dataclasses.replace(form, begin=tag, trigger=tag)
+        return Calls(form, functions, request.tool_choice)
+
+    def splitter(
+        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
+    ) -> AnswerSplitter:
+        """For the answer to a request, given its prompt's text."""
+        calls = self.calls(request)
+        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
 
     def start(
         self,
@@ -8054,8 +8494,12 @@ class LLM:
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
-        constraint = self.constraint(request, ids)
-        stream = TextStream(self.tokenizer, request.params.stop, continues or bool(constraint))
+        constraint, calls = self.constraint(request, ids), self.calls(request)
+        signs = calls.form.begin + calls.form.call + calls.form.end if calls else ""
+        shown = frozenset(i for word, i in self.tokenizer.control.items() if word in signs)
+        # what is constrained keeps the space that it begins with
+        continues = continues or constraint is not None
+        stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
         seq = Sequence(
             index, ids, request.params, stream, constraint=constraint, logprobs_from=logprobs_from
         )
@@ -8264,6 +8708,9 @@ CHAT_FIELDS = {
     "top_logprobs": "integer",
     "reasoning_effort": "string",
     "metadata": "object",
+    "tools": "array",
+    "tool_choice": "string or object",
+    "parallel_tool_calls": "boolean",
     # beyond OpenAI's
     "chat_template_kwargs": "object",
     "continue_final_message": "boolean",
@@ -8285,15 +8732,12 @@ HARMLESS = {
     "prompt_cache_retention": "string",
     "prediction": "object",
     "moderation": "object",
-    "parallel_tool_calls": "boolean",
     "store": "boolean",
     "service_tier": "string",
     "verbosity": "string",
 }
 # Fields of OpenAI's that need something we do not do, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -8414,9 +8858,12 @@ def parse_chat(
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
     sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
+    tools, choice = read_tools(given)
     request = GenerationRequest(
         messages=parse_messages(given, opening),
         params=SamplingParams(**sampling),
+        tools=tools,
+        tool_choice=choice,
         template_kwargs=_template_kwargs(given),
     )
     metadata = given.get("metadata")
@@ -8440,6 +8887,36 @@ def parse_text(
         GenerationRequest(prompt=prompt, params=params) for prompt in read_prompts(given, "prompt")
     ]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
+
+
+def read_tools(given: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+    """The tools of a body, and what it says of their use. Raises RequestError."""
+    tools = given.get("tools") or None
+    for i, tool in enumerate(tools or []):
+        check_type(f"tools[{i}]", tool, "object")
+        if tool.get("type", "function") != "function":
+            where = f"tools[{i}].type"
+            refuse(f"{where} is {brief(tool['type'])}; only function can be had", where)
+    choice = _tool_choice(given.get("tool_choice", "auto"))
+    if not given.get("parallel_tool_calls", True):
+        choice = dataclasses.replace(choice, max_calls=1)
+    tool_functions(tools, choice)
+    return (None if choice.mode == "none" else tools), choice
+
+
+def _tool_choice(choice: Any) -> ToolChoice:
+    """`tool_choice` of a chat: a word, a function, or some of the tools with a mode."""
+    kind = choice if isinstance(choice, str) else choice.get("type")
+    known = "none, auto, required, {type: function, function: {name}} or {type: allowed_tools, ..}"
+    if kind in ("none", "auto", "required") and isinstance(choice, str):
+        return ToolChoice(kind)
+    with contextlib.suppress(KeyError, TypeError):
+        if kind == "function":
+            return ToolChoice("required", (str(choice["function"]["name"]),), 1)
+        if kind == "allowed_tools" and choice[kind]["mode"] in ("auto", "required"):
+            names = tuple(str(tool["function"]["name"]) for tool in choice[kind]["tools"])
+            return ToolChoice(choice[kind]["mode"], names)
+    refuse(f"tool_choice is {brief(choice)}; use {known}", "tool_choice")
 
 
 def _wire(given: Mapping[str, Any], requests: list[GenerationRequest], **more: Any) -> WireRequest:
@@ -8595,6 +9072,14 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         refuse(f"{where}.role is {brief(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
+    if message.get("tool_calls") is not None:
+        check_type(f"{where}.tool_calls", message["tool_calls"], "array")
+        for i, call in enumerate(message["tool_calls"]):
+            at = f"{where}.tool_calls[{i}].function"
+            function: Any = call.get("function") if isinstance(call, dict) else call
+            check_type(at, function, "object")
+            check_type(f"{at}.name", function.get("name"), "string")
+            check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
     if isinstance(content, str) or (content is None and role == "assistant"):
         return dict(message)
     check_type(f"{where}.content", content, "string or array")
@@ -8715,11 +9200,13 @@ class ChatChoice:
 
     object, id_prefix = "chat.completion", "chatcmpl-"
 
-    def __init__(self, index: int, seq: Sequence, prompt: str, reasoning_name: str) -> None:
-        self.index, self.tokenizer = index, seq.text.tokenizer
-        self.reasoning_name = reasoning_name
-        self.splitter = ThoughtSplitter(prompt)
-        self.text = {"content": "", reasoning_name: ""}
+    def __init__(
+        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
+    ) -> None:
+        self.index, self.tokenizer, self.splitter = index, seq.text.tokenizer, splitter
+        self.names = {"content": "content", "thought": reasoning_name}
+        self.text = {"content": "", "thought": ""}
+        self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] | None = None if seq.params.logprobs is None else []
         self.pending: list[dict[str, Any]] = []  # logprobs of tokens whose text is still held back
         self.finish_reason: str | None = None
@@ -8732,27 +9219,40 @@ class ChatChoice:
         return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
-        was_thinking = self.splitter.thinking
+        thoughts = self.splitter.thoughts
+        was_thinking = thoughts.thinking
         pieces = self.splitter.push(delta.text)
         if delta.finish_reason:
             pieces += self.splitter.flush()
         if self.logprobs is not None:
             self.pending += self._entries(delta)
-        if was_thinking or self.splitter.thinking:
-            self.pending = []  # thoughts and their tags are not part of the content
-        chunks = []
-        for is_thought, text in pieces:
-            name = self.reasoning_name if is_thought else "content"
-            self.text[name] += text
-            chunks.append(self._chunk({name: text}))
-            if self.logprobs is not None and self.pending:
-                chunks[-1]["logprobs"] = {"content": self.pending, "refusal": None}
-                self.logprobs += self.pending
-                self.pending = []
+        chunks = [self._chunk(self._add(piece)) for piece in pieces]
+        if was_thinking or thoughts.thinking or self.calls:
+            self.pending = []  # thoughts, calls and their tags are not part of the content
+        if self.pending and self.logprobs is not None and chunks:
+            chunks[0]["logprobs"] = {"content": self.pending, "refusal": None}
+            self.logprobs += self.pending
+            self.pending = []
         if delta.finish_reason:
-            self.finish_reason, self.usage = delta.finish_reason, delta.usage
-            chunks.append({**self._chunk({}), "finish_reason": delta.finish_reason})
+            self.usage = delta.usage
+            self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
+            chunks.append({**self._chunk({}), "finish_reason": self.finish_reason})
         return chunks
+
+    def _add(self, piece: Piece) -> dict[str, Any]:
+        """Keep a piece -> the delta that tells of it."""
+        if piece.kind in self.names:
+            self.text[piece.kind] += piece.text
+            return {self.names[piece.kind]: piece.text}
+        if piece.kind == "name":
+            function = {"name": piece.text, "arguments": ""}
+            call_id = "call_" + secrets.token_hex(12)
+            self.calls.append({"id": call_id, "type": "function", "function": function})
+            call = {**self.calls[-1], "function": dict(function)}
+        else:
+            self.calls[-1]["function"]["arguments"] += piece.text
+            call = {"function": {"arguments": piece.text}}
+        return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         """The entry of a token; none for a control token, which is not part of the content."""
@@ -8771,10 +9271,13 @@ class ChatChoice:
         }
 
     def result(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.text["content"], "refusal": None}
+        content = self.text["content"] or (None if self.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         logprobs = self.logprobs
-        if self.text[self.reasoning_name]:
-            message[self.reasoning_name] = self.text[self.reasoning_name]
+        if self.text["thought"]:
+            message[self.names["thought"]] = self.text["thought"]
+        if self.calls:
+            message["tool_calls"] = self.calls
         return {
             "index": self.index,
             "message": message,
@@ -8789,9 +9292,9 @@ class TextChoice:
     object, id_prefix = "text_completion", "cmpl-"
     LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
 
-    def __init__(self, index: int, seq: Sequence, prompt: str, echo: bool) -> None:
+    def __init__(self, index: int, seq: Sequence, splitter: AnswerSplitter, echo: bool) -> None:
         self.index, self.seq, self.tokenizer = index, seq, seq.text.tokenizer
-        self.echo = prompt if echo else None
+        self.echo = splitter.prompt if echo else None
         self.text = ""
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
@@ -9171,8 +9674,8 @@ class ResponseReply:
         return events
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
-        was_thinking = self.choice.splitter.thinking
-        events = []
+        thoughts = self.choice.splitter.thoughts
+        was_thinking, events = thoughts.thinking, []
         for chunk in self.choice.push(delta):
             entries = (chunk["logprobs"] or {}).get("content", [])
             for name, value in chunk["delta"].items():
@@ -9181,7 +9684,7 @@ class ResponseReply:
                 elif name in ("content", "reasoning_content") and value:
                     kind = "message" if name == "content" else "reasoning"
                     events += self._text(kind, value, entries)
-        self.num_thought += was_thinking or self.choice.splitter.thinking
+        self.num_thought += was_thinking or thoughts.thinking
         return events
 
     def end(self) -> list[dict[str, Any]]:
@@ -9632,7 +10135,7 @@ class Job:
         # empty once all has started; then deltas, or what ended the job early
         self.events: asyncio.Queue[list[Delta] | NanollamaError] = asyncio.Queue()
         self.sequences: list[Sequence] = []
-        self.prompts: list[str] = []  # what the text of each choice continues
+        self.splitters: list[AnswerSplitter] = []  # of each choice
         worker.num_sequences += len(requests)
 
     def finish(self) -> None:
@@ -9714,7 +10217,7 @@ class EngineWorker(threading.Thread):
                 for index, request in enumerate(job.requests):
                     ids, text = prompts[id(request.messages or request.prompt)]
                     job.sequences.append(llm.start(request, index, ids))
-                    job.prompts.append(text)
+                    job.splitters.append(llm.splitter(request, text))
                 job.post([])
             except Exception as error:
                 job.post(told(error))
@@ -10629,11 +11132,11 @@ class OpenAIHandlers(Handlers):
         request: Request,
         pool: Pool,
         wire: WireRequest,
-        make: Callable[[int, Sequence, str], ChatChoice | TextChoice],
+        make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
     ) -> Response:
         """Answer as OpenAI does, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
-        choices = list(map(make, itertools.count(), job.sequences, job.prompts))
+        choices = list(map(make, itertools.count(), job.sequences, job.splitters))
         reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         headers = ignored_header(wire.ignored)
         if wire.stream:
@@ -10647,7 +11150,7 @@ class OpenAIHandlers(Handlers):
         strict, opening = self.config.strict, pool.source.opening
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.prompts[0], "reasoning_content")
+        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
         reply = ResponseReply(choice, wire, given, wire.model or pool.source.name)
         headers = ignored_header(wire.ignored)
 
@@ -10747,7 +11250,7 @@ class OllamaHandlers(Handlers):
     ) -> Response:
         """One answer, streamed unless the body says otherwise."""
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.prompts[0], "thinking")
+        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
         is_chat = "messages" in given
         context = None if is_chat or given.get("raw") else job.sequences[0]
         reply = OllamaReply(choice, given["model"], clock, is_chat, context)
@@ -11407,14 +11910,12 @@ class ScriptLLM(LLM):
             code = "rate_limit_exceeded" if status == 429 else "scripted"
             raise WireError(status, code, answer.get("message", "the script says so"))
         seq = super().start(request, index, ids, logprobs_from)
-        calls = [json.dumps(call) for call in answer.get("tool_calls", [])]
-        text = "".join(
-            [
-                f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else "",
-                answer.get("text", ""),
-                *(f"<tool_call>{call}</tool_call>" for call in calls),
-            ]
-        )
+        calls = [
+            (c["name"], json.dumps(c.get("arguments", {}))) for c in answer.get("tool_calls", [])
+        ]
+        thought = f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else ""
+        spelled = self.template.tool_format.spell(calls) if calls else ""
+        text = thought + answer.get("text", "") + spelled
         self.plays[seq] = answer, deque(self.tokenizer.encode(text))
         return seq
 
