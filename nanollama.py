@@ -4228,9 +4228,6 @@ GGUF_ROPE = {
     "yarn_beta_slow": "beta_slow",
 }
 
-# {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
-GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
-
 # Other metadata under {arch}, as config.json has it.
 GGUF_VALUES = {
     "attention.sliding_window": "sliding_window",
@@ -4249,6 +4246,9 @@ GGUF_VALUES = {
 # Models whose queries are scaled by another width than a head's, which their files do not say:
 # https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
 WIDE_SCALE = (("gemma2", 46), ("gemma3", 62))
+
+# {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
+GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
 
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
 FILE_SAMPLING = {
@@ -5008,92 +5008,6 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
-@lru_cache(maxsize=1)
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
-    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-# ---- a model for tests ---------------------------------------------------------------------------
-
-TINY_RANDOM = "tiny-random"
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-
-
-TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
-
-
-def write_tiny_random(directory: Path) -> None:
-    """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
-    header: dict[str, Any] = {}
-    data = bytearray()
-    for name, shape in _tiny_shapes().items():
-        start, values = len(data), _tiny_values(name, shape)
-        data += struct.pack(f"<{len(values)}f", *values)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
-    head = json.dumps(header).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": w, "special": True, **flags} for w, i in special.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": byte_alphabet() | special, "merges": []},
-    }
-    for file, value in {
-        "config.json": {**TINY_CONFIG, "eos_token_id": special["<|im_end|>"]},
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
-    }.items():
-        (directory / file).write_text(json.dumps(value), encoding="utf-8")
-
-
-def _tiny_shapes() -> dict[str, tuple[int, ...]]:
-    V, C, F, kv = 260, 64, 96, 32
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (V, C), "norm": (C,)}
-    for layer in ("layers.0", "layers.1"):
-        shapes |= {f"{layer}.{n}_layernorm": (C,) for n in ("input", "post_attention")}
-        rows = {"q": C, "k": kv, "v": kv, "o": C}
-        shapes |= {f"{layer}.self_attn.{n}_proj": (num, C) for n, num in rows.items()}
-        shapes |= {f"{layer}.mlp.{n}_proj": (F, C) for n in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj"] = (C, F)
-    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
-    return {**names, "lm_head.weight": (V, C)}
-
-
-def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
-    """Random numbers, except that channel 0 is always there, and only printable ASCII and the end
-    like it: so answers are of these."""
-    rng = random.Random(name)
-    values = [rng.gauss(float("norm" in name), 0.2) for _ in range(math.prod(shape))]
-    if "embed" in name:
-        values[::64] = [16.0] * 260
-    if "lm_head" in name:
-        values[::64] = [2.0 if 31 < i < 127 or i == 258 else -2.0 for i in range(260)]
-    return values
-
-
 # ---- nanochat's checkpoints ----------------------------------------------------------------------
 
 # nanochat's names of tensors, without the layer prefix -> Hugging Face's
@@ -5259,6 +5173,92 @@ def _nanochat_age(
             "model_config"
         )
     return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+# ---- a model for tests ---------------------------------------------------------------------------
+
+TINY_RANDOM = "tiny-random"
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
+
+
+def write_tiny_random(directory: Path) -> None:
+    """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
+    header: dict[str, Any] = {}
+    data = bytearray()
+    for name, shape in _tiny_shapes().items():
+        start, values = len(data), _tiny_values(name, shape)
+        data += struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
+    head = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": w, "special": True, **flags} for w, i in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": byte_alphabet() | special, "merges": []},
+    }
+    for file, value in {
+        "config.json": {**TINY_CONFIG, "eos_token_id": special["<|im_end|>"]},
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+    }.items():
+        (directory / file).write_text(json.dumps(value), encoding="utf-8")
+
+
+def _tiny_shapes() -> dict[str, tuple[int, ...]]:
+    V, C, F, kv = 260, 64, 96, 32
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (V, C), "norm": (C,)}
+    for layer in ("layers.0", "layers.1"):
+        shapes |= {f"{layer}.{n}_layernorm": (C,) for n in ("input", "post_attention")}
+        rows = {"q": C, "k": kv, "v": kv, "o": C}
+        shapes |= {f"{layer}.self_attn.{n}_proj": (num, C) for n, num in rows.items()}
+        shapes |= {f"{layer}.mlp.{n}_proj": (F, C) for n in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj"] = (C, F)
+    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    return {**names, "lm_head.weight": (V, C)}
+
+
+def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
+    """Random numbers, except that channel 0 is always there, and only printable ASCII and the end
+    like it: so answers are of these."""
+    rng = random.Random(name)
+    values = [rng.gauss(float("norm" in name), 0.2) for _ in range(math.prod(shape))]
+    if "embed" in name:
+        values[::64] = [16.0] * 260
+    if "lm_head" in name:
+        values[::64] = [2.0 if 31 < i < 127 or i == 258 else -2.0 for i in range(260)]
+    return values
 
 
 # ==================================================================================================
@@ -5467,10 +5467,10 @@ class ModelStore:
         path, base = local_path(reference), nanochat_base(reference)
         if revision and (path or base or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
-        if path and reference not in (*ALIASES, TINY_RANDOM):
-            return path
         if base:
             return nanochat_model(base)
+        if path and reference not in (*ALIASES, TINY_RANDOM):
+            return path
         if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
             found = self.find_cached(reference, revision)
             if found:
@@ -8187,7 +8187,7 @@ class Engine:
                 is_prefill = seq.num_computed < seq.num_prompt
                 if seq.pooling:
                     seq.states.append(rows)
-                elif is_prefill and seq.params.prompt_logprobs:
+                if is_prefill and seq.params.prompt_logprobs:
                     seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
@@ -8544,20 +8544,6 @@ class LLM:
             for seq in sequences:
                 self.engine.cancel(seq)
 
-    @property
-    def pooling(self) -> str:
-        """How embeddings are made: what the model says, or the mean. Raises RequestError."""
-        pooling = self.checkpoint.pooling or "mean"
-        if pooling not in ("mean", "last"):
-            raise RequestError(f"this model pools by {brief(pooling)}; mean and last are supported")
-        return pooling
-
-    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
-        """An embedding of unit length for each text. Raises RequestError."""
-        requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
-        found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
-        return [found[i] for i in range(len(requests))]
-
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
         """Log-probabilities of the ids from `start` on, each after all ids before it, for every
         (ids, start) -> (index, log-probabilities), as they are done.
@@ -8582,6 +8568,20 @@ class LLM:
         finally:
             for seq in running:
                 self.engine.cancel(seq)
+
+    @property
+    def pooling(self) -> str:
+        """How embeddings are made: what the model says, or the mean. Raises RequestError."""
+        pooling = self.checkpoint.pooling or "mean"
+        if pooling not in ("mean", "last"):
+            raise RequestError(f"this model pools by {brief(pooling)}; mean and last are supported")
+        return pooling
+
+    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
+        """An embedding of unit length for each text. Raises RequestError."""
+        requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
+        found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
+        return [found[i] for i in range(len(requests))]
 
     def fit_context(
         self, messages: list[dict[str, Any]], num_reserved: int
