@@ -4961,7 +4961,7 @@ class ToolFormat:
 
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
 _DEEPSEEK = "<｜tool▁call▁begin｜>{}ARGUMENTS{}<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"
-# Found by what a template makes of a call. Hermes' serves models whose way is not known.
+# Found by what a template makes of a call. JSON in Hermes' tags serves where that is not known.
 TOOL_FORMATS = {
     "hermes": ToolFormat(f"<tool_call>\n{_CALL}\n</tool_call>", "", "\n", "", "<tool_call>"),
     "smollm2": ToolFormat(_CALL, "<tool_call>[\n", ",\n", "\n]</tool_call>", "<tool_call>"),
@@ -5075,7 +5075,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def lists_tools(self) -> bool:
-        """Whether the template tells the model about tools."""
+        """Whether the template tells the model about tools, and to call them in a way we know."""
+        if self._probe[0] is None:
+            return False
         tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
         with contextlib.suppress(TemplateError):
             user: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}]
@@ -5083,8 +5085,9 @@ class ChatTemplate:
         return False
 
     @functools.cached_property
-    def _probe(self) -> tuple[ToolFormat, bool]:
-        """How the model calls functions, and whether the template can write calls and results."""
+    def _probe(self) -> tuple[ToolFormat | None, bool]:
+        """How the model calls functions, None where that is not known; and whether the template can
+        write calls and results."""
         function = {"name": PROBE, "arguments": "{}"}
         text, call = "", {"id": "probe0001", "type": "function", "function": function}
         with contextlib.suppress(TemplateError):
@@ -5100,12 +5103,12 @@ class ChatTemplate:
             spelled = form.begin + form.head(PROBE)
             if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
                 return form, True
-        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "hermes")
-        return TOOL_FORMATS[name], False
+        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
+        return TOOL_FORMATS.get(name), False
 
     @property
     def tool_format(self) -> ToolFormat:
-        return self._probe[0]
+        return self._probe[0] or TOOL_FORMATS["hermes"]
 
     def _render(
         self,
@@ -5408,8 +5411,9 @@ class ToolSplitter:
             self._take(match.end() - match.start())
             self.num_calls, self.depth = self.num_calls + 1, 1
             out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+        out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
-        return [piece for piece in out if piece.text]
+        return out
 
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
@@ -5724,7 +5728,7 @@ class Grammars:
             rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = f"SPACE? {self.literal(form.begin + head)}"
+            opening = self.literal(form.begin + head)
             if is_free and form.trigger in self.tokenizer.control:
                 opening = f"TEXT {self.literal(form.begin + head)}"
             elif is_free and form.trigger:
@@ -5750,12 +5754,12 @@ class Grammars:
         if not answer and not calls:
             return None
         thought, rules = thought_rule(prompt, may_think)
-        choices = ["answer"]
-        if calls:
-            is_required = calls.choice.mode == "required"
-            choices = ["calls"] if is_required else ["answer", "calls"]
+        is_required = calls is not None and calls.choice.mode == "required"
+        choices = [] if is_required else [f"{thought} answer"]
+        if calls:  # models like to begin a new line for them
+            choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
             rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
-        top = f"start: {thought} ({' | '.join(choices)})\n{rules}\nanswer: {answer or 'TEXT'}\n"
+        top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
