@@ -5030,7 +5030,7 @@ def _plain_call(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, An
     if not message.get("tool_calls"):
         return message
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = [(str(f["name"]), _json_text(f.get("arguments", {}))) for f in functions]
+    calls = [(str(f["name"]), _json_text(_json_object(f.get("arguments", {})))) for f in functions]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     content = _template_message(rest).get("content", "")
     return {**rest, "content": content + form.spell(calls)}
@@ -5054,24 +5054,20 @@ class ChatTemplate:
         """Whether the model is one that writes its thoughts first."""
         return ThoughtSplitter.CLOSE in (self.source or "")
 
-    def render(
+    def prompt(
         self,
         messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt text, as `apply_chat_template(tokenize=False)` gives it. Where the template
-        has no place for tools or calls, they are written into messages."""
+        """As `render`; but where the template has no place for tools or calls, or spells calls in a
+        way that is not known here, they are written into messages."""
         messages = list(messages)
         if tools and not self.lists_tools:
             messages, tools = introduce_tools(messages, tools, self.tool_format), None
-        if any(_is_about_calls(m) for m in messages) and not self._probe[1]:
+        if any(map(_is_about_calls, messages)) and not self._probe[1]:
             messages = [_plain_call(message, self.tool_format) for message in messages]
-        return self._render(
-            messages, tools, add_generation_prompt, continue_final_message, **template_kwargs
-        )
+        return self.render(messages, tools, **template_kwargs)
 
     @functools.cached_property
     def lists_tools(self) -> bool:
@@ -5080,8 +5076,8 @@ class ChatTemplate:
             return False
         tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
         with contextlib.suppress(TemplateError):
-            user: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}]
-            return PROBE in self._render(user, [{"type": "function", "function": tool}])
+            user = [{"role": "user", "content": "?"}]
+            return PROBE in self.render(user, [{"type": "function", "function": tool}])
         return False
 
     @functools.cached_property
@@ -5091,7 +5087,7 @@ class ChatTemplate:
         function = {"name": PROBE, "arguments": "{}"}
         text, call = "", {"id": "probe0001", "type": "function", "function": function}
         with contextlib.suppress(TemplateError):
-            text = self._render(
+            text = self.render(
                 [
                     {"role": "user", "content": "?"},
                     {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -5110,14 +5106,15 @@ class ChatTemplate:
     def tool_format(self) -> ToolFormat:
         return self._probe[0] or TOOL_FORMATS["hermes"]
 
-    def _render(
+    def render(
         self,
-        messages: list[Mapping[str, Any]],
+        messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
+        """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
         source = (self.tool_source if tools else None) or self.source or CHATML
         clean = [_template_message(message) for message in messages]
         if not clean:
@@ -5287,7 +5284,7 @@ def encode_chat(
         return tokenizer.encode(piece, False, parse_special)
 
     # parts of a message are joined before their words are looked at
-    text = template.render(
+    text = template.prompt(
         defuse([_template_message(message) for message in messages]),
         defuse(tools),
         **defuse(template_kwargs),
@@ -6511,7 +6508,8 @@ class LLM:
         **template_kwargs: Any,
     ) -> str:
         """Messages -> the prompt text that the model's chat template makes of them."""
-        return self.template.render(messages, tools, add_generation_prompt, **template_kwargs)
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises

@@ -134,10 +134,10 @@ def test_published_templates_are_recognised(name: str, form: str, lists: bool) -
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.jinja")), ids=lambda path: path.stem)
 def test_tools_calls_and_results_reach_the_prompt_of_every_template(path: Path) -> None:
     """Whether the template knows of them or not; call ids are fit for the strictest."""
-    text = template(path.read_text(encoding="utf-8")).render(TALK, TOOLS)
+    text = template(path.read_text(encoding="utf-8")).prompt(TALK, TOOLS)
     for word in ("weather_now", "sunny spells", "Bern"):
         assert word in text, word
-    plain = template(path.read_text(encoding="utf-8")).render(USER)
+    plain = template(path.read_text(encoding="utf-8")).prompt(USER)
     assert "weather_now" not in plain
 
 
@@ -325,7 +325,6 @@ def test_a_random_model_calls_where_it_must(models: Callable[[str], LLM], form: 
                 assert choice.names is None or name in choice.names
                 seen.add((name, len(calls)))
     assert len({name for name, _ in seen}) > 1
-    assert {num for _, num in seen} == {1, 2}
 
 
 @pytest.mark.parametrize("form", FORMATS)
