@@ -7131,7 +7131,7 @@ class ToolFormat:
 
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
 _DEEPSEEK = "<｜tool▁call▁begin｜>{}ARGUMENTS{}<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"
-# Found by what a template makes of a call. Hermes' serves models whose way is not known.
+# Found by what a template makes of a call. JSON in Hermes' tags serves where that is not known.
 TOOL_FORMATS = {
     "hermes": ToolFormat(f"<tool_call>\n{_CALL}\n</tool_call>", "", "\n", "", "<tool_call>"),
     "smollm2": ToolFormat(_CALL, "<tool_call>[\n", ",\n", "\n]</tool_call>", "<tool_call>"),
@@ -7200,7 +7200,7 @@ def _plain_call(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, An
     if not message.get("tool_calls"):
         return message
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = [(str(f["name"]), _json_text(f.get("arguments", {}))) for f in functions]
+    calls = [(str(f["name"]), _json_text(_json_object(f.get("arguments", {})))) for f in functions]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     content = _template_message(rest).get("content", "")
     return {**rest, "content": content + form.spell(calls)}
@@ -7224,41 +7224,40 @@ class ChatTemplate:
         """Whether the model is one that writes its thoughts first."""
         return ThoughtSplitter.CLOSE in (self.source or "")
 
-    def render(
+    def prompt(
         self,
         messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt text, as `apply_chat_template(tokenize=False)` gives it. Where the template
-        has no place for tools or calls, they are written into messages."""
+        """As `render`; but where the template has no place for tools or calls, or spells calls in a
+        way that is not known here, they are written into messages."""
         messages = list(messages)
         if tools and not self.lists_tools:
             messages, tools = introduce_tools(messages, tools, self.tool_format), None
-        if any(_is_about_calls(m) for m in messages) and not self._probe[1]:
+        if any(map(_is_about_calls, messages)) and not self._probe[1]:
             messages = [_plain_call(message, self.tool_format) for message in messages]
-        return self._render(
-            messages, tools, add_generation_prompt, continue_final_message, **template_kwargs
-        )
+        return self.render(messages, tools, **template_kwargs)
 
     @functools.cached_property
     def lists_tools(self) -> bool:
-        """Whether the template tells the model about tools."""
+        """Whether the template tells the model about tools, and to call them in a way we know."""
+        if self._probe[0] is None:
+            return False
         tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
         with contextlib.suppress(TemplateError):
-            user: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}]
-            return PROBE in self._render(user, [{"type": "function", "function": tool}])
+            user = [{"role": "user", "content": "?"}]
+            return PROBE in self.render(user, [{"type": "function", "function": tool}])
         return False
 
     @functools.cached_property
-    def _probe(self) -> tuple[ToolFormat, bool]:
-        """How the model calls functions, and whether the template can write calls and results."""
+    def _probe(self) -> tuple[ToolFormat | None, bool]:
+        """How the model calls functions, None where that is not known; and whether the template can
+        write calls and results."""
         function = {"name": PROBE, "arguments": "{}"}
         text, call = "", {"id": "probe0001", "type": "function", "function": function}
         with contextlib.suppress(TemplateError):
-            text = self._render(
+            text = self.render(
                 [
                     {"role": "user", "content": "?"},
                     {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -7270,21 +7269,22 @@ class ChatTemplate:
             spelled = form.begin + form.head(PROBE)
             if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
                 return form, True
-        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "hermes")
-        return TOOL_FORMATS[name], False
+        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
+        return TOOL_FORMATS.get(name), False
 
     @property
     def tool_format(self) -> ToolFormat:
-        return self._probe[0]
+        return self._probe[0] or TOOL_FORMATS["hermes"]
 
-    def _render(
+    def render(
         self,
-        messages: list[Mapping[str, Any]],
+        messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
+        """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
         source = (self.tool_source if tools else None) or self.source or CHATML
         clean = [_template_message(message) for message in messages]
         if not clean:
@@ -7453,7 +7453,7 @@ def encode_chat(
         return tokenizer.encode(piece, False, parse_special)
 
     # parts of a message are joined before their words are looked at
-    text = template.render(
+    text = template.prompt(
         defuse([_template_message(message) for message in messages]),
         defuse(tools),
         **defuse(template_kwargs),
@@ -7577,8 +7577,9 @@ class ToolSplitter:
             self._take(match.end() - match.start())
             self.num_calls, self.depth = self.num_calls + 1, 1
             out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+        out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
-        return [piece for piece in out if piece.text]
+        return out
 
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
@@ -7893,7 +7894,7 @@ class Grammars:
             rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = f"SPACE? {self.literal(form.begin + head)}"
+            opening = self.literal(form.begin + head)
             if is_free and form.trigger in self.tokenizer.control:
                 opening = f"TEXT {self.literal(form.begin + head)}"
             elif is_free and form.trigger:
@@ -7919,12 +7920,12 @@ class Grammars:
         if not answer and not calls:
             return None
         thought, rules = thought_rule(prompt, may_think)
-        choices = ["answer"]
-        if calls:
-            is_required = calls.choice.mode == "required"
-            choices = ["calls"] if is_required else ["answer", "calls"]
+        is_required = calls is not None and calls.choice.mode == "required"
+        choices = [] if is_required else [f"{thought} answer"]
+        if calls:  # models like to begin a new line for them
+            choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
             rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
-        top = f"start: {thought} ({' | '.join(choices)})\n{rules}\nanswer: {answer or 'TEXT'}\n"
+        top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
@@ -8774,7 +8775,8 @@ class LLM:
         **template_kwargs: Any,
     ) -> str:
         """Messages -> the prompt text that the model's chat template makes of them."""
-        return self.template.render(messages, tools, add_generation_prompt, **template_kwargs)
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
