@@ -372,7 +372,7 @@ _GEMMA2: Values = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
-_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
 _YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -527,7 +527,7 @@ FAMILIES: dict[str, Family] = {
         experts_last=True,
         defaults={
             **_EXPERTS,
-            "num_local_experts": 128,
+            "num_experts": 128,
             "num_experts_per_tok": 4,
             "expert_bias": True,
             "attention_bias": True,
@@ -4874,10 +4874,11 @@ def _gguf_loader(
 ) -> Callable[..., Tensor | PackedLinear]:
     def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
-        for part in index:  # of three dimensions, the first is the expert
+        whole_rows = len(shape) > max(len(index), 1)
+        data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
+        for part in index:  # of experts' matrices, the first is the expert
             data = data[part]
-        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
         if kind.name in REPACK and len(wanted) == 2:
             blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)

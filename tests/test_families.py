@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import oracle
 import pytest
 import torch
@@ -338,3 +339,76 @@ def test_dynamic_ntk_is_that_of_a_cached_decode_token_by_token(tiny: Tiny, kerne
     with torch.inference_mode():
         rows = [model(torch.tensor([[i]]), past_key_values=cache).logits[0, 0] for i in ids]
     torch.testing.assert_close(llm.logits(ids), torch.stack(rows), rtol=0, atol=1e-4)
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+# what GGUF cannot say, or says by patterns of its own
+GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **ROWS,
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 96}),
+    "gemma3_text": (
+        "Gemma3Text",
+        {
+            **ROWS["gemma3_text"][1],
+            "layer_types": None,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 4}),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5}),
+    "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": None}),
+    "phi3-longrope": MORE["phi3-longrope"],
+}
+del GGUF_ROWS["mistral"], GGUF_ROWS["ministral"], GGUF_ROWS["nanochat"]
+
+
+def gguf_made(tiny: Tiny, target: Path, variant: str, kind: str = "F32", **options: Any) -> Path:
+    name, overrides = GGUF_ROWS[variant]
+    return gguf_files.convert(tiny(name, **overrides), target, kind, **options)[0]
+
+
+@pytest.mark.parametrize("variant", GGUF_ROWS)
+def test_a_gguf_file_is_the_model_it_was_made_from(
+    tiny: Tiny, tmp_path: Path, variant: str
+) -> None:
+    name, overrides = GGUF_ROWS[variant]
+    llm = LLM(gguf_made(tiny, tmp_path / "model.gguf", variant))
+    model = oracle.load(tiny(name, **overrides))
+    oracle.assert_same_model(llm, model, oracle.random_ids(70))
+
+
+@pytest.mark.parametrize("variant", GGUF_ROWS)
+def test_packed_weights_are_those_that_they_unpack_to(
+    tiny: Tiny, tmp_path: Path, variant: str
+) -> None:
+    packed = gguf_made(tiny, tmp_path / "packed.gguf", variant, "Q8_0")
+    plain = gguf_made(tiny, tmp_path / "plain.gguf", variant, "Q8_0", unpacked=True)
+    ids = oracle.random_ids(50)
+    expected = LLM(plain, kernels="torch").logits(ids)
+    llm = LLM(packed, kernels="torch")
+    torch.testing.assert_close(llm.logits(ids), expected, rtol=0, atol=2e-4)
+    native = LLM(packed, kernels="native")
+    assert (native.logits(ids) - expected).std() < 0.15 * expected.std()
+    for each, kind in ((llm, nanollama.PackedLinear), (native, nanollama.NativeLinear)):
+        found = oracle.matrices(each.engine.decoder)
+        assert len(found) > 8
+        assert all(isinstance(matrix, kind) for matrix in found)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [ids, ids[:9], ids[5:7]]
+    one = native.complete(GenerationRequest(prompt=ids, params=params)).token_ids
+    native.engine.forget()
+    deltas = native.stream(GenerationRequest(prompt=p, params=params) for p in prompts)
+    assert [d.token_id for d in deltas if d.index == 0] == one
