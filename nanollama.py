@@ -5351,6 +5351,7 @@ NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
 NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
 NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
 NANOCHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
     "{% if message.role == 'system' and loop.first %}"
@@ -5381,7 +5382,8 @@ def _open_nanochat(path: Path) -> Checkpoint:
         templates={"default": NANOCHAT_TEMPLATE},
         special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
     )
-    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+    found = model_config(raw, str(beside))
+    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
 
 
 def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:

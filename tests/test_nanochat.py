@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,7 +411,9 @@ def test_all_modes_run(
         choice = live.chat("Hello", temperature=0, max_tokens=6).json()["choices"][0]
         assert choice["message"]["content"] == answer.removesuffix("\n")
     assert nanollama.main(["show", "nanochat"]) == 0
-    assert "(nanochat, " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(nanochat, " in shown
+    assert re.search(r"temperature +0\.6 +\(model\)", shown)
 
 
 def test_the_flags_reach_other_commands(
