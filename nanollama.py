@@ -14540,7 +14540,8 @@ def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], di
         if source.is_file():
             source, options = source.parent, {**options, "gguf_file": source.name}
         try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
+            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            return kind.from_pretrained(source, **options)
         except Exception as error:  # whatever it may be, there is no reference
             raise CheckpointError(
                 f"{path}: transformers {transformers.__version__} cannot load this: "
@@ -14731,8 +14732,8 @@ def command_verify(argv: list[str]) -> int:
         other = settings.value("tokenizer")[0]
         about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
     if args.save_reference:
-        kept = {"nanollama": json.dumps(about)}
-        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        args.save_reference.write_bytes(raw)
         log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
         return 0
     llm = settings.load()
