@@ -5370,11 +5370,15 @@ NANOCHAT_TEMPLATE = (
 def _open_nanochat(path: Path) -> Checkpoint:
     """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
     beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
-    config = dict(read_json(beside).get("model_config") or {})
+    if not beside.exists():
+        raise CheckpointError(
+            f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
+        )
+    tensors = _nanochat_tensors(path)
     try:
-        tensors = _nanochat_tensors(path)
+        config = dict(read_json(beside)["model_config"])
         raw = _nanochat_config(config, tensors, str(beside))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
     text = dataclasses.replace(

@@ -229,9 +229,25 @@ def test_what_cannot_be_run_exactly_is_refused(
 
 
 @pytest.mark.parametrize(
+    "value", [None, [], [1], "text", {}, {"vocab_size": True}, {**files.CONFIG, "softcap": "x"}]
+)
+def test_a_model_config_that_is_none_is_one_line(value: Any, base: Path) -> None:
+    path = files.save(base)
+    meta = path.with_name("meta_000007.json")
+    meta.write_text(json.dumps({"model_config": value}))
+    with pytest.raises(nanollama.CheckpointError, match="model_config"):
+        LLM(path)
+    meta.unlink()
+    with pytest.raises(nanollama.CheckpointError, match="no meta_000007"):
+        LLM(path)
+
+
+@pytest.mark.parametrize(
     ("rename", "message"),
     [
         ({"transformer.h.1.attn.ve_gate.weight": (2, 16)}, "of no nanochat that is known"),
+        ({"transformer.h.1.attn.ve_gate.weight": ()}, "its model_config cannot be"),
+        ({"lm_head.weight": ()}, "its model_config cannot be"),
         ({"bigram_lambdas": (4,)}, "unexpected tensor 'model.bigram_lambdas'"),
         ({"value_embeds.0.weight": (320, 32)}, "unexpected tensor 'model.value_embeds.0.weight'"),
     ],
