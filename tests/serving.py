@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ class Live:
     """A running server: its address, its insides, and an HTTP client."""
 
     url: str
-    pool: nanollama.Pool
+    models: nanollama.Models
     http: httpx.Client
     stop: Callable[[], None]  # as a signal would; the server's own end is waited for later
     failures: list[BaseException] = field(default_factory=list)
@@ -41,11 +42,16 @@ class Live:
     def text(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": prompt, **fields})
 
+    @property
+    def pool(self) -> nanollama.Pool:
+        """The only model, or the one asked for first."""
+        return next(iter(self.models.pools.values()))
+
     def is_idle(self) -> bool:
         """Whether nothing of any request is left."""
-        engines = [worker.llm.engine for worker in self.pool.workers if worker.llm]
+        engines = [worker.llm.engine for worker in self.models.workers if worker.llm]
         return not any(
-            [worker.jobs or worker.num_sequences for worker in self.pool.workers]
+            [worker.jobs or worker.num_sequences for worker in self.models.workers]
             + [engine.has_work for engine in engines]
             + [len(e.scheduler.free) != len(e.scheduler.contents) for e in engines]
         )
@@ -57,12 +63,19 @@ def serving(
     ready: bool = True,
     sampling: Any = None,
     shutdown_s: int = 10,
+    model_id: str = "model",
+    catalog: nanollama.Catalog | None = None,
+    free_bytes: Callable[[], float] = lambda: math.inf,
     **config: Any,
 ) -> Iterator[Live]:
-    """A server with one replica for each loader, until the block ends."""
+    """A server with one replica for each loader, or with a catalog, until the block ends."""
     failures: list[BaseException] = []
+    source = nanollama.ModelSource(model_id, loaders, sampling or {})
     app = nanollama.create_app(
-        list(loaders), nanollama.ServerConfig(**config), sampling, failures.append
+        catalog or nanollama.Catalog({model_id: source}),
+        nanollama.ServerConfig(**config),
+        failures.append,
+        free_bytes,
     )
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -76,13 +89,13 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    pool = app.state.pool
+    models = app.state.models
     with httpx.Client(base_url=url, timeout=60) as http:
         try:
             wait_until(lambda: server.started, "start-up")
             if ready:
-                wait_until(lambda: pool.ready or failures, "loading")
-            yield Live(url, pool, http, stop, failures)
+                wait_until(lambda: models.ready or failures, "loading")
+            yield Live(url, models, http, stop, failures)
         finally:
             stop()
             thread.join()

@@ -174,10 +174,10 @@ def test_the_peak_of_memory_is_the_systems_without_the_buffer(
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_read_bandwidth_is_bytes_over_the_best_time(
+def test_read_bandwidth_is_bytes_over_time_for_as_long_as_it_takes(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nanollama.load_kernels()
-    times = iter([0.0, 5.0, 10.0, 12.0, 20.0, 29.0, 30.0, 33.0, 40.0, 44.0])
+    times = iter([10.0, 10.2, 10.4, 10.8])
     monkeypatch.setattr(nanollama.time, "perf_counter", lambda: next(times))
-    assert nanollama.read_bandwidth(torch.ones(250), native) == 1000 / 2
+    assert nanollama.read_bandwidth(torch.ones(250), native) == pytest.approx(3 * 1000 / 0.8)

@@ -32,6 +32,8 @@ NOT_RUN = {
     'pip install -e ".[test]" && python -m pytest',
     "ruff check && ruff format --check && mypy",
     "python nanollama.py --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
+    "python nanollama.py --serve --model smollm2 --model Qwen/Qwen3-0.6B --keep-alive 10m",
+    "python nanollama.py --serve",
 }
 
 
@@ -239,7 +241,8 @@ def test_every_form_of_a_reference_is_understood() -> None:
     for row in table("References"):
         for reference in codes(row[1]):
             local = reference.startswith((".", "/", "~"))
-            assert local or reference in nanollama.ALIASES or nanollama.parse_hub_ref(reference)
+            known = (*nanollama.ALIASES, nanollama.NANOCHAT)
+            assert local or reference in known or nanollama.parse_hub_ref(reference)
 
 
 def test_the_table_of_dependencies_is_the_project_files() -> None:

@@ -104,9 +104,9 @@ def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels
     weights = matrices(llm.engine.decoder)
     kinds = {"native": nanollama.NativeLinear, "torch": nanollama.PackedLinear}
     assert all(isinstance(weight, kinds[kernels]) for weight in weights)
-    # five bits take eight: the most that is added to what the file holds
+    # four bits of a float take eight, as five of an integer do: the most that is added
     num_matrix_bytes = sum(t.nbytes for t in llm.checkpoint.tensors.values() if len(t.shape) == 2)
-    assert sum(weight.nbytes for weight in weights) < 1.7 * num_matrix_bytes
+    assert sum(weight.nbytes for weight in weights) < 2.01 * num_matrix_bytes
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I32"])
@@ -162,7 +162,7 @@ def test_float_gguf_files_can_be_quantized(tiny: Tiny, tmp_path: Path) -> None:
 def test_rope_divisors_are_not_rounded_to_the_compute_type(tiny: Tiny, tmp_path: Path) -> None:
     directory = tiny("Llama", rope_parameters=LLAMA3)
     path, _ = gguf_files.convert(directory, tmp_path / "model.gguf")
-    ours, theirs = (LLM(p, dtype="bfloat16").engine.decoder.inv_freq for p in (path, directory))
+    ours, theirs = (LLM(p, dtype="bfloat16").engine.decoder.ropes[0][1] for p in (path, directory))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
@@ -422,7 +422,10 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
     ("changed", "named"),
     [
         ({"general.architecture": None}, "general.architecture None"),
-        ({"general.architecture": (gguf_files.STRING, "bert")}, "'bert'.*: llama, qwen2, qwen3"),
+        (
+            {"general.architecture": (gguf_files.STRING, "bert")},
+            "'bert'.*: .*llama, .*qwen2, .*qwen3",
+        ),
         ({"general.architecture": ONES}, r"general.architecture \[2, 2\]"),
         ({"general.alignment": (gguf_files.U32, 0)}, "general.alignment is 0"),
         ({"general.alignment": (gguf_files.U32, 12)}, "general.alignment is 12"),
@@ -440,7 +443,8 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
         ({"llama.attention.head_count_kv": ONES}, r"num_key_value_heads is \[2, 2\]"),
         ({"llama.attention.head_count_kv": (gguf_files.U32, 7)}, "7 key/value heads"),
         ({"llama.attention.key_length": (gguf_files.U32, 2**31)}, "head_dim is 2147483648"),
-        ({"llama.attention.key_length": (gguf_files.U32, 8)}, r"q_proj.* \(32, 32\).* \(16, 32\)"),
+        ({"llama.attention.key_length": (gguf_files.U32, 8)}, "rope turns 16 of the 8 columns"),
+        ({"llama.attention.key_length": (gguf_files.U32, 32)}, r"q_proj.* \(32, 32\).* \(64, 32\)"),
         ({"llama.embedding_length": (gguf_files.U32, 64)}, r"shape .*; its config asks for"),
         ({"llama.feed_forward_length": ONES}, r"feed_forward_length is \[2, 2\]"),
         (
@@ -453,7 +457,10 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
         ),
         ({"llama.rope.freq_base": (gguf_files.F32, float("inf"))}, "rope_theta is inf"),
         ({"llama.rope.freq_base": (gguf_files.STRING, "1e4")}, "rope_theta is '1e4'"),
-        ({"llama.rope.scaling.type": (gguf_files.STRING, "longrope")}, "rope_type 'longrope'"),
+        (
+            {"llama.rope.scaling.type": (gguf_files.STRING, "longrope")},
+            "rope short_factor is None; 8 numbers are needed",
+        ),
         ({"llama.rope.scaling.type": (gguf_files.STRING, "yarn")}, "factor is None"),
         ({"llama.rope.scale_linear": (gguf_files.F32, 0.0)}, "factor is 0.0"),
         ({"llama.context_length": (gguf_files.U64, 2**63)}, "max_position_embeddings"),

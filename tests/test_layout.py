@@ -144,7 +144,7 @@ ALLOWED = {
     "np": {"FORMATS", "MODEL", "CHAT", "SAMPLING"},
     "llguidance": {"CHAT"},
     "gguf": {"FORMATS"},
-    "safetensors": {"FORMATS", "MODEL"},
+    "safetensors": {"FORMATS", "MODEL", "CLI"},
     "huggingface_hub": {"STORE"},
     "zipfile": {"STORE"},
     "subprocess": {"STORE", "KERNELS"},

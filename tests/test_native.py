@@ -33,6 +33,8 @@ from torch import Tensor
 
 import nanollama
 from nanollama import (
+    ACTS,
+    GATED,
     KERNEL_FLAGS,
     KERNEL_SOURCE,
     LLM,
@@ -187,12 +189,11 @@ def activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (q * scale).flatten(-2), unsure.flatten(-2)
 
 
-def prepared(x: Tensor, norm: RMSNorm | None, gated: bool) -> Tensor:
+def prepared(x: Tensor, norm: RMSNorm | None, act: str) -> Tensor:
     """What goes into the matrix, float64"""
     x = x.double()
-    if gated:
-        gate, up = x.chunk(2, dim=-1)
-        x = F.silu(gate) * up
+    if act:
+        x = ACTS[act](*x.chunk(1 + (act in GATED), dim=-1))
     if norm is not None:
         mean = x.square().mean(-1, keepdim=True)
         x = x * (mean + norm.eps).rsqrt() * norm.weight.double()
@@ -203,15 +204,15 @@ def check_linear(
     parts: list[NativeLinear],
     x: Tensor,
     norm: RMSNorm | None = None,
-    gated: bool = False,
+    act: str = "",
     residual: Tensor | None = None,
 ) -> Tensor:
     """Run the kernel and hold it against float64, with activations of 8 bits and without."""
-    y = NativeProjection(parts)(x, norm, gated, residual)
+    y = NativeProjection(parts)(x, norm, act, residual)
     weight = torch.cat([part.dequantize() for part in parts]).double()
     bias = torch.cat([torch.zeros(p.shape[0]) if p.bias is None else p.bias for p in parts])
     rest = bias.double() + (0 if residual is None else residual.double())
-    exact = prepared(x, norm, gated)
+    exact = prepared(x, norm, act)
     acts, unsure = activations(exact)
     assert y.shape == (len(x), len(weight))
     sizes = weight.abs().T
@@ -237,7 +238,7 @@ def test_every_kind_and_number_of_rows(code_path: str, kind: str) -> None:
     sizes=st.lists(st.integers(1, 70), min_size=4, max_size=4),
     num_groups=st.integers(1, 9),
     num_tokens=st.one_of(st.integers(1, 20), st.just(33)),
-    before=st.sampled_from(["plain", "norm", "gated"]),
+    before=st.sampled_from(["plain", "norm", *ACTS]),
     bias=st.booleans(),
     residual=st.booleans(),
     threads=st.integers(1, 4),
@@ -263,14 +264,14 @@ def test_matrices_side_by_side_of_any_kinds_and_sizes(
         native(packed(kind, n, num_cols, seed), torch.randn(n) if bias else None)
         for kind, n in zip(kinds, sizes)
     ]
-    x = torch.randn(num_tokens, num_cols * (1 + (before == "gated"))) * torch.rand(num_tokens, 1)
+    x = torch.randn(num_tokens, num_cols * (1 + (before in GATED))) * torch.rand(num_tokens, 1)
     norm = RMSNorm(torch.rand(num_cols) + 0.5, 1e-5) if before == "norm" else None
     rest = torch.randn(num_tokens, sum(part.shape[0] for part in parts)) if residual else None
     with num_threads(threads):
-        check_linear(parts, x, norm, before == "gated", rest)
+        check_linear(parts, x, norm, before if before in ACTS else "", rest)
 
 
-BEFORE = ["plain", "norm", "gated"]
+BEFORE = ["plain", "norm", "swiglu"]
 
 
 @pytest.mark.parametrize("before", BEFORE)
@@ -281,12 +282,12 @@ def test_a_token_is_bit_for_bit_the_same_in_any_batch_on_any_number_of_threads(
     torch.manual_seed(0)
     run = NativeProjection([native(packed(kind, 40, 256), torch.randn(40)) for kind in kinds])
     norm = RMSNorm(torch.rand(256), 1e-5) if before == "norm" else None
-    x = torch.randn(33, 512 if before == "gated" else 256)
+    x = torch.randn(33, 512 if before in GATED else 256)
     residual = torch.randn(33, run.num_rows)
 
     def rows(start: int, stop: int) -> Tensor:
         at = slice(start, stop)
-        return run(x[at], norm, before == "gated", residual[at])
+        return run(x[at], norm, before if before in ACTS else "", residual[at])
 
     whole = rows(0, 33)
     assert torch.equal(torch.cat([rows(i, i + 1) for i in range(33)]), whole)
@@ -316,8 +317,8 @@ def test_a_gate_of_any_size_is_silu(code_path: str, kind: str) -> None:
     part = native(packed(kind, 20, 256))
     for low, high in ((-95, -80), (-1e4, 1e4), (80, 95), (-3, 3)):
         gate, up = torch.linspace(low, high, 256 * 3).view(3, 256), torch.ones(3, 256)
-        y = NativeProjection([part])(torch.cat((gate, up), 1), gated=True)
-        exact = prepared(torch.cat((gate, up), 1), None, True)
+        y = NativeProjection([part])(torch.cat((gate, up), 1), act="swiglu")
+        exact = prepared(torch.cat((gate, up), 1), None, "swiglu")
         assert torch.isfinite(y).all()
         bound = exact.abs().amax() / 127 * part.dequantize().abs().sum(1).double() + 1e-30
         assert ((y - exact @ part.dequantize().double().T).abs() <= bound).all()
@@ -332,11 +333,11 @@ def test_a_broken_token_is_not_hidden_and_harms_no_other(
     run = NativeProjection([native(packed(kind, 20, 64)) for kind in ("Q4_0", "Q4_1", "Q8_0")])
     norm = RMSNorm(torch.ones(64), 1e-5) if before == "norm" else None
     for column in range(64):
-        x = torch.randn(5, 128 if before == "gated" else 64)
-        fine = run(x, norm, before == "gated")
+        x = torch.randn(5, 128 if before in GATED else 64)
+        fine = run(x, norm, before if before in ACTS else "")
         x[2, column] = bad
-        y = run(x, norm, before == "gated")
-        if not (before == "gated" and bad == -math.inf):  # silu(-inf) is 0, or nan, as one likes
+        y = run(x, norm, before if before in ACTS else "")
+        if not (before in GATED and bad == -math.inf):  # silu(-inf) is 0, or nan, as one likes
             assert not torch.isfinite(y[2]).any()
         assert torch.equal(y[[0, 1, 3, 4]], fine[[0, 1, 3, 4]])
 
@@ -367,6 +368,9 @@ class Attend:
         lengths: list[int],
         window: int | None = None,
         qk_norm: bool = False,
+        attn_softcap: float = 0.0,
+        attn_scale: float | None = None,
+        sinks: bool = False,
         fill: Callable[[Tensor], object] = lambda strip: None,
     ) -> None:
         torch.manual_seed(0)
@@ -374,14 +378,20 @@ class Attend:
         H, Hkv, D = heads
         names = ("n_heads", "n_kv_heads", "head_dim")
         config = SimpleNamespace(
-            **dict(zip(names, heads)), n_layers=3, windows=(5, window, None), norm_eps=1e-6
+            **dict(zip(names, heads)),
+            n_layers=3,
+            windows=(5, window, None),
+            norm_eps=1e-6,
+            attn_softcap=attn_softcap,
+            attn_scale=attn_scale,
         )
         self.cache = NativeKVCache(config, len(lengths), kv_dtype, CPU)  # type: ignore
         for slot, length in enumerate(lengths):
             self.cache.reserve(slot, length + 20)
             fill(self.cache.strips[slot])
         norms = [RMSNorm(torch.rand(D) + 0.5, 1e-6) if qk_norm else None for _ in "qk"]
-        self.attn = SimpleNamespace(index=1, q_norm=norms[0], k_norm=norms[1])
+        self.attn = SimpleNamespace(index=1, q_norm=norms[0], k_norm=norms[1], fused=True)
+        self.attn.sinks = 3 * torch.randn(H) if sinks else None
         self.qkv = [torch.randn(length, (H + 2 * Hkv) * D) for length in lengths]
         positions = torch.arange(max(lengths)).unsqueeze(1)
         rope = {"rope_type": "default", "rope_theta": 1e4}
@@ -421,7 +431,7 @@ class Attend:
         H, Hkv, D = self.heads
         x = self.qkv[slot].double().unflatten(1, (-1, D))
         q, k, v = x.split((H, Hkv, Hkv), 1)
-        q, k = prepared(q, self.attn.q_norm, False), prepared(k, self.attn.k_norm, False)
+        q, k = prepared(q, self.attn.q_norm, ""), prepared(k, self.attn.k_norm, "")
         angles = self.cos[: len(x)].double(), self.sin[: len(x)].double()
         return [rotate(q, *angles), rotate(k, *angles), v]
 
@@ -434,7 +444,13 @@ class Attend:
         for i in range(start, stop):
             first = 0 if self.window is None else max(0, i + 1 - self.window)
             k, v = keys[:, first : i + 1], values[:, first : i + 1]  # (H, S, D)
-            scores = k @ q[i].unsqueeze(-1) / math.sqrt(D)
+            config = self.cache.config
+            scores = k @ q[i].unsqueeze(-1) * (config.attn_scale or 1 / math.sqrt(D))
+            if cap := config.attn_softcap:
+                scores = cap * torch.tanh(scores / cap)
+            if self.attn.sinks is not None:  # a key of its own, whose value is 0
+                scores = torch.cat((scores, self.attn.sinks.double().view(H, 1, 1)), 1)
+                v = F.pad(v, (0, 0, 0, 1))
             out.append((torch.softmax(scores, 1) * v).sum(1).flatten())
         return torch.stack(out)
 
@@ -770,7 +786,7 @@ def test_torch_compile_sees_one_graph(backend: str) -> None:
 
     def block(x: Tensor) -> Tensor:
         y = first(x, norm=norm)
-        return second(torch.cat((y, y + x), 1), gated=True, residual=x).relu()
+        return second(torch.cat((y, y + x), 1), act="swiglu", residual=x).relu()
 
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     for num_tokens in (3, 1, 8):
@@ -784,16 +800,27 @@ def test_the_operators_are_what_they_say() -> None:
     torch.manual_seed(0)
     nanollama.pick_kernels("native", CPU, torch.float32)
     run = NativeProjection([native(packed("Q4_1", 20, 64))])
-    for norm, gated, residual in ((None, False, None), (torch.rand(64), False, torch.randn(3, 20))):
-        args = (torch.randn(3, 64), run.address, 1, 20, norm, 1e-5, gated, residual)
+    for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
+        args = (torch.randn(3, 64), run.address, 1, norm, 1e-5, 0, residual, torch.empty(3, 20))
         torch.library.opcheck(torch.ops.nanollama.linear, args)
-    gate_up = (torch.randn(3, 128), run.address, 1, 20, None, 0.0, True, None)
+    gate_up = (torch.randn(3, 128), run.address, 1, None, 0.0, 2, None, torch.empty(3, 20))
     torch.library.opcheck(torch.ops.nanollama.linear, gate_up)
     strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
     spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0]])
     angles = torch.randn(3, 16)
-    args = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), None, torch.rand(32), 1e-5, spans)
-    sizes = (0, 1, 4, 2, 32, 0, 0, 16 * 32 * 4)  # layer, L, H, Hkv, D, window, float32, a block
+    norms = (None, torch.rand(32), torch.rand(4))
+    args = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), *norms, 1e-5, 0.0, 0.0, spans)
+    sizes = (
+        0,
+        1,
+        4,
+        2,
+        32,
+        0,
+        9,
+        0,
+        16 * 32 * 4,
+    )  # layer, L, H, Hkv, D, window, ring, float32, block
     torch.library.opcheck(torch.ops.nanollama.attention, (*args, *sizes))
 
 
@@ -1035,3 +1062,31 @@ def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[
     with serving(lambda: LLM(tiny())) as live:
         (worker,) = live.http.get("/stats").json()["workers"]
     assert worker["kernels"] == f"native ({native_path()})"
+
+
+AWAKE = """
+import os, time, torch, nanollama
+
+def used():
+    tasks = os.listdir("/proc/self/task")
+    return {t: int(open(f"/proc/self/task/{t}/schedstat").read().split()[0]) for t in tasks}
+
+nanollama.MLP_BYTES = 1 << 20
+params = nanollama.SamplingParams(max_tokens=1)
+llm = nanollama.LLM(os.environ["MODEL"], quantize="q8", threads=2, prefill_chunk=4096)
+request = nanollama.GenerationRequest(list(range(60)) * 50, params=params)
+llm.complete(request)
+llm.engine.forget()
+time.sleep(0.5)  # until all threads sleep
+before = used()
+llm.complete(request)
+after = used()
+print(sum(after[task] > before.get(task, 0) for task in after))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(tiny: Callable[..., Path]) -> None:
+    model = tiny("Llama", max_position_embeddings=4096)
+    ran = python(AWAKE, MODEL=model, OMP_NUM_THREADS=2)
+    assert ran.stdout in ("1\n", "2\n"), ran.stderr  # the caller, and perhaps the kernels' worker

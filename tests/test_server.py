@@ -631,7 +631,7 @@ def test_small_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    nanollama.serve([], nanollama.ServerConfig(port=0), {})
+    nanollama.serve(nanollama.Catalog({}), nanollama.ServerConfig(port=0))
     assert options
     assert all(options)
 
@@ -641,9 +641,9 @@ def test_any_other_reason_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> No
         raise MemoryError("no room\nat all")
 
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)  # those of the tests stay
-    config = nanollama.ServerConfig(port=0)
+    catalog = nanollama.Catalog({"it": nanollama.ModelSource("it", (load,))})
     with pytest.raises(nanollama.NanollamaError, match=r"cannot be run: MemoryError: no room$"):
-        nanollama.serve([load], config, {})
+        nanollama.serve(catalog, nanollama.ServerConfig(port=0))
 
 
 @pytest.fixture
@@ -663,14 +663,16 @@ def test_flags_become_the_server_config(
         "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5"
     )
     assert nanollama.main(["--serve", "--model", str(tiny()), *flags.split()]) == 0
-    loaders, config, sampling = served[0]
+    catalog, config, _ = served[0]
     assert config == nanollama.ServerConfig(
-        model_id=str(tiny()), host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
+        host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
         cors_origins=("https://x",), timeout_s=2.5, any_model=True, strict=True, log_prompts=True,
         reasoning_name="reasoning",
     )  # fmt: skip
-    assert sampling == {"temperature": 0.5}
-    assert len(loaders) == 1
+    (source,) = catalog.named.values()
+    assert source.name == str(tiny())
+    assert source.sampling == {"temperature": 0.5}
+    assert len(source.loaders) == 1
     assert "warning" not in capsys.readouterr().err
 
 

@@ -403,7 +403,7 @@ def test_work_that_outlasts_the_shutdown_ends_with_an_error_event(
 
 def test_nothing_new_is_taken_during_the_shutdown(tiny: Callable[..., Path]) -> None:
     with serving(lambda: nanollama.LLM(tiny())) as live:
-        live.pool.is_closing = lambda: True
+        live.models.is_closing = lambda: True
         response = live.chat()
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"

@@ -1,0 +1,388 @@
+"""Section 8: published vocabularies as tokenizer.json, GGUF metadata, SentencePiece model, tiktoken
+file and tekken.json give the ids of Hugging Face's and the publishers' own libraries."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mistral_common.tokens.tokenizers
+import published
+import pytest
+import sentencepiece
+import tiktoken
+import tokenizers
+import transformers
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from test_tokenizer import STRINGS, streamed
+
+import nanollama
+from nanollama import CheckpointError, TextFiles, TextStream, Tokenizer
+
+MISTRAL = Path(mistral_common.tokens.tokenizers.__file__).parents[2] / "data"
+
+
+def texts_for(theirs: tokenizers.Tokenizer) -> list[str]:
+    added = theirs.get_added_tokens_decoder().values()
+    return published.strings(STRINGS, sorted(token.content for token in added))
+
+
+def assert_same_tokenizer(
+    ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str], plain: list[str]
+) -> None:
+    """Equal ids, of `plain` without reading control tokens, equal texts, and the way back."""
+    for some, parse_special in ((texts, True), (plain, False)):
+        theirs.encode_special_tokens = not parse_special
+        expected = [e.ids for e in theirs.encode_batch_fast(some, add_special_tokens=False)]
+        for text, ids in zip(some, expected):
+            assert ours.encode(text, False, parse_special) == ids, text
+    normalizer = theirs.normalizer
+    for text, ids in zip(plain, expected):
+        decoded = ours.decode(ids)
+        assert decoded == theirs.decode(ids), text
+        assert streamed(TextStream(ours), ids) == decoded
+        if ours._byte_fallback:
+            normal = text.replace("▁", " ")
+        else:
+            normal = normalizer.normalize_str(text) if normalizer else text
+        assert decoded == normal, text
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in published.NPM],
+)
+def directory(request: Any) -> Path:
+    return published.npm_tokenizer(request.param)
+
+
+def name_of(directory: Path) -> str:
+    return directory.name.split("-")[1]
+
+
+@pytest.fixture(scope="module")
+def theirs(directory: Path) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@pytest.mark.node
+def test_a_published_tokenizer_json_gives_hugging_faces_ids(
+    directory: Path, theirs: tokenizers.Tokenizer
+) -> None:
+    ours = Tokenizer(nanollama.open_text(directory))
+    texts = texts_for(theirs)
+    assert_same_tokenizer(ours, theirs, texts, texts)
+    if name_of(directory) in ("llama2", "yi"):
+        return  # transformers 5 does not read the tokenizer.json of Llama's class
+    auto = transformers.AutoTokenizer.from_pretrained(directory)
+    for text, ids in zip(texts, auto(texts).input_ids):
+        assert ours.encode(text) == ids, text
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+
+def looks_special(token: str) -> bool:
+    """does_token_look_special of llama.cpp's converter."""
+    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    return bool(re.fullmatch(r"<\|.*\|>|<｜.*｜>|<unused.*>", token, re.DOTALL))
+
+
+def write_gguf(directory: Path, path: Path, pre: str) -> None:
+    """What llama.cpp's converter (get_vocab_base, _create_vocab_sentencepiece) writes."""
+    described = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    model, added = described["model"], described["added_tokens"]
+    vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+    size = max(vocab.values()) + 1
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [nanollama.TOKEN_UNUSED] * size
+    for token, i in vocab.items():
+        is_byte = not pre and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        tokens[i], types[i] = token, nanollama.TOKEN_BYTE if is_byte else nanollama.TOKEN_NORMAL
+    for token in added:
+        i, control = token["id"], token["special"] or looks_special(token["content"])
+        types[i] = nanollama.TOKEN_CONTROL if control else nanollama.TOKEN_USER_DEFINED
+        tokens[i] = tokens[i] if control else tokens[i].replace("▁", " ")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2" if pre else "llama")
+    writer.add_tokenizer_pre(pre or "default")
+    if not pre:
+        rank = {"".join(merge): -i for i, merge in reversed([*enumerate(merges_of(model))])}
+        rank |= {token["content"].replace("▁", " "): -1000 for token in added}
+        writer.add_token_scores([float(rank.get(token, -1e6)) for token in tokens])
+        types[vocab[model["unk_token"]]] = nanollama.TOKEN_UNKNOWN
+        writer.add_add_space_prefix("Prepend" in json.dumps(described["normalizer"]))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(directory, load_merges=bool(pre), n_vocab=size).add_to_gguf(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def merges_of(model: dict[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
+
+@pytest.mark.node
+def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(
+    directory: Path, theirs: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    pre = published.NPM[name_of(directory)]
+    if pre == "none":
+        pytest.skip("no GGUF file has this vocabulary")
+    write_gguf(directory, tmp_path / "x.gguf", pre)
+    metadata = nanollama.read_gguf(tmp_path / "x.gguf").metadata
+    ours = Tokenizer(TextFiles("x.gguf", gguf=metadata))
+    texts, added = texts_for(theirs), theirs.get_added_tokens_decoder().values()
+    # what the converter made a control token although it was none
+    made = [token.content for token in added if looks_special(token.content) and not token.special]
+    plain = [text for text in texts if not any(token in text for token in made)]
+    assert len(plain) > 450
+    assert_same_tokenizer(ours, theirs, texts, plain)
+    # llama.cpp's rule: as the file says, or as the vocabulary is used to
+    used_to = pre in ("", "llama-bpe", "tekken")
+    with_bos = metadata.get("tokenizer.ggml.add_bos_token", used_to)
+    expected = [metadata["tokenizer.ggml.bos_token_id"]] if with_bos else []
+    assert ours.encode("a") == expected + ours.encode("a", False)
+
+
+# ---- files other than tokenizer.json -------------------------------------------------------------
+
+
+def tokenizer_of(tmp_path: Path, name: str, content: bytes, **beside: Any) -> Tokenizer:
+    """Our tokenizer of a directory with this file, and with JSON files named `beside` it."""
+    (tmp_path / name).write_bytes(content)
+    for file, value in beside.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(value))
+    return Tokenizer(nanollama.open_text(tmp_path))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in MISTRAL.glob("*.model*")))
+def test_mistrals_sentencepiece_models_give_sentencepieces_ids(tmp_path: Path, file: str) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL / file))
+    ours = tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / file).read_bytes())
+    control = [theirs.id_to_piece(i) for i in range(20) if theirs.is_control(i)]
+    for text in published.strings(STRINGS, control):
+        ids = theirs.encode(text)
+        assert ours.encode(text, parse_special=False) == [1, *ids], text
+        assert streamed(TextStream(ours), ids) == ours.decode(ids) == theirs.decode(ids)
+    assert ours.text.special_tokens == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    assert ours.end_ids == {theirs.eos_id()}
+
+
+@pytest.mark.node
+def test_a_sentencepiece_model_gives_the_ids_of_the_tokenizer_json_made_from_it(
+    tmp_path: Path,
+) -> None:
+    directory = published.npm_tokenizer("llama2")
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ours = tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
+    assert_same_tokenizer(ours, theirs, texts := texts_for(theirs), texts)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in MISTRAL.glob("tekken*")))
+def test_mistrals_tekken_files_give_the_ids_of_mistral_common(tmp_path: Path, file: str) -> None:
+    theirs = Tekkenizer.from_file(MISTRAL / file)
+    ours = tokenizer_of(tmp_path, "tekken.json", (MISTRAL / file).read_bytes())
+    control = [theirs.id_to_piece(i) for i in range(40)]
+    assert [ours.piece(i) for i in range(40)] == control
+    assert ours.control.keys() >= set(control)
+    for text in published.strings(STRINGS, control):
+        ids = theirs.encode(text, bos=True, eos=False)
+        assert ours.encode(text, parse_special=False) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert streamed(TextStream(ours), ids) == text
+    assert ours.text.special_tokens["bos_token"] == "<s>"
+    assert ours.end_ids == {2}
+
+
+@pytest.mark.node
+@pytest.mark.parametrize(
+    ("name", "file", "eos"),
+    [("llama3_1", "tokenizer.model", "<|eot_id|>"), ("qwen2_5", "qwen.tiktoken", "<|im_end|>")],
+)
+def test_tiktoken_files_give_the_ids_of_tiktoken_and_hugging_face(
+    tmp_path: Path, name: str, file: str, eos: str
+) -> None:
+    directory = published.npm_tokenizer(name)
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    alphabet = nanollama.byte_alphabet()
+    ranks = {bytes(alphabet[c] for c in piece): i for piece, i in model["vocab"].items()}
+    lines = [b"%s %d\n" % (base64.b64encode(piece), i) for piece, i in ranks.items()]
+    ours = tokenizer_of(tmp_path, file, b"".join(lines))
+    control = {piece: i for piece, i in ours.control.items() if i >= len(ranks)}
+    pre, named, bos, _ = nanollama.TIKTOKEN[len(ranks)]
+    reference = tiktoken.Encoding(
+        name,
+        pat_str=nanollama.PRE_TOKENIZERS[pre][0],
+        mergeable_ranks=ranks,
+        special_tokens={token: len(ranks) + i for i, token in enumerate(named)},
+    )
+    normalize = theirs.normalizer.normalize_str if theirs.normalizer else str
+    same = {token for token, i in control.items() if theirs.token_to_id(token) == i}
+    assert {eos, "<|im_start|>" if bos is None else "<|start_header_id|>"} <= same
+    for text in published.strings(STRINGS, sorted(same)):
+        ids = reference.encode(normalize(text), allowed_special="all")
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+        if not any(token in text for token in control.keys() ^ same):
+            assert theirs.encode(text, add_special_tokens=False).ids == ids, text
+        assert ours.decode(ours.encode(text, False, False)) == normalize(text)
+    assert ours.encode("a") == ([ours.control[bos]] if bos else []) + ours.encode("a", False)
+    assert ours.text.special_tokens["eos_token"] == eos
+    assert ours.control[eos] in ours.end_ids
+
+
+TOKENIZER_CONFIG = {
+    "add_bos_token": False,
+    "bos_token": "<s>",
+    "eos_token": {"content": "<|done|>"},
+    "added_tokens_decoder": {
+        "2": {"content": "</s>", "special": True},
+        "32000": {"content": "<|user|>", "special": True, "rstrip": True},
+        "32003": {"content": "<|done|>", "special": True},
+    },
+}
+
+
+def test_the_files_beside_a_vocabulary_add_tokens_to_it(tmp_path: Path) -> None:
+    raw = (MISTRAL / "tokenizer.model.v1").read_bytes()
+    added = {"<tool>": 32001, "<|user|>": 32000}
+    ours = tokenizer_of(
+        tmp_path, "tokenizer.model", raw, tokenizer_config=TOKENIZER_CONFIG, added_tokens=added
+    )
+    plain = tokenizer_of(tmp_path / "..", "tokenizer.model", raw)
+    hi, tool = plain.encode("hi", False), ours.encode("<tool>")
+    assert ours.encode("<|user|>  \nhi<|done|>") == [32000, *hi, 32003]
+    assert tool == [32001]
+    assert ours.decode([32000, *tool, *hi, 32003]) == "<tool> hi"
+    assert ours.end_ids == {2, 32003}
+    assert ours.text.special_tokens["eos_token"] == "<|done|>"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_spaces_after_a_control_token_are_as_in_transformers(tmp_path: Path, legacy: bool) -> None:
+    raw = (MISTRAL / "tokenizer.model.v1").read_bytes()
+    ours = tokenizer_of(tmp_path, "tokenizer.model", raw, tokenizer_config={"legacy": legacy})
+    wanted = "▁." if legacy else "."
+    assert [ours.piece(i) for i in ours.encode("</s>.")] == ["<s>", "</s>", wanted]
+    assert [ours.piece(i) for i in ours.encode(".")] == ["<s>", "▁."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", b"", "the file holds no vocabulary"),
+        ("tokenizer.model", b"\n\xff\xff\xff\x7f", "DecodeError"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken file of 2 tokens is not known"),
+        ("a.tiktoken", b"IQ== 0\nIQ== x\n", "ValueError"),
+        ("tekken.json", b"{}", "KeyError"),
+        ("tekken.json", b"[]", "TypeError"),
+        (
+            "tekken.json",
+            b'{"config": {"default_num_special_tokens": 999999999, "default_vocab_size": 1}, '
+            b'"vocab": []}',
+            "999999999 control tokens",
+        ),
+    ],
+)
+def test_a_broken_vocabulary_is_named_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        tokenizer_of(tmp_path, name, content)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "of the kind UNIGRAM are not supported; BPE is"),
+        ({"model_type": "bpe"}, r"normalises text \(nmt_nfkc\)"),
+        (
+            {"model_type": "bpe", "normalization_rule_name": "identity"},
+            r"normalises text \(identity",
+        ),
+    ],
+)
+def test_what_a_sentencepiece_model_asks_for_and_we_lack_is_named(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    (tmp_path / "text").write_text("\n".join(STRINGS * 3).replace("\0", ""), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=700,
+        hard_vocab_limit=options["model_type"] == "bpe",
+        minloglevel=2,
+        **options,
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer(nanollama.open_text(tmp_path))
+
+
+def test_without_sentencepiece_its_models_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = nanollama.LazyModule("sentencepiece_that_is_not_there")
+    monkeypatch.setattr(nanollama, "sentencepiece_model", absent)
+    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
+        tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
+
+
+# ---- llama.cpp's own tests of vocabularies -------------------------------------------------------
+
+# those of the other files there are in npm's packages too
+VOCABULARIES = (
+    "deepseek-coder deepseek-llm falcon gemma-4 llama-spm mpt phi-3 qwen35 refact starcoder"
+).split()
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> None:
+    path = published.llama_cpp() / f"ggml-vocab-{name}.gguf"
+    metadata = nanollama.read_gguf(path).metadata
+    ours = Tokenizer(TextFiles(path.name, gguf=metadata))
+    with open(f"{path}.inp", encoding="utf-8", newline="") as file:
+        texts = file.read().split("\n__ggml_vocab_test__\n")
+    expected = Path(f"{path}.out").read_text().split("\n")
+    assert len(texts) > 40
+    for text, line in zip(texts, expected):
+        if name == "qwen35" and not unicodedata.is_normalized("NFC", text):
+            continue  # Hugging Face's tokenizer normalises, llama.cpp does not
+        ids = [int(word) for word in line.split()]
+        assert ours.encode(text, False, parse_special=False) == ids, text
+
+
+def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
+    metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf").metadata
+    for name, swallowed in (("Phi-3-mini-4k-instruct", True), ("phi3", True), ("TinyLlama", False)):
+        ours = Tokenizer(TextFiles("x", gguf=metadata | {"general.name": name}))
+        tight, loose = (ours.encode(f"<|user|>{gap}hi") for gap in ("", " \n"))
+        assert (tight == loose) is swallowed
+        assert ours.encode("<s> hi") != ours.encode("<s>hi")
+
+
+@pytest.mark.parametrize("row", sorted(set(nanollama.PRE_TOKENIZERS.values())))
+def test_every_pre_tokenizer_splits_and_joins(row: tuple[str, ...]) -> None:
+    names = [name for name, regexes in nanollama.PRE_TOKENIZERS.items() if regexes == row]
+    assert all(re.fullmatch(r"[a-z0-9._-]+[a-z0-9]", name) for name in names)
+    alphabet = list(nanollama.byte_alphabet())
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": alphabet}
+    ours = Tokenizer(TextFiles("x", gguf=metadata | {"tokenizer.ggml.pre": names[0]}))
+    for text in STRINGS:
+        same = unicodedata.normalize("NFC", text) if names[0] in nanollama.NFC else text
+        assert ours.decode(ours.encode(text)) == same

@@ -1,0 +1,213 @@
+"""`verify`: what is the same model passes, what is not fails and says where."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import pytest
+import safetensors.torch
+import torch
+
+import nanollama
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny Llama with a chat template, to be damaged."""
+    path = shutil.copytree(tiny("Llama", num_hidden_layers=3), tmp_path / "model")
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def verify(capsys: pytest.CaptureFixture[str], *flags: Any) -> tuple[int, dict[str, Any]]:
+    code = nanollama.main(["verify", *map(str, flags), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def change_tensor(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    file = path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors[name] = change(tensors[name])
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.fixture
+def reference(model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "reference.safetensors"
+    assert nanollama.main(["verify", str(model), "--save-reference", str(path)]) == 0
+    return path
+
+
+def test_a_model_passes_and_the_figures_are_those_of_float32(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = verify(capsys, model)
+    assert code == 0
+    assert found["passed"]
+    assert found["texts"] == found["chats"] == []
+    assert found["num_chats"] == 3
+    assert found["error"] < 1e-3
+    assert 0 <= found["divergence"] < 1e-6
+    assert found["agreement"] == 1
+    assert found["layer_error"] < 1e-4
+    assert found["first"] == [{"layer": None, "token": None}] * 2
+    assert [g["same"] for g in found["greedy"]] == [16, 16]
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Granite", "Olmo2", "NanoChat", "GptOss"])
+def test_families_pass(
+    name: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = verify(capsys, tiny(name))
+    assert (code, found["first"]) == (0, [{"layer": None, "token": None}] * 2)
+    assert found["layer_error"] < 1e-4
+
+
+def test_a_saved_reference_is_small_and_needs_no_transformers(
+    model: Path,
+    reference: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert reference.stat().st_size < 500_000
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "tokenization   12 of 12 texts equal",
+        "template       3 of 3 conversations equal",
+    ]
+    assert lines[-1].startswith("pass ")
+    assert nanollama.main(["verify", str(model)]) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_the_layer_and_token_that_first_differ_are_named(
+    kernels: str, model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    change_tensor(model, name, lambda w: w * 1.5)
+    code, found = verify(capsys, model, "--reference", reference, "--kernels", kernels)
+    assert code == 1
+    assert not found["passed"]
+    assert [place["layer"] for place in found["first"]] == [1, 1]
+    assert all(place["token"] is not None for place in found["first"])
+    assert found["texts"] == []
+    assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 1
+    assert "prompt 0 first differs at layer 1, token " in capsys.readouterr().out
+
+
+def test_an_embedding_that_differs_is_layer_minus_one_and_one_token_is_named(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, _ = nanollama.read_reference(reference)
+    ids = about["prompts"][0]
+    rare = max(set(ids), key=ids.index)  # the id that comes latest
+
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight[rare] += 1
+        return weight
+
+    change_tensor(model, "model.embed_tokens.weight", change)
+    _, found = verify(capsys, model, "--reference", reference)
+    assert found["first"][0] == {"layer": -1, "token": ids.index(rare)}
+
+
+def test_another_tokenizer_or_template_fails(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = model / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["merges"] = settings["model"]["merges"][1:]
+    file.write_text(json.dumps(settings))
+    (model / "chat_template.jinja").write_text(TEMPLATE.replace("] ", "]"))
+    code, found = verify(capsys, model, "--reference", reference)
+    assert code == 1
+    assert found["texts"]
+    assert len(found["chats"]) == 3
+    assert found["first"] == [{"layer": None, "token": None}] * 2  # the model is the same
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--quantize", "q8"], "q8"),
+        (["--quantize", "q4"], "q4"),
+        (["--dtype", "bfloat16"], "16 bits"),
+        (["--kv-dtype", "q8"], "16 bits"),
+        ([], "float32"),
+    ],
+)
+def test_each_precision_has_its_own_tolerance(
+    flags: list[str], name: str, model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nanollama.main(["verify", str(model), "--reference", str(reference), *flags])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(nanollama.TOLERANCES[name].reason)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("F32", "float32"), ("Q8_0", "q8"), ("Q4_1", "q4")])
+def test_a_gguf_file_is_compared_with_the_reference_of_its_original(
+    kind: str, name: str, model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = gguf_files.convert(model, model / "model.gguf", kind)
+    code, found = verify(capsys, file, "--reference", reference, "--tokenizer", model)
+    assert found["texts"] == found["chats"] == []
+    assert (found["error"] < 1e-3) == (kind == "F32")
+    assert code == (kind == "Q4_1")  # random weights are not worth much in 4 bits
+    nanollama.main(["verify", str(file), "--reference", str(reference)])
+    assert nanollama.TOLERANCES[name].reason in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_compared_with_what_transformers_makes_of_it(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, _ = gguf_files.convert(model, model / "model.gguf", "Q8_0")
+    flags = (file, "--tokenizer", model)
+    code, found = verify(capsys, *flags, "--kernels", "torch")
+    assert code == 0
+    assert found["error"] < 1e-3
+    code, found = verify(capsys, *flags)
+    assert 1e-3 < found["error"] < nanollama.TOLERANCES["packed"].error
+
+
+def test_what_is_no_reference_is_one_line(
+    model: Path,
+    reference: Path,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(reference.read_bytes()[:1000])
+    plain = model / "model.safetensors"
+    other = tiny("Llama", vocab_size=400)
+    for path, file, message in (
+        (model, broken, "not a saved reference"),
+        (model, plain, "not a saved reference"),
+        (model, tmp_path / "none", "not a saved reference"),
+        (tiny("Llama", hidden_size=32), reference, "of another model"),
+        (other, reference, ""),
+    ):
+        capsys.readouterr()
+        assert nanollama.main(["verify", str(path), "--reference", str(file)]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") <= 1
+
+
+def test_what_transformers_cannot_load_is_said(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
+    assert nanollama.main(["verify", str(model)]) == 1
+    assert "cannot load this" in capsys.readouterr().err
