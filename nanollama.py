@@ -11888,8 +11888,7 @@ class App(OpenAIHandlers, OllamaHandlers):
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
         body = {
-            "/v1/chat/completions": CHAT_FIELDS,
-            "/v1/completions": TEXT_FIELDS,
+            **{name.split()[1]: r.fields for r in ROUTES for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
             "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
             "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",

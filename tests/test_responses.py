@@ -185,6 +185,7 @@ def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any) ->
     response = client.responses.create(
         model="tiny", input="Rain?", tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False
     )
+    assert [item.type for item in response.output] == ["function_call"], response.output
     (call,) = response.output
     assert (call.type, call.name, call.status) == ("function_call", "get_weather", "completed")
     assert isinstance(json.loads(call.arguments)["city"], str)
