@@ -1172,6 +1172,8 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
 #               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
+#               MXFP4 has 4 bits too, which say which of FLOAT4's levels q is.
+#
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
 #                   byte   0        1              15
@@ -1183,6 +1185,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # ==================================================================================================
 
 GROUP = 32  # columns that share a scale when we quantize
+FLOAT4 = [*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12)]  # twice its 16 values
 LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q that we round to
 # Grids that `quantize` tries, beside the plain one that just spans a group's values: how much wider
 # their steps are, and how many plain steps further up they start.
@@ -1221,7 +1224,8 @@ class PackedLinear:
 
     q       (rows, G, group/2) uint8 or (rows, G, group) int8
     scale   (rows, G) float16
-    offset  (rows, G) float16, or None"""
+    offset  (rows, G) float16, or None
+    float4  whether 4-bit q are places in FLOAT4"""
 
     def __init__(
         self,
@@ -1230,8 +1234,9 @@ class PackedLinear:
         offset: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        float4: bool = False,
     ) -> None:
-        self.q, self.scale, self.offset, self.bias = q, scale, offset, bias
+        self.q, self.scale, self.offset, self.bias, self.float4 = q, scale, offset, bias, float4
         self.dtype = dtype or torch.float32
 
     @property
@@ -1250,7 +1255,8 @@ class PackedLinear:
     def select(self, rows: Tensor | slice) -> PackedLinear:
         """The same weight with only the rows given, still packed."""
         offset = None if self.offset is None else self.offset[rows]
-        return PackedLinear(self.q[rows], self.scale[rows], offset, dtype=self.dtype)
+        q, scale = self.q[rows], self.scale[rows]
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def padded(self, num_rows: int) -> PackedLinear:
         """The same weight with rows of zeros up to `num_rows`."""
@@ -1261,12 +1267,13 @@ class PackedLinear:
         )
         assert q is not None
         assert scale is not None
-        return PackedLinear(q, scale, offset, dtype=self.dtype)
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
         """On `device`, computing in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device)
-        return PackedLinear(self.q.to(device), self.scale.to(device), offset, dtype=dtype)
+        q, scale = self.q.to(device), self.scale.to(device)
+        return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
 
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
@@ -1274,6 +1281,9 @@ class PackedLinear:
         if self.bits == 4:
             q = _nibbles(q).view(torch.int8)  # (rows, G, group)
         scale = self.scale.to(self.dtype).unsqueeze(-1)
+        if self.float4:
+            levels = torch.tensor(FLOAT4, dtype=self.dtype, device=q.device)
+            return levels[q.int()].mul_(scale).flatten(1)
         if self.offset is not None:
             offset = self.offset.to(self.dtype).unsqueeze(-1)
             return torch.addcmul(offset, q.to(self.dtype), scale).flatten(1)
@@ -1315,7 +1325,8 @@ class Int4Linear:
     @staticmethod
     def fits(packed: PackedLinear) -> bool:
         fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
-        return fast and packed.bits == 4 and len(packed.q) % 16 == 0
+        fits = packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
+        return fast and fits
 
     @property
     def nbytes(self) -> int:
@@ -1496,16 +1507,14 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
-def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
-    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
-    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
-    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
-    q = torch.cat((doubled, -doubled))[codes.int()]
-    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
+    """4-bit floats q (rows, G, 16) that share powers of two (rows, G)
+    https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
 
 def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
-    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+    return mxfp4(b[..., 0], b[..., 1:].contiguous())
 
 
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
@@ -1771,6 +1780,7 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   madd         a * b + c, always in one rounding or always in two
  *   from_half    float16 at p -> floats; to_half is the way back
  *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
+ *   look_up      the bytes of a table (16) at the places that the bytes of q name
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, the same for all lanes */
 #if LANES == 16
@@ -1787,6 +1797,9 @@ INLINE vec from_bytes(const void *p) {
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), (__m512i)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
@@ -1804,6 +1817,10 @@ INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si12
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
 INLINE vec from_bytes(const void *p) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
@@ -1828,6 +1845,9 @@ INLINE vec from_bytes(const int8_t *p) {
 #define PATH "NEON dot product"
 INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
 INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
     if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
@@ -1852,6 +1872,11 @@ INLINE void to_half(void *p, vec x) {
     h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
     h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
     for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    uint8_t *at = (uint8_t *)&q;
+    for (int i = 0; i < (int)sizeof q; i++) at[i] = ((const uint8_t *)table)[at[i]];
+    return q;
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
@@ -2012,7 +2037,7 @@ typedef struct {
     const uint8_t *blocks;
     const float *bias; /* (rows), or NULL */
     int64_t rows, cols;
-    int32_t bits, group, has_offset, block_bytes;
+    int32_t bits, group, has_offset, is_float, block_bytes;
 } matrix;
 
 /* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
@@ -2103,13 +2128,16 @@ static void quantize_piece(const void *job, int64_t piece) {
 
 #define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
+/* the values of 4-bit floats, doubled, and 12 more */
+static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 #define VECS (16 / LANES) /* that hold a block's rows */
 
 /* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
  * constants wherever this lands. A register of weights meets all tokens before the next one is
  * loaded: all sums grow side by side, and none waits for itself. */
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
-                     int T, int bits, int group, int has_offset) {
+                     int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
@@ -2123,6 +2151,8 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++)
             for (int v = 0; v < B * VECS; v++)
                 dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
+            for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64)
                 __builtin_prefetch(block + b * next_block + AHEAD + i);
@@ -2136,6 +2166,7 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
                     for (int v = 0; v < B * VECS; v++) {
                         ivec q = w[v];
                         if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
+                        if (is_float) q = look_up(float4, q);
                         dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
                     }
         }
@@ -2155,13 +2186,13 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
 }
 
-#define FORMAT(B, T, BITS, GROUP, OFFSET) \
-    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET) \
-        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET);
+#define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
+    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
+        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
 #define FORMATS(B, T) \
     if (num_blocks == B && num_tokens == T) { \
-        FORMAT(B, T, 4, 32, 0) FORMAT(B, T, 4, 32, 1) FORMAT(B, T, 8, 32, 0) \
-        FORMAT(B, T, 8, 32, 1) FORMAT(B, T, 8, 16, 0) \
+        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
+        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
         return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
@@ -2250,11 +2281,13 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
         const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
         float scale = from_half(scales)[lane % LANES], offset = 0, *y = out + i * m->group;
         if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
-        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : 8;
+        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
         for (int64_t j = 0; j < num_bytes; j++) {
             uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
-            y[j] = ((m->bits == 8 ? q : q & 15) - zero) * scale + offset;
-            if (m->bits == 4) y[j + half] = ((q >> 4) - zero) * scale + offset;
+            int low = m->bits == 8 ? q : q & 15, high = q >> 4;
+            if (m->is_float) low = float4[low], high = float4[high];
+            y[j] = (low - zero) * scale + offset;
+            if (m->bits == 4) y[j + half] = (high - zero) * scale + offset;
         }
     }
 }
@@ -2730,6 +2763,7 @@ class Matrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("has_offset", ctypes.c_int32),
+        ("is_float", ctypes.c_int32),
         ("block_bytes", ctypes.c_int32),
     )
 
@@ -2751,7 +2785,7 @@ class NativeLinear:
             packed = read(slice(start, min(start + step, num_rows)))
             if start == 0:
                 self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
-                self.has_offset = packed.offset is not None
+                self.has_offset, self.float4 = packed.offset is not None, packed.float4
                 num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
                 num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
                 shape3 = (num_blocks, packed.q.shape[1], num_bytes)
@@ -2772,6 +2806,7 @@ class NativeLinear:
             self.bits,
             self.group,
             self.has_offset,
+            self.float4,
             self.blocks.shape[-1],
         )
 
@@ -3038,8 +3073,9 @@ def linear_kernel(
 
 
 def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor | None:
-    """x (N, cols) -> (N, rows), weights unpacked on the way. None where Triton does not work."""
-    if not uses_triton(x):
+    """x (N, cols) -> (N, rows), weights unpacked on the way. None for 4-bit floats, and where
+    Triton does not work."""
+    if not uses_triton(x) or packed.float4:
         return None
     num_rows, num_groups, width = packed.q.shape
     y = x.new_empty(len(x), num_rows)
@@ -5202,7 +5238,8 @@ def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
         codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
         assert isinstance(codes, torch.Tensor)
         assert isinstance(exponents, torch.Tensor)
-        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+        columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        return mxfp4(exponents, pack_nibbles(columns))
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)
