@@ -372,7 +372,7 @@ _GEMMA2: Values = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
-_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
 _YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -527,7 +527,7 @@ FAMILIES: dict[str, Family] = {
         experts_last=True,
         defaults={
             **_EXPERTS,
-            "num_local_experts": 128,
+            "num_experts": 128,
             "num_experts_per_tok": 4,
             "expert_bias": True,
             "attention_bias": True,
@@ -4874,10 +4874,11 @@ def _gguf_loader(
 ) -> Callable[..., Tensor | PackedLinear]:
     def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
-        for part in index:  # of three dimensions, the first is the expert
+        whole_rows = len(shape) > max(len(index), 1)
+        data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
+        for part in index:  # of experts' matrices, the first is the expert
             data = data[part]
-        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
         if kind.name in REPACK and len(wanted) == 2:
             blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
@@ -5350,6 +5351,7 @@ NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
 NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
 NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
 NANOCHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
     "{% if message.role == 'system' and loop.first %}"
@@ -5368,11 +5370,15 @@ NANOCHAT_TEMPLATE = (
 def _open_nanochat(path: Path) -> Checkpoint:
     """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
     beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
-    config = dict(read_json(beside).get("model_config") or {})
+    if not beside.exists():
+        raise CheckpointError(
+            f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
+        )
+    tensors = _nanochat_tensors(path)
     try:
-        tensors = _nanochat_tensors(path)
+        config = dict(read_json(beside)["model_config"])
         raw = _nanochat_config(config, tensors, str(beside))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
     text = dataclasses.replace(
@@ -5380,7 +5386,8 @@ def _open_nanochat(path: Path) -> Checkpoint:
         templates={"default": NANOCHAT_TEMPLATE},
         special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
     )
-    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+    found = model_config(raw, str(beside))
+    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
 
 
 def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
@@ -9888,7 +9895,7 @@ def parse_response(
         wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
     except RequestError as error:
         raise _renamed(error) from None
-    names = {name: _response_name(where) for name, where in wire.names.items()}
+    names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
     return dataclasses.replace(wire, ignored=ignored, names=names), given
 
 
@@ -10898,7 +10905,7 @@ class Models:
             if not others:
                 break
             if idle := [other for other in others if other.is_idle]:
-                await self.unload(min(idle, key=lambda other: other.used_s))
+                await self.forget(min(idle, key=lambda other: other.used_s))
             else:
                 self.idle.clear()
                 await self.idle.wait()
@@ -10916,15 +10923,16 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.unload(pool))
+            task = asyncio.create_task(self.forget(pool))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def unload(self, pool: Pool) -> None:
+    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
+        """Give a model to nobody any more -> what ends its threads"""
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-            await pool.stop()
+        return pool.stop()
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11774,7 +11782,7 @@ class OllamaHandlers(Handlers):
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
         if pool := self.models.pools.get(name):
-            await self.models.unload(pool)
+            await self.models.forget(pool)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 
@@ -11880,11 +11888,14 @@ class App(OpenAIHandlers, OllamaHandlers):
         name = request.path_params["id"]
         return as_json(self.model_body((await self.models.source(name)).name, name))
 
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: this API, as OpenAPI describes one"""
+        return as_json(openapi_body())
+
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
         body = {
-            "/v1/chat/completions": CHAT_FIELDS,
-            "/v1/completions": TEXT_FIELDS,
+            **{name.split()[1]: r.fields for r in ROUTES for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
             "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
             "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
@@ -11953,6 +11964,7 @@ ROUTES = (
     Route(App.stats, ("GET /stats",)),
     Route(App.prometheus, ("GET /metrics",)),
     Route(App.capabilities, ("GET /v1/capabilities",)),
+    Route(App.openapi, ("GET /openapi.json",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
     Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
@@ -11980,6 +11992,44 @@ ROUTES = (
     Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
+
+
+def openapi_body() -> dict[str, Any]:
+    """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        for method, path in (name.split() for name in route.names):
+            place = paths.setdefault(path.replace(":path", ""), {})
+            place[method.lower()] = openapi_operation(route, method, path)
+    info = {"title": "nanollama", "version": __version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths}
+
+
+def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
+    """One method of one path: its parameters, its body, its answers."""
+    answers = {"200": {"description": "the answer"}}
+    if route.fields is not None or "{" in path:
+        answers["4XX"] = {"description": "an error object that says what is wrong"}
+    answers["503"] = {"description": "the model is still loading, or the server is ending"}
+    slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
+    summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
+    body: dict[str, Any] = {"operationId": slug, "summary": " ".join(summary.split())}
+    if names := re.findall(r"\{(\w+)", path):
+        schema = {"type": "string", "minLength": 1}
+        body["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": schema} for name in names
+        ]
+    if route.fields is not None:
+        fields = {name: openapi_type(kind) for name, kind in route.fields.items()}
+        schema = {"type": "object", "properties": fields, "required": list(route.required)}
+        content = {"application/json": {"schema": schema}}
+        body["requestBody"] = {"required": True, "content": content}
+    return {**body, "responses": answers}
+
+
+def openapi_type(kind: str) -> dict[str, Any]:
+    """A name of JSON_TYPES as a JSON Schema; every field may be null."""
+    return {"type": [*kind.split(" or "), "null"]}
 
 
 @lru_cache(maxsize=1)
@@ -14537,7 +14587,8 @@ def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], di
         if source.is_file():
             source, options = source.parent, {**options, "gguf_file": source.name}
         try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
+            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            return kind.from_pretrained(source, **options)
         except Exception as error:  # whatever it may be, there is no reference
             raise CheckpointError(
                 f"{path}: transformers {transformers.__version__} cannot load this: "
@@ -14728,8 +14779,8 @@ def command_verify(argv: list[str]) -> int:
         other = settings.value("tokenizer")[0]
         about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
     if args.save_reference:
-        kept = {"nanollama": json.dumps(about)}
-        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        args.save_reference.write_bytes(raw)
         log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
         return 0
     llm = settings.load()
