@@ -9895,7 +9895,7 @@ def parse_response(
         wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
     except RequestError as error:
         raise _renamed(error) from None
-    names = {name: _response_name(where) for name, where in wire.names.items()}
+    names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
     return dataclasses.replace(wire, ignored=ignored, names=names), given
 
 
@@ -10905,7 +10905,7 @@ class Models:
             if not others:
                 break
             if idle := [other for other in others if other.is_idle]:
-                await self.unload(min(idle, key=lambda other: other.used_s))
+                await self.forget(min(idle, key=lambda other: other.used_s))
             else:
                 self.idle.clear()
                 await self.idle.wait()
@@ -10923,15 +10923,16 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.unload(pool))
+            task = asyncio.create_task(self.forget(pool))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def unload(self, pool: Pool) -> None:
+    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
+        """Give a model to nobody any more -> what ends its threads"""
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-            await pool.stop()
+        return pool.stop()
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11781,7 +11782,7 @@ class OllamaHandlers(Handlers):
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
         if pool := self.models.pools.get(name):
-            await self.models.unload(pool)
+            await self.models.forget(pool)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 
@@ -11887,11 +11888,14 @@ class App(OpenAIHandlers, OllamaHandlers):
         name = request.path_params["id"]
         return as_json(self.model_body((await self.models.source(name)).name, name))
 
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: this API, as OpenAPI describes one"""
+        return as_json(openapi_body())
+
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
         body = {
-            "/v1/chat/completions": CHAT_FIELDS,
-            "/v1/completions": TEXT_FIELDS,
+            **{name.split()[1]: r.fields for r in ROUTES for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
             "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
             "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
@@ -11960,6 +11964,7 @@ ROUTES = (
     Route(App.stats, ("GET /stats",)),
     Route(App.prometheus, ("GET /metrics",)),
     Route(App.capabilities, ("GET /v1/capabilities",)),
+    Route(App.openapi, ("GET /openapi.json",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
     Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
@@ -11987,6 +11992,44 @@ ROUTES = (
     Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
+
+
+def openapi_body() -> dict[str, Any]:
+    """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        for method, path in (name.split() for name in route.names):
+            place = paths.setdefault(path.replace(":path", ""), {})
+            place[method.lower()] = openapi_operation(route, method, path)
+    info = {"title": "nanollama", "version": __version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths}
+
+
+def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
+    """One method of one path: its parameters, its body, its answers."""
+    answers = {"200": {"description": "the answer"}}
+    if route.fields is not None or "{" in path:
+        answers["4XX"] = {"description": "an error object that says what is wrong"}
+    answers["503"] = {"description": "the model is still loading, or the server is ending"}
+    slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
+    summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
+    body: dict[str, Any] = {"operationId": slug, "summary": " ".join(summary.split())}
+    if names := re.findall(r"\{(\w+)", path):
+        schema = {"type": "string", "minLength": 1}
+        body["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": schema} for name in names
+        ]
+    if route.fields is not None:
+        fields = {name: openapi_type(kind) for name, kind in route.fields.items()}
+        schema = {"type": "object", "properties": fields, "required": list(route.required)}
+        content = {"application/json": {"schema": schema}}
+        body["requestBody"] = {"required": True, "content": content}
+    return {**body, "responses": answers}
+
+
+def openapi_type(kind: str) -> dict[str, Any]:
+    """A name of JSON_TYPES as a JSON Schema; every field may be null."""
+    return {"type": [*kind.split(" or "), "null"]}
 
 
 @lru_cache(maxsize=1)
