@@ -378,7 +378,7 @@ _GEMMA2: Values = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
-_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
 _YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -533,7 +533,7 @@ FAMILIES: dict[str, Family] = {
         experts_last=True,
         defaults={
             **_EXPERTS,
-            "num_local_experts": 128,
+            "num_experts": 128,
             "num_experts_per_tok": 4,
             "expert_bias": True,
             "attention_bias": True,
@@ -4880,10 +4880,11 @@ def _gguf_loader(
 ) -> Callable[..., Tensor | PackedLinear]:
     def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
-        for part in index:  # of three dimensions, the first is the expert
+        whole_rows = len(shape) > max(len(index), 1)
+        data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
+        for part in index:  # of experts' matrices, the first is the expert
             data = data[part]
-        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
         if kind.name in REPACK and len(wanted) == 2:
             blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
@@ -5356,6 +5357,7 @@ NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
 NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
 NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
 NANOCHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
     "{% if message.role == 'system' and loop.first %}"
@@ -5374,11 +5376,15 @@ NANOCHAT_TEMPLATE = (
 def _open_nanochat(path: Path) -> Checkpoint:
     """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
     beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
-    config = dict(read_json(beside).get("model_config") or {})
+    if not beside.exists():
+        raise CheckpointError(
+            f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
+        )
+    tensors = _nanochat_tensors(path)
     try:
-        tensors = _nanochat_tensors(path)
+        config = dict(read_json(beside)["model_config"])
         raw = _nanochat_config(config, tensors, str(beside))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
     text = dataclasses.replace(
@@ -5386,7 +5392,8 @@ def _open_nanochat(path: Path) -> Checkpoint:
         templates={"default": NANOCHAT_TEMPLATE},
         special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
     )
-    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+    found = model_config(raw, str(beside))
+    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
 
 
 def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
@@ -7711,6 +7718,33 @@ class Calls:
     def splitter(self) -> ToolSplitter:
         return ToolSplitter(self.form, self.functions)
 
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that calls are written with."""
+        signs = self.form.begin + self.form.call + self.form.end
+        return frozenset(i for word, i in tokenizer.control.items() if word in signs)
+
+
+PYTHON_TAG = "<|python_tag|>"  # before calls of Llama 3
+
+
+def find_calls(
+    tools: list[dict[str, Any]] | None,
+    choice: ToolChoice,
+    form: ToolFormat,
+    tokenizer: Tokenizer,
+    is_free: bool,
+) -> Calls | None:
+    """What an answer may call; None for nothing. If what is no call `is_free`, it may be any text.
+    Raises RequestError."""
+    functions = tool_functions(tools, choice)
+    if not functions:
+        return None
+    if choice.mode == "auto" and not is_free and (form.begin + form.call).startswith("{"):
+        if PYTHON_TAG not in tokenizer.control:  # JSON either way: nothing would tell which
+            raise RequestError("this model's calls look like answers in JSON: not both", "tools")
+        form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
+    return Calls(form, functions, choice)
+
 
 # ---- what an answer must be ----------------------------------------------------------------------
 
@@ -8838,16 +8872,11 @@ class LLM:
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
-        functions = tool_functions(request.tools, request.tool_choice)
-        if not functions or request.messages is None:
+        if request.messages is None:
             return None
-        form, tag, p = self.template.tool_format, "<|python_tag|>", request.params
-        is_json = (form.begin + form.call).startswith("{")
-        if is_json and (p.schema or p.regex or p.grammar) and request.tool_choice.mode == "auto":
-            if tag not in self.tokenizer.control:
-                raise RequestError("this model's calls look like JSON answers: not both", "tools")
-            form = dataclasses.replace(form, begin=tag, trigger=tag)
-        return Calls(form, functions, request.tool_choice)
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is p.regex is p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
 
     def splitter(
         self, request: GenerationRequest, prompt: str, keep_tags: bool = False
@@ -8870,8 +8899,7 @@ class LLM:
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        signs = calls.form.begin + calls.form.call + calls.form.end if calls else ""
-        shown = frozenset(i for word, i in self.tokenizer.control.items() if word in signs)
+        shown = calls.shown(self.tokenizer) if calls else frozenset()
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -9897,7 +9925,7 @@ def parse_response(
         wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
     except RequestError as error:
         raise _renamed(error) from None
-    names = {name: _response_name(where) for name, where in wire.names.items()}
+    names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
     return dataclasses.replace(wire, ignored=ignored, names=names), given
 
 
@@ -10907,7 +10935,7 @@ class Models:
             if not others:
                 break
             if idle := [other for other in others if other.is_idle]:
-                await self.unload(min(idle, key=lambda other: other.used_s))
+                await self.forget(min(idle, key=lambda other: other.used_s))
             else:
                 self.idle.clear()
                 await self.idle.wait()
@@ -10925,15 +10953,16 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.unload(pool))
+            task = asyncio.create_task(self.forget(pool))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
-    async def unload(self, pool: Pool) -> None:
+    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
+        """Give a model to nobody any more -> what ends its threads"""
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-            await pool.stop()
+        return pool.stop()
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11783,7 +11812,7 @@ class OllamaHandlers(Handlers):
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
         if pool := self.models.pools.get(name):
-            await self.models.unload(pool)
+            await self.models.forget(pool)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 
@@ -11889,11 +11918,14 @@ class App(OpenAIHandlers, OllamaHandlers):
         name = request.path_params["id"]
         return as_json(self.model_body((await self.models.source(name)).name, name))
 
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: this API, as OpenAPI describes one"""
+        return as_json(openapi_body())
+
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
         body = {
-            "/v1/chat/completions": CHAT_FIELDS,
-            "/v1/completions": TEXT_FIELDS,
+            **{name.split()[1]: r.fields for r in ROUTES for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
             "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
             "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
@@ -11962,6 +11994,7 @@ ROUTES = (
     Route(App.stats, ("GET /stats",)),
     Route(App.prometheus, ("GET /metrics",)),
     Route(App.capabilities, ("GET /v1/capabilities",)),
+    Route(App.openapi, ("GET /openapi.json",)),
     Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
     Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
@@ -11989,6 +12022,44 @@ ROUTES = (
     Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
+
+
+def openapi_body() -> dict[str, Any]:
+    """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        for method, path in (name.split() for name in route.names):
+            place = paths.setdefault(path.replace(":path", ""), {})
+            place[method.lower()] = openapi_operation(route, method, path)
+    info = {"title": "nanollama", "version": __version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths}
+
+
+def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
+    """One method of one path: its parameters, its body, its answers."""
+    answers = {"200": {"description": "the answer"}}
+    if route.fields is not None or "{" in path:
+        answers["4XX"] = {"description": "an error object that says what is wrong"}
+    answers["503"] = {"description": "the model is still loading, or the server is ending"}
+    slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
+    summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
+    body: dict[str, Any] = {"operationId": slug, "summary": " ".join(summary.split())}
+    if names := re.findall(r"\{(\w+)", path):
+        schema = {"type": "string", "minLength": 1}
+        body["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": schema} for name in names
+        ]
+    if route.fields is not None:
+        fields = {name: openapi_type(kind) for name, kind in route.fields.items()}
+        schema = {"type": "object", "properties": fields, "required": list(route.required)}
+        content = {"application/json": {"schema": schema}}
+        body["requestBody"] = {"required": True, "content": content}
+    return {**body, "responses": answers}
+
+
+def openapi_type(kind: str) -> dict[str, Any]:
+    """A name of JSON_TYPES as a JSON Schema; every field may be null."""
+    return {"type": [*kind.split(" or "), "null"]}
 
 
 @lru_cache(maxsize=1)
@@ -14700,7 +14771,8 @@ def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], di
         if source.is_file():
             source, options = source.parent, {**options, "gguf_file": source.name}
         try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
+            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            return kind.from_pretrained(source, **options)
         except Exception as error:  # whatever it may be, there is no reference
             raise CheckpointError(
                 f"{path}: transformers {transformers.__version__} cannot load this: "
@@ -14891,8 +14963,8 @@ def command_verify(argv: list[str]) -> int:
         other = settings.value("tokenizer")[0]
         about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
     if args.save_reference:
-        kept = {"nanollama": json.dumps(about)}
-        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        args.save_reference.write_bytes(raw)
         log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
         return 0
     llm = settings.load()

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     llm = LLM("smollm2")
     request = GenerationRequest(
         messages=[{"role": "user", "content": "How many people live in Vienna?"}],
-        params=SamplingParams(temperature=0),
+        params=SamplingParams(temperature=0, repeat_penalty=1),
         tools=[function_tool(population), function_tool(add)],
         tool_choice=ToolChoice("required", max_calls=1),
     )

@@ -195,6 +195,35 @@ def test_a_format_is_kept_to(client: ollama.Client) -> None:
     assert refusal(lambda: client.chat(TINY, USER, format={"type": "wibble"})).status_code == 400
 
 
+def weather(city: str) -> str:
+    """The weather in a city
+
+    Args:
+        city: its name
+    """
+    return f"rain in {city}"
+
+
+def test_tools_are_called_and_answered(test_server: nanollama.TestServer) -> None:
+    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    client = ollama.Client(host=test_server.url)
+    for stream in (False, True):
+        test_server.answers({"text": "Let me see.", "tool_calls": [call]}, "Rain.")
+        answer = client.chat("any", USER, tools=[weather], stream=stream)
+        lines = list(answer) if stream else [answer]
+        (made,) = [c for line in lines for c in line.message.tool_calls or []]
+        assert (made.function.name, dict(made.function.arguments)) == ("weather", {"city": "Paris"})
+        assert "".join(line.message.content for line in lines).strip() == "Let me see."
+        assert (lines[-1].done, lines[-1].done_reason) == (True, "stop")
+        said: Any = [line.message for line in lines if line.message.tool_calls]
+        result = {"role": "tool", "tool_name": "weather", "content": weather("Paris")}
+        assert (
+            client.chat("any", [*USER, *said, result], tools=[weather]).message.content == "Rain."
+        )
+        asked = test_server.requests[1]["body"]["messages"]
+        assert asked[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
 def test_thoughts_are_apart_and_may_be_left_out(tiny: Callable[..., Path]) -> None:
     with serving(lambda: nanollama.LLM(tiny(), template=THINKER), model_id="t") as live:
         client = ollama.Client(host=live.url)
@@ -203,13 +232,10 @@ def test_thoughts_are_apart_and_may_be_left_out(tiny: Callable[..., Path]) -> No
             body = {"model": "t", "messages": USER, "stream": False, "think": think}
             with pytest.MonkeyPatch.context() as patch:
                 seen: list[str] = []
-                choice = nanollama.ChatChoice.__init__
-
-                def note(self: Any, index: int, seq: Any, text: str, *rest: Any) -> None:
-                    seen.append(text)
-                    choice(self, index, seq, text, *rest)
-
-                patch.setattr(nanollama.ChatChoice, "__init__", note)
+                text = live.pool.llm().prompt_text
+                patch.setattr(
+                    live.pool.llm(), "prompt_text", lambda r: seen.append(text(r)) or seen[-1]
+                )
                 live.http.post("/api/chat", json={**body, "options": {"num_predict": 1}})
             return seen[0].partition("<|im_start|>")[0].strip()
 
