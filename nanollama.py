@@ -8875,7 +8875,7 @@ class LLM:
         if request.messages is None:
             return None
         form, p = self.template.tool_format, request.params
-        is_free = p.schema is p.regex is p.grammar is None
+        is_free = p.schema is None and p.regex is None and p.grammar is None
         return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
 
     def splitter(
