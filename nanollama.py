@@ -82,7 +82,9 @@ import gc
 import hashlib
 import hmac
 import importlib
+import importlib.machinery
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -107,6 +109,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import typing
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -138,7 +142,9 @@ __all__ = [
     "TestServer",
     "TextStream",
     "Tokenizer",
+    "ToolChoice",
     "Usage",
+    "function_tool",
     "main",
 ]
 
@@ -7749,6 +7755,33 @@ class Calls:
     def splitter(self) -> ToolSplitter:
         return ToolSplitter(self.form, self.functions)
 
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that calls are written with."""
+        signs = self.form.begin + self.form.call + self.form.end
+        return frozenset(i for word, i in tokenizer.control.items() if word in signs)
+
+
+PYTHON_TAG = "<|python_tag|>"  # before calls of Llama 3
+
+
+def find_calls(
+    tools: list[dict[str, Any]] | None,
+    choice: ToolChoice,
+    form: ToolFormat,
+    tokenizer: Tokenizer,
+    is_free: bool,
+) -> Calls | None:
+    """What an answer may call; None for nothing. If what is no call `is_free`, it may be any text.
+    Raises RequestError."""
+    functions = tool_functions(tools, choice)
+    if not functions:
+        return None
+    if choice.mode == "auto" and not is_free and (form.begin + form.call).startswith("{"):
+        if PYTHON_TAG not in tokenizer.control:  # JSON either way: nothing would tell which
+            raise RequestError("this model's calls look like answers in JSON: not both", "tools")
+        form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
+    return Calls(form, functions, choice)
+
 
 # ---- what an answer must be ----------------------------------------------------------------------
 
@@ -8876,16 +8909,11 @@ class LLM:
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
-        functions = tool_functions(request.tools, request.tool_choice)
-        if not functions or request.messages is None:
+        if request.messages is None:
             return None
-        form, tag, p = self.template.tool_format, "<|python_tag|>", request.params
-        is_json = (form.begin + form.call).startswith("{")
-        if is_json and (p.schema or p.regex or p.grammar) and request.tool_choice.mode == "auto":
-            if tag not in self.tokenizer.control:
-                raise RequestError("this model's calls look like JSON answers: not both", "tools")
-            form = dataclasses.replace(form, begin=tag, trigger=tag)
-        return Calls(form, functions, request.tool_choice)
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is None and p.regex is None and p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
 
     def splitter(
         self, request: GenerationRequest, prompt: str, keep_tags: bool = False
@@ -8908,8 +8936,7 @@ class LLM:
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        signs = calls.form.begin + calls.form.call + calls.form.end if calls else ""
-        shown = frozenset(i for word, i in self.tokenizer.control.items() if word in signs)
+        shown = calls.shown(self.tokenizer) if calls else frozenset()
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -8997,7 +9024,10 @@ class LLM:
         return [found[i] for i in range(len(requests))]
 
     def fit_context(
-        self, messages: list[dict[str, Any]], num_reserved: int
+        self,
+        messages: list[dict[str, Any]],
+        num_reserved: int,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Any]], int]:
         """Drop the oldest turns of a conversation until it leaves room for `num_reserved` more
         (at most half of the context) -> what is left, and how many messages were dropped.
@@ -9006,7 +9036,7 @@ class LLM:
         n_ctx = self.engine.n_ctx
         limit = n_ctx - min(num_reserved, n_ctx // 2)
         kept = list(messages)
-        while len(self.prompt_ids(GenerationRequest(messages=kept))) > limit:
+        while len(self.prompt_ids(GenerationRequest(messages=kept, tools=tools))) > limit:
             turns = [i for i, m in enumerate(kept[:-1]) if m["role"] != "system"]
             if not turns:
                 break
@@ -13329,6 +13359,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--hide-thinking", action="store_true", help="leave out what is in think tags"
     )
+    chat.add_argument(
+        "--tools", metavar="FILE", help="Python file with functions that the model may call"
+    )
+    chat.add_argument("--yes-tools", action="store_true", help="run calls without asking")
     chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
@@ -13480,15 +13514,17 @@ def speed_line(stats: EngineStats) -> str:
 
 
 class AnswerPrinter:
-    """Writes an answer as it comes; on a terminal, thoughts are dimmed."""
+    """Writes an answer as it comes; on a terminal, thoughts are dimmed. Calls are only kept."""
 
-    def __init__(self, prompt: str, hide_thinking: bool, out: TextIO | None = None) -> None:
-        self.splitter = ThoughtSplitter(prompt, keep_tags=True)
-        self.hide_thinking = hide_thinking
+    def __init__(
+        self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
+    ) -> None:
+        self.splitter, self.hide_thinking = splitter, hide_thinking
         self.out = out or sys.stdout
         self.dim = self.out.isatty()
         self.thoughts: list[str] = []
         self.content: list[str] = []
+        self.calls: list[dict[str, Any]] = []
 
     def push(self, delta: Delta) -> None:
         self._write(self.splitter.push(delta.text))
@@ -13498,14 +13534,21 @@ class AnswerPrinter:
     def flush(self) -> None:
         self._write(self.splitter.flush())
 
-    def _write(self, pieces: Iterable[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
+    def _write(self, pieces: Iterable[Piece]) -> None:
+        for kind, text in pieces:
+            is_thought = kind == "thought"
             if self.hide_thinking and self.thoughts and not is_thought and not self.content:
                 text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if text:
-                (self.thoughts if is_thought else self.content).append(text)
-            if not (is_thought and self.hide_thinking):
-                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+            if kind == "name":
+                call_id, function = "call_" + secrets.token_hex(12), {"name": text, "arguments": ""}
+                self.calls.append({"id": call_id, "type": "function", "function": function})
+            elif kind == "arguments":
+                self.calls[-1]["function"]["arguments"] += text
+            else:
+                if text:
+                    (self.thoughts if is_thought else self.content).append(text)
+                if not (is_thought and self.hide_thinking):
+                    self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> dict[str, Any]:
@@ -13513,8 +13556,159 @@ class AnswerPrinter:
         thoughts = "".join(self.thoughts)
         for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
             thoughts = thoughts.replace(tag, "")
-        message = {"role": "assistant", "content": "".join(self.content)}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
+        if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
+            message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
+
+
+# ---- tools: functions of a file, which the model may ask to call ---------------------------------
+
+MAX_ROUNDS = 10  # of calls for one answer
+JSON_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+}
+
+
+def hint_schema(hint: Any) -> dict[str, Any]:
+    """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return {"enum": list(inner)}
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [hint_schema(part) for part in inner]}
+    if (kind or hint) is list:
+        return {"type": "array", **({"items": hint_schema(inner[0])} if inner else {})}
+    if (kind or hint) is dict:
+        values = {"additionalProperties": hint_schema(inner[1])} if inner else {}
+        return {"type": "object", **values}
+    return {} if hint is Any else {"type": JSON_NAMES[hint]}
+
+
+def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
+    does, and below, in lines `name: text`, what they mean. Raises UsageError."""
+    name, text = function.__name__, inspect.getdoc(function) or ""
+    description, _, rest = text.partition("Args:")
+    about = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
+    hints, properties, required = typing.get_type_hints(function), {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        try:
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise KeyError
+            schema = hint_schema(hints[parameter.name])
+        except KeyError:
+            problem = "a hint is needed: str, int, float, bool, list, dict, Literal or a union"
+            raise UsageError(f"{name}: argument {parameter}: {problem}") from None
+        told = {"description": about[parameter.name]} if parameter.name in about else {}
+        properties[parameter.name] = {**schema, **told}
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    parameters = {"type": "object", "properties": properties, "required": required}
+    body = {"name": name, "description": description.strip(), "parameters": parameters}
+    return {"type": "function", "function": body}
+
+
+class Toolbox:
+    """The functions of a Python file, which the model may call when the user says yes. Raises
+    UsageError for a file that cannot be loaded."""
+
+    def __init__(self, path: str, asks: bool = True) -> None:
+        self.asks = asks
+        loader = importlib.machinery.SourceFileLoader("nanollama_tools", path)
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[loader.name] = module  # dataclasses in it look themselves up there
+        try:
+            loader.exec_module(module)
+            own = [f for f in vars(module).values() if inspect.isfunction(f)]
+            self.functions = {
+                f.__name__: f
+                for f in own
+                if f.__module__ == loader.name and not f.__name__.startswith("_")
+            }
+            self.tools = [function_tool(function) for function in self.functions.values()]
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except (Exception, SystemExit) as error:  # it is the user's program
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{path}: cannot be loaded: {reason}") from None
+        if not self.tools:
+            raise UsageError(f"{path}: holds no functions")
+
+    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The message that answers a call of the model."""
+        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+        shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
+        if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
+            log.warning(f"{shown} was not run" + ("" if sys.stdin.isatty() else ": nobody to ask"))
+            content = "The user did not allow this call."
+        else:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+                    result = self.functions[name](**arguments)
+                content = result if isinstance(result, str) else json.dumps(result, default=str)
+            except Exception as error:  # the model is told, as it may have caused it
+                content = f"{type(error).__name__}: {first_line(error)}"
+            log.warning(f"{shown} -> {brief(content)}")
+        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+
+
+def confirmed(question: str) -> bool:
+    """Whether the user answers yes."""
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> AnswerPrinter:
+    """Print an answer as it comes. If `catch`, Ctrl-C only ends it."""
+    splitter = llm.splitter(request, llm.prompt_text(request), keep_tags=True)
+    printer, is_started = AnswerPrinter(splitter, hide_thinking), False
+    deltas = llm.stream(request)
+    try:
+        for delta in deltas:
+            is_started = True
+            printer.push(delta)
+    except KeyboardInterrupt:
+        printer.flush()
+        if not catch:
+            raise
+        log.warning(" (stopped)")
+    finally:
+        deltas.close()  # type: ignore[attr-defined]
+        if is_started and (printer.content or not printer.calls):
+            print(flush=True)
+    return printer
+
+
+def converse(
+    llm: LLM,
+    request: GenerationRequest,
+    toolbox: Toolbox | None,
+    hide_thinking: bool,
+    catch: bool = False,
+) -> list[dict[str, Any]]:
+    """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
+    that came to be."""
+    new: list[dict[str, Any]] = []
+    given = request.messages or []
+    if toolbox:
+        request = dataclasses.replace(request, tools=toolbox.tools)
+    for _ in range(MAX_ROUNDS):
+        message = say(llm, request, hide_thinking, catch).message()
+        new.append(message)
+        if toolbox is None or "tool_calls" not in message:
+            return new
+        new += [toolbox.call(call) for call in message["tool_calls"]]
+        request = dataclasses.replace(request, messages=[*given, *new])
+    log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
+    return new
 
 
 def read_input(name: str) -> bytes:
@@ -13547,19 +13741,12 @@ def read_prompt(args: argparse.Namespace) -> str:
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
     llm = settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
-    printer = AnswerPrinter(llm.prompt_text(request), args.hide_thinking)
-    is_started = False
-    try:
-        for delta in llm.stream(request):
-            is_started = True
-            printer.push(delta)
-    finally:
-        if is_started:
-            print(flush=True)
+    converse(llm, request, toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
 
@@ -13648,7 +13835,8 @@ def run_batch(settings: Settings) -> int:
             if row.error is None:
                 if row.printer is None:
                     prompt = llm.prompt_text(requests[delta.index])
-                    row.printer = AnswerPrinter(prompt, args.hide_thinking, row.out)
+                    splitter = AnswerSplitter(prompt, keep_tags=True)
+                    row.printer = AnswerPrinter(splitter, args.hide_thinking, row.out)
                 row.printer.push(delta)
             if delta.finish_reason:
                 row.last = delta
@@ -13675,13 +13863,17 @@ class Repl:
     """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
     engine finds the ones it has seen in its slot and processes only the new."""
 
-    def __init__(self, settings: Settings, llm: LLM) -> None:
-        self.settings, self.llm = settings, llm
+    def __init__(self, settings: Settings, llm: LLM, toolbox: Toolbox | None = None) -> None:
+        self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[dict[str, Any]] = []  # messages of the last prompt
         self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return self.toolbox.tools if self.toolbox else None
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -13762,27 +13954,17 @@ class Repl:
         params = SamplingParams(**self.values)
         if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
             params = dataclasses.replace(params, seed=params.seed + self.num_retries)
-        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0)
+        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0, self.tools)
         if num_dropped:
             log.warning(
                 f"(the context of {llm.engine.n_ctx} tokens is full: "
                 f"dropped the oldest {num_dropped} messages)"
             )
         before = dataclasses.replace(llm.engine.stats)
-        printer = AnswerPrinter(llm.render(messages), self.settings.args.hide_thinking)
-        deltas = llm.stream(GenerationRequest(messages=messages, params=params))
-        try:
-            for delta in deltas:
-                printer.push(delta)
-        except KeyboardInterrupt:
-            printer.flush()
-            log.warning(" (stopped)")
-        finally:
-            deltas.close()  # type: ignore[attr-defined]
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self.sent = messages
-        self.messages = [*messages, printer.message()]
+        request = GenerationRequest(messages=messages, params=params)
+        new = converse(llm, request, self.toolbox, self.settings.args.hide_thinking, catch=True)
+        self.sent = [*messages, *new[:-1]]
+        self.messages = [*messages, *new]
         log.warning(speed_line(llm.engine.stats.since(before)))
 
     # -- commands: the docstring is the help -------------------------------------------------------
@@ -13872,11 +14054,12 @@ class Repl:
 
     def do_prompt(self, argument: str) -> None:
         """/prompt             the exact text that was last sent to the model"""
-        log.warning(self.llm.render(self.sent or self.messages))
+        log.warning(self.llm.render(self.sent or self.messages, self.tools))
 
     def do_tokens(self, argument: str) -> None:
         """/tokens             the same as token ids with their pieces"""
-        ids = self.llm.prompt_ids(GenerationRequest(messages=self.sent or self.messages))
+        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
+        ids = self.llm.prompt_ids(sent)
         log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
         log.warning(f"{len(ids)} tokens")
 
@@ -13889,7 +14072,9 @@ class Repl:
 
 
 def run_interactive(settings: Settings) -> int:
-    return Repl(settings, settings.load()).run()
+    args = settings.args
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
+    return Repl(settings, settings.load(), toolbox).run()
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
@@ -14100,9 +14285,8 @@ def command_rm(argv: list[str]) -> int:
     for model in models:
         log.warning(f"{model.id}  {human_bytes(model.num_bytes)}")
     if not args.yes:
-        sys.stderr.write(f"Delete, freeing {human_bytes(sum(m.num_bytes for m in models))}? [y/N] ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        freed = human_bytes(sum(m.num_bytes for m in models))
+        if not confirmed(f"Delete, freeing {freed}? [y/N] "):
             log.warning("kept")
             return 1
     log.warning(f"freed {human_bytes(store.remove(models))}")
@@ -14854,6 +15038,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")
+    if args.tools and not (args.interactive or (args.chat and args.prompt)):
+        parser.error("--tools goes with --interactive, or with --prompt and --chat")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
     if args.embed and not (args.prompt or args.batch_file):
