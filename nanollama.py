@@ -372,7 +372,7 @@ _GEMMA2: Values = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }
-_EXPERTS: Values = {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 2}
+_EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
 _YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -527,7 +527,7 @@ FAMILIES: dict[str, Family] = {
         experts_last=True,
         defaults={
             **_EXPERTS,
-            "num_local_experts": 128,
+            "num_experts": 128,
             "num_experts_per_tok": 4,
             "expert_bias": True,
             "attention_bias": True,
@@ -4874,10 +4874,11 @@ def _gguf_loader(
 ) -> Callable[..., Tensor | PackedLinear]:
     def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = torch.from_numpy(raw).view(*(shape[:-1] or shape), -1)  # (rows, bytes)
-        for part in index:  # of three dimensions, the first is the expert
+        whole_rows = len(shape) > max(len(index), 1)
+        data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
+        for part in index:  # of experts' matrices, the first is the expert
             data = data[part]
-        wanted = (*data.shape[:-1], *shape[1:][-1:])
+        wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
         if kind.name in REPACK and len(wanted) == 2:
             blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
@@ -5350,6 +5351,7 @@ NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
 NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
 NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
 NANOCHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
     "{% if message.role == 'system' and loop.first %}"
@@ -5368,11 +5370,15 @@ NANOCHAT_TEMPLATE = (
 def _open_nanochat(path: Path) -> Checkpoint:
     """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
     beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
-    config = dict(read_json(beside).get("model_config") or {})
+    if not beside.exists():
+        raise CheckpointError(
+            f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
+        )
+    tensors = _nanochat_tensors(path)
     try:
-        tensors = _nanochat_tensors(path)
+        config = dict(read_json(beside)["model_config"])
         raw = _nanochat_config(config, tensors, str(beside))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
     text = dataclasses.replace(
@@ -5380,7 +5386,8 @@ def _open_nanochat(path: Path) -> Checkpoint:
         templates={"default": NANOCHAT_TEMPLATE},
         special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
     )
-    return Checkpoint(path, "nanochat", model_config(raw, str(beside)), tensors, text, {})
+    found = model_config(raw, str(beside))
+    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
 
 
 def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
@@ -14580,7 +14587,8 @@ def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], di
         if source.is_file():
             source, options = source.parent, {**options, "gguf_file": source.name}
         try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
+            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            return kind.from_pretrained(source, **options)
         except Exception as error:  # whatever it may be, there is no reference
             raise CheckpointError(
                 f"{path}: transformers {transformers.__version__} cannot load this: "
@@ -14771,8 +14779,8 @@ def command_verify(argv: list[str]) -> int:
         other = settings.value("tokenizer")[0]
         about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
     if args.save_reference:
-        kept = {"nanollama": json.dumps(about)}
-        safetensors.torch.save_file(tensors, args.save_reference, kept)
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        args.save_reference.write_bytes(raw)
         log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
         return 0
     llm = settings.load()

@@ -1,7 +1,7 @@
 """Train a small chat model from nothing, on a CPU, in a few minutes: tokenizer, pretraining,
 fine-tuning, evaluation. What comes out is a Hugging Face directory that nanollama runs.
 
-python examples/train_tiny.py [DIRECTORY] [--steps 600] [--sft-steps 150] [--seed 0]
+python examples/train_tiny.py [DIRECTORY] [--steps 400] [--sft-steps 150] [--seed 0]
 python nanollama.py --model DIRECTORY --interactive
 
 Run the command again to go on where it stopped: the same seed leads to the same model. It reads
@@ -85,10 +85,9 @@ class Llama(nn.Module):
         self.model.embed_tokens = nn.Embedding(V, C)
         self.model.layers = nn.ModuleList(Block() for _ in range(L))
         self.model.norm = nn.RMSNorm(C)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:  # what is added to the stream starts smaller
-                small = "o_proj" in name or "down_proj" in name
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * L if small else 1))
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, ids, targets):
         """The mean loss of ids (B, T); targets are -100 where nothing is to be learned."""
@@ -217,7 +216,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
     print(f"bits per byte of Lincoln's last words: {bits_per_byte(model, tokenizer, held_out):.3f}")
     ids = torch.tensor(tokenizer.encode(text).ids)
-    train("pretrain", partial(text_batch, ids), args.steps, 4e-3, state, *parts)
+    train("pretrain", partial(text_batch, ids), args.steps, 3e-3, state, *parts)
     print(f"bits per byte of Lincoln's last words: {bits_per_byte(model, tokenizer, held_out):.3f}")
     train("sft", partial(chat_batch, tokenizer, pairs), args.sft_steps, 1e-3, state, *parts)
     save(model, tokenizer)
@@ -231,7 +230,7 @@ def main():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("tiny-model"))
-    parser.add_argument("--steps", type=int, default=600, help="of pretraining")
+    parser.add_argument("--steps", type=int, default=400, help="of pretraining")
     parser.add_argument("--sft-steps", type=int, default=150, help="of fine-tuning")
     parser.add_argument("--stop-at", type=int, default=-1, help="step of either to stop at")
     parser.add_argument("--seed", type=int, default=0)

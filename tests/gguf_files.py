@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -96,33 +97,59 @@ def llama3_divisors(rope: dict[str, Any], head_dim: int) -> Any:
     return np.array(divisors, dtype=np.float32)
 
 
+ARCH = {
+    "mistral": "LLAMA",
+    "mixtral": "LLAMA",
+    "ministral3": "MISTRAL3",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3_moe": "QWEN3MOE",
+    "gemma3_text": "GEMMA3",
+    "olmo3": "OLMO2",
+    "granitemoe": "GRANITE_MOE",
+    "hunyuan_v1_dense": "HUNYUAN_DENSE",
+}
+PERMUTED = "llama mistral mixtral ministral3 smollm3 granite granitemoe arcee".split()
+# config.json -> the writer's method, as the set_gguf_parameters of the same script call them
+WRITTEN = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "head_count",
+    "num_key_value_heads": "head_count_kv",
+    "rms_norm_eps": "layer_norm_rms_eps",
+    "layer_norm_eps": "layer_norm_eps",
+    "norm_epsilon": "layer_norm_eps",
+    "sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+    "num_local_experts": "expert_count",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
+
+
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    model_type = config["model_type"]
+    for key, method in WRITTEN.items():
+        if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
+            getattr(writer, f"add_{method}")(config[key])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if config.get("head_dim"):
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        for key, add in (
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if key in rope:
-                add(rope[key])
-    if "pooling_type" in config:
-        writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
+    rope = rope.get("full_attention", rope)
+    add_rope(writer, rope, config)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
@@ -134,41 +161,118 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if "pooling_type" in config:
+        writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
+
+
+def add_rope(writer: Any, rope: dict[str, Any], config: dict[str, Any]) -> None:
+    theta = rope["rope_theta"]
+    if rope.get("alpha"):  # HunYuanModel.set_gguf_parameters
+        head_dim = config["head_dim"]
+        theta *= rope["alpha"] ** (head_dim / (head_dim - 2))
+    writer.add_rope_freq_base(theta)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        factor = config["max_position_embeddings"] / rope["original_max_position_embeddings"]
+        scale = math.sqrt(1 + math.log(factor) / math.log(rope["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(scale)
+    if rope["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, add in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+            ("mscale_all_dim", writer.add_rope_scaling_yarn_log_mul),
+            ("llama_4_scaling_beta", writer.add_attn_temperature_scale),
+        ):
+            if key in rope:
+                add(rope[key])
+
+
+def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a checkpoint under GGUF's names, as modify_tensors of the same script has
+    them: experts stacked, q and k permuted, norms that multiply with their weights."""
+    model_type = config["model_type"]
+    arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    found: dict[str, Any] = {}
+    experts: dict[str, dict[int, Any]] = {}
+    for name, tensor in tensors.items():
+        if expert := re.fullmatch(r"(model\.layers\.\d+)\..*experts\.(\d+)\.(\w+)\.weight", name):
+            part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3][:-5])
+            layer = expert[1].replace("model.layers", "blk")
+            experts.setdefault(f"{layer}.ffn_{part}_exps.weight", {})[int(expert[2])] = tensor
+        elif "experts." in name or "put_linear" in name:
+            found |= fused_experts(name, tensor)
+        else:
+            stem, suffix = name.rsplit(".", 1)
+            if stem.endswith(".self_attn") and suffix == "sinks":
+                stem, suffix = f"{stem}.sinks", "weight"
+            if model_type in PERMUTED and ("q_proj" in stem or "k_proj" in stem):
+                heads = "num_attention_heads" if "q_proj" in stem else "num_key_value_heads"
+                tensor = permute(tensor, config[heads])
+            if model_type.startswith("gemma") and "norm" in name:
+                tensor = tensor + 1
+            theirs = names.get_name(stem)
+            assert theirs, stem
+            found[f"{theirs}.{suffix}"] = tensor
+    found |= {name: np.stack([of[i] for i in sorted(of)]) for name, of in experts.items()}
+    return found
+
+
+def fused_experts(name: str, tensor: Any) -> dict[str, Any]:
+    """GraniteMoe's input_linear and output_linear, gpt-oss's gate_up_proj and down_proj"""
+    layer = f"blk.{name.split('.')[2]}"
+    if "output_linear" in name:
+        return {f"{layer}.ffn_down_exps.weight": tensor}
+    if "input_linear" in name:
+        half = tensor.shape[1] // 2
+        both = tensor[:, :half], tensor[:, half:]
+    else:
+        suffix = "bias" if name.endswith("_bias") else "weight"
+        if "down_proj" in name:
+            return {f"{layer}.ffn_down_exps.{suffix}": tensor}
+        names = [f"{layer}.ffn_{part}_exps.{suffix}" for part in ("gate", "up")]
+        return dict(zip(names, (tensor[:, ::2], tensor[:, 1::2])))
+    return dict(zip((f"{layer}.ffn_{part}_exps.weight" for part in ("gate", "up")), both))
 
 
 def convert(
-    directory: Path, target: Path, kind: str = "F32", **writer_options: Any
+    directory: Path, target: Path, kind: str = "F32", unpacked: bool = False, **writer_options: Any
 ) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Write a tiny checkpoint as a GGUF whose matrices are of type `kind` -> the file, and the
-    weights that it stands for, by their Hugging Face names."""
+    """Write a tiny checkpoint as a GGUF whose matrices are of type `kind`, or `unpacked` from it ->
+    the file, and the weights that it stands for, by their Hugging Face names."""
     config = json.loads((directory / "config.json").read_text())
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    llama = config["model_type"] in ("llama", "mistral")
-    arch = gguf.MODEL_ARCH[
-        {"llama": "LLAMA", "mistral": "LLAMA"}.get(
-            config["model_type"], config["model_type"].upper()
-        )
-    ]
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    model_type = config["model_type"]
+    arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch], **writer_options)
     add_metadata(writer, config, tokenizer)
     random = np.random.default_rng(0)
     weights: dict[str, torch.Tensor] = {}
+    raws: dict[str, Any] = {}
     for name, tensor in safetensors.torch.load_file(directory / "model.safetensors").items():
-        its_kind = Kind[kind] if tensor.ndim == 2 else Kind.F32
-        raw = encode(tensor.float().numpy(), its_kind, random)
-        weights[name] = torch.from_numpy(decode(raw, its_kind).copy())
-        if llama and ("q_proj" in name or "k_proj" in name):
-            heads = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-            raw = permute(raw, config[heads])
-        stem, suffix = name.rsplit(".", 1)
+        value = tensor.float().numpy()
+        if value.ndim == 3 and model_type == "gpt_oss":
+            value = value.swapaxes(1, 2)
+        routed = re.search(r"router|mlp\.gate\.|shared_expert_gate|_bias$", name)
+        its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
+        raw = encode(np.ascontiguousarray(value), its_kind, random)
+        decoded = decode(raw, its_kind).copy()
+        weights[name] = torch.from_numpy(decoded)
+        raws[name] = decoded if unpacked else raw
+    for name, raw in gguf_tensors(config, raws).items():
         packed = raw.dtype == np.uint8
-        writer.add_tensor(
-            f"{names.get_name(stem)}.{suffix}", raw, raw_dtype=its_kind if packed else None
-        )
-    if config["rope_parameters"]["rope_type"] == "llama3":
+        writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=Kind[kind] if packed else None)
+    rope = config["rope_parameters"]
+    if rope.get("rope_type") == "llama3":
         head_dim = config["hidden_size"] // config["num_attention_heads"]
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(config["rope_parameters"], head_dim))
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, head_dim))
+    for length in ("long", "short") if rope.get("rope_type") == "longrope" else ():
+        factors = np.array(rope[f"{length}_factor"], dtype=np.float32)
+        writer.add_tensor(f"rope_factors_{length}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

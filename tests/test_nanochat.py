@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,25 @@ def test_what_cannot_be_run_exactly_is_refused(
 
 
 @pytest.mark.parametrize(
+    "value", [None, [], [1], "text", {}, {"vocab_size": True}, {**files.CONFIG, "softcap": "x"}]
+)
+def test_a_model_config_that_is_none_is_one_line(value: Any, base: Path) -> None:
+    path = files.save(base)
+    meta = path.with_name("meta_000007.json")
+    meta.write_text(json.dumps({"model_config": value}))
+    with pytest.raises(nanollama.CheckpointError, match="model_config"):
+        LLM(path)
+    meta.unlink()
+    with pytest.raises(nanollama.CheckpointError, match="no meta_000007"):
+        LLM(path)
+
+
+@pytest.mark.parametrize(
     ("rename", "message"),
     [
         ({"transformer.h.1.attn.ve_gate.weight": (2, 16)}, "of no nanochat that is known"),
+        ({"transformer.h.1.attn.ve_gate.weight": ()}, "its model_config cannot be"),
+        ({"lm_head.weight": ()}, "its model_config cannot be"),
         ({"bigram_lambdas": (4,)}, "unexpected tensor 'model.bigram_lambdas'"),
         ({"value_embeds.0.weight": (320, 32)}, "unexpected tensor 'model.value_embeds.0.weight'"),
     ],
@@ -410,7 +427,9 @@ def test_all_modes_run(
         choice = live.chat("Hello", temperature=0, max_tokens=6).json()["choices"][0]
         assert choice["message"]["content"] == answer.removesuffix("\n")
     assert nanollama.main(["show", "nanochat"]) == 0
-    assert "(nanochat, " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(nanochat, " in shown
+    assert re.search(r"temperature +0\.6 +\(model\)", shown)
 
 
 def test_the_flags_reach_other_commands(

@@ -371,6 +371,7 @@ class Attend:
         attn_softcap: float = 0.0,
         attn_scale: float | None = None,
         sinks: bool = False,
+        most_new: int = 0,
         fill: Callable[[Tensor], object] = lambda strip: None,
     ) -> None:
         torch.manual_seed(0)
@@ -378,6 +379,7 @@ class Attend:
         H, Hkv, D = heads
         names = ("n_heads", "n_kv_heads", "head_dim")
         config = SimpleNamespace(
+            ring_tokens=lambda num: round_up((window or 0) + num, 512),
             **dict(zip(names, heads)),
             n_layers=3,
             windows=(5, window, None),
@@ -385,7 +387,7 @@ class Attend:
             attn_softcap=attn_softcap,
             attn_scale=attn_scale,
         )
-        self.cache = NativeKVCache(config, len(lengths), kv_dtype, CPU)  # type: ignore
+        self.cache = NativeKVCache(config, len(lengths), kv_dtype, CPU, most_new)  # type: ignore
         for slot, length in enumerate(lengths):
             self.cache.reserve(slot, length + 20)
             fill(self.cache.strips[slot])
@@ -482,6 +484,38 @@ def test_a_window_hides_what_lies_further_back(code_path: str, kv_dtype: str, wi
     attend = Attend((6, 2, 32), kv_dtype, [270], window)
     for start, stop in itertools.pairwise(CUTS):
         attend.check((0, start, stop))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"attn_softcap": 2.0}, {"attn_scale": 0.1}, {"sinks": True}],
+    ids=lambda more: next(iter(more)),
+)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_attention_with_a_cap_a_scale_or_sinks_is_that_of_float64(
+    code_path: str, kv_dtype: str, window: int | None, more: dict[str, Any]
+) -> None:
+    attend = Attend((6, 2, 32), kv_dtype, [270], window, **more)
+    for count, (start, stop) in zip(itertools.cycle((1, 3)), itertools.pairwise(CUTS)):
+        with num_threads(count):
+            attend.check((0, start, stop))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_ring_gives_what_a_strip_gives(code_path: str, kv_dtype: str) -> None:
+    """Bit for bit, though it keeps 512 positions only."""
+    length, window = 1500, 150
+    strip = Attend((6, 2, 32), kv_dtype, [length], window)
+    ring = Attend((6, 2, 32), kv_dtype, [length], window, most_new=100)
+    assert ring.cache.rings[0].shape[3] == 512
+    for start in range(0, length, 100):
+        count = 1 + start // 100 % 3
+        with num_threads(count):
+            (ours,), (theirs,) = ring((0, start, start + 100)), strip((0, start, start + 100))
+        assert torch.equal(ours, theirs), start
+    for start in (1400, 1450, 1499):  # what was drafted and dropped is computed anew
+        assert torch.equal(ring((0, start, 1500))[0], strip((0, start, 1500))[0])
 
 
 @hypothesis.settings(max_examples=40, suppress_health_check=FOR_ALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,13 @@ def test_what_is_no_reference_is_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") <= 1
+
+
+def test_a_reference_that_cannot_be_written_is_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert nanollama.main(["verify", str(model), "--save-reference", str(model / "no/file")]) == 1
+    assert re.search(r"(?m)^error: .*No such file or directory.*$", capsys.readouterr().err)
 
 
 def test_what_transformers_cannot_load_is_said(
