@@ -4178,7 +4178,7 @@ class MoE:
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
-        self.rope, self.parallel = config.layer_ropes[index], config.parallel
+        self.parallel = config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
@@ -4320,7 +4320,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
-            x = layer(x, rotations[layer.rope], cache, batch)
+            x = layer(x, rotations[config.layer_ropes[i]], cache, batch)
             middle = x if i == len(self.layers) // 2 else middle
         return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
@@ -14870,7 +14870,6 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
-        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
