@@ -82,7 +82,9 @@ import functools
 import hashlib
 import hmac
 import importlib
+import importlib.machinery
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -107,6 +109,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import typing
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -138,7 +142,9 @@ __all__ = [
     "TestServer",
     "TextStream",
     "Tokenizer",
+    "ToolChoice",
     "Usage",
+    "function_tool",
     "main",
 ]
 
@@ -1172,6 +1178,8 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
 #               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
+#               MXFP4 has 4 bits too, which say which of FLOAT4's levels q is.
+#
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
 #                   byte   0        1              15
@@ -1183,6 +1191,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 # ==================================================================================================
 
 GROUP = 32  # columns that share a scale when we quantize
+FLOAT4 = [*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12)]  # twice its 16 values
 LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q that we round to
 # Grids that `quantize` tries, beside the plain one that just spans a group's values: how much wider
 # their steps are, and how many plain steps further up they start.
@@ -1221,7 +1230,8 @@ class PackedLinear:
 
     q       (rows, G, group/2) uint8 or (rows, G, group) int8
     scale   (rows, G) float16
-    offset  (rows, G) float16, or None"""
+    offset  (rows, G) float16, or None
+    float4  whether 4-bit q are places in FLOAT4"""
 
     def __init__(
         self,
@@ -1230,8 +1240,9 @@ class PackedLinear:
         offset: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        float4: bool = False,
     ) -> None:
-        self.q, self.scale, self.offset, self.bias = q, scale, offset, bias
+        self.q, self.scale, self.offset, self.bias, self.float4 = q, scale, offset, bias, float4
         self.dtype = dtype or torch.float32
 
     @property
@@ -1250,7 +1261,8 @@ class PackedLinear:
     def select(self, rows: Tensor | slice) -> PackedLinear:
         """The same weight with only the rows given, still packed."""
         offset = None if self.offset is None else self.offset[rows]
-        return PackedLinear(self.q[rows], self.scale[rows], offset, dtype=self.dtype)
+        q, scale = self.q[rows], self.scale[rows]
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def padded(self, num_rows: int) -> PackedLinear:
         """The same weight with rows of zeros up to `num_rows`."""
@@ -1261,12 +1273,13 @@ class PackedLinear:
         )
         assert q is not None
         assert scale is not None
-        return PackedLinear(q, scale, offset, dtype=self.dtype)
+        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
         """On `device`, computing in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device)
-        return PackedLinear(self.q.to(device), self.scale.to(device), offset, dtype=dtype)
+        q, scale = self.q.to(device), self.scale.to(device)
+        return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
 
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
@@ -1274,6 +1287,9 @@ class PackedLinear:
         if self.bits == 4:
             q = _nibbles(q).view(torch.int8)  # (rows, G, group)
         scale = self.scale.to(self.dtype).unsqueeze(-1)
+        if self.float4:
+            levels = torch.tensor(FLOAT4, dtype=self.dtype, device=q.device)
+            return levels[q.int()].mul_(scale).flatten(1)
         if self.offset is not None:
             offset = self.offset.to(self.dtype).unsqueeze(-1)
             return torch.addcmul(offset, q.to(self.dtype), scale).flatten(1)
@@ -1315,7 +1331,8 @@ class Int4Linear:
     @staticmethod
     def fits(packed: PackedLinear) -> bool:
         fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
-        return fast and packed.bits == 4 and len(packed.q) % 16 == 0
+        fits = packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
+        return fast and fits
 
     @property
     def nbytes(self) -> int:
@@ -1496,16 +1513,14 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
 
 
-def mxfp4(exponent: Tensor, codes: Tensor) -> PackedLinear:
-    """4-bit floats (rows, G, 32) that share a power of two (rows, G), in 8 bits: twice their value
-    is an integer. https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
-    doubled = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.int8)
-    q = torch.cat((doubled, -doubled))[codes.int()]
-    return PackedLinear(q, torch.exp2(exponent.float() - 128).half())
+def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
+    """4-bit floats q (rows, G, 16) that share powers of two (rows, G)
+    https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
 
 def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
-    return mxfp4(b[..., 0], _nibbles(b[..., 1:]))
+    return mxfp4(b[..., 0], b[..., 1:].contiguous())
 
 
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
@@ -1771,6 +1786,7 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   madd         a * b + c, always in one rounding or always in two
  *   from_half    float16 at p -> floats; to_half is the way back
  *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
+ *   look_up      the bytes of a table (16) at the places that the bytes of q name
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, the same for all lanes */
 #if LANES == 16
@@ -1787,6 +1803,9 @@ INLINE vec from_bytes(const void *p) {
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), (__m512i)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
@@ -1804,6 +1823,10 @@ INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si12
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
 INLINE vec from_bytes(const void *p) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
@@ -1828,6 +1851,9 @@ INLINE vec from_bytes(const int8_t *p) {
 #define PATH "NEON dot product"
 INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
 INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)q);
+}
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
     if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
@@ -1852,6 +1878,11 @@ INLINE void to_half(void *p, vec x) {
     h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
     h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
     for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    uint8_t *at = (uint8_t *)&q;
+    for (int i = 0; i < (int)sizeof q; i++) at[i] = ((const uint8_t *)table)[at[i]];
+    return q;
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
@@ -2012,7 +2043,7 @@ typedef struct {
     const uint8_t *blocks;
     const float *bias; /* (rows), or NULL */
     int64_t rows, cols;
-    int32_t bits, group, has_offset, block_bytes;
+    int32_t bits, group, has_offset, is_float, block_bytes;
 } matrix;
 
 /* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
@@ -2103,13 +2134,16 @@ static void quantize_piece(const void *job, int64_t piece) {
 
 #define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
 
+/* the values of 4-bit floats, doubled, and 12 more */
+static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 #define VECS (16 / LANES) /* that hold a block's rows */
 
 /* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
  * constants wherever this lands. A register of weights meets all tokens before the next one is
  * loaded: all sums grow side by side, and none waits for itself. */
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
-                     int T, int bits, int group, int has_offset) {
+                     int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
@@ -2123,6 +2157,8 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++)
             for (int v = 0; v < B * VECS; v++)
                 dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
+            for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64)
                 __builtin_prefetch(block + b * next_block + AHEAD + i);
@@ -2136,6 +2172,7 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
                     for (int v = 0; v < B * VECS; v++) {
                         ivec q = w[v];
                         if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
+                        if (is_float) q = look_up(float4, q);
                         dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
                     }
         }
@@ -2155,13 +2192,13 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
 }
 
-#define FORMAT(B, T, BITS, GROUP, OFFSET) \
-    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET) \
-        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET);
+#define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
+    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
+        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
 #define FORMATS(B, T) \
     if (num_blocks == B && num_tokens == T) { \
-        FORMAT(B, T, 4, 32, 0) FORMAT(B, T, 4, 32, 1) FORMAT(B, T, 8, 32, 0) \
-        FORMAT(B, T, 8, 32, 1) FORMAT(B, T, 8, 16, 0) \
+        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
+        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
         return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
@@ -2250,11 +2287,13 @@ void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
         const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
         float scale = from_half(scales)[lane % LANES], offset = 0, *y = out + i * m->group;
         if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
-        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : 8;
+        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
         for (int64_t j = 0; j < num_bytes; j++) {
             uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
-            y[j] = ((m->bits == 8 ? q : q & 15) - zero) * scale + offset;
-            if (m->bits == 4) y[j + half] = ((q >> 4) - zero) * scale + offset;
+            int low = m->bits == 8 ? q : q & 15, high = q >> 4;
+            if (m->is_float) low = float4[low], high = float4[high];
+            y[j] = (low - zero) * scale + offset;
+            if (m->bits == 4) y[j + half] = (high - zero) * scale + offset;
         }
     }
 }
@@ -2730,6 +2769,7 @@ class Matrix(ctypes.Structure):
         ("bits", ctypes.c_int32),
         ("group", ctypes.c_int32),
         ("has_offset", ctypes.c_int32),
+        ("is_float", ctypes.c_int32),
         ("block_bytes", ctypes.c_int32),
     )
 
@@ -2751,7 +2791,7 @@ class NativeLinear:
             packed = read(slice(start, min(start + step, num_rows)))
             if start == 0:
                 self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
-                self.has_offset = packed.offset is not None
+                self.has_offset, self.float4 = packed.offset is not None, packed.float4
                 num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
                 num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
                 shape3 = (num_blocks, packed.q.shape[1], num_bytes)
@@ -2772,6 +2812,7 @@ class NativeLinear:
             self.bits,
             self.group,
             self.has_offset,
+            self.float4,
             self.blocks.shape[-1],
         )
 
@@ -3038,8 +3079,9 @@ def linear_kernel(
 
 
 def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor | None:
-    """x (N, cols) -> (N, rows), weights unpacked on the way. None where Triton does not work."""
-    if not uses_triton(x):
+    """x (N, cols) -> (N, rows), weights unpacked on the way. None for 4-bit floats, and where
+    Triton does not work."""
+    if not uses_triton(x) or packed.float4:
         return None
     num_rows, num_groups, width = packed.q.shape
     y = x.new_empty(len(x), num_rows)
@@ -5202,7 +5244,8 @@ def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
         codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
         assert isinstance(codes, torch.Tensor)
         assert isinstance(exponents, torch.Tensor)
-        return mxfp4(exponents, torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2))
+        columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        return mxfp4(exponents, pack_nibbles(columns))
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)
@@ -7716,6 +7759,33 @@ class Calls:
     def splitter(self) -> ToolSplitter:
         return ToolSplitter(self.form, self.functions)
 
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that calls are written with."""
+        signs = self.form.begin + self.form.call + self.form.end
+        return frozenset(i for word, i in tokenizer.control.items() if word in signs)
+
+
+PYTHON_TAG = "<|python_tag|>"  # before calls of Llama 3
+
+
+def find_calls(
+    tools: list[dict[str, Any]] | None,
+    choice: ToolChoice,
+    form: ToolFormat,
+    tokenizer: Tokenizer,
+    is_free: bool,
+) -> Calls | None:
+    """What an answer may call; None for nothing. If what is no call `is_free`, it may be any text.
+    Raises RequestError."""
+    functions = tool_functions(tools, choice)
+    if not functions:
+        return None
+    if choice.mode == "auto" and not is_free and (form.begin + form.call).startswith("{"):
+        if PYTHON_TAG not in tokenizer.control:  # JSON either way: nothing would tell which
+            raise RequestError("this model's calls look like answers in JSON: not both", "tools")
+        form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
+    return Calls(form, functions, choice)
+
 
 # ---- what an answer must be ----------------------------------------------------------------------
 
@@ -8754,16 +8824,11 @@ class TextSide:
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
-        functions = tool_functions(request.tools, request.tool_choice)
-        if not functions or request.messages is None:
+        if request.messages is None:
             return None
-        form, tag, p = self.template.tool_format, "<|python_tag|>", request.params
-        is_json = (form.begin + form.call).startswith("{")
-        if is_json and (p.schema or p.regex or p.grammar) and request.tool_choice.mode == "auto":
-            if tag not in self.tokenizer.control:
-                raise RequestError("this model's calls look like JSON answers: not both", "tools")
-            form = dataclasses.replace(form, begin=tag, trigger=tag)
-        return Calls(form, functions, request.tool_choice)
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is None and p.regex is None and p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
 
     def splitter(
         self, request: GenerationRequest, prompt: str, keep_tags: bool = False
@@ -8884,8 +8949,7 @@ class LLM(TextSide):
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        signs = calls.form.begin + calls.form.call + calls.form.end if calls else ""
-        shown = frozenset(i for word, i in self.tokenizer.control.items() if word in signs)
+        shown = calls.shown(self.tokenizer) if calls else frozenset()
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -8973,7 +9037,10 @@ class LLM(TextSide):
         return [found[i] for i in range(len(requests))]
 
     def fit_context(
-        self, messages: list[dict[str, Any]], num_reserved: int
+        self,
+        messages: list[dict[str, Any]],
+        num_reserved: int,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Any]], int]:
         """Drop the oldest turns of a conversation until it leaves room for `num_reserved` more
         (at most half of the context) -> what is left, and how many messages were dropped.
@@ -8982,7 +9049,7 @@ class LLM(TextSide):
         n_ctx = self.engine.n_ctx
         limit = n_ctx - min(num_reserved, n_ctx // 2)
         kept = list(messages)
-        while len(self.prompt_ids(GenerationRequest(messages=kept))) > limit:
+        while len(self.prompt_ids(GenerationRequest(messages=kept, tools=tools))) > limit:
             turns = [i for i, m in enumerate(kept[:-1]) if m["role"] != "system"]
             if not turns:
                 break
@@ -13329,6 +13396,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--hide-thinking", action="store_true", help="leave out what is in think tags"
     )
+    chat.add_argument(
+        "--tools", metavar="FILE", help="Python file with functions that the model may call"
+    )
+    chat.add_argument("--yes-tools", action="store_true", help="run calls without asking")
     chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
@@ -13480,15 +13551,17 @@ def speed_line(stats: EngineStats) -> str:
 
 
 class AnswerPrinter:
-    """Writes an answer as it comes; on a terminal, thoughts are dimmed."""
+    """Writes an answer as it comes; on a terminal, thoughts are dimmed. Calls are only kept."""
 
-    def __init__(self, prompt: str, hide_thinking: bool, out: TextIO | None = None) -> None:
-        self.splitter = ThoughtSplitter(prompt, keep_tags=True)
-        self.hide_thinking = hide_thinking
+    def __init__(
+        self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
+    ) -> None:
+        self.splitter, self.hide_thinking = splitter, hide_thinking
         self.out = out or sys.stdout
         self.dim = self.out.isatty()
         self.thoughts: list[str] = []
         self.content: list[str] = []
+        self.calls: list[dict[str, Any]] = []
 
     def push(self, delta: Delta) -> None:
         self._write(self.splitter.push(delta.text))
@@ -13498,14 +13571,21 @@ class AnswerPrinter:
     def flush(self) -> None:
         self._write(self.splitter.flush())
 
-    def _write(self, pieces: Iterable[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
+    def _write(self, pieces: Iterable[Piece]) -> None:
+        for kind, text in pieces:
+            is_thought = kind == "thought"
             if self.hide_thinking and self.thoughts and not is_thought and not self.content:
                 text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if text:
-                (self.thoughts if is_thought else self.content).append(text)
-            if not (is_thought and self.hide_thinking):
-                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+            if kind == "name":
+                call_id, function = "call_" + secrets.token_hex(12), {"name": text, "arguments": ""}
+                self.calls.append({"id": call_id, "type": "function", "function": function})
+            elif kind == "arguments":
+                self.calls[-1]["function"]["arguments"] += text
+            else:
+                if text:
+                    (self.thoughts if is_thought else self.content).append(text)
+                if not (is_thought and self.hide_thinking):
+                    self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> dict[str, Any]:
@@ -13513,8 +13593,159 @@ class AnswerPrinter:
         thoughts = "".join(self.thoughts)
         for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
             thoughts = thoughts.replace(tag, "")
-        message = {"role": "assistant", "content": "".join(self.content)}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
+        if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
+            message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
+
+
+# ---- tools: functions of a file, which the model may ask to call ---------------------------------
+
+MAX_ROUNDS = 10  # of calls for one answer
+JSON_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+}
+
+
+def hint_schema(hint: Any) -> dict[str, Any]:
+    """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return {"enum": list(inner)}
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [hint_schema(part) for part in inner]}
+    if (kind or hint) is list:
+        return {"type": "array", **({"items": hint_schema(inner[0])} if inner else {})}
+    if (kind or hint) is dict:
+        values = {"additionalProperties": hint_schema(inner[1])} if inner else {}
+        return {"type": "object", **values}
+    return {} if hint is Any else {"type": JSON_NAMES[hint]}
+
+
+def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
+    does, and below, in lines `name: text`, what they mean. Raises UsageError."""
+    name, text = function.__name__, inspect.getdoc(function) or ""
+    description, _, rest = text.partition("Args:")
+    about = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
+    hints, properties, required = typing.get_type_hints(function), {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        try:
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise KeyError
+            schema = hint_schema(hints[parameter.name])
+        except KeyError:
+            problem = "a hint is needed: str, int, float, bool, list, dict, Literal or a union"
+            raise UsageError(f"{name}: argument {parameter}: {problem}") from None
+        told = {"description": about[parameter.name]} if parameter.name in about else {}
+        properties[parameter.name] = {**schema, **told}
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    parameters = {"type": "object", "properties": properties, "required": required}
+    body = {"name": name, "description": description.strip(), "parameters": parameters}
+    return {"type": "function", "function": body}
+
+
+class Toolbox:
+    """The functions of a Python file, which the model may call when the user says yes. Raises
+    UsageError for a file that cannot be loaded."""
+
+    def __init__(self, path: str, asks: bool = True) -> None:
+        self.asks = asks
+        loader = importlib.machinery.SourceFileLoader("nanollama_tools", path)
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[loader.name] = module  # dataclasses in it look themselves up there
+        try:
+            loader.exec_module(module)
+            own = [f for f in vars(module).values() if inspect.isfunction(f)]
+            self.functions = {
+                f.__name__: f
+                for f in own
+                if f.__module__ == loader.name and not f.__name__.startswith("_")
+            }
+            self.tools = [function_tool(function) for function in self.functions.values()]
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except (Exception, SystemExit) as error:  # it is the user's program
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{path}: cannot be loaded: {reason}") from None
+        if not self.tools:
+            raise UsageError(f"{path}: holds no functions")
+
+    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The message that answers a call of the model."""
+        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+        shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
+        if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
+            log.warning(f"{shown} was not run" + ("" if sys.stdin.isatty() else ": nobody to ask"))
+            content = "The user did not allow this call."
+        else:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+                    result = self.functions[name](**arguments)
+                content = result if isinstance(result, str) else json.dumps(result, default=str)
+            except Exception as error:  # the model is told, as it may have caused it
+                content = f"{type(error).__name__}: {first_line(error)}"
+            log.warning(f"{shown} -> {brief(content)}")
+        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+
+
+def confirmed(question: str) -> bool:
+    """Whether the user answers yes."""
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> AnswerPrinter:
+    """Print an answer as it comes. If `catch`, Ctrl-C only ends it."""
+    splitter = llm.splitter(request, llm.prompt_text(request), keep_tags=True)
+    printer, is_started = AnswerPrinter(splitter, hide_thinking), False
+    deltas = llm.stream(request)
+    try:
+        for delta in deltas:
+            is_started = True
+            printer.push(delta)
+    except KeyboardInterrupt:
+        printer.flush()
+        if not catch:
+            raise
+        log.warning(" (stopped)")
+    finally:
+        deltas.close()  # type: ignore[attr-defined]
+        if is_started and (printer.content or not printer.calls):
+            print(flush=True)
+    return printer
+
+
+def converse(
+    llm: LLM,
+    request: GenerationRequest,
+    toolbox: Toolbox | None,
+    hide_thinking: bool,
+    catch: bool = False,
+) -> list[dict[str, Any]]:
+    """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
+    that came to be."""
+    new: list[dict[str, Any]] = []
+    given = request.messages or []
+    if toolbox:
+        request = dataclasses.replace(request, tools=toolbox.tools)
+    for _ in range(MAX_ROUNDS):
+        message = say(llm, request, hide_thinking, catch).message()
+        new.append(message)
+        if toolbox is None or "tool_calls" not in message:
+            return new
+        new += [toolbox.call(call) for call in message["tool_calls"]]
+        request = dataclasses.replace(request, messages=[*given, *new])
+    log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
+    return new
 
 
 def read_input(name: str) -> bytes:
@@ -13547,19 +13778,12 @@ def read_prompt(args: argparse.Namespace) -> str:
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
     llm = settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
-    printer = AnswerPrinter(llm.prompt_text(request), args.hide_thinking)
-    is_started = False
-    try:
-        for delta in llm.stream(request):
-            is_started = True
-            printer.push(delta)
-    finally:
-        if is_started:
-            print(flush=True)
+    converse(llm, request, toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
 
@@ -13648,7 +13872,8 @@ def run_batch(settings: Settings) -> int:
             if row.error is None:
                 if row.printer is None:
                     prompt = llm.prompt_text(requests[delta.index])
-                    row.printer = AnswerPrinter(prompt, args.hide_thinking, row.out)
+                    splitter = AnswerSplitter(prompt, keep_tags=True)
+                    row.printer = AnswerPrinter(splitter, args.hide_thinking, row.out)
                 row.printer.push(delta)
             if delta.finish_reason:
                 row.last = delta
@@ -13675,13 +13900,17 @@ class Repl:
     """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
     engine finds the ones it has seen in its slot and processes only the new."""
 
-    def __init__(self, settings: Settings, llm: LLM) -> None:
-        self.settings, self.llm = settings, llm
+    def __init__(self, settings: Settings, llm: LLM, toolbox: Toolbox | None = None) -> None:
+        self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[dict[str, Any]] = []  # messages of the last prompt
         self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return self.toolbox.tools if self.toolbox else None
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -13762,27 +13991,17 @@ class Repl:
         params = SamplingParams(**self.values)
         if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
             params = dataclasses.replace(params, seed=params.seed + self.num_retries)
-        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0)
+        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0, self.tools)
         if num_dropped:
             log.warning(
                 f"(the context of {llm.engine.n_ctx} tokens is full: "
                 f"dropped the oldest {num_dropped} messages)"
             )
         before = dataclasses.replace(llm.engine.stats)
-        printer = AnswerPrinter(llm.render(messages), self.settings.args.hide_thinking)
-        deltas = llm.stream(GenerationRequest(messages=messages, params=params))
-        try:
-            for delta in deltas:
-                printer.push(delta)
-        except KeyboardInterrupt:
-            printer.flush()
-            log.warning(" (stopped)")
-        finally:
-            deltas.close()  # type: ignore[attr-defined]
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self.sent = messages
-        self.messages = [*messages, printer.message()]
+        request = GenerationRequest(messages=messages, params=params)
+        new = converse(llm, request, self.toolbox, self.settings.args.hide_thinking, catch=True)
+        self.sent = [*messages, *new[:-1]]
+        self.messages = [*messages, *new]
         log.warning(speed_line(llm.engine.stats.since(before)))
 
     # -- commands: the docstring is the help -------------------------------------------------------
@@ -13872,11 +14091,12 @@ class Repl:
 
     def do_prompt(self, argument: str) -> None:
         """/prompt             the exact text that was last sent to the model"""
-        log.warning(self.llm.render(self.sent or self.messages))
+        log.warning(self.llm.render(self.sent or self.messages, self.tools))
 
     def do_tokens(self, argument: str) -> None:
         """/tokens             the same as token ids with their pieces"""
-        ids = self.llm.prompt_ids(GenerationRequest(messages=self.sent or self.messages))
+        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
+        ids = self.llm.prompt_ids(sent)
         log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
         log.warning(f"{len(ids)} tokens")
 
@@ -13889,7 +14109,9 @@ class Repl:
 
 
 def run_interactive(settings: Settings) -> int:
-    return Repl(settings, settings.load()).run()
+    args = settings.args
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
+    return Repl(settings, settings.load(), toolbox).run()
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
@@ -14100,9 +14322,8 @@ def command_rm(argv: list[str]) -> int:
     for model in models:
         log.warning(f"{model.id}  {human_bytes(model.num_bytes)}")
     if not args.yes:
-        sys.stderr.write(f"Delete, freeing {human_bytes(sum(m.num_bytes for m in models))}? [y/N] ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        freed = human_bytes(sum(m.num_bytes for m in models))
+        if not confirmed(f"Delete, freeing {freed}? [y/N] "):
             log.warning("kept")
             return 1
     log.warning(f"freed {human_bytes(store.remove(models))}")
@@ -14854,6 +15075,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")
+    if args.tools and not (args.interactive or (args.chat and args.prompt)):
+        parser.error("--tools goes with --interactive, or with --prompt and --chat")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
     if args.embed and not (args.prompt or args.batch_file):

@@ -540,3 +540,11 @@ def test_packed_weights_are_those_that_they_unpack_to(
     native.engine.forget()
     deltas = native.stream(GenerationRequest(prompt=p, params=params) for p in prompts)
     assert [d.token_id for d in deltas if d.index == 0] == one
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_half_precision_stays_close(tiny: Tiny, variant: str) -> None:
+    path, ids = made(tiny, variant), oracle.random_ids(40)
+    exact = LLM(path, kernels="torch").logits(ids)
+    half = LLM(path, dtype="bfloat16", kv_dtype="bfloat16").logits(ids)
+    assert 0 < (half - exact).std() < 0.15 * exact.std()

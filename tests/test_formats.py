@@ -104,9 +104,9 @@ def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels
     weights = matrices(llm.engine.decoder)
     kinds = {"native": nanollama.NativeLinear, "torch": nanollama.PackedLinear}
     assert all(isinstance(weight, kinds[kernels]) for weight in weights)
-    # four bits of a float take eight, as five of an integer do: the most that is added
+    # five bits take eight: the most that is added to what the file holds
     num_matrix_bytes = sum(t.nbytes for t in llm.checkpoint.tensors.values() if len(t.shape) == 2)
-    assert sum(weight.nbytes for weight in weights) < 2.01 * num_matrix_bytes
+    assert sum(weight.nbytes for weight in weights) < 1.7 * num_matrix_bytes
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I32"])

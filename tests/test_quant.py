@@ -9,7 +9,7 @@ import torch
 
 from nanollama import REPACK, Int4Linear, PackedLinear, pack_nibbles
 
-EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
 # Where each block keeps its float16 scales: random bytes there would be inf and nan.
 SCALES_AT = {
@@ -21,6 +21,7 @@ SCALES_AT = {
     "Q4_K": [0, 2],
     "Q5_K": [0, 2],
     "Q6_K": [208],
+    "MXFP4": [],  # a power of two
 }
 
 
@@ -33,6 +34,8 @@ def random_blocks(name: str, num_rows: int, num_blocks: int, seed: int = 0) -> n
     for at in SCALES_AT[name]:
         scale = random.normal(scale=0.01, size=(num_rows, num_blocks, 1)).astype(np.float16)
         blocks[..., at : at + 2] = scale.view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = random.integers(105, 130, blocks.shape[:2])
     return blocks
 
 
@@ -91,7 +94,7 @@ def test_blocks_made_by_the_gguf_package_repack_exactly(name: str) -> None:
 def test_packed_weights_stay_small(name: str) -> None:
     linear = random_packed(name, 32, 2)
     num_weights = linear.shape[0] * linear.shape[1]
-    assert linear.bits == (4 if name in ("Q4_0", "Q4_1", "Q4_K") else 8)
+    assert linear.bits == (4 if name in ("Q4_0", "Q4_1", "Q4_K", "MXFP4") else 8)
     # a 4-bit weight takes half a byte, an 8-bit one a byte; scales add at most a quarter byte
     assert linear.bits / 8 <= linear.nbytes / num_weights <= linear.bits / 8 + 0.25
 

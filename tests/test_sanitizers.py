@@ -42,19 +42,20 @@ static uint8_t *ones(int64_t n) { /* as int32: read_all sums these, and shall no
     for (int64_t i = 0; i < n; i++) p[i] = i % 4 == 0;
     return p;
 }
-static matrix make(int bits, int group, int has_offset, int64_t rows, int64_t cols, int bias) {
+static matrix make(const int *format, int64_t rows, int64_t cols, int bias) {
+    int bits = format[0], group = format[1], has_offset = format[2];
     int32_t block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     int64_t num_bytes = (rows + 15) / 16 * (cols / group) * block_bytes;
     uint8_t *blocks = bytes(num_bytes);
     for (int64_t i = 0; i < num_bytes; i += block_bytes) /* scales that are numbers */
         for (int j = 2 * group * bits + 1; j < block_bytes; j += 2) blocks[i + j] &= 0x8f;
     return (matrix){blocks, bias ? floats(rows) : NULL, rows, cols, bits, group, has_offset,
-                    block_bytes};
+                    format[3], block_bytes};
 }
-static const int FORMATS_OF[5][3] = {{4, 32, 0}, {4, 32, 1}, {8, 32, 0}, {8, 32, 1}, {8, 16, 0}};
+static const int FORMATS_OF[6][4] = {{4, 32, 0, 0}, {4, 32, 1, 0}, {8, 32, 0, 0},
+                                     {8, 32, 1, 0}, {8, 16, 0, 0}, {4, 32, 0, 1}};
 static matrix any_matrix(int format, int64_t rows, int64_t cols) {
-    const int *f = FORMATS_OF[format % 5];
-    return make(f[0], f[1], f[2], rows, cols, format % 2);
+    return make(FORMATS_OF[format % 6], rows, cols, format % 2);
 }
 static int64_t kv_block_bytes(int64_t D, int kind) {
     return 16 * (kind == Q8 ? D + 2 * (D / scale_group(D)) : kind == FLOAT16 ? 2 * D : 4 * D);
@@ -71,7 +72,8 @@ static void spoil(float *x, int64_t n) {
         if (any() % 16 == 0) x[i] = bad[any() % 10];
 }
 static void try_linear(int format, int64_t rows, int64_t num_tokens, int before, int bad) {
-    int64_t cols = before == NORM ? 96 : 64, width = before == GATED ? 2 * cols : cols;
+    int64_t cols = before == NORM ? 96 : 64, gated = before >= SWIGLU && before <= CLAMPED_SWIGLU;
+    int64_t width = gated ? 2 * cols : cols;
     matrix parts[] = {any_matrix(format, rows, cols), any_matrix(format + 1, 33 - rows % 33, cols)};
     int64_t num_rows = parts[0].rows + parts[1].rows, num_out = num_tokens * num_rows;
     float *x = floats(num_tokens * width), *norm = before == NORM ? floats(cols) : NULL;
@@ -90,35 +92,37 @@ static void try_linear(int format, int64_t rows, int64_t num_tokens, int before,
     for (int i = 0; i < 11; i++) free(made[i]);
 }
 static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t window, int bad) {
-    const int64_t starts[] = {0, 15, 126}, news[] = {3, 1, 2}, layers = 2, num_tokens = 8;
+    const int64_t starts[] = {0, 15, 127}, news[] = {3, 1, 2}, layers = 2, num_tokens = 8;
     int64_t block_bytes = kv_block_bytes(D, kind), row = 1;
     float *qkv = floats(num_tokens * (H + 2 * Hkv) * D), *norm = window ? floats(D) : NULL;
+    float *sinks = window ? floats(H) : NULL;
     float *cosines = floats(num_tokens * D / 2), *sines = floats(num_tokens * D / 2);
     float *out = floats(num_tokens * H * D), *again = floats(num_tokens * H * D);
     if (bad) spoil(qkv, num_tokens * (H + 2 * Hkv) * D);
     else memset(again, 0, num_tokens * H * D * 4), memset(out, 0, num_tokens * H * D * 4);
     span *spans = malloc(3 * sizeof(span));
     for (int i = 0; i < 3; row += news[i++]) {
-        int64_t num_blocks = (starts[i] + news[i] + 15) / 16;
+        int64_t num_blocks = window ? 8 : (starts[i] + news[i] + 15) / 16; /* of a ring, or not */
         int64_t num_bytes = 2 * layers * Hkv * num_blocks * block_bytes;
         spans[i] = (span){malloc(num_bytes), num_blocks, starts[i], news[i], row};
         memset(spans[i].strip, bad ? 0xff : 0, num_bytes);
     }
     float *outs[] = {out, again};
     for (int i = 0; i < 2; i++)
-        attention(qkv, cosines, sines, norm, norm, 1e-6f, spans, 3, num_tokens, 1, layers, H, Hkv,
-                  D, window, kind, block_bytes, outs[i], i ? 4 : 1);
+        attention(qkv, cosines, sines, norm, norm, sinks, 1e-6f, 0, window, spans, 3, num_tokens, 1,
+                  layers, H, Hkv, D, window, window ? 8 : 99, kind, block_bytes, outs[i],
+                  i ? 4 : 1);
     check(bad || !memcmp(out, again, num_tokens * H * D * sizeof(float)), "attention");
     for (int i = 0; i < 3; i++) free(spans[i].strip);
-    void *made[] = {qkv, norm, cosines, sines, out, again, spans};
-    for (int i = 0; i < 7; i++) free(made[i]);
+    void *made[] = {qkv, norm, cosines, sines, sinks, out, again, spans};
+    for (int i = 0; i < 8; i++) free(made[i]);
 }
 int main(void) {
     const int64_t rows[] = {1, 15, 16, 17, 50}, tokens[] = {0, 1, 2, 3, 5, 8, 9, 33};
-    for (int format = 0; format < 5; format++)
+    for (int format = 0; format < 6; format++)
         for (int r = 0; r < 5; r++)
             for (int n = 0; n < 8; n++)
-                try_linear(format, rows[r], tokens[n], (format + r + n) % 3, n == 4);
+                try_linear(format, rows[r], tokens[n], (format + r + n) % 7, n == 4);
     for (int kind = FLOAT32; kind <= Q8; kind++)
         for (int64_t heads = 1; heads <= 8; heads++)
             for (int64_t D = 16; D <= 80; D += 16)
@@ -141,8 +145,8 @@ enum { TOKENS = 9, COLS = 256, OUT = 80, HEADS = 6, D = 32, LENGTH = 270 };
 
 static void attend(char *strip, int64_t start, int64_t n, float *out, int64_t num_threads) {
     span s = {strip, (LENGTH + 15) / 16, start, n, 0};
-    attention(qkv + start * (HEADS + 4) * D, angles, angles, NULL, NULL, 0, &s, 1, n, 0, 1, HEADS,
-              2, D, 0, FLOAT16, kv_block_bytes(D, FLOAT16), out, num_threads);
+    attention(qkv + start * (HEADS + 4) * D, angles, angles, NULL, NULL, NULL, 0, 0, 0, &s, 1, n, 0,
+              1, HEADS, 2, D, 0, 99, FLOAT16, kv_block_bytes(D, FLOAT16), out, num_threads);
 }
 static char *empty_strip(void) {
     return calloc((LENGTH + 15) / 16, 4 * kv_block_bytes(D, FLOAT16));
