@@ -1622,16 +1622,17 @@ def rope_frequencies(
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
 
 
-def dynamic_stretch(rope: Mapping[str, Any], positions: Tensor) -> Tensor:
-    """What dynamic NTK multiplies the angles with (N, n_rot/2): theta grows with the length once it
-    exceeds the old context. A token is turned as if it were the text's last one, so that neither
+def dynamic_stretch(rope: Mapping[str, Any], positions: Any, num_pairs: int) -> Any:
+    """What dynamic NTK multiplies the angles with (N, num_pairs): theta grows with the length once
+    it exceeds the old context. A token is turned as if it were the text's last one, so that neither
     chunks nor cached prefixes change anything; a transformers model that decodes with a cache,
-    token by token, does the same.
+    token by token, does the same. `positions` (N, 1) may be numpy's or torch's, as the result.
     https://huggingface.co/docs/transformers/internal/rope_utils"""
     n_rot, factor = rope["n_rot"], rope["factor"]
     longer = factor * (positions + 1.0) / rope["original_max_position_embeddings"] - (factor - 1)
-    powers = -torch.arange(0, n_rot, 2, device=positions.device) / (n_rot - 2)
-    return torch.pow(longer.clamp(min=1).unsqueeze(1), powers)
+    powers = -torch.arange(0, 2 * num_pairs, 2) / (n_rot - 2)
+    is_numpy = isinstance(positions, np.ndarray)
+    return longer.clip(min=1) ** (powers.numpy() if is_numpy else powers.to(positions.device))
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -4227,7 +4228,10 @@ class Decoder:
                 rope_frequencies(rope, config.head_dim, long) for long in (False, True)
             )
             both = torch.stack((short, long)) / divisors.cpu()
-            self.ropes.append((rope, both.to(self.device), scale))  # (2, n_rot/2)
+            still = config.head_dim // 2 - both.shape[1]  # pairs of columns that are not turned
+            scales = F.pad(torch.full_like(short, scale), (0, still), value=1.0)
+            freqs = F.pad(both, (0, still)).to(self.device)
+            self.ropes.append((rope, freqs, scales.to(self.device)))  # (2, D/2), (D/2,)
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
         self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
         self.norm = make_norm(config, weights, "model.norm", C)
@@ -4277,27 +4281,28 @@ class Decoder:
     def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
-        positions, config = batch.positions, self.config
-        rest = config.head_dim // 2 - config.n_rot // 2  # pairs of columns that are not turned
-        for i, (rope, inv_freq, scale) in enumerate(self.ropes):
+        lib: Any = np if self.native else torch  # torch would wake its threads, and wait for them
+
+        def inner(x: Tensor) -> Any:
+            return x.numpy() if self.native else x
+
+        def tensor(x: Any) -> Tensor:
+            return torch.as_tensor(x).to(self.dtype)
+
+        positions = lib.asarray(inner(batch.positions), dtype=lib.float32)[:, None]  # (N, 1)
+        for i, (rope, freqs, scales) in enumerate(self.ropes):
             n_old = rope["original_max_position_embeddings"]
-            longer = (batch.lengths > n_old).long() if rope["rope_type"] == "longrope" else 0
-            angles = positions.unsqueeze(1) * inv_freq[longer]  # (N, n_rot/2)
+            is_long = inner(batch.lengths) > n_old if rope["rope_type"] == "longrope" else False
+            angles = positions * inner(freqs)[is_long * 1]  # (N, D/2)
             if rope["rope_type"] == "dynamic":
-                angles = angles * dynamic_stretch(rope, positions)
-            if self.native:  # torch would wake its threads for this, and wait for them
-                cos, sin = (torch.from_numpy(f(angles.numpy())) for f in (np.cos, np.sin))
-            else:
-                cos, sin = angles.cos(), angles.sin()
-            cos, sin = ((x * scale).to(self.dtype) for x in (cos, sin))
-            if rest:
-                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
-            found[i] = Rotation(cos, sin)
+                angles = angles * dynamic_stretch(rope, positions, angles.shape[1])
+            cos, sin = lib.cos(angles) * inner(scales), lib.sin(angles) * inner(scales)
+            grows = None
             if beta := rope.get("llama_4_scaling_beta"):
-                grows = 1 + beta * torch.log(1 + positions.unsqueeze(1) // n_old)
-                found[i] = Rotation(cos, sin, grows.to(self.dtype))
-        if None in config.layer_ropes:
-            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
+                grows = tensor(1 + beta * lib.log(1 + positions // n_old))
+            found[i] = Rotation(tensor(cos), tensor(sin), grows)
+        if None in self.config.layer_ropes:
+            found[None] = Rotation(tensor(lib.ones_like(cos)), tensor(lib.zeros_like(sin)))
         return found
 
     def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:

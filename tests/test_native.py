@@ -1120,7 +1120,20 @@ print(sum(after[task] > before.get(task, 0) for task in after))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
-def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(tiny: Callable[..., Path]) -> None:
-    model = tiny("Llama", max_position_embeddings=4096)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("Phi3", {"partial_rotary_factor": 0.5}),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    ],
+)
+def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(
+    name: str, options: dict[str, Any], tiny: Callable[..., Path]
+) -> None:
+    # 3,000 rows of 32 pairs of columns are more than torch leaves to one thread
+    wide = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 128}
+    model = tiny(name, max_position_embeddings=4096, **wide, **options)
     ran = python(AWAKE, MODEL=model, OMP_NUM_THREADS=2)
     assert ran.stdout in ("1\n", "2\n"), ran.stderr  # the caller, and perhaps the kernels' worker
