@@ -4745,13 +4745,44 @@ def _directory_text(path: Path) -> TextFiles:
         declared = values.get("eos_token_id", text_config(values).get("eos_token_id"))
         listed = declared if isinstance(declared, list) else [declared]
         eos_ids |= {i for i in listed if isinstance(i, int)}
+    file, templates = tokenizer_file(os.listdir(path)), None
+    if file == "tekken.json":
+        templates = {"default": _mistral_template(path / file)}
     return TextFiles(
         source=str(path),
-        tokenizer_file=path / file if (file := tokenizer_file(os.listdir(path))) else None,
-        templates=_directory_templates(path, settings.get("chat_template")),
+        tokenizer_file=path / file if file else None,
+        templates=_directory_templates(path, settings.get("chat_template")) or templates or {},
         special_tokens=special_tokens,
         eos_ids=frozenset(eos_ids),
     )
+
+
+# What Mistral's library writes, without tools. From version 7 on a system message has a place of its
+# own; before that it goes before the last question.
+# https://github.com/mistralai/mistral-common (integrations/chat_templates)
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and old %}"
+    "{% set ns.system = ns.system + message.content + '\n\n' %}"
+    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn + 1 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message.role != 'system' and message.role == (loop.previtem or {}).role %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn - 1 %}"
+    "[INST]{{ '' if ns.turn else ns.system }}{{ message.content }}[/INST]"
+    "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% elif message.role != 'system' %}"
+    "{{ raise_exception('only system, user and assistant messages are supported') }}"
+    "{% elif not old %}[SYSTEM_PROMPT]{{ message.content }}[/SYSTEM_PROMPT]{% endif %}{% endfor %}"
+)
+
+
+def _mistral_template(tekken: Path) -> str:
+    config = read_json(tekken).get("config")
+    version = config.get("version") if isinstance(config, Mapping) else None
+    found = re.fullmatch(r"v(\d{1,4})\w*", str(version))
+    old = "true" if found and int(found[1]) < 7 else "false"
+    return f"{{% set old = {old} %}}{MISTRAL_TEMPLATE}"
 
 
 def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
