@@ -61,7 +61,6 @@ except KernelError:
 
 pytestmark = pytest.mark.xdist_group("native")  # each code path is compiled once
 CPU = torch.device("cpu")
-FOR_ALL = [hypothesis.HealthCheck.function_scoped_fixture]  # one code path for all examples
 
 # ---- code paths ----------------------------------------------------------------------------------
 
@@ -232,7 +231,7 @@ def test_every_kind_and_number_of_rows(code_path: str, kind: str) -> None:
             check_linear([part], torch.randn(num_tokens, 256))
 
 
-@hypothesis.settings(max_examples=60, suppress_health_check=FOR_ALL)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
     sizes=st.lists(st.integers(1, 70), min_size=4, max_size=4),
@@ -518,7 +517,7 @@ def test_a_ring_gives_what_a_strip_gives(code_path: str, kv_dtype: str) -> None:
         assert torch.equal(ring((0, start, 1500))[0], strip((0, start, 1500))[0])
 
 
-@hypothesis.settings(max_examples=40, suppress_health_check=FOR_ALL)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 8),
