@@ -14874,7 +14874,9 @@ def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[i
     return tensors, tokens[len(ids) :], margins
 
 
-def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def make_reference(
+    path: Path, tokenizer_path: Path, adapter: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers computes for a model, in float32: what is said, and its tensors. Raises
     UsageError where transformers is missing, CheckpointError where it cannot load the model."""
     if importlib.util.find_spec("transformers") is None:
@@ -14903,7 +14905,13 @@ def make_reference(path: Path, tokenizer_path: Path) -> tuple[dict[str, Any], di
     transformers.utils.logging.set_verbosity_error()
     about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = load(transformers.AutoModelForCausalLM, path, **options).eval()
+    model = load(transformers.AutoModelForCausalLM, path, **options)
+    if adapter:
+        try:
+            model.load_adapter(os.path.expanduser(adapter))
+        except Exception as error:  # peft is missing, or whatever it finds wrong
+            raise CheckpointError(f"{adapter}: not loaded by PEFT: {first_line(error)}") from None
+    model.eval()
     tensors: dict[str, Tensor] = {}
     about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
     about["made_by"] = f"transformers {transformers.__version__}"
@@ -15081,7 +15089,8 @@ def command_verify(argv: list[str]) -> int:
     else:
         path = ModelStore().resolve(settings.model, args.revision)
         other = settings.value("tokenizer")[0]
-        about, tensors = make_reference(path, ModelStore().resolve(other) if other else path)
+        text = ModelStore().resolve(other) if other else path
+        about, tensors = make_reference(path, text, settings.value("adapter")[0])
     if args.save_reference:
         raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
         args.save_reference.write_bytes(raw)

@@ -167,3 +167,14 @@ def test_files_that_are_no_adapter_are_refused(made: Made, tiny: Tiny, tmp_path:
         LLM(path, adapter=adapter)
     with pytest.raises(CheckpointError, match="not a directory"):
         LLM(path, adapter=path / "config.json")
+
+
+def test_verify_compares_with_what_peft_makes_of_model_and_adapter(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, adapter, _ = made("Llama", {})
+    flags = ["verify", str(path), "--adapter", str(adapter)]
+    assert nanollama.main(flags) == 0
+    edited(adapter, lora_alpha="x")
+    assert nanollama.main(flags) == 1
+    assert "not loaded by PEFT" in capsys.readouterr().err

@@ -133,10 +133,7 @@ def merges_of(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 NOT_IN_GGUF = {
     "claude": "no GGUF file has this vocabulary",
-    "llama3": "as llama3_2",
-    "llama3_1": "as llama3_2",
     "qwen2_5": "as qwen3",
-    "gemma2": "as gemma and gemma3",
 }
 
 
