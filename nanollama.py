@@ -1098,6 +1098,8 @@ class SamplingParams:
             if not isinstance(value := getattr(self, name), forms[name]):
                 wanted = "an object" if name == "schema" else "a string"
                 raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
@@ -7797,7 +7799,8 @@ JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
 }
-MAX_MULTIPLE = 10_000  # of multipleOf, without its point: its automaton has as many states
+MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
+MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -7848,7 +7851,7 @@ class Constraint:
 
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0]
+    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 
@@ -7871,10 +7874,11 @@ def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
     """Why a JSON Schema cannot be compiled; '' where it can."""
+    total = 0
     for path, value in parts(schema, sys.maxsize):
         if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
-            if int(digits) > MAX_MULTIPLE:
+            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
+            if total > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
     grammar = f"start: {json_grammar(schema, strict)}"
     error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
@@ -7882,13 +7886,17 @@ def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
 
 
 def faulty_part(
-    schema: Mapping[str, Any], error: str, shared: Mapping[str, Any], strict: bool
+    schema: Mapping[str, Any],
+    error: str,
+    shared: Mapping[str, Any],
+    strict: bool,
+    num_levels: int = MAX_LEVELS,
 ) -> str:
     """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
     it refer to."""
-    for path, part in parts(schema, 2):
+    for path, part in parts(schema, 2) if num_levels else ():
         if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict)
+            return path + faulty_part(part, error, shared, strict, num_levels - 1)
     return ""
 
 
@@ -7918,7 +7926,11 @@ class Grammars:
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
         matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
-        Constraint(matcher, self.n_vocab).allowed()  # what nothing fits shows at the first token
+        try:
+            Constraint(matcher, self.n_vocab).allowed()
+        except RequestError:
+            reason = error_line(matcher.get_error()) or "no token of this model does"
+            raise RequestError(f"there is nothing that fits: {reason}") from None
         return matcher
 
     def check(self, name: str, grammar: str) -> None:
@@ -8010,7 +8022,12 @@ class Grammars:
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
-        matcher = self.compiled(json.dumps({"grammars": grammars}))
+        try:
+            matcher = self.compiled(json.dumps({"grammars": grammars}))
+        except RequestError as error:
+            forms = ("schema", "regex", "grammar")
+            error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
+            raise
         return Constraint(matcher.deep_copy(), self.n_vocab)
 
 

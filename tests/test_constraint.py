@@ -255,9 +255,14 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_place(
 def test_what_nothing_can_satisfy_is_refused_before_it_runs(tiny_llm: LLM) -> None:
     loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     assert refusal(tiny_llm, schema=loop).status == 400
+    assert refusal(tiny_llm, schema=loop).param == "schema"
     assert refusal(tiny_llm, regex="a(").param == "regex"
+    assert refusal(tiny_llm, regex="\ud800").param == "regex"
+    assert len(str(refusal(tiny_llm, regex="(" * 9999))) < 500
     assert refusal(tiny_llm, grammar="start: nothing").param == "grammar"
     assert refusal(tiny_llm, grammar="root ::= (").param == "grammar"
+    many = {f"p{i}": {"type": "integer", "multipleOf": 9973 - i} for i in range(60)}
+    assert "multipleOf" in str(refusal(tiny_llm, schema={"properties": many}))
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"items": deep}
