@@ -4180,7 +4180,7 @@ class MoE:
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
-        self.rope, self.parallel = config.layer_ropes[index], config.parallel
+        self.parallel = config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
@@ -4322,7 +4322,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
-            x = layer(x, rotations[layer.rope], cache, batch)
+            x = layer(x, rotations[config.layer_ropes[i]], cache, batch)
             middle = x if i == len(self.layers) // 2 else middle
         return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
@@ -11123,6 +11123,20 @@ def told(error: BaseException) -> NanollamaError:
     return WireError(500, "internal_error", "internal error; see the server's log")
 
 
+async def send_torn(send: Send, is_cut: bool) -> None:
+    """A whole answer as a script breaks it: no JSON, and the connection may end before its end."""
+    body = b'{"torn": "'
+    length = str(999 if is_cut else len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": is_cut})
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says when a script ends a connection."""
+    return "without completing response" not in record.getMessage()
+
+
 class Gate:
     """ASGI middleware around everything: keys, request ids, the access log, the last resort."""
 
@@ -11150,7 +11164,9 @@ class Gate:
             self.check_origin(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
-            if not status:  # nothing has been sent yet
+            if isinstance(error, Fault) and not status:
+                await send_torn(note_status, error.is_cut)
+            elif not status:  # nothing has been sent yet
                 await error_response(error, scope["path"])(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
@@ -11213,9 +11229,6 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 
 def error_response(error: BaseException, path: str = "") -> Response:
     """An error in the words of the API that `path` belongs to."""
-    if isinstance(error, Fault):
-        length = {"content-length": "999"} if error.is_cut else None
-        return starlette.responses.Response(b'{"torn": "', 200, length, "application/json")
     problem = told(error)
     body = ollama_error(problem) if path.startswith("/api/") else error_body(problem)
     return as_json(body, problem.status, getattr(problem, "headers", None))
@@ -12153,6 +12166,22 @@ def page_headers() -> dict[str, str]:
     }
 
 
+def layers(config: ServerConfig, metrics: Metrics) -> list[starlette.middleware.Middleware]:
+    """What is around every handler: the origins of web pages, and the gate."""
+    everyone = "*" in config.cors_origins
+    return [
+        starlette.middleware.Middleware(
+            cors.CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_origin_regex=None if everyone else LOOPBACK,
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-nanollama-ignored"],
+        ),
+        starlette.middleware.Middleware(Gate, config=config, metrics=metrics),
+    ]
+
+
 def create_app(
     catalog: Catalog,
     config: ServerConfig | None = None,
@@ -12164,6 +12193,8 @@ def create_app(
     on_failure is called, in any thread, when the server has to give up, mostly because its only
     model cannot be loaded. free_bytes says how much memory there is for more models."""
     config = config or ServerConfig()
+    if config.keeps_requests:
+        logging.getLogger("uvicorn.error").addFilter(is_news)
     models = Models(catalog, config, free_bytes, on_failure)
     app = App(models, config)
 
@@ -12177,8 +12208,6 @@ def create_app(
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error, request.url.path)
 
-    everyone = "*" in config.cors_origins
-    middleware = starlette.middleware.Middleware
     application = starlette.applications.Starlette(
         routes=[
             starlette.routing.Route(path, getattr(app, route.handler.__name__), methods=[method])
@@ -12187,17 +12216,7 @@ def create_app(
         ],
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[
-            middleware(
-                cors.CORSMiddleware,
-                allow_origins=list(config.cors_origins),
-                allow_origin_regex=None if everyone else LOOPBACK,
-                allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-                allow_headers=["*"],
-                expose_headers=["x-request-id", "x-nanollama-ignored"],
-            ),
-            middleware(Gate, config=config, metrics=app.metrics),
-        ],
+        middleware=layers(config, app.metrics),
     )
     application.state.models, application.state.asked = models, app.asked
     return application
@@ -14887,7 +14906,6 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
-        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
