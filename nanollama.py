@@ -8,7 +8,7 @@
 #     "huggingface_hub>=1.0",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
-#     "llguidance>=1.3",
+#     "llguidance>=1.9",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
@@ -7106,14 +7106,20 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer, and
-#               Constraint for what it must be
+#   Out         the prompt exactly as Hugging Face renders it; AnswerSplitter: an answer as thoughts,
+#               content and calls; Constraint: which tokens keep it what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
-#               what one of them refuses is spelled the other way (`_message_shapes`).
+#               what one of them refuses is spelled the other way (`_message_shapes`). What an
+#               answer must be is one grammar, which also says where thoughts and calls may stand:
+#
+#                   schema | regex | grammar ─┐
+#                   tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
+#
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
-#   Extend      what templates may call is a filter or a global of `template_environment`.
+#   Extend      what templates may call is a filter or a global of `template_environment`; another
+#               way of writing calls is a row of TOOL_FORMATS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================

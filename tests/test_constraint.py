@@ -18,7 +18,7 @@ import openai
 import pydantic
 import pytest
 import torch
-from serving import Live, serving
+from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, parse_chat, parse_text
@@ -630,3 +630,27 @@ def _nothing() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constraint_that_fails_halfway_is_an_error_to_its_client_only(
+    live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    allowed, calls = nanollama.Constraint.allowed, itertools.count()
+
+    def failing(self: nanollama.Constraint) -> Any:
+        if next(calls) > 3:
+            raise RequestError("the answer cannot go on as it must: too complex", "grammar")
+        return allowed(self)
+
+    monkeypatch.setattr(nanollama.Constraint, "allowed", failing)
+    answer = live.chat(guided_regex="[a-z]{50}", stream=stream, max_tokens=50)
+    if stream:
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        assert '"error"' in answer.text.split("\n\n")[-3]
+    else:
+        assert answer.status_code == 400
+    assert "too complex" in answer.text
+    monkeypatch.undo()
+    assert live.chat(guided_regex="[a-z]{5}").status_code == 200
+    wait_until(live.is_idle)
