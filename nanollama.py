@@ -243,6 +243,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
@@ -281,6 +282,15 @@ class CheckpointError(NanollamaError):
 
 class KernelError(NanollamaError):
     pass
+
+
+class Fault(NanollamaError):
+    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
+    the connection."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__("the script breaks this answer off")
+        self.is_cut = is_cut
 
 
 class RequestError(NanollamaError):
@@ -9257,15 +9267,6 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
         refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
     seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
     return math.inf if text.startswith("-") else seconds
-
-
-class Fault(NanollamaError):
-    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
-    the connection."""
-
-    def __init__(self, is_cut: bool) -> None:
-        super().__init__("the script breaks this answer off")
-        self.is_cut = is_cut
 
 
 def error_body(error: NanollamaError) -> dict[str, Any]:
