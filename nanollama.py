@@ -7116,7 +7116,7 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; AnswerSplitter: an answer as thoughts,
+#   Out         the prompt just as Hugging Face renders it; AnswerSplitter: an answer in thoughts,
 #               content and calls; Constraint: which tokens keep it what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
