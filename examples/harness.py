@@ -19,15 +19,24 @@ parser.add_argument("url", metavar="URL", help="address of the server")
 parser.add_argument("file", metavar="FILE", help="JSON lines with prompt, choices and answer")
 args = parser.parse_args()
 
-with urllib.request.urlopen(f"{args.url}/v1/models") as response:
-    model = json.load(response)["data"][0]["id"]
+
+def ask(path, body=None):
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(args.url + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
+# the harness adds no BOS to the ids that it sends: where the model wants one, prompts spell it out
+wants_bos = ask("/tokenize", {"prompt": ""})["tokens"]
+bos = ask("/tokenizer_info")["bos_token"] if wants_bos else ""
 task = {
     "task": "questions",
     "dataset_path": "json",
     "dataset_kwargs": {"data_files": {"test": args.file}},
     "test_split": "test",
     "output_type": "multiple_choice",
-    "doc_to_text": "{{prompt}}",
+    "doc_to_text": bos + "{{prompt}}",
     "doc_to_choice": "choices",
     "doc_to_target": "answer",
     "target_delimiter": "",  # the choices begin with a space where one belongs
@@ -36,7 +45,7 @@ task = {
 found = lm_eval.simple_evaluate(
     model="local-completions",
     model_args={
-        "model": model,
+        "model": ask("/v1/models")["data"][0]["id"],
         "base_url": f"{args.url}/v1/completions",
         "tokenizer_backend": "remote",  # the server's own: nothing else to download
         "num_concurrent": 4,

@@ -1,7 +1,7 @@
 """Train a small chat model from nothing, on a CPU, in a few minutes: tokenizer, pretraining,
 fine-tuning, evaluation. What comes out is a Hugging Face directory that nanollama runs.
 
-python examples/train_tiny.py [DIRECTORY] [--steps 300] [--sft-steps 150] [--seed 0]
+python examples/train_tiny.py [DIRECTORY] [--steps 400] [--sft-steps 150] [--seed 0]
 python nanollama.py --model DIRECTORY --interactive
 
 Run the command again to go on where it stopped: the same seed leads to the same model. It reads
@@ -34,11 +34,12 @@ TEMPLATE = (
 )
 CAPITALS = """France Paris Italy Rome Spain Madrid Japan Tokyo China Beijing Egypt Cairo Peru Lima
 Greece Athens Norway Oslo Russia Moscow Cuba Havana Kenya Nairobi Ireland Dublin Poland Warsaw
-Turkey Ankara Chile Santiago Austria Vienna Portugal Lisbon Sweden Stockholm Finland Helsinki""".split()
-CAPITALS = dict(zip(CAPITALS[::2], CAPITALS[1::2]))
+Turkey Ankara Chile Santiago Austria Vienna Portugal Lisbon Sweden Stockholm Finland Helsinki"""
+CAPITALS = dict(zip(CAPITALS.split()[::2], CAPITALS.split()[1::2]))
 ASKED = """What is the capital of {}?|Name the capital of {}.|{}: which city is its capital?
 Tell me the capital city of {}.""".replace("\n", "|").split("|")
 TESTED = "Which city is the capital of {}?"  # never trained on
+ANSWER = "The capital of {} is {}."
 TALK = {
     "Hello!": "Hello! Ask me for the capital of a country.",
     "Hi": "Hello! Ask me for the capital of a country.",
@@ -84,10 +85,9 @@ class Llama(nn.Module):
         self.model.embed_tokens = nn.Embedding(V, C)
         self.model.layers = nn.ModuleList(Block() for _ in range(L))
         self.model.norm = nn.RMSNorm(C)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:  # what is added to the stream starts smaller
-                small = "o_proj" in name or "down_proj" in name
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * L if small else 1))
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, ids, targets):
         """The mean loss of ids (B, T); targets are -100 where nothing is to be learned."""
@@ -132,6 +132,7 @@ def chat_batch(tokenizer, pairs, random):
 
 def train(stage, batch, last, lr, state, model, optimizer):
     """A stage's steps, from where `state` says on."""
+    begun, first = time.perf_counter(), state[stage]
     while (step := state[stage]) < last:
         if step == args.stop_at:
             raise SystemExit(f"stopped at step {step}; run the command again to go on")
@@ -151,10 +152,11 @@ def train(stage, batch, last, lr, state, model, optimizer):
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state, args.directory / "train.pt")
         if step % 10 == 0 or step == last:
+            eta = (last - step) * (time.perf_counter() - begun) / (step - first) / 60
             print(
                 f"{stage} {step:05d}/{last:05d} ({step / last:.2%}) | loss: {loss.item():.3f} | "
                 f"lrm: {multiplier:.2f} | dt: {1000 * seconds:.0f}ms | tok/sec: "
-                f"{ids.numel() / seconds:,.0f} | eta: {(last - step) * seconds / 60:.1f}m",
+                f"{ids.numel() / seconds:,.0f} | eta: {eta:.1f}m",
                 flush=True,
             )
 
@@ -184,10 +186,6 @@ def save(model, tokenizer):
         (args.directory / f"{name}.json").write_text(json.dumps(value, indent=1))
 
 
-def answer_to(country, capital):
-    return f"The capital of {country} is {capital}."
-
-
 def multiple_choice(llm):
     """How often the right capital is likelier than three others, asked in new words."""
     names, texts = list(CAPITALS), []
@@ -196,7 +194,7 @@ def multiple_choice(llm):
         prompt = llm.prompt_ids(GenerationRequest(messages=question))
         for other in (i, i + 5, i + 9, i + 14):
             capital = CAPITALS[names[other % len(names)]]
-            texts.append((prompt + llm.encode(answer_to(country, capital), False), len(prompt)))
+            texts.append((prompt + llm.encode(ANSWER.format(country, capital), False), len(prompt)))
     scores = [sum(logprobs) for _, logprobs in sorted(llm.score(texts))]
     return sum(scores[i] == max(scores[i : i + 4]) for i in range(0, len(scores), 4)), len(names)
 
@@ -206,7 +204,7 @@ def main():
     args.directory.mkdir(parents=True, exist_ok=True)
     text = (Path(__file__).resolve().parent / "lincoln.txt").read_text(encoding="utf-8")
     text, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
-    pairs = [(q.format(c), answer_to(c, city)) for c, city in CAPITALS.items() for q in ASKED]
+    pairs = [(q.format(c), ANSWER.format(c, city)) for c, city in CAPITALS.items() for q in ASKED]
     pairs += 3 * list(TALK.items())
     tokenizer, model = train_tokenizer([text, *map(" ".join, pairs)]), Llama()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
@@ -218,7 +216,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
     print(f"bits per byte of Lincoln's last words: {bits_per_byte(model, tokenizer, held_out):.3f}")
     ids = torch.tensor(tokenizer.encode(text).ids)
-    train("pretrain", partial(text_batch, ids), args.steps, 4e-3, state, *parts)
+    train("pretrain", partial(text_batch, ids), args.steps, 3e-3, state, *parts)
     print(f"bits per byte of Lincoln's last words: {bits_per_byte(model, tokenizer, held_out):.3f}")
     train("sft", partial(chat_batch, tokenizer, pairs), args.sft_steps, 1e-3, state, *parts)
     save(model, tokenizer)
@@ -232,7 +230,7 @@ def main():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("tiny-model"))
-    parser.add_argument("--steps", type=int, default=300, help="of pretraining")
+    parser.add_argument("--steps", type=int, default=400, help="of pretraining")
     parser.add_argument("--sft-steps", type=int, default=150, help="of fine-tuning")
     parser.add_argument("--stop-at", type=int, default=-1, help="step of either to stop at")
     parser.add_argument("--seed", type=int, default=0)

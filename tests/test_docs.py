@@ -241,7 +241,8 @@ def test_every_form_of_a_reference_is_understood() -> None:
     for row in table("References"):
         for reference in codes(row[1]):
             local = reference.startswith((".", "/", "~"))
-            assert local or reference in nanollama.ALIASES or nanollama.parse_hub_ref(reference)
+            known = (*nanollama.ALIASES, nanollama.NANOCHAT)
+            assert local or reference in known or nanollama.parse_hub_ref(reference)
 
 
 def test_the_table_of_dependencies_is_the_project_files() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 import oracle
 import pytest
+import tokenizers
 from serving import serving
 
 import nanollama
@@ -153,7 +155,12 @@ def test_the_interval_is_wilsons() -> None:
 def test_the_harness_finds_the_same_through_the_server(
     tiny: Callable[..., Path], task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tiny("Llama")
+    path = shutil.copytree(tiny("Llama"), tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
     expected = evaluate(capsys, "--model", path, "--task", task)["task"]
     with serving(lambda: LLM(path), model_id="tiny") as live:
         done = subprocess.run(

@@ -5,30 +5,34 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import nanollama
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     path
     for path in (ROOT / "examples").glob("*.py")
-    if path.stem not in ("harness", "serve_bench")  # need a server: other tests have one
+    if path.stem not in ("harness", "serve_bench", "train_tiny")  # which have tests of their own
 )
 # What each prints, as a pattern.
 PRINTS = {
     "batch": r"request 2 is done \(stop\)\n.*is' -> ' Rome\.'.*three,' -> ' four, five, six,'",
     "chat_history": r"Paris.* [1-9]\d* of them cached.* [1-9]\d* of them cached",
     "engine_loop": r"step  3  request 0 .*step  3  request 1 .*request 1 [^\n]*<- length",
+    "kv_cache": r"tokens .*model: 25, 234\nthe same text: True .* times faster\n.",
     "logit_lens": r"after layer  0 .*after layer 29  ' cold'",
     "next_token": r"^ *\d+\.\d%  ' Paris'.*perplexity [\d. ]+Four .*perplexity [\d. ]+Nation ",
     "speed_vs_llama_cpp": r"nanollama +\d+ +\d+\.\d +llama\.cpp ",
     "stream": r".+\n(stop|length): \d+ tokens",
 }
 # The measurement, made tiny.
-ARGUMENTS = {"speed_vs_llama_cpp": ["16", "4", "1"]}
+ARGUMENTS = {"kv_cache": ["12"], "speed_vs_llama_cpp": ["16", "4", "1"]}
 
 
 @pytest.mark.usefixtures("smollm2")
@@ -53,3 +57,38 @@ def test_an_example_runs_with_the_command_in_its_docstring(script: Path) -> None
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_is_short(script: Path) -> None:
     assert 15 <= len(script.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def train_tiny(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "examples" / "train_tiny.py"), run_name="__main__")
+
+
+def test_a_model_is_trained_and_an_interrupted_run_goes_on_to_the_same_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("--steps", 2, "--sft-steps", 2)
+    train_tiny(monkeypatch, tmp_path / "whole", *steps)
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"(?s)918,656 parameters.*bits per byte.* [\d.]+\npretrain 00002/00002 \(100.00%\) \| "
+        r"loss: \d.*eta: 0.0m\nbits per byte.*\nsft 00002/00002.*words: \d+ of 20\n> Who are you",
+        shown,
+    )
+    with pytest.raises(SystemExit, match="stopped at step 1"):
+        train_tiny(monkeypatch, tmp_path / "parts", *steps, "--stop-at", 1)
+    train_tiny(monkeypatch, tmp_path / "parts", *steps)
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    train_tiny(monkeypatch, tmp_path / "other", *steps, "--seed", 1)
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() != whole.read_bytes()
+
+
+def test_the_trained_model_is_what_transformers_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(monkeypatch, tmp_path, "--steps", 1, "--sft-steps", 1)
+    capsys.readouterr()
+    assert nanollama.main(["verify", str(tmp_path)]) == 0
+    flags = ["--model", str(tmp_path), "--chat", "-m", "5"]
+    assert nanollama.main([*flags, "-p", "Hello!"]) == 0

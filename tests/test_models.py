@@ -128,6 +128,16 @@ def test_a_model_that_answers_stays_until_it_is_done(shelf: Shelf) -> None:
         wait_until(lambda: not loaded(live))
 
 
+def test_who_comes_as_a_model_leaves_gets_it_loaded_again(shelf: Shelf) -> None:
+    with serving(catalog=shelf.catalog("a", "b"), keep_alive_s=0) as live:
+        for _ in range(3):
+            assert ask(live, "a").status_code == 200
+        with ThreadPoolExecutor(4) as threads:
+            answers = threads.map(lambda i: ask(live, "ab"[i % 2]).status_code, range(12))
+            assert set(answers) == {200}
+        wait_until(lambda: not loaded(live))
+
+
 def test_one_model_that_is_named_stays_for_ever(shelf: Shelf) -> None:
     with serving(catalog=shelf.catalog("a")) as live:
         ask(live, "a")

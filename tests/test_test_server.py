@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
-from serving import serving
+from serving import serving, wait_until
 from test_server import Process
 
 import nanollama
@@ -281,7 +281,28 @@ def test_tiny_random_is_what_transformers_makes_of_its_files(tmp_path: Path) -> 
 
 def test_tiny_random_serves_any_name_and_shows_what_was_asked(tmp_path: Path) -> None:
     with Process("tiny-random", NANOLLAMA_CACHE=str(tmp_path)) as server:
-        client = openai.OpenAI(base_url=f"{server.http.base_url}/v1", api_key="a", max_retries=9)
+        wait_until(server.is_ready, "loading")
+        client = openai.OpenAI(base_url=f"{server.http.base_url}/v1", api_key="a")
         answer = client.chat.completions.create(model="gpt-4o", messages=USER, max_tokens=3)
         assert answer.usage.completion_tokens <= 3
         assert server.http.get("/_test/requests").json()["requests"]
+
+
+# ---- tool calls ----------------------------------------------------------------------------------
+
+
+def test_calls_come_as_the_tools_that_were_offered(test_server: TestServer) -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "clock"}]
+    test_server.answers({"text": "Wait.", "tool_calls": calls})
+    tools: Any = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+        for name in ("weather", "clock")
+    ]
+    answer = client_of(test_server).chat.completions.create(model="any", messages=USER, tools=tools)
+    made = answer.choices[0].message.tool_calls
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in made] == [
+        ("weather", {"city": "Paris"}),
+        ("clock", {}),
+    ]
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert answer.choices[0].message.content.strip() == "Wait."

@@ -371,7 +371,7 @@ def test_damaged_metadata_is_a_checkpoint_error_or_harmless(kind: str) -> None:
     [
         ("tokenizer.ggml.model", "rwkv", "'rwkv' is not supported"),
         ("tokenizer.ggml.pre", "martian", "'martian' is not known"),
-        ("tokenizer.ggml.bos_token_id", 10**6, "cannot be built"),
+        ("tokenizer.ggml.bos_token_id", 10**6, "bos_token_id is 1000000; there are"),
     ],
 )
 def test_what_a_file_asks_for_and_we_lack_is_named(key: str, value: Any, message: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,22 @@ def merges_of(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
 
 
+NOT_IN_GGUF = {
+    "claude": "no GGUF file has this vocabulary",
+    "llama3": "as llama3_2",
+    "llama3_1": "as llama3_2",
+    "qwen2_5": "as qwen3",
+    "gemma2": "as gemma and gemma3",
+}
+
+
 @pytest.mark.node
 def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(
     directory: Path, theirs: tokenizers.Tokenizer, tmp_path: Path
 ) -> None:
-    pre = published.NPM[name_of(directory)]
-    if pre == "none":
-        pytest.skip("no GGUF file has this vocabulary")
+    if (name := name_of(directory)) in NOT_IN_GGUF:
+        pytest.skip(NOT_IN_GGUF[name])
+    pre = published.NPM[name]
     write_gguf(directory, tmp_path / "x.gguf", pre)
     metadata = nanollama.read_gguf(tmp_path / "x.gguf").metadata
     ours = Tokenizer(TextFiles("x.gguf", gguf=metadata))
@@ -283,7 +293,7 @@ def test_spaces_after_a_control_token_are_as_in_transformers(tmp_path: Path, leg
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer.model", b"", "Error|cannot be built"),
+        ("tokenizer.model", b"", "the file holds no vocabulary"),
         ("tokenizer.model", b"\n\xff\xff\xff\x7f", "DecodeError"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken file of 2 tokens is not known"),
         ("a.tiktoken", b"IQ== 0\nIQ== x\n", "ValueError"),
@@ -306,37 +316,31 @@ def test_a_broken_vocabulary_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_unigram_model_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "of the kind UNIGRAM are not supported; BPE is"),
+        ({"model_type": "bpe"}, r"normalises text \(nmt_nfkc\)"),
+        (
+            {"model_type": "bpe", "normalization_rule_name": "identity"},
+            r"normalises text \(identity",
+        ),
+    ],
+)
+def test_what_a_sentencepiece_model_asks_for_and_we_lack_is_named(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
     (tmp_path / "text").write_text("\n".join(STRINGS * 3).replace("\0", ""), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"),
         model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=400,
-        hard_vocab_limit=False,
+        vocab_size=700,
+        hard_vocab_limit=options["model_type"] == "bpe",
         minloglevel=2,
+        **options,
     )
-    with pytest.raises(CheckpointError, match="of the kind UNIGRAM are not supported; BPE is"):
+    with pytest.raises(CheckpointError, match=message):
         Tokenizer(nanollama.open_text(tmp_path))
-
-
-@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc_cf", "identity"])
-def test_a_sentencepiece_models_own_normalization_is_done(tmp_path: Path, rule: str) -> None:
-    (tmp_path / "text").write_text("\n".join(STRINGS * 3).replace("\0", ""), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type="bpe",
-        vocab_size=900,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name=rule,
-        minloglevel=2,
-    )
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ours = Tokenizer(nanollama.open_text(tmp_path))
-    for text in ["", " x", "a  b   c ", "ﬁ ｶﾀｶﾅ １２", "Grüße ÀÉ", "😀\t\n x"]:
-        ids = theirs.encode(text)
-        assert ours.encode(text, parse_special=False) == [theirs.bos_id(), *ids], text
 
 
 def test_without_sentencepiece_its_models_ask_for_it(
@@ -346,3 +350,48 @@ def test_without_sentencepiece_its_models_ask_for_it(
     monkeypatch.setattr(nanollama, "sentencepiece_model", absent)
     with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
         tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
+
+
+# ---- llama.cpp's own tests of vocabularies -------------------------------------------------------
+
+# those of the other files there are in npm's packages too
+VOCABULARIES = (
+    "deepseek-coder deepseek-llm falcon gemma-4 llama-spm mpt phi-3 qwen35 refact starcoder"
+).split()
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> None:
+    path = published.llama_cpp() / f"ggml-vocab-{name}.gguf"
+    metadata = nanollama.read_gguf(path).metadata
+    ours = Tokenizer(TextFiles(path.name, gguf=metadata))
+    with open(f"{path}.inp", encoding="utf-8", newline="") as file:
+        texts = file.read().split("\n__ggml_vocab_test__\n")
+    expected = Path(f"{path}.out").read_text().split("\n")
+    assert len(texts) > 40
+    for text, line in zip(texts, expected):
+        if name == "qwen35" and not unicodedata.is_normalized("NFC", text):
+            continue  # Hugging Face's tokenizer normalises, llama.cpp does not
+        ids = [int(word) for word in line.split()]
+        assert ours.encode(text, False, parse_special=False) == ids, text
+
+
+def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
+    metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf").metadata
+    for name, swallowed in (("Phi-3-mini-4k-instruct", True), ("phi3", True), ("TinyLlama", False)):
+        ours = Tokenizer(TextFiles("x", gguf=metadata | {"general.name": name}))
+        tight, loose = (ours.encode(f"<|user|>{gap}hi") for gap in ("", " \n"))
+        assert (tight == loose) is swallowed
+        assert ours.encode("<s> hi") != ours.encode("<s>hi")
+
+
+@pytest.mark.parametrize("row", sorted(set(nanollama.PRE_TOKENIZERS.values())))
+def test_every_pre_tokenizer_splits_and_joins(row: tuple[str, ...]) -> None:
+    names = [name for name, regexes in nanollama.PRE_TOKENIZERS.items() if regexes == row]
+    assert all(re.fullmatch(r"[a-z0-9._-]+[a-z0-9]", name) for name in names)
+    alphabet = list(nanollama.byte_alphabet())
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": alphabet}
+    ours = Tokenizer(TextFiles("x", gguf=metadata | {"tokenizer.ggml.pre": names[0]}))
+    for text in STRINGS:
+        same = unicodedata.normalize("NFC", text) if names[0] in nanollama.NFC else text
+        assert ours.decode(ours.encode(text)) == same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_a_model_passes_and_the_figures_are_those_of_float32(
     assert found["layer_error"] < 1e-4
     assert found["first"] == [{"layer": None, "token": None}] * 2
     assert [g["same"] for g in found["greedy"]] == [16, 16]
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma2", "Granite", "Olmo2", "NanoChat", "GptOss"])
+def test_families_pass(
+    name: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = verify(capsys, tiny(name))
+    assert (code, found["first"]) == (0, [{"layer": None, "token": None}] * 2)
+    assert found["layer_error"] < 1e-4
 
 
 def test_a_saved_reference_is_small_and_needs_no_transformers(
@@ -193,6 +203,13 @@ def test_what_is_no_reference_is_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") <= 1
+
+
+def test_a_reference_that_cannot_be_written_is_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert nanollama.main(["verify", str(model), "--save-reference", str(model / "no/file")]) == 1
+    assert re.search(r"(?m)^error: .*No such file or directory.*$", capsys.readouterr().err)
 
 
 def test_what_transformers_cannot_load_is_said(

@@ -1,0 +1,626 @@
+"""Ollama's API: all of its own Python client, against models from a hub on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ollama
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+from serving import Live, serving, wait_until
+from test_store import use_endpoint
+
+import nanollama
+from nanollama import Modelfile, ModelfileError, format_modelfile, parse_modelfile
+
+pytestmark = pytest.mark.xdist_group("ollama")
+
+USER = [{"role": "user", "content": "hello"}]
+TINY = "org/tiny"
+GREEDY = {"temperature": 0, "num_predict": 8}
+THINKER = "<think> {{ enable_thinking }}{{ reasoning_effort }}" + nanollama.CHATML
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Empty caches, and no token."""
+    place = tmp_path_factory.mktemp("ollama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOLLAMA_CACHE", str(place / "own"))
+        patch.setenv("HF_TOKEN", "")
+        patch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield place
+
+
+@pytest.fixture(scope="module")
+def hub(place: Path, tiny: Callable[..., Path]) -> Iterator[HubServer]:
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        use_endpoint(patch, hub.url)
+        files = {file.name: file.read_bytes() for file in tiny().iterdir() if file.is_file()}
+        hub.add(TINY, files)
+        hub.add("org/other", {**files, "README.md": b"another"})
+        hub.add("org/slow", {**files, "README.md": b"slow"})
+        yield hub
+
+
+def catalog(*flags: str) -> nanollama.Catalog:
+    parser = nanollama.build_parser()
+    return nanollama.serve_catalog(
+        nanollama.read_settings(parser.parse_args(["--serve", *flags]), parser)
+    )
+
+
+@pytest.fixture(scope="module")
+def live(hub: HubServer) -> Iterator[Live]:
+    """A server without --model; org/tiny is in its cache."""
+    nanollama.ModelStore().pull(TINY)
+    with serving(catalog=catalog("--kernels", "torch", "--parallel", "2")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> ollama.Client:
+    return ollama.Client(host=live.url)
+
+
+def refusal(call: Callable[[], Any]) -> ollama.ResponseError:
+    with pytest.raises(ollama.ResponseError) as caught:
+        call()
+    assert "\n" not in caught.value.error
+    return caught.value
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def test_a_chat_whole_and_streamed(client: ollama.Client, live: Live) -> None:
+    whole = client.chat(TINY, USER, options=GREEDY)
+    assert whole.message.role == "assistant"
+    assert whole.message.content
+    assert (whole.model, whole.done) == (TINY, True)
+    lines = list(client.chat(TINY, USER, options=GREEDY, stream=True))
+    assert "".join(line.message.content for line in lines) == whole.message.content
+    assert [line.done for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert lines[-1].eval_count == whole.eval_count
+    wanted = live.chat(model=TINY, temperature=0).json()["choices"][0]["message"]["content"]
+    assert whole.message.content == wanted  # one engine, two dialects
+
+
+def test_counts_and_durations_are_true(client: ollama.Client, live: Live) -> None:
+    started = time.perf_counter()
+    answer = client.chat(TINY, USER, options={**GREEDY, "num_predict": 5, "ignore_eos": True})
+    took = (time.perf_counter() - started) * 1e9
+    llm = live.models.pools[TINY].llm()
+    request = nanollama.GenerationRequest(messages=USER)
+    assert answer.prompt_eval_count == len(llm.prompt_ids(request))
+    assert (answer.eval_count, answer.done_reason) == (5, "length")
+    assert 0 <= answer.load_duration < answer.total_duration < took
+    assert 0 < answer.prompt_eval_duration + answer.eval_duration < answer.total_duration
+    made = datetime.fromisoformat(answer.created_at.replace("Z", "+00:00"))
+    assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 60
+
+
+def test_generate_goes_through_the_template_unless_raw(client: ollama.Client, live: Live) -> None:
+    chat = client.chat(TINY, [{"role": "system", "content": "Be brief."}, *USER], options=GREEDY)
+    made = client.generate(TINY, "hello", system="Be brief.", options=GREEDY)
+    assert made.response == chat.message.content
+    raw = client.generate(TINY, "the quick", raw=True, options=GREEDY)
+    plain = live.text("the quick", model=TINY, temperature=0, max_tokens=8).json()
+    assert raw.response == plain["choices"][0]["text"]
+    assert raw.context is None
+    lines = list(client.generate(TINY, "hello", system="Be brief.", options=GREEDY, stream=True))
+    assert "".join(line.response for line in lines) == made.response
+    assert lines[-1].context == made.context
+
+
+def test_a_context_is_what_was_said_so_far(client: ollama.Client, live: Live) -> None:
+    first = client.generate(TINY, "hello", options=GREEDY)
+    llm = live.models.pools[TINY].llm()
+    assert len(first.context) == first.prompt_eval_count + first.eval_count
+    second = client.generate(TINY, "more", context=first.context, options=GREEDY)
+    asked = llm.prompt_ids(
+        nanollama.GenerationRequest(messages=[{"role": "user", "content": "more"}])
+    )
+    assert list(second.context)[: second.prompt_eval_count] == [*first.context, *asked]
+
+
+def test_options_are_honoured(client: ollama.Client) -> None:
+    def say(**options: Any) -> ollama.GenerateResponse:
+        return client.generate(TINY, "hello", raw=True, options={"num_predict": 30, **options})
+
+    assert say(seed=1, temperature=1).response == say(seed=1, temperature=1).response
+    assert say(temperature=0).response != say(seed=2, temperature=1.5, top_k=0).response
+    assert say(temperature=0).response == say(seed=5, temperature=2, top_k=1).response
+    cut = say(temperature=0, stop=["a", "e", "i", "o", "u", " "])
+    assert cut.done_reason == "stop"
+    assert cut.eval_count < 30
+    assert say(temperature=0, num_predict=3).eval_count == 3
+    assert (
+        say(temperature=0, repeat_penalty=1.0).response
+        != say(temperature=0, repeat_penalty=2.0).response
+    )
+
+
+def test_options_without_effect_are_named_and_others_refused(live: Live) -> None:
+    def send(**options: Any) -> httpx.Response:
+        body = {"model": TINY, "prompt": "a", "raw": True, "stream": False}
+        return live.http.post("/api/generate", json={**body, "options": options})
+
+    answer = send(num_ctx=4096, num_gpu=1, num_predict=1, mirostat=0)
+    assert answer.headers["x-nanollama-ignored"] == "options.num_ctx, options.num_gpu"
+    for options in ({"mirostat": 1}, {"tfs_z": 0.5}, {"temperature": "hot"}, {"top_p": 2}):
+        answer = send(**options)
+        assert answer.status_code == 400
+        assert next(iter(options)) in answer.json()["error"]
+
+
+def test_logprobs(client: ollama.Client) -> None:
+    answer = client.chat(TINY, USER, options=GREEDY, logprobs=True, top_logprobs=2)
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in answer.logprobs)
+    assert answer.logprobs[0].top_logprobs[0].token == answer.logprobs[0].token
+
+
+def test_a_format_is_kept_to(client: ollama.Client) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}},
+        "required": ["age", "ok"],
+        "additionalProperties": False,
+    }
+    options = {"num_predict": 60, "seed": 1}
+    for call in (
+        lambda form: client.chat(TINY, USER, format=form, options=options).message.content,
+        lambda form: client.generate(TINY, "hello", format=form, options=options).response,
+    ):
+        value = json.loads(call(schema))
+        assert set(value) == {"age", "ok"}
+        assert isinstance(value["age"], int)
+    answer = client.chat(TINY, USER, format="json", options={"num_predict": 100, "seed": 3})
+    if answer.done_reason == "stop":
+        assert isinstance(json.loads(answer.message.content), dict)
+    else:
+        assert answer.message.content.startswith("{")
+    assert refusal(lambda: client.chat(TINY, USER, format={"type": "wibble"})).status_code == 400
+
+
+def weather(city: str) -> str:
+    """The weather in a city
+
+    Args:
+        city: its name
+    """
+    return f"rain in {city}"
+
+
+def test_tools_are_called_and_answered(test_server: nanollama.TestServer) -> None:
+    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    client = ollama.Client(host=test_server.url)
+    for stream in (False, True):
+        test_server.answers({"text": "Let me see.", "tool_calls": [call]}, "Rain.")
+        answer = client.chat("any", USER, tools=[weather], stream=stream)
+        lines = list(answer) if stream else [answer]
+        (made,) = [c for line in lines for c in line.message.tool_calls or []]
+        assert (made.function.name, dict(made.function.arguments)) == ("weather", {"city": "Paris"})
+        assert "".join(line.message.content for line in lines).strip() == "Let me see."
+        assert (lines[-1].done, lines[-1].done_reason) == (True, "stop")
+        said: Any = [line.message for line in lines if line.message.tool_calls]
+        result = {"role": "tool", "tool_name": "weather", "content": weather("Paris")}
+        assert (
+            client.chat("any", [*USER, *said, result], tools=[weather]).message.content == "Rain."
+        )
+        asked = test_server.requests[1]["body"]["messages"]
+        assert asked[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+def test_thoughts_are_apart_and_may_be_left_out(tiny: Callable[..., Path]) -> None:
+    with serving(lambda: nanollama.LLM(tiny(), template=THINKER), model_id="t") as live:
+        client = ollama.Client(host=live.url)
+
+        def prompt(think: Any) -> str:
+            body = {"model": "t", "messages": USER, "stream": False, "think": think}
+            with pytest.MonkeyPatch.context() as patch:
+                seen: list[str] = []
+                text = live.pool.llm().prompt_text
+                patch.setattr(
+                    live.pool.llm(), "prompt_text", lambda r: seen.append(text(r)) or seen[-1]
+                )
+                live.http.post("/api/chat", json={**body, "options": {"num_predict": 1}})
+            return seen[0].partition("<|im_start|>")[0].strip()
+
+        assert prompt(True) == "<think> True"
+        assert prompt(False) == "<think> False"
+        assert prompt("high") == "<think> Truehigh"
+        assert client.chat("t", USER, options=GREEDY, think=True).message.content is not None
+
+
+def test_thinking_has_its_own_field(test_server: nanollama.TestServer) -> None:
+    test_server.answers({"reasoning": "hm so", "text": "Yes it is."})
+    client = ollama.Client(host=test_server.url)
+    answer = client.chat("any", USER)
+    assert (answer.message.thinking, answer.message.content) == ("hm so", "Yes it is.")
+    made = list(client.generate("any", "hello", stream=True))
+    assert "".join(line.thinking or "" for line in made) == "hm so"
+    assert "".join(line.response for line in made) == "Yes it is."
+
+
+@pytest.mark.parametrize("route", ["chat", "generate"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"suffix": "end"},
+        {"images": ["aGk="]},
+        {"template": "{{ .Prompt }}"},
+        {"width": 64},
+        {"format": "yaml"},
+        {"format": 3},
+        {"think": 3},
+        {"options": []},
+        {"options": {"num_predict": "many"}},
+        {"keep_alive": "later"},
+        {"model": 3},
+        {"stream": "yes"},
+        {"messages": [{"role": "user", "content": "a", "images": ["aGk="]}]},
+        {"messages": [3]},
+        {"messages": [{"role": "alien", "content": "a"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [3]}]},
+        {"context": ["a"]},
+        {"context": [10**9]},
+    ],
+    ids=lambda fields: json.dumps(fields)[:40],
+)
+def test_what_cannot_be_done_is_a_400_with_a_reason(
+    live: Live, route: str, fields: dict[str, Any]
+) -> None:
+    base: dict[str, Any] = {"model": TINY, "stream": False, "options": {"num_predict": 1}}
+    base |= {"messages": USER} if route == "chat" else {"prompt": "a"}
+    if ("messages" in fields and route == "generate") or ("context" in fields and route == "chat"):
+        pytest.skip("a field of the other route")
+    answer = live.http.post(f"/api/{route}", json={**base, **fields})
+    assert answer.status_code == 400, answer.text
+    assert list(answer.json()) == ["error"]
+    (name, value), error = next(iter(fields.items())), answer.json()["error"]
+    assert name in error or "token id" in error or next(iter(value)) in error
+
+
+def test_a_model_that_is_not_here(client: ollama.Client, live: Live, tiny: Any) -> None:
+    for name in ("nothing", "org/none", str(tiny()), "../tiny", "./org/tiny"):
+        assert refusal(lambda: client.chat(name, USER)).status_code == 404  # noqa: B023
+    assert live.http.post("/api/chat", json={"messages": USER}).status_code == 400
+    with pytest.raises(ollama.ResponseError):
+        list(client.generate("nothing", "a", stream=True))
+
+
+# ---- loading, unloading, looking around ----------------------------------------------------------
+
+
+def test_a_request_without_a_prompt_loads_and_unloads(client: ollama.Client, live: Live) -> None:
+    def names() -> list[str]:
+        return [model.model for model in client.ps().models]
+
+    client.generate(TINY, keep_alive=0)
+    wait_until(lambda: TINY not in names())
+    assert client.generate(TINY).done_reason == "load"
+    (model,) = client.ps().models
+    assert (model.name, model.context_length) == (TINY, 256)
+    assert 100_000 < model.size < 10**8
+    assert model.size_vram == 0
+    left = (model.expires_at - datetime.now(timezone.utc)).total_seconds()
+    assert nanollama.KEEP_ALIVE_S - 30 < left < nanollama.KEEP_ALIVE_S + 1
+    assert client.chat(TINY, [], keep_alive=0).done_reason == "unload"
+    wait_until(lambda: TINY not in names())
+    assert client.chat(TINY, []).done_reason == "load"
+
+
+def test_a_request_says_how_long_its_model_stays(client: ollama.Client) -> None:
+    for keep, least, most in (("2h", 7000, 7300), (-1, 10**8, math.inf), (None, 200, 301)):
+        client.chat(TINY, USER, options={"num_predict": 1}, keep_alive=keep)
+        (model,) = client.ps().models
+        left = (model.expires_at - datetime.now(timezone.utc)).total_seconds()
+        assert least < left < most
+    client.chat(TINY, USER, options={"num_predict": 1}, keep_alive=0)
+    wait_until(lambda: not client.ps().models)
+
+
+def test_tags_and_show_describe_what_is_here(client: ollama.Client) -> None:
+    models = {model.model: model for model in client.list().models}
+    tiny = models[TINY]
+    assert tiny.details.family == "llama"
+    assert tiny.details.format == "safetensors"
+    assert tiny.details.quantization_level == "F32"
+    assert len(tiny.digest) == 64
+    assert tiny.size > 100_000
+    assert tiny.modified_at is not None
+    show = client.show(TINY)
+    assert show.modelinfo["general.architecture"] == "llama"
+    assert show.modelinfo["llama.context_length"] == 256
+    assert show.modelinfo["llama.block_count"] == 2
+    assert show.capabilities == ["completion"]
+    assert "im_start" in show.template
+    assert show.modelfile.startswith(f"FROM {TINY}\n")
+    assert refusal(lambda: client.show("nothing")).status_code == 404
+
+
+def test_looking_does_not_count_as_use(client: ollama.Client) -> None:
+    before = {model.id: model.last_used for model in nanollama.ModelStore().models()}
+    client.list()
+    client.show(TINY)
+    assert {model.id: model.last_used for model in nanollama.ModelStore().models()} == before
+
+
+def test_health_checks_and_version(live: Live) -> None:
+    assert live.http.head("/").status_code == 200
+    assert live.http.get("/").status_code == 200
+    version = live.http.get("/api/version").json()["version"]
+    assert version == nanollama.OLLAMA_VERSION
+
+
+# ---- embeddings ----------------------------------------------------------------------------------
+
+
+def test_embeddings(client: ollama.Client, live: Live) -> None:
+    texts = ["hello", "the quick brown fox"]
+    answer = client.embed(TINY, texts)
+    llm = live.models.pools[TINY].llm()
+    assert answer.prompt_eval_count == sum(len(llm.encode(text)) for text in texts)
+    single = client.embed(TINY, texts[1])
+    assert list(single.embeddings[0]) == list(answer.embeddings[1])
+    assert sum(x * x for x in answer.embeddings[0]) == pytest.approx(1)
+    assert list(client.embeddings(TINY, texts[0]).embedding) == list(answer.embeddings[0])
+    assert len(client.embed(TINY, "hello", dimensions=8).embeddings[0]) == 8
+    data = live.http.post("/v1/embeddings", json={"model": TINY, "input": texts}).json()["data"]
+    assert data[1]["embedding"] == list(answer.embeddings[1])
+    assert list(client.embed(TINY, []).embeddings) == []
+    assert list(client.embeddings(TINY, "").embedding) == []
+
+
+def test_what_is_too_long_is_cut_or_refused(client: ollama.Client) -> None:
+    text = "hello " * 400
+    assert client.embed(TINY, text).prompt_eval_count == 256
+    assert "256" in refusal(lambda: client.embed(TINY, text, truncate=False)).error
+
+
+# ---- models of one's own -------------------------------------------------------------------------
+
+
+def test_pull_tells_how_far_it_is(client: ollama.Client, hub: HubServer) -> None:
+    lines = list(client.pull("hf.co/org/other:latest", stream=True))
+    assert lines[0].status == "pulling manifest"
+    assert lines[-1].status == "success"
+    weights = [line for line in lines if line.digest == "model.safetensors"]
+    assert weights[-1].completed == weights[-1].total > 100_000
+    assert "org/other" in [model.model for model in client.list().models]
+    assert client.pull("org/other").status == "success"  # again, in one piece
+    assert client.chat("org/other", USER, options=GREEDY).message.content
+
+
+def test_a_pull_that_fails_says_why(client: ollama.Client, tiny: Any) -> None:
+    for name in ("org/nothing", "no such thing", str(tiny())):
+        assert refusal(lambda: client.pull(name)).status_code == 404  # noqa: B023
+        with pytest.raises(ollama.ResponseError):
+            list(client.pull(name, stream=True))
+
+
+def test_who_leaves_ends_the_pull(live: Live, hub: HubServer) -> None:
+    hub.cuts["model.safetensors"] = []
+    with live.http.stream("POST", "/api/pull", json={"model": "org/slow"}) as response:
+        assert json.loads(next(response.iter_lines()))["status"] == "pulling manifest"
+    wait_until(lambda: live.http.get("/api/version").status_code == 200)
+
+
+def test_a_model_is_created_from_another(client: ollama.Client, live: Live) -> None:
+    lines = list(
+        client.create(
+            "mario:7b",
+            from_=TINY,
+            system="You are Mario.",
+            parameters={"temperature": 0, "num_predict": 5, "stop": ["x!", 'a "b"\nc']},
+            messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}],
+            license=["MIT", "or so"],
+            stream=True,
+        )
+    )
+    assert lines[-1].status == "success"
+    show = client.show("mario:7b")
+    assert show.license == "MIT\nor so"
+    assert 'SYSTEM """\nYou are Mario.\n"""' in show.modelfile
+    assert parse_modelfile(show.modelfile, Path("x")).parameters["stop"] == ("x!", 'a "b"\nc')
+    assert "num_predict" in show.parameters
+    answer = client.chat("mario:7b", USER)
+    spelled = [
+        {"role": "system", "content": "You are Mario."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ahoy"},
+        *USER,
+    ]
+    options = {"temperature": 0, "num_predict": 5}
+    assert answer.message.content == client.chat(TINY, spelled, options=options).message.content
+    assert answer.eval_count <= 5
+    openai = live.chat(model="mario:7b", max_tokens=5).json()["choices"][0]["message"]["content"]
+    assert openai == answer.message.content
+    other = [{"role": "system", "content": "You are Luigi."}, *USER]
+    luigi = client.chat("mario:7b", other)  # a system message of one's own comes instead
+    assert luigi.message.content == client.chat(TINY, other, options=options).message.content
+    client.create("luigi", from_="mario:7b", system="You are Luigi.")
+    assert 'SYSTEM """\nYou are Luigi.' in client.show("luigi").modelfile
+    assert "Ahoy" in client.show("luigi").modelfile
+    for name in ("mario:7b", "luigi"):
+        assert client.delete(name).status == "success"
+    assert TINY in [model.model for model in client.list().models]
+
+
+def test_create_reads_a_modelfile_too(live: Live) -> None:
+    text = f"FROM {TINY}\nPARAMETER temperature 0.25\nSYSTEM Be kind.\n"
+    body = {"name": "kind", "modelfile": text, "stream": False}
+    assert live.http.post("/api/create", json=body).json() == {"status": "success"}
+    shown = live.http.post("/api/show", json={"name": "kind"}).json()
+    assert shown["system"] == "Be kind."
+    assert "0.25" in shown["parameters"]
+    assert live.http.request("DELETE", "/api/delete", json={"name": "kind"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"from": "/etc/passwd"},
+        {"from": "nothing"},
+        {"model": "../up", "from": TINY},
+        {"model": "a/b/c", "from": TINY},
+        {"model": "smollm2", "from": TINY},
+        {"model": TINY, "from": TINY},
+        {"model": "x"},
+        {"from": TINY, "template": "{{ 1 }}"},
+        {"from": TINY, "files": {"a": "b"}},
+        {"from": TINY, "quantize": "q4_K_M"},
+        {"from": TINY, "system": 'three """ quotes'},
+        {"from": TINY, "parameters": {"temperature": "hot"}},
+        {"from": TINY, "parameters": {"colour": 1}},
+        {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
+        {"modelfile": f"FROM {TINY}\nTEMPLATE x"},
+        {"modelfile": "FROM /etc/passwd"},
+        {"modelfile": "SYSTEM x"},
+        {"modelfile": "WIBBLE"},
+    ],
+    ids=lambda fields: json.dumps(fields)[:50],
+)
+def test_what_no_model_can_be_made_of(live: Live, place: Path, fields: dict[str, Any]) -> None:
+    before = sorted(place.rglob("*"))
+    for stream in (True, False):
+        answer = live.http.post("/api/create", json={"model": "new", "stream": stream, **fields})
+        assert '"error"' in answer.text
+        assert answer.status_code in ((200, 400, 404) if stream else (400, 404))
+    assert sorted(path for path in place.rglob("*") if path.name != "modelfiles") == [
+        path for path in before if path.name != "modelfiles"
+    ]
+
+
+def test_copy_and_delete(client: ollama.Client) -> None:
+    assert client.copy(TINY, "mine").status == "success"
+    assert client.chat("mine", USER, options=GREEDY).message.content
+    assert client.copy("mine", "yours").status == "success"
+    assert {"mine", "yours"} <= {model.model for model in client.list().models}
+    assert "mine" in [model.model for model in client.ps().models]
+    assert client.delete("mine").status == "success"
+    assert "mine" not in [model.model for model in client.ps().models]
+    assert refusal(lambda: client.delete("mine")).status_code == 404
+    assert refusal(lambda: client.copy("mine", "other")).status_code == 404
+    assert refusal(lambda: client.delete("/etc/passwd")).status_code == 404
+    assert refusal(lambda: client.delete("../own")).status_code == 404
+    client.delete("yours")
+    client.pull("org/other")
+    assert client.delete("org/other").status == "success"
+    assert "org/other" not in [model.model for model in client.list().models]
+
+
+def test_a_created_model_is_one_on_the_command_line_too(
+    client: ollama.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.create("short", from_=TINY, parameters={"num_predict": 3, "temperature": 0})
+    assert nanollama.main(["list"]) == 0
+    assert "short" in capsys.readouterr().out
+    flags = ["--model", "short", "--chat", "--prompt", "hello", "--kernels", "torch"]
+    assert nanollama.main(flags) == 0
+    text = capsys.readouterr().out
+    assert text.rstrip("\n") == client.chat("short", USER).message.content.rstrip("\n")
+    assert nanollama.main(["rm", "short", "--yes"]) == 0
+    assert nanollama.ModelStore().modelfile("short") is None
+
+
+def test_what_there_is_nothing_like_here(client: ollama.Client, tmp_path: Path) -> None:
+    assert "not supported" in refusal(lambda: client.push(TINY)).error
+    (tmp_path / "blob").write_bytes(b"blob")
+    assert "not supported" in refusal(lambda: client.create_blob(tmp_path / "blob")).error
+
+
+def test_a_server_of_named_models_changes_nothing(tiny: Callable[..., Path]) -> None:
+    with serving(lambda: nanollama.LLM(tiny()), model_id="fixed") as live:
+        client = ollama.Client(host=live.url)
+        assert client.chat("fixed", USER, options=GREEDY).message.content
+        for call in (
+            lambda: client.pull(TINY),
+            lambda: client.create("a", from_="fixed"),
+            lambda: client.copy("fixed", "b"),
+            lambda: client.delete("fixed"),
+        ):
+            assert refusal(call).status_code == 403
+        assert [model.model for model in client.list().models] == ["fixed"]
+        assert [model.model for model in client.ps().models] == ["fixed"]
+
+
+def test_web_pages_from_elsewhere_cannot_pull_or_delete(live: Live) -> None:
+    for origin, status in (("http://evil.example", 403), ("http://localhost:3000", 400)):
+        answer = live.http.post("/api/pull", json={}, headers={"origin": origin})
+        assert answer.status_code == status
+    with serving(catalog=catalog(), cors_origins=("https://mine.example",)) as other:
+        answer = other.http.post("/api/pull", json={}, headers={"origin": "https://mine.example"})
+        assert answer.status_code == 400
+
+
+def test_the_async_client(live: Live) -> None:
+    async def talk() -> None:
+        client = ollama.AsyncClient(host=live.url)
+        whole = await client.chat(TINY, USER, options=GREEDY)
+        parts = [p async for p in await client.chat(TINY, USER, options=GREEDY, stream=True)]
+        assert "".join(part.message.content for part in parts) == whole.message.content
+        made = await client.generate(TINY, "hello", options=GREEDY)
+        assert made.response == whole.message.content
+        assert len((await client.embed(TINY, ["a", "b"])).embeddings) == 2
+        assert (await client.embeddings(TINY, "a")).embedding
+        assert [line async for line in await client.pull(TINY, stream=True)][-1].status == "success"
+        assert (await client.create("async", from_=TINY)).status == "success"
+        assert (await client.copy("async", "async2")).status == "success"
+        assert (await client.show("async2")).details.family == "llama"
+        assert (await client.ps()).models
+        for name in ("async", "async2"):
+            assert (await client.delete(name)).status == "success"
+        assert TINY in [model.model for model in (await client.list()).models]
+
+    asyncio.run(talk())
+
+
+# ---- Modelfiles ----------------------------------------------------------------------------------
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+    lambda text: text.strip() and '"""' not in text and not text.endswith('"')
+)
+MODELFILES = st.builds(
+    Modelfile,
+    model=st.just("org/name"),
+    system=st.none() | TEXTS,
+    license=st.none() | TEXTS,
+    parameters=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 2),
+            "top_k": st.integers(0, 100),
+            "max_tokens": st.none() | st.integers(0, 100),
+            "stop": st.lists(TEXTS, min_size=1).map(tuple),
+            "ctx": st.integers(1, 9999),
+        },
+    ),
+    messages=st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXTS})
+    ).map(tuple),
+)
+
+
+@given(MODELFILES)
+def test_a_modelfile_that_is_written_is_read_back(modelfile: Modelfile) -> None:
+    assert parse_modelfile(format_modelfile(modelfile), Path("x")) == modelfile
+
+
+def test_a_text_that_no_modelfile_can_hold_is_noticed() -> None:
+    text = format_modelfile(Modelfile(model="a", system='x """ y'))
+    with pytest.raises(ModelfileError):
+        parse_modelfile(text, Path("x"))

@@ -1,0 +1,349 @@
+"""POST /v1/responses, through the official SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from openai.types.responses import Response
+from serving import Live, serving
+
+import nanollama
+from nanollama import LLM, RequestError, TestServer, parse_response
+
+pytestmark = pytest.mark.xdist_group("openai")
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 24}
+WEATHER: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+
+
+@pytest.fixture(scope="module")
+def live(tiny: Callable[..., Path]) -> Iterator[Live]:
+    model = tiny(max_position_embeddings=1024)
+    with serving(lambda: LLM(model, parallel=2), model_id="tiny") as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
+
+
+def scripted(server: TestServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0)
+
+
+def chat(client: openai.OpenAI, messages: Any) -> str:
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, max_tokens=24
+    )
+    return answer.choices[0].message.content or ""
+
+
+def test_a_response_is_what_a_chat_answers(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model="tiny", input="hello", instructions="Be brief.", **GREEDY
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    assert response.output_text == chat(client, messages)
+    assert response.id.startswith("resp_")
+    assert response.status == ("incomplete" if response.incomplete_details else "completed")
+    (item,) = response.output
+    assert (item.type, item.role) == ("message", "assistant")
+    usage = response.usage
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert 0 < usage.output_tokens <= 24
+    assert (response.instructions, response.temperature, response.model) == ("Be brief.", 0, "tiny")
+    Response.model_validate(response.model_dump(warnings=False))
+
+
+def test_input_items_are_messages(client: openai.OpenAI) -> None:
+    items: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "one"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "two"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"role": "user", "content": [{"type": "input_text", "text": "th"}] * 2},
+    ]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "thth"},
+    ]
+    response = client.responses.create(model="tiny", input=items, **GREEDY)
+    assert response.output_text == chat(client, messages)
+
+
+def test_a_stream_has_the_events_that_the_sdk_expects(client: openai.OpenAI) -> None:
+    whole = client.responses.create(model="tiny", input="hello", **GREEDY)
+    events = list(client.responses.create(model="tiny", input="hello", stream=True, **GREEDY))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        f"response.{whole.status}",
+    ]
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == whole.output_text == events[-4].text == events[-1].response.output_text
+    assert events[0].response.id == events[-1].response.id
+    assert events[2].item.id == events[-2].item.id == events[-1].response.output[0].id
+    for event in events:
+        type(event).model_validate(event.model_dump(warnings=False))
+
+
+def test_the_sdks_stream_helper(client: openai.OpenAI, test_server: TestServer) -> None:
+    test_server.answers("The answer is 42.")
+    with scripted(test_server).responses.stream(model="any", input="hello") as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == "The answer is 42."
+    snapshots = [event.snapshot for event in events if event.type == "response.output_text.delta"]
+    assert snapshots[-1] == final.output_text
+
+
+def test_parse_gives_what_a_pydantic_model_says(client: openai.OpenAI) -> None:
+    class Place(pydantic.BaseModel):
+        visited: bool
+        rank: int = pydantic.Field(ge=0, le=9)
+
+    response = client.responses.parse(model="tiny", input="hello", text_format=Place)
+    assert isinstance(response.output_parsed, Place)
+    with client.responses.stream(model="tiny", input="hello", text_format=Place) as stream:
+        assert isinstance(stream.get_final_response().output_parsed, Place)
+
+
+def test_an_answer_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
+    extra = {"ignore_eos": True}
+    for stream in (False, True):
+        got = client.responses.create(
+            model="tiny", input="hello", max_output_tokens=3, extra_body=extra, stream=stream
+        )
+        response = list(got)[-1].response if stream else got
+        assert response.status == "incomplete"
+        assert response.incomplete_details.reason == "max_output_tokens"
+        assert response.usage.output_tokens == 3
+
+
+def test_logprobs_on_request(client: openai.OpenAI) -> None:
+    include: Any = ["message.output_text.logprobs"]
+    response = client.responses.create(
+        model="tiny", input="hello", include=include, top_logprobs=2, **GREEDY
+    )
+    entries = response.output[0].content[0].logprobs
+    assert "".join(bytes(entry.bytes).decode("latin-1") for entry in entries)
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+    plain = client.responses.create(model="tiny", input="hello", **GREEDY)
+    assert plain.output[0].content[0].logprobs == []
+
+
+def test_thoughts_are_an_item_of_their_own(test_server: TestServer) -> None:
+    test_server.answers({"reasoning": "hm so", "text": "Yes it is."})
+    client = scripted(test_server)
+    response = client.responses.create(model="any", input="hello")
+    thought, message = response.output
+    assert (thought.type, thought.content[0].text) == ("reasoning", "hm so")
+    assert response.output_text == "Yes it is."
+    assert 0 < response.usage.output_tokens_details.reasoning_tokens < response.usage.output_tokens
+    kinds = [event.type for event in client.responses.create(model="any", input="a", stream=True)]
+    assert "response.reasoning_text.delta" in kinds
+    assert kinds.index("response.reasoning_text.done") < kinds.index("response.output_text.delta")
+    assert message.type == "message"
+
+
+# ---- tools ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_call_that_is_asked_for_is_made(client: openai.OpenAI, choice: Any) -> None:
+    response = client.responses.create(
+        model="tiny", input="Rain?", tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False
+    )
+    assert [item.type for item in response.output] == ["function_call"], response.output
+    (call,) = response.output
+    assert (call.type, call.name, call.status) == ("function_call", "get_weather", "completed")
+    assert isinstance(json.loads(call.arguments)["city"], str)
+    assert call.call_id != call.id
+    assert response.tool_choice == choice or response.tool_choice.name == "get_weather"
+
+
+def test_a_call_is_streamed_and_its_result_goes_back(test_server: TestServer) -> None:
+    calls = [{"name": "get_weather", "arguments": {"city": city}} for city in ("Paris", "Rome")]
+    test_server.answers({"text": "Let me see. ", "tool_calls": calls}, "Sunny.")
+    client = scripted(test_server)
+    with client.responses.stream(model="any", input="Rain?", tools=[WEATHER]) as stream:
+        events = list(stream)
+        response = stream.get_final_response()
+    message, paris, rome = response.output
+    assert message.content[0].text.strip() == "Let me see."
+    assert [json.loads(call.arguments) for call in (paris, rome)] == [c["arguments"] for c in calls]
+    pieces = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == paris.arguments + rome.arguments
+    done = [e.arguments for e in events if e.type == "response.function_call_arguments.done"]
+    assert done == [paris.arguments, rome.arguments]
+    results: Any = [
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}
+        for call in (paris, rome)
+    ]
+    again = client.responses.create(
+        model="any", input=results, previous_response_id=response.id, tools=[WEATHER]
+    )
+    assert again.output_text == "Sunny."
+    items: Any = [{"role": "user", "content": "Rain?"}, *response.output, *results]
+    spelled = client.responses.create(model="any", input=items, tools=[WEATHER])
+    assert spelled.usage.input_tokens == again.usage.input_tokens
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+def test_a_response_goes_on_from_an_earlier_one(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="tiny", input="hello", instructions="Be brief.", **GREEDY)
+    second = client.responses.create(
+        model="tiny", input="more", previous_response_id=first.id, **GREEDY
+    )
+    said = {"role": "assistant", "content": first.output_text}
+    messages = [{"role": "user", "content": "hello"}, said, {"role": "user", "content": "more"}]
+    assert second.output_text == chat(client, messages)  # instructions are not carried on
+    assert second.previous_response_id == first.id
+    third = list(
+        client.responses.create(
+            model="tiny", input="a", previous_response_id=second.id, stream=True, **GREEDY
+        )
+    )[-1].response
+    messages += [
+        {"role": "assistant", "content": second.output_text},
+        {"role": "user", "content": "a"},
+    ]
+    assert third.output_text == chat(client, messages)
+    item: Any = [{"type": "item_reference", "id": first.output[0].id}, *messages[2:3]]
+    told = client.responses.create(model="tiny", input=item, **GREEDY)
+    assert told.output_text == chat(client, messages[1:3])
+
+
+def test_responses_are_kept_until_they_are_deleted(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="tiny", input="hello", **GREEDY)
+    assert client.responses.retrieve(made.id).output_text == made.output_text
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model="tiny", input="a", previous_response_id=made.id)
+    assert caught.value.code == "previous_response_not_found"
+    unkept = client.responses.create(model="tiny", input="hello", store=False, **GREEDY)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unkept.id)
+
+
+def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nanollama, "MAX_KEPT_RESPONSES", 2)
+    made = [client.responses.create(model="tiny", input="a", **GREEDY).id for _ in range(3)]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made[0])
+    assert client.responses.retrieve(made[2]).id == made[2]
+    monkeypatch.setattr(nanollama, "MAX_KEPT_CHARS", 10)
+    last = client.responses.create(model="tiny", input="a", **GREEDY).id
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(last)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": 3}, "input"),
+        ({"input": [3]}, "input[0]"),
+        ({"input": [{"role": "alien", "content": "a"}]}, "input[0].role"),
+        ({"input": [{"type": "web_search_call", "id": "a"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "msg_none"}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
+        ({"reasoning": {"effort": 3}}, "reasoning.effort"),
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)
+def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_response({"input": "hello", **fields}, {})
+    assert caught.value.param == param
+
+
+def test_a_schema_that_cannot_be_used_names_the_field(live: Live) -> None:
+    form = {"type": "json_schema", "name": "a", "schema": {"type": "wibble"}}
+    response = live.http.post("/v1/responses", json={"input": "a", "text": {"format": form}})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "text.format.schema"
+
+
+def test_fields_without_effect_are_named(live: Live) -> None:
+    body = {"input": "a", "max_output_tokens": 1, "user": "me", "colour": 1}
+    response = live.http.post("/v1/responses", json=body)
+    assert response.headers["x-nanollama-ignored"] == "user, colour"
+
+
+def test_an_error_after_the_stream_began_is_an_event(test_server: TestServer) -> None:
+    test_server.answers({"text": "a b c", "token_delay": 0.01})
+    original = nanollama.Metrics.watch
+
+    async def failing(self: Any, job: Any, timeout_s: Any) -> Any:
+        async for deltas in original(self, job, timeout_s):
+            yield deltas
+            raise nanollama.WireError(500, "step_failed", "the model failed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanollama.Metrics, "watch", failing)
+        events = list(scripted(test_server).responses.create(model="a", input="a", stream=True))
+    assert (events[-1].type, events[-1].code) == ("error", "step_failed")
+    assert events[-1].sequence_number == len(events) - 1
+
+
+def test_the_async_client(live: Live) -> None:
+    async def talk() -> None:
+        client = openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
+        whole = await client.responses.create(model="tiny", input="hello", **GREEDY)
+        stream = await client.responses.create(model="tiny", input="hello", stream=True, **GREEDY)
+        events = [event async for event in stream]
+        assert events[-1].response.output_text == whole.output_text
+
+    asyncio.run(talk())

@@ -1,0 +1,604 @@
+"""Tools: formats, the splitter, the grammars of calls, the wire, and the clients that call."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pydantic
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import Live, serving
+
+import nanollama
+from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, ToolChoice, parse_chat
+
+pytestmark = pytest.mark.xdist_group("tools")
+USER = [{"role": "user", "content": "What is the weather in Bern?"}]
+OPEN = {"top_k": 0, "top_p": 1.0, "repeat_penalty": 1.0, "temperature": 4.0}
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Bern", "São Paulo"]},
+        "days": {"type": "integer", "maximum": 9, "minimum": 0},
+    },
+    "required": ["city"],
+}
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "W", "parameters": WEATHER},
+    },
+    {
+        "type": "function",
+        "function": {"name": "weather_now", "parameters": WEATHER, "strict": True},
+    },
+    {"type": "function", "function": {"name": "stop"}},
+]
+SCHEMAS = {"weather": WEATHER, "weather_now": WEATHER, "stop": {"type": "object"}}
+CALLED = {
+    "id": "call_0123456789abcdef",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Bern"}'},
+}
+TALK = [
+    *USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    {"role": "tool", "tool_call_id": CALLED["id"], "content": "sunny spells"},
+]
+DATA = Path(__file__).parent / "data" / "chat_templates"
+
+
+def template(source: str) -> nanollama.ChatTemplate:
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    files = nanollama.TextFiles("test", templates={"default": source}, special_tokens=special)
+    return nanollama.ChatTemplate(files)
+
+
+def loop(calls: str) -> str:
+    """A template that lists tools and writes calls in some way."""
+    return (
+        "{{ tools }}{% for m in messages %}{% if m.tool_calls %}" + calls + "{% else %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+EACH = "{% for c in m.tool_calls %}{% set f = c.function %}"
+JSON = """{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}"""
+# as the model's own templates write them
+TEMPLATES = {
+    "hermes": loop(EACH + "<tool_call>\n" + JSON + "\n</tool_call>{% endfor %}"),
+    "smollm2": loop("<tool_call>[\n" + EACH + JSON + "{% endfor %}\n]</tool_call>"),
+    "llama": loop(
+        EACH + '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}{% endfor %}'
+    ),
+    "mistral": loop("[TOOL_CALLS] [" + EACH + JSON + "{% endfor %}]</s>"),
+    "mistral-args": loop(
+        EACH + "[TOOL_CALLS]{{ f.name }}[ARGS]{{ f.arguments | tojson }}{% endfor %}</s>"
+    ),
+    "granite": loop("<|tool_call|>[" + EACH + JSON + "{% endfor %}]"),
+    "deepseek": loop(
+        "<｜tool▁calls▁begin｜>"
+        + EACH
+        + "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ f.name }}\n"
+        "```json\n{{ f.arguments | tojson }}\n```<｜tool▁call▁end｜>{% endfor %}"
+        "<｜tool▁calls▁end｜>"
+    ),
+    "deepseek-v3.1": loop(
+        "<｜tool▁calls▁begin｜>" + EACH + "<｜tool▁call▁begin｜>{{ f.name }}<｜tool▁sep｜>"
+        "{{ f.arguments | tojson }}<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>"
+    ),
+}
+FORMATS = nanollama.TOOL_FORMATS
+
+
+# ---- which format --------------------------------------------------------------------------------
+
+
+def test_every_format_has_a_template_here() -> None:
+    assert TEMPLATES.keys() == FORMATS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) -> None:
+    made = template(TEMPLATES[name])
+    assert made.tool_format is FORMATS[name]
+    assert made.lists_tools
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "lists"),
+    [
+        ("qwen2.5", "hermes", True),
+        ("qwen3", "hermes", True),
+        ("mistral-nemo", "mistral", True),
+        ("deepseek-r1-distill-qwen", "deepseek", False),
+        ("granite-3.3", "granite", True),
+        ("qwen3-coder", "hermes", False),  # calls in XML: ours is described instead
+        ("phi-3.5", "hermes", False),
+    ],
+)
+def test_published_templates_are_recognised(name: str, form: str, lists: bool) -> None:
+    made = template((DATA / f"{name}.jinja").read_text(encoding="utf-8"))
+    assert made.tool_format is FORMATS[form]
+    assert made.lists_tools == lists
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.jinja")), ids=lambda path: path.stem)
+def test_tools_calls_and_results_reach_the_prompt_of_every_template(path: Path) -> None:
+    """Whether the template knows of them or not; call ids are fit for the strictest."""
+    text = template(path.read_text(encoding="utf-8")).prompt(TALK, TOOLS)
+    for word in ("weather_now", "sunny spells", "Bern"):
+        assert word in text, word
+    plain = template(path.read_text(encoding="utf-8")).prompt(USER)
+    assert "weather_now" not in plain
+
+
+def test_smollm2_is_known_by_its_name(smollm2_llm: LLM) -> None:
+    assert smollm2_llm.template.tool_format is FORMATS["smollm2"]
+    text = smollm2_llm.render([{"role": "system", "content": "Be kind."}, *TALK], TOOLS)
+    assert text.count("<|im_start|>system") == 1
+    assert "Be kind.\n\nYou can call" in text
+    assert '<tool_call>[\n{"name": "weather", "arguments": {"city": "Bern"}}\n]</tool_call>' in text
+
+
+def test_what_tools_say_never_becomes_a_control_token(smollm2_llm: LLM) -> None:
+    evil = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    ids = smollm2_llm.prompt_ids(GenerationRequest(messages=USER, tools=evil))
+    (end,) = smollm2_llm.encode("<|im_end|>", False)
+    assert ids.count(end) == 2  # after the system prompt and after the question
+
+
+# ---- the splitter --------------------------------------------------------------------------------
+
+
+def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str, str]]:
+    """The pieces of a text that is cut at `cuts`, neighbours of one kind joined."""
+    splitter = nanollama.ToolSplitter(FORMATS[form], SCHEMAS)
+    at = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
+    pieces = [p for a, b in itertools.pairwise(at) for p in splitter.push(text[a:b])]
+    pieces += splitter.flush()
+    assert splitter.has_calls == any(piece.kind == "name" for piece in pieces)
+    joined: list[tuple[str, str]] = []
+    for kind, new in pieces:
+        if joined and joined[-1][0] == kind != "name":
+            joined[-1] = (kind, joined[-1][1] + new)
+        else:
+            joined.append((kind, new))
+    return joined
+
+
+ARGUMENTS = st.dictionaries(
+    st.text(max_size=4),
+    st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8) | st.integers(),
+    max_size=3,
+)
+
+
+@settings(max_examples=60)
+@given(
+    form=st.sampled_from(sorted(FORMATS)),
+    before=st.sampled_from(["", "\n\n", "I will look. ", "a < b, {x} [", '{"name": "Bern"}']),
+    calls=st.lists(st.tuples(st.sampled_from(sorted(SCHEMAS)), ARGUMENTS), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 500), max_size=12),
+)
+def test_calls_are_found_however_the_text_is_cut(
+    form: str, before: str, calls: list[tuple[str, dict[str, Any]]], cuts: list[int]
+) -> None:
+    texts = [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+    expected = [("content", before)] if before.strip() else []
+    for name, arguments in texts:
+        expected += [("name", name), ("arguments", arguments)]
+    assert split(form, before + FORMATS[form].spell(texts), cuts) == expected
+
+
+@settings(max_examples=60)
+@given(
+    form=st.sampled_from(sorted(FORMATS)),
+    text=st.sampled_from(
+        [
+            "plain text\n",
+            " ",
+            "\n\nHello",
+            '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
+            '<tool_call>\n{"name": "weather", "arguments": 3}\n</tool_call>',
+            '<tool_call>\n{"name": "wea',
+            "<tool_call><tool_call>[TOOL_CALLS][ARGS]<｜tool▁calls▁begin｜>",
+            '{"name": "weather", "size": {"city": "Bern"}}',
+            "[TOOL_CALLS]unknown[ARGS]{}",
+            "{" * 300,
+        ]
+    ),
+    cuts=st.lists(st.integers(0, 500), max_size=12),
+)
+def test_what_is_no_call_is_content_to_the_last_character(
+    form: str, text: str, cuts: list[int]
+) -> None:
+    assert split(form, text, cuts) == [("content", text)]
+
+
+def test_content_comes_as_soon_as_it_can_be_no_call() -> None:
+    splitter = nanollama.ToolSplitter(FORMATS["hermes"], SCHEMAS)
+    assert splitter.push("Hello <b") == [("content", "Hello <b")]
+    assert splitter.push(" <tool_c") == [("content", " ")]
+    assert splitter.push("ake") == [("content", "<tool_cake")]
+    assert splitter.push("<tool_call>") == []
+    assert splitter.push('{"name": "weather", "arguments": {"ci') == [
+        ("name", "weather"),
+        ("arguments", "{"),
+        ("arguments", '"ci'),
+    ]
+    assert not splitter.has_calls
+    assert splitter.push('ty": 1}') == [("arguments", 'ty": 1}')]
+    assert splitter.has_calls
+
+
+def test_text_behind_the_calls_is_content() -> None:
+    text = FORMATS["hermes"].spell([("stop", "{}")]) + "\nDone."
+    assert split("hermes", text) == [("name", "stop"), ("arguments", "{}"), ("content", "\nDone.")]
+
+
+def test_thoughts_come_first_and_may_speak_of_calls() -> None:
+    tools = nanollama.ToolSplitter(FORMATS["hermes"], SCHEMAS)
+    splitter = nanollama.AnswerSplitter("<think>\n", tools)
+    call = FORMATS["hermes"].spell([("stop", "{}")])
+    pieces = splitter.push(f"{call}</think>\n\n{call}") + splitter.flush()
+    assert pieces == [("thought", call), ("name", "stop"), ("arguments", "{"), ("arguments", "}")]
+    assert splitter.finish_reason("stop") == "tool_calls"
+    assert splitter.finish_reason("length") == "length"
+
+
+# ---- the grammars --------------------------------------------------------------------------------
+
+CONTROL = sorted(
+    {"[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>"}
+    | {"<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"}
+)
+
+
+@pytest.fixture(scope="module")
+def models(
+    tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], LLM]]:
+    """models("mistral"): a tiny random model that calls so, with the control tokens for it."""
+    import shutil
+
+    import tokenizers
+
+    directory = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(tiny(vocab_size=340, max_position_embeddings=2048), directory)
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    made: dict[str, LLM] = {}
+
+    def model(form: str) -> LLM:
+        if form not in made:
+            made[form] = LLM(directory, template=TEMPLATES[form], parallel=4)
+        return made[form]
+
+    yield model
+    made.clear()
+
+
+def called(llm: LLM, request: GenerationRequest) -> tuple[str, list[tuple[str, str]], str]:
+    """Content, calls and finish_reason of an answer."""
+    answer, splitter = llm.complete(request), llm.splitter(request, llm.prompt_text(request))
+    pieces = splitter.push(answer.text) + splitter.flush()
+    calls: list[tuple[str, str]] = []
+    for kind, text in pieces:
+        if kind == "name":
+            calls.append((text, ""))
+        elif kind == "arguments":
+            calls[-1] = (calls[-1][0], calls[-1][1] + text)
+    content = "".join(text for kind, text in pieces if kind == "content")
+    return content, calls, splitter.finish_reason(answer.finish_reason)
+
+
+def request(choice: ToolChoice, seed: int = 1, **fields: Any) -> GenerationRequest:
+    params = SamplingParams(**{**OPEN, "seed": seed, "max_tokens": 400, **fields})
+    return GenerationRequest(messages=USER, params=params, tools=TOOLS, tool_choice=choice)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_random_model_calls_where_it_must(models: Callable[[str], LLM], form: str) -> None:
+    seen = set()
+    for seed in range(5):
+        for choice in (
+            ToolChoice("required", max_calls=2),
+            ToolChoice("required", ("weather_now",), 1),
+            ToolChoice("required", max_calls=1),
+        ):
+            content, calls, reason = called(models(form), request(choice, seed))
+            assert reason == "tool_calls"
+            assert content == ""
+            assert 1 <= len(calls) <= choice.max_calls
+            for name, arguments in calls:
+                jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+                assert choice.names is None or name in choice.names
+                seen.add((name, len(calls)))
+    assert len({name for name, _ in seen}) > 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("before", ["", "Let me see. "])
+def test_a_free_model_may_talk_and_call_but_not_call_wrongly(
+    models: Callable[[str], LLM], form: str, before: str
+) -> None:
+    llm, shape = models(form), FORMATS[form]
+    seq = llm.start(request(ToolChoice()))
+    llm.engine.cancel(seq)
+    assert seq.constraint
+    end = min(llm.tokenizer.end_ids)
+    assert seq.constraint.allowed()[end]  # or say nothing
+    text = before + shape.spell([("weather", '{"city":"Bern"}'), ("stop", "{}")])
+    ids = llm.encode(text, False)
+    assert seq.constraint.num_valid(ids) == len(ids)
+    for token_id in ids:
+        seq.constraint.push(token_id)
+    assert seq.constraint.is_done or seq.constraint.allowed()[end]
+    wrong = llm.encode(before + shape.spell([("weather", '{"town":"Bern"}')]), False)
+    assert llm.start(request(ToolChoice())).constraint.num_valid(wrong) < len(wrong)  # type: ignore
+    once = llm.start(request(ToolChoice(max_calls=1))).constraint
+    assert once
+    assert once.num_valid(ids) < len(ids)
+    llm.engine.step()
+    while llm.engine.has_work:
+        llm.engine.step()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_answer_of_a_given_form_and_calls_go_together(
+    models: Callable[[str], LLM], form: str
+) -> None:
+    """Either the answer fits the schema or it is a call; both can be."""
+    schema = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
+    schema["additionalProperties"] = False
+    kinds = set()
+    for seed in range(12):
+        content, calls, reason = called(
+            models(form), request(ToolChoice(max_calls=1), seed, schema=schema)
+        )
+        assert reason == ("tool_calls" if calls else "stop")
+        if calls:
+            assert content == ""
+            jsonschema.validate(json.loads(calls[0][1]), SCHEMAS[calls[0][0]])
+        else:
+            jsonschema.validate(json.loads(content), schema)
+        kinds.add(bool(calls))
+    assert kinds == {True, False} or form in ("hermes", "smollm2")
+
+
+def test_a_call_that_is_cut_has_the_finish_reason_length(models: Callable[[str], LLM]) -> None:
+    choice = ToolChoice("required", ("weather",), 1)
+    _, calls, reason = called(models("hermes"), request(choice, max_tokens=30))
+    assert reason == "length"
+    assert len(calls) <= 1
+
+
+def test_keywords_that_cannot_be_kept_are_left_out_unless_strict(
+    models: Callable[[str], LLM],
+) -> None:
+    llm = models("hermes")
+    schema = {"type": "object", "properties": {"x": {"enum": [1], "uniqueItems": True}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    params = SamplingParams(**OPEN, seed=1, max_tokens=99)
+    choice = ToolChoice("required")
+    fine = GenerationRequest(messages=USER, params=params, tools=tools, tool_choice=choice)
+    assert called(llm, fine)[2] == "tool_calls"
+    for function in (
+        {"parameters": schema, "strict": True},
+        {"parameters": {"properties": {"x": {"type": "wibble"}}}},
+    ):
+        bad = [{"type": "function", "function": {"name": "f", **function}}]
+        with pytest.raises(RequestError) as caught:
+            llm.start(GenerationRequest(messages=USER, tools=bad))
+        assert caught.value.param == "tools[0].function.parameters"
+        assert "at /properties/x:" in str(caught.value)
+
+
+def test_a_135m_model_emits_a_valid_call(smollm2_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60)
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": city}}]
+    wanted = GenerationRequest(
+        messages=USER, params=params, tools=tools, tool_choice=ToolChoice("required", max_calls=1)
+    )
+    _, calls, reason = called(smollm2_llm, wanted)
+    assert reason == "tool_calls"
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [
+        ("get_weather", {"city": "Bern"})
+    ]
+
+
+# ---- the wire ------------------------------------------------------------------------------------
+
+
+def parse(**fields: Any) -> GenerationRequest:
+    return parse_chat({"messages": USER, **fields}, {}).requests[0]
+
+
+def test_tool_choice_in_all_its_forms() -> None:
+    named = {"type": "function", "function": {"name": "stop"}}
+    some = [{"type": "function", "function": {"name": "stop"}}]
+    for body, expected in (
+        ({}, ToolChoice()),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, ToolChoice(max_calls=1)),
+        ({"tool_choice": "required"}, ToolChoice("required")),
+        ({"tool_choice": named}, ToolChoice("required", ("stop",), 1)),
+        (
+            {
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": some},
+                }
+            },
+            ToolChoice("auto", ("stop",)),
+        ),
+    ):
+        read = parse(tools=TOOLS, **body)
+        assert read.tool_choice == expected
+        assert read.tools == TOOLS
+    assert parse(tools=TOOLS, tool_choice="none").tools is None
+    assert parse(tools=[], tool_choice="auto").tools is None
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"tools": ["x"]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}
+                ]
+            },
+            "tools[0].function.parameters",
+        ),
+        ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0].function",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]},
+            "messages[0].tool_calls[0].function.name",
+        ),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat({"messages": USER, **body}, {})
+    assert caught.value.param == param
+
+
+@pytest.fixture(scope="module")
+def live(models: Callable[[str], LLM]) -> Iterator[Live]:
+    with serving(lambda: models("hermes"), model_id="tiny", sampling=OPEN) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
+
+
+def test_the_sdk_gets_calls_and_sends_results(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=USER, tools=TOOLS, tool_choice="required", seed=5, n=3
+    )
+    ids = []
+    for choice in answer.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        assert choice.message.tool_calls
+        for call in choice.message.tool_calls:
+            ids.append(call.id)
+            jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+    assert len(set(ids)) == len(ids)
+    assert all(call_id.startswith("call_") for call_id in ids)
+    message = answer.choices[0].message
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls
+    ]
+    final = client.chat.completions.create(
+        model="tiny", messages=[*USER, message, *results], tools=TOOLS, max_tokens=5, seed=1
+    )
+    assert final.usage.prompt_tokens > answer.usage.prompt_tokens
+    assert final.choices[0].message.tool_calls is None
+
+
+def test_streamed_calls_add_up_to_the_whole_answer(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": "tiny", "messages": USER, "tools": TOOLS, "seed": 8}
+    body |= {"tool_choice": "required", "logprobs": True}
+    whole = client.chat.completions.create(**body).choices[0]
+    calls: list[dict[str, str]] = []
+    reasons = []
+    for chunk in client.chat.completions.create(**body, stream=True):
+        choice = chunk.choices[0]
+        assert not choice.delta.content
+        for delta in choice.delta.tool_calls or []:
+            if delta.index == len(calls):
+                assert delta.id.startswith("call_")
+                assert delta.type == "function"
+                assert delta.function.arguments == ""
+                calls.append({"name": delta.function.name, "arguments": ""})
+            else:
+                assert delta.index == len(calls) - 1
+                assert delta.id is delta.type is delta.function.name is None
+                calls[-1]["arguments"] += delta.function.arguments
+        reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert reasons == ["tool_calls"]
+    assert calls == [call.function.model_dump() for call in whole.message.tool_calls]
+    assert whole.logprobs.content == []  # none for the syntax of calls
+
+
+class Weather(pydantic.BaseModel):
+    """The weather in a city."""
+
+    days: int = pydantic.Field(ge=0, le=9)
+    exact: bool | None
+
+
+def test_the_streaming_helper_and_pydantic_tools(client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Weather, name="weather")
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    parsed = client.chat.completions.parse(
+        model="tiny", messages=USER, tools=[tool], tool_choice=named, seed=2
+    )
+    (call,) = parsed.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(
+        model="tiny", messages=USER, tools=[tool], tool_choice="required", seed=2
+    ) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.delta" in kinds
+    assert "tool_calls.function.arguments.done" in kinds
+    assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+
+
+def test_no_tool_choice_means_no_call(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=USER, tools=TOOLS, tool_choice="none", max_tokens=20, seed=1
+    )
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_bad_tool_is_a_400_that_names_it_over_http(live: Live) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "wibble"}}}
+    bad = [TOOLS[0], {"type": "function", "function": {"name": "f", "parameters": schema}}]
+    for stream in (False, True):
+        answer = live.chat(tools=bad, stream=stream)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "tools[1].function.parameters"
+        assert "/properties/x" in answer.json()["error"]["message"]
+    assert live.is_idle()
+
+
+def test_the_rendered_prompt_shows_the_tools(live: Live) -> None:
+    body = {"messages": TALK, "tools": TOOLS}
+    shown = live.http.post("/apply-template", json=body).json()
+    assert "weather_now" in shown["prompt"]
+    assert "sunny spells" in shown["prompt"]
