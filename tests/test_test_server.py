@@ -199,6 +199,29 @@ def test_a_script_file_is_yaml_or_json(tmp_path: Path) -> None:
         read_script(tmp_path / "none")
 
 
+def blocks(kind: str) -> list[str]:
+    """README's blocks of a kind."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```$", text)
+
+
+def test_the_script_of_the_readme_is_one(tmp_path: Path) -> None:
+    (block,) = blocks("yaml")
+    (tmp_path / "script.yaml").write_text(block)
+    script = read_script(tmp_path / "script.yaml")
+    assert script.next("a question about the weather")["text"] == "Rain."
+    assert [script.next("hi").get("text") for _ in range(8)][-2:] == [
+        "The last answer, from then on."
+    ] * 2
+    used = {
+        name
+        for answer in nanollama.yaml.safe_load(block)
+        if isinstance(answer, dict)
+        for name in answer
+    }
+    assert set(nanollama.SCRIPT_FIELDS) - used == {"finish_reason"}
+
+
 def test_a_scripted_server_starts_without_torch(tmp_path: Path) -> None:
     script = tmp_path / "script.json"
     script.write_text('["Hello from a file!"]')
@@ -240,11 +263,13 @@ def test_the_fixture_works_in_other_peoples_tests(tmp_path: Path) -> None:
         "def test_two(test_server):\n"
         "    assert not test_server.requests\n"
     )
+    (block,) = blocks("py3")
+    (tmp_path / "test_readme.py").write_text(block)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
     )
-    assert "2 passed" in done.stdout, done.stdout
+    assert "3 passed" in done.stdout, done.stdout
 
 
 # ---- tiny-random ---------------------------------------------------------------------------------
