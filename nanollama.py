@@ -823,39 +823,15 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             "the width must be even and the heads must divide evenly"
         )
     _check_supported(values)
-    switches = dict(family.switches)
-    if switches.get("experts"):
-        switches["experts"] = _experts(values, n_layers)
-    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
-    if switches.pop("embed_root", False):
-        embed_scale = n_embd**0.5
-    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
-    residual = values.number("residual_multiplier", 1.0)
     windows = _layer_windows(values, n_layers)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
-    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    attn_scale = None
-    if values.get("attention_multiplier"):
-        attn_scale = values.number("attention_multiplier")
-    elif values.get("query_pre_attn_scalar"):
-        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
     n_ctx = values.count("max_position_embeddings")
     if ropes[0]["rope_type"] == "dynamic":
         n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
-    fields = {
-        "n_ctx": n_ctx,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "qkv_bias": bias,
-        "o_bias": bool(values.get("attention_out_bias", bias)),
-        "mlp_bias": values.any("mlp_bias", "use_bias"),
-        "act": _activation(values),
-        "embed_scale": embed_scale / residual,
-        "norm_eps": norm_eps / residual**2,
-        "attn_scale": attn_scale,
-        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
-        "logit_softcap": _softcap(values, "final_logit_softcapping"),
-        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
-    }
+    fields: dict[str, Any] = {**_switches(values), **family.switches}
+    fields["embed_scale"] *= n_embd**0.5 if fields.pop("embed_root", False) else 1
+    if fields.get("experts"):
+        fields["experts"] = _experts(values, n_layers)
     return ModelConfig(
         model_type=str(model_type),
         n_vocab=values.count("vocab_size"),
@@ -865,11 +841,37 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
+        n_ctx=n_ctx,
         ropes=ropes,
         layer_ropes=layer_ropes,
         windows=windows,
-        **{**fields, **switches},
+        **fields,
     )
+
+
+def _switches(values: ConfigValues) -> dict[str, Any]:
+    """The fields of ModelConfig that any config.json may set, whatever its family."""
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    return {
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
+        "norm_eps": _norm_eps(values) / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
 
 
 def _check_supported(values: ConfigValues) -> None:
@@ -5029,14 +5031,11 @@ def _gguf_config(
     family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
-    if (arch, key("block_count")) in WIDE_SCALE:
-        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
-    elif "query_pre_attn_scalar" in family.defaults:
-        values["query_pre_attn_scalar"] = head_dim
-    if key("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
-            "logit_scale"
-        )
+    if "query_pre_attn_scalar" in family.defaults:
+        is_wide = (arch, key("block_count")) in WIDE_SCALE
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
+    if scale := key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
     if "rope_local_base_freq" in family.defaults:
         local = 10000.0 if "gemma" in arch else key("rope.freq_base")
         values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
