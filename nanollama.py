@@ -3247,6 +3247,7 @@ def part_kernel(
     ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
+    softcap: tl.tensor,
     H: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -3254,6 +3255,7 @@ def part_kernel(
     COLS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> None:
     """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
     the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
@@ -3278,7 +3280,10 @@ def part_kernel(
             seen = (s >= first) & (s <= position)
             at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * factor, -1e30)
+            scores = scores * factor
+            if CAPPED:  # c tanh(x / c)
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+            scores = tl.where(seen[None, :], scores, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
             shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
             values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
@@ -3298,19 +3303,25 @@ def join_kernel(
     sums: tl.tensor,
     stats: tl.tensor,
     rows: tl.tensor,
+    sinks: tl.tensor,
     H: tl.constexpr,
     D: tl.constexpr,
     COLS: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """A program adds up the parts of one head of one row."""
+    """A program adds up the parts of one head of one row, and its sink, which weighs nothing."""
     r, head = tl.program_id(0), tl.program_id(1)
     at = (r * H + head) * PARTS + tl.arange(0, PARTS)
     largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
-    factor = tl.exp(largest - tl.max(largest, 0))
+    top, rest = tl.max(largest, 0), 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + head)
+        top = tl.maximum(top, sink)
+        rest = tl.exp(sink - top)
+    factor = tl.exp(largest - top)
     d = tl.arange(0, COLS)[None, :]
     values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
-    total = tl.sum(values * factor[:, None], 0) / tl.sum(weight * factor, 0)
+    total = tl.sum(values * factor[:, None], 0) / (tl.sum(weight * factor, 0) + rest)
     d = tl.arange(0, COLS)
     to = out + (tl.load(rows + r) * H + head) * D + d
     tl.store(to, total.to(out.dtype.element_ty), d < D)
@@ -3326,11 +3337,13 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    depend on the others. `scale`, `softcap` and `sinks` as in `attention`; in strips of `ring`
     positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
@@ -3357,7 +3370,9 @@ def strip_attention(
         ring,
         num_programs,
         scale or D**-0.5,
+        softcap or 1.0,
         H=H,
+        CAPPED=softcap > 0,
         HEADS=heads,
         KEYS=STRIP_KEYS,
         PARTS=STRIP_PARTS,
@@ -3365,7 +3380,7 @@ def strip_attention(
         **shape,
     )
     join_kernel[num_rows, H](
-        out, sums, stats, strips.rows, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
+        out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
     )
 
 
@@ -3772,8 +3787,7 @@ class KVCache:
         in_ring, index = self.places[attn.index]
         ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
-        direct = direct and not self.config.attn_softcap and attn.sinks is None
-        spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
+        spans = self.attend_rows(attn, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
@@ -3795,10 +3809,10 @@ class KVCache:
         return out.flatten(1)
 
     def attend_rows(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
+        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        in_ring, index = self.places[layer]
+        in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
@@ -3813,10 +3827,9 @@ class KVCache:
             batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
         rows = batch.strips[in_ring]
         if len(rows.rows):
-            window, scale = self.config.windows[layer], self.config.attn_scale
-            ring = self.ring if in_ring else 0
-            num_layers = strips[0].shape[1]
-            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
+            window, config = self.config.windows[attn.index], self.config
+            how = config.attn_scale, config.attn_softcap, attn.sinks, self.ring if in_ring else 0
+            strip_attention(out, q, k, v, rows, index, strips[0].shape[1], window, *how)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -4269,7 +4282,7 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        is_plain = not c.experts and self.smear_gate is None
         return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
@@ -14367,8 +14380,12 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
-    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
+    and of experts as many as a token goes to."""
+    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    mixtures = [part for part in parts if isinstance(part, MoE)]
+    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    parts += [m.shared_expert for m in mixtures if m.shared_expert]
     matrices = ((name, m) for part in parts for name, m in vars(part).items())
     found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
