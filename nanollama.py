@@ -823,39 +823,15 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             "the width must be even and the heads must divide evenly"
         )
     _check_supported(values)
-    switches = dict(family.switches)
-    if switches.get("experts"):
-        switches["experts"] = _experts(values, n_layers)
-    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
-    if switches.pop("embed_root", False):
-        embed_scale = n_embd**0.5
-    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
-    residual = values.number("residual_multiplier", 1.0)
     windows = _layer_windows(values, n_layers)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
-    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    attn_scale = None
-    if values.get("attention_multiplier"):
-        attn_scale = values.number("attention_multiplier")
-    elif values.get("query_pre_attn_scalar"):
-        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
     n_ctx = values.count("max_position_embeddings")
     if ropes[0]["rope_type"] == "dynamic":
         n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
-    fields = {
-        "n_ctx": n_ctx,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "qkv_bias": bias,
-        "o_bias": bool(values.get("attention_out_bias", bias)),
-        "mlp_bias": values.any("mlp_bias", "use_bias"),
-        "act": _activation(values),
-        "embed_scale": embed_scale / residual,
-        "norm_eps": norm_eps / residual**2,
-        "attn_scale": attn_scale,
-        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
-        "logit_softcap": _softcap(values, "final_logit_softcapping"),
-        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
-    }
+    fields: dict[str, Any] = {**_switches(values), **family.switches}
+    fields["embed_scale"] *= n_embd**0.5 if fields.pop("embed_root", False) else 1
+    if fields.get("experts"):
+        fields["experts"] = _experts(values, n_layers)
     return ModelConfig(
         model_type=str(model_type),
         n_vocab=values.count("vocab_size"),
@@ -865,11 +841,37 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
+        n_ctx=n_ctx,
         ropes=ropes,
         layer_ropes=layer_ropes,
         windows=windows,
-        **{**fields, **switches},
+        **fields,
     )
+
+
+def _switches(values: ConfigValues) -> dict[str, Any]:
+    """The fields of ModelConfig that any config.json may set, whatever its family."""
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    return {
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
+        "norm_eps": _norm_eps(values) / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
 
 
 def _check_supported(values: ConfigValues) -> None:
@@ -3247,6 +3249,7 @@ def part_kernel(
     ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
+    softcap: tl.tensor,
     H: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -3254,6 +3257,7 @@ def part_kernel(
     COLS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> None:
     """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
     the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
@@ -3278,7 +3282,10 @@ def part_kernel(
             seen = (s >= first) & (s <= position)
             at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * factor, -1e30)
+            scores = scores * factor
+            if CAPPED:  # c tanh(x / c)
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+            scores = tl.where(seen[None, :], scores, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
             shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
             values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
@@ -3298,19 +3305,25 @@ def join_kernel(
     sums: tl.tensor,
     stats: tl.tensor,
     rows: tl.tensor,
+    sinks: tl.tensor,
     H: tl.constexpr,
     D: tl.constexpr,
     COLS: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """A program adds up the parts of one head of one row."""
+    """A program adds up the parts of one head of one row, and its sink, which weighs nothing."""
     r, head = tl.program_id(0), tl.program_id(1)
     at = (r * H + head) * PARTS + tl.arange(0, PARTS)
     largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
-    factor = tl.exp(largest - tl.max(largest, 0))
+    top, rest = tl.max(largest, 0), 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + head)
+        top = tl.maximum(top, sink)
+        rest = tl.exp(sink - top)
+    factor = tl.exp(largest - top)
     d = tl.arange(0, COLS)[None, :]
     values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
-    total = tl.sum(values * factor[:, None], 0) / tl.sum(weight * factor, 0)
+    total = tl.sum(values * factor[:, None], 0) / (tl.sum(weight * factor, 0) + rest)
     d = tl.arange(0, COLS)
     to = out + (tl.load(rows + r) * H + head) * D + d
     tl.store(to, total.to(out.dtype.element_ty), d < D)
@@ -3326,11 +3339,13 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    depend on the others. `scale`, `softcap` and `sinks` as in `attention`; in strips of `ring`
     positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
@@ -3357,7 +3372,9 @@ def strip_attention(
         ring,
         num_programs,
         scale or D**-0.5,
+        softcap or 1.0,
         H=H,
+        CAPPED=softcap > 0,
         HEADS=heads,
         KEYS=STRIP_KEYS,
         PARTS=STRIP_PARTS,
@@ -3365,7 +3382,7 @@ def strip_attention(
         **shape,
     )
     join_kernel[num_rows, H](
-        out, sums, stats, strips.rows, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
+        out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
     )
 
 
@@ -3404,18 +3421,21 @@ def triton_works() -> bool:
 #               that slot's tokens only.
 #   Extend      a new switch is a field of ModelConfig with a neutral default, used in one place.
 #   Papers      https://arxiv.org/abs/2307.09288 (Llama 2)
-#               https://arxiv.org/abs/2002.05202 (SwiGLU)
+#               https://arxiv.org/abs/2002.05202 (SwiGLU), 2101.03961 (mixtures of experts)
 # ==================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, .."""
+    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, ..
+
+    load() reads it all, load(rows) the rows that a slice or indices name, and load(expert, rows)
+    those of one expert where the tensor (E, rows, ..) holds all of them."""
 
     shape: tuple[int, ...]
     kind: str
     nbytes: int
-    load: Callable[..., Tensor | PackedLinear]  # all rows, or those that a slice or indices name
+    load: Callable[..., Tensor | PackedLinear]
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -3769,8 +3789,7 @@ class KVCache:
         in_ring, index = self.places[attn.index]
         ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
-        direct = direct and not self.config.attn_softcap and attn.sinks is None
-        spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
+        spans = self.attend_rows(attn, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
@@ -3792,10 +3811,10 @@ class KVCache:
         return out.flatten(1)
 
     def attend_rows(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
+        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        in_ring, index = self.places[layer]
+        in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
@@ -3810,10 +3829,9 @@ class KVCache:
             batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
         rows = batch.strips[in_ring]
         if len(rows.rows):
-            window, scale = self.config.windows[layer], self.config.attn_scale
-            ring = self.ring if in_ring else 0
-            num_layers = strips[0].shape[1]
-            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
+            window, config = self.config.windows[attn.index], self.config
+            how = config.attn_scale, config.attn_softcap, attn.sinks, self.ring if in_ring else 0
+            strip_attention(out, q, k, v, rows, index, strips[0].shape[1], window, *how)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -4266,7 +4284,7 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        is_plain = not c.experts and self.smear_gate is None
         return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
@@ -4397,11 +4415,12 @@ class DecodeGraphs:
 #   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
-#               here, so that everything else knows one spelling only.
+#               here, so that everything else knows one spelling only; `canonical_tensors` brings
+#               the families' names, fused matrices and orders of rows into those of Llama.
 #   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
 #               against the size of the file before memory is asked for.
 #   Extend      another file format is a function from a path to a Checkpoint, called by
-#               `open_checkpoint`; another GGUF tensor name is one row of GGUF_TENSORS.
+#               `open_checkpoint`; another tensor name is one row of GGUF_TENSORS or HF_NAMES.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
@@ -5027,14 +5046,11 @@ def _gguf_config(
     family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
-    if (arch, key("block_count")) in WIDE_SCALE:
-        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
-    elif "query_pre_attn_scalar" in family.defaults:
-        values["query_pre_attn_scalar"] = head_dim
-    if key("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
-            "logit_scale"
-        )
+    if "query_pre_attn_scalar" in family.defaults:
+        is_wide = (arch, key("block_count")) in WIDE_SCALE
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
+    if scale := key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
     if "rope_local_base_freq" in family.defaults:
         local = 10000.0 if "gemma" in arch else key("rope.freq_base")
         values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
@@ -14387,8 +14403,12 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
-    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
+    and of experts as many as a token goes to."""
+    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    mixtures = [part for part in parts if isinstance(part, MoE)]
+    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    parts += [m.shared_expert for m in mixtures if m.shared_expert]
     matrices = ((name, m) for part in parts for name, m in vars(part).items())
     found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
