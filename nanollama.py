@@ -245,6 +245,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
@@ -283,6 +284,15 @@ class CheckpointError(NanollamaError):
 
 class KernelError(NanollamaError):
     pass
+
+
+class Fault(NanollamaError):
+    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
+    the connection."""
+
+    def __init__(self, is_cut: bool) -> None:
+        super().__init__("the script breaks this answer off")
+        self.is_cut = is_cut
 
 
 class RequestError(NanollamaError):
@@ -4185,7 +4195,7 @@ class MoE:
 class DecoderLayer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
-        self.rope, self.parallel = config.layer_ropes[index], config.parallel
+        self.parallel = config.parallel
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
@@ -4327,7 +4337,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             if self.resid_lambdas is not None and self.x0_lambdas is not None:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
-            x = layer(x, rotations[layer.rope], cache, batch)
+            x = layer(x, rotations[config.layer_ropes[i]], cache, batch)
             middle = x if i == len(self.layers) // 2 else middle
         return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
 
@@ -9241,15 +9251,6 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
         refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
     seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
     return math.inf if text.startswith("-") else seconds
-
-
-class Fault(NanollamaError):
-    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
-    the connection."""
-
-    def __init__(self, is_cut: bool) -> None:
-        super().__init__("the script breaks this answer off")
-        self.is_cut = is_cut
 
 
 def error_body(error: NanollamaError) -> dict[str, Any]:
@@ -14896,7 +14897,6 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
             streams.append(x[: len(ids)].float().cpu())
             return layer(x, *rest)
 
-        vars(call).update(vars(layer))  # what else the decoder asks of a layer
         return call
 
     decoder.layers = [traced(layer) for layer in layers]

@@ -171,7 +171,6 @@ def hidden_states(llm: LLM, ids: list[int]) -> list[torch.Tensor]:
             found.append(layer(*args))
             return found[-1]
 
-        run.rope = layer.rope  # type: ignore[attr-defined]
         return run
 
     layers, decoder.layers = decoder.layers, [watched(layer) for layer in decoder.layers]  # type: ignore
