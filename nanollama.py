@@ -111,6 +111,7 @@ import threading
 import time
 import types
 import typing
+import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -120,7 +121,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -160,6 +161,7 @@ __all__ = [
 # ==================================================================================================
 
 log = logging.getLogger("nanollama")
+Found = TypeVar("Found")
 
 
 class LazyModule:
@@ -337,6 +339,11 @@ def cache_root() -> Path:
     """Our directory: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
+
+
+def cached(owner: Any, method: Callable[[Any, Any], Found], most: int) -> Callable[[Any], Found]:
+    """A method of `owner` that keeps its latest results; they go when the owner goes, at once."""
+    return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -7000,7 +7007,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
-        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
+        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -7947,7 +7954,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer, self.n_vocab = tokenizer, n_vocab
-        self.compiled = lru_cache(maxsize=64)(self.compile)
+        self.compiled = cached(self, Grammars.compile, 64)
 
     @functools.cached_property
     def vocabulary(self) -> llguidance.LLTokenizer:

@@ -389,7 +389,8 @@ def test_samples_of_one_request_are_constrained_on_their_own(tiny_llm: LLM) -> N
 def test_a_constraint_that_grows_too_complex_ends_its_own_answer_only(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = tiny_llm.start(GenerationRequest("hello", params=SamplingParams(max_tokens=5)))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    good = tiny_llm.start(GenerationRequest("hello", params=params))
     bad = tiny_llm.start(GenerationRequest("hello", params=SamplingParams(regex="a{30}")))
     tiny_llm.engine.step()
     assert bad.constraint
