@@ -12685,6 +12685,7 @@ dialog form button { grid-column: span 3 }
   <ul id="chats"></ul>
 </nav>
 <main>
+#pick { width: auto; min-height: 0; padding: 0 .3rem; font-size: inherit; max-width: 60% }
   <header>
     <button popovertarget="drawer" aria-label="Conversations">☰</button>
     <input id="title" aria-label="Title of the conversation" placeholder="New chat" maxlength="80">
@@ -12698,7 +12699,8 @@ dialog form button { grid-column: span 3 }
 </textarea>
       <button id="send" class="primary"></button>
     </div>
-    <div id="status"><span id="model" role="status"></span><span id="used"></span>
+    <div id="status"><select id="pick" aria-label="Model" hidden></select>
+      <span id="model" role="status"></span><span id="used"></span>
       <meter id="context" aria-label="Context used"></meter></div>
   </form>
 </main>
@@ -12916,7 +12918,10 @@ async function* events(body) {  // the data of each server-sent event
 async function connect() {
   clearTimeout(reconnect);
   try {
-    [model] = (await (await call('v1/models')).json()).data;
+    const models = (await (await call('v1/models')).json()).data, pick = $('pick');
+    model = models.find(({id}) => id === settings.model) ?? models[0];
+    pick.replaceChildren(...models.map(({id}) => el('option', {selected: id === model.id}, id)));
+    pick.hidden = models.length < 2;
     trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
     if (trouble) reconnect = setTimeout(connect, 2000);
   } catch (error) {
@@ -13022,6 +13027,7 @@ function take(run, {error, choices: [choice] = [], usage, timings}) {
       + (cached ? ` (${cached} cached)` : '');
   }
 }
+  if (!message.error && !model?.max_model_len) connect();  // the answer has loaded the model
 
 // ---- the view ----------------------------------------------------------------------------------
 const log = $('log'), input = $('input'), dialog = $('settings'), form = dialog.firstElementChild;
@@ -13122,7 +13128,7 @@ function refresh() {  // what surrounds the messages
   const size = model?.max_model_len, focused = document.activeElement.id;
   Object.assign($('send'), {textContent: running ? '■' : '↑', title: label, ariaLabel: label});
   Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
-  $('model').textContent = [model?.id, trouble].filter(Boolean).join(' · ');
+  $('model').textContent = [$('pick').hidden && model?.id, trouble].filter(Boolean).join(' · ');
   $('used').textContent = used.toLocaleString('en')
     + (size ? ` of ${size.toLocaleString('en')} tokens` : ' tokens');
   document.title = (current.title ? `${current.title} · ` : '') + 'nanollama';
@@ -13220,6 +13226,11 @@ connect();
 
 
 # ==================================================================================================
+$('pick').onchange = ({target}) => {
+  settings.model = target.value;
+  save('settings', settings);
+  connect();
+};
 # 14 CLI: modes, the conversation, `main`
 #
 #   In          argv, a terminal or pipes
