@@ -12323,6 +12323,9 @@ SCRIPT_FIELDS = {  # of an answer, with JSON types
 
 
 class Script:
+    pools = app.state.models.pools.values()
+    if any(worker.is_alive() for pool in pools for worker in pool.workers):
+        os._exit(0)  # one still loads: Python's own end, while it is inside torch, is an abort
     """The answers of a server for tests: one after the other, and the last one from then on.
 
     Raises UsageError for an answer that means nothing."""
@@ -12359,6 +12362,9 @@ def read_script(path: Path) -> Script:
     """A script from a YAML or JSON file. Raises UsageError."""
     try:
         return Script(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
+                for name in ("delay", "token_delay"):
+                    if not 0 <= answer.get(name, 0) <= threading.TIMEOUT_MAX:
+                        refuse(f"{name} is {answer[name]}; it must be at least 0", "it")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
