@@ -9529,7 +9529,8 @@ def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
     if kind == "choice":
         if not value or not all(isinstance(word, str) and word for word in value):
             refuse(f"{where} is {brief(value)}; it must list non-empty strings", where)
-        return "grammar", "start: " + " | ".join(map(json.dumps, value)), where
+        # in capitals: one expression, however many words
+        return "grammar", f"start: WORD\nWORD: {' | '.join(map(json.dumps, value))}", where
     return kind, value, where
 
 
