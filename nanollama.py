@@ -14278,7 +14278,11 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = argparse.ArgumentParser(prog="nanollama.py show", description=command_show.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py show",
+        description=command_show.__doc__,
+        epilog=f"Model types that can be run: {SUPPORTED}",
+    )
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
