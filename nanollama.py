@@ -8,7 +8,7 @@
 #     "huggingface_hub>=1.0",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
-#     "llguidance>=1.3",
+#     "llguidance>=1.9",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
@@ -111,6 +111,7 @@ import threading
 import time
 import types
 import typing
+import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -120,7 +121,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -160,6 +161,7 @@ __all__ = [
 # ==================================================================================================
 
 log = logging.getLogger("nanollama")
+Found = TypeVar("Found")
 
 
 class LazyModule:
@@ -337,6 +339,11 @@ def cache_root() -> Path:
     """Our directory: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
+
+
+def cached(owner: Any, method: Callable[[Any, Any], Found], most: int) -> Callable[[Any], Found]:
+    """A method of `owner` that keeps its latest results; they go when the owner goes, at once."""
+    return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -1110,6 +1117,8 @@ class SamplingParams:
             if not isinstance(value := getattr(self, name), forms[name]):
                 wanted = "an object" if name == "schema" else "a string"
                 raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
@@ -6998,7 +7007,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
-        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
+        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -7130,14 +7139,20 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer, and
-#               Constraint for what it must be
+#   Out         the prompt just as Hugging Face renders it; AnswerSplitter: an answer in thoughts,
+#               content and calls; Constraint: which tokens keep it what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
-#               what one of them refuses is spelled the other way (`_message_shapes`).
+#               what one of them refuses is spelled the other way (`_message_shapes`). What an
+#               answer must be is one grammar, which also says where thoughts and calls may stand:
+#
+#                   schema | regex | grammar ─┐
+#                   tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
+#
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
-#   Extend      what templates may call is a filter or a global of `template_environment`.
+#   Extend      what templates may call is a filter or a global of `template_environment`; another
+#               way of writing calls is a row of TOOL_FORMATS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
@@ -7823,7 +7838,8 @@ JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
 }
-MAX_MULTIPLE = 10_000  # of multipleOf, without its point: its automaton has as many states
+MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
+MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -7874,7 +7890,7 @@ class Constraint:
 
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0]
+    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 
@@ -7897,10 +7913,11 @@ def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
     """Why a JSON Schema cannot be compiled; '' where it can."""
+    total = 0
     for path, value in parts(schema, sys.maxsize):
         if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
-            if int(digits) > MAX_MULTIPLE:
+            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
+            if total > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
     grammar = f"start: {json_grammar(schema, strict)}"
     error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
@@ -7908,13 +7925,17 @@ def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
 
 
 def faulty_part(
-    schema: Mapping[str, Any], error: str, shared: Mapping[str, Any], strict: bool
+    schema: Mapping[str, Any],
+    error: str,
+    shared: Mapping[str, Any],
+    strict: bool,
+    num_levels: int = MAX_LEVELS,
 ) -> str:
     """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
     it refer to."""
-    for path, part in parts(schema, 2):
+    for path, part in parts(schema, 2) if num_levels else ():
         if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict)
+            return path + faulty_part(part, error, shared, strict, num_levels - 1)
     return ""
 
 
@@ -7933,7 +7954,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer, self.n_vocab = tokenizer, n_vocab
-        self.compiled = lru_cache(maxsize=64)(self.compile)
+        self.compiled = cached(self, Grammars.compile, 64)
 
     @functools.cached_property
     def vocabulary(self) -> llguidance.LLTokenizer:
@@ -7944,7 +7965,11 @@ class Grammars:
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
         matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
-        Constraint(matcher, self.n_vocab).allowed()  # what nothing fits shows at the first token
+        try:
+            Constraint(matcher, self.n_vocab).allowed()
+        except RequestError:
+            reason = error_line(matcher.get_error()) or "no token of this model does"
+            raise RequestError(f"there is nothing that fits: {reason}") from None
         return matcher
 
     def check(self, name: str, grammar: str) -> None:
@@ -8036,7 +8061,12 @@ class Grammars:
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
-        matcher = self.compiled(json.dumps({"grammars": grammars}))
+        try:
+            matcher = self.compiled(json.dumps({"grammars": grammars}))
+        except RequestError as error:
+            forms = ("schema", "regex", "grammar")
+            error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
+            raise
         return Constraint(matcher.deep_copy(), self.n_vocab)
 
 
