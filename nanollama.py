@@ -11852,9 +11852,14 @@ class OllamaHandlers(Handlers):
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
 
+        def ended(task: asyncio.Task[None]) -> None:
+            lines.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # seen, also when nobody waits for it any more
+
         async def events() -> AsyncIterator[dict[str, Any]]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
-            task.add_done_callback(lambda _: lines.put_nowait(None))
+            task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
                 yield line
             await task
