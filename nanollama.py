@@ -11018,16 +11018,31 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.forget(pool))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.forget(pool)
 
-    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
-        """Give a model to nobody any more -> what ends its threads"""
+    def forget(self, pool: Pool) -> asyncio.Task[None]:
+        """Give a model to nobody any more -> what ends its threads, once its last answer is done"""
+
+        async def retire() -> None:
+            while not pool.is_idle:
+                self.idle.clear()
+                await self.idle.wait()
+            await pool.stop()
+
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-        return pool.stop()
+        task = asyncio.create_task(retire())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def renew(self, name: str) -> None:
+        """Let the next request load a model anew, whose files change; who has it keeps it."""
+        if pool := self.pools.get(name):
+            task = self.forget(pool)
+            if pool.is_idle:
+                await task
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11838,6 +11853,7 @@ class OllamaHandlers(Handlers):
         given, _ = await self.ollama_given(request, OLLAMA_CREATE)
         self.check_open()
         name = ollama_name(given)
+        await self.models.renew(name)
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
     async def progress(
@@ -11881,6 +11897,7 @@ class OllamaHandlers(Handlers):
         given, _ = await self.ollama_given(request, OLLAMA_COPY)
         self.check_open()
         source, target = required(given, "source"), required(given, "destination")
+        await self.models.renew(target)
         await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
         return as_json({})
 
@@ -11890,8 +11907,7 @@ class OllamaHandlers(Handlers):
         self.check_open()
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
-        if pool := self.models.pools.get(name):
-            await self.models.forget(pool)
+        await self.models.renew(name)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 

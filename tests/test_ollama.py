@@ -546,6 +546,26 @@ def test_copy_and_delete(client: ollama.Client) -> None:
     assert "org/other" not in [model.model for model in client.list().models]
 
 
+def test_a_model_that_changes_is_loaded_anew_and_answers_go_on(
+    client: ollama.Client, live: Live
+) -> None:
+    client.create("moody", from_=TINY, parameters={"num_predict": 150, "seed": 1})
+    options = {"ignore_eos": True}
+    lines = client.chat("moody", USER, options=options, stream=True)
+    next(iter(lines))
+    old = live.models.pools["moody"]
+    client.create("moody", from_=TINY, parameters={"num_predict": 2})
+    assert client.chat("moody", USER, options=options).eval_count == 2
+    assert live.models.pools["moody"] is not old
+    assert list(lines)[-1].eval_count == 150
+    wait_until(lambda: not any(worker.is_alive() for worker in old.workers))
+    lines = client.chat("moody", USER, options={**options, "num_predict": 150}, stream=True)
+    next(iter(lines))
+    client.delete("moody")
+    assert list(lines)[-1].eval_count == 150
+    assert refusal(lambda: client.chat("moody", USER)).status_code == 404
+
+
 def test_a_created_model_is_one_on_the_command_line_too(
     client: ollama.Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
