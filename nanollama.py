@@ -8,7 +8,7 @@
 #     "huggingface_hub>=1.0",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
-#     "llguidance>=1.3",
+#     "llguidance>=1.9",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
@@ -830,39 +830,15 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             "the width must be even and the heads must divide evenly"
         )
     _check_supported(values)
-    switches = dict(family.switches)
-    if switches.get("experts"):
-        switches["experts"] = _experts(values, n_layers)
-    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
-    if switches.pop("embed_root", False):
-        embed_scale = n_embd**0.5
-    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
-    residual = values.number("residual_multiplier", 1.0)
     windows = _layer_windows(values, n_layers)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
-    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    attn_scale = None
-    if values.get("attention_multiplier"):
-        attn_scale = values.number("attention_multiplier")
-    elif values.get("query_pre_attn_scalar"):
-        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
     n_ctx = values.count("max_position_embeddings")
     if ropes[0]["rope_type"] == "dynamic":
         n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
-    fields = {
-        "n_ctx": n_ctx,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "qkv_bias": bias,
-        "o_bias": bool(values.get("attention_out_bias", bias)),
-        "mlp_bias": values.any("mlp_bias", "use_bias"),
-        "act": _activation(values),
-        "embed_scale": embed_scale / residual,
-        "norm_eps": norm_eps / residual**2,
-        "attn_scale": attn_scale,
-        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
-        "logit_softcap": _softcap(values, "final_logit_softcapping"),
-        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
-    }
+    fields: dict[str, Any] = {**_switches(values), **family.switches}
+    fields["embed_scale"] *= n_embd**0.5 if fields.pop("embed_root", False) else 1
+    if fields.get("experts"):
+        fields["experts"] = _experts(values, n_layers)
     return ModelConfig(
         model_type=str(model_type),
         n_vocab=values.count("vocab_size"),
@@ -872,11 +848,37 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
+        n_ctx=n_ctx,
         ropes=ropes,
         layer_ropes=layer_ropes,
         windows=windows,
-        **{**fields, **switches},
+        **fields,
     )
+
+
+def _switches(values: ConfigValues) -> dict[str, Any]:
+    """The fields of ModelConfig that any config.json may set, whatever its family."""
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    return {
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
+        "norm_eps": _norm_eps(values) / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
 
 
 def _check_supported(values: ConfigValues) -> None:
@@ -1115,6 +1117,8 @@ class SamplingParams:
             if not isinstance(value := getattr(self, name), forms[name]):
                 wanted = "an object" if name == "schema" else "a string"
                 raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
@@ -3252,6 +3256,7 @@ def part_kernel(
     ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
+    softcap: tl.tensor,
     H: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -3259,6 +3264,7 @@ def part_kernel(
     COLS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> None:
     """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
     the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
@@ -3283,7 +3289,10 @@ def part_kernel(
             seen = (s >= first) & (s <= position)
             at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * factor, -1e30)
+            scores = scores * factor
+            if CAPPED:  # c tanh(x / c)
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+            scores = tl.where(seen[None, :], scores, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
             shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
             values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
@@ -3303,19 +3312,25 @@ def join_kernel(
     sums: tl.tensor,
     stats: tl.tensor,
     rows: tl.tensor,
+    sinks: tl.tensor,
     H: tl.constexpr,
     D: tl.constexpr,
     COLS: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """A program adds up the parts of one head of one row."""
+    """A program adds up the parts of one head of one row, and its sink, which weighs nothing."""
     r, head = tl.program_id(0), tl.program_id(1)
     at = (r * H + head) * PARTS + tl.arange(0, PARTS)
     largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
-    factor = tl.exp(largest - tl.max(largest, 0))
+    top, rest = tl.max(largest, 0), 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + head)
+        top = tl.maximum(top, sink)
+        rest = tl.exp(sink - top)
+    factor = tl.exp(largest - top)
     d = tl.arange(0, COLS)[None, :]
     values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
-    total = tl.sum(values * factor[:, None], 0) / tl.sum(weight * factor, 0)
+    total = tl.sum(values * factor[:, None], 0) / (tl.sum(weight * factor, 0) + rest)
     d = tl.arange(0, COLS)
     to = out + (tl.load(rows + r) * H + head) * D + d
     tl.store(to, total.to(out.dtype.element_ty), d < D)
@@ -3331,11 +3346,13 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    depend on the others. `scale`, `softcap` and `sinks` as in `attention`; in strips of `ring`
     positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
@@ -3362,7 +3379,9 @@ def strip_attention(
         ring,
         num_programs,
         scale or D**-0.5,
+        softcap or 1.0,
         H=H,
+        CAPPED=softcap > 0,
         HEADS=heads,
         KEYS=STRIP_KEYS,
         PARTS=STRIP_PARTS,
@@ -3370,7 +3389,7 @@ def strip_attention(
         **shape,
     )
     join_kernel[num_rows, H](
-        out, sums, stats, strips.rows, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
+        out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
     )
 
 
@@ -3409,18 +3428,21 @@ def triton_works() -> bool:
 #               that slot's tokens only.
 #   Extend      a new switch is a field of ModelConfig with a neutral default, used in one place.
 #   Papers      https://arxiv.org/abs/2307.09288 (Llama 2)
-#               https://arxiv.org/abs/2002.05202 (SwiGLU)
+#               https://arxiv.org/abs/2002.05202 (SwiGLU), 2101.03961 (mixtures of experts)
 # ==================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, .."""
+    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, ..
+
+    load() reads it all, load(rows) the rows that a slice or indices name, and load(expert, rows)
+    those of one expert where the tensor (E, rows, ..) holds all of them."""
 
     shape: tuple[int, ...]
     kind: str
     nbytes: int
-    load: Callable[..., Tensor | PackedLinear]  # all rows, or those that a slice or indices name
+    load: Callable[..., Tensor | PackedLinear]
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -3774,8 +3796,7 @@ class KVCache:
         in_ring, index = self.places[attn.index]
         ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
-        direct = direct and not self.config.attn_softcap and attn.sinks is None
-        spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
+        spans = self.attend_rows(attn, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
@@ -3797,10 +3818,10 @@ class KVCache:
         return out.flatten(1)
 
     def attend_rows(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
+        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        in_ring, index = self.places[layer]
+        in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
@@ -3815,10 +3836,9 @@ class KVCache:
             batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
         rows = batch.strips[in_ring]
         if len(rows.rows):
-            window, scale = self.config.windows[layer], self.config.attn_scale
-            ring = self.ring if in_ring else 0
-            num_layers = strips[0].shape[1]
-            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
+            window, config = self.config.windows[attn.index], self.config
+            how = config.attn_scale, config.attn_softcap, attn.sinks, self.ring if in_ring else 0
+            strip_attention(out, q, k, v, rows, index, strips[0].shape[1], window, *how)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -4271,7 +4291,7 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        is_plain = not c.experts and self.smear_gate is None
         return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
@@ -4402,11 +4422,12 @@ class DecodeGraphs:
 #   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
-#               here, so that everything else knows one spelling only.
+#               here, so that everything else knows one spelling only; `canonical_tensors` brings
+#               the families' names, fused matrices and orders of rows into those of Llama.
 #   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
 #               against the size of the file before memory is asked for.
 #   Extend      another file format is a function from a path to a Checkpoint, called by
-#               `open_checkpoint`; another GGUF tensor name is one row of GGUF_TENSORS.
+#               `open_checkpoint`; another tensor name is one row of GGUF_TENSORS or HF_NAMES.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
@@ -5032,14 +5053,11 @@ def _gguf_config(
     family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
-    if (arch, key("block_count")) in WIDE_SCALE:
-        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
-    elif "query_pre_attn_scalar" in family.defaults:
-        values["query_pre_attn_scalar"] = head_dim
-    if key("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
-            "logit_scale"
-        )
+    if "query_pre_attn_scalar" in family.defaults:
+        is_wide = (arch, key("block_count")) in WIDE_SCALE
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
+    if scale := key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
     if "rope_local_base_freq" in family.defaults:
         local = 10000.0 if "gemma" in arch else key("rope.freq_base")
         values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
@@ -7121,14 +7139,20 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer, and
-#               Constraint for what it must be
+#   Out         the prompt just as Hugging Face renders it; AnswerSplitter: an answer in thoughts,
+#               content and calls; Constraint: which tokens keep it what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
-#               what one of them refuses is spelled the other way (`_message_shapes`).
+#               what one of them refuses is spelled the other way (`_message_shapes`). What an
+#               answer must be is one grammar, which also says where thoughts and calls may stand:
+#
+#                   schema | regex | grammar ─┐
+#                   tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
+#
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
-#   Extend      what templates may call is a filter or a global of `template_environment`.
+#   Extend      what templates may call is a filter or a global of `template_environment`; another
+#               way of writing calls is a row of TOOL_FORMATS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
@@ -7814,7 +7838,8 @@ JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
 }
-MAX_MULTIPLE = 10_000  # of multipleOf, without its point: its automaton has as many states
+MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
+MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -7865,7 +7890,7 @@ class Constraint:
 
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0]
+    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 
@@ -7888,10 +7913,11 @@ def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
     """Why a JSON Schema cannot be compiled; '' where it can."""
+    total = 0
     for path, value in parts(schema, sys.maxsize):
         if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
-            if int(digits) > MAX_MULTIPLE:
+            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
+            if total > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
     grammar = f"start: {json_grammar(schema, strict)}"
     error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
@@ -7899,13 +7925,17 @@ def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
 
 
 def faulty_part(
-    schema: Mapping[str, Any], error: str, shared: Mapping[str, Any], strict: bool
+    schema: Mapping[str, Any],
+    error: str,
+    shared: Mapping[str, Any],
+    strict: bool,
+    num_levels: int = MAX_LEVELS,
 ) -> str:
     """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
     it refer to."""
-    for path, part in parts(schema, 2):
+    for path, part in parts(schema, 2) if num_levels else ():
         if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict)
+            return path + faulty_part(part, error, shared, strict, num_levels - 1)
     return ""
 
 
@@ -7935,7 +7965,11 @@ class Grammars:
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
         matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
-        Constraint(matcher, self.n_vocab).allowed()  # what nothing fits shows at the first token
+        try:
+            Constraint(matcher, self.n_vocab).allowed()
+        except RequestError:
+            reason = error_line(matcher.get_error()) or "no token of this model does"
+            raise RequestError(f"there is nothing that fits: {reason}") from None
         return matcher
 
     def check(self, name: str, grammar: str) -> None:
@@ -8027,7 +8061,12 @@ class Grammars:
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
-        matcher = self.compiled(json.dumps({"grammars": grammars}))
+        try:
+            matcher = self.compiled(json.dumps({"grammars": grammars}))
+        except RequestError as error:
+            forms = ("schema", "regex", "grammar")
+            error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
+            raise
         return Constraint(matcher.deep_copy(), self.n_vocab)
 
 
@@ -14392,8 +14431,12 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
-    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
+    and of experts as many as a token goes to."""
+    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    mixtures = [part for part in parts if isinstance(part, MoE)]
+    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    parts += [m.shared_expert for m in mixtures if m.shared_expert]
     matrices = ((name, m) for part in parts for name, m in vars(part).items())
     found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])

@@ -18,7 +18,7 @@ import openai
 import pydantic
 import pytest
 import torch
-from serving import Live, serving
+from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, parse_chat, parse_text
@@ -255,9 +255,14 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_place(
 def test_what_nothing_can_satisfy_is_refused_before_it_runs(tiny_llm: LLM) -> None:
     loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     assert refusal(tiny_llm, schema=loop).status == 400
+    assert refusal(tiny_llm, schema=loop).param == "schema"
     assert refusal(tiny_llm, regex="a(").param == "regex"
+    assert refusal(tiny_llm, regex="\ud800").param == "regex"
+    assert len(str(refusal(tiny_llm, regex="(" * 9999))) < 500
     assert refusal(tiny_llm, grammar="start: nothing").param == "grammar"
     assert refusal(tiny_llm, grammar="root ::= (").param == "grammar"
+    many = {f"p{i}": {"type": "integer", "multipleOf": 9973 - i} for i in range(60)}
+    assert "multipleOf" in str(refusal(tiny_llm, schema={"properties": many}))
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"items": deep}
@@ -626,3 +631,27 @@ def _nothing() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constraint_that_fails_halfway_is_an_error_to_its_client_only(
+    live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    allowed, calls = nanollama.Constraint.allowed, itertools.count()
+
+    def failing(self: nanollama.Constraint) -> Any:
+        if next(calls) > 3:
+            raise RequestError("the answer cannot go on as it must: too complex", "grammar")
+        return allowed(self)
+
+    monkeypatch.setattr(nanollama.Constraint, "allowed", failing)
+    answer = live.chat(guided_regex="[a-z]{50}", stream=stream, max_tokens=50)
+    if stream:
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        assert '"error"' in answer.text.split("\n\n")[-3]
+    else:
+        assert answer.status_code == 400
+    assert "too complex" in answer.text
+    monkeypatch.undo()
+    assert live.chat(guided_regex="[a-z]{5}").status_code == 200
+    wait_until(live.is_idle)
