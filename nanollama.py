@@ -11523,8 +11523,8 @@ def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
     report({"status": "reading model metadata"})
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer:
-            refuse("TEMPLATE and TOKENIZER are not taken from a request", "modelfile")
+        if whole.template or whole.tokenizer or whole.adapter:
+            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
         if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
             refuse("the Modelfile has no FROM", "modelfile")
         base = base_modelfile(wanted[1])

@@ -512,6 +512,7 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
         {"from": TINY, "parameters": {"colour": 1}},
         {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
         {"modelfile": f"FROM {TINY}\nTEMPLATE x"},
+        {"modelfile": f"FROM {TINY}\nADAPTER x"},
         {"modelfile": "FROM /etc/passwd"},
         {"modelfile": "SYSTEM x"},
         {"modelfile": "WIBBLE"},
