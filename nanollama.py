@@ -11077,16 +11077,31 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.forget(pool))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.forget(pool)
 
-    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
-        """Give a model to nobody any more -> what ends its threads"""
+    def forget(self, pool: Pool) -> asyncio.Task[None]:
+        """Give a model to nobody any more -> what ends its threads, once its last answer is done"""
+
+        async def retire() -> None:
+            while not pool.is_idle:
+                self.idle.clear()
+                await self.idle.wait()
+            await pool.stop()
+
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-        return pool.stop()
+        task = asyncio.create_task(retire())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def renew(self, name: str) -> None:
+        """Let the next request load a model anew, whose files change; who has it keeps it."""
+        if pool := self.pools.get(name):
+            task = self.forget(pool)
+            if pool.is_idle:
+                await task
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11528,8 +11543,8 @@ def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
     report({"status": "reading model metadata"})
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer:
-            refuse("TEMPLATE and TOKENIZER are not taken from a request", "modelfile")
+        if whole.template or whole.tokenizer or whole.adapter:
+            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
         if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
             refuse("the Modelfile has no FROM", "modelfile")
         base = base_modelfile(wanted[1])
@@ -11897,6 +11912,7 @@ class OllamaHandlers(Handlers):
         given, _ = await self.ollama_given(request, OLLAMA_CREATE)
         self.check_open()
         name = ollama_name(given)
+        await self.models.renew(name)
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
     async def progress(
@@ -11911,9 +11927,14 @@ class OllamaHandlers(Handlers):
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
 
+        def ended(task: asyncio.Task[None]) -> None:
+            lines.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # seen, also when nobody waits for it any more
+
         async def events() -> AsyncIterator[dict[str, Any]]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
-            task.add_done_callback(lambda _: lines.put_nowait(None))
+            task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
                 yield line
             await task
@@ -11935,6 +11956,7 @@ class OllamaHandlers(Handlers):
         given, _ = await self.ollama_given(request, OLLAMA_COPY)
         self.check_open()
         source, target = required(given, "source"), required(given, "destination")
+        await self.models.renew(target)
         await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
         return as_json({})
 
@@ -11944,8 +11966,7 @@ class OllamaHandlers(Handlers):
         self.check_open()
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
-        if pool := self.models.pools.get(name):
-            await self.models.forget(pool)
+        await self.models.renew(name)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 
@@ -14345,7 +14366,11 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = argparse.ArgumentParser(prog="nanollama.py show", description=command_show.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py show",
+        description=command_show.__doc__,
+        epilog=f"Model types that can be run: {SUPPORTED}",
+    )
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
