@@ -10058,12 +10058,18 @@ class KeptResponse:
 
 
 class ResponseReply:
-    """An answer of /v1/responses, as Reply: items, of which one at a time is open."""
+    """An answer of /v1/responses, as Reply: items, of which one at a time is open. Its end gives it
+    to `keep`."""
 
     def __init__(
-        self, choice: ChatChoice, wire: WireRequest, given: Mapping[str, Any], model: str
+        self,
+        choice: ChatChoice,
+        wire: WireRequest,
+        given: Mapping[str, Any],
+        model: str,
+        keep: Callable[[ResponseReply], None],
     ) -> None:
-        self.choice, self.wire = choice, wire
+        self.choice, self.wire, self.keep = choice, wire, keep
         self.num_events = self.num_thought = 0
         self.item: dict[str, Any] | None = None  # the open one
         self.text: list[str] = []  # of the open one
@@ -10221,6 +10227,7 @@ class ResponseReply:
                 "total_tokens": num_in + num_out,
             },
         }
+        self.keep(self)
         return [*events, self._event(f"response.{status}", response=self.body)]
 
     def result(self) -> dict[str, Any]:
@@ -11333,17 +11340,17 @@ def stream_response(
     )
 
     async def send_all(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with contextlib.suppress(starlette.requests.ClientDisconnect):
-                await unless_disconnected(receive, stream.stream_response(send))
-        finally:
-            at_end()
+        with contextlib.suppress(starlette.requests.ClientDisconnect):
+            await unless_disconnected(receive, stream.stream_response(send), at_end)
 
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect."""
+async def unless_disconnected(
+    receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
+) -> Any:
+    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect.
+    `at_end` is called in any case."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -11356,6 +11363,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) 
             raise starlette.requests.ClientDisconnect
         return tasks[0].result()
     finally:
+        at_end()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -11603,10 +11611,7 @@ class Handlers:
                 async for deltas in self.metrics.watch(job, self.config.timeout_s):
                     last.update({delta.index: delta for delta in deltas})
 
-            try:
-                await unless_disconnected(request.receive, read())
-            finally:
-                job.finish()
+            await unless_disconnected(request.receive, read(), job.finish)
             found += [last[i] for i in range(len(last))]
         return found
 
@@ -11623,24 +11628,26 @@ class Handlers:
         for event in reply.end():
             yield event
 
-    def stream(
-        self, job: Job, reply: Any, encoding: Encoding, headers: Mapping[str, str] | None = None
+    async def answer(
+        self,
+        request: Request,
+        job: Job,
+        reply: Any,
+        encoding: Encoding,
+        is_stream: bool = True,
+        ignored: tuple[str, ...] = (),
     ) -> Response:
-        return stream_response(self.events(job, reply), encoding, job.finish, headers)
-
-    async def whole(self, request: Request, job: Job, reply: Any) -> dict[str, Any]:
-        """The same answer as one object: a fold over its stream."""
+        """What a reply makes of a job: events as they come or, a fold over these, one object."""
+        events, headers = self.events(job, reply), ignored_header(ignored)
+        if is_stream:
+            return stream_response(events, encoding, job.finish, headers)
 
         async def fold() -> None:
-            async for _ in self.events(job, reply):
+            async for _ in events:
                 pass
 
-        try:
-            await unless_disconnected(request.receive, fold())
-        finally:
-            job.finish()
-        body: dict[str, Any] = reply.result()
-        return body
+        await unless_disconnected(request.receive, fold(), job.finish)
+        return as_json(reply.result(), headers=headers)
 
 
 class OpenAIHandlers(Handlers):
@@ -11652,7 +11659,7 @@ class OpenAIHandlers(Handlers):
         pool = await self.models.pool(model_name(body))
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, pool, wire, make)
+        return await self.complete(request, pool, wire, make)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
@@ -11660,9 +11667,9 @@ class OpenAIHandlers(Handlers):
         pool = await self.models.pool(model_name(body))
         wire = parse_text(body, pool.sampling, self.config.strict)
         make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.answer(request, pool, wire, make)
+        return await self.complete(request, pool, wire, make)
 
-    async def answer(
+    async def complete(
         self,
         request: Request,
         pool: Pool,
@@ -11673,10 +11680,7 @@ class OpenAIHandlers(Handlers):
         job = await pool.start(wire.requests, wire.names)
         choices = list(map(make, itertools.count(), job.sequences, job.splitters))
         reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
-        headers = ignored_header(wire.ignored)
-        if wire.stream:
-            return self.stream(job, reply, SSE, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
+        return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
@@ -11686,21 +11690,9 @@ class OpenAIHandlers(Handlers):
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
         choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
-        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name)
-        headers = ignored_header(wire.ignored)
-
-        async def events() -> AsyncIterator[dict[str, Any] | None]:
-            async for event in self.events(job, reply):
-                if event and event["type"] in ("response.completed", "response.incomplete"):
-                    self.keep(reply)
-                yield event
-
-        if wire.stream:
-            encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
-            return stream_response(events(), encoding, job.finish, headers)
-        whole = await self.whole(request, job, reply)
-        self.keep(reply)
-        return as_json(whole, headers=headers)
+        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name, self.keep)
+        encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
+        return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
     def keep(self, reply: ResponseReply) -> None:
         """Keep a response for those that go on from it; old ones make room."""
@@ -11789,10 +11781,7 @@ class OllamaHandlers(Handlers):
         is_chat = "messages" in given
         context = None if is_chat or given.get("raw") else job.sequences[0]
         reply = OllamaReply(choice, given["model"], clock, is_chat, context)
-        headers = ignored_header(ignored)
-        if given.get("stream", True):
-            return self.stream(job, reply, NDJSON, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
+        return await self.answer(request, job, reply, NDJSON, given.get("stream", True), ignored)
 
     async def ollama_load(self, given: Mapping[str, Any], text: dict[str, Any]) -> Response:
         """A request without a prompt loads its model, or unloads it."""
@@ -11926,10 +11915,7 @@ class OllamaHandlers(Handlers):
         async def last() -> dict[str, Any]:
             return [line async for line in events()][-1]
 
-        try:
-            return as_json(await unless_disconnected(request.receive, last()))
-        finally:
-            gone.set()
+        return as_json(await unless_disconnected(request.receive, last(), gone.set))
 
     async def ollama_copy(self, request: Request) -> Response:
         """POST /api/copy: another name for a model"""
@@ -11981,7 +11967,7 @@ class App(OpenAIHandlers, OllamaHandlers):
             values[name] = most if wanted is None else min(max(wanted, least), most)
         params = SamplingParams(**values)
         job = await pool.start((GenerationRequest(messages=messages, params=params),))
-        return self.stream(job, WebReply(job.worker.index), WEB_SSE)
+        return await self.answer(request, job, WebReply(job.worker.index), WEB_SSE)
 
     async def requests(self, request: Request) -> Response:
         """GET, DELETE /_test/requests: what a server for tests was asked; or forget it"""
