@@ -10319,9 +10319,8 @@ def ollama_body(
     )
     if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
         refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
-    body: dict[str, Any] = {
-        n: given[n] for n in ("logprobs", "top_logprobs", "tools") if n in given
-    }
+    same = ("logprobs", "top_logprobs", "tools")
+    body: dict[str, Any] = {name: given[name] for name in same if name in given}
     body |= {name: value for name, value in options.items() if name != "num_predict"}
     if "num_predict" in options:  # -2 fills the context too
         body["max_tokens"] = max(options["num_predict"], -1) or 1
@@ -10338,6 +10337,11 @@ def ollama_body(
         body["reasoning_effort"] = think
     elif think is not None:
         body["chat_template_kwargs"] = {"enable_thinking": think}
+    if "messages" in given:
+        body["messages"] = ollama_messages(given["messages"])
+    else:
+        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
     return body, tuple(f"options.{name}" for name in ignored)
 
 
@@ -10399,14 +10403,19 @@ class OllamaReply:
         self.choice, self.model, self.clock = choice, model, clock
         self.is_chat, self.context = is_chat, context
 
-    def _line(self, text: Mapping[str, Any], done: bool = False) -> dict[str, Any]:
-        """One object: what is said, as a message or as a response"""
+    def _line(
+        self, text: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, done: bool = False
+    ) -> dict[str, Any]:
+        """One object: what is said, as a message or as a response, and the logprobs of that"""
         head = {"model": self.model, "created_at": timestamp()}
-        message = {"role": "assistant", "content": "", **text}
+        said: dict[str, Any]
         if self.is_chat:
-            return {**head, "message": message, "done": done}
-        more = {k: v for k, v in message.items() if k not in ("role", "content")}
-        return {**head, "response": message["content"], **more, "done": done}
+            said = {"message": {"role": "assistant", "content": "", **text}}
+        else:
+            said = {"response": text.get("content", ""), **text}
+            said.pop("content", None)
+        more = {"logprobs": logprobs["content"]} if logprobs else {}
+        return {**head, **said, "done": done, **more}
 
     def start(self) -> list[dict[str, Any]]:
         return []
@@ -10416,9 +10425,7 @@ class OllamaReply:
         for chunk in self.choice.push(delta):
             text = {k: v for k, v in chunk["delta"].items() if k in ("content", "thinking") and v}
             if text:
-                lines.append(self._line(text))
-                if chunk["logprobs"]:
-                    lines[-1]["logprobs"] = chunk["logprobs"]["content"]
+                lines.append(self._line(text, chunk["logprobs"]))
         return lines
 
     def tool_calls(self) -> list[dict[str, Any]]:
@@ -10458,14 +10465,9 @@ class OllamaReply:
 
     def result(self) -> dict[str, Any]:
         said = self.choice.result()
-        text = {"content": said["message"]["content"] or ""}
-        if said["message"].get("thinking"):
-            text["thinking"] = said["message"]["thinking"]
-        calls = self.tool_calls()
-        line = self._line({**text, **({"tool_calls": calls} if calls else {})}, done=True)
-        if said["logprobs"]:
-            line["logprobs"] = said["logprobs"]["content"]
-        return {**line, **self._closing()}
+        message = {**said["message"], "tool_calls": self.tool_calls()}
+        text = {k: message[k] for k in ("content", "thinking", "tool_calls") if message.get(k)}
+        return {**self._line(text, said["logprobs"], done=True), **self._closing()}
 
 
 def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
@@ -11743,60 +11745,45 @@ class OllamaHandlers(Handlers):
 
     async def ollama_chat(self, request: Request) -> Response:
         """POST /api/chat"""
-        given, ignored = await self.ollama_given(request, OLLAMA_CHAT)
-        if not given.get("messages"):
-            return await self.ollama_load(given, {"message": {"role": "assistant", "content": ""}})
-        body, more = ollama_body(given, self.config.strict)
-        body["messages"] = ollama_messages(given["messages"])
-        pool, clock = await self.ollama_pool(given)
-        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
-        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
+        return await self.ollama_answer(request, OLLAMA_CHAT)
 
     async def ollama_generate(self, request: Request) -> Response:
         """POST /api/generate"""
-        given, ignored = await self.ollama_given(request, OLLAMA_GENERATE)
-        if not given.get("prompt"):
-            return await self.ollama_load(given, {"response": ""})
+        return await self.ollama_answer(request, OLLAMA_GENERATE)
+
+    async def ollama_answer(self, request: Request, fields: Mapping[str, str]) -> Response:
+        """One answer, streamed unless the body says otherwise."""
+        given, ignored = await self.ollama_given(request, fields)
+        is_chat = "messages" in fields
+        if not given.get("messages" if is_chat else "prompt"):
+            return await self.ollama_load(given, is_chat)
         body, more = ollama_body(given, self.config.strict)
-        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
-        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
         pool, clock = await self.ollama_pool(given)
         wire = parse_chat(body, pool.sampling, False, pool.source.opening)
-        with pool.held():
-            wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
-        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
-
-    async def ollama_answer(
-        self,
-        request: Request,
-        given: Mapping[str, Any],
-        pool: Pool,
-        wire: WireRequest,
-        clock: Clock,
-        ignored: tuple[str, ...],
-    ) -> Response:
-        """One answer, streamed unless the body says otherwise."""
+        if not is_chat:
+            with pool.held():
+                wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
         choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
-        is_chat = "messages" in given
         context = None if is_chat or given.get("raw") else job.sequences[0]
         reply = OllamaReply(choice, given["model"], clock, is_chat, context)
-        return await self.answer(request, job, reply, NDJSON, given.get("stream", True), ignored)
+        is_stream = given.get("stream", True)
+        return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
 
-    async def ollama_load(self, given: Mapping[str, Any], text: dict[str, Any]) -> Response:
+    async def ollama_load(self, given: Mapping[str, Any], is_chat: bool) -> Response:
         """A request without a prompt loads its model, or unloads it."""
-        keep = given.get("keep_alive")
-        done = {"created_at": timestamp(), **text, "done": True}
-        name = ollama_name(given)
+        name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
         if keep is not None and parse_duration(keep) == 0:
             self.models.check_ready()
-            pool = self.models.pools.get((await self.models.source(name)).name)
-            if pool:
+            if pool := self.models.pools.get((await self.models.source(name)).name):
                 pool.keep_s = 0
                 self.models.settle(pool)
-            return as_json({"model": name, **done, "done_reason": "unload"})
-        await self.ollama_pool(given)
-        return as_json({"model": name, **done, "done_reason": "load"})
+            reason = "unload"
+        else:
+            await self.ollama_pool(given)
+        said = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
+        head = {"model": name, "created_at": timestamp()}
+        return as_json({**head, **said, "done": True, "done_reason": reason})
 
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed"""
