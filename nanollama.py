@@ -13452,6 +13452,12 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
 
 
+def given_flags(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Those fields of a dataclass that were given as flags."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+
+
 @dataclass(slots=True)
 class Settings:
     """What flags, Modelfile and model say together, and who said it."""
@@ -13519,28 +13525,23 @@ class Settings:
         messages = [*self.messages(), {"role": "user", "content": text}]
         return GenerationRequest(messages=messages, params=params)
 
+    def engine(self) -> EngineConfig:
+        """How to run the model. Raises RequestError."""
+        own = {name: self.value(name)[0] for name in ("ctx", "threads")}
+        return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
+
     def load(self, device: str | None = None) -> LLM:
-        args = self.args
-        extra = {
-            n: getattr(args, n)
-            for n in ("parallel", "prefill_chunk", "lookup", "kernels", "kv_dtype")
-            if getattr(args, n) is not None
-        }
-        if self.model == TINY_RANDOM:  # compiling kernels would take longer than its tests
-            extra.setdefault("kernels", "torch")
+        config = self.engine()
+        if self.model == TINY_RANDOM and not self.args.kernels:
+            # compiling kernels would take longer than its tests
+            config = dataclasses.replace(config, kernels="torch")
         llm = LLM(
             self.model,
-            device=device or args.device,
-            dtype=args.dtype or ENGINE_DEFAULTS.dtype,
-            quantize=args.quantize,
-            compile=args.compile,
-            ctx=self.value("ctx")[0],
-            threads=self.value("threads")[0],
-            revision=args.revision,
+            **{**dataclasses.asdict(config), "device": device or config.device},
+            revision=self.args.revision,
             tokenizer=self.value("tokenizer")[0],
             adapter=self.value("adapter")[0],
             template=self.modelfile.template,
-            **extra,
         )
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
@@ -13549,8 +13550,7 @@ class Settings:
 
 def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
     """Check the flags (a bad value is a usage error) and read the Modelfile."""
-    names = [f.name for f in dataclasses.fields(SamplingParams)]
-    flags = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    flags = given_flags(args, SamplingParams)
     if "stop" in flags:
         flags["stop"] = tuple(flags["stop"])
     if "logit_bias" in flags:
@@ -13559,9 +13559,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         flags["schema"] = read_schema(flags["schema"])
     try:
         SamplingParams(**flags)
-        for name in ("ctx", "threads", "parallel", "prefill_chunk", "lookup"):
-            if getattr(args, name) is not None:
-                EngineConfig(**{name: getattr(args, name)})
+        EngineConfig(**given_flags(args, EngineConfig))
     except RequestError as error:
         parser.error(str(error))
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
@@ -14157,32 +14155,29 @@ def run_interactive(settings: Settings) -> int:
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
     """Whether native kernels run a model, which ones, and the type of its keys and values."""
-    args = settings.args
-    dtype = args.dtype or ENGINE_DEFAULTS.dtype
-    native, kernels = pick_kernels(
-        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
-    )
-    packed = native and bool(checkpoint.quantization in REPACK or args.quantize)
-    return native, kernels, pick_kv_dtype(args.kv_dtype or "auto", dtype, packed)
+    engine = settings.engine()
+    device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
+    native, kernels = pick_kernels(engine.kernels, device, dtype)
+    packed = native and bool(checkpoint.quantization in REPACK or engine.quantize)
+    return native, kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
 
 
 def memory_needed(
     checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
 ) -> tuple[int, int]:
     """Bytes of the weights, and of the keys and values of a full context (or `most_ctx`)."""
-    args, config, tensors = settings.args, checkpoint.config, checkpoint.tensors
-    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
+    engine, config, tensors = settings.engine(), checkpoint.config, checkpoint.tensors
+    n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
     packed = checkpoint.quantization in REPACK
-    itemsize = 4 if (args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
+    itemsize = 4 if engine.dtype == "float32" else 2
     weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if args.quantize and not packed:
-        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
+    if engine.quantize and not packed:
+        wide = tensors if engine.quantize == "q8" else keep_8_bits(tensors)
         weight_bytes = int(
             sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
         )
     kv_dtype = chosen_kernels(checkpoint, settings)[2]
-    most_new = args.prefill_chunk or ENGINE_DEFAULTS.prefill_chunk
-    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, most_new)
+    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
 def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
@@ -14237,14 +14232,9 @@ def run_serve(settings: Settings) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
     keys = args.api_key or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(ServerConfig)
-        if getattr(args, field.name, None) is not None
-    }
     is_test = bool(args.script) or settings.model == TINY_RANDOM
     config = ServerConfig(
-        **{**given, "any_model": args.any_model or is_test},
+        **{**given_flags(args, ServerConfig), "any_model": args.any_model or is_test},
         keeps_requests=is_test,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin or ()),
