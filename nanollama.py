@@ -9705,6 +9705,19 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
 
 
+def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+    """Add a name, which begins a call, or a piece of its arguments -> the delta of that."""
+    if piece.kind == "name":
+        function = {"name": piece.text, "arguments": ""}
+        call_id = "call_" + secrets.token_hex(12)
+        calls.append({"id": call_id, "type": "function", "function": function})
+        news = {**calls[-1], "function": dict(function)}
+    else:
+        calls[-1]["function"]["arguments"] += piece.text
+        news = {"function": {"arguments": piece.text}}
+    return {"index": len(calls) - 1, **news}
+
+
 class ChatChoice:
     """One choice of a chat answer: `start`, then `push` each delta, give its stream chunks;
     `result` is the same as one object."""
@@ -9755,15 +9768,7 @@ class ChatChoice:
         if piece.kind in self.names:
             self.text[piece.kind] += piece.text
             return {self.names[piece.kind]: piece.text}
-        if piece.kind == "name":
-            function = {"name": piece.text, "arguments": ""}
-            call_id = "call_" + secrets.token_hex(12)
-            self.calls.append({"id": call_id, "type": "function", "function": function})
-            call = {**self.calls[-1], "function": dict(function)}
-        else:
-            self.calls[-1]["function"]["arguments"] += piece.text
-            call = {"function": {"arguments": piece.text}}
-        return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
+        return {"tool_calls": [add_to_calls(self.calls, piece)]}
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         """The entry of a token; none for a control token, which is not part of the content."""
@@ -9858,6 +9863,8 @@ class TextChoice:
     def result(self) -> dict[str, Any]:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
+
+Choice = ChatChoice | TextChoice
 
 # ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
 # https://developers.openai.com/api/reference/resources/responses
@@ -10470,15 +10477,14 @@ class OllamaReply:
         return {**self._line(text, said["logprobs"], done=True), **self._closing()}
 
 
-def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
-    """The Modelfile that a body of /api/create describes, over the one it is made from. Raises
+def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
+    """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
     RequestError."""
-    parameters = dict(base.parameters)
+    parameters: dict[str, Any] = {}
     for name, value in given.get("parameters", {}).items():
         for text in value if isinstance(value, list) else [value]:
             key, parsed = parse_parameter(name, str(text))
-            earlier = parameters.get(key, ()) if key == "stop" and text is not value[0] else ()
-            parameters[key] = (*earlier, *parsed) if key == "stop" else parsed
+            parameters[key] = (*parameters.get(key, ()), *parsed) if key == "stop" else parsed
     messages = []
     for i, message in enumerate(given.get("messages", [])):
         check_type(f"messages[{i}]", message, "object")
@@ -10486,13 +10492,12 @@ def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             refuse(f"messages[{i}] needs a role (system, user, assistant) and a text", "messages")
         messages.append({"role": role, "content": content})
-    text = given.get("license", base.license)
-    return dataclasses.replace(
-        base,
-        system=given.get("system") or base.system,
+    text = given.get("license")
+    return Modelfile(
+        system=given.get("system"),
         license="\n".join(map(str, text)) if isinstance(text, list) else text,
         parameters=parameters,
-        messages=tuple(messages) or base.messages,
+        messages=tuple(messages),
     )
 
 
@@ -10505,7 +10510,7 @@ class Reply:
     `result` is the same as one object."""
 
     def __init__(
-        self, wire: WireRequest, choices: list[ChatChoice | TextChoice], model: str, print: str
+        self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
     ) -> None:
         self.wire, self.choices, self.num_left = wire, choices, len(choices)
         self.envelope = {
@@ -10513,7 +10518,7 @@ class Reply:
             "object": choices[0].object,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": print,
+            "system_fingerprint": fingerprint,
         }
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -10699,6 +10704,15 @@ class Job:
             yield event
 
 
+def cannot_run(error: BaseException) -> NanollamaError:
+    """What is said of a model that cannot be loaded, or whose thread ended."""
+    if isinstance(error, NanollamaError):
+        return error
+    log.debug("", exc_info=error)
+    kind, reason = type(error).__name__, first_line(error)
+    return NanollamaError(f"the model cannot be run: {kind}: {reason}")
+
+
 class EngineWorker(threading.Thread):
     """A replica of the model and the thread that owns it: whatever touches the engine goes through
     `inbox` and runs there. `loaded` is done once the model is there, or cannot be loaded;
@@ -10867,11 +10881,7 @@ class Pool:
         try:
             await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
         except Exception as error:
-            if isinstance(error, NanollamaError):
-                raise
-            log.debug("", exc_info=error)
-            kind, reason = type(error).__name__, first_line(error)
-            raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from error
+            raise cannot_run(error) from None
         self.load_s = time.perf_counter() - started
 
     async def stop(self) -> None:
@@ -11531,25 +11541,25 @@ def base_modelfile(name: str) -> Modelfile:
 def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
     """Make a model of another one: what /api/create does."""
     report({"status": "reading model metadata"})
+    reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
         if whole.template or whole.tokenizer or whole.adapter:
             refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
         if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
             refuse("the Modelfile has no FROM", "modelfile")
-        base = base_modelfile(wanted[1])
-        parameters = {**base.parameters, **whole.parameters}
-        modelfile = dataclasses.replace(
-            base,
-            system=whole.system or base.system,
-            license=whole.license or base.license,
-            parameters=parameters,
-            messages=whole.messages or base.messages,
-        )
-    else:
-        modelfile = base_modelfile(required(given, "from"))
+        reference = wanted[1]
+    modelfile = base_modelfile(reference or required(given, "from"))
     report({"status": "writing manifest"})
-    ModelStore().create(name, created_modelfile(given, modelfile))
+    for own in (whole, created_modelfile(given)):  # the later one says it last
+        modelfile = dataclasses.replace(
+            modelfile,
+            system=own.system or modelfile.system,
+            license=own.license or modelfile.license,
+            parameters={**modelfile.parameters, **own.parameters},
+            messages=own.messages or modelfile.messages,
+        )
+    ModelStore().create(name, modelfile)
 
 
 def cached_models(name: str) -> list[CachedModel]:
@@ -11676,7 +11686,7 @@ class OpenAIHandlers(Handlers):
         request: Request,
         pool: Pool,
         wire: WireRequest,
-        make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
+        make: Callable[[int, Sequence, AnswerSplitter], Choice],
     ) -> Response:
         """Answer as OpenAI does, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
@@ -12292,11 +12302,8 @@ def serve(
     what = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
     log.info(f"http://{host}:{listener.getsockname()[1]}  ({what})")
     server.run(sockets=[listener])
-    if failures and not isinstance(failures[0], NanollamaError):
-        kind, reason = type(failures[0]).__name__, first_line(failures[0])
-        raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from failures[0]
     if failures:
-        raise failures[0]
+        raise cannot_run(failures[0])
 
 
 # ---- a server for other people's tests -----------------------------------------------------------
@@ -13611,20 +13618,17 @@ class AnswerPrinter:
         self._write(self.splitter.flush())
 
     def _write(self, pieces: Iterable[Piece]) -> None:
-        for kind, text in pieces:
-            is_thought = kind == "thought"
+        for piece in pieces:
+            if piece.kind in ("name", "arguments"):
+                add_to_calls(self.calls, piece)
+                continue
+            text, is_thought = piece.text, piece.kind == "thought"
             if self.hide_thinking and self.thoughts and not is_thought and not self.content:
                 text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if kind == "name":
-                call_id, function = "call_" + secrets.token_hex(12), {"name": text, "arguments": ""}
-                self.calls.append({"id": call_id, "type": "function", "function": function})
-            elif kind == "arguments":
-                self.calls[-1]["function"]["arguments"] += text
-            else:
-                if text:
-                    (self.thoughts if is_thought else self.content).append(text)
-                if not (is_thought and self.hide_thinking):
-                    self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+            if text:
+                (self.thoughts if is_thought else self.content).append(text)
+            if not (is_thought and self.hide_thinking):
+                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> dict[str, Any]:
