@@ -13281,44 +13281,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
-    add(
-        "--modelfile",
-        metavar="PATH",
-        type=Path,
-        help="model, system prompt and defaults from a file",
-    )
+    text = "model, system prompt and defaults from a file"
+    add("--modelfile", metavar="PATH", type=Path, help=text)
     add("--device", "--device-type", metavar="DEVICE", help="cpu, cuda or mps (default: the best)")
-    add(
-        "--dtype",
-        "-d",
-        metavar="TYPE",
-        choices=DTYPES,
-        help=f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})",
-    )
+    text = f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})"
+    add("--dtype", "-d", metavar="TYPE", choices=DTYPES, help=text)
     add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
     add("--compile", action="store_true", help="record decode steps as CUDA graphs")
     add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
     add("--threads", type=int, metavar="N", help="CPU threads")
-    add(
-        "--parallel",
-        type=int,
-        metavar="N",
-        help=f"sequences at once (default: from memory, up to {MAX_PARALLEL})",
-    )
-    add(
-        "--prefill-chunk",
-        type=int,
-        metavar="N",
-        help=f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})",
-    )
-    add(
-        "--lookup",
-        type=int,
-        nargs="?",
-        const=DEFAULT_LOOKUP,
-        metavar="N",
-        help=f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step",
-    )
+    text = f"sequences at once (default: from memory, up to {MAX_PARALLEL})"
+    add("--parallel", type=int, metavar="N", help=text)
+    text = f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})"
+    add("--prefill-chunk", type=int, metavar="N", help=text)
+    text = f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step"
+    add("--lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help=text)
     text = "native: compiled C; torch: its operations (default: native where it can be had)"
     add("--kernels", type=str.lower, choices=KERNELS, help=text)
     text = "keys and values: " + ", ".join(KV_DTYPES[1:]) + " (default: by the weights)"
@@ -13341,13 +13318,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
             **more,
         )
 
-    add(
-        "--temp",
-        "--temperature",
-        "-t",
-        dest="temperature",
-        text="0 is greedy, higher is more random",
-    )
+    text = "0 is greedy, higher is more random"
+    add("--temp", "--temperature", "-t", dest="temperature", text=text)
     add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
     add("--top-p", text="keep the smallest set with this probability; 1 is off")
     add("--min-p", text="drop tokens less likely than X times the likeliest; 0 is off")
@@ -13355,21 +13327,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repeat-last-n", kind=int, text="how many of the latest tokens that looks at; -1 is all")
     add("--presence-penalty", text="subtracted from the logits of tokens already generated")
     add("--frequency-penalty", text="the same, once for each time they were")
-    add(
-        "--logit-bias",
-        kind=key_value,
-        text="added to a token's logit",
-        metavar="ID=BIAS",
-        action="append",
-    )
+    text = "added to a token's logit"
+    add("--logit-bias", kind=key_value, text=text, metavar="ID=BIAS", action="append")
     add("--seed", kind=int, text="same seed, same text")
-    add(
-        "--stop",
-        kind=str,
-        text="end before this text; may be repeated",
-        metavar="TEXT",
-        action="append",
-    )
+    text = "end before this text; may be repeated"
+    add("--stop", kind=str, text=text, metavar="TEXT", action="append")
     add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
     add("--schema", kind=str, text="the answer is JSON that fits this JSON Schema", metavar="FILE")
     add("--regex", kind=str, text="the answer is text that this matches whole", metavar="RE")
@@ -13388,37 +13350,22 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("port", "port to listen on; 0 picks one", type=int, metavar="N")
     add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
     add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
-    add(
-        "api-key",
-        "key that clients must send (or NANOLLAMA_API_KEY); may be repeated",
-        metavar="KEY",
-        action="append",
-    )
-    add(
-        "cors-origin",
-        "web origin to allow beside loopback ones; * for all",
-        metavar="ORIGIN",
-        action="append",
-    )
+    text = "key that clients must send (or NANOLLAMA_API_KEY); may be repeated"
+    add("api-key", text, metavar="KEY", action="append")
+    text = "web origin to allow beside loopback ones; * for all"
+    add("cors-origin", text, metavar="ORIGIN", action="append")
     add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
-    add(
-        "keep-alive",
+    text = (
         "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
-        "where one model is named)",
-        dest="keep_alive_s",
-        type=duration,
-        metavar="TIME",
+        "where one model is named)"
     )
+    add("keep-alive", text, dest="keep_alive_s", type=duration, metavar="TIME")
     add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
     add("any-model", "answer for every model name", action="store_true")
     add("strict", "refuse fields that are not known", action="store_true")
     add("log-prompts", "write request bodies to the log", action="store_true")
-    add(
-        "reasoning-name",
-        "field for thoughts in answers",
-        metavar="NAME",
-        choices=("reasoning_content", "reasoning"),
-    )
+    names, text = ("reasoning_content", "reasoning"), "field for thoughts in answers"
+    add("reasoning-name", text, metavar="NAME", choices=names)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13430,26 +13377,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
-    mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
-    mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    mode.add_argument(
-        "--serve", action="store_true", help="a server for OpenAI's and Ollama's clients, web chat"
-    )
-    chat = parser.add_argument_group("chat and output")
-    chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    chat.add_argument(
-        "--system", metavar="TEXT", help="system prompt, with --chat or --interactive"
-    )
-    chat.add_argument(
-        "--hide-thinking", action="store_true", help="leave out what is in think tags"
-    )
-    chat.add_argument(
-        "--tools", metavar="FILE", help="Python file with functions that the model may call"
-    )
-    chat.add_argument("--yes-tools", action="store_true", help="run calls without asking")
-    chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
-    chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
+    add = mode.add_argument
+    add("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
+    add("--interactive", action="store_true", help="a conversation; implies --chat")
+    add("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    text = "a server for OpenAI's and Ollama's clients, web chat"
+    add("--serve", action="store_true", help=text)
+    add = parser.add_argument_group("chat and output").add_argument
+    add("--chat", action="store_true", help="wrap the prompt in the chat template")
+    add("--system", metavar="TEXT", help="system prompt, with --chat or --interactive")
+    add("--hide-thinking", action="store_true", help="leave out what is in think tags")
+    add("--tools", metavar="FILE", help="Python file with functions that the model may call")
+    add("--yes-tools", action="store_true", help="run calls without asking")
+    add("--embed", action="store_true", help="print the prompt's embedding as JSON")
+    add("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
     add_server_options(parser)
@@ -14325,9 +14266,8 @@ def command_show(argv: list[str]) -> int:
 def command_pull(argv: list[str]) -> int:
     """pull MODEL: download a model, or bring it up to date."""
     parser = argparse.ArgumentParser(prog="nanollama.py pull", description=command_pull.__doc__)
-    parser.add_argument(
-        "ref", metavar="MODEL", help="alias, org/name, org/name:QUANT, org/name/file.gguf"
-    )
+    text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
+    parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     args = parser.parse_args(argv)
     print(ModelStore().pull(args.ref, args.revision))
@@ -14373,6 +14313,7 @@ def command_rm(argv: list[str]) -> int:
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
 BANDWIDTH_S = 0.5  # to read it again and again
+GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
 
 
 def read_bandwidth(buffer: Tensor, native: bool) -> float:
@@ -14428,9 +14369,7 @@ class Bench:
 
     def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
         """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
-        params = SamplingParams(
-            temperature=0, repeat_penalty=1, max_tokens=num_gen, ignore_eos=True
-        )
+        params = dataclasses.replace(GREEDY, max_tokens=num_gen)
         for ids in prompts:
             self.llm.start(GenerationRequest(ids, params=params))
         started, num_steps = time.perf_counter(), 0
@@ -14977,9 +14916,7 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
 
 
 def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
-    params = SamplingParams(
-        temperature=0, repeat_penalty=1, max_tokens=VERIFY_GREEDY, ignore_eos=True
-    )
+    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
     return llm.complete(GenerationRequest(ids, params=params)).token_ids
 
 
