@@ -9992,7 +9992,7 @@ def response_body(
 ) -> dict[str, Any]:
     """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
     the messages of the response it goes on from. Raises RequestError."""
-    same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata")
+    same = ("model", "stream", "parallel_tool_calls", "metadata")
     body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
@@ -10007,11 +10007,8 @@ def response_body(
     form = given.get("text", {}).get("format")
     if form is not None:
         check_type("text.format", form, "object")
-        inner = {k: v for k, v in form.items() if k != "type"}
-        is_schema = form.get("type") == "json_schema"
-        body["response_format"] = {**form, **({"json_schema": inner} if is_schema else {})}
-    wants_logprobs = WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs")
-    if wants_logprobs:
+        body["response_format"] = {**form, "json_schema": form}  # which is flat here
+    if WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
         body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
     return body
 
@@ -10035,8 +10032,11 @@ def parse_response(
     recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
     try:
         wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
-    except RequestError as error:
-        raise _renamed(error) from None
+    except RequestError as error:  # about a field of a chat
+        param = error.param or ""
+        if (name := _response_name(param)) == param:
+            raise
+        refuse(str(error).replace(param, name), name, error.code)
     names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
     return dataclasses.replace(wire, ignored=ignored, names=names), given
 
@@ -10044,15 +10044,6 @@ def parse_response(
 def _response_name(name: str) -> str:
     found = next((chat for chat in RESPONSE_NAMES if name.startswith(chat)), "")
     return RESPONSE_NAMES.get(found, "") + name[len(found) :]
-
-
-def _renamed(error: RequestError) -> RequestError:
-    """An error about a field of a chat, in the words of a response."""
-    if error.param and (name := _response_name(error.param)) != error.param:
-        renamed = type(error)(str(error).replace(error.param, name), name)
-        renamed.code = error.code
-        return renamed
-    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -10302,7 +10293,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # `options`: SamplingParams fields under their own names or these; and what changes nothing here.
 OLLAMA_OPTIONS = {
-    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name not in ("logit_bias",)},
+    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
     "num_predict": "integer",
 }
 OLLAMA_LOAD_OPTIONS = (
@@ -10990,20 +10981,18 @@ class Models:
 
     async def source(self, name: str | None) -> ModelSource:
         """The model a request means. Raises WireError 404 for one that is not served."""
-        names: list[str] = []
-        for wanted in (name, name and name.removesuffix(":latest")):
-            if wanted in self.pools or wanted in self.catalog.named:
-                assert wanted is not None
-                return self.catalog.named.get(wanted) or self.pools[wanted].source
-            if wanted and not self.catalog.named:
-                found = await asyncio.to_thread(self.catalog.find, wanted)
-                if found:
-                    return found
-        if not self.catalog.named or name is None or self.config.any_model:
-            names = await self.names()
+        named, find, text = self.catalog.named, self.catalog.find, name or ""
+        for wanted in (text, text.removesuffix(":latest")):
+            if wanted in named:
+                return named[wanted]
+            if wanted in self.pools:
+                return self.pools[wanted].source
+            if wanted and not named and (found := await asyncio.to_thread(find, wanted)):
+                return found
+        names = await self.names()
         if names and (name is None or self.config.any_model):
             return await self.source(names[0])
-        there = ", ".join(list(self.catalog.named) or names) or "none yet; POST /api/pull"
+        there = ", ".join(named or names) or "none yet; POST /api/pull"
         asked = "no model is named" if name is None else f"model {name!r} is not served here"
         raise WireError(404, "model_not_found", f"{asked}; there is: {there}")
 
@@ -11614,17 +11603,17 @@ class Handlers:
         names: Mapping[str, str],
     ) -> list[Delta]:
         """The last delta of each request, some of them at a time so that others come in between."""
+
+        async def read(job: Job) -> list[Delta]:
+            last: dict[int, Delta] = {}
+            async for deltas in self.metrics.watch(job, self.config.timeout_s):
+                last |= {delta.index: delta for delta in deltas}
+            return [last[i] for i in range(len(last))]
+
         found: list[Delta] = []
         for at in range(0, len(requests), EMBED_TOGETHER):
             job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
-            last: dict[int, Delta] = {}
-
-            async def read(job: Job = job, last: dict[int, Delta] = last) -> None:
-                async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                    last.update({delta.index: delta for delta in deltas})
-
-            await unless_disconnected(request.receive, read(), job.finish)
-            found += [last[i] for i in range(len(last))]
+            found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
     async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
@@ -12167,16 +12156,12 @@ def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": schema} for name in names
         ]
     if route.fields is not None:
-        fields = {name: openapi_type(kind) for name, kind in route.fields.items()}
+        types = {name: kind.split(" or ") for name, kind in route.fields.items()}
+        fields = {name: {"type": [*kinds, "null"]} for name, kinds in types.items()}
         schema = {"type": "object", "properties": fields, "required": list(route.required)}
         content = {"application/json": {"schema": schema}}
         body["requestBody"] = {"required": True, "content": content}
     return {**body, "responses": answers}
-
-
-def openapi_type(kind: str) -> dict[str, Any]:
-    """A name of JSON_TYPES as a JSON Schema; every field may be null."""
-    return {"type": [*kind.split(" or "), "null"]}
 
 
 @lru_cache(maxsize=1)
