@@ -9906,6 +9906,7 @@ RESPONSE_NAMES = {
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
+RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
 
 
 def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -10137,12 +10138,10 @@ class ResponseReply:
     def _part(self, text: str) -> dict[str, Any] | None:
         """The content of the open item, unless it is a call"""
         assert self.item is not None
-        if self.item["type"] == "message":
-            more = {"annotations": [], "logprobs": list(self.logprobs)}
-            return {"type": "output_text", "text": text, **more}
-        return (
-            {"type": "reasoning_text", "text": text} if self.item["type"] == "reasoning" else None
-        )
+        if (kind := self.item["type"]) not in RESPONSE_TEXTS:
+            return None
+        more = {"annotations": [], "logprobs": list(self.logprobs)} if kind == "message" else {}
+        return {"type": RESPONSE_TEXTS[kind], "text": text, **more}
 
     def _close(self, status: str = "completed") -> list[dict[str, Any]]:
         """End the open item, if there is one."""
@@ -10173,9 +10172,9 @@ class ResponseReply:
             events = self._open(kind, content=[], **head)
         self.text.append(text)
         self.logprobs += entries
-        name = "output_text" if kind == "message" else "reasoning_text"
+        name = f"response.{RESPONSE_TEXTS[kind]}.delta"
         more = {"logprobs": entries} if kind == "message" else {}
-        return [*events, self._at(f"response.{name}.delta", content_index=0, delta=text, **more)]
+        return [*events, self._at(name, content_index=0, delta=text, **more)]
 
     def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A piece of a tool call"""
@@ -10674,12 +10673,8 @@ class Job:
             if timeout_s is not None:
                 left = min(PING_S, self.started_s + timeout_s - self.loop.time())
             if left <= 0:
-                raise WireError(
-                    504,
-                    "timeout",
-                    f"the request took longer than {timeout_s:g} s",
-                    {"x-should-retry": "false"},
-                )
+                message = f"the request took longer than {timeout_s:g} s"
+                raise WireError(504, "timeout", message, {"x-should-retry": "false"})
             # asyncio.wait_for may swallow a cancellation before Python 3.12
             # (https://github.com/python/cpython/issues/86296)
             alarm = self.loop.call_later(left, self.events.put_nowait, [])
@@ -11106,7 +11101,6 @@ class Metrics:
             return kind(f"nanollama_{name}", text, labels, registry=self.registry, **more)
 
         counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
-        histogram = prometheus_client.Histogram
         times = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.requests = make(counter, "requests", "HTTP requests", "route", "status")
         self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
@@ -11117,18 +11111,11 @@ class Metrics:
         self.running = make(gauge, "running_sequences", "Sequences in the batch")
         self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
         self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
-        self.first_token_s = make(
-            histogram,
-            "time_to_first_token_seconds",
-            "From submission to the first token",
-            buckets=times,
-        )
-        self.per_token_s = make(
-            histogram,
-            "time_per_output_token_seconds",
-            "Mean time of a sequence's tokens after the first",
-            buckets=times,
-        )
+        histogram = functools.partial(make, prometheus_client.Histogram, buckets=times)
+        text = "From submission to the first token"
+        self.first_token_s = histogram("time_to_first_token_seconds", text)
+        text = "Mean time of a sequence's tokens after the first"
+        self.per_token_s = histogram("time_per_output_token_seconds", text)
 
     async def watch(self, job: Job, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
         """job.deltas, counted."""
@@ -11236,12 +11223,8 @@ class Gate:
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
         # the router's own path: a URL put together with the Host header could be made to lie
         if matches and not any(matches) and scope["path"] not in self.OPEN:
-            raise WireError(
-                401,
-                "invalid_api_key",
-                "this server needs its API key: Authorization: Bearer KEY",
-                {"www-authenticate": "Bearer"},
-            )
+            message = "this server needs its API key: Authorization: Bearer KEY"
+            raise WireError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
     def check_origin(self, scope: Scope) -> None:
         """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
@@ -12272,11 +12255,10 @@ def serve(
 
     listener = listen(config.host, config.port)
     app = create_app(catalog, config, failed, free_bytes)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
-        )
+    settings = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
     )
+    server = uvicorn.Server(settings)
     app.state.models.is_closing = lambda: server.should_exit  # connections that are kept may go on
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -13441,9 +13423,8 @@ class Settings:
         return chosen
 
     def params(self, model_defaults: Mapping[str, Any]) -> SamplingParams:
-        return SamplingParams(
-            **{name: value for name, (value, _) in self.sampling(model_defaults).items()}
-        )
+        chosen = self.sampling(model_defaults)
+        return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
 
     def messages(self) -> list[dict[str, Any]]:
         """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
