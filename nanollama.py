@@ -7861,10 +7861,14 @@ class Vocabulary:
 
 
 class Constraint:
-    """What may come next in one answer: `allowed` says, and `push` takes what was chosen."""
+    """What may come next in one answer: `allowed` says, and `push` takes what was chosen.
 
-    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int) -> None:
-        self.matcher, self.n_vocab = matcher, n_vocab
+    num_free: how many tokens may come where any text may. is_free: whether as many could at the
+    last call of `allowed`: before a call, say, or in a thought."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int, num_free: int) -> None:
+        self.matcher, self.n_vocab, self.num_free = matcher, n_vocab, num_free
+        self.is_free = False
 
     @property
     def is_done(self) -> bool:
@@ -7878,6 +7882,7 @@ class Constraint:
         if self.matcher.is_error() or not allowed.any():
             reason = error_line(self.matcher.get_error()) or "no token can follow"
             raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
+        self.is_free = int(np.count_nonzero(allowed)) >= self.num_free
         return allowed
 
     def push(self, token_id: int) -> None:
@@ -7962,11 +7967,17 @@ class Grammars:
         words: Any = Vocabulary(self.tokenizer, self.n_vocab)
         return llguidance.LLTokenizer(words, eos_token=ends)
 
+    @functools.cached_property
+    def num_free(self) -> int:
+        """How many tokens may come where any text may."""
+        anything = self.compile(llguidance.LLMatcher.grammar_from_lark(r"start: /(.|\n)+/"))
+        return int(np.count_nonzero(Constraint(anything, self.n_vocab, 0).allowed()))
+
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
         matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
         try:
-            Constraint(matcher, self.n_vocab).allowed()
+            Constraint(matcher, self.n_vocab, 0).allowed()
         except RequestError:
             reason = error_line(matcher.get_error()) or "no token of this model does"
             raise RequestError(f"there is nothing that fits: {reason}") from None
@@ -8067,7 +8078,7 @@ class Grammars:
             forms = ("schema", "regex", "grammar")
             error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
             raise
-        return Constraint(matcher.deep_copy(), self.n_vocab)
+        return Constraint(matcher.deep_copy(), self.n_vocab, self.num_free)
 
 
 # ==================================================================================================
@@ -8082,7 +8093,9 @@ class Grammars:
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
-#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off.
+#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. Where the
+#               form of an answer is given, the repeat penalty does not look at the prompt: its
+#               names and values belong in the answer.
 #   Invariant   a token depends on this row, this history, this seed and this position alone. Of
 #               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
@@ -8139,16 +8152,19 @@ def penalize(
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
+    is_free: bool = True,
 ) -> Tensor:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
-    are copied first if anything changes. Repetition looks at prompt and answer, the others at the
-    answer only. `seen` spares reading again what the history held at the last call."""
+    are copied first if anything changes. Repetition looks at the answer and, where text is free,
+    at the prompt; the others look at the answer only. `seen` spares reading again what the history
+    held at the last call."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
-        if p.repeat_last_n < 0:
+        if p.repeat_last_n < 0 and is_free:
             ids = (seen or Seen()).update(history)
         else:
-            ids = torch.tensor(history[-p.repeat_last_n :])
+            latest = history if is_free else history[num_prompt:]
+            ids = torch.tensor(latest[-max(p.repeat_last_n, 0) :], dtype=torch.long)
         values = logits[ids]
         values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
         logits = logits.index_put((ids,), values)
@@ -8217,10 +8233,11 @@ def sample(
     num_prompt: int,
     seen: Seen | None = None,
     allowed: npt.NDArray[np.bool_] | None = None,
+    is_free: bool = True,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
-    The position is len(history)."""
-    logits = penalize(logits, params, history, num_prompt, seen)
+    The position is len(history). is_free: any text may come here, see `penalize`."""
+    logits = penalize(logits, params, history, num_prompt, seen, is_free)
     if allowed is not None:
         logits = logits.where(torch.from_numpy(allowed), -math.inf)
     if params.temperature == 0 or params.top_k == 1:
@@ -8766,11 +8783,13 @@ class Engine:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
         try:
-            allowed = seq.constraint.allowed() if seq.constraint else None
+            form = seq.constraint
+            allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
         except RequestError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen, allowed)
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
+        token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
@@ -9529,7 +9548,8 @@ def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
     if kind == "choice":
         if not value or not all(isinstance(word, str) and word for word in value):
             refuse(f"{where} is {brief(value)}; it must list non-empty strings", where)
-        return "grammar", "start: " + " | ".join(map(json.dumps, value)), where
+        # in capitals: one expression, however many words
+        return "grammar", f"start: WORD\nWORD: {' | '.join(map(json.dumps, value))}", where
     return kind, value, where
 
 
@@ -12271,6 +12291,9 @@ def serve(
     server.run(sockets=[listener])
     if failures:
         raise cannot_run(failures[0])
+    pools = app.state.models.pools.values()
+    if any(worker.is_alive() for pool in pools for worker in pool.workers):
+        os._exit(0)  # one still loads: Python's own end, while it is inside torch, is an abort
 
 
 # ---- a server for other people's tests -----------------------------------------------------------
@@ -12307,6 +12330,9 @@ class Script:
                 for call in answer.get("tool_calls", []):
                     check_type("a tool call", call, "object")
                     check_type("a tool call's name", call.get("name"), "string")
+                for name in ("delay", "token_delay"):
+                    if not 0 <= answer.get(name, 0) <= threading.TIMEOUT_MAX:
+                        refuse(f"{name} is {answer[name]}; it must be at least 0", "it")
                 if not 400 <= answer.get("error", 400) <= 599:
                     refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
             except RequestError as error:
@@ -12627,6 +12653,7 @@ td, th { border: var(--edge); padding: .3rem .7rem; text-align: left; overflow-w
 #down { position: absolute; bottom: 100%; left: calc(50% - 1.2rem); background: var(--bg);
   border: var(--edge) }
 #status { font-size: .8rem; color: var(--dim); padding: .3rem .6rem; gap: .5rem }
+#pick { width: auto; min-height: 0; padding: 0 .3rem; font-size: inherit; max-width: 60% }
 #model { flex: 1 } meter { width: 4rem }
 dialog { border: var(--edge); border-radius: 1rem; padding: 0; color: inherit;
   background: var(--bg); width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 1.5rem) }
@@ -12666,7 +12693,8 @@ dialog form button { grid-column: span 3 }
 </textarea>
       <button id="send" class="primary"></button>
     </div>
-    <div id="status"><span id="model" role="status"></span><span id="used"></span>
+    <div id="status"><select id="pick" aria-label="Model" hidden></select>
+      <span id="model" role="status"></span><span id="used"></span>
       <meter id="context" aria-label="Context used"></meter></div>
   </form>
 </main>
@@ -12884,7 +12912,10 @@ async function* events(body) {  // the data of each server-sent event
 async function connect() {
   clearTimeout(reconnect);
   try {
-    [model] = (await (await call('v1/models')).json()).data;
+    const models = (await (await call('v1/models')).json()).data, pick = $('pick');
+    model = models.find(({id}) => id === settings.model) ?? models[0];
+    pick.replaceChildren(...models.map(({id}) => el('option', {selected: id === model.id}, id)));
+    pick.hidden = models.length < 2;
     trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
     if (trouble) reconnect = setTimeout(connect, 2000);
   } catch (error) {
@@ -12964,6 +12995,7 @@ async function answer(chat) {
     else message.error = {text: error.message, status: error.status};
     if (message.error && !error.status) connect();
   }
+  if (!message.error && !model?.max_model_len) connect();  // the answer has loaded the model
   if (runs.get(chat.id) === run) runs.delete(chat.id);
   if (chats.get(chat.id) === chat) keep(chat);
   paint(run);
@@ -13090,7 +13122,7 @@ function refresh() {  // what surrounds the messages
   const size = model?.max_model_len, focused = document.activeElement.id;
   Object.assign($('send'), {textContent: running ? '■' : '↑', title: label, ariaLabel: label});
   Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
-  $('model').textContent = [model?.id, trouble].filter(Boolean).join(' · ');
+  $('model').textContent = [$('pick').hidden && model?.id, trouble].filter(Boolean).join(' · ');
   $('used').textContent = used.toLocaleString('en')
     + (size ? ` of ${size.toLocaleString('en')} tokens` : ' tokens');
   document.title = (current.title ? `${current.title} · ` : '') + 'nanollama';
@@ -13162,6 +13194,11 @@ form.oninput = ({target: {name, value, validity}}) => {
   document.documentElement.dataset.theme = settings.theme;
 };
 form.elements.key.onchange = connect;
+$('pick').onchange = ({target}) => {
+  settings.model = target.value;
+  save('settings', settings);
+  connect();
+};
 $('defaults').onclick = () => {
   for (const name of SAMPLING) settings[name] = form.elements[name].value = '';
   save('settings', settings);

@@ -402,6 +402,36 @@ def test_a_constraint_that_grows_too_complex_ends_its_own_answer_only(
     assert good.finish_reason == "length"
 
 
+def test_any_number_of_choices_can_be_made(tiny_llm: LLM) -> None:
+    words = [f"item {i}" for i in range(5000)]
+    grammar = params({"guided_choice": words}).grammar
+    answers = [ask(tiny_llm, grammar=grammar, seed=seed) for seed in range(3)]
+    assert all(answer.finish_reason == "stop" and answer.text in words for answer in answers)
+
+
+def test_only_the_form_is_not_free(tiny: Callable[..., Path]) -> None:
+    """What the repeat penalty asks: thoughts are free, and so is text before a call."""
+    llm = LLM(tiny(max_position_embeddings=1024), template=THINKING)
+    kwargs, call = {"mood": "<think>\n"}, '<tool_call>\n{"name": "f", "arguments": {"a": "b'
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    schema = SamplingParams(schema={"type": "object"})
+    thinking = GenerationRequest(messages=USER, params=schema, template_kwargs=kwargs)
+    calling = GenerationRequest(messages=USER, tools=[tool])
+    for request, said in ((thinking, 'hm </think>{"a": "b'), (calling, f"Let me see. {call}")):
+        seq, was_free = llm.start(request), []
+        form = seq.constraint
+        assert form
+        for token_id in llm.encode(said, False):
+            assert form.allowed()[token_id]
+            was_free.append((llm.tokenizer.token_bytes(token_id).decode(), form.is_free))
+            form.push(token_id)
+        llm.engine.cancel(seq)
+        begins = next(i for i, (text, _) in enumerate(was_free) if text.lstrip()[:1] in "<{")
+        assert all(is_free for _, is_free in was_free[:begins])
+        assert not form.allowed()[llm.encode("\n", False)[0]]
+        assert not form.is_free
+
+
 THINKING = nanollama.CHATML + "{% if mood %}{{ mood }}{% endif %}{# </think> #}"
 
 
@@ -487,7 +517,7 @@ def test_each_dialect_names_the_same_constraints() -> None:
     assert params({"grammar": 'start: "x"'}).grammar == 'start: "x"'
     choice = params({"guided_choice": ["yes", 'n"o']})
     assert choice == params({"structured_outputs": {"choice": ["yes", 'n"o']}})
-    assert choice.grammar == 'start: "yes" | "n\\"o"'
+    assert choice.grammar == 'start: WORD\nWORD: "yes" | "n\\"o"'
 
 
 def test_a_request_outranks_what_the_server_was_started_with() -> None:
