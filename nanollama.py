@@ -11271,9 +11271,9 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     """The header that names the fields of a request that had no effect; the log does too."""
     if not names:
         return {}
-    told = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
-    log.info(f"fields that have no effect: {told}")
-    return {"x-nanollama-ignored": told}
+    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
+    log.info(f"fields that have no effect: {listed}")
+    return {"x-nanollama-ignored": listed}
 
 
 def model_name(body: Mapping[str, Any]) -> str | None:
@@ -11506,11 +11506,11 @@ def ollama_show(source: ModelSource) -> dict[str, Any]:
 def pull_lines(name: str, report: Report) -> None:
     """Download a model, and say how far it is."""
     report({"status": "pulling manifest"})
-    told: dict[str, int] = {}
+    reported: dict[str, int] = {}
 
     def tell(file: str, num_there: int, total: int) -> None:
-        if num_there == total or num_there - told.get(file, -(1 << 40)) >= 1 << 20:
-            told[file] = num_there
+        if num_there == total or num_there - reported.get(file, -(1 << 40)) >= 1 << 20:
+            reported[file] = num_there
             line = {"status": f"pulling {file}", "digest": file, "total": total}
             report({**line, "completed": num_there})
 
@@ -14548,18 +14548,16 @@ def read_task(name: str) -> list[Question]:
         try:
             row = json.loads(line)
             prompt = row["prompt"] if "prompt" in row else row["context"]
-            question = Question(prompt, tuple(row["choices"]), row["answer"])
-            is_text = all(isinstance(text, str) and text for text in question.choices)
-            num = len(question.choices)
-            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
-                questions.append(question)
-                continue
+            choices, answer = tuple(row["choices"]), row["answer"]
+            is_text = all(isinstance(text, str) and text for text in choices)
+            if not (isinstance(prompt, str) and is_text and answer in range(len(choices))):
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise RequestError(
-            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
-            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
-        )
+            raise RequestError(
+                f"{name}, line {number}: {brief(line.decode('utf-8', 'replace'))} is not "
+                '{"prompt": TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+            ) from None
+        questions.append(Question(prompt, choices, answer))
     if not questions:
         raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
     return questions
