@@ -11276,13 +11276,6 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     return {"x-nanollama-ignored": listed}
 
 
-def model_name(body: Mapping[str, Any]) -> str | None:
-    """The model that a body asks for. Raises RequestError."""
-    if (name := body.get("model")) is not None:
-        check_type("model", name, "string")
-    return name
-
-
 def error_response(error: BaseException, path: str = "") -> Response:
     """An error in the words of the API that `path` belongs to."""
     problem = told(error)
@@ -11598,6 +11591,13 @@ class Handlers:
             log.info(encode_json(value).decode())
         return value
 
+    async def asked_model(self, request: Request) -> tuple[dict[str, Any], Pool]:
+        """The body of a request and the model it names, loaded: see `body` and `Models.pool`."""
+        body = await self.body(request)
+        if (name := body.get("model")) is not None:
+            check_type("model", name, "string")
+        return body, await self.models.pool(name)
+
     async def embed(
         self,
         request: Request,
@@ -11659,16 +11659,14 @@ class OpenAIHandlers(Handlers):
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
         return await self.complete(request, pool, wire, make)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         wire = parse_text(body, pool.sampling, self.config.strict)
         make = functools.partial(TextChoice, echo=wire.echo)
         return await self.complete(request, pool, wire, make)
@@ -11688,8 +11686,7 @@ class OpenAIHandlers(Handlers):
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         strict, opening = self.config.strict, pool.source.opening
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
@@ -12045,8 +12042,7 @@ class App(OpenAIHandlers, OllamaHandlers):
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         llm = pool.llm()
         if body.get("messages") is not None:
             chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
@@ -12076,8 +12072,7 @@ class App(OpenAIHandlers, OllamaHandlers):
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         llm = pool.llm()
         chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
         ids = await asyncio.to_thread(llm.prompt_ids, chat)
