@@ -8,7 +8,7 @@
 #     "huggingface_hub>=1.0",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
-#     "llguidance>=1.3",
+#     "llguidance>=1.9",
 #     "gguf>=0.17",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
@@ -113,6 +113,7 @@ import threading
 import time
 import types
 import typing
+import weakref
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -122,7 +123,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -162,6 +163,7 @@ __all__ = [
 # ==================================================================================================
 
 log = logging.getLogger("nanollama")
+Found = TypeVar("Found")
 
 
 class LazyModule:
@@ -339,6 +341,11 @@ def cache_root() -> Path:
     """Our directory: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
+
+
+def cached(owner: Any, method: Callable[[Any, Any], Found], most: int) -> Callable[[Any], Found]:
+    """A method of `owner` that keeps its latest results; they go when the owner goes, at once."""
+    return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -825,39 +832,15 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             "the width must be even and the heads must divide evenly"
         )
     _check_supported(values)
-    switches = dict(family.switches)
-    if switches.get("experts"):
-        switches["experts"] = _experts(values, n_layers)
-    embed_scale, norm_eps = values.number("embedding_multiplier", 1.0), _norm_eps(values)
-    if switches.pop("embed_root", False):
-        embed_scale = n_embd**0.5
-    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
-    residual = values.number("residual_multiplier", 1.0)
     windows = _layer_windows(values, n_layers)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
-    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    attn_scale = None
-    if values.get("attention_multiplier"):
-        attn_scale = values.number("attention_multiplier")
-    elif values.get("query_pre_attn_scalar"):
-        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
     n_ctx = values.count("max_position_embeddings")
     if ropes[0]["rope_type"] == "dynamic":
         n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
-    fields = {
-        "n_ctx": n_ctx,
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
-        "qkv_bias": bias,
-        "o_bias": bool(values.get("attention_out_bias", bias)),
-        "mlp_bias": values.any("mlp_bias", "use_bias"),
-        "act": _activation(values),
-        "embed_scale": embed_scale / residual,
-        "norm_eps": norm_eps / residual**2,
-        "attn_scale": attn_scale,
-        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
-        "logit_softcap": _softcap(values, "final_logit_softcapping"),
-        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
-    }
+    fields: dict[str, Any] = {**_switches(values), **family.switches}
+    fields["embed_scale"] *= n_embd**0.5 if fields.pop("embed_root", False) else 1
+    if fields.get("experts"):
+        fields["experts"] = _experts(values, n_layers)
     return ModelConfig(
         model_type=str(model_type),
         n_vocab=values.count("vocab_size"),
@@ -867,11 +850,37 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
+        n_ctx=n_ctx,
         ropes=ropes,
         layer_ropes=layer_ropes,
         windows=windows,
-        **{**fields, **switches},
+        **fields,
     )
+
+
+def _switches(values: ConfigValues) -> dict[str, Any]:
+    """The fields of ModelConfig that any config.json may set, whatever its family."""
+    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    residual = values.number("residual_multiplier", 1.0)
+    attn_scale = None
+    if values.get("attention_multiplier"):
+        attn_scale = values.number("attention_multiplier")
+    elif values.get("query_pre_attn_scalar"):
+        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    return {
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "o_bias": bool(values.get("attention_out_bias", bias)),
+        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "act": _activation(values),
+        "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
+        "norm_eps": _norm_eps(values) / residual**2,
+        "attn_scale": attn_scale,
+        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
+        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
+    }
 
 
 def _check_supported(values: ConfigValues) -> None:
@@ -1110,6 +1119,8 @@ class SamplingParams:
             if not isinstance(value := getattr(self, name), forms[name]):
                 wanted = "an object" if name == "schema" else "a string"
                 raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
+            if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
         for token_id, bias in self.logit_bias.items():
@@ -3248,6 +3259,7 @@ def part_kernel(
     ring: tl.tensor,
     num_programs: tl.tensor,
     factor: tl.tensor,
+    softcap: tl.tensor,
     H: tl.constexpr,
     Hkv: tl.constexpr,
     D: tl.constexpr,
@@ -3255,6 +3267,7 @@ def part_kernel(
     COLS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> None:
     """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
     the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
@@ -3279,7 +3292,10 @@ def part_kernel(
             seen = (s >= first) & (s <= position)
             at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
             scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
-            scores = tl.where(seen[None, :], scores * factor, -1e30)
+            scores = scores * factor
+            if CAPPED:  # c tanh(x / c)
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+            scores = tl.where(seen[None, :], scores, -1e30)
             top = tl.maximum(largest, tl.max(scores, 1)[:, None])
             shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
             values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
@@ -3299,19 +3315,25 @@ def join_kernel(
     sums: tl.tensor,
     stats: tl.tensor,
     rows: tl.tensor,
+    sinks: tl.tensor,
     H: tl.constexpr,
     D: tl.constexpr,
     COLS: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """A program adds up the parts of one head of one row."""
+    """A program adds up the parts of one head of one row, and its sink, which weighs nothing."""
     r, head = tl.program_id(0), tl.program_id(1)
     at = (r * H + head) * PARTS + tl.arange(0, PARTS)
     largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
-    factor = tl.exp(largest - tl.max(largest, 0))
+    top, rest = tl.max(largest, 0), 0.0
+    if sinks is not None:
+        sink = tl.load(sinks + head)
+        top = tl.maximum(top, sink)
+        rest = tl.exp(sink - top)
+    factor = tl.exp(largest - top)
     d = tl.arange(0, COLS)[None, :]
     values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
-    total = tl.sum(values * factor[:, None], 0) / tl.sum(weight * factor, 0)
+    total = tl.sum(values * factor[:, None], 0) / (tl.sum(weight * factor, 0) + rest)
     d = tl.arange(0, COLS)
     to = out + (tl.load(rows + r) * H + head) * D + d
     tl.store(to, total.to(out.dtype.element_ty), d < D)
@@ -3327,11 +3349,13 @@ def strip_attention(
     n_layers: int,
     window: int | None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     ring: int = 0,
 ) -> None:
     """Write keys and values of the rows in `strips` to their strips, then attend with each row to
     all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. Scores are q k^T times `scale`, None for 1 / sqrt(D). In strips of `ring`
+    depend on the others. `scale`, `softcap` and `sinks` as in `attention`; in strips of `ring`
     positions, later ones take the place of earlier ones.
 
     out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
@@ -3358,7 +3382,9 @@ def strip_attention(
         ring,
         num_programs,
         scale or D**-0.5,
+        softcap or 1.0,
         H=H,
+        CAPPED=softcap > 0,
         HEADS=heads,
         KEYS=STRIP_KEYS,
         PARTS=STRIP_PARTS,
@@ -3366,7 +3392,7 @@ def strip_attention(
         **shape,
     )
     join_kernel[num_rows, H](
-        out, sums, stats, strips.rows, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
+        out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
     )
 
 
@@ -3405,18 +3431,21 @@ def triton_works() -> bool:
 #               that slot's tokens only.
 #   Extend      a new switch is a field of ModelConfig with a neutral default, used in one place.
 #   Papers      https://arxiv.org/abs/2307.09288 (Llama 2)
-#               https://arxiv.org/abs/2002.05202 (SwiGLU)
+#               https://arxiv.org/abs/2002.05202 (SwiGLU), 2101.03961 (mixtures of experts)
 # ==================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, .."""
+    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, ..
+
+    load() reads it all, load(rows) the rows that a slice or indices name, and load(expert, rows)
+    those of one expert where the tensor (E, rows, ..) holds all of them."""
 
     shape: tuple[int, ...]
     kind: str
     nbytes: int
-    load: Callable[..., Tensor | PackedLinear]  # all rows, or those that a slice or indices name
+    load: Callable[..., Tensor | PackedLinear]
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -3770,8 +3799,7 @@ class KVCache:
         in_ring, index = self.places[attn.index]
         ring = self.ring if in_ring else 0
         direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
-        direct = direct and not self.config.attn_softcap and attn.sinks is None
-        spans = self.attend_rows(attn.index, q, k, v, batch, out) if direct else batch.spans
+        spans = self.attend_rows(attn, q, k, v, batch, out) if direct else batch.spans
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
             end = span.start + span.num_new
@@ -3793,10 +3821,10 @@ class KVCache:
         return out.flatten(1)
 
     def attend_rows(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
+        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
     ) -> list[Span]:
         """Do what `attend` does for all short spans with one call -> the spans that are left."""
-        in_ring, index = self.places[layer]
+        in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         if in_ring not in batch.strips:
             short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
@@ -3811,10 +3839,9 @@ class KVCache:
             batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
         rows = batch.strips[in_ring]
         if len(rows.rows):
-            window, scale = self.config.windows[layer], self.config.attn_scale
-            ring = self.ring if in_ring else 0
-            num_layers = strips[0].shape[1]
-            strip_attention(out, q, k, v, rows, index, num_layers, window, scale, ring)
+            window, config = self.config.windows[attn.index], self.config
+            how = config.attn_scale, config.attn_softcap, attn.sinks, self.ring if in_ring else 0
+            strip_attention(out, q, k, v, rows, index, strips[0].shape[1], window, *how)
         return [s for s in batch.spans if s.num_new > SHORT_SPAN]
 
 
@@ -4270,7 +4297,7 @@ class Decoder:
     def can_be_recorded(self) -> bool:
         """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
         c = self.config
-        is_plain = not (c.experts or c.sinks or c.attn_softcap) and self.smear_gate is None
+        is_plain = not c.experts and self.smear_gate is None
         return self.kv_dtype != "q8" and is_plain
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
@@ -4402,11 +4429,12 @@ class DecodeGraphs:
 #   In          a directory, a .gguf file or a checkpoint of nanochat on disk
 #   Out         Checkpoint: config, tensors not read yet, and what the text sections need
 #   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
-#               here, so that everything else knows one spelling only.
+#               here, so that everything else knows one spelling only; `canonical_tensors` brings
+#               the families' names, fused matrices and orders of rows into those of Llama.
 #   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
 #               against the size of the file before memory is asked for.
 #   Extend      another file format is a function from a path to a Checkpoint, called by
-#               `open_checkpoint`; another GGUF tensor name is one row of GGUF_TENSORS.
+#               `open_checkpoint`; another tensor name is one row of GGUF_TENSORS or HF_NAMES.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
@@ -5063,14 +5091,11 @@ def _gguf_config(
     family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
-    if (arch, key("block_count")) in WIDE_SCALE:
-        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1)
-    elif "query_pre_attn_scalar" in family.defaults:
-        values["query_pre_attn_scalar"] = head_dim
-    if key("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = key(
-            "logit_scale"
-        )
+    if "query_pre_attn_scalar" in family.defaults:
+        is_wide = (arch, key("block_count")) in WIDE_SCALE
+        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
+    if scale := key("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
     if "rope_local_base_freq" in family.defaults:
         local = 10000.0 if "gemma" in arch else key("rope.freq_base")
         values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
@@ -7022,7 +7047,7 @@ class Tokenizer:
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
-        self.token_bytes = lru_cache(maxsize=1 << 16)(self._token_bytes)  # goes with its model
+        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -7154,14 +7179,20 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
 #   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt exactly as Hugging Face renders it; ThoughtSplitter for the answer, and
-#               Constraint for what it must be
+#   Out         the prompt just as Hugging Face renders it; AnswerSplitter: an answer in thoughts,
+#               content and calls; Constraint: which tokens keep it what it must be
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
 #               disagree on how a message without text and the arguments of a tool call are spelled;
-#               what one of them refuses is spelled the other way (`_message_shapes`).
+#               what one of them refuses is spelled the other way (`_message_shapes`). What an
+#               answer must be is one grammar, which also says where thoughts and calls may stand:
+#
+#                   schema | regex | grammar ─┐
+#                   tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
+#
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
-#   Extend      what templates may call is a filter or a global of `template_environment`.
+#   Extend      what templates may call is a filter or a global of `template_environment`; another
+#               way of writing calls is a row of TOOL_FORMATS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
@@ -7847,7 +7878,8 @@ JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
 }
-MAX_MULTIPLE = 10_000  # of multipleOf, without its point: its automaton has as many states
+MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
+MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -7869,10 +7901,14 @@ class Vocabulary:
 
 
 class Constraint:
-    """What may come next in one answer: `allowed` says, and `push` takes what was chosen."""
+    """What may come next in one answer: `allowed` says, and `push` takes what was chosen.
 
-    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int) -> None:
-        self.matcher, self.n_vocab = matcher, n_vocab
+    num_free: how many tokens may come where any text may. is_free: whether as many could at the
+    last call of `allowed`: before a call, say, or in a thought."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int, num_free: int) -> None:
+        self.matcher, self.n_vocab, self.num_free = matcher, n_vocab, num_free
+        self.is_free = False
 
     @property
     def is_done(self) -> bool:
@@ -7886,6 +7922,7 @@ class Constraint:
         if self.matcher.is_error() or not allowed.any():
             reason = error_line(self.matcher.get_error()) or "no token can follow"
             raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
+        self.is_free = int(np.count_nonzero(allowed)) >= self.num_free
         return allowed
 
     def push(self, token_id: int) -> None:
@@ -7898,7 +7935,7 @@ class Constraint:
 
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0]
+    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 
@@ -7921,10 +7958,11 @@ def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
     """Why a JSON Schema cannot be compiled; '' where it can."""
+    total = 0
     for path, value in parts(schema, sys.maxsize):
         if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            digits = f"{decimal.Decimal(str(value)):f}".replace(".", "")
-            if int(digits) > MAX_MULTIPLE:
+            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
+            if total > MAX_MULTIPLE:
                 return f"multipleOf {value} has too many digits"
     grammar = f"start: {json_grammar(schema, strict)}"
     error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
@@ -7932,13 +7970,17 @@ def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
 
 
 def faulty_part(
-    schema: Mapping[str, Any], error: str, shared: Mapping[str, Any], strict: bool
+    schema: Mapping[str, Any],
+    error: str,
+    shared: Mapping[str, Any],
+    strict: bool,
+    num_levels: int = MAX_LEVELS,
 ) -> str:
     """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
     it refer to."""
-    for path, part in parts(schema, 2):
+    for path, part in parts(schema, 2) if num_levels else ():
         if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict)
+            return path + faulty_part(part, error, shared, strict, num_levels - 1)
     return ""
 
 
@@ -7957,7 +7999,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer, self.n_vocab = tokenizer, n_vocab
-        self.compiled = lru_cache(maxsize=64)(self.compile)
+        self.compiled = cached(self, Grammars.compile, 64)
 
     @functools.cached_property
     def vocabulary(self) -> llguidance.LLTokenizer:
@@ -7965,10 +8007,20 @@ class Grammars:
         words: Any = Vocabulary(self.tokenizer, self.n_vocab)
         return llguidance.LLTokenizer(words, eos_token=ends)
 
+    @functools.cached_property
+    def num_free(self) -> int:
+        """How many tokens may come where any text may."""
+        anything = self.compile(llguidance.LLMatcher.grammar_from_lark(r"start: /(.|\n)+/"))
+        return int(np.count_nonzero(Constraint(anything, self.n_vocab, 0).allowed()))
+
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
         matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
-        Constraint(matcher, self.n_vocab).allowed()  # what nothing fits shows at the first token
+        try:
+            Constraint(matcher, self.n_vocab, 0).allowed()
+        except RequestError:
+            reason = error_line(matcher.get_error()) or "no token of this model does"
+            raise RequestError(f"there is nothing that fits: {reason}") from None
         return matcher
 
     def check(self, name: str, grammar: str) -> None:
@@ -8060,8 +8112,13 @@ class Grammars:
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
-        matcher = self.compiled(json.dumps({"grammars": grammars}))
-        return Constraint(matcher.deep_copy(), self.n_vocab)
+        try:
+            matcher = self.compiled(json.dumps({"grammars": grammars}))
+        except RequestError as error:
+            forms = ("schema", "regex", "grammar")
+            error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
+            raise
+        return Constraint(matcher.deep_copy(), self.n_vocab, self.num_free)
 
 
 # ==================================================================================================
@@ -8076,7 +8133,9 @@ class Grammars:
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
-#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off.
+#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. Where the
+#               form of an answer is given, the repeat penalty does not look at the prompt: its
+#               names and values belong in the answer.
 #   Invariant   a token depends on this row, this history, this seed and this position alone. Of
 #               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
@@ -8133,16 +8192,19 @@ def penalize(
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
+    is_free: bool = True,
 ) -> Tensor:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
-    are copied first if anything changes. Repetition looks at prompt and answer, the others at the
-    answer only. `seen` spares reading again what the history held at the last call."""
+    are copied first if anything changes. Repetition looks at the answer and, where text is free,
+    at the prompt; the others look at the answer only. `seen` spares reading again what the history
+    held at the last call."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
-        if p.repeat_last_n < 0:
+        if p.repeat_last_n < 0 and is_free:
             ids = (seen or Seen()).update(history)
         else:
-            ids = torch.tensor(history[-p.repeat_last_n :])
+            latest = history if is_free else history[num_prompt:]
+            ids = torch.tensor(latest[-max(p.repeat_last_n, 0) :], dtype=torch.long)
         values = logits[ids]
         values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
         logits = logits.index_put((ids,), values)
@@ -8211,10 +8273,11 @@ def sample(
     num_prompt: int,
     seen: Seen | None = None,
     allowed: npt.NDArray[np.bool_] | None = None,
+    is_free: bool = True,
 ) -> int:
     """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
-    The position is len(history)."""
-    logits = penalize(logits, params, history, num_prompt, seen)
+    The position is len(history). is_free: any text may come here, see `penalize`."""
+    logits = penalize(logits, params, history, num_prompt, seen, is_free)
     if allowed is not None:
         logits = logits.where(torch.from_numpy(allowed), -math.inf)
     if params.temperature == 0 or params.top_k == 1:
@@ -8760,11 +8823,13 @@ class Engine:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
         try:
-            allowed = seq.constraint.allowed() if seq.constraint else None
+            form = seq.constraint
+            allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
         except RequestError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        token_id = sample(logits, p, seq.seed, seq.token_ids, seq.num_prompt, seq.seen, allowed)
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
+        token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
@@ -9523,7 +9588,8 @@ def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
     if kind == "choice":
         if not value or not all(isinstance(word, str) and word for word in value):
             refuse(f"{where} is {brief(value)}; it must list non-empty strings", where)
-        return "grammar", "start: " + " | ".join(map(json.dumps, value)), where
+        # in capitals: one expression, however many words
+        return "grammar", f"start: WORD\nWORD: {' | '.join(map(json.dumps, value))}", where
     return kind, value, where
 
 
@@ -9699,6 +9765,19 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
 
 
+def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+    """Add a name, which begins a call, or a piece of its arguments -> the delta of that."""
+    if piece.kind == "name":
+        function = {"name": piece.text, "arguments": ""}
+        call_id = "call_" + secrets.token_hex(12)
+        calls.append({"id": call_id, "type": "function", "function": function})
+        news = {**calls[-1], "function": dict(function)}
+    else:
+        calls[-1]["function"]["arguments"] += piece.text
+        news = {"function": {"arguments": piece.text}}
+    return {"index": len(calls) - 1, **news}
+
+
 class ChatChoice:
     """One choice of a chat answer: `start`, then `push` each delta, give its stream chunks;
     `result` is the same as one object."""
@@ -9749,15 +9828,7 @@ class ChatChoice:
         if piece.kind in self.names:
             self.text[piece.kind] += piece.text
             return {self.names[piece.kind]: piece.text}
-        if piece.kind == "name":
-            function = {"name": piece.text, "arguments": ""}
-            call_id = "call_" + secrets.token_hex(12)
-            self.calls.append({"id": call_id, "type": "function", "function": function})
-            call = {**self.calls[-1], "function": dict(function)}
-        else:
-            self.calls[-1]["function"]["arguments"] += piece.text
-            call = {"function": {"arguments": piece.text}}
-        return {"tool_calls": [{"index": len(self.calls) - 1, **call}]}
+        return {"tool_calls": [add_to_calls(self.calls, piece)]}
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         """The entry of a token; none for a control token, which is not part of the content."""
@@ -9853,6 +9924,8 @@ class TextChoice:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
+Choice = ChatChoice | TextChoice
+
 # ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
 # https://developers.openai.com/api/reference/resources/responses
 
@@ -9893,6 +9966,7 @@ RESPONSE_NAMES = {
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
 }
+RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
 
 
 def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -9979,7 +10053,7 @@ def response_body(
 ) -> dict[str, Any]:
     """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
     the messages of the response it goes on from. Raises RequestError."""
-    same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata")
+    same = ("model", "stream", "parallel_tool_calls", "metadata")
     body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
@@ -9994,11 +10068,8 @@ def response_body(
     form = given.get("text", {}).get("format")
     if form is not None:
         check_type("text.format", form, "object")
-        inner = {k: v for k, v in form.items() if k != "type"}
-        is_schema = form.get("type") == "json_schema"
-        body["response_format"] = {**form, **({"json_schema": inner} if is_schema else {})}
-    wants_logprobs = WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs")
-    if wants_logprobs:
+        body["response_format"] = {**form, "json_schema": form}  # which is flat here
+    if WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
         body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
     return body
 
@@ -10022,8 +10093,11 @@ def parse_response(
     recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
     try:
         wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
-    except RequestError as error:
-        raise _renamed(error) from None
+    except RequestError as error:  # about a field of a chat
+        param = error.param or ""
+        if (name := _response_name(param)) == param:
+            raise
+        refuse(str(error).replace(param, name), name, error.code)
     names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
     return dataclasses.replace(wire, ignored=ignored, names=names), given
 
@@ -10031,15 +10105,6 @@ def parse_response(
 def _response_name(name: str) -> str:
     found = next((chat for chat in RESPONSE_NAMES if name.startswith(chat)), "")
     return RESPONSE_NAMES.get(found, "") + name[len(found) :]
-
-
-def _renamed(error: RequestError) -> RequestError:
-    """An error about a field of a chat, in the words of a response."""
-    if error.param and (name := _response_name(error.param)) != error.param:
-        renamed = type(error)(str(error).replace(error.param, name), name)
-        renamed.code = error.code
-        return renamed
-    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -10052,12 +10117,18 @@ class KeptResponse:
 
 
 class ResponseReply:
-    """An answer of /v1/responses, as Reply: items, of which one at a time is open."""
+    """An answer of /v1/responses, as Reply: items, of which one at a time is open. Its end gives it
+    to `keep`."""
 
     def __init__(
-        self, choice: ChatChoice, wire: WireRequest, given: Mapping[str, Any], model: str
+        self,
+        choice: ChatChoice,
+        wire: WireRequest,
+        given: Mapping[str, Any],
+        model: str,
+        keep: Callable[[ResponseReply], None],
     ) -> None:
-        self.choice, self.wire = choice, wire
+        self.choice, self.wire, self.keep = choice, wire, keep
         self.num_events = self.num_thought = 0
         self.item: dict[str, Any] | None = None  # the open one
         self.text: list[str] = []  # of the open one
@@ -10127,12 +10198,10 @@ class ResponseReply:
     def _part(self, text: str) -> dict[str, Any] | None:
         """The content of the open item, unless it is a call"""
         assert self.item is not None
-        if self.item["type"] == "message":
-            more = {"annotations": [], "logprobs": list(self.logprobs)}
-            return {"type": "output_text", "text": text, **more}
-        return (
-            {"type": "reasoning_text", "text": text} if self.item["type"] == "reasoning" else None
-        )
+        if (kind := self.item["type"]) not in RESPONSE_TEXTS:
+            return None
+        more = {"annotations": [], "logprobs": list(self.logprobs)} if kind == "message" else {}
+        return {"type": RESPONSE_TEXTS[kind], "text": text, **more}
 
     def _close(self, status: str = "completed") -> list[dict[str, Any]]:
         """End the open item, if there is one."""
@@ -10163,9 +10232,9 @@ class ResponseReply:
             events = self._open(kind, content=[], **head)
         self.text.append(text)
         self.logprobs += entries
-        name = "output_text" if kind == "message" else "reasoning_text"
+        name = f"response.{RESPONSE_TEXTS[kind]}.delta"
         more = {"logprobs": entries} if kind == "message" else {}
-        return [*events, self._at(f"response.{name}.delta", content_index=0, delta=text, **more)]
+        return [*events, self._at(name, content_index=0, delta=text, **more)]
 
     def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A piece of a tool call"""
@@ -10215,6 +10284,7 @@ class ResponseReply:
                 "total_tokens": num_in + num_out,
             },
         }
+        self.keep(self)
         return [*events, self._event(f"response.{status}", response=self.body)]
 
     def result(self) -> dict[str, Any]:
@@ -10282,7 +10352,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # `options`: SamplingParams fields under their own names or these; and what changes nothing here.
 OLLAMA_OPTIONS = {
-    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name not in ("logit_bias",)},
+    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
     "num_predict": "integer",
 }
 OLLAMA_LOAD_OPTIONS = (
@@ -10306,9 +10376,8 @@ def ollama_body(
     )
     if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
         refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
-    body: dict[str, Any] = {
-        n: given[n] for n in ("logprobs", "top_logprobs", "tools") if n in given
-    }
+    same = ("logprobs", "top_logprobs", "tools")
+    body: dict[str, Any] = {name: given[name] for name in same if name in given}
     body |= {name: value for name, value in options.items() if name != "num_predict"}
     if "num_predict" in options:  # -2 fills the context too
         body["max_tokens"] = max(options["num_predict"], -1) or 1
@@ -10325,6 +10394,11 @@ def ollama_body(
         body["reasoning_effort"] = think
     elif think is not None:
         body["chat_template_kwargs"] = {"enable_thinking": think}
+    if "messages" in given:
+        body["messages"] = ollama_messages(given["messages"])
+    else:
+        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
     return body, tuple(f"options.{name}" for name in ignored)
 
 
@@ -10386,14 +10460,19 @@ class OllamaReply:
         self.choice, self.model, self.clock = choice, model, clock
         self.is_chat, self.context = is_chat, context
 
-    def _line(self, text: Mapping[str, Any], done: bool = False) -> dict[str, Any]:
-        """One object: what is said, as a message or as a response"""
+    def _line(
+        self, text: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, done: bool = False
+    ) -> dict[str, Any]:
+        """One object: what is said, as a message or as a response, and the logprobs of that"""
         head = {"model": self.model, "created_at": timestamp()}
-        message = {"role": "assistant", "content": "", **text}
+        said: dict[str, Any]
         if self.is_chat:
-            return {**head, "message": message, "done": done}
-        more = {k: v for k, v in message.items() if k not in ("role", "content")}
-        return {**head, "response": message["content"], **more, "done": done}
+            said = {"message": {"role": "assistant", "content": "", **text}}
+        else:
+            said = {"response": text.get("content", ""), **text}
+            said.pop("content", None)
+        more = {"logprobs": logprobs["content"]} if logprobs else {}
+        return {**head, **said, "done": done, **more}
 
     def start(self) -> list[dict[str, Any]]:
         return []
@@ -10403,9 +10482,7 @@ class OllamaReply:
         for chunk in self.choice.push(delta):
             text = {k: v for k, v in chunk["delta"].items() if k in ("content", "thinking") and v}
             if text:
-                lines.append(self._line(text))
-                if chunk["logprobs"]:
-                    lines[-1]["logprobs"] = chunk["logprobs"]["content"]
+                lines.append(self._line(text, chunk["logprobs"]))
         return lines
 
     def tool_calls(self) -> list[dict[str, Any]]:
@@ -10445,25 +10522,19 @@ class OllamaReply:
 
     def result(self) -> dict[str, Any]:
         said = self.choice.result()
-        text = {"content": said["message"]["content"] or ""}
-        if said["message"].get("thinking"):
-            text["thinking"] = said["message"]["thinking"]
-        calls = self.tool_calls()
-        line = self._line({**text, **({"tool_calls": calls} if calls else {})}, done=True)
-        if said["logprobs"]:
-            line["logprobs"] = said["logprobs"]["content"]
-        return {**line, **self._closing()}
+        message = {**said["message"], "tool_calls": self.tool_calls()}
+        text = {k: message[k] for k in ("content", "thinking", "tool_calls") if message.get(k)}
+        return {**self._line(text, said["logprobs"], done=True), **self._closing()}
 
 
-def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
-    """The Modelfile that a body of /api/create describes, over the one it is made from. Raises
+def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
+    """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
     RequestError."""
-    parameters = dict(base.parameters)
+    parameters: dict[str, Any] = {}
     for name, value in given.get("parameters", {}).items():
         for text in value if isinstance(value, list) else [value]:
             key, parsed = parse_parameter(name, str(text))
-            earlier = parameters.get(key, ()) if key == "stop" and text is not value[0] else ()
-            parameters[key] = (*earlier, *parsed) if key == "stop" else parsed
+            parameters[key] = (*parameters.get(key, ()), *parsed) if key == "stop" else parsed
     messages = []
     for i, message in enumerate(given.get("messages", [])):
         check_type(f"messages[{i}]", message, "object")
@@ -10471,13 +10542,12 @@ def created_modelfile(given: Mapping[str, Any], base: Modelfile) -> Modelfile:
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             refuse(f"messages[{i}] needs a role (system, user, assistant) and a text", "messages")
         messages.append({"role": role, "content": content})
-    text = given.get("license", base.license)
-    return dataclasses.replace(
-        base,
-        system=given.get("system") or base.system,
+    text = given.get("license")
+    return Modelfile(
+        system=given.get("system"),
         license="\n".join(map(str, text)) if isinstance(text, list) else text,
         parameters=parameters,
-        messages=tuple(messages) or base.messages,
+        messages=tuple(messages),
     )
 
 
@@ -10490,7 +10560,7 @@ class Reply:
     `result` is the same as one object."""
 
     def __init__(
-        self, wire: WireRequest, choices: list[ChatChoice | TextChoice], model: str, print: str
+        self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
     ) -> None:
         self.wire, self.choices, self.num_left = wire, choices, len(choices)
         self.envelope = {
@@ -10498,7 +10568,7 @@ class Reply:
             "object": choices[0].object,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": print,
+            "system_fingerprint": fingerprint,
         }
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -10663,12 +10733,8 @@ class Job:
             if timeout_s is not None:
                 left = min(PING_S, self.started_s + timeout_s - self.loop.time())
             if left <= 0:
-                raise WireError(
-                    504,
-                    "timeout",
-                    f"the request took longer than {timeout_s:g} s",
-                    {"x-should-retry": "false"},
-                )
+                message = f"the request took longer than {timeout_s:g} s"
+                raise WireError(504, "timeout", message, {"x-should-retry": "false"})
             # asyncio.wait_for may swallow a cancellation before Python 3.12
             # (https://github.com/python/cpython/issues/86296)
             alarm = self.loop.call_later(left, self.events.put_nowait, [])
@@ -10682,6 +10748,15 @@ class Job:
                 raise error
             num_left -= sum(1 for delta in event if delta.finish_reason)
             yield event
+
+
+def cannot_run(error: BaseException) -> NanollamaError:
+    """What is said of a model that cannot be loaded, or whose thread ended."""
+    if isinstance(error, NanollamaError):
+        return error
+    log.debug("", exc_info=error)
+    kind, reason = type(error).__name__, first_line(error)
+    return NanollamaError(f"the model cannot be run: {kind}: {reason}")
 
 
 class EngineWorker(threading.Thread):
@@ -10852,11 +10927,7 @@ class Pool:
         try:
             await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
         except Exception as error:
-            if isinstance(error, NanollamaError):
-                raise
-            log.debug("", exc_info=error)
-            kind, reason = type(error).__name__, first_line(error)
-            raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from error
+            raise cannot_run(error) from None
         self.load_s = time.perf_counter() - started
 
     async def stop(self) -> None:
@@ -10965,20 +11036,18 @@ class Models:
 
     async def source(self, name: str | None) -> ModelSource:
         """The model a request means. Raises WireError 404 for one that is not served."""
-        names: list[str] = []
-        for wanted in (name, name and name.removesuffix(":latest")):
-            if wanted in self.pools or wanted in self.catalog.named:
-                assert wanted is not None
-                return self.catalog.named.get(wanted) or self.pools[wanted].source
-            if wanted and not self.catalog.named:
-                found = await asyncio.to_thread(self.catalog.find, wanted)
-                if found:
-                    return found
-        if not self.catalog.named or name is None or self.config.any_model:
-            names = await self.names()
+        named, find, text = self.catalog.named, self.catalog.find, name or ""
+        for wanted in (text, text.removesuffix(":latest")):
+            if wanted in named:
+                return named[wanted]
+            if wanted in self.pools:
+                return self.pools[wanted].source
+            if wanted and not named and (found := await asyncio.to_thread(find, wanted)):
+                return found
+        names = await self.names()
         if names and (name is None or self.config.any_model):
             return await self.source(names[0])
-        there = ", ".join(list(self.catalog.named) or names) or "none yet; POST /api/pull"
+        there = ", ".join(named or names) or "none yet; POST /api/pull"
         asked = "no model is named" if name is None else f"model {name!r} is not served here"
         raise WireError(404, "model_not_found", f"{asked}; there is: {there}")
 
@@ -11051,16 +11120,31 @@ class Models:
 
     def expire(self, pool: Pool) -> None:
         if pool.is_idle and pool.ready:
-            task = asyncio.create_task(self.forget(pool))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.forget(pool)
 
-    def forget(self, pool: Pool) -> Coroutine[Any, Any, None]:
-        """Give a model to nobody any more -> what ends its threads"""
+    def forget(self, pool: Pool) -> asyncio.Task[None]:
+        """Give a model to nobody any more -> what ends its threads, once its last answer is done"""
+
+        async def retire() -> None:
+            while not pool.is_idle:
+                self.idle.clear()
+                await self.idle.wait()
+            await pool.stop()
+
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
             log.info(f"{pool.source.name}: unloaded")
-        return pool.stop()
+        task = asyncio.create_task(retire())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def renew(self, name: str) -> None:
+        """Let the next request load a model anew, whose files change; who has it keeps it."""
+        if pool := self.pools.get(name):
+            task = self.forget(pool)
+            if pool.is_idle:
+                await task
 
     async def close(self) -> None:
         """End every thread; those that still load are left to end with the process."""
@@ -11077,7 +11161,6 @@ class Metrics:
             return kind(f"nanollama_{name}", text, labels, registry=self.registry, **more)
 
         counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
-        histogram = prometheus_client.Histogram
         times = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.requests = make(counter, "requests", "HTTP requests", "route", "status")
         self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
@@ -11088,18 +11171,11 @@ class Metrics:
         self.running = make(gauge, "running_sequences", "Sequences in the batch")
         self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
         self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
-        self.first_token_s = make(
-            histogram,
-            "time_to_first_token_seconds",
-            "From submission to the first token",
-            buckets=times,
-        )
-        self.per_token_s = make(
-            histogram,
-            "time_per_output_token_seconds",
-            "Mean time of a sequence's tokens after the first",
-            buckets=times,
-        )
+        histogram = functools.partial(make, prometheus_client.Histogram, buckets=times)
+        text = "From submission to the first token"
+        self.first_token_s = histogram("time_to_first_token_seconds", text)
+        text = "Mean time of a sequence's tokens after the first"
+        self.per_token_s = histogram("time_per_output_token_seconds", text)
 
     async def watch(self, job: Job, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
         """job.deltas, counted."""
@@ -11207,12 +11283,8 @@ class Gate:
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
         # the router's own path: a URL put together with the Host header could be made to lie
         if matches and not any(matches) and scope["path"] not in self.OPEN:
-            raise WireError(
-                401,
-                "invalid_api_key",
-                "this server needs its API key: Authorization: Bearer KEY",
-                {"www-authenticate": "Bearer"},
-            )
+            message = "this server needs its API key: Authorization: Bearer KEY"
+            raise WireError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
     def check_origin(self, scope: Scope) -> None:
         """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
@@ -11239,16 +11311,9 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     """The header that names the fields of a request that had no effect; the log does too."""
     if not names:
         return {}
-    told = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
-    log.info(f"fields that have no effect: {told}")
-    return {"x-nanollama-ignored": told}
-
-
-def model_name(body: Mapping[str, Any]) -> str | None:
-    """The model that a body asks for. Raises RequestError."""
-    if (name := body.get("model")) is not None:
-        check_type("model", name, "string")
-    return name
+    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
+    log.info(f"fields that have no effect: {listed}")
+    return {"x-nanollama-ignored": listed}
 
 
 def error_response(error: BaseException, path: str = "") -> Response:
@@ -11312,17 +11377,17 @@ def stream_response(
     )
 
     async def send_all(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with contextlib.suppress(starlette.requests.ClientDisconnect):
-                await unless_disconnected(receive, stream.stream_response(send))
-        finally:
-            at_end()
+        with contextlib.suppress(starlette.requests.ClientDisconnect):
+            await unless_disconnected(receive, stream.stream_response(send), at_end)
 
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect."""
+async def unless_disconnected(
+    receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
+) -> Any:
+    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect.
+    `at_end` is called in any case."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -11335,6 +11400,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Any]) 
             raise starlette.requests.ClientDisconnect
         return tasks[0].result()
     finally:
+        at_end()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -11473,11 +11539,11 @@ def ollama_show(source: ModelSource) -> dict[str, Any]:
 def pull_lines(name: str, report: Report) -> None:
     """Download a model, and say how far it is."""
     report({"status": "pulling manifest"})
-    told: dict[str, int] = {}
+    reported: dict[str, int] = {}
 
     def tell(file: str, num_there: int, total: int) -> None:
-        if num_there == total or num_there - told.get(file, -(1 << 40)) >= 1 << 20:
-            told[file] = num_there
+        if num_there == total or num_there - reported.get(file, -(1 << 40)) >= 1 << 20:
+            reported[file] = num_there
             line = {"status": f"pulling {file}", "digest": file, "total": total}
             report({**line, "completed": num_there})
 
@@ -11500,25 +11566,25 @@ def base_modelfile(name: str) -> Modelfile:
 def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
     """Make a model of another one: what /api/create does."""
     report({"status": "reading model metadata"})
+    reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer:
-            refuse("TEMPLATE and TOKENIZER are not taken from a request", "modelfile")
+        if whole.template or whole.tokenizer or whole.adapter:
+            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
         if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
             refuse("the Modelfile has no FROM", "modelfile")
-        base = base_modelfile(wanted[1])
-        parameters = {**base.parameters, **whole.parameters}
-        modelfile = dataclasses.replace(
-            base,
-            system=whole.system or base.system,
-            license=whole.license or base.license,
-            parameters=parameters,
-            messages=whole.messages or base.messages,
-        )
-    else:
-        modelfile = base_modelfile(required(given, "from"))
+        reference = wanted[1]
+    modelfile = base_modelfile(reference or required(given, "from"))
     report({"status": "writing manifest"})
-    ModelStore().create(name, created_modelfile(given, modelfile))
+    for own in (whole, created_modelfile(given)):  # the later one says it last
+        modelfile = dataclasses.replace(
+            modelfile,
+            system=own.system or modelfile.system,
+            license=own.license or modelfile.license,
+            parameters={**modelfile.parameters, **own.parameters},
+            messages=own.messages or modelfile.messages,
+        )
+    ModelStore().create(name, modelfile)
 
 
 def cached_models(name: str) -> list[CachedModel]:
@@ -11565,6 +11631,13 @@ class Handlers:
             log.info(encode_json(value).decode())
         return value
 
+    async def asked_model(self, request: Request) -> tuple[dict[str, Any], Pool]:
+        """The body of a request and the model it names, loaded: see `body` and `Models.pool`."""
+        body = await self.body(request)
+        if (name := body.get("model")) is not None:
+            check_type("model", name, "string")
+        return body, await self.models.pool(name)
+
     async def embed(
         self,
         request: Request,
@@ -11573,20 +11646,17 @@ class Handlers:
         names: Mapping[str, str],
     ) -> list[Delta]:
         """The last delta of each request, some of them at a time so that others come in between."""
+
+        async def read(job: Job) -> list[Delta]:
+            last: dict[int, Delta] = {}
+            async for deltas in self.metrics.watch(job, self.config.timeout_s):
+                last |= {delta.index: delta for delta in deltas}
+            return [last[i] for i in range(len(last))]
+
         found: list[Delta] = []
         for at in range(0, len(requests), EMBED_TOGETHER):
             job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
-            last: dict[int, Delta] = {}
-
-            async def read(job: Job = job, last: dict[int, Delta] = last) -> None:
-                async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                    last.update({delta.index: delta for delta in deltas})
-
-            try:
-                await unless_disconnected(request.receive, read())
-            finally:
-                job.finish()
-            found += [last[i] for i in range(len(last))]
+            found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
     async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
@@ -11602,24 +11672,26 @@ class Handlers:
         for event in reply.end():
             yield event
 
-    def stream(
-        self, job: Job, reply: Any, encoding: Encoding, headers: Mapping[str, str] | None = None
+    async def answer(
+        self,
+        request: Request,
+        job: Job,
+        reply: Any,
+        encoding: Encoding,
+        is_stream: bool = True,
+        ignored: tuple[str, ...] = (),
     ) -> Response:
-        return stream_response(self.events(job, reply), encoding, job.finish, headers)
-
-    async def whole(self, request: Request, job: Job, reply: Any) -> dict[str, Any]:
-        """The same answer as one object: a fold over its stream."""
+        """What a reply makes of a job: events as they come or, a fold over these, one object."""
+        events, headers = self.events(job, reply), ignored_header(ignored)
+        if is_stream:
+            return stream_response(events, encoding, job.finish, headers)
 
         async def fold() -> None:
-            async for _ in self.events(job, reply):
+            async for _ in events:
                 pass
 
-        try:
-            await unless_disconnected(request.receive, fold())
-        finally:
-            job.finish()
-        body: dict[str, Any] = reply.result()
-        return body
+        await unless_disconnected(request.receive, fold(), job.finish)
+        return as_json(reply.result(), headers=headers)
 
 
 class OpenAIHandlers(Handlers):
@@ -11627,59 +11699,41 @@ class OpenAIHandlers(Handlers):
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.answer(request, pool, wire, make)
+        return await self.complete(request, pool, wire, make)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         wire = parse_text(body, pool.sampling, self.config.strict)
         make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.answer(request, pool, wire, make)
+        return await self.complete(request, pool, wire, make)
 
-    async def answer(
+    async def complete(
         self,
         request: Request,
         pool: Pool,
         wire: WireRequest,
-        make: Callable[[int, Sequence, AnswerSplitter], ChatChoice | TextChoice],
+        make: Callable[[int, Sequence, AnswerSplitter], Choice],
     ) -> Response:
         """Answer as OpenAI does, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
         choices = list(map(make, itertools.count(), job.sequences, job.splitters))
         reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
-        headers = ignored_header(wire.ignored)
-        if wire.stream:
-            return self.stream(job, reply, SSE, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
+        return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         strict, opening = self.config.strict, pool.source.opening
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
         choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
-        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name)
-        headers = ignored_header(wire.ignored)
-
-        async def events() -> AsyncIterator[dict[str, Any] | None]:
-            async for event in self.events(job, reply):
-                if event and event["type"] in ("response.completed", "response.incomplete"):
-                    self.keep(reply)
-                yield event
-
-        if wire.stream:
-            encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
-            return stream_response(events(), encoding, job.finish, headers)
-        whole = await self.whole(request, job, reply)
-        self.keep(reply)
-        return as_json(whole, headers=headers)
+        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name, self.keep)
+        encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
+        return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
     def keep(self, reply: ResponseReply) -> None:
         """Keep a response for those that go on from it; old ones make room."""
@@ -11730,63 +11784,45 @@ class OllamaHandlers(Handlers):
 
     async def ollama_chat(self, request: Request) -> Response:
         """POST /api/chat"""
-        given, ignored = await self.ollama_given(request, OLLAMA_CHAT)
-        if not given.get("messages"):
-            return await self.ollama_load(given, {"message": {"role": "assistant", "content": ""}})
-        body, more = ollama_body(given, self.config.strict)
-        body["messages"] = ollama_messages(given["messages"])
-        pool, clock = await self.ollama_pool(given)
-        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
-        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
+        return await self.ollama_answer(request, OLLAMA_CHAT)
 
     async def ollama_generate(self, request: Request) -> Response:
         """POST /api/generate"""
-        given, ignored = await self.ollama_given(request, OLLAMA_GENERATE)
-        if not given.get("prompt"):
-            return await self.ollama_load(given, {"response": ""})
+        return await self.ollama_answer(request, OLLAMA_GENERATE)
+
+    async def ollama_answer(self, request: Request, fields: Mapping[str, str]) -> Response:
+        """One answer, streamed unless the body says otherwise."""
+        given, ignored = await self.ollama_given(request, fields)
+        is_chat = "messages" in fields
+        if not given.get("messages" if is_chat else "prompt"):
+            return await self.ollama_load(given, is_chat)
         body, more = ollama_body(given, self.config.strict)
-        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
-        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
         pool, clock = await self.ollama_pool(given)
         wire = parse_chat(body, pool.sampling, False, pool.source.opening)
-        with pool.held():
-            wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
-        return await self.ollama_answer(request, given, pool, wire, clock, (*ignored, *more))
-
-    async def ollama_answer(
-        self,
-        request: Request,
-        given: Mapping[str, Any],
-        pool: Pool,
-        wire: WireRequest,
-        clock: Clock,
-        ignored: tuple[str, ...],
-    ) -> Response:
-        """One answer, streamed unless the body says otherwise."""
+        if not is_chat:
+            with pool.held():
+                wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
         choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
-        is_chat = "messages" in given
         context = None if is_chat or given.get("raw") else job.sequences[0]
         reply = OllamaReply(choice, given["model"], clock, is_chat, context)
-        headers = ignored_header(ignored)
-        if given.get("stream", True):
-            return self.stream(job, reply, NDJSON, headers)
-        return as_json(await self.whole(request, job, reply), headers=headers)
+        is_stream = given.get("stream", True)
+        return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
 
-    async def ollama_load(self, given: Mapping[str, Any], text: dict[str, Any]) -> Response:
+    async def ollama_load(self, given: Mapping[str, Any], is_chat: bool) -> Response:
         """A request without a prompt loads its model, or unloads it."""
-        keep = given.get("keep_alive")
-        done = {"created_at": timestamp(), **text, "done": True}
-        name = ollama_name(given)
+        name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
         if keep is not None and parse_duration(keep) == 0:
             self.models.check_ready()
-            pool = self.models.pools.get((await self.models.source(name)).name)
-            if pool:
+            if pool := self.models.pools.get((await self.models.source(name)).name):
                 pool.keep_s = 0
                 self.models.settle(pool)
-            return as_json({"model": name, **done, "done_reason": "unload"})
-        await self.ollama_pool(given)
-        return as_json({"model": name, **done, "done_reason": "load"})
+            reason = "unload"
+        else:
+            await self.ollama_pool(given)
+        said = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
+        head = {"model": name, "created_at": timestamp()}
+        return as_json({**head, **said, "done": True, "done_reason": reason})
 
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed"""
@@ -11871,6 +11907,7 @@ class OllamaHandlers(Handlers):
         given, _ = await self.ollama_given(request, OLLAMA_CREATE)
         self.check_open()
         name = ollama_name(given)
+        await self.models.renew(name)
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
     async def progress(
@@ -11885,9 +11922,14 @@ class OllamaHandlers(Handlers):
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
 
+        def ended(task: asyncio.Task[None]) -> None:
+            lines.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # seen, also when nobody waits for it any more
+
         async def events() -> AsyncIterator[dict[str, Any]]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
-            task.add_done_callback(lambda _: lines.put_nowait(None))
+            task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
                 yield line
             await task
@@ -11899,16 +11941,14 @@ class OllamaHandlers(Handlers):
         async def last() -> dict[str, Any]:
             return [line async for line in events()][-1]
 
-        try:
-            return as_json(await unless_disconnected(request.receive, last()))
-        finally:
-            gone.set()
+        return as_json(await unless_disconnected(request.receive, last(), gone.set))
 
     async def ollama_copy(self, request: Request) -> Response:
         """POST /api/copy: another name for a model"""
         given, _ = await self.ollama_given(request, OLLAMA_COPY)
         self.check_open()
         source, target = required(given, "source"), required(given, "destination")
+        await self.models.renew(target)
         await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
         return as_json({})
 
@@ -11918,8 +11958,7 @@ class OllamaHandlers(Handlers):
         self.check_open()
         name = ollama_name(given)
         found = await asyncio.to_thread(cached_models, name)
-        if pool := self.models.pools.get(name):
-            await self.models.forget(pool)
+        await self.models.renew(name)
         await asyncio.to_thread(ModelStore().remove, found)
         return as_json({})
 
@@ -11954,7 +11993,7 @@ class App(OpenAIHandlers, OllamaHandlers):
             values[name] = most if wanted is None else min(max(wanted, least), most)
         params = SamplingParams(**values)
         job = await pool.start((GenerationRequest(messages=messages, params=params),))
-        return self.stream(job, WebReply(job.worker.index), WEB_SSE)
+        return await self.answer(request, job, WebReply(job.worker.index), WEB_SSE)
 
     async def requests(self, request: Request) -> Response:
         """GET, DELETE /_test/requests: what a server for tests was asked; or forget it"""
@@ -12043,8 +12082,7 @@ class App(OpenAIHandlers, OllamaHandlers):
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         llm = pool.llm()
         if body.get("messages") is not None:
             chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
@@ -12074,8 +12112,7 @@ class App(OpenAIHandlers, OllamaHandlers):
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        body = await self.body(request)
-        pool = await self.models.pool(model_name(body))
+        body, pool = await self.asked_model(request)
         llm = pool.llm()
         chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
         ids = await asyncio.to_thread(llm.prompt_ids, chat)
@@ -12157,16 +12194,12 @@ def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": schema} for name in names
         ]
     if route.fields is not None:
-        fields = {name: openapi_type(kind) for name, kind in route.fields.items()}
+        types = {name: kind.split(" or ") for name, kind in route.fields.items()}
+        fields = {name: {"type": [*kinds, "null"]} for name, kinds in types.items()}
         schema = {"type": "object", "properties": fields, "required": list(route.required)}
         content = {"application/json": {"schema": schema}}
         body["requestBody"] = {"required": True, "content": content}
     return {**body, "responses": answers}
-
-
-def openapi_type(kind: str) -> dict[str, Any]:
-    """A name of JSON_TYPES as a JSON Schema; every field may be null."""
-    return {"type": [*kind.split(" or "), "null"]}
 
 
 @lru_cache(maxsize=1)
@@ -12277,11 +12310,10 @@ def serve(
 
     listener = listen(config.host, config.port)
     app = create_app(catalog, config, failed, free_bytes)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
-        )
+    settings = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
     )
+    server = uvicorn.Server(settings)
     app.state.models.is_closing = lambda: server.should_exit  # connections that are kept may go on
     # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -12292,11 +12324,11 @@ def serve(
     what = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
     log.info(f"http://{host}:{listener.getsockname()[1]}  ({what})")
     server.run(sockets=[listener])
-    if failures and not isinstance(failures[0], NanollamaError):
-        kind, reason = type(failures[0]).__name__, first_line(failures[0])
-        raise NanollamaError(f"the model cannot be run: {kind}: {reason}") from failures[0]
     if failures:
-        raise failures[0]
+        raise cannot_run(failures[0])
+    pools = app.state.models.pools.values()
+    if any(worker.is_alive() for pool in pools for worker in pool.workers):
+        os._exit(0)  # one still loads: Python's own end, while it is inside torch, is an abort
 
 
 # ---- a server for other people's tests -----------------------------------------------------------
@@ -12333,6 +12365,9 @@ class Script:
                 for call in answer.get("tool_calls", []):
                     check_type("a tool call", call, "object")
                     check_type("a tool call's name", call.get("name"), "string")
+                for name in ("delay", "token_delay"):
+                    if not 0 <= answer.get(name, 0) <= threading.TIMEOUT_MAX:
+                        refuse(f"{name} is {answer[name]}; it must be at least 0", "it")
                 if not 400 <= answer.get("error", 400) <= 599:
                     refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
             except RequestError as error:
@@ -12653,6 +12688,7 @@ td, th { border: var(--edge); padding: .3rem .7rem; text-align: left; overflow-w
 #down { position: absolute; bottom: 100%; left: calc(50% - 1.2rem); background: var(--bg);
   border: var(--edge) }
 #status { font-size: .8rem; color: var(--dim); padding: .3rem .6rem; gap: .5rem }
+#pick { width: auto; min-height: 0; padding: 0 .3rem; font-size: inherit; max-width: 60% }
 #model { flex: 1 } meter { width: 4rem }
 dialog { border: var(--edge); border-radius: 1rem; padding: 0; color: inherit;
   background: var(--bg); width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 1.5rem) }
@@ -12692,7 +12728,8 @@ dialog form button { grid-column: span 3 }
 </textarea>
       <button id="send" class="primary"></button>
     </div>
-    <div id="status"><span id="model" role="status"></span><span id="used"></span>
+    <div id="status"><select id="pick" aria-label="Model" hidden></select>
+      <span id="model" role="status"></span><span id="used"></span>
       <meter id="context" aria-label="Context used"></meter></div>
   </form>
 </main>
@@ -12910,7 +12947,10 @@ async function* events(body) {  // the data of each server-sent event
 async function connect() {
   clearTimeout(reconnect);
   try {
-    [model] = (await (await call('v1/models')).json()).data;
+    const models = (await (await call('v1/models')).json()).data, pick = $('pick');
+    model = models.find(({id}) => id === settings.model) ?? models[0];
+    pick.replaceChildren(...models.map(({id}) => el('option', {selected: id === model.id}, id)));
+    pick.hidden = models.length < 2;
     trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
     if (trouble) reconnect = setTimeout(connect, 2000);
   } catch (error) {
@@ -12990,6 +13030,7 @@ async function answer(chat) {
     else message.error = {text: error.message, status: error.status};
     if (message.error && !error.status) connect();
   }
+  if (!message.error && !model?.max_model_len) connect();  // the answer has loaded the model
   if (runs.get(chat.id) === run) runs.delete(chat.id);
   if (chats.get(chat.id) === chat) keep(chat);
   paint(run);
@@ -13116,7 +13157,7 @@ function refresh() {  // what surrounds the messages
   const size = model?.max_model_len, focused = document.activeElement.id;
   Object.assign($('send'), {textContent: running ? '■' : '↑', title: label, ariaLabel: label});
   Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
-  $('model').textContent = [model?.id, trouble].filter(Boolean).join(' · ');
+  $('model').textContent = [$('pick').hidden && model?.id, trouble].filter(Boolean).join(' · ');
   $('used').textContent = used.toLocaleString('en')
     + (size ? ` of ${size.toLocaleString('en')} tokens` : ' tokens');
   document.title = (current.title ? `${current.title} · ` : '') + 'nanollama';
@@ -13188,6 +13229,11 @@ form.oninput = ({target: {name, value, validity}}) => {
   document.documentElement.dataset.theme = settings.theme;
 };
 form.elements.key.onchange = connect;
+$('pick').onchange = ({target}) => {
+  settings.model = target.value;
+  save('settings', settings);
+  connect();
+};
 $('defaults').onclick = () => {
   for (const name of SAMPLING) settings[name] = form.elements[name].value = '';
   save('settings', settings);
@@ -13274,44 +13320,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
     add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
     add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
-    add(
-        "--modelfile",
-        metavar="PATH",
-        type=Path,
-        help="model, system prompt and defaults from a file",
-    )
+    text = "model, system prompt and defaults from a file"
+    add("--modelfile", metavar="PATH", type=Path, help=text)
     add("--device", "--device-type", metavar="DEVICE", help="cpu, cuda or mps (default: the best)")
-    add(
-        "--dtype",
-        "-d",
-        metavar="TYPE",
-        choices=DTYPES,
-        help=f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})",
-    )
+    text = f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})"
+    add("--dtype", "-d", metavar="TYPE", choices=DTYPES, help=text)
     add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
     add("--compile", action="store_true", help="record decode steps as CUDA graphs")
     add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
     add("--threads", type=int, metavar="N", help="CPU threads")
-    add(
-        "--parallel",
-        type=int,
-        metavar="N",
-        help=f"sequences at once (default: from memory, up to {MAX_PARALLEL})",
-    )
-    add(
-        "--prefill-chunk",
-        type=int,
-        metavar="N",
-        help=f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})",
-    )
-    add(
-        "--lookup",
-        type=int,
-        nargs="?",
-        const=DEFAULT_LOOKUP,
-        metavar="N",
-        help=f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step",
-    )
+    text = f"sequences at once (default: from memory, up to {MAX_PARALLEL})"
+    add("--parallel", type=int, metavar="N", help=text)
+    text = f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})"
+    add("--prefill-chunk", type=int, metavar="N", help=text)
+    text = f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step"
+    add("--lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help=text)
     text = "native: compiled C; torch: its operations (default: native where it can be had)"
     add("--kernels", type=str.lower, choices=KERNELS, help=text)
     text = "keys and values: " + ", ".join(KV_DTYPES[1:]) + " (default: by the weights)"
@@ -13334,13 +13357,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
             **more,
         )
 
-    add(
-        "--temp",
-        "--temperature",
-        "-t",
-        dest="temperature",
-        text="0 is greedy, higher is more random",
-    )
+    text = "0 is greedy, higher is more random"
+    add("--temp", "--temperature", "-t", dest="temperature", text=text)
     add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
     add("--top-p", text="keep the smallest set with this probability; 1 is off")
     add("--min-p", text="drop tokens less likely than X times the likeliest; 0 is off")
@@ -13348,21 +13366,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repeat-last-n", kind=int, text="how many of the latest tokens that looks at; -1 is all")
     add("--presence-penalty", text="subtracted from the logits of tokens already generated")
     add("--frequency-penalty", text="the same, once for each time they were")
-    add(
-        "--logit-bias",
-        kind=key_value,
-        text="added to a token's logit",
-        metavar="ID=BIAS",
-        action="append",
-    )
+    text = "added to a token's logit"
+    add("--logit-bias", kind=key_value, text=text, metavar="ID=BIAS", action="append")
     add("--seed", kind=int, text="same seed, same text")
-    add(
-        "--stop",
-        kind=str,
-        text="end before this text; may be repeated",
-        metavar="TEXT",
-        action="append",
-    )
+    text = "end before this text; may be repeated"
+    add("--stop", kind=str, text=text, metavar="TEXT", action="append")
     add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
     add("--schema", kind=str, text="the answer is JSON that fits this JSON Schema", metavar="FILE")
     add("--regex", kind=str, text="the answer is text that this matches whole", metavar="RE")
@@ -13381,37 +13389,22 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("port", "port to listen on; 0 picks one", type=int, metavar="N")
     add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
     add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
-    add(
-        "api-key",
-        "key that clients must send (or NANOLLAMA_API_KEY); may be repeated",
-        metavar="KEY",
-        action="append",
-    )
-    add(
-        "cors-origin",
-        "web origin to allow beside loopback ones; * for all",
-        metavar="ORIGIN",
-        action="append",
-    )
+    text = "key that clients must send (or NANOLLAMA_API_KEY); may be repeated"
+    add("api-key", text, metavar="KEY", action="append")
+    text = "web origin to allow beside loopback ones; * for all"
+    add("cors-origin", text, metavar="ORIGIN", action="append")
     add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
-    add(
-        "keep-alive",
+    text = (
         "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
-        "where one model is named)",
-        dest="keep_alive_s",
-        type=duration,
-        metavar="TIME",
+        "where one model is named)"
     )
+    add("keep-alive", text, dest="keep_alive_s", type=duration, metavar="TIME")
     add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
     add("any-model", "answer for every model name", action="store_true")
     add("strict", "refuse fields that are not known", action="store_true")
     add("log-prompts", "write request bodies to the log", action="store_true")
-    add(
-        "reasoning-name",
-        "field for thoughts in answers",
-        metavar="NAME",
-        choices=("reasoning_content", "reasoning"),
-    )
+    names, text = ("reasoning_content", "reasoning"), "field for thoughts in answers"
+    add("reasoning-name", text, metavar="NAME", choices=names)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13423,26 +13416,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    mode.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
-    mode.add_argument("--interactive", action="store_true", help="a conversation; implies --chat")
-    mode.add_argument("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    mode.add_argument(
-        "--serve", action="store_true", help="a server for OpenAI's and Ollama's clients, web chat"
-    )
-    chat = parser.add_argument_group("chat and output")
-    chat.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
-    chat.add_argument(
-        "--system", metavar="TEXT", help="system prompt, with --chat or --interactive"
-    )
-    chat.add_argument(
-        "--hide-thinking", action="store_true", help="leave out what is in think tags"
-    )
-    chat.add_argument(
-        "--tools", metavar="FILE", help="Python file with functions that the model may call"
-    )
-    chat.add_argument("--yes-tools", action="store_true", help="run calls without asking")
-    chat.add_argument("--embed", action="store_true", help="print the prompt's embedding as JSON")
-    chat.add_argument("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
+    add = mode.add_argument
+    add("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
+    add("--interactive", action="store_true", help="a conversation; implies --chat")
+    add("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    text = "a server for OpenAI's and Ollama's clients, web chat"
+    add("--serve", action="store_true", help=text)
+    add = parser.add_argument_group("chat and output").add_argument
+    add("--chat", action="store_true", help="wrap the prompt in the chat template")
+    add("--system", metavar="TEXT", help="system prompt, with --chat or --interactive")
+    add("--hide-thinking", action="store_true", help="leave out what is in think tags")
+    add("--tools", metavar="FILE", help="Python file with functions that the model may call")
+    add("--yes-tools", action="store_true", help="run calls without asking")
+    add("--embed", action="store_true", help="print the prompt's embedding as JSON")
+    add("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
     add_server_options(parser)
@@ -13450,6 +13437,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
+
+
+def given_flags(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Those fields of a dataclass that were given as flags."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
 
 
 @dataclass(slots=True)
@@ -13502,9 +13495,8 @@ class Settings:
         return chosen
 
     def params(self, model_defaults: Mapping[str, Any]) -> SamplingParams:
-        return SamplingParams(
-            **{name: value for name, (value, _) in self.sampling(model_defaults).items()}
-        )
+        chosen = self.sampling(model_defaults)
+        return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
 
     def messages(self) -> list[dict[str, Any]]:
         """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
@@ -13519,28 +13511,23 @@ class Settings:
         messages = [*self.messages(), {"role": "user", "content": text}]
         return GenerationRequest(messages=messages, params=params)
 
+    def engine(self) -> EngineConfig:
+        """How to run the model. Raises RequestError."""
+        own = {name: self.value(name)[0] for name in ("ctx", "threads")}
+        return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
+
     def load(self, device: str | None = None) -> LLM:
-        args = self.args
-        extra = {
-            n: getattr(args, n)
-            for n in ("parallel", "prefill_chunk", "lookup", "kernels", "kv_dtype")
-            if getattr(args, n) is not None
-        }
-        if self.model == TINY_RANDOM:  # compiling kernels would take longer than its tests
-            extra.setdefault("kernels", "torch")
+        config = self.engine()
+        if self.model == TINY_RANDOM and not self.args.kernels:
+            # compiling kernels would take longer than its tests
+            config = dataclasses.replace(config, kernels="torch")
         llm = LLM(
             self.model,
-            device=device or args.device,
-            dtype=args.dtype or ENGINE_DEFAULTS.dtype,
-            quantize=args.quantize,
-            compile=args.compile,
-            ctx=self.value("ctx")[0],
-            threads=self.value("threads")[0],
-            revision=args.revision,
+            **{**dataclasses.asdict(config), "device": device or config.device},
+            revision=self.args.revision,
             tokenizer=self.value("tokenizer")[0],
             adapter=self.value("adapter")[0],
             template=self.modelfile.template,
-            **extra,
         )
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
@@ -13549,8 +13536,7 @@ class Settings:
 
 def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
     """Check the flags (a bad value is a usage error) and read the Modelfile."""
-    names = [f.name for f in dataclasses.fields(SamplingParams)]
-    flags = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+    flags = given_flags(args, SamplingParams)
     if "stop" in flags:
         flags["stop"] = tuple(flags["stop"])
     if "logit_bias" in flags:
@@ -13559,9 +13545,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         flags["schema"] = read_schema(flags["schema"])
     try:
         SamplingParams(**flags)
-        for name in ("ctx", "threads", "parallel", "prefill_chunk", "lookup"):
-            if getattr(args, name) is not None:
-                EngineConfig(**{name: getattr(args, name)})
+        EngineConfig(**given_flags(args, EngineConfig))
     except RequestError as error:
         parser.error(str(error))
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
@@ -13613,20 +13597,17 @@ class AnswerPrinter:
         self._write(self.splitter.flush())
 
     def _write(self, pieces: Iterable[Piece]) -> None:
-        for kind, text in pieces:
-            is_thought = kind == "thought"
+        for piece in pieces:
+            if piece.kind in ("name", "arguments"):
+                add_to_calls(self.calls, piece)
+                continue
+            text, is_thought = piece.text, piece.kind == "thought"
             if self.hide_thinking and self.thoughts and not is_thought and not self.content:
                 text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if kind == "name":
-                call_id, function = "call_" + secrets.token_hex(12), {"name": text, "arguments": ""}
-                self.calls.append({"id": call_id, "type": "function", "function": function})
-            elif kind == "arguments":
-                self.calls[-1]["function"]["arguments"] += text
-            else:
-                if text:
-                    (self.thoughts if is_thought else self.content).append(text)
-                if not (is_thought and self.hide_thinking):
-                    self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
+            if text:
+                (self.thoughts if is_thought else self.content).append(text)
+            if not (is_thought and self.hide_thinking):
+                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> dict[str, Any]:
@@ -14157,32 +14138,29 @@ def run_interactive(settings: Settings) -> int:
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
     """Whether native kernels run a model, which ones, and the type of its keys and values."""
-    args = settings.args
-    dtype = args.dtype or ENGINE_DEFAULTS.dtype
-    native, kernels = pick_kernels(
-        args.kernels or "auto", pick_device(args.device), getattr(torch, dtype)
-    )
-    packed = native and bool(checkpoint.quantization in REPACK or args.quantize)
-    return native, kernels, pick_kv_dtype(args.kv_dtype or "auto", dtype, packed)
+    engine = settings.engine()
+    device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
+    native, kernels = pick_kernels(engine.kernels, device, dtype)
+    packed = native and bool(checkpoint.quantization in REPACK or engine.quantize)
+    return native, kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
 
 
 def memory_needed(
     checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
 ) -> tuple[int, int]:
     """Bytes of the weights, and of the keys and values of a full context (or `most_ctx`)."""
-    args, config, tensors = settings.args, checkpoint.config, checkpoint.tensors
-    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
+    engine, config, tensors = settings.engine(), checkpoint.config, checkpoint.tensors
+    n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
     packed = checkpoint.quantization in REPACK
-    itemsize = 4 if (args.dtype or ENGINE_DEFAULTS.dtype) == "float32" else 2
+    itemsize = 4 if engine.dtype == "float32" else 2
     weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if args.quantize and not packed:
-        wide = tensors if args.quantize == "q8" else keep_8_bits(tensors)
+    if engine.quantize and not packed:
+        wide = tensors if engine.quantize == "q8" else keep_8_bits(tensors)
         weight_bytes = int(
             sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
         )
     kv_dtype = chosen_kernels(checkpoint, settings)[2]
-    most_new = args.prefill_chunk or ENGINE_DEFAULTS.prefill_chunk
-    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, most_new)
+    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
 def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
@@ -14237,14 +14215,9 @@ def run_serve(settings: Settings) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
     keys = args.api_key or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
-    given = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(ServerConfig)
-        if getattr(args, field.name, None) is not None
-    }
     is_test = bool(args.script) or settings.model == TINY_RANDOM
     config = ServerConfig(
-        **{**given, "any_model": args.any_model or is_test},
+        **{**given_flags(args, ServerConfig), "any_model": args.any_model or is_test},
         keeps_requests=is_test,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin or ()),
@@ -14302,7 +14275,11 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = argparse.ArgumentParser(prog="nanollama.py show", description=command_show.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="nanollama.py show",
+        description=command_show.__doc__,
+        epilog=f"Model types that can be run: {SUPPORTED}",
+    )
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -14328,9 +14305,8 @@ def command_show(argv: list[str]) -> int:
 def command_pull(argv: list[str]) -> int:
     """pull MODEL: download a model, or bring it up to date."""
     parser = argparse.ArgumentParser(prog="nanollama.py pull", description=command_pull.__doc__)
-    parser.add_argument(
-        "ref", metavar="MODEL", help="alias, org/name, org/name:QUANT, org/name/file.gguf"
-    )
+    text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
+    parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     args = parser.parse_args(argv)
     print(ModelStore().pull(args.ref, args.revision))
@@ -14376,6 +14352,7 @@ def command_rm(argv: list[str]) -> int:
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
 BANDWIDTH_S = 0.5  # to read it again and again
+GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
 
 
 def read_bandwidth(buffer: Tensor, native: bool) -> float:
@@ -14405,8 +14382,12 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from."""
-    parts = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
+    and of experts as many as a token goes to."""
+    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    mixtures = [part for part in parts if isinstance(part, MoE)]
+    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    parts += [m.shared_expert for m in mixtures if m.shared_expert]
     matrices = ((name, m) for part in parts for name, m in vars(part).items())
     found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
     return sum(m.nbytes for m in [*found, decoder.lm_head])
@@ -14427,9 +14408,7 @@ class Bench:
 
     def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
         """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
-        params = SamplingParams(
-            temperature=0, repeat_penalty=1, max_tokens=num_gen, ignore_eos=True
-        )
+        params = dataclasses.replace(GREEDY, max_tokens=num_gen)
         for ids in prompts:
             self.llm.start(GenerationRequest(ids, params=params))
         started, num_steps = time.perf_counter(), 0
@@ -14605,18 +14584,16 @@ def read_task(name: str) -> list[Question]:
         try:
             row = json.loads(line)
             prompt = row["prompt"] if "prompt" in row else row["context"]
-            question = Question(prompt, tuple(row["choices"]), row["answer"])
-            is_text = all(isinstance(text, str) and text for text in question.choices)
-            num = len(question.choices)
-            if isinstance(prompt, str) and is_text and num and question.answer in range(num):
-                questions.append(question)
-                continue
+            choices, answer = tuple(row["choices"]), row["answer"]
+            is_text = all(isinstance(text, str) and text for text in choices)
+            if not (isinstance(prompt, str) and is_text and answer in range(len(choices))):
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise RequestError(
-            f'{name}, line {number}: {brief(line.decode("utf-8", "replace"))} is not {{"prompt": '
-            'TEXT, "choices": [TEXT, ..], "answer": INDEX}'
-        )
+            raise RequestError(
+                f"{name}, line {number}: {brief(line.decode('utf-8', 'replace'))} is not "
+                '{"prompt": TEXT, "choices": [TEXT, ..], "answer": INDEX}'
+            ) from None
+        questions.append(Question(prompt, choices, answer))
     if not questions:
         raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
     return questions
@@ -14989,9 +14966,7 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
 
 
 def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
-    params = SamplingParams(
-        temperature=0, repeat_penalty=1, max_tokens=VERIFY_GREEDY, ignore_eos=True
-    )
+    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
     return llm.complete(GenerationRequest(ids, params=params)).token_ids
 
 

@@ -498,7 +498,7 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
     ("argv", "message"),
     [
         ("", "one of the arguments --prompt/-p --interactive --batch-file"),
-        ("lsit", "unknown command 'lsit'; commands are: bench, eval, list"),
+        ("lsit", "unknown command 'lsit'; commands are: bench, eval, list, pull, rm, show, verify"),
         ("--prompt x --interactive", "not allowed with argument"),
         ("--prompt", "expected one argument"),
         ("-p x --no-such-flag", "unrecognized arguments: --no-such-flag"),

@@ -18,7 +18,7 @@ import openai
 import pydantic
 import pytest
 import torch
-from serving import Live, serving
+from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, parse_chat, parse_text
@@ -255,9 +255,14 @@ def test_a_schema_that_cannot_be_compiled_is_refused_with_the_place(
 def test_what_nothing_can_satisfy_is_refused_before_it_runs(tiny_llm: LLM) -> None:
     loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     assert refusal(tiny_llm, schema=loop).status == 400
+    assert refusal(tiny_llm, schema=loop).param == "schema"
     assert refusal(tiny_llm, regex="a(").param == "regex"
+    assert refusal(tiny_llm, regex="\ud800").param == "regex"
+    assert len(str(refusal(tiny_llm, regex="(" * 9999))) < 500
     assert refusal(tiny_llm, grammar="start: nothing").param == "grammar"
     assert refusal(tiny_llm, grammar="root ::= (").param == "grammar"
+    many = {f"p{i}": {"type": "integer", "multipleOf": 9973 - i} for i in range(60)}
+    assert "multipleOf" in str(refusal(tiny_llm, schema={"properties": many}))
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"items": deep}
@@ -384,7 +389,8 @@ def test_samples_of_one_request_are_constrained_on_their_own(tiny_llm: LLM) -> N
 def test_a_constraint_that_grows_too_complex_ends_its_own_answer_only(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = tiny_llm.start(GenerationRequest("hello", params=SamplingParams(max_tokens=5)))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    good = tiny_llm.start(GenerationRequest("hello", params=params))
     bad = tiny_llm.start(GenerationRequest("hello", params=SamplingParams(regex="a{30}")))
     tiny_llm.engine.step()
     assert bad.constraint
@@ -394,6 +400,36 @@ def test_a_constraint_that_grows_too_complex_ends_its_own_answer_only(
     assert bad.finish_reason == "error"
     assert isinstance(bad.take()[-1].error, RequestError)
     assert good.finish_reason == "length"
+
+
+def test_any_number_of_choices_can_be_made(tiny_llm: LLM) -> None:
+    words = [f"item {i}" for i in range(5000)]
+    grammar = params({"guided_choice": words}).grammar
+    answers = [ask(tiny_llm, grammar=grammar, seed=seed) for seed in range(3)]
+    assert all(answer.finish_reason == "stop" and answer.text in words for answer in answers)
+
+
+def test_only_the_form_is_not_free(tiny: Callable[..., Path]) -> None:
+    """What the repeat penalty asks: thoughts are free, and so is text before a call."""
+    llm = LLM(tiny(max_position_embeddings=1024), template=THINKING)
+    kwargs, call = {"mood": "<think>\n"}, '<tool_call>\n{"name": "f", "arguments": {"a": "b'
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    schema = SamplingParams(schema={"type": "object"})
+    thinking = GenerationRequest(messages=USER, params=schema, template_kwargs=kwargs)
+    calling = GenerationRequest(messages=USER, tools=[tool])
+    for request, said in ((thinking, 'hm </think>{"a": "b'), (calling, f"Let me see. {call}")):
+        seq, was_free = llm.start(request), []
+        form = seq.constraint
+        assert form
+        for token_id in llm.encode(said, False):
+            assert form.allowed()[token_id]
+            was_free.append((llm.tokenizer.token_bytes(token_id).decode(), form.is_free))
+            form.push(token_id)
+        llm.engine.cancel(seq)
+        begins = next(i for i, (text, _) in enumerate(was_free) if text.lstrip()[:1] in "<{")
+        assert all(is_free for _, is_free in was_free[:begins])
+        assert not form.allowed()[llm.encode("\n", False)[0]]
+        assert not form.is_free
 
 
 THINKING = nanollama.CHATML + "{% if mood %}{{ mood }}{% endif %}{# </think> #}"
@@ -481,7 +517,7 @@ def test_each_dialect_names_the_same_constraints() -> None:
     assert params({"grammar": 'start: "x"'}).grammar == 'start: "x"'
     choice = params({"guided_choice": ["yes", 'n"o']})
     assert choice == params({"structured_outputs": {"choice": ["yes", 'n"o']}})
-    assert choice.grammar == 'start: "yes" | "n\\"o"'
+    assert choice.grammar == 'start: WORD\nWORD: "yes" | "n\\"o"'
 
 
 def test_a_request_outranks_what_the_server_was_started_with() -> None:
@@ -625,3 +661,27 @@ def _nothing() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constraint_that_fails_halfway_is_an_error_to_its_client_only(
+    live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    allowed, calls = nanollama.Constraint.allowed, itertools.count()
+
+    def failing(self: nanollama.Constraint) -> Any:
+        if next(calls) > 3:
+            raise RequestError("the answer cannot go on as it must: too complex", "grammar")
+        return allowed(self)
+
+    monkeypatch.setattr(nanollama.Constraint, "allowed", failing)
+    answer = live.chat(guided_regex="[a-z]{50}", stream=stream, max_tokens=50)
+    if stream:
+        assert answer.text.rstrip().endswith("data: [DONE]")
+        assert '"error"' in answer.text.split("\n\n")[-3]
+    else:
+        assert answer.status_code == 400
+    assert "too complex" in answer.text
+    monkeypatch.undo()
+    assert live.chat(guided_regex="[a-z]{5}").status_code == 200
+    wait_until(live.is_idle)

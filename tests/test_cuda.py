@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,6 +205,37 @@ def test_an_attention_row_does_not_depend_on_how_many_others_there_are(
     alone = attend(1)  # 16 programs for each row
     monkeypatch.setattr(nanollama, "STRIP_PROGRAMS", 15)  # 5, as if there were many rows
     assert torch.equal(attend(3), alone)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"scale": 0.3}, {"softcap": 1.5}, {"sinks": torch.tensor([2.0, -1.0, 0.5, 3.0])}],
+    ids=str,
+)
+def test_scores_may_be_scaled_capped_and_beside_a_sink(how: dict[str, Any]) -> None:
+    (strip,) = some_strips([700], 2, 16, torch.float32)
+    q, k, v = (random(1, heads, 16, dtype=torch.float32) for heads in (4, 2, 2))
+    on_device = {n: x.to(DEVICE) if isinstance(x, Tensor) else x for n, x in how.items()}
+    out = torch.zeros_like(q)
+    strip_attention(out, q, k, v, strip_rows([0], [699], [strip]), 1, 2, 90, **on_device)
+    exact = torch.zeros(1, 4, 16, dtype=torch.float64)
+    bias = attention_bias(699, 1, 2, 90, like=exact)
+    keys, values = strip[:, 1, :, : bias.shape[1]].cpu().double()
+    exact = attention(q.cpu().double(), keys, values, bias, **how)
+    torch.testing.assert_close(out.cpu().double(), exact.double(), rtol=0, atol=1e-5)
+
+
+def test_a_ring_holds_the_last_positions() -> None:
+    ring = some_strips([512], 1, 16, torch.float32)[0]
+    strip = random(2, 2, 1, 1024, 16, dtype=torch.float32)
+    positions = torch.arange(200, 700)
+    ring[:, :, :, positions % 512] = strip[:, :, :, positions]
+    q, k, v = (random(1, heads, 16, dtype=torch.float32) for heads in (2, 1, 1))
+    ours, theirs = torch.zeros_like(q), torch.zeros_like(q)
+    strip_attention(ours, q, k, v, strip_rows([0], [700], [ring]), 0, 2, 300, ring=512)
+    strip_attention(theirs, q, k, v, strip_rows([0], [700], [strip]), 0, 2, 300)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ring[:, 0, 0, 700 % 512], torch.stack((k[0, 0], v[0, 0])))
 
 
 PROMPTS = [[5, 6, 7], list(range(20, 50)), [9]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,6 +128,21 @@ def test_a_model_that_answers_stays_until_it_is_done(shelf: Shelf) -> None:
             lines = [line for line in response.iter_lines() if line.startswith("data: {")]
         assert len(lines) > 100
         wait_until(lambda: not loaded(live))
+
+
+def test_a_model_that_left_is_gone_from_memory(shelf: Shelf) -> None:
+    with serving(catalog=shelf.catalog("a", "b")) as live:
+        ask(live, "a", structured_outputs={"regex": "[a-z]{3}"})
+        llm = live.pool.llm()
+        parts = [llm, llm.engine, llm.engine.decoder, llm.tokenizer, llm.grammars]
+        left = [weakref.ref(part) for part in parts]
+        del llm, parts
+        gc.disable()  # it would hide that they hold each other
+        try:
+            live.http.post("/api/generate", json={"model": "a", "keep_alive": 0})
+            wait_until(lambda: not any(ref() for ref in left))
+        finally:
+            gc.enable()
 
 
 def test_who_comes_as_a_model_leaves_gets_it_loaded_again(shelf: Shelf) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -412,11 +414,33 @@ def test_a_pull_that_fails_says_why(client: ollama.Client, tiny: Any) -> None:
             list(client.pull(name, stream=True))
 
 
-def test_who_leaves_ends_the_pull(live: Live, hub: HubServer) -> None:
-    hub.cuts["model.safetensors"] = []
-    with live.http.stream("POST", "/api/pull", json={"model": "org/slow"}) as response:
-        assert json.loads(next(response.iter_lines()))["status"] == "pulling manifest"
-    wait_until(lambda: live.http.get("/api/version").status_code == 200)
+def test_who_leaves_ends_the_pull(
+    live: Live, hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    ended, left = threading.Event(), threading.Event()
+    fetch = nanollama.ModelStore.fetch
+
+    def watched(store: Any, name: str, revision: Any = None, report: Any = None) -> Any:
+        def tell(*place: Any) -> None:
+            left.wait(30)  # the client leaves first
+            report(*place)
+
+        try:
+            return fetch(store, name, revision, tell)
+        finally:
+            ended.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanollama.ModelStore, "fetch", watched)
+        with live.http.stream("POST", "/api/pull", json={"model": "org/slow"}) as response:
+            assert json.loads(next(response.iter_lines()))["status"] == "pulling manifest"
+        wait_until(lambda: "/api/pull 200" in caplog.text)
+        left.set()
+        wait_until(ended.is_set)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+    assert nanollama.ModelStore().find_cached("org/slow") is None
 
 
 def test_a_model_is_created_from_another(client: ollama.Client, live: Live) -> None:
@@ -488,6 +512,7 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
         {"from": TINY, "parameters": {"colour": 1}},
         {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
         {"modelfile": f"FROM {TINY}\nTEMPLATE x"},
+        {"modelfile": f"FROM {TINY}\nADAPTER x"},
         {"modelfile": "FROM /etc/passwd"},
         {"modelfile": "SYSTEM x"},
         {"modelfile": "WIBBLE"},
@@ -495,14 +520,13 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
     ids=lambda fields: json.dumps(fields)[:50],
 )
 def test_what_no_model_can_be_made_of(live: Live, place: Path, fields: dict[str, Any]) -> None:
-    before = sorted(place.rglob("*"))
+    before = sorted((place / "own").rglob("*"))
     for stream in (True, False):
         answer = live.http.post("/api/create", json={"model": "new", "stream": stream, **fields})
         assert '"error"' in answer.text
         assert answer.status_code in ((200, 400, 404) if stream else (400, 404))
-    assert sorted(path for path in place.rglob("*") if path.name != "modelfiles") == [
-        path for path in before if path.name != "modelfiles"
-    ]
+    after = sorted((place / "own").rglob("*"))
+    assert set(after) - set(before) <= {place / "own" / "modelfiles"}
 
 
 def test_copy_and_delete(client: ollama.Client) -> None:
@@ -521,6 +545,26 @@ def test_copy_and_delete(client: ollama.Client) -> None:
     client.pull("org/other")
     assert client.delete("org/other").status == "success"
     assert "org/other" not in [model.model for model in client.list().models]
+
+
+def test_a_model_that_changes_is_loaded_anew_and_answers_go_on(
+    client: ollama.Client, live: Live
+) -> None:
+    client.create("moody", from_=TINY, parameters={"num_predict": 150, "seed": 1})
+    options = {"ignore_eos": True}
+    lines = client.chat("moody", USER, options=options, stream=True)
+    next(iter(lines))
+    old = live.models.pools["moody"]
+    client.create("moody", from_=TINY, parameters={"num_predict": 2})
+    assert client.chat("moody", USER, options=options).eval_count == 2
+    assert live.models.pools["moody"] is not old
+    assert list(lines)[-1].eval_count == 150
+    wait_until(lambda: not any(worker.is_alive() for worker in old.workers))
+    lines = client.chat("moody", USER, options={**options, "num_predict": 150}, stream=True)
+    next(iter(lines))
+    client.delete("moody")
+    assert list(lines)[-1].eval_count == 150
+    assert refusal(lambda: client.chat("moody", USER)).status_code == 404
 
 
 def test_a_created_model_is_one_on_the_command_line_too(

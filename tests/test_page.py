@@ -86,6 +86,7 @@ class ScriptedServer:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.script: Script = lambda answer: None
+        self.models = ["scripted"]
         self.key = ""
         self.gate, self.left = threading.Event(), threading.Event()
         outer = self
@@ -129,8 +130,9 @@ class ScriptedServer:
             headers = {"Content_Type": "text/html", **nanollama.page_headers()}
             self.reply(handler, 200, nanollama.PAGE.encode(), **headers)
         elif handler.path == "/v1/models" and self.allowed(handler):
-            model = {"id": "scripted", "object": "model", "created": 1, "max_model_len": 2048}
-            self.reply(handler, 200, json.dumps({"object": "list", "data": [model]}).encode())
+            more = {"object": "model", "created": 1, "max_model_len": 2048}
+            models = [{"id": name, **more} for name in self.models]
+            self.reply(handler, 200, json.dumps({"object": "list", "data": models}).encode())
 
     def post(self, handler: Any) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -920,6 +922,24 @@ def test_stop_frees_the_slot(context: Any, live: Live) -> None:
     page.keyboard.press("Escape")
     wait_until(live.is_idle)
     expect(page.locator(".assistant .actions")).to_contain_text("stopped")
+
+
+def test_one_of_several_models_is_chosen_for_good(page: Any, page_server: ScriptedServer) -> None:
+    page_server.script = says("Yes.")
+    expect(page.get_by_label("Model", exact=True)).to_be_hidden()
+    page_server.models = ["first", "second"]
+    page.reload()
+    ask(page, "One?", "Yes.")
+    page.get_by_label("Model", exact=True).select_option("second")
+    ask(page, "Two?", "Yes.")
+    page.reload()
+    expect(page.get_by_label("Model", exact=True)).to_have_value("second")
+    ask(page, "Three?", "Yes.")
+    page_server.models = ["first"]
+    page.reload()
+    expect(page.locator("#model")).to_have_text("first")
+    ask(page, "Four?", "Yes.")
+    assert [r["model"] for r in page_server.requests] == ["first", "second", "second", "first"]
 
 
 def test_the_real_servers_errors_are_shown(context: Any, tiny: Callable[..., Path]) -> None:

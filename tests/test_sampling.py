@@ -151,6 +151,18 @@ def test_greedy_follows_the_repetition_penalty_and_the_bias() -> None:
     assert nanollama.sample(logits, biased, 0, [0], 1) == 2
 
 
+def test_in_a_given_form_repetition_is_what_the_answer_said_twice() -> None:
+    """The prompt's own words (id 0) belong there; what the answer said already (id 1) does not."""
+    logits = torch.tensor([2.0, 1.9, 1.8])
+    for last_n in (-1, 9, 2):
+        fields = {"temperature": 0.0, "repeat_penalty": 1.2, "repeat_last_n": last_n}
+        params = SamplingParams(**{**PLAIN, **fields})
+        assert nanollama.sample(logits, params, 0, [2, 0], 2) == 1
+        assert nanollama.sample(logits, params, 0, [2, 0], 2, is_free=False) == 0
+        assert nanollama.sample(logits, params, 0, [0, 0, 1], 2, is_free=False) == 0
+        assert nanollama.sample(logits, params, 0, [2, 2, 0, 1], 2, is_free=False) == 2
+
+
 # ---- without sorting the vocabulary --------------------------------------------------------------
 
 

@@ -601,6 +601,28 @@ def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+LOADS_FOR_EVER = """
+import nanollama, torch
+def load(*_, **__):
+    ones = torch.ones(300, 300)
+    while True:
+        torch.mm(ones, ones)
+nanollama.LLM = load
+raise SystemExit(nanollama.main(["--serve", "--model", "tiny-random", "--port", "0"]))
+"""
+
+
+def test_a_signal_inside_a_kernel_of_the_loader_is_no_crash() -> None:
+    command = [sys.executable, "-c", LOADS_FOR_EVER]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert process.stderr.readline().startswith("http://")
+        time.sleep(0.2)  # most of what it does from here on is inside torch
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03")
     with Process(tmp_path / "bad.gguf") as server:

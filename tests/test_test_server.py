@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -177,6 +178,9 @@ def test_two_servers_do_not_know_of_each_other() -> None:
         ([{"txt": "a"}], "answer 1 of the script: txt is not known"),
         (["a", {"text": 1}], "answer 2 of the script: text is 1"),
         ([{"error": 200}], "error is 200"),
+        ([{"delay": -1}], "delay is -1; it must be at least 0"),
+        ([{"token_delay": math.inf}], "token_delay is inf"),
+        ([{"delay": math.nan}], "delay is nan"),
         ([3], "answer 1"),
         ([{"tool_calls": [{"nme": "f"}]}], "name is None"),
     ],
