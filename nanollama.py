@@ -15059,6 +15059,8 @@ def command_verify(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     args.model, args.prefill_chunk = args.ref or args.model, None
     settings = read_settings(args, parser)
+    if args.save_reference and not os.access(args.save_reference.resolve().parent, os.W_OK):
+        raise UsageError(f"{args.save_reference}: its directory is not there or not writable")
     if args.reference and not args.save_reference:
         about, tensors = read_reference(args.reference)
     else:

