@@ -7936,6 +7936,7 @@ class Constraint:
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
     head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
+    head = head.replace("NoExtensionBias", "no token can follow")
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 
@@ -15113,6 +15114,8 @@ def run(argv: list[str]) -> int:
         parser.error("--output goes with --batch-file")
     if args.embed and not (args.prompt or args.batch_file):
         parser.error("--embed goes with --prompt or --batch-file")
+    if args.script and (args.models or not args.serve):
+        parser.error("--script goes with --serve, and without --model")
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
