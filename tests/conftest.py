@@ -24,8 +24,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the back
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or programs ignore Ctrl-C too
 if not torch.cuda.is_available():  # to be said before anything imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# the same examples in every run, and no test that fails because the machine was busy
-hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+# the same examples in every run, and no test that fails because the machine was busy, or because
+# hypothesis writes its tables of Unicode in a fresh checkout
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
 hypothesis.settings.load_profile("suite")
 
 

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import LLAMA3, VARIANTS, Tiny, matrices
 
@@ -532,7 +532,7 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 INTERESTING = [0, 1, 2, 0x7F, 0x80, 0xFF, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
 
 
-@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600)
 @given(st.data())
 def test_a_gguf_with_damaged_bytes_loads_or_is_refused_in_one_line(
     tmp_path: Path, data: st.DataObject
@@ -584,7 +584,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400)
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_any_metadata_values_load_or_are_refused_in_one_line(
     tmp_path: Path, changed: dict[str, Any]
@@ -699,7 +699,7 @@ def test_a_safetensors_file_that_lies_is_refused_by_name(copied: Path, damage: A
     refused_directory(copied, r"model\.safetensors: not a whole safetensors file")
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(st.data())
 def test_a_safetensors_file_with_damaged_bytes_loads_or_is_refused(
     tiny: Tiny, tmp_path: Path, data: st.DataObject

@@ -16,7 +16,7 @@ from typing import Any
 
 import gguf_files
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from test_formats import header_of, load, with_header
@@ -130,7 +130,7 @@ TOKENIZER = {
 }
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     st.fixed_dictionaries(
         {"tokenizer.ggml.tokens": STRINGS, "tokenizer.ggml.model": NAMES},
@@ -152,7 +152,7 @@ def test_any_vocabulary_in_a_gguf_is_used_or_refused(
 TENSORS = st.sampled_from(["token_embd.weight", "blk.0.attn_q.weight", "output_norm.weight"])
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(
     st.dictionaries(TENSORS, st.lists(NUMBERS, max_size=5).map(tuple) | st.none(), max_size=2),
     st.dictionaries(TENSORS, st.integers(0, 45) | NUMBERS.filter(lambda n: n < 2**32), max_size=2),
@@ -190,7 +190,7 @@ def copy_once(model: Path, target: Path) -> Path:
     return target
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 @given(st.data())
 def test_any_safetensors_header_is_loaded_or_refused(
     tiny: Any, tmp_path: Path, data: st.DataObject

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import Completion, chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -512,7 +512,7 @@ def test_any_body_is_read_or_refused(body: dict[str, Any]) -> None:
             assert read({"messages": USER, "prompt": "a", **body}, {}).requests
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(BODIES, st.sampled_from([*ROUTES, "/chat/completions", "/tokenize", "/apply-template"]))
 def test_no_body_gives_an_internal_error(live: Live, body: dict[str, Any], route: str) -> None:
     data = json.dumps({"messages": USER, "prompt": "a", "max_tokens": 2, **body})

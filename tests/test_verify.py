@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf_files
+import nanochat_files
 import pytest
 import safetensors.torch
 import torch
@@ -105,6 +106,14 @@ def test_the_layer_and_token_that_first_differ_are_named(
     assert found["texts"] == []
     assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 1
     assert "prompt 0 first differs at layer 1, token " in capsys.readouterr().out
+
+
+def test_a_model_of_nans_fails(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_tensor(model, "model.layers.1.mlp.down_proj.weight", lambda w: w * torch.nan)
+    assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 1
+    assert "prompt 0 first differs at layer 1, token 0" in capsys.readouterr().out
 
 
 def test_an_embedding_that_differs_is_layer_minus_one_and_one_token_is_named(
@@ -210,6 +219,14 @@ def test_a_reference_that_cannot_be_written_is_one_line(
 ) -> None:
     assert nanollama.main(["verify", str(model), "--save-reference", str(model / "no/file")]) == 1
     assert re.search(r"(?m)^error: .*No such file or directory.*$", capsys.readouterr().err)
+
+
+def test_nanochats_own_files_need_a_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = nanochat_files.save(tmp_path)
+    assert nanollama.main(["verify", str(path)]) == 1
+    assert "transformers does not read nanochat's own files" in capsys.readouterr().err
 
 
 def test_what_transformers_cannot_load_is_said(
