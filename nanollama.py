@@ -7936,6 +7936,7 @@ class Constraint:
 def error_line(text: str) -> str:
     """The first line of llguidance's message, and what its regex compiler adds further down."""
     head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
+    head = head.replace("NoExtensionBias", "no token can follow")
     reason = re.search(r"(?m)^error: (.+)$", text)
     return f"{head} {reason[1]}" if reason else head
 

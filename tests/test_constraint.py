@@ -256,6 +256,7 @@ def test_what_nothing_can_satisfy_is_refused_before_it_runs(tiny_llm: LLM) -> No
     loop = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     assert refusal(tiny_llm, schema=loop).status == 400
     assert refusal(tiny_llm, schema=loop).param == "schema"
+    assert str(refusal(tiny_llm, grammar="start: start")).endswith("fits: no token can follow")
     assert refusal(tiny_llm, regex="a(").param == "regex"
     assert refusal(tiny_llm, regex="\ud800").param == "regex"
     assert len(str(refusal(tiny_llm, regex="(" * 9999))) < 500

@@ -89,10 +89,6 @@ class TestChat(Chat, ChatModelIntegrationTests):
     def test_agent_loop(self, model: Any) -> None:
         super().test_agent_loop(model)
 
-    @pytest.mark.xfail(reason="a model of 135M parameters cannot repeat Japanese names")
-    def test_unicode_tool_call_integration(self, model: Any, **more: Any) -> None:
-        super().test_unicode_tool_call_integration(model, **more)
-
 
 class TestEmbeddings(EmbeddingsIntegrationTests):
     @property
