@@ -15103,6 +15103,8 @@ def run(argv: list[str]) -> int:
         parser.error("--output goes with --batch-file")
     if args.embed and not (args.prompt or args.batch_file):
         parser.error("--embed goes with --prompt or --batch-file")
+    if args.script and (args.models or not args.serve):
+        parser.error("--script goes with --serve, and without --model")
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)

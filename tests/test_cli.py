@@ -500,6 +500,8 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
         ("", "one of the arguments --prompt/-p --interactive --batch-file"),
         ("lsit", "unknown command 'lsit'; commands are: bench, eval, list, pull, rm, show, verify"),
         ("--prompt x --interactive", "not allowed with argument"),
+        ("--prompt x --script a.yaml", "--script goes with --serve, and without --model"),
+        ("--serve --model x --script a.yaml", "--script goes with --serve, and without --model"),
         ("--prompt", "expected one argument"),
         ("-p x --no-such-flag", "unrecognized arguments: --no-such-flag"),
         ("-p x --temp -1", "temperature is -1.0; it must be between 0 (greedy) and 100"),
