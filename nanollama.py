@@ -14934,16 +14934,16 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
 def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
     the likeliest token; and at each layer and token (L, T)."""
+
+    def chances(logits: Tensor, total: Tensor) -> Tensor:
+        """Probabilities of the likeliest tokens, and what is left for all others"""
+        p = (logits[:, :VERIFY_TOP].double() - total.double().unsqueeze(1)).exp()
+        return torch.cat((p, (1 - p.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
+
     logits, streams = traced_logits(llm, ids)
     kept = wanted["ids"].long()
-    found, total = logits.gather(1, kept), logits.logsumexp(1)
-    p, q = (  # the likeliest tokens, and what is left for all others
-        torch.cat((likely, (1 - likely.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
-        for likely in (
-            (values[:, :VERIFY_TOP].double() - lse.double().unsqueeze(1)).exp()
-            for values, lse in ((wanted["logits"], wanted["total"]), (found, total))
-        )
-    )
+    found = logits.gather(1, kept)
+    p, q = chances(wanted["logits"], wanted["total"]), chances(found, logits.logsumexp(1))
     streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
     # some families' streams are kept in other units; norms, which read them, do not see that
     ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
