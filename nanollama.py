@@ -4147,17 +4147,20 @@ class MLP:
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
     def __call__(
-        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time"""
+        """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time, in `out` if that is given"""
+        if len(x) <= self.step:
+            hidden = self.gate_up_proj(x, norm=norm)
+            return self.down_proj(hidden, act=self.act, residual=residual, out=out)
         y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then take a core
         for at in range(0, len(x), self.step):
             rows = slice(at, at + self.step)
-            rest = None if residual is None else residual[rows]
-            # gate and up have no name here, so that their memory serves the next rows too
-            self.down_proj(
-                self.gate_up_proj(x[rows], norm=norm), act=self.act, residual=rest, out=y[rows]
-            )
+            self(x[rows], norm, None if residual is None else residual[rows], y[rows])
         return y
 
 
