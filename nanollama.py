@@ -11495,14 +11495,15 @@ def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
 
 
 def ollama_model(source: ModelSource) -> dict[str, Any]:
-    """A row of /api/tags. The digest is that of the hub's file where its name tells, else one of
-    name, size and time."""
+    """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
+    it, else one of name, size and time."""
     try:
         found, modified = source_details(source)
     except (NanollamaError, OSError) as error:
         log.debug(f"{source.name}: {error}")
         return {}
-    blob = (source.locate() or Path()).resolve().name
+    pinned = ALIASES.get(source.name)
+    blob = pinned.sha256 if pinned else (source.locate() or Path()).resolve().name
     identity = f"{source.name} {found['size']} {modified} {format_modelfile(source.modelfile)}"
     is_hash = re.fullmatch("[0-9a-f]{64}", blob) and not source.modelfile.model
     return {

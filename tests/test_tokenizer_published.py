@@ -292,7 +292,7 @@ def test_spaces_after_a_control_token_are_as_in_transformers(tmp_path: Path, leg
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken file of 2 tokens is not known"),
         ("a.tiktoken", b"IQ== 0\nIQ== x\n", "ValueError"),
         ("tekken.json", b"{}", "KeyError"),
-        ("tekken.json", b"[]", "TypeError"),
+        ("tekken.json", b"[]", "a JSON object is needed"),
         (
             "tekken.json",
             b'{"config": {"default_num_special_tokens": 999999999, "default_vocab_size": 1}, '
