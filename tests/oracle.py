@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,12 @@ def matrices(decoder: nanollama.Decoder) -> list[Any]:
         for block in (layer.self_attn, layer.mlp, *filter(None, mlps)):
             found += [value for name, value in vars(block).items() if name.endswith("_proj")]
     return [part for projection in found for part in projection.parts]
+
+
+def rewritten(path: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a checkpoint whose config.json went through `edit`."""
+    shutil.copytree(path, target)
+    config = json.loads((target / "config.json").read_text())
+    edit(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target

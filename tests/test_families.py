@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from oracle import KINDS, LLAMA3, YARN, Tiny
+from oracle import KINDS, LLAMA3, YARN, Tiny, rewritten
 
 import nanollama
 from nanollama import LLM, Batch, CheckpointError, GenerationRequest, SamplingParams
@@ -197,15 +197,6 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(
 # ---- other ways to write the same model ----------------------------------------------------------
 
 
-def copied(path: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    """A copy of a checkpoint whose config.json went through `edit`."""
-    shutil.copytree(path, target)
-    config = json.loads((target / "config.json").read_text())
-    edit(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def as_in_4x(config: dict[str, Any]) -> None:
     """rope_theta beside rope_scaling (and rope_local_base_freq), and how many instead of which."""
     rope = config.pop("rope_parameters")
@@ -233,7 +224,7 @@ def test_the_older_spelling_of_config_json_is_the_same_model(
     tiny: Tiny, tmp_path: Path, variant: str
 ) -> None:
     path, ids = made(tiny, variant), oracle.random_ids(70)
-    old = copied(path, tmp_path / "old", as_in_4x)
+    old = rewritten(path, tmp_path / "old", as_in_4x)
     assert "rope_parameters" not in json.loads((old / "config.json").read_text())
     assert torch.equal(LLM(old).logits(ids), LLM(path).logits(ids))
 
@@ -281,8 +272,8 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def test_experts_in_mxfp4_are_what_transformers_unpacks(tiny: Tiny, tmp_path: Path) -> None:
     path = made(tiny, "gpt_oss")
     method = {"quant_method": "mxfp4"}
-    packed = copied(path, tmp_path / "packed", lambda c: c.update(quantization_config=method))
-    plain = copied(path, tmp_path / "plain", lambda c: None)
+    packed = rewritten(path, tmp_path / "packed", lambda c: c.update(quantization_config=method))
+    plain = rewritten(path, tmp_path / "plain", lambda c: None)
     tensors = safetensors.torch.load_file(path / "model.safetensors")
     unpacked = dict(tensors)
     for name in [name for name in tensors if re.search(r"experts\.\w+_proj$", name)]:

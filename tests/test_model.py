@@ -12,7 +12,7 @@ import oracle
 import pytest
 import safetensors.torch
 import torch
-from oracle import VARIANTS, Tiny, matrices
+from oracle import VARIANTS, Tiny, matrices, rewritten
 
 import nanollama
 from nanollama import LLM, Batch, CheckpointError, KVCache, ModelConfig
@@ -23,15 +23,6 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tiny: Tiny, variant:
     name, overrides = VARIANTS[variant]
     path = tiny(name, **overrides)
     oracle.assert_same_model(LLM(path), oracle.load(path), oracle.random_ids(70))
-
-
-def rewritten(path: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a checkpoint whose config.json went through `edit`."""
-    shutil.copytree(path, target)
-    config = json.loads((target / "config.json").read_text())
-    edit(config)
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 @pytest.mark.parametrize("kind", ["rope_type", "type"])
