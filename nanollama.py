@@ -212,6 +212,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
 
+    Row = npt.NDArray[np.float32]
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -2075,9 +2076,12 @@ enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
 
 typedef struct {
     const matrix *parts; /* they read the same input; their outputs stand side by side */
-    int64_t num_parts, num_tokens, cols, num_rows, num_blocks, before, num_pieces;
+    int64_t num_parts;
     const float *x, *norm, *residual; /* (N, cols), or (N, 2 cols) of gate and up; (cols); as out */
-    float eps, *out;                  /* (N, rows of all parts) */
+    float *out;                       /* (N, rows of all parts) */
+    int64_t before;
+    float eps;
+    int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* found by `linear` */
     uint8_t *acts;
 } linear_call;
 
@@ -2283,12 +2287,10 @@ static void multiply_piece(const void *job, int64_t piece) {
 
 #define PIECES 4 /* for each thread: who is held up leaves the rest to others */
 
-void linear(const matrix *parts, int64_t num_parts, int64_t num_tokens, const float *x,
-            const float *norm, float eps, int64_t before, const float *residual, float *out,
-            int64_t num_threads) {
-    linear_call c = {parts, num_parts, num_tokens, parts->cols, 0, 0, before, 1,
-                     x, norm, residual, eps, out, NULL};
-    for (const matrix *m = parts; m < parts + num_parts; m++) {
+void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
+    linear_call c = *(const linear_call *)call;
+    c.num_tokens = num_tokens, c.cols = c.parts->cols;
+    for (const matrix *m = c.parts; m < c.parts + c.num_parts; m++) {
         c.num_rows += m->rows;
         c.num_blocks += (m->rows + 15) / 16;
     }
@@ -2301,25 +2303,48 @@ void linear(const matrix *parts, int64_t num_parts, int64_t num_tokens, const fl
     free(c.acts);
 }
 
-/* rows `ids` (n) of a matrix as floats (n, cols) */
-void gather(const matrix *m, const int64_t *ids, int64_t n, float *out) {
+typedef struct { const matrix *m; const int64_t *ids; float *out, factor; } gather_call;
+
+/* rows `ids` (n) of a matrix times the factor -> out (n, cols) */
+void gather(const void *call, int64_t n, int64_t num_threads) {
+    (void)num_threads;
+    const gather_call *c = call;
+    const matrix *m = c->m;
     int64_t num_groups = m->cols / m->group, half = m->group / 2;
     int64_t num_bytes = m->group * m->bits / 8;
     for (int64_t i = 0; i < n * num_groups; i++) {
-        int64_t id = ids[i / num_groups], lane = id % 16;
+        int64_t id = c->ids[i / num_groups], lane = id % 16;
         const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
         const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
-        float scale = from_half(scales)[lane % LANES], offset = 0, *y = out + i * m->group;
+        float scale = from_half(scales)[lane % LANES], offset = 0, *y = c->out + i * m->group;
         if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
         int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
         for (int64_t j = 0; j < num_bytes; j++) {
             uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
             int low = m->bits == 8 ? q : q & 15, high = q >> 4;
             if (m->is_float) low = float4[low], high = float4[high];
-            y[j] = (low - zero) * scale + offset;
-            if (m->bits == 4) y[j + half] = (high - zero) * scale + offset;
+            y[j] = ((low - zero) * scale + offset) * c->factor;
+            if (m->bits == 4) y[j + half] = ((high - zero) * scale + offset) * c->factor;
         }
     }
+}
+
+typedef struct { const float *x, *norm, *residual; float *out; int64_t cols; float eps; } norm_call;
+
+static void norm_piece(const void *job, int64_t token) {
+    const norm_call *c = job;
+    int64_t start = token * c->cols;
+    float factor = rms_factor(c->x + start, c->cols, c->eps);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = load(c->x + start + i) * factor * load(c->norm + i);
+        if (c->residual) y = load(c->residual + start + i) + y;
+        store(c->out + start + i, y);
+    }
+}
+
+/* out = rms_norm(x) + residual, (n, cols) all, where cols is a multiple of 16 */
+void rms_norm(const void *call, int64_t n, int64_t num_threads) {
+    share_out(norm_piece, call, n, num_threads);
 }
 
 /* ---- attention ---- */
@@ -2341,9 +2366,11 @@ typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
 
 typedef struct {
     const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
-    const span *spans;
+    const span *spans; /* after the last one follows one without tokens */
+    float *out;        /* (N, H D) */
     int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
-    float eps, scale, softcap, *out;
+    float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
+    /* found by `attention`: */
     float *q;           /* (N, H, D), rotated and scaled */
     float *partials;    /* of each task's chunks, when these are shared out */
     int64_t num_chunks; /* that a task is cut into, or 1 */
@@ -2630,34 +2657,42 @@ static void merge_piece(const void *job, int64_t piece) {
 
 /* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
  * chunks are shared out among threads; the arithmetic is the same. */
-void attention(const float *qkv, const float *cos, const float *sin, const float *q_norm,
-               const float *k_norm, const float *sinks, float eps, float scale, float softcap,
-               const span *spans, int64_t num_spans, int64_t num_tokens, int64_t layer,
-               int64_t n_layers, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
-               int64_t window, int64_t ring, int64_t kind, int64_t block_bytes, float *out,
-               int64_t num_threads) {
-    attention_call c = {qkv, cos, sin, q_norm, k_norm, sinks, spans, layer, n_layers, n_heads,
-                        n_kv_heads, head_dim, window, ring, kind, block_bytes, eps,
-                        scale ? scale : 1.0f / sqrtf(head_dim), softcap, out,
-                        NULL, NULL, 1}; /* q, partials, chunks */
+void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
+    attention_call c = *(const attention_call *)call;
+    if (!c.scale) c.scale = 1.0f / sqrtf(c.head_dim);
+    c.num_chunks = 1;
     int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
-    for (const span *s = spans; s < spans + num_spans; s++) {
+    for (const span *s = c.spans; s->num_new; s++) {
         num_new += s->num_new;
-        num_tasks += (s->num_new * (n_heads / n_kv_heads) + ROWS - 1) / ROWS * n_kv_heads;
+        num_tasks += (s->num_new * (c.n_heads / c.n_kv_heads) + ROWS - 1) / ROWS * c.n_kv_heads;
         num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
     }
     if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
-    int64_t row_bytes = n_heads * head_dim * sizeof(float);
+    int64_t row_bytes = c.n_heads * c.head_dim * sizeof(float);
     for (int64_t row = num_new; row < num_tokens; row++) /* rows that only pad the batch */
-        memset(out + row * n_heads * head_dim, 0, row_bytes);
+        memset((char *)c.out + row * row_bytes, 0, row_bytes);
     c.q = malloc(num_tokens * row_bytes);
     if (c.num_chunks > 1)
-        c.partials = malloc(num_tasks * num_chunks * PARTIAL(head_dim) * sizeof(float));
+        c.partials = malloc(num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
     share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
     share_out(attend_piece, &c, num_tasks * c.num_chunks, num_threads);
     if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
     free(c.q);
     free(c.partials);
+}
+
+/* ---- a step ---- */
+
+/* All kernels take a structure that says what to do and, apart, to how many rows: so a step of the
+ * model can be kept as a list of calls, and run again when the tensors hold other rows. */
+typedef struct {
+    void (*kernel)(const void *call, int64_t num_tokens, int64_t num_threads);
+    const void *call;
+} step;
+
+void replay(const step *steps, int64_t num_steps, int64_t num_tokens, int64_t num_threads) {
+    for (const step *s = steps; s < steps + num_steps; s++)
+        s->kernel(s->call, num_tokens, num_threads);
 }
 
 typedef struct { const uint8_t *bytes; int64_t num_bytes, num_pieces, total; } read_call;
@@ -2766,36 +2801,118 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
 
 
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the arguments: p a pointer, i an integer, f a float."""
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-    signatures = {
-        "linear": "piippfippi",
-        "gather": "ppip",
-        "attention": "ppppppfffpiiiiiiiiiiipi",
-        "read_all": "pii",
-    }
-    for name, letters in signatures.items():
+    """Tell ctypes the arguments: p a pointer, i an integer."""
+    signatures = dict.fromkeys(("linear", "gather", "rms_norm", "attention", "read_all"), "pii")
+    for name, letters in {**signatures, "replay": "piii"}.items():
         function = getattr(library, name)
-        function.argtypes = [kinds[letter] for letter in letters]
+        function.argtypes = [C_TYPES[letter] for letter in letters]
         function.restype = ctypes.c_int64 if name == "read_all" else None
     library.path.restype = ctypes.c_char_p
     return library
 
 
+C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "w": ctypes.c_int32, "f": ctypes.c_float}
+
+
+def c_fields(kinds: str, names: str) -> list[tuple[str, Any]]:
+    return [(name, C_TYPES[kind]) for kind, name in zip(kinds, names.split(), strict=True)]
+
+
 class Matrix(ctypes.Structure):
     """The kernels' `matrix`."""
 
-    _fields_ = (
-        ("blocks", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("has_offset", ctypes.c_int32),
-        ("is_float", ctypes.c_int32),
-        ("block_bytes", ctypes.c_int32),
+    _fields_ = c_fields(
+        "ppiiwwwww", "blocks bias rows cols bits group has_offset is_float block_bytes"
     )
+
+
+class LinearCall(ctypes.Structure):
+    """The kernels' `linear_call`; the fields after `eps` are theirs."""
+
+    _fields_ = c_fields(
+        "pippppifiiiiip",
+        "parts num_parts x norm residual out before eps "
+        "num_tokens cols num_rows num_blocks num_pieces acts",
+    )
+
+
+class GatherCall(ctypes.Structure):
+    """The kernels' `gather_call`."""
+
+    _fields_ = c_fields("pppf", "matrix ids out factor")
+
+
+class NormCall(ctypes.Structure):
+    """The kernels' `norm_call`."""
+
+    _fields_ = c_fields("ppppif", "x norm residual out cols eps")
+
+
+class AttentionCall(ctypes.Structure):
+    """The kernels' `attention_call`; the fields after `softcap` are theirs."""
+
+    _fields_ = c_fields(
+        "ppppppppiiiiiiiiifffppi",
+        "qkv cos sin q_norm k_norm sinks spans out "
+        "layer n_layers n_heads n_kv_heads head_dim window ring kind block_bytes "
+        "eps scale softcap q partials num_chunks",
+    )
+
+
+class KernelStep(ctypes.Structure):
+    """The kernels' `step`."""
+
+    _fields_ = c_fields("pp", "kernel call")
+
+
+_recording = threading.local()
+
+
+def run_kernel(name: str, call: ctypes.Structure, num_rows: int) -> None:
+    """Run a kernel on `num_rows` rows, or note the call where this thread's calls are recorded."""
+    calls = getattr(_recording, "calls", None)
+    if calls is not None:
+        calls.append((getattr(load_kernels(), name), call))
+    else:
+        getattr(load_kernels(), name)(ctypes.byref(call), num_rows, torch.get_num_threads())
+
+
+class KernelCalls:
+    """The kernel calls of a function, to be run again and again without any Python in between.
+
+    They read and write the same tensors each time, of which they take as many rows as they are
+    told; those of the result are in `result`."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        """Note what `function` calls; nothing is run. Raises KernelError when it computes anything
+        else: that would be missing afterwards."""
+        kept: list[Any] = []  # tensors whose addresses are in the calls
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(
+                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                if not op.is_view and op is not torch.ops.aten.empty.memory_format:
+                    raise KernelError(f"{op} is not a native kernel")
+                kept.append(op(*args, **kwargs or {}))
+                return kept[-1]
+
+        calls: list[tuple[Any, ctypes.Structure]] = []
+        _recording.calls = calls
+        try:
+            with Watch():  # type: ignore[no-untyped-call]
+                self.result = function()
+        finally:
+            del _recording.calls
+        self.kept = kept, calls
+        self.steps = (KernelStep * len(calls))()
+        for step, (kernel, call) in zip(self.steps, calls):
+            step.kernel = ctypes.cast(kernel, ctypes.c_void_p)
+            step.call = ctypes.addressof(call)
+
+    def run(self, num_rows: int) -> None:
+        steps, num_threads = self.steps, torch.get_num_threads()
+        load_kernels().replay(ctypes.byref(steps), len(steps), num_rows, num_threads)
 
 
 class NativeLinear:
@@ -2826,7 +2943,7 @@ class NativeLinear:
     def nbytes(self) -> int:
         return self.blocks.nbytes
 
-    @property
+    @functools.cached_property
     def matrix(self) -> Matrix:
         """How the kernels see it; valid as long as this object and its bias live."""
         return Matrix(
@@ -2840,11 +2957,11 @@ class NativeLinear:
             self.blocks.shape[-1],
         )
 
-    def rows(self, index: Tensor) -> Tensor:
-        """The weight's rows at `index` (N,) -> (N, cols)"""
+    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
+        """The weight's rows at `index` (N,), times `factor` -> (N, cols)"""
         out = torch.empty(len(index), self.shape[1])
-        matrix = ctypes.byref(self.matrix)
-        load_kernels().gather(matrix, index.data_ptr(), len(index), out.data_ptr())
+        call = GatherCall(ctypes.addressof(self.matrix), index.data_ptr(), out.data_ptr(), factor)
+        run_kernel("gather", call, len(index))
         return out
 
     def dequantize(self) -> Tensor:
@@ -2887,18 +3004,17 @@ def native_linear(
 ) -> None:
     """x (N, cols), or (N, 2 cols) of gate and up; residual like out (N, rows), which the Matrix
     array at the address `matrices` fills; `act` is 0 or an activation's number in the kernels"""
-    load_kernels().linear(
+    call = LinearCall(
         matrices,
         num_matrices,
-        x.size(0),
         x.data_ptr(),
         pointer(norm),
-        eps,
-        act or int(norm is not None),
         pointer(residual),
         out.data_ptr(),
-        torch.get_num_threads(),
+        act or int(norm is not None),
+        eps,
     )
+    run_kernel("linear", call, x.size(0))
 
 
 def native_attention(
@@ -2923,23 +3039,18 @@ def native_attention(
     block_bytes: int,
 ) -> Tensor:
     """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
-    of strip address, blocks in a strip, start, new tokens, row -> (N, H D). Keys and values go to
-    the strips."""
-    num_tokens = qkv.size(0)
-    out = torch.empty(num_tokens, n_heads * head_dim)
-    load_kernels().attention(
+    of strip address, blocks in a strip, start, new tokens, row, of which the last has no tokens
+    -> (N, H D). Keys and values go to the strips."""
+    out = torch.empty(qkv.size(0), n_heads * head_dim)
+    call = AttentionCall(
         qkv.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
         pointer(q_norm),
         pointer(k_norm),
         pointer(sinks),
-        eps,
-        scale,
-        softcap,
         spans.data_ptr(),
-        spans.size(0),
-        num_tokens,
+        out.data_ptr(),
         layer,
         n_layers,
         n_heads,
@@ -2949,9 +3060,19 @@ def native_attention(
         ring,
         kind,
         block_bytes,
-        out.data_ptr(),
-        torch.get_num_threads(),
+        eps,
+        scale,
+        softcap,
     )
+    run_kernel("attention", call, qkv.size(0))
+    return out
+
+
+def native_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """x (.., C), residual likewise -> rms_norm(x) + residual; C is a multiple of 16"""
+    x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(weight)
+    addresses = x.data_ptr(), weight.data_ptr(), pointer(residual), out.data_ptr()
+    run_kernel("rms_norm", NormCall(*addresses, num_cols, eps), x.numel() // num_cols)
     return out
 
 
@@ -2963,6 +3084,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | 
     "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
         native_attention,
         lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
+    ),
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor": (
+        native_rms_norm,
+        lambda x, *rest: torch.empty_like(x),
     ),
 }
 
@@ -2978,12 +3103,22 @@ def register_operators() -> Any:
     return library
 
 
+def is_watched() -> bool:
+    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
+    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
+
+
 def native(name: str) -> Callable[..., Any]:
-    """The kernel, or the operator around it where somebody looks: torch.compile or a profiler. An
-    operator call takes several times as long as the kernel's own work on a small matrix."""
-    if torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled():
+    """The kernel, or the operator around it where somebody looks. An operator call takes several
+    times as long as the kernel's own work on a small matrix."""
+    if is_watched():
         return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
-    return native_linear if name == "linear" else native_attention
+    kernels: dict[str, Callable[..., Any]] = {
+        "linear": native_linear,
+        "attention": native_attention,
+        "rms_norm": native_rms_norm,
+    }
+    return kernels[name]
 
 
 def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
@@ -3672,8 +3807,10 @@ class Batch:
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
         self.lengths = torch.tensor(whole + pad, device=device)
-        self.logit_rows = torch.tensor(rows + [0] * (-len(rows) % row_tile), device=device)
+        pad = [0] * (-len(rows) % row_tile)
+        self.logit_rows: Tensor | slice = torch.tensor(rows + pad, device=device)
         self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
+        self.rotations: dict[int | None, Rotation] = {}  # where they are known before the step
         self.strips: dict[bool, StripRows] = {}  # made by the first layer that needs them
 
 
@@ -3685,16 +3822,15 @@ class DecodeBatch(Batch):
 
     def __init__(self, num_rows: int, cache: KVCache) -> None:
         device = cache.strips[0].device
-        self.num_logits = num_rows
-        self.spans, self.memo = [], {}
-        self.logit_rows = torch.arange(num_rows, device=device)
+        self.num_logits, self.logit_rows = num_rows, slice(None)
+        self.spans, self.memo, self.rotations = [], {}, {}
         self.nobody = [
             like.new_zeros((*like.shape[:3], 1, like.shape[4]))
             for like in (cache.strips[0], cache.rings[0])
         ]
         self.inputs = torch.zeros((6, num_rows), dtype=torch.int64, device=device)
         self.token_ids, self.positions, *places = self.inputs
-        at = self.logit_rows, self.positions
+        at = torch.arange(num_rows, device=device), self.positions
         self.strips = {False: StripRows(*at, *places[:2]), True: StripRows(*at, *places[2:])}
 
     @property
@@ -3885,6 +4021,7 @@ class NativeKVCache(KVCache):
                     (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
                     for strip, s in with_strips
                 ]
+                + [(0,) * 5]
             )
         config, norms = self.config, (attn.q_norm, attn.k_norm)
         if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
@@ -3915,11 +4052,19 @@ class NativeKVCache(KVCache):
 
 
 class RMSNorm:
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    """https://arxiv.org/abs/1910.07467"""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def __init__(self, weight: Tensor, eps: float, native: bool = False) -> None:
+        self.weight, self.eps = weight, eps
+        self.native = native and len(weight) % 16 == 0
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """norm(x) + residual"""
+        if self.native:
+            y: Tensor = native("rms_norm")(x, self.weight, self.eps, residual)
+            return y
+        y = rms_norm(x, self.weight, self.eps)
+        return y if residual is None else residual + y
 
 
 class LayerNorm:
@@ -3928,8 +4073,9 @@ class LayerNorm:
     def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         self.weight, self.bias, self.eps = weight, bias, eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return y if residual is None else residual + y
 
 
 Norm = RMSNorm | LayerNorm
@@ -3939,10 +4085,10 @@ def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> N
     """The family's kind of norm, with the weights called `name`."""
     if config.norm == "weightless":
         weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
-        return RMSNorm(weight, config.norm_eps)
+        return RMSNorm(weight, config.norm_eps, weights.native)
     weight = weights.take(f"{name}.weight", width)
     if config.norm == "rms":
-        return RMSNorm(weight, config.norm_eps)
+        return RMSNorm(weight, config.norm_eps, weights.native)
     bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
     return LayerNorm(weight, bias, config.norm_eps)
 
@@ -3997,10 +4143,10 @@ class Projection:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """The first matrix's rows at `index` (N,) -> (N, cols)"""
+    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
+        """The first matrix's rows at `index` (N,), times `factor` -> (N, cols)"""
         rows: Tensor = self.parts[0].rows(index)
-        return rows
+        return rows if factor == 1 else rows * factor
 
 
 class NativeProjection(Projection):
@@ -4029,6 +4175,10 @@ class NativeProjection(Projection):
         address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
         native("linear")(x, address, num_parts, weight, eps, number, residual, out)
         return out
+
+    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
+        rows: Tensor = self.parts[0].rows(index, factor)
+        return rows
 
 
 class AdaptedProjection(Projection):
@@ -4235,12 +4385,12 @@ class DecoderLayer:
     def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
         norm, post = self.input_layernorm, self.post_self_attn_layernorm
         added = self.self_attn(x, norm, rotation, cache, batch, None if post else x)
-        h = x + post(added) if post else added
+        h = post(added, x) if post else added
         norm, post = self.post_attention_layernorm, self.post_mlp_layernorm
         if self.parallel:
             return self.mlp(x, self.input_layernorm, h)
         added = self.mlp(h, norm, None if post else h)
-        return h + post(added) if post else added  # (N, C)
+        return post(added, h) if post else added  # (N, C)
 
 
 class Decoder:
@@ -4357,10 +4507,8 @@ class Decoder:
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
-        config, rotations = self.config, self.rotations(batch)
-        x = self.embed_tokens.rows(batch.token_ids)  # (N, C)
-        if config.embed_scale != 1:
-            x = x * config.embed_scale
+        config, rotations = self.config, batch.rotations or self.rotations(batch)
+        x = self.embed_tokens.rows(batch.token_ids, config.embed_scale)  # (N, C)
         if config.embed_norm:
             x = self.norm(x)
         start = middle = x = self.smeared(x, batch, cache)
@@ -4373,13 +4521,22 @@ class Decoder:
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
-        config = self.config
-        logits = self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
-        if config.logit_scale != 1:
-            logits = logits * config.logit_scale
-        if config.logit_softcap:
-            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
-        return logits  # (R, V)
+        return self.capped(self.scores(x, batch))
+
+    def scores(self, x: Tensor, batch: Batch) -> Tensor:
+        """`hidden` (N, C) -> what the head gives for the rows asked for (R, V) float32"""
+        return self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """The head's scores (R, V) -> logits"""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        if scale == 1 and not cap:
+            return scores
+        if self.native:  # by NumPy: torch would wake its threads, which then take a core
+            logits = scores.numpy() * np.float32(scale)
+            return torch.from_numpy(cap * np.tanh(logits / cap) if cap else logits)
+        logits = scores * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class DecodeGraphs:
@@ -4389,7 +4546,7 @@ class DecodeGraphs:
     its inputs: strips may grow, move and change hands."""
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self.decoder, self.cache = decoder, cache
+        self.decoder, self.cache, self.num_rows = decoder, cache, len(cache.strips)
         self.recorded: dict[int, tuple[DecodeBatch, Callable[[], Tensor]]] = {}
         self.pool: Any = None  # memory that all graphs share: only one runs at a time
 
@@ -4424,6 +4581,46 @@ class DecodeGraphs:
             return logits
 
         return replay
+
+
+class DecodeCalls:
+    """Decode steps on native kernels, recorded as the list of their calls: run again from C, they
+    leave out what Python does for each layer, which takes a small model as long as the arithmetic.
+
+    Recorded once, for as many rows as there are slots: the calls take fewer just as well. They hold
+    no address of a strip, as DecodeGraphs do not."""
+
+    most_rows = 16  # from there on, Python's share is small, and buffers would take room
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        """Raises KernelError for a decoder that computes with other operators too."""
+        self.decoder, self.cache = decoder, cache
+        self.num_rows = min(len(cache.strips), self.most_rows)
+        self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
+        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch)
+        for in_ring in (False, True):  # the last span has no tokens
+            batch.memo["spans", in_ring] = torch.zeros((self.num_rows + 1, 5), dtype=torch.int64)
+        self.calls = KernelCalls(lambda: decoder.scores(decoder.hidden(batch, cache), batch))
+
+    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
+        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
+        valid until the next step. The slots must have room."""
+        batch, num_rows = self.batch, len(rows)
+        slots, positions, token_ids = zip(*rows)
+        batch.token_ids.numpy()[:num_rows] = token_ids
+        batch.positions.numpy()[:num_rows] = positions
+        batch.lengths.numpy()[:num_rows] = [at + 1 for at in positions]
+        for in_ring, strips in ((False, self.cache.strips), (True, self.cache.rings)):
+            spans = batch.memo["spans", in_ring].numpy()
+            spans[num_rows] = 0
+            for row, strip in enumerate(strips[slot] for slot in slots):
+                num_blocks = strip.shape[3] // BLOCK_ROWS
+                spans[row] = strip.data_ptr(), num_blocks, positions[row], 1, row
+        for name, rotation in self.decoder.rotations(batch).items():
+            batch.rotations[name].cos.copy_(rotation.cos)
+            batch.rotations[name].sin.copy_(rotation.sin)
+        self.calls.run(num_rows)
+        return self.decoder.capped(self.calls.result[:num_rows])
 
 
 # ==================================================================================================
@@ -8137,9 +8334,10 @@ class Grammars:
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
-#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. Where the
-#               form of an answer is given, the repeat penalty does not look at the prompt: its
-#               names and values belong in the answer.
+#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. It is all
+#               NumPy: torch would wake its threads, which then take a core from the kernels.
+#               Where the form of an answer is given, the repeat penalty does not look at the
+#               prompt: its names and values belong in the answer.
 #   Invariant   a token depends on this row, this history, this seed and this position alone. Of
 #               tokens equally likely, the one with the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
@@ -8177,27 +8375,26 @@ class Seen:
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids: Tensor | None = None  # of `known`
+        self.ids = np.empty(0, dtype=np.int64)  # of `known`
 
-    def update(self, history: list[int]) -> Tensor:
+    def update(self, history: list[int]) -> npt.NDArray[np.int64]:
         """The distinct ids of `history`, which begins with that of the last call"""
         new = set(history[self.num_read :]) - self.known
         if new:
-            ids = torch.tensor(list(new))
-            self.ids = ids if self.ids is None else torch.cat((self.ids, ids))
+            self.ids = np.append(self.ids, list(new))
             self.known |= new
         self.num_read = len(history)
-        return cast("Tensor", self.ids)
+        return self.ids
 
 
 def penalize(
-    logits: Tensor,
+    logits: Row,
     params: SamplingParams,
     history: list[int],
     num_prompt: int,
     seen: Seen | None = None,
     is_free: bool = True,
-) -> Tensor:
+) -> Row:
     """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
     are copied first if anything changes. Repetition looks at the answer and, where text is free,
     at the prompt; the others look at the answer only. `seen` spares reading again what the history
@@ -8208,58 +8405,70 @@ def penalize(
             ids = (seen or Seen()).update(history)
         else:
             latest = history if is_free else history[num_prompt:]
-            ids = torch.tensor(latest[-max(p.repeat_last_n, 0) :], dtype=torch.long)
+            ids = np.array(latest[-max(p.repeat_last_n, 0) :], dtype=np.int64)
         values = logits[ids]
-        values = torch.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
-        logits = logits.index_put((ids,), values)
+        values = np.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
+        logits = replaced(logits, ids, values)
     if (p.presence_penalty or p.frequency_penalty) and len(history) > num_prompt:
         counts = Counter(history[num_prompt:])
-        ids = torch.tensor(list(counts))
-        times = torch.tensor(list(counts.values()), dtype=logits.dtype)
+        ids, times = np.array(list(counts)), np.array(list(counts.values()), dtype=logits.dtype)
         penalty = p.presence_penalty + p.frequency_penalty * times
-        logits = logits.index_put((ids,), logits[ids] - penalty)
+        logits = replaced(logits, ids, logits[ids] - penalty)
     if p.logit_bias:
-        ids = torch.tensor(list(p.logit_bias))
-        bias = torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype)
-        logits = logits.index_put((ids,), logits[ids] + bias)
+        ids = np.array(list(p.logit_bias))
+        bias = np.array(list(p.logit_bias.values()), dtype=logits.dtype)
+        logits = replaced(logits, ids, logits[ids] + bias)
+    return logits
+
+
+def replaced(logits: Row, ids: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Row:
+    """A copy of `logits` with other values at `ids`."""
+    logits = logits.copy()
+    logits[ids] = values
     return logits
 
 
 VOCAB_BLOCK = 64  # tokens whose maximum is looked at first; divides most vocabularies
 
 
-def likeliest(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Row, num: int) -> tuple[Row, npt.NDArray[np.int64]]:
     """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,);
     fewer where the others are -inf.
 
     The `num`-th largest maximum of a block of tokens is a floor: at least `num` tokens reach it,
-    and only in blocks whose maximum does. What is sorted is what reaches it there."""
+    and only in blocks whose maximum does. What is sorted is what reaches it there. A block is a
+    column of the logits written in 64 rows, whose maxima take one pass of vectors."""
     V = len(logits)
-    if num == V:
-        return logits.sort(descending=True, stable=True)
-    width = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
-    blocks = F.pad(logits, (0, -V % width), value=-math.inf) if V % width else logits
-    blocks = blocks.view(-1, width)
-    best = blocks.amax(1) if width > 1 else logits
-    floor = max(float(best.topk(num).values[-1]), torch.finfo(logits.dtype).min)
-    # on arrays this small, NumPy's calls cost a third of torch's
-    kept = (best.numpy() >= floor).nonzero()[0]
-    found = blocks.numpy()[kept].reshape(-1)
-    at = (found >= floor).nonzero()[0]  # in the order of their ids
-    at = at[(-found[at]).argsort(kind="stable")[:num]]
-    ids = kept[at // width] * width + at % width
-    return torch.from_numpy(found[at]), torch.from_numpy(ids)
+    height = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
+    whole = np.pad(logits, (0, -V % height), constant_values=-np.inf) if V % height else logits
+    blocks = whole.reshape(height, -1)
+    best = blocks.max(axis=0)
+    floor = max(np.finfo(logits.dtype).min, np.partition(best, -num)[-num])
+    columns = (best >= floor).nonzero()[0]
+    found = blocks[:, columns]
+    at = (found >= floor).nonzero()  # in the order of their ids
+    values, ids = found[at], at[0] * blocks.shape[1] + columns[at[1]]
+    order = (-values).argsort(kind="stable")[:num]
+    return values[order], ids[order]
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Temperature and top-k -> probabilities (K,) float64, best first, and their token ids. Without
-    top-k, K is no more than what top-p and min-p need to see."""
+def softmax(logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
+    """Probabilities; the best logit becomes 0, which no temperature can overflow."""
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    probs: npt.NDArray[np.float64] = weights / weights.sum()
+    return probs
+
+
+def candidates(
+    logits: Row, params: SamplingParams
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Temperature and top-k -> probabilities (K,), best first, and their token ids. Without top-k,
+    K is no more than what top-p and min-p need to see."""
     V = len(logits)
     if params.top_k:
         top, ids = likeliest(logits, min(params.top_k, V))
-        # the best becomes 0, which no temperature can overflow
-        return ((top - top[0]).double() / params.temperature).softmax(0), ids
-    whole = ((logits - logits.max()).double() / params.temperature).softmax(0)  # (V,)
+        return softmax(top, params.temperature), ids
+    whole = softmax(logits, params.temperature)  # (V,)
     num = 64 if params.top_p < 1 or params.min_p > 0 else V
     while True:
         ids = likeliest(logits, min(num, V))[1]
@@ -8270,7 +8479,7 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    logits: Tensor,
+    logits: Row,
     params: SamplingParams,
     seed: int,
     history: list[int],
@@ -8279,32 +8488,34 @@ def sample(
     allowed: npt.NDArray[np.bool_] | None = None,
     is_free: bool = True,
 ) -> int:
-    """The next token id for one row of logits (V,) on the CPU, of those that are `allowed` (V,).
-    The position is len(history). is_free: any text may come here, see `penalize`."""
-    logits = penalize(logits, params, history, num_prompt, seen, is_free)
-    if allowed is not None:
-        logits = logits.where(torch.from_numpy(allowed), -math.inf)
-    if params.temperature == 0 or params.top_k == 1:
-        return int(logits.numpy().argmax())
-    tensor, ids = candidates(logits, params)
-    probs = tensor.numpy()
+    """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
+    is len(history). is_free: any text may come here, see `penalize`."""
+    with np.errstate(over="ignore"):  # to infinity, which is what it should be
+        logits = penalize(logits, params, history, num_prompt, seen, is_free)
+        if allowed is not None:
+            logits = np.where(allowed, logits, np.float32(-np.inf))
+        if params.temperature == 0 or params.top_k == 1:
+            return int(logits.argmax())
+        probs, ids = candidates(logits, params)
     if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
-        in_nucleus = (probs.cumsum(0) - probs < params.top_p) | (probs == probs[0])
+        in_nucleus = (probs.cumsum() - probs < params.top_p) | (probs == probs[0])
         probs = probs[: int(in_nucleus.sum())]
     if params.min_p > 0:
         probs = probs[probs >= params.min_p * probs[0]]
-    cumulative = probs.cumsum(0)
+    cumulative = probs.cumsum()
     drawn = cumulative.searchsorted(uniform(seed, len(history)) * cumulative[-1], side="right")
     return int(ids[min(int(drawn), len(probs) - 1)])
 
 
-def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
-    logprobs = logits.log_softmax(0)
+    best = logits.max()
+    log_sum = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
+    logprob = float(logits[token_id]) - log_sum
     if not num_top:
-        return TokenLogprobs(float(logprobs[token_id]))
-    values, ids = likeliest(logprobs, min(num_top, len(logits)))
-    return TokenLogprobs(float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist())))
+        return TokenLogprobs(logprob)
+    values, ids = likeliest(logits, min(num_top, len(logits)))
+    return TokenLogprobs(logprob, tuple(zip(ids.tolist(), (values - log_sum).tolist())))
 
 
 # ==================================================================================================
@@ -8469,7 +8680,7 @@ class Sequence:
         first = self.num_computed + num_new + 1 - len(logits)
         if first >= self.logprobs_from:
             for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
-                found = token_logprobs(row, token_id, self.params.logprobs or 0)
+                found = token_logprobs(row.numpy(), token_id, self.params.logprobs or 0)
                 self.prompt_logprobs.append(found)
 
     def append(
@@ -8672,9 +8883,15 @@ class Engine:
             self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
         )
         self.stats = EngineStats()
-        self.graphs: DecodeGraphs | None = None
+        self.decode_steps: DecodeGraphs | DecodeCalls | None = None
+        if decoder.native:
+            try:
+                with torch.inference_mode():
+                    self.decode_steps = DecodeCalls(decoder, self.cache)
+            except KernelError as error:
+                log.debug(f"decode steps are not recorded: {error}")
         if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
-            self.graphs = DecodeGraphs(decoder, self.cache)
+            self.decode_steps = DecodeGraphs(decoder, self.cache)
         elif config.compile:
             log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
 
@@ -8766,9 +8983,11 @@ class Engine:
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
         pools = any(seq.pooling for seq, _ in work)
-        if self.graphs and not pools and all(len(new) == 1 for _, _, new, _ in parts):
+        is_decode = not pools and all(len(new) == 1 for _, _, new, _ in parts)
+        steps = None if is_watched() or not is_decode else self.decode_steps
+        if steps and len(parts) <= steps.num_rows:
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
-            return torch.split(self.graphs(rows).cpu(), num_rows)
+            return torch.split(steps(rows).cpu(), num_rows)
         lengths = [len(seq.token_ids) for seq, _ in work]
         batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
         if pools:
@@ -8833,8 +9052,9 @@ class Engine:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
         history = (seq.token_ids, seq.num_prompt, seq.seen)
-        token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
-        logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
+        row = logits.numpy()
+        token_id = sample(row, p, seq.seed, *history, allowed, is_free)
+        logprobs = None if p.logprobs is None else token_logprobs(row, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
 
@@ -9025,11 +9245,11 @@ class LLM(TextSide):
             decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
         self.grammars = Grammars(self.tokenizer, self.config.n_vocab)
-        if self.engine.graphs:
+        if isinstance(self.engine.decode_steps, DecodeGraphs):
             try:
                 with torch.inference_mode():
                     self.engine.cache.reserve(0, 1)
-                    self.engine.graphs([(0, 0, 0)])
+                    self.engine.decode_steps([(0, 0, 0)])
             except RuntimeError as error:
                 raise RequestError(
                     f"compile does not work on this machine: {first_line(error)}", "compile"

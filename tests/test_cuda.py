@@ -318,16 +318,16 @@ def test_the_engine_says_the_same_with_recorded_steps(
 ) -> None:
     expected = answers(tiny_q4)
     tiny_q4.engine.forget()
-    tiny_q4.engine.graphs = graphs(tiny_q4.engine.decoder, tiny_q4.engine.cache)
+    tiny_q4.engine.decode_steps = graphs(tiny_q4.engine.decoder, tiny_q4.engine.cache)
     assert answers(tiny_q4) == expected
-    assert tiny_q4.engine.graphs.recorded
+    assert tiny_q4.engine.decode_steps.recorded
 
 
 def test_compile_is_left_off_where_it_has_nothing_to_gain(
     tiny: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = LLM(tiny("Llama"), device="cpu", compile=True)
-    assert llm.engine.graphs is None
+    assert not isinstance(llm.engine.decode_steps, DecodeGraphs)
     assert caplog.messages == ["compile has nothing to gain on cpu: it is left off"]
 
 

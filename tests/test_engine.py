@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,8 +94,8 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
     seen: Rows = {}
     sample = nanollama.sample
 
-    def spy(logits: torch.Tensor, params: Any, seed: int, history: list[int], *rest: Any) -> int:
-        seen[tuple(history)] = logits.clone()
+    def spy(logits: np.ndarray, params: Any, seed: int, history: list[int], *rest: Any) -> int:
+        seen[tuple(history)] = torch.tensor(logits)
         return sample(logits, params, seed, history, *rest)
 
     monkeypatch.setattr(nanollama, "sample", spy)
@@ -197,7 +198,7 @@ def test_a_cached_decode_equals_a_full_forward_token_by_token(tiny_llm: LLM, row
         history = ids + answer.token_ids[:i]
         torch.testing.assert_close(rows[tuple(history)], logits[len(history) - 1])
         penalised = nanollama.penalize(
-            logits[len(history) - 1], SamplingParams(), history, len(ids)
+            logits[len(history) - 1].numpy(), SamplingParams(), history, len(ids)
         )
         assert int(penalised.argmax()) == token_id
 

@@ -836,10 +836,13 @@ def test_the_operators_are_what_they_say() -> None:
     for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
         args = (torch.randn(3, 64), run.address, 1, norm, 1e-5, 0, residual, torch.empty(3, 20))
         torch.library.opcheck(torch.ops.nanollama.linear, args)
+    for residual in (None, torch.randn(3, 64)):
+        args = (torch.randn(3, 64), torch.rand(64), 1e-5, residual)
+        torch.library.opcheck(torch.ops.nanollama.rms_norm, args)
     gate_up = (torch.randn(3, 128), run.address, 1, None, 0.0, 2, None, torch.empty(3, 20))
     torch.library.opcheck(torch.ops.nanollama.linear, gate_up)
     strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
-    spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0]])
+    spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0], [0] * 5])  # the last has no tokens
     angles = torch.randn(3, 16)
     norms = (None, torch.rand(32), torch.rand(4))
     args = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), *norms, 1e-5, 0.0, 0.0, spans)
@@ -1105,7 +1108,7 @@ def used():
     return {t: int(open(f"/proc/self/task/{t}/schedstat").read().split()[0]) for t in tasks}
 
 nanollama.MLP_BYTES = 1 << 20
-params = nanollama.SamplingParams(max_tokens=1)
+params = nanollama.SamplingParams(max_tokens=5, min_p=0.01, logprobs=2)
 llm = nanollama.LLM(os.environ["MODEL"], quantize="q8", threads=2, prefill_chunk=4096)
 request = nanollama.GenerationRequest(list(range(60)) * 50, params=params)
 llm.complete(request)
@@ -1126,13 +1129,15 @@ print(sum(after[task] > before.get(task, 0) for task in after))
         ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
         ("Phi3", {"partial_rotary_factor": 0.5}),
         ("SmolLM3", {"no_rope_layers": [1, 0]}),
+        ("Gemma2", {"head_dim": 64}),
     ],
 )
 def test_a_step_on_packed_weights_leaves_torchs_threads_asleep(
     name: str, options: dict[str, Any], tiny: Callable[..., Path]
 ) -> None:
-    # 3,000 rows of 32 pairs of columns are more than torch leaves to one thread
+    # 3,000 rows of 32 pairs of columns are more than torch leaves
+    # to one thread, and so are the logits of 50,000 tokens
     wide = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 128}
-    model = tiny(name, max_position_embeddings=4096, **wide, **options)
+    model = tiny(name, max_position_embeddings=4096, vocab_size=50000, **wide, **options)
     ran = python(AWAKE, MODEL=model, OMP_NUM_THREADS=2)
     assert ran.stdout in ("1\n", "2\n"), ran.stderr  # the caller, and perhaps the kernels' worker

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,13 +31,20 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def random_logits(seed: int, n_vocab: int = 200) -> torch.Tensor:
-    return torch.randn(n_vocab, generator=torch.Generator().manual_seed(seed)) * 4
+Row = npt.NDArray[np.float32]
 
 
-def probabilities(logits: torch.Tensor, params: SamplingParams, history: list[int]) -> np.ndarray:
+def random_logits(seed: int, n_vocab: int = 200) -> Row:
+    return np.random.default_rng(seed).standard_normal(n_vocab, dtype=np.float32) * 4
+
+
+def row(*logits: float) -> Row:
+    return np.array(logits, dtype=np.float32)
+
+
+def probabilities(logits: Row, params: SamplingParams, history: list[int]) -> np.ndarray:
     """The distribution a token is drawn from, in float64, by transformers' own processors."""
-    scores = logits.double()[None]
+    scores = torch.from_numpy(logits).double()[None]
     ids = torch.tensor([history])
     if params.repeat_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(params.repeat_penalty)(ids, scores)
@@ -53,7 +61,7 @@ def probabilities(logits: torch.Tensor, params: SamplingParams, history: list[in
 
 
 def draws(
-    logits: torch.Tensor, params: SamplingParams, num: int, prefix: tuple[int, ...] = (5, 6, 7)
+    logits: Row, params: SamplingParams, num: int, prefix: tuple[int, ...] = (5, 6, 7)
 ) -> np.ndarray:
     """`num` draws with as many seeds."""
     history = list(prefix)
@@ -117,7 +125,7 @@ def test_only_tokens_that_transformers_keeps_are_drawn(
 def test_the_draw_inverts_the_cumulative_distribution() -> None:
     logits = random_logits(3, 30)
     params = SamplingParams(**PLAIN)
-    order = np.argsort(-logits.numpy(), kind="stable")
+    order = np.argsort(-logits, kind="stable")
     cumulative = np.cumsum(probabilities(logits, params, [0])[order])
     for seed in range(200):
         u = nanollama.uniform(seed, 4)
@@ -136,13 +144,13 @@ def test_temperature_zero_and_top_k_one_take_the_best() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-30, 100.0])
 def test_no_temperature_overflows(temperature: float) -> None:
-    logits = torch.tensor([-3e38, 1.0, 3e38, 2.0])
+    logits = row(-3e38, 1.0, 3e38, 2.0)
     params = SamplingParams(**{**PLAIN, "temperature": temperature})
     assert set(draws(logits, params, 20)) == {2}
 
 
 def test_greedy_follows_the_repetition_penalty_and_the_bias() -> None:
-    logits = torch.tensor([2.0, 1.9, -1.0])
+    logits = row(2.0, 1.9, -1.0)
     greedy = {**PLAIN, "temperature": 0.0}
     assert nanollama.sample(logits, SamplingParams(**greedy), 0, [0], 1) == 0
     repeat = SamplingParams(**{**greedy, "repeat_penalty": 1.1})
@@ -153,7 +161,7 @@ def test_greedy_follows_the_repetition_penalty_and_the_bias() -> None:
 
 def test_in_a_given_form_repetition_is_what_the_answer_said_twice() -> None:
     """The prompt's own words (id 0) belong there; what the answer said already (id 1) does not."""
-    logits = torch.tensor([2.0, 1.9, 1.8])
+    logits = row(2.0, 1.9, 1.8)
     for last_n in (-1, 9, 2):
         fields = {"temperature": 0.0, "repeat_penalty": 1.2, "repeat_last_n": last_n}
         params = SamplingParams(**{**PLAIN, **fields})
@@ -166,9 +174,9 @@ def test_in_a_given_form_repetition_is_what_the_answer_said_twice() -> None:
 # ---- without sorting the vocabulary --------------------------------------------------------------
 
 
-def penalized(logits: torch.Tensor, params: SamplingParams, history: list[int]) -> torch.Tensor:
+def penalized(logits: Row, params: SamplingParams, history: list[int]) -> Row:
     """The repetition penalty, token by token."""
-    logits = logits.clone()
+    logits = logits.copy()
     recent = history if params.repeat_last_n < 0 else history[-params.repeat_last_n :]
     for i in set(recent) if params.repeat_last_n else ():
         penalty = params.repeat_penalty
@@ -176,11 +184,10 @@ def penalized(logits: torch.Tensor, params: SamplingParams, history: list[int]) 
     return logits
 
 
-def sample_from_all(
-    logits: torch.Tensor, params: SamplingParams, seed: int, history: list[int]
-) -> int:
+def sample_from_all(logits: Row, params: SamplingParams, seed: int, history: list[int]) -> int:
     """The chain as its formulas say: the whole vocabulary sorted, then cut."""
-    top, ids = penalized(logits, params, history).sort(descending=True, stable=True)
+    whole = torch.from_numpy(penalized(logits, params, history))
+    top, ids = whole.sort(descending=True, stable=True)
     if params.temperature == 0:
         return int(ids[0])
     top = top[: params.top_k or len(top)]
@@ -212,8 +219,9 @@ def test_a_token_is_the_one_that_sorting_the_whole_vocabulary_gives(
     changes: dict[str, Any], n_vocab: int
 ) -> None:
     params = SamplingParams(**{**PLAIN, **changes})
-    flat, equal = torch.zeros(n_vocab), random_logits(2, n_vocab).bfloat16().float()
-    masked = random_logits(3, n_vocab).where(torch.arange(n_vocab) % 1000 == 1, -math.inf)
+    flat, equal = np.zeros(n_vocab, dtype=np.float32), random_logits(2, n_vocab).round(1)
+    masked = random_logits(3, n_vocab)
+    masked[np.arange(n_vocab) % 1000 != 1] = -math.inf
     for seed, logits in enumerate((random_logits(1, n_vocab), flat, equal, masked)):
         history = [(i * 7919) % n_vocab for i in range(50)]
         for s in (seed, seed + 10):
@@ -232,9 +240,9 @@ def test_the_likeliest_come_best_first_and_equal_ones_by_id(
     n_vocab, num = sizes
     logits = (random_logits(seed, n_vocab) * scale).round()  # small scales make many equal
     values, ids = nanollama.likeliest(logits, num)
-    expected, order = logits.sort(descending=True, stable=True)
-    assert torch.equal(values, expected[:num])
-    assert torch.equal(ids, order[:num])
+    order = np.argsort(-logits, kind="stable")
+    assert np.array_equal(values, logits[order[:num]])
+    assert np.array_equal(ids, order[:num])
 
 
 @given(st.lists(st.integers(0, 199), min_size=1, max_size=80), st.data())
@@ -246,7 +254,7 @@ def test_a_history_read_bit_by_bit_is_penalized_like_one_read_at_once(
     while length < len(history):
         length = data.draw(st.integers(length + 1, len(history)))
         found = nanollama.penalize(logits, params, history[:length], 1, seen)
-        assert torch.equal(found, penalized(logits, params, history[:length]))
+        assert np.array_equal(found, penalized(logits, params, history[:length]))
         assert sorted(seen.ids.tolist()) == sorted(set(history[:length]))
 
 
@@ -257,8 +265,9 @@ def test_the_repetition_penalty_is_transformers() -> None:
     logits, history = random_logits(0), [3, 3, 9, 150, 42, 9]
     for penalty in (1.3, 0.7):
         params = SamplingParams(**{**PLAIN, "repeat_penalty": penalty})
-        theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([history]), logits[None])
-        assert torch.equal(nanollama.penalize(logits, params, history, 2), theirs[0])
+        both = torch.tensor([history]), torch.from_numpy(logits)[None]
+        theirs = RepetitionPenaltyLogitsProcessor(penalty)(*both)
+        assert np.array_equal(nanollama.penalize(logits, params, history, 2), theirs[0].numpy())
 
 
 def test_repeat_last_n_bounds_what_the_penalty_sees() -> None:
@@ -266,27 +275,27 @@ def test_repeat_last_n_bounds_what_the_penalty_sees() -> None:
     for last_n, seen in ((-1, history), (2, [150, 42]), (0, []), (99, history)):
         params = SamplingParams(**{**PLAIN, "repeat_penalty": 2.0, "repeat_last_n": last_n})
         changed = nanollama.penalize(logits, params, history, 1) != logits
-        assert changed.nonzero().flatten().tolist() == sorted(seen)
+        assert changed.nonzero()[0].tolist() == sorted(seen)
 
 
 def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
     logits, history = random_logits(2), [7, 7, 8, 1, 1, 1, 2]
     params = SamplingParams(**PLAIN, presence_penalty=0.5, frequency_penalty=0.25)
-    expected = logits.numpy().copy()
+    expected = logits.copy()
     expected[1] -= 0.5 + 3 * 0.25
     expected[2] -= 0.5 + 0.25
-    assert np.allclose(nanollama.penalize(logits, params, history, 3).numpy(), expected)
-    assert torch.equal(nanollama.penalize(logits, params, history, len(history)), logits)
+    assert np.allclose(nanollama.penalize(logits, params, history, 3), expected)
+    assert np.array_equal(nanollama.penalize(logits, params, history, len(history)), logits)
 
 
 def test_penalties_never_change_the_row_they_are_given() -> None:
     logits = random_logits(4)
-    before = logits.clone()
+    before = logits.copy()
     params = SamplingParams(
         repeat_penalty=2, presence_penalty=1, frequency_penalty=1, logit_bias={0: 9.0}
     )
     nanollama.sample(logits, params, 0, [1, 2, 3], 1)
-    assert torch.equal(logits, before)
+    assert np.array_equal(logits, before)
 
 
 def test_logit_bias_forces_and_bans() -> None:
@@ -362,7 +371,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
 
 def test_logprobs_are_those_of_the_raw_distribution_best_first() -> None:
     logits = random_logits(7)
-    expected = logits.double().numpy()
+    expected = logits.astype(np.float64)
     expected -= np.log(np.exp(expected).sum())
     found = nanollama.token_logprobs(logits, 11, 5)
     assert found.logprob == pytest.approx(expected[11], abs=1e-5)

@@ -80,13 +80,16 @@ static void try_linear(int format, int64_t rows, int64_t num_tokens, int before,
     float *residual = format % 2 ? floats(num_out) : NULL;
     float *out = floats(num_out), *again = floats(num_out);
     if (bad) spoil(x, num_tokens * width);
-    linear(parts, 2, num_tokens, x, norm, 1e-5f, before, residual, out, 1);
-    linear(parts, 2, num_tokens, x, norm, 1e-5f, before, residual, again, 3);
+    linear_call call = {.parts = parts, .num_parts = 2, .x = x, .norm = norm, .residual = residual,
+                        .out = out, .before = before, .eps = 1e-5f};
+    linear(&call, num_tokens, 1);
+    call.out = again;
+    linear(&call, num_tokens, 3);
     check(!memcmp(out, again, num_out * sizeof(float)), "linear");
     int64_t *ids = malloc(rows * sizeof(int64_t));
     float *all = floats(rows * cols);
     for (int64_t i = 0; i < rows; i++) ids[i] = rows - 1 - i;
-    gather(parts, ids, rows, all);
+    gather(&(gather_call){parts, ids, all}, rows, 1);
     void *made[] = {x, norm, residual, out, again, ids, all, (void *)parts[0].blocks,
                     (void *)parts[0].bias, (void *)parts[1].blocks, (void *)parts[1].bias};
     for (int i = 0; i < 11; i++) free(made[i]);
@@ -100,7 +103,7 @@ static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t w
     float *out = floats(num_tokens * H * D), *again = floats(num_tokens * H * D);
     if (bad) spoil(qkv, num_tokens * (H + 2 * Hkv) * D);
     else memset(again, 0, num_tokens * H * D * 4), memset(out, 0, num_tokens * H * D * 4);
-    span *spans = malloc(3 * sizeof(span));
+    span *spans = calloc(4, sizeof(span)); /* the last one has no tokens */
     for (int i = 0; i < 3; row += news[i++]) {
         int64_t num_blocks = window ? 8 : (starts[i] + news[i] + 15) / 16; /* of a ring, or not */
         int64_t num_bytes = 2 * layers * Hkv * num_blocks * block_bytes;
@@ -108,10 +111,15 @@ static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t w
         memset(spans[i].strip, bad ? 0xff : 0, num_bytes);
     }
     float *outs[] = {out, again};
-    for (int i = 0; i < 2; i++)
-        attention(qkv, cosines, sines, norm, norm, sinks, 1e-6f, 0, window, spans, 3, num_tokens, 1,
-                  layers, H, Hkv, D, window, window ? 8 : 99, kind, block_bytes, outs[i],
-                  i ? 4 : 1);
+    for (int i = 0; i < 2; i++) {
+        attention_call call = {
+            .qkv = qkv, .cos = cosines, .sin = sines, .q_norm = norm, .k_norm = norm,
+            .sinks = sinks, .spans = spans, .out = outs[i], .layer = 1, .n_layers = layers,
+            .n_heads = H, .n_kv_heads = Hkv, .head_dim = D, .window = window,
+            .ring = window ? 8 : 99, .kind = kind, .block_bytes = block_bytes, .eps = 1e-6f,
+            .softcap = window};
+        attention(&call, num_tokens, i ? 4 : 1);
+    }
     check(bad || !memcmp(out, again, num_tokens * H * D * sizeof(float)), "attention");
     for (int i = 0; i < 3; i++) free(spans[i].strip);
     void *made[] = {qkv, norm, cosines, sines, sinks, out, again, spans};
@@ -144,9 +152,12 @@ static uint8_t *data;
 enum { TOKENS = 9, COLS = 256, OUT = 80, HEADS = 6, D = 32, LENGTH = 270 };
 
 static void attend(char *strip, int64_t start, int64_t n, float *out, int64_t num_threads) {
-    span s = {strip, (LENGTH + 15) / 16, start, n, 0};
-    attention(qkv + start * (HEADS + 4) * D, angles, angles, NULL, NULL, NULL, 0, 0, 0, &s, 1, n, 0,
-              1, HEADS, 2, D, 0, 99, FLOAT16, kv_block_bytes(D, FLOAT16), out, num_threads);
+    span spans[2] = {{strip, (LENGTH + 15) / 16, start, n, 0}};
+    attention_call call = {
+        .qkv = qkv + start * (HEADS + 4) * D, .cos = angles, .sin = angles, .spans = spans,
+        .out = out, .n_layers = 1, .n_heads = HEADS, .n_kv_heads = 2, .head_dim = D, .ring = 99,
+        .kind = FLOAT16, .block_bytes = kv_block_bytes(D, FLOAT16)};
+    attention(&call, n, num_threads);
 }
 static char *empty_strip(void) {
     return calloc((LENGTH + 15) / 16, 4 * kv_block_bytes(D, FLOAT16));
@@ -156,7 +167,9 @@ static void *caller(void *index) {
     float *out = malloc(TOKENS * OUT * 4), *rows = malloc(LENGTH * HEADS * D * 4);
     char *strip = empty_strip();
     for (int i = 0; i < 25; i++) {
-        linear(parts, 2, TOKENS, x, NULL, 0, PLAIN, NULL, out, num_threads);
+        linear_call call = {.parts = parts, .num_parts = 2, .x = x, .out = out};
+        step steps[] = {{linear, &call}, {linear, &call}};
+        replay(steps, 2, TOKENS, num_threads);
         check(!memcmp(out, expected, TOKENS * OUT * 4), "linear");
         int64_t start = i ? LENGTH - 1 : 0; /* the whole prompt, then single tokens of its end */
         attend(strip, start, LENGTH - start, rows, num_threads);
@@ -171,7 +184,7 @@ int main(void) {
     x = floats(TOKENS * COLS), expected = floats(TOKENS * OUT), data = ones(1 << 16);
     qkv = floats(LENGTH * (HEADS + 4) * D), angles = floats(LENGTH * D / 2);
     expected_rows = floats(LENGTH * HEADS * D);
-    linear(parts, 2, TOKENS, x, NULL, 0, PLAIN, NULL, expected, 1);
+    linear(&(linear_call){.parts = parts, .num_parts = 2, .x = x, .out = expected}, TOKENS, 1);
     char *strip = empty_strip();
     attend(strip, 0, LENGTH, expected_rows, 1);
     pthread_t threads[4];

@@ -1,0 +1,123 @@
+"""Section 5's recorded decode steps on native kernels: the same bits as steps made in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from test_families import MORE, ROWS
+
+import nanollama
+from nanollama import LLM, Batch, DecodeCalls, GenerationRequest, KernelCalls, SamplingParams
+
+try:
+    nanollama.find_compiler()
+except nanollama.KernelError:
+    pytest.skip("there is no C compiler", allow_module_level=True)
+
+CPU = torch.device("cpu")
+FAMILIES = ROWS | MORE
+EAGER = {  # these compute with torch between the kernels
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),  # experts
+    *("cohere2", "starcoder2", "starcoder2-unbiased", "stablelm", "stablelm-whole"),  # LayerNorm
+    *("olmo2", "olmo3", "hunyuan_v1_dense"),  # norms of all heads at once, or after the rotation
+    "ministral3",  # scales that grow with the position
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"quantize": "q4"},
+    "qwen2": {"prefill_chunk": 16},
+    "qwen3": {"kv_dtype": "float32"},
+    "mistral": {"kv_dtype": "q8", "prefill_chunk": 16},
+}
+
+
+def load(kind: str, tiny: oracle.Tiny, parallel: int = 3) -> LLM:
+    name, overrides = FAMILIES[kind]
+    options = {"quantize": "q8", **OPTIONS.get(kind, {})}
+    return LLM(tiny(name, **overrides), kernels="native", parallel=parallel, **options)
+
+
+def requests() -> list[GenerationRequest]:
+    """Prompts of several lengths, with answers of several lengths."""
+    params = [SamplingParams(seed=i, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(5)]
+    prompts = [oracle.random_ids(3 + 9 * i, seed=i) for i in range(5)]
+    return [GenerationRequest(ids, params=p) for ids, p in zip(prompts, params)]
+
+
+def answers(llm: LLM) -> list[list[tuple[int, Any]]]:
+    """Token ids and their log-probabilities."""
+    found: list[list[tuple[int, Any]]] = [[] for _ in requests()]
+    llm.engine.forget()
+    for delta in llm.stream(requests()):
+        if delta.token_id is not None:
+            found[delta.index].append((delta.token_id, delta.logprobs))
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - EAGER))
+def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -> None:
+    decoder = load(kind, tiny).engine.decoder
+    caches = [decoder.new_cache(4, 16) for _ in range(2)]
+    with torch.inference_mode():
+        steps = DecodeCalls(decoder, caches[0])
+        for cache in caches:
+            for slot in range(3):
+                cache.reserve(slot, 80)
+            work = [(slot, 0, [7, 8, 9][: slot + 1], 1) for slot in (2, 0, 1)]
+            decoder(Batch(work, CPU, decoder.row_tile), cache)
+        for turn in range(70):  # around rings, and past the short context of longrope
+            slots = [[2, 0, 1], [0, 1], [2], [1, 2]][turn % 4]
+            rows = [(slot, 1 + slot + turn, 30 + slot) for slot in slots]
+            for slot in slots:  # strips move when they grow
+                caches[0].strips[slot] = caches[0].strips[slot].clone()
+            work = [(slot, at, [token], 1) for slot, at, token in rows]
+            expected = decoder(Batch(work, CPU, decoder.row_tile), caches[1])
+            assert torch.equal(steps(rows), expected)
+    for ours, theirs in zip(caches[0].strips + caches[0].rings, caches[1].strips + caches[1].rings):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - EAGER))
+def test_answers_are_the_same_without_recorded_steps(kind: str, tiny: oracle.Tiny) -> None:
+    llm = load(kind, tiny)
+    recorded = answers(llm)
+    llm.engine.decode_steps = None
+    assert answers(llm) == recorded
+
+
+def test_more_sequences_than_were_recorded_run_all_the_same(
+    tiny: oracle.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers(load("qwen3", tiny, 5))
+    monkeypatch.setattr(DecodeCalls, "most_rows", 2)
+    few = load("qwen3", tiny, 5)
+    assert few.engine.decode_steps is not None
+    assert few.engine.decode_steps.num_rows == 2
+    assert answers(few) == expected
+
+
+@pytest.mark.parametrize("kind", sorted(EAGER))
+def test_a_model_that_computes_with_torch_too_is_not_recorded(kind: str, tiny: oracle.Tiny) -> None:
+    llm = load(kind, tiny)
+    assert llm.engine.decode_steps is None
+    assert [len(answer) for answer in answers(llm)] == [4, 7, 10, 13, 16]
+
+
+def test_what_is_not_a_kernel_cannot_be_recorded(tiny: oracle.Tiny) -> None:
+    x = torch.zeros(3)
+    with pytest.raises(nanollama.KernelError, match=r"aten\.add"):
+        KernelCalls(lambda: x[1:] + 1)
+    assert load("qwen3", tiny).logits([1, 2, 3]).any()  # kernels run again
+
+
+def test_a_profiler_sees_the_operators_of_a_decode_step(tiny: oracle.Tiny) -> None:
+    llm = load("qwen3", tiny)
+    request = GenerationRequest([1, 2, 3], params=SamplingParams(temperature=0, max_tokens=4))
+    plain = llm.complete(request).token_ids
+    llm.engine.forget()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert llm.complete(request).token_ids == plain
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["nanollama::attention"] == 4 * llm.config.n_layers
