@@ -2859,6 +2859,10 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 class KernelStep(ctypes.Structure):
     """The kernels' `step`."""
 
@@ -2883,24 +2887,30 @@ class KernelCalls:
     They read and write the same tensors each time, of which they take as many rows as they are
     told; those of the result are in `result`."""
 
+    # what looks at a tensor, or at a part of it, without computing anything
+    harmless = tuple("__get__ __getitem__ __len__ contiguous data_ptr float numel size".split())
+
     def __init__(self, function: Callable[[], Tensor]) -> None:
         """Note what `function` calls; nothing is run. Raises KernelError when it computes anything
         else: that would be missing afterwards."""
         kept: list[Any] = []  # tensors whose addresses are in the calls
 
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(
-                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
+            def __torch_function__(
+                self, torchs: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
-                if not op.is_view and op is not torch.ops.aten.empty.memory_format:
-                    raise KernelError(f"{op} is not a native kernel")
-                kept.append(op(*args, **kwargs or {}))
-                return kept[-1]
+                result = torchs(*args, **kwargs or {})
+                if torchs is not torch.empty:
+                    is_new = isinstance(result, torch.Tensor) and not shares_memory(result, args[0])
+                    if torchs.__name__ not in KernelCalls.harmless or is_new:
+                        raise KernelError(f"{torchs.__name__} is not a native kernel")
+                kept.append(result)
+                return result
 
         calls: list[tuple[Any, ctypes.Structure]] = []
         _recording.calls = calls
         try:
-            with Watch():  # type: ignore[no-untyped-call]
+            with Watch():
                 self.result = function()
         finally:
             del _recording.calls

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -30,6 +33,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2": {"prefill_chunk": 16},
     "qwen3": {"kv_dtype": "float32"},
     "mistral": {"kv_dtype": "q8", "prefill_chunk": 16},
+}
+
+
+INDEX = torch.tensor([0, 2])
+COMPUTES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "add": lambda x: x + 1,
+    "mul_": lambda x: x[1:].mul_(2),
+    "__setitem__": lambda x: operator.setitem(x, 0, 1.0),
+    "__getitem__": lambda x: x[INDEX],
+    "half": lambda x: x.half(),
+    "item": lambda x: x[0].item(),
+    "numpy": lambda x: x.numpy(),
+    "pad": lambda x: torch.nn.functional.pad(x, (0, 1)),
+    "zeros": lambda x: torch.zeros(3),
 }
 
 
@@ -107,8 +124,10 @@ def test_a_model_that_computes_with_torch_too_is_not_recorded(kind: str, tiny: o
 
 def test_what_is_not_a_kernel_cannot_be_recorded(tiny: oracle.Tiny) -> None:
     x = torch.zeros(3)
-    with pytest.raises(nanollama.KernelError, match=r"aten\.add"):
-        KernelCalls(lambda: x[1:] + 1)
+    KernelCalls(lambda: x[1:].float())
+    for name, function in COMPUTES.items():
+        with pytest.raises(nanollama.KernelError, match=f"^{name} is not a native kernel$"):
+            KernelCalls(functools.partial(function, x))
     assert load("qwen3", tiny).logits([1, 2, 3]).any()  # kernels run again
 
 
