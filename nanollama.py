@@ -166,15 +166,43 @@ log = logging.getLogger("nanollama")
 Found = TypeVar("Found")
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C counts when the block is through: an import that it breaks off, or that swallows it,
+    leaves modules that work no more."""
+    came: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *received: came.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class LazyModule:
     """Stands for the module `path`. When an attribute is first read, it imports the module, with
-    the submodules named, and puts it in its own place."""
+    the submodules named, and puts it in its own place. Raises PackageError, saying what to run, for
+    a package that is not there."""
 
-    def __init__(self, path: str, *submodules: str) -> None:
+    def __init__(self, path: str, *submodules: str, install: str = "pip install .") -> None:
         self.__paths = (path, *(f"{path}.{name}" for name in submodules))
+        self.__install = install
 
     def __getattr__(self, name: str) -> Any:
-        module, *_ = [importlib.import_module(path) for path in self.__paths]
+        try:
+            with uninterrupted():
+                module, *_ = [importlib.import_module(path) for path in self.__paths]
+        except ImportError as error:
+            package = self.__paths[0].partition(".")[0]
+            raise PackageError(
+                f"{package} cannot be imported: {first_line(error)}; where nanollama.py is, run "
+                + self.__install
+            ) from None
         names = globals()  # torch.compile sees through a module, not through a stand-in
         names.update({key: module for key, value in names.items() if value is self})
         return getattr(module, name)
@@ -221,19 +249,24 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
-    pytest = LazyModule("pytest")
+    pytest = LazyModule("pytest", install="pip install pytest")
     safetensors = LazyModule("safetensors", "torch")
-    sentencepiece_model = LazyModule("sentencepiece.sentencepiece_model_pb2")
+    sentencepiece_model = LazyModule(
+        "sentencepiece.sentencepiece_model_pb2", install='pip install ".[sentencepiece]"'
+    )
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
     )
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
-    tl = LazyModule("triton.language")
+    tl = LazyModule("triton.language", install="pip install triton")
     tqdm = LazyModule("tqdm")
-    transformers = LazyModule("transformers")
-    triton = LazyModule("triton")
+    transformers = LazyModule(
+        "transformers",
+        install='pip install ".[verify]", or give --reference FILE, made where it is installed',
+    )
+    triton = LazyModule("triton", install="pip install triton")
     uvicorn = LazyModule("uvicorn")
     yaml = LazyModule("yaml")
 
@@ -248,6 +281,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── PackageError             500  a package that cannot be imported
     ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
@@ -286,6 +320,10 @@ class CheckpointError(NanollamaError):
 
 
 class KernelError(NanollamaError):
+    pass
+
+
+class PackageError(NanollamaError):
     pass
 
 
@@ -4951,7 +4989,7 @@ def _safetensors_file(file: Path) -> dict[str, TensorSource]:
         opened = safetensors.safe_open(file, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
-    except Exception as error:  # SafetensorError, and OSError for what is not a plain file
+    except (OSError, safetensors.SafetensorError) as error:  # OSError: not a plain file
         raise CheckpointError(
             f"{file}: not a whole safetensors file: {first_line(error)}"
         ) from None
@@ -7016,12 +7054,7 @@ def _ranked(
 
 
 def _sentencepiece(raw: bytes) -> dict[str, Any]:
-    try:
-        model = sentencepiece_model.ModelProto.FromString(raw)
-    except ImportError as error:
-        raise CheckpointError(
-            f"a SentencePiece model needs {error.name}: pip install sentencepiece protobuf"
-        ) from None
+    model = sentencepiece_model.ModelProto.FromString(raw)
     trained, normalized = model.trainer_spec, model.normalizer_spec
     if not model.pieces:
         raise CheckpointError("the file holds no vocabulary")
@@ -7264,7 +7297,7 @@ class Tokenizer:
             if not failed_in_library(error):
                 raise
             reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
-            if isinstance(error, CheckpointError):
+            if isinstance(error, NanollamaError):
                 reason = str(error)
             raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
@@ -7654,12 +7687,12 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
-        refused: TemplateError | None = None
+        refused: NanollamaError | None = None
         for shaped in _message_shapes(clean):
             try:
                 text = compiled_template(source).render(variables, messages=shaped)
                 return up_to_cut(text) if continue_final_message else text
-            except TemplateError as error:
+            except NanollamaError as error:
                 refused = refused or error
             except Exception as error:  # a template can fail in any way Python can
                 reason = f"the chat template failed: {type(error).__name__}: {first_line(error)}"
@@ -15101,12 +15134,7 @@ def make_reference(
     path: Path, tokenizer_path: Path, adapter: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What transformers computes for a model, in float32: what is said, and its tensors. Raises
-    UsageError where transformers is missing, CheckpointError where it cannot load the model."""
-    if importlib.util.find_spec("transformers") is None:
-        raise UsageError(
-            "this compares with transformers: pip install transformers, or give "
-            "--reference FILE, made where it is installed"
-        )
+    PackageError where transformers is missing, CheckpointError where it cannot load the model."""
 
     def load(kind: Any, source: Path, **options: Any) -> Any:
         if source.suffix == ".pt":

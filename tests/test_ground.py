@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,73 @@ def test_a_module_is_imported_when_it_is_first_used(monkeypatch: pytest.MonkeyPa
 def test_a_name_that_a_module_does_not_have_is_reported() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = LazyModule("json").no_such_name
+
+
+def run_where(finder: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that asks `finder`, the body of a function of `name`, first for each module."""
+    head = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        {finder}
+sys.meta_path.insert(0, Finder)
+import nanollama
+"""
+    return subprocess.run([sys.executable, "-c", head + program], capture_output=True, text=True)
+
+
+RUN_MAIN = "sys.exit(nanollama.main(['--model', 'tiny-random', '--chat', '--prompt', 'Hi']))"
+
+
+def test_whatever_package_is_missing_is_named_with_what_to_run() -> None:
+    program = """
+for lazy in [item for item in vars(nanollama).values() if type(item) is nanollama.LazyModule]:
+    try:
+        lazy.name
+    except nanollama.PackageError as error:
+        print(error)
+"""
+    here = "{'nanollama', *sys.stdlib_module_names}"
+    missing = f"if name.split('.')[0] not in {here}: raise ImportError('no ' + name)"
+    ran = run_where(missing, program)
+    lines = ran.stdout.splitlines()
+    assert len(lines) > 15, ran
+    for line in lines:
+        assert re.fullmatch(r"(\w+) cannot be imported: no \1(\.\w+)*; where .*, run pip .*", line)
+    installs = [line.partition("run ")[2] for line in lines]
+    assert installs.count("pip install .") >= 14
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "safetensors", "tokenizers", "jinja2"])
+def test_a_missing_package_is_one_line_on_the_command_line(package: str) -> None:
+    missing = f"if name == {package!r}: raise ModuleNotFoundError('No module named ' + name)"
+    ran = run_where(missing, RUN_MAIN)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"error: (\S+: )?{package} cannot be imported: No module named {package}; "
+        r"where nanollama\.py is, run pip install \.",
+        ran.stderr.splitlines()[-1],  # without numpy, torch warns
+    )
+    assert "Traceback" not in ran.stderr
+
+
+def test_ctrl_c_while_a_module_is_imported_waits_for_the_whole_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deaf.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException:\n    pass\nvalue = 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        _ = LazyModule("deaf").value
+    assert sys.modules.pop("deaf").value == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_modules_are_imported_ends_with_130() -> None:
+    ran = run_where("if name == 'torch': os.kill(os.getpid(), signal.SIGINT)", RUN_MAIN)
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
 
 
 def test_light_commands_import_nothing_heavy() -> None:

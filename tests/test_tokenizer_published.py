@@ -340,9 +340,9 @@ def test_what_a_sentencepiece_model_asks_for_and_we_lack_is_named(
 def test_without_sentencepiece_its_models_ask_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = nanollama.LazyModule("sentencepiece_that_is_not_there")
+    absent = nanollama.LazyModule("not_there", install='pip install ".[sentencepiece]"')
     monkeypatch.setattr(nanollama, "sentencepiece_model", absent)
-    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: not_there .*sentencepiece"):
         tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
 
 
