@@ -370,6 +370,15 @@ def brief(value: object) -> str:
     return cut.repr(value)
 
 
+@contextlib.contextmanager
+def errors_about(source: object) -> Iterator[None]:
+    """Put the name of what is being read before the text of a CheckpointError."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
 # a library's code in /proc/self/smaps of which no page differs from the file's
 CODE = re.compile(r"(?m)^(\w+)-(\w+) r-xp .* /.*\n(?:[A-Z]\w+:.*\n)*?Anonymous: +0 kB")
 
@@ -420,75 +429,98 @@ class Family:
 
     gguf: str = ""  # general.architecture in GGUF files
     gguf_key: str = ""  # metadata that tells it from another family of that architecture
+    # what config.json means where it does not say; None where it has to say
+    n_ctx: int = 2048
+    norm_eps: float | None = None
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    theta: float | None = None
+    window: int | None = None
+    window_pattern: int | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)  # in config.json's own words
+    # the arithmetic
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
     plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
     experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What config.json means where it does not say, in its words."""
+        own = {key: getattr(self, name) for name, key in FAMILY_KEYS.items()}
+        return {key: value for key, value in own.items() if value is not None} | dict(self.others)
 
+
+FAMILY_KEYS = {
+    "n_ctx": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "theta": "rope_theta",
+    "window": "sliding_window",
+    "window_pattern": "sliding_window_pattern",
+}
+
+
+def _yarn(factor: float, n_old: int, **others: Any) -> Values:
+    stretch = {"factor": factor, "original_max_position_embeddings": n_old}
+    return {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, **stretch, **others}
+
+
+Values = dict[str, Any]
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
 POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
-Values = dict[str, Any]
-_QWEN: Values = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-_QKV_BIAS = {"qkv_bias": True, "o_bias": False}
-_MISTRAL: Values = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
-_GEMMA: Values = {"tie_word_embeddings": True, "max_position_embeddings": 8192, "head_dim": 256}
+_SANDWICH = {"norms": PRE_NORMS + POST_NORMS}
+_NO_WINDOW = {"use_sliding_window": False}
+_QWEN: Values = {"n_ctx": 32768, "n_kv_heads": 32, "window": 4096}
+_QWEN_WINDOW = {**_NO_WINDOW, "max_window_layers": 28}
+_MISTRAL: Values = {"n_ctx": 131072, "n_kv_heads": 8}
+_TIED = {"tie_word_embeddings": True}
+_GEMMA: Values = {"plus_one": True, "head_dim": 256}
 _GEMMA_SWITCHES = {"act": "geglu", "embed_root": True}
-_GEMMA2: Values = {
-    **_GEMMA,
-    "vocab_size": 256000,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "sliding_window": 4096,
-    "query_pre_attn_scalar": 256,
-}
+_GEMMA2: Values = {**_GEMMA, "n_kv_heads": 4, "window": 4096}
+_GEMMA2_OTHERS: Values = {**_TIED, "num_attention_heads": 8, "query_pre_attn_scalar": 256}
 _EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
-_YARN: Values = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
+_WINDOWS: Values = {"window": 4096, "window_pattern": 4}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "llama",
-        permuted=True,
-        defaults={"max_position_embeddings": 2048, "use_sliding_window": False},
-    ),
-    "mistral": Family("llama", permuted=True, defaults={**_MISTRAL, "sliding_window": 4096}),
-    "ministral": Family(defaults={**_MISTRAL, "sliding_window": 4096}),
+    "llama": Family("llama", permuted=True, others=_NO_WINDOW),
+    "mistral": Family("llama", permuted=True, **_MISTRAL, window=4096),
+    "ministral": Family(**_MISTRAL, window=4096),
     "ministral3": Family(
         "mistral3",
         permuted=True,
-        defaults={
-            **_MISTRAL,
-            "max_position_embeddings": 262144,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {
-                **_YARN,
-                "rope_theta": 1e6,
-                "factor": 16.0,
-                "original_max_position_embeddings": 16384,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            },
+        **{**_MISTRAL, "n_ctx": 262144, "head_dim": 128, "norm_eps": 1e-5},
+        others={
+            "rope_parameters": _yarn(
+                16.0,
+                16384,
+                rope_theta=1e6,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.1,
+            )
         },
     ),
     "mixtral": Family(
         "llama",
         "expert_count",
+        **_MISTRAL,
+        norm_eps=1e-5,
+        theta=1e6,
+        others=_EXPERTS,
         permuted=True,
-        defaults={**_MISTRAL, **_EXPERTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
         switches={"experts": True},
     ),
-    "qwen2": Family("qwen2", defaults={**_QWEN, **_QWEN_WINDOW}, switches=_QKV_BIAS),
+    "qwen2": Family(
+        "qwen2", **_QWEN, others=_QWEN_WINDOW, switches={"qkv_bias": True, "o_bias": False}
+    ),
     "qwen2_moe": Family(
         "qwen2moe",
-        defaults={
-            **_QWEN,
+        **{**_QWEN, "n_kv_heads": 16},
+        others={
             **_QWEN_WINDOW,
-            "num_key_value_heads": 16,
             "num_experts": 60,
             "num_experts_per_tok": 4,
             "moe_intermediate_size": 1408,
@@ -498,15 +530,13 @@ FAMILIES: dict[str, Family] = {
         switches={"experts": True, "o_bias": False},
     ),
     "qwen3": Family(
-        "qwen3", defaults={**_QWEN, **_QWEN_WINDOW, "head_dim": 128}, switches={"qk_norm": "head"}
+        "qwen3", **_QWEN, head_dim=128, others=_QWEN_WINDOW, switches={"qk_norm": "head"}
     ),
     "qwen3_moe": Family(
         "qwen3moe",
-        defaults={
-            **_QWEN,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "num_key_value_heads": 4,
+        **{**_QWEN, "n_kv_heads": 4},
+        others={
+            **_NO_WINDOW,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
@@ -516,205 +546,156 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         "smollm3",
+        n_ctx=32768,
+        n_kv_heads=4,
+        theta=2e6,
+        others={**_TIED, **_NO_WINDOW, "no_rope_layer_interval": 4},
         permuted=True,
-        defaults={
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 4,
-            "rope_theta": 2e6,
-            "tie_word_embeddings": True,
-            "use_sliding_window": False,
-            "no_rope_layer_interval": 4,
-        },
     ),
-    "phi3": Family("phi3", defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}),
+    "phi3": Family("phi3", n_ctx=4096, norm_eps=1e-5),
     "gemma": Family(
-        "gemma",
-        plus_one=True,
-        defaults={**_GEMMA, "num_key_value_heads": 16},
-        switches=_GEMMA_SWITCHES,
+        "gemma", **_GEMMA, n_ctx=8192, n_kv_heads=16, others=_TIED, switches=_GEMMA_SWITCHES
     ),
     "gemma2": Family(
         "gemma2",
-        plus_one=True,
-        defaults={
-            **_GEMMA2,
-            "sliding_window_pattern": 2,
+        **_GEMMA2,
+        n_ctx=8192,
+        window_pattern=2,
+        others={
+            **_GEMMA2_OTHERS,
+            "vocab_size": 256000,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
-        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS},
+        switches={**_GEMMA_SWITCHES, **_SANDWICH},
     ),
     "gemma3_text": Family(
         "gemma3",
-        plus_one=True,
-        defaults={
-            **_GEMMA2,
-            "max_position_embeddings": 131072,
-            "vocab_size": 262208,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-            "sliding_window_pattern": 6,
-        },
-        switches={**_GEMMA_SWITCHES, "norms": PRE_NORMS + POST_NORMS, "qk_norm": "head"},
+        **_GEMMA2,
+        n_ctx=131072,
+        theta=1e6,
+        window_pattern=6,
+        others={**_GEMMA2_OTHERS, "vocab_size": 262208, "rope_local_base_freq": 1e4},
+        switches={**_GEMMA_SWITCHES, **_SANDWICH, "qk_norm": "head"},
     ),
-    "olmo2": Family(
-        "olmo2",
-        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        switches={"norms": POST_NORMS, "qk_norm": "full"},
-    ),
+    "olmo2": Family("olmo2", norm_eps=1e-5, switches={"norms": POST_NORMS, "qk_norm": "full"}),
     "olmo3": Family(
         "olmo2",
         "attention.sliding_window",
-        defaults={
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 5e5,
-            "rope_local_base_freq": 5e5,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
-        },
+        **_WINDOWS,
+        norm_eps=1e-5,
+        theta=5e5,
+        others={"rope_local_base_freq": 5e5},
         switches={"norms": POST_NORMS, "qk_norm": "full"},
     ),
     "olmoe": Family(
         "olmoe",
-        defaults={
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-        },
+        n_ctx=4096,
+        norm_eps=1e-5,
+        others={"num_experts": 64, "num_experts_per_tok": 8},
         switches={"experts": True, "qk_norm": "full"},
     ),
-    "granite": Family(
-        "granite",
-        permuted=True,
-        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
-    ),
+    "granite": Family("granite", others={"attention_multiplier": 1.0}, permuted=True),
     "granitemoe": Family(
         "granitemoe",
+        others={**_EXPERTS, "attention_multiplier": 1.0},
         permuted=True,
-        defaults={**_EXPERTS, "max_position_embeddings": 2048, "attention_multiplier": 1.0},
         switches={"experts": True},
     ),
     "gpt_oss": Family(
         "gpt-oss",
-        experts_last=True,
-        defaults={
-            **_EXPERTS,
+        n_ctx=131072,
+        norm_eps=1e-5,
+        n_kv_heads=8,
+        head_dim=64,
+        theta=150000.0,
+        window=128,
+        window_pattern=2,
+        others={
+            "norm_topk_prob": True,
             "num_experts": 128,
             "num_experts_per_tok": 4,
             "expert_bias": True,
             "attention_bias": True,
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 150000.0,
-            "sliding_window": 128,
-            "sliding_window_pattern": 2,
-            "rope_parameters": {
-                **_YARN,
-                "factor": 32.0,
-                "original_max_position_embeddings": 4096,
-                "truncate": False,
-            },
+            "rope_parameters": _yarn(32.0, 4096, truncate=False),
         },
+        experts_last=True,
         gguf_values={"rope_parameters": {"truncate": False}},
         switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
     ),
     "nanochat": Family(
-        defaults={
-            "max_position_embeddings": 2048,
-            "hidden_act": "relu2",
-            "final_logit_softcapping": 15.0,
-            "rope_backwards": True,
-        },
+        others={"hidden_act": "relu2", "final_logit_softcapping": 15.0, "rope_backwards": True},
         switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
     ),
     "seed_oss": Family(
         "seed_oss",
-        defaults={
-            "max_position_embeddings": 524288,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "attention_bias": True,
-            "attention_out_bias": False,
-        },
+        n_ctx=524288,
+        n_kv_heads=8,
+        head_dim=128,
+        others={"attention_bias": True, "attention_out_bias": False},
     ),
     "arcee": Family(
-        "arcee",
-        permuted=True,
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+        "arcee", n_ctx=4096, norm_eps=1e-5, others={"hidden_act": "relu2"}, permuted=True
     ),
-    "hunyuan_v1_dense": Family(
-        "hunyuan-dense",
-        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        switches={"qk_norm": "after_rope"},
-    ),
+    "hunyuan_v1_dense": Family("hunyuan-dense", norm_eps=1e-5, switches={"qk_norm": "after_rope"}),
     "exaone4": Family(
         "exaone4",
-        defaults={
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "num_key_value_heads": 32,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
-            "rope_only_in_windows": True,
-        },
+        **_WINDOWS,
+        norm_eps=1e-5,
+        n_kv_heads=32,
+        others={"rope_only_in_windows": True},
         switches={"norms": POST_NORMS, "qk_norm": "head"},
     ),
     "glm4": Family(
         "glm4",
+        n_ctx=131072,
+        norm_eps=1.5625e-7,
+        n_kv_heads=2,
+        head_dim=128,
+        others={"partial_rotary_factor": 0.5, "attention_bias": True},
         interleaved=True,
-        defaults={
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1.5625e-7,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "partial_rotary_factor": 0.5,
-            "attention_bias": True,
-        },
-        switches={"norms": PRE_NORMS + POST_NORMS, "o_bias": False},
+        switches={**_SANDWICH, "o_bias": False},
     ),
     "cohere2": Family(
         "cohere2",
-        interleaved=True,
-        defaults={
-            "max_position_embeddings": 8192,
+        **_WINDOWS,
+        n_ctx=8192,
+        others={
+            **_TIED,
             "layer_norm_eps": 1e-5,
             "logit_scale": 0.0625,
-            "tie_word_embeddings": True,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
             "rope_only_in_windows": True,
         },
+        interleaved=True,
         switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
     ),
     "starcoder2": Family(
         "starcoder2",
-        defaults={
-            "max_position_embeddings": 4096,
-            "norm_epsilon": 1e-5,
-            "num_key_value_heads": 2,
-            "use_bias": True,
-            "tie_word_embeddings": True,
-            "hidden_act": "gelu_pytorch_tanh",
-        },
+        n_ctx=4096,
+        n_kv_heads=2,
+        others={**_TIED, "norm_epsilon": 1e-5, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"},
         switches={"norm": "layer_bias", "act": "gelu"},
     ),
     "stablelm": Family(
         "stablelm",
-        defaults={
-            "max_position_embeddings": 4096,
-            "layer_norm_eps": 1e-5,
-            "num_key_value_heads": 32,
-            "partial_rotary_factor": 0.25,
-        },
+        n_ctx=4096,
+        n_kv_heads=32,
+        others={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
         switches={"norm": "layer_bias", "o_bias": False},
     ),
 }
 SUPPORTED = ", ".join(FAMILIES)
-ROPE_TYPES = ("default", "linear", "dynamic", "ntk", "llama3", "yarn", "longrope")
+# rope_type -> the numbers that it needs; numbers that any may have
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
+    "ntk": ("alpha",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": (),
+}
+ROPE_OPTIONS = (
+    "beta_fast beta_slow attention_factor mscale mscale_all_dim llama_4_scaling_beta factor"
+).split()
 ROPE_ALIASES = {"su": "longrope", "none": "default"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
@@ -810,34 +791,30 @@ def head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
-class ConfigValues:
+class ConfigValues(dict[str, Any]):
     """A config.json with its family's defaults, read key by key.
 
-    Raises CheckpointError, naming `source`, for a value that cannot be."""
-
-    def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
+    Raises CheckpointError for a value that cannot be."""
 
     def first(self, *keys: str, default: Any = None) -> Any:
         """The value of the first of several spellings that is there."""
-        return next((self.values[key] for key in keys if key in self.values), default)
+        return next((self[key] for key in keys if key in self), default)
 
     def any(self, *keys: str) -> bool:
-        return any(self.values.get(key) for key in keys)
+        return any(map(self.get, keys))
 
     def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        value = self.values.get(key, default)
+        value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(
-                f"{self.source}: {key} is {brief(value)}; an integer from 1 to {most} is needed"
-            )
+            raise CheckpointError(f"{key} is {brief(value)}; an integer from 1 to {most} is needed")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        return positive(self.values.get(key, default), f"{self.source}: {key}")
+        return positive(self.get(key, default), key)
+
+    def number_or(self, default: Found, key: str) -> float | Found:
+        """A number; `default` where there is none, or 0."""
+        return self.number(key) if self.get(key) else default
 
 
 def positive(value: Any, what: str) -> float:
@@ -862,23 +839,29 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
     Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
     raw = text_config(raw)
-    model_type = raw.get("model_type")
-    family = FAMILIES.get(str(model_type))
-    if family is None:
-        raise CheckpointError(
-            f"{source}: model_type {brief(model_type)} is not supported; supported are: {SUPPORTED}"
-        )
-    # a null takes the family's default away: no window, as many key/value heads as heads
-    merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
-    values = ConfigValues(merged, source)
+    model_type = str(raw.get("model_type"))
+    with errors_about(source):
+        if model_type not in FAMILIES:
+            raise CheckpointError(
+                f"model_type {brief(raw.get('model_type'))} is not supported; supported are: "
+                + SUPPORTED
+            )
+        family = FAMILIES[model_type]
+        # a null takes the family's default away: no window, as many key/value heads as heads
+        merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
+        return ModelConfig(model_type=model_type, **_fields(ConfigValues(merged), family))
+
+
+def _fields(values: ConfigValues, family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig"""
     n_embd, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     n_layers = values.count("num_hidden_layers", most=2**16)
     n_kv_heads = values.count("num_key_value_heads", n_heads)
     head_dim = values.count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
         raise CheckpointError(
-            f"{source}: {n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: "
-            "the width must be even and the heads must divide evenly"
+            f"{n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: the width "
+            "must be even and the heads must divide evenly"
         )
     _check_supported(values)
     windows = _layer_windows(values, n_layers)
@@ -886,25 +869,24 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     n_ctx = values.count("max_position_embeddings")
     if ropes[0]["rope_type"] == "dynamic":
         n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
-    fields: dict[str, Any] = {**_switches(values), **family.switches}
-    fields["embed_scale"] *= n_embd**0.5 if fields.pop("embed_root", False) else 1
-    if fields.get("experts"):
-        fields["experts"] = _experts(values, n_layers)
-    return ModelConfig(
-        model_type=str(model_type),
-        n_vocab=values.count("vocab_size"),
-        n_embd=n_embd,
-        n_ff=values.count("intermediate_size"),
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        n_ctx=n_ctx,
-        ropes=ropes,
-        layer_ropes=layer_ropes,
-        windows=windows,
-        **fields,
-    )
+    switches = {**_switches(values), **family.switches}
+    switches["embed_scale"] *= n_embd**0.5 if switches.pop("embed_root", False) else 1
+    if switches.get("experts"):
+        switches["experts"] = _experts(values, n_layers)
+    return {
+        "n_vocab": values.count("vocab_size"),
+        "n_embd": n_embd,
+        "n_ff": values.count("intermediate_size"),
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "n_ctx": n_ctx,
+        "ropes": ropes,
+        "layer_ropes": layer_ropes,
+        "windows": windows,
+        **switches,
+    }
 
 
 def _switches(values: ConfigValues) -> dict[str, Any]:
@@ -912,11 +894,9 @@ def _switches(values: ConfigValues) -> dict[str, Any]:
     bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
     # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
     residual = values.number("residual_multiplier", 1.0)
-    attn_scale = None
-    if values.get("attention_multiplier"):
-        attn_scale = values.number("attention_multiplier")
-    elif values.get("query_pre_attn_scalar"):
-        attn_scale = values.number("query_pre_attn_scalar") ** -0.5
+    eps_keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    eps_key = next(filter(values.get, eps_keys), eps_keys[0])
+    width = values.number_or(None, "query_pre_attn_scalar")
     return {
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "qkv_bias": bias,
@@ -924,28 +904,27 @@ def _switches(values: ConfigValues) -> dict[str, Any]:
         "mlp_bias": values.any("mlp_bias", "use_bias"),
         "act": _activation(values),
         "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
-        "norm_eps": _norm_eps(values) / residual**2,
-        "attn_scale": attn_scale,
-        "attn_softcap": _softcap(values, "attn_logit_softcapping"),
-        "logit_softcap": _softcap(values, "final_logit_softcapping"),
+        "norm_eps": values.number(eps_key, 1e-6) / residual**2,
+        "attn_scale": values.number_or(width and width**-0.5, "attention_multiplier"),
+        "attn_softcap": values.number_or(0.0, "attn_logit_softcapping"),
+        "logit_softcap": values.number_or(0.0, "final_logit_softcapping"),
         "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
     }
 
 
 def _check_supported(values: ConfigValues) -> None:
-    source, quantized = values.source, values.get("quantization_config")
+    quantized = values.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
     if quantized and method != "mxfp4":
         raise CheckpointError(
-            f"{source}: quantization_config {brief(quantized)} is not supported; take the float "
-            "weights (with --quantize) or a GGUF file of this model"
+            f"quantization_config {brief(quantized)} is not supported; take the float weights "
+            "(with --quantize) or a GGUF file of this model"
         )
     for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if values.get(key, only) != only:
-            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not {only}")
-    for key in REFUSED:
-        if values.get(key):
-            raise CheckpointError(f"{source}: {key} {brief(values.get(key))} is not supported")
+            raise CheckpointError(f"{key} {brief(values[key])} is not {only}")
+    for key in filter(values.get, REFUSED):
+        raise CheckpointError(f"{key} {brief(values[key])} is not supported")
 
 
 def _activation(values: ConfigValues) -> str:
@@ -954,28 +933,17 @@ def _activation(values: ConfigValues) -> str:
         act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
     if not isinstance(act, str) or act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise CheckpointError(
-            f"{values.source}: hidden_act {brief(act)} is not supported; {known} are"
-        )
+        raise CheckpointError(f"hidden_act {brief(act)} is not supported; {known} are")
     return ACTIVATIONS[act]
-
-
-def _norm_eps(values: ConfigValues) -> float:
-    keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
-    return values.number(next((key for key in keys if values.get(key)), keys[0]), 1e-6)
-
-
-def _softcap(values: ConfigValues, key: str) -> float:
-    return values.number(key) if values.get(key) else 0.0
 
 
 def _experts(values: ConfigValues, n_layers: int) -> Experts:
     """Which layers have experts, and which have one MLP, is Qwen's to say; otherwise all have."""
-    key = "num_local_experts" if "num_local_experts" in values.values else "num_experts"
+    key = "num_local_experts" if "num_local_experts" in values else "num_experts"
     count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers", [])
     if not isinstance(dense, list):
-        raise CheckpointError(f"{values.source}: mlp_only_layers is {brief(dense)}; not a list")
+        raise CheckpointError(f"mlp_only_layers is {brief(dense)}; not a list")
     shared = "shared_expert_intermediate_size"
     return Experts(
         count=count,
@@ -996,91 +964,73 @@ def _ropes(
     `rope_local_base_freq` for layers with a window."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(
-            f"{values.source}: rope_parameters is {brief(found)}; an object is needed"
-        )
-    main, local = found, None
+        raise CheckpointError(f"rope_parameters is {brief(found)}; an object is needed")
+    kinds = [found]
     if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
-        main, local = (found.get(kind) or {} for kind in LAYER_TYPES)
-    elif "rope_local_base_freq" in values.values:
-        local = {"rope_theta": values.get("rope_local_base_freq")}
-    ropes = [_rope_parameters(rope, values, head_dim) for rope in (main, local) if rope is not None]
-    has_local = len(ropes) > 1
+        kinds = [found.get(kind) or {} for kind in LAYER_TYPES]
+    elif "rope_local_base_freq" in values:
+        kinds = [found, {"rope_theta": values["rope_local_base_freq"]}]
     interval = values.get("no_rope_layer_interval")
     turned = values.get("no_rope_layers") or [
         (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
         for i in range(len(windows))
     ]
     if not isinstance(turned, list) or len(turned) < len(windows):
-        raise CheckpointError(f"{values.source}: no_rope_layers is {brief(turned)}")
+        raise CheckpointError(f"no_rope_layers is {brief(turned)}")
     if values.get("rope_only_in_windows") and any(windows):
         turned = windows
-    both = zip(turned, windows)
-    return tuple(ropes), tuple(int(has_local and w is not None) if has else None for has, w in both)
+    local = len(kinds) - 1  # what layers with a window use
+    uses = [local * (w is not None) if has else None for has, w in zip(turned, windows)]
+    return tuple(_rope_parameters(rope, values, head_dim) for rope in kinds), tuple(uses)
 
 
 def _rope_parameters(
     found: Mapping[str, Any], values: ConfigValues, head_dim: int
 ) -> dict[str, Any]:
     """One set of rope_parameters, whose kind is `rope_type` or, older, `type`."""
-    source, rope = values.source, dict(found)
+    rope = dict(found)
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
-    kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
+    kind = ROPE_ALIASES.get(str(kind), kind)
     if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files say so, but the stretch is fixed
         kind = "ntk"
-    rope["rope_type"] = kind
-    rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+    if str(kind) not in ROPE_NEEDS:
+        known = ", ".join(ROPE_NEEDS)
+        raise CheckpointError(f"rope_type {brief(kind)} is not supported; supported are: {known}")
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
-    rope["original_max_position_embeddings"] = (
-        values.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or values.get("max_position_embeddings")
-    )
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(
-            f"{source}: rope_type {brief(kind)} is not supported; supported are: "
-            + ", ".join(ROPE_TYPES)
-        )
-    rope.setdefault("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    needed |= {"longrope": (), "ntk": ("alpha",)}
-    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    checked = ConfigValues(rope, f"{source}: rope")
-    for key in (
-        "rope_theta",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        *needed.get(kind, ("factor",)),
-        *(key for key in (*optional, "llama_4_scaling_beta", "factor") if rope.get(key)),
-    ):
-        checked.number(key)
+    n_old = "original_max_position_embeddings"
+    defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    rope = {
+        **{key: values.get(key, default) for key, default in defaults.items()},
+        **rope,
+        "rope_type": kind,
+        n_old: values.get(n_old) or rope.get(n_old) or values.get("max_position_embeddings"),
+        "backwards": bool(values.get("rope_backwards", False)),
+    }
+    for key in (*defaults, n_old, *ROPE_NEEDS[kind], *filter(rope.get, ROPE_OPTIONS)):
+        positive(rope.get(key), f"rope: {key}")
     rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
     if n_rot % 2 or not 0 < n_rot <= head_dim or (kind in ("dynamic", "ntk") and n_rot < 4):
-        raise CheckpointError(f"{source}: rope turns {n_rot} of the {head_dim} columns of a head")
+        raise CheckpointError(f"rope turns {n_rot} of the {head_dim} columns of a head")
     if rope["rope_theta"] <= 1:
-        raise CheckpointError(f"{source}: rope_theta is {rope['rope_theta']}; it must be above 1")
+        raise CheckpointError(f"rope_theta is {rope['rope_theta']}; it must be above 1")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise CheckpointError(f"{source}: rope low_freq_factor must be below high_freq_factor")
+        raise CheckpointError("rope low_freq_factor must be below high_freq_factor")
     if kind == "longrope":
-        _check_longrope(rope, values)
-    rope["backwards"] = bool(values.get("rope_backwards", False))
+        _check_longrope(rope)
+        rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / rope[n_old]
     return rope
 
 
-def _check_longrope(rope: dict[str, Any], values: ConfigValues) -> None:
+def _check_longrope(rope: Mapping[str, Any]) -> None:
     """Long and short factors are lists of divisors; the context says how far they stretch it."""
     for key in ("short_factor", "long_factor"):
         factors, size = rope.get(key), rope["n_rot"] // 2
         if not isinstance(factors, list) or len(factors) != size:
-            raise CheckpointError(
-                f"{values.source}: rope {key} is {brief(factors)}; {size} numbers are needed"
-            )
+            raise CheckpointError(f"rope {key} is {brief(factors)}; {size} numbers are needed")
         for factor in factors:
-            positive(factor, f"{values.source}: rope {key}")
-    n_old = rope["original_max_position_embeddings"]
-    if n_old <= 1:
-        raise CheckpointError(f"{values.source}: rope original_max_position_embeddings is {n_old}")
-    rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / n_old
+            positive(factor, f"rope {key}")
+    if (n_old := rope["original_max_position_embeddings"]) <= 1:
+        raise CheckpointError(f"rope original_max_position_embeddings is {n_old}")
 
 
 def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
@@ -1094,17 +1044,38 @@ def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...
     numbers = (window, first, pattern)
     if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
         raise CheckpointError(
-            f"{values.source}: sliding_window {brief(window)} from layer {brief(first)}, except "
-            f"for every {brief(pattern)}th"
+            f"sliding_window {brief(window)} from layer {brief(first)}, except for every "
+            f"{brief(pattern)}th"
         )
     slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
     kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
     if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
         raise CheckpointError(
-            f"{values.source}: layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are "
-            "needed"
+            f"layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def demand(fits: bool, name: str, value: object, wanted: str) -> None:
+    """Raises RequestError, naming the field, for a value that does not fit."""
+    if not fits:
+        raise RequestError(f"{name} is {brief(value)}; {wanted}", name)
+
+
+# field of SamplingParams -> type, least, most, what to say to others
+SAMPLING_LIMITS: dict[str, tuple[type, float, float, str]] = {
+    "temperature": (float, 0, 100, "it must be between 0 (greedy) and 100"),
+    "top_k": (int, 0, 2**31, "it must be 0 (off) or a positive integer"),
+    "top_p": (float, 0, 1, "it must be between 0 and 1"),
+    "min_p": (float, 0, 1, "it must be between 0 and 1"),
+    "repeat_penalty": (float, 0.01, 100, "it must be between 0.01 and 100 (1 is off)"),
+    "repeat_last_n": (int, -1, 2**31, "it must be -1 (all) or at least 0"),
+    "presence_penalty": (float, -2, 2, "it must be between -2 and 2"),
+    "frequency_penalty": (float, -2, 2, "it must be between -2 and 2"),
+    "seed": (int, -(2**63), 2**64 - 1, "it must be a 64-bit integer"),
+    "max_tokens": (int, 0, 2**31, "it must be 0 (only read the prompt) or positive"),
+    "logprobs": (int, 0, 20, "it must be between 0 and 20"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1133,58 +1104,52 @@ class SamplingParams:
     grammar: str | None = None  # the answer is text of this grammar, in Lark's or llama.cpp's words
 
     def __post_init__(self) -> None:
-        def check(name: str, kind: type, low: float, high: float, wanted: str) -> None:
+        for name, (kind, low, high, wanted) in SAMPLING_LIMITS.items():
             value = getattr(self, name)
-            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not is_number or not low <= value <= high:
-                raise RequestError(f"{name} is {value!r}; {wanted}", param=name)
-
-        check("temperature", float, 0, 100, "it must be between 0 (greedy) and 100")
-        check("top_k", int, 0, 2**31, "it must be 0 (off) or a positive integer")
-        check("top_p", float, 0, 1, "it must be between 0 and 1")
-        check("min_p", float, 0, 1, "it must be between 0 and 1")
-        check("repeat_penalty", float, 0.01, 100, "it must be between 0.01 and 100 (1 is off)")
-        check("repeat_last_n", int, -1, 2**31, "it must be -1 (all) or at least 0")
-        check("presence_penalty", float, -2, 2, "it must be between -2 and 2")
-        check("frequency_penalty", float, -2, 2, "it must be between -2 and 2")
-        if self.seed is not None:
-            check("seed", int, -(2**63), 2**64 - 1, "it must be a 64-bit integer")
-        if self.max_tokens is not None:
-            check("max_tokens", int, 0, 2**31, "it must be 0 (only read the prompt) or positive")
-        if self.logprobs is not None:
-            check("logprobs", int, 0, 20, "it must be between 0 and 20")
+            if value is not None or name not in ("seed", "max_tokens", "logprobs"):
+                is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+                demand(is_number and low <= value <= high, name, value, wanted)
         for name in ("ignore_eos", "prompt_logprobs"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; use True or False", name)
+            value = getattr(self, name)
+            demand(isinstance(value, bool), name, value, "use True or False")
         is_list = isinstance(self.stop, (list, tuple))
-        if not is_list or not all(isinstance(s, str) and s for s in self.stop):
-            raise RequestError(f"stop is {self.stop!r}; it must list non-empty strings", "stop")
+        are_words = is_list and all(isinstance(s, str) and s for s in self.stop)
+        demand(are_words, "stop", self.stop, "it must list non-empty strings")
         forms = {"schema": Mapping, "regex": str, "grammar": str}
         given = [name for name in forms if getattr(self, name) is not None]
         if len(given) > 1:
             both = " and a ".join(given)
             raise RequestError(f"an answer cannot have both a {both}", given[1])
         for name in given:
-            if not isinstance(value := getattr(self, name), forms[name]):
-                wanted = "an object" if name == "schema" else "a string"
-                raise RequestError(f"{name} is {brief(value)}; it must be {wanted}", name)
+            value, wanted = getattr(self, name), "an object" if name == "schema" else "a string"
+            demand(isinstance(value, forms[name]), name, value, f"it must be {wanted}")
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
-        if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"logit_bias is {self.logit_bias!r}; it must be a map", "logit_bias")
-        for token_id, bias in self.logit_bias.items():
+        biases = self.logit_bias
+        demand(isinstance(biases, Mapping), "logit_bias", biases, "it must be a map")
+        for token_id, bias in biases.items():
             is_pair = isinstance(token_id, int) and isinstance(bias, (int, float))
-            if not is_pair or token_id < 0 or not -100 <= bias <= 100:
-                raise RequestError(
-                    f"logit_bias has {token_id!r}: {bias!r}; token ids map to -100..100",
-                    param="logit_bias",
-                )
+            is_bias = is_pair and token_id >= 0 and -100 <= bias <= 100
+            demand(is_bias, "logit_bias", {token_id: bias}, "token ids map to -100..100")
 
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZE = ("q8", "q4")
 KERNELS = ("auto", "native", "torch")
 KV_DTYPES = ("auto", *DTYPES, "q8")
+ENGINE_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "dtype": DTYPES,
+    "quantize": (None, *QUANTIZE),
+    "kernels": KERNELS,
+    "kv_dtype": KV_DTYPES,
+}
+ENGINE_LIMITS = {
+    "ctx": (1, 2**31),
+    "parallel": (1, 4096),
+    "prefill_chunk": (1, 2**20),
+    "threads": (1, 1024),
+    "lookup": (0, 64),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1206,27 +1171,13 @@ class EngineConfig:
     lookup: int = 0  # most tokens to draft from the context and verify in one step; 0 is off
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise RequestError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        if self.quantize not in (None, *QUANTIZE):
-            raise RequestError(f"quantize is {self.quantize!r}; choose one of q8, q4")
-        for name, choices in (("kernels", KERNELS), ("kv_dtype", KV_DTYPES)):
-            value, known = getattr(self, name), ", ".join(choices)
-            if value not in choices:
-                raise RequestError(f"{name} is {value!r}; choose one of {known}", name)
-        limits = {
-            "ctx": (1, 2**31),
-            "parallel": (1, 4096),
-            "prefill_chunk": (1, 2**20),
-            "threads": (1, 1024),
-            "lookup": (0, 64),
-        }
-        for name, (least, most) in limits.items():
+        for name, choices in ENGINE_CHOICES.items():
+            value, known = getattr(self, name), ", ".join(filter(None, choices))
+            demand(value in choices, name, value, f"choose one of {known}")
+        for name, (least, most) in ENGINE_LIMITS.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise RequestError(
-                    f"{name} is {value!r}; it must be between {least} and {most}", name
-                )
+            fits = value is None or least <= value <= most
+            demand(fits, name, value, f"it must be between {least} and {most}")
 
 
 ENGINE_DEFAULTS = EngineConfig()

@@ -196,7 +196,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-ROPE = st.sampled_from(nanollama.ROPE_TYPES).flatmap(
+ROPE = st.sampled_from(list(nanollama.ROPE_NEEDS)).flatmap(
     lambda kind: st.fixed_dictionaries(
         {"rope_type": st.just(kind), "factor": st.floats() | st.integers()},
         optional={
