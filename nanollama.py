@@ -4681,28 +4681,20 @@ GGUF_TENSORS = {
     "output_norm": "model.norm",
     "output": "lm_head",
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_sinks": "self_attn.sinks",
     "post_attention_norm": "post_self_attn_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")},
+    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk"},
+    **{
+        f"ffn_{part}{suffix}": f"mlp.{owner}{part}_proj"
+        for suffix, owner in (("", ""), ("_exps", "experts."), ("_shexp", "shared_expert."))
+        for part in ("gate", "up", "down")
+    },
 }
 
 # How families spell a part of a tensor's name -> how the decoder asks for it.
@@ -4733,13 +4725,14 @@ SANDWICH_NAMES = {
 }
 NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
-# What GGUF says under {arch}.rope.scaling, as rope_parameters has it.
+# What GGUF says of RoPE under {arch}, as rope_parameters has it.
 GGUF_ROPE = {
-    "original_context_length": "original_max_position_embeddings",
-    "yarn_attn_factor": "attention_factor",
-    "attn_factor": "attention_factor",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_attn_factor": "attention_factor",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attention.temperature_scale": "llama_4_scaling_beta",
 }
 
 # Other metadata under {arch}, as config.json has it.
@@ -4887,11 +4880,13 @@ def _directory_pooling(path: Path) -> str | None:
     if not re.fullmatch(r"[\w.-]+", str(folder)) or folder == "..":
         return None
     modes = read_json(path / folder / "config.json", required=False)
+    given = [
+        key[13:] for key, on in modes.items() if key.startswith("pooling_mode_") and on is True
+    ]
     if "pooling_mode" in modes:  # its newer spelling
-        return {"lasttoken": "last"}.get(str(modes["pooling_mode"]), str(modes["pooling_mode"]))
+        given = [str(modes["pooling_mode"])]
     names = {"mean_tokens": "mean", "lasttoken": "last"}
-    given = [k.removeprefix("pooling_mode_") for k, v in modes.items() if v is True]
-    return "+".join(names.get(k, k) for k in given if f"pooling_mode_{k}" in modes) or None
+    return "+".join(names.get(name, name) for name in given) or None
 
 
 def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -5050,19 +5045,7 @@ def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
 # ---- GGUF ----------------------------------------------------------------------------------------
 
 # Value types of GGUF metadata: struct codes of the fixed-size ones.
-GGUF_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+GGUF_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
@@ -5071,51 +5054,52 @@ class GGUFCursor:
 
     Raises CheckpointError with the name of the part that was being read."""
 
-    def __init__(self, data: memoryview, source: str) -> None:
-        self.data, self.source, self.at = data, source, 0
-        self.part = "header"
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at, self.part = data, 0, "header"
 
     def need(self, num_bytes: int) -> int:
         """The position of the next `num_bytes` bytes, which must exist; moves past them."""
         start, self.at = self.at, self.at + num_bytes
         if self.at > len(self.data):
             raise CheckpointError(
-                f"{self.source}: truncated or corrupt: the {self.part} needs {num_bytes} bytes at "
-                f"{start}, the file has {len(self.data)}"
+                f"truncated or corrupt: the {self.part} needs {num_bytes} bytes at {start}, the "
+                f"file has {len(self.data)}"
             )
         return start
 
+    def scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        start = self.need(count * struct.calcsize("<" + code))
+        return struct.unpack_from(f"<{count}{code}", self.data, start)
+
     def scalar(self, code: str) -> Any:
-        return struct.unpack_from("<" + code, self.data, self.need(struct.calcsize("<" + code)))[0]
+        return self.scalars(code, 1)[0]
 
     def string(self) -> str:
         start = self.need(self.scalar("Q"))
         return bytes(self.data[start : self.at]).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
-        if kind == GGUF_STRING:
-            return self.string()
-        if kind == GGUF_ARRAY:
-            item, count = self.scalar("I"), self.scalar("Q")
-            if item == GGUF_STRING:
-                # each string takes at least its 8-byte length, so `count` is bounded by the file
-                return [self.string() for _ in range(self.bounded(count, 8))]
-            if item in GGUF_SCALARS:
-                code = GGUF_SCALARS[item]
-                start = self.need(count * struct.calcsize("<" + code))
-                return list(struct.unpack_from(f"<{count}{code}", self.data, start))
-            raise CheckpointError(f"{self.source}: {self.part}: array of unknown type {item}")
         if kind in GGUF_SCALARS:
             return self.scalar(GGUF_SCALARS[kind])
-        raise CheckpointError(f"{self.source}: {self.part}: unknown value type {kind}")
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind != GGUF_ARRAY:
+            raise CheckpointError(f"{self.part}: unknown value type {kind}")
+        item, count = self.scalar("I"), self.scalar("Q")
+        if item in GGUF_SCALARS:
+            return list(self.scalars(GGUF_SCALARS[item], count))
+        if item != GGUF_STRING:
+            raise CheckpointError(f"{self.part}: array of unknown type {item}")
+        # each string takes at least its 8-byte length, so `count` is bounded by the file
+        return [self.string() for _ in range(self.bounded(count, 8))]
 
     def bounded(self, count: int, item_bytes: int) -> int:
         """`count` items of at least `item_bytes` each must fit in what is left of the file."""
         left = len(self.data) - self.at
         if count * item_bytes > left:
             raise CheckpointError(
-                f"{self.source}: truncated or corrupt: the {self.part} claims {count} items, but "
-                f"only {left} bytes are left"
+                f"truncated or corrupt: the {self.part} claims {count} items, but only {left} "
+                "bytes are left"
             )
         return count
 
@@ -5133,68 +5117,72 @@ def read_gguf(path: Path) -> GGUFFile:
     """Parse a GGUF file's header; its tensors are memory-mapped.
 
     Raises CheckpointError for anything that is not as the specification says."""
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: the file is empty")
-    # mode c: pages are shared with the file until written to, which nobody does
-    mapped = np.memmap(path, dtype=np.uint8, mode="c")
-    cursor = GGUFCursor(mapped.data, str(path))
-    if bytes(mapped[:4]) != b"GGUF":
-        raise CheckpointError(
-            f"{path}: not a GGUF file: it starts with {bytes(mapped[:4])!r}, not b'GGUF'"
-        )
-    cursor.need(4)
-    version = cursor.scalar("I")
-    if version not in (2, 3):
-        raise CheckpointError(f"{path}: GGUF version {version} is not supported; 2 and 3 are")
-    num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata: dict[str, Any] = {}
-    cursor.part = "metadata"
-    for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
-        key = cursor.string()
-        cursor.part = f"metadata value {brief(key)}"
-        metadata[key] = cursor.value(cursor.scalar("I"))
-    return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
+    with errors_about(path):
+        if path.stat().st_size == 0:
+            raise CheckpointError("the file is empty")
+        # mode c: pages are shared with the file until written to, which nobody does
+        mapped = np.memmap(path, dtype=np.uint8, mode="c")
+        cursor = GGUFCursor(mapped.data)
+        if (magic := bytes(mapped[:4])) != b"GGUF":
+            raise CheckpointError(f"not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+        cursor.need(4)
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise CheckpointError(f"GGUF version {version} is not supported; 2 and 3 are")
+        num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
+        metadata: dict[str, Any] = {}
+        cursor.part = "metadata"
+        for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
+            key = cursor.string()
+            cursor.part = f"metadata value {brief(key)}"
+            metadata[key] = cursor.value(cursor.scalar("I"))
+        return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
 
 
 def _gguf_tensors(
     cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
 ) -> dict[str, TensorSource]:
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
-    found: list[tuple[str, tuple[int, ...], Any, int]] = []
+    found: dict[str, tuple[tuple[int, ...], Any, int]] = {}
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
         cursor.part = f"tensor {brief(name)}"
+        if name in found:
+            raise CheckpointError(f"{cursor.part} is there twice")
         num_dims = cursor.scalar("I")
         if not 1 <= num_dims <= 4:
-            raise CheckpointError(f"{cursor.source}: {cursor.part} has {num_dims} dimensions")
-        dims = [cursor.scalar("Q") for _ in range(num_dims)]
+            raise CheckpointError(f"{cursor.part} has {num_dims} dimensions")
+        shape = cursor.scalars("Q", num_dims)[::-1]
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         if kind not in kinds:
-            raise CheckpointError(f"{cursor.source}: {cursor.part} has unknown type {kind}")
-        found.append((name, tuple(reversed(dims)), kinds[kind], offset))
+            raise CheckpointError(f"{cursor.part} has unknown type {kind}")
+        found[name] = shape, kinds[kind], offset
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
-        raise CheckpointError(f"{cursor.source}: general.alignment is {brief(alignment)}")
+        raise CheckpointError(f"general.alignment is {brief(alignment)}")
     data_start = round_up(cursor.at, alignment)
     tensors: dict[str, TensorSource] = {}
-    for name, shape, kind, offset in found:
+    for name, (shape, kind, offset) in found.items():
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        num_bytes = math.prod(shape) // block * block_bytes
-        start = data_start + offset
-        where = f"{cursor.source}: tensor {brief(name)}"
         if shape[-1] % block or min(shape) < 1:
-            raise CheckpointError(f"{where} of {kind.name} cannot have the shape {shape}")
-        if name in tensors:
-            raise CheckpointError(f"{where} is there twice")
+            raise CheckpointError(
+                f"tensor {brief(name)} of {kind.name} cannot have the shape {shape}"
+            )
+        start = data_start + offset
+        num_bytes = math.prod(shape) // block * block_bytes
         if start + num_bytes > len(mapped):
             raise CheckpointError(
-                f"{where} is truncated: it ends at byte {start + num_bytes}, the file has "
-                f"{len(mapped)}"
+                f"tensor {brief(name)} is truncated: it ends at byte {start + num_bytes}, the "
+                f"file has {len(mapped)}"
             )
         raw = mapped[start : start + num_bytes]
         tensors[name] = TensorSource(shape, kind.name, num_bytes, _gguf_loader(raw, kind, shape))
     return tensors
+
+
+# Types of tensors, as files name them, which torch has too
+FLOAT_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def _gguf_loader(
@@ -5210,10 +5198,9 @@ def _gguf_loader(
         if kind.name in REPACK and len(wanted) == 2:
             blocks = data.reshape(-1, shape[-1] // block, block_bytes)
             weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
-        elif kind.name in ("F32", "F16", "BF16", "F64"):
-            dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        elif kind.name in FLOAT_KINDS:
             # a tensor may start at any byte that `general.alignment` allows: copy before the view
-            weight = data.clone().view(dtypes.get(kind.name, torch.float64)).view(wanted)
+            weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
         else:
             values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
             weight = torch.from_numpy(values).view(wanted)
@@ -5252,17 +5239,12 @@ def _open_gguf(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     metadata = files[0].metadata
     tensors = {name: t for file in files for name, t in file.tensors.items()}
-    arch = metadata.get("general.architecture")
-    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
-    model_type = next(iter(fitting), None)
-    for name, key in fitting.items():
-        model_type = name if key and metadata.get(f"{arch}.{key}") else model_type
-    if model_type is None:
-        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
-        raise CheckpointError(
-            f"{path}: general.architecture {brief(arch)} is not supported; supported are: {known}"
-        )
-    config = model_config(_gguf_config(metadata, tensors, model_type, str(path)), str(path))
+    with errors_about(path):
+        model_type = _gguf_model_type(metadata)
+        prefix = FAMILIES[model_type].gguf + "."
+        own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+        raw = _gguf_config(own, tensors, model_type)
+    config = model_config(raw, str(path))
     return Checkpoint(
         path=path,
         format="gguf",
@@ -5270,59 +5252,69 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
-        pooling=GGUF_POOLING.get(str(metadata.get(f"{arch}.pooling_type"))),
+        pooling=GGUF_POOLING.get(str(own.get("pooling_type"))),
     )
 
 
-def _gguf_config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str, source: str
-) -> dict[str, Any]:
-    """The config.json that this metadata would have been made from."""
-    arch = FAMILIES[model_type].gguf
+def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
+    arch = metadata.get("general.architecture")
+    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
+    if not fitting:
+        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
+        raise CheckpointError(
+            f"general.architecture {brief(arch)} is not supported; supported are: {known}"
+        )
+    told = [name for name, key in fitting.items() if key and metadata.get(f"{arch}.{key}")]
+    return [*fitting, *told][-1] if told else next(iter(fitting))
 
-    def key(name: str, default: Any = None) -> Any:
-        return metadata.get(f"{arch}.{name}", default)
+
+def _gguf_config(
+    own: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
+) -> dict[str, Any]:
+    """The config.json that metadata would have been made from: `own` is what it has under
+    {arch}."""
 
     def need(name: str) -> Any:
-        value = key(name)
+        value = own.get(name)
         if not isinstance(value, (int, float)):
             raise CheckpointError(
-                f"{source}: metadata {arch}.{name} is {brief(value)}; a number is needed"
+                f"metadata {family.gguf}.{name} is {brief(value)}; a number is needed"
             )
         return value
 
+    family = FAMILIES[model_type]
     if "token_embd.weight" not in tensors:
-        raise CheckpointError(f"{source}: tensor token_embd.weight is missing")
+        raise CheckpointError("tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
     head_dim, output = n_embd // max(n_heads, 1), tensors.get("blk.0.attn_output.weight")
     if output is None or output.shape[-1] != n_heads * head_dim:  # else n_rot may be less
-        head_dim = key("rope.dimension_count", head_dim)
-    head_dim = key("attention.key_length", head_dim)
-    family, eps = FAMILIES[model_type], "attention.layer_norm_rms_epsilon"
+        head_dim = own.get("rope.dimension_count", head_dim)
+    head_dim = own.get("attention.key_length", head_dim)
+    eps = "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
-    values = {theirs: key(ours) for ours, theirs in GGUF_VALUES.items() if key(ours) is not None}
-    if "query_pre_attn_scalar" in family.defaults:
-        is_wide = (arch, key("block_count")) in WIDE_SCALE
+    values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
+    if "query_pre_attn_scalar" in family.others:
+        is_wide = (family.gguf, own.get("block_count")) in WIDE_SCALE
         values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
-    if scale := key("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
-    if "rope_local_base_freq" in family.defaults:
-        local = 10000.0 if "gemma" in arch else key("rope.freq_base")
-        values["rope_local_base_freq"] = key("rope.freq_base_swa", local)
+    if scale := own.get("logit_scale"):  # Granite divides, Cohere multiplies
+        values["logit_scale" if "logit_scale" in family.others else "logits_scaling"] = scale
+    if "rope_local_base_freq" in family.others:
+        local = 10000.0 if "gemma" in family.gguf else own.get("rope.freq_base")
+        values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
     return {
         **values,
         **family.gguf_values,
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": need(next((name for name in widths if key(name)), widths[0])),
+        "intermediate_size": need(next(filter(own.get, widths), widths[0])),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
-        "num_key_value_heads": key("attention.head_count_kv", n_heads),
+        "num_key_value_heads": own.get("attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": key(eps) if key(eps) else need(eps.replace("_rms", "")),
-        "rope_parameters": _gguf_rope(metadata, tensors, family, head_dim),
+        "rms_norm_eps": own.get(eps) or need(eps.replace("_rms", "")),
+        "rope_parameters": _gguf_rope(own, tensors, family, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in tensors,
@@ -5331,33 +5323,25 @@ def _gguf_config(
 
 
 def _gguf_rope(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
+    own: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
 ) -> dict[str, Any]:
     """The rope_parameters that this metadata would have been made from."""
-    arch = family.gguf
-
-    def key(name: str, default: Any = None) -> Any:
-        return metadata.get(f"{arch}.rope.{name}", default)
-
-    rope: dict[str, Any] = {"rope_theta": key("freq_base", 10000.0)}
-    scaling, n_rot = key("scaling.type"), key("dimension_count", head_dim)
-    if scaling not in (None, "none"):
-        rope |= {"rope_type": scaling, "factor": key("scaling.factor")}
-    elif key("scale_linear", 1.0) != 1.0:  # how files said it before rope.scaling existed
-        rope |= {"rope_type": "linear", "factor": key("scale_linear")}
-    scaled = ((theirs, key(f"scaling.{ours}")) for ours, theirs in GGUF_ROPE.items())
-    rope |= {theirs: value for theirs, value in scaled if value}
+    rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0)}
+    kind, linear = own.get("rope.scaling.type", "none"), own.get("rope.scale_linear", 1.0)
+    if kind != "none":
+        rope |= {"rope_type": kind, "factor": own.get("rope.scaling.factor")}
+    elif linear != 1.0:  # how files said it before rope.scaling existed
+        rope |= {"rope_type": "linear", "factor": linear}
+    rope |= {theirs: own[ours] for ours, theirs in GGUF_ROPE.items() if own.get(ours)}
     for length in ("long", "short"):
         if factors := tensors.get(f"rope_factors_{length}.weight"):
-            loaded = factors.load()
-            assert isinstance(loaded, torch.Tensor)
+            loaded = cast("Tensor", factors.load())
             rope |= {"rope_type": "longrope", f"{length}_factor": loaded.flatten().tolist()}
+    n_rot = own.get("rope.dimension_count", head_dim)
     if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
         rope["partial_rotary_factor"] = n_rot / head_dim
-    if (log_multiplier := key("scaling.yarn_log_multiplier")) is not None:
+    if (log_multiplier := own.get("rope.scaling.yarn_log_multiplier")) is not None:
         rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
-    if beta := metadata.get(f"{arch}.attention.temperature_scale"):
-        rope["llama_4_scaling_beta"] = beta
     return rope | dict(family.gguf_values.get("rope_parameters", {}))
 
 
@@ -5377,9 +5361,9 @@ def _gguf_names(
         ours = GGUF_TENSORS[part]
         if ours == POST_NORMS[0] and ours not in config.norms:
             ours = PRE_NORMS[1]
-        if (part, config.act in GATED) == ("ffn_up", True):
-            alone = f"blk.{layer}.ffn_gate.weight" in tensors
-            ours = ours if alone else "mlp.gate_up_proj"
+        gate = f"blk.{layer}.ffn_gate.weight"
+        if part == "ffn_up" and config.act in GATED and gate not in tensors:
+            ours = "mlp.gate_up_proj"
         prefix = f"model.layers.{layer}." if layer is not None else ""
         renamed[f"{prefix}{ours}.{suffix}"] = tensor
     return renamed
@@ -5401,10 +5385,8 @@ def canonical_tensors(
         if NOT_TEXT.match(name):
             continue
         name = _canonical_name(name)
-        for theirs, ours in SANDWICH_NAMES.items() if sandwich else ():
-            if theirs in name:
-                name = name.replace(theirs, ours)
-                break
+        if sandwich:
+            name = re.sub("|".join(SANDWICH_NAMES), lambda theirs: SANDWICH_NAMES[theirs[0]], name)
         found[name] = tensor
     last = family.experts_last and not from_gguf
     found = {name: part for key in found for name, part in _apart(key, found, config, last)}
