@@ -428,17 +428,8 @@ class Family:
     """How one `model_type` departs from Llama."""
 
     gguf: str = ""  # general.architecture in GGUF files
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
     gguf_key: str = ""  # metadata that tells it from another family of that architecture
-    # what config.json means where it does not say; None where it has to say
-    n_ctx: int = 2048
-    norm_eps: float | None = None
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    theta: float | None = None
-    window: int | None = None
-    window_pattern: int | None = None
-    others: Mapping[str, Any] = field(default_factory=dict)  # in config.json's own words
-    # the arithmetic
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
     plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
@@ -446,22 +437,15 @@ class Family:
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What config.json means where it does not say, in its words."""
-        own = {key: getattr(self, name) for name, key in FAMILY_KEYS.items()}
-        return {key: value for key, value in own.items() if value is not None} | dict(self.others)
+
+Values = dict[str, Any]
 
 
-FAMILY_KEYS = {
-    "n_ctx": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "theta": "rope_theta",
-    "window": "sliding_window",
-    "window_pattern": "sliding_window_pattern",
-}
+def _keys(n_ctx: int | None = None, **values: Any) -> Values:
+    """Keys of config.json, of which KEYS has shorter names"""
+    if n_ctx:
+        values["n_ctx"] = n_ctx
+    return {KEYS.get(name, name): value for name, value in values.items()}
 
 
 def _yarn(factor: float, n_old: int, **others: Any) -> Values:
@@ -469,221 +453,175 @@ def _yarn(factor: float, n_old: int, **others: Any) -> Values:
     return {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, **stretch, **others}
 
 
-Values = dict[str, Any]
+KEYS = {
+    "n_ctx": "max_position_embeddings",
+    "eps": "rms_norm_eps",
+    "n_kv_heads": "num_key_value_heads",
+    "theta": "rope_theta",
+    "window": "sliding_window",
+    "pattern": "sliding_window_pattern",
+    "n_experts": "num_experts",
+    "n_used": "num_experts_per_tok",
+    "n_ff": "moe_intermediate_size",
+    "n_ff_shared": "shared_expert_intermediate_size",
+    "rope": "rope_parameters",
+    "tied": "tie_word_embeddings",
+}
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
 POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
 _SANDWICH = {"norms": PRE_NORMS + POST_NORMS}
-_NO_WINDOW = {"use_sliding_window": False}
-_QWEN: Values = {"n_ctx": 32768, "n_kv_heads": 32, "window": 4096}
-_QWEN_WINDOW = {**_NO_WINDOW, "max_window_layers": 28}
-_MISTRAL: Values = {"n_ctx": 131072, "n_kv_heads": 8}
-_TIED = {"tie_word_embeddings": True}
-_GEMMA: Values = {"plus_one": True, "head_dim": 256}
-_GEMMA_SWITCHES = {"act": "geglu", "embed_root": True}
-_GEMMA2: Values = {**_GEMMA, "n_kv_heads": 4, "window": 4096}
-_GEMMA2_OTHERS: Values = {**_TIED, "num_attention_heads": 8, "query_pre_attn_scalar": 256}
-_EXPERTS: Values = {"norm_topk_prob": True, "num_experts": 8, "num_experts_per_tok": 2}
-_WINDOWS: Values = {"window": 4096, "window_pattern": 4}
+_NO_WINDOW: Values = {"use_sliding_window": False}
+_QWEN: Values = {**_NO_WINDOW, "window": 4096, "max_window_layers": 28}
+_EXPERTS: Values = {"norm_topk_prob": True, "n_experts": 8, "n_used": 2}
+_GEMMA: Values = {"tied": True, "head_dim": 256}
+_GEMMA2: Values = {**_GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 4096}
+_GEMMA2 |= {"query_pre_attn_scalar": 256}
+_GEGLU: Values = {"act": "geglu", "embed_root": True}
+_MINISTRAL3_ROPE = _yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
+_MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", permuted=True, others=_NO_WINDOW),
-    "mistral": Family("llama", permuted=True, **_MISTRAL, window=4096),
-    "ministral": Family(**_MISTRAL, window=4096),
+    "llama": Family("llama", _keys(**_NO_WINDOW), permuted=True),
+    "mistral": Family("llama", _keys(131072, n_kv_heads=8, window=4096), permuted=True),
+    "ministral": Family(defaults=_keys(131072, n_kv_heads=8, window=4096)),
     "ministral3": Family(
         "mistral3",
+        _keys(262144, n_kv_heads=8, head_dim=128, eps=1e-5, rope=_MINISTRAL3_ROPE),
         permuted=True,
-        **{**_MISTRAL, "n_ctx": 262144, "head_dim": 128, "norm_eps": 1e-5},
-        others={
-            "rope_parameters": _yarn(
-                16.0,
-                16384,
-                rope_theta=1e6,
-                mscale=1.0,
-                mscale_all_dim=1.0,
-                llama_4_scaling_beta=0.1,
-            )
-        },
     ),
     "mixtral": Family(
         "llama",
-        "expert_count",
-        **_MISTRAL,
-        norm_eps=1e-5,
-        theta=1e6,
-        others=_EXPERTS,
+        _keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, **_EXPERTS),
+        gguf_key="expert_count",
         permuted=True,
         switches={"experts": True},
     ),
     "qwen2": Family(
-        "qwen2", **_QWEN, others=_QWEN_WINDOW, switches={"qkv_bias": True, "o_bias": False}
+        "qwen2", _keys(32768, n_kv_heads=32, **_QWEN), switches={"qkv_bias": True, "o_bias": False}
     ),
     "qwen2_moe": Family(
         "qwen2moe",
-        **{**_QWEN, "n_kv_heads": 16},
-        others={
-            **_QWEN_WINDOW,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-            "qkv_bias": True,
-        },
+        _keys(32768, n_kv_heads=16, qkv_bias=True, **_QWEN)
+        | _keys(n_experts=60, n_used=4, n_ff=1408, n_ff_shared=5632),
         switches={"experts": True, "o_bias": False},
     ),
     "qwen3": Family(
-        "qwen3", **_QWEN, head_dim=128, others=_QWEN_WINDOW, switches={"qk_norm": "head"}
+        "qwen3", _keys(32768, n_kv_heads=32, head_dim=128, **_QWEN), switches={"qk_norm": "head"}
     ),
     "qwen3_moe": Family(
         "qwen3moe",
-        **{**_QWEN, "n_kv_heads": 4},
-        others={
-            **_NO_WINDOW,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
+        _keys(
+            n_ctx=32768, n_kv_heads=4, window=4096, n_experts=128, n_used=8, n_ff=768, **_NO_WINDOW
+        ),
         gguf_values={"norm_topk_prob": True},
         switches={"experts": True, "qk_norm": "head"},
     ),
     "smollm3": Family(
         "smollm3",
-        n_ctx=32768,
-        n_kv_heads=4,
-        theta=2e6,
-        others={**_TIED, **_NO_WINDOW, "no_rope_layer_interval": 4},
+        _keys(
+            n_ctx=32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **_NO_WINDOW
+        ),
         permuted=True,
     ),
-    "phi3": Family("phi3", n_ctx=4096, norm_eps=1e-5),
-    "gemma": Family(
-        "gemma", **_GEMMA, n_ctx=8192, n_kv_heads=16, others=_TIED, switches=_GEMMA_SWITCHES
-    ),
+    "phi3": Family("phi3", _keys(4096, eps=1e-5)),
+    "gemma": Family("gemma", _keys(8192, n_kv_heads=16, **_GEMMA), plus_one=True, switches=_GEGLU),
     "gemma2": Family(
         "gemma2",
-        **_GEMMA2,
-        n_ctx=8192,
-        window_pattern=2,
-        others={
-            **_GEMMA2_OTHERS,
-            "vocab_size": 256000,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-        switches={**_GEMMA_SWITCHES, **_SANDWICH},
+        _keys(8192, pattern=2, vocab_size=256000, **_GEMMA2)
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        plus_one=True,
+        switches={**_GEGLU, **_SANDWICH},
     ),
     "gemma3_text": Family(
         "gemma3",
-        **_GEMMA2,
-        n_ctx=131072,
-        theta=1e6,
-        window_pattern=6,
-        others={**_GEMMA2_OTHERS, "vocab_size": 262208, "rope_local_base_freq": 1e4},
-        switches={**_GEMMA_SWITCHES, **_SANDWICH, "qk_norm": "head"},
+        _keys(
+            n_ctx=131072,
+            pattern=6,
+            vocab_size=262208,
+            theta=1e6,
+            rope_local_base_freq=1e4,
+            **_GEMMA2,
+        ),
+        plus_one=True,
+        switches={**_GEGLU, **_SANDWICH, "qk_norm": "head"},
     ),
-    "olmo2": Family("olmo2", norm_eps=1e-5, switches={"norms": POST_NORMS, "qk_norm": "full"}),
+    "olmo2": Family("olmo2", _keys(eps=1e-5), switches={"norms": POST_NORMS, "qk_norm": "full"}),
     "olmo3": Family(
         "olmo2",
-        "attention.sliding_window",
-        **_WINDOWS,
-        norm_eps=1e-5,
-        theta=5e5,
-        others={"rope_local_base_freq": 5e5},
+        _keys(eps=1e-5, theta=5e5, rope_local_base_freq=5e5, window=4096, pattern=4),
+        gguf_key="attention.sliding_window",
         switches={"norms": POST_NORMS, "qk_norm": "full"},
     ),
     "olmoe": Family(
         "olmoe",
-        n_ctx=4096,
-        norm_eps=1e-5,
-        others={"num_experts": 64, "num_experts_per_tok": 8},
+        _keys(4096, eps=1e-5, n_experts=64, n_used=8),
         switches={"experts": True, "qk_norm": "full"},
     ),
-    "granite": Family("granite", others={"attention_multiplier": 1.0}, permuted=True),
+    "granite": Family("granite", _keys(attention_multiplier=1.0), permuted=True),
     "granitemoe": Family(
         "granitemoe",
-        others={**_EXPERTS, "attention_multiplier": 1.0},
+        _keys(attention_multiplier=1.0, **_EXPERTS),
         permuted=True,
         switches={"experts": True},
     ),
     "gpt_oss": Family(
         "gpt-oss",
-        n_ctx=131072,
-        norm_eps=1e-5,
-        n_kv_heads=8,
-        head_dim=64,
-        theta=150000.0,
-        window=128,
-        window_pattern=2,
-        others={
-            "norm_topk_prob": True,
-            "num_experts": 128,
-            "num_experts_per_tok": 4,
-            "expert_bias": True,
-            "attention_bias": True,
-            "rope_parameters": _yarn(32.0, 4096, truncate=False),
-        },
+        _keys(
+            n_ctx=131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2
+        )
+        | _keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
+        | _keys(attention_bias=True, rope=_yarn(32.0, 4096, truncate=False)),
         experts_last=True,
         gguf_values={"rope_parameters": {"truncate": False}},
         switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
     ),
     "nanochat": Family(
-        others={"hidden_act": "relu2", "final_logit_softcapping": 15.0, "rope_backwards": True},
+        defaults=_keys(hidden_act="relu2", final_logit_softcapping=15.0, rope_backwards=True),
         switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
     ),
     "seed_oss": Family(
         "seed_oss",
-        n_ctx=524288,
-        n_kv_heads=8,
-        head_dim=128,
-        others={"attention_bias": True, "attention_out_bias": False},
+        _keys(
+            n_ctx=524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False
+        ),
     ),
-    "arcee": Family(
-        "arcee", n_ctx=4096, norm_eps=1e-5, others={"hidden_act": "relu2"}, permuted=True
+    "arcee": Family("arcee", _keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
+    "hunyuan_v1_dense": Family(
+        "hunyuan-dense", _keys(eps=1e-5), switches={"qk_norm": "after_rope"}
     ),
-    "hunyuan_v1_dense": Family("hunyuan-dense", norm_eps=1e-5, switches={"qk_norm": "after_rope"}),
     "exaone4": Family(
         "exaone4",
-        **_WINDOWS,
-        norm_eps=1e-5,
-        n_kv_heads=32,
-        others={"rope_only_in_windows": True},
+        _keys(eps=1e-5, n_kv_heads=32, window=4096, pattern=4, rope_only_in_windows=True),
         switches={"norms": POST_NORMS, "qk_norm": "head"},
     ),
     "glm4": Family(
         "glm4",
-        n_ctx=131072,
-        norm_eps=1.5625e-7,
-        n_kv_heads=2,
-        head_dim=128,
-        others={"partial_rotary_factor": 0.5, "attention_bias": True},
+        _keys(131072, n_kv_heads=2, head_dim=128, eps=1.5625e-7, attention_bias=True)
+        | {"partial_rotary_factor": 0.5},
         interleaved=True,
         switches={**_SANDWICH, "o_bias": False},
     ),
     "cohere2": Family(
         "cohere2",
-        **_WINDOWS,
-        n_ctx=8192,
-        others={
-            **_TIED,
-            "layer_norm_eps": 1e-5,
-            "logit_scale": 0.0625,
-            "rope_only_in_windows": True,
-        },
+        _keys(
+            n_ctx=8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4
+        )
+        | {"rope_only_in_windows": True},
         interleaved=True,
         switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
     ),
     "starcoder2": Family(
         "starcoder2",
-        n_ctx=4096,
-        n_kv_heads=2,
-        others={**_TIED, "norm_epsilon": 1e-5, "use_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+        _keys(4096, n_kv_heads=2, tied=True, norm_epsilon=1e-5, use_bias=True)
+        | {"hidden_act": "gelu_pytorch_tanh"},
         switches={"norm": "layer_bias", "act": "gelu"},
     ),
     "stablelm": Family(
         "stablelm",
-        n_ctx=4096,
-        n_kv_heads=32,
-        others={"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        _keys(4096, n_kv_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25),
         switches={"norm": "layer_bias", "o_bias": False},
     ),
 }
+DEFAULTS = _keys(2048)  # of every family
 SUPPORTED = ", ".join(FAMILIES)
 # rope_type -> the numbers that it needs; numbers that any may have
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -848,7 +786,7 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
             )
         family = FAMILIES[model_type]
         # a null takes the family's default away: no window, as many key/value heads as heads
-        merged = {k: v for k, v in {**family.defaults, **raw}.items() if v is not None}
+        merged = {k: v for k, v in {**DEFAULTS, **family.defaults, **raw}.items() if v is not None}
         return ModelConfig(model_type=model_type, **_fields(ConfigValues(merged), family))
 
 
@@ -5265,7 +5203,7 @@ def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
             f"general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
     told = [name for name, key in fitting.items() if key and metadata.get(f"{arch}.{key}")]
-    return [*fitting, *told][-1] if told else next(iter(fitting))
+    return [next(iter(fitting)), *told][-1]
 
 
 def _gguf_config(
@@ -5293,12 +5231,12 @@ def _gguf_config(
     eps = "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
-    if "query_pre_attn_scalar" in family.others:
+    if "query_pre_attn_scalar" in family.defaults:
         is_wide = (family.gguf, own.get("block_count")) in WIDE_SCALE
         values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
     if scale := own.get("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.others else "logits_scaling"] = scale
-    if "rope_local_base_freq" in family.others:
+        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
+    if "rope_local_base_freq" in family.defaults:
         local = 10000.0 if "gemma" in family.gguf else own.get("rope.freq_base")
         values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
     return {
