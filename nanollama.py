@@ -5503,36 +5503,33 @@ def open_adapter(path: Path, config: ModelConfig) -> Adapter:
         pickled = (path / "adapter_model.bin").exists()
         hint = "; adapter_model.bin is a pickle, which is never opened" if pickled else ""
         raise CheckpointError(f"{path}: no {ADAPTER_FILE}{hint}")
-    settings = read_json(path / ADAPTER_CONFIG)
-    where = str(path / ADAPTER_CONFIG)
-    if settings.get("peft_type") != "LORA":
-        found = brief(settings.get("peft_type"))
-        raise CheckpointError(f"{where}: peft_type {found} is not supported; LORA is")
-    for key in ("bias", *ADAPTER_EXTRAS):
-        if settings.get(key) and (key, settings[key]) != ("bias", "none"):
-            raise CheckpointError(f"{where}: {key} {brief(settings[key])} is not supported")
-    return Adapter(path, _low_ranks(_safetensors_file(path / ADAPTER_FILE), settings, config, path))
+    settings, tensors = read_json(path / ADAPTER_CONFIG), _safetensors_file(path / ADAPTER_FILE)
+    with errors_about(path / ADAPTER_CONFIG):
+        if settings.get("peft_type") != "LORA":
+            found = brief(settings.get("peft_type"))
+            raise CheckpointError(f"peft_type {found} is not supported; LORA is")
+        for key in ("bias", *ADAPTER_EXTRAS):
+            if settings.get(key) and (key, settings[key]) != ("bias", "none"):
+                raise CheckpointError(f"{key} {brief(settings[key])} is not supported")
+        scale = _lora_scale(settings)
+    with errors_about(path / ADAPTER_FILE):
+        return Adapter(path, _low_ranks(tensors, scale, config))
 
 
 def _low_ranks(
-    tensors: Mapping[str, TensorSource],
-    settings: Mapping[str, Any],
-    config: ModelConfig,
-    path: Path,
+    tensors: Mapping[str, TensorSource], scale: Callable[[str, int], float], config: ModelConfig
 ) -> dict[str, LowRank]:
     """A and B of each module, in the decoder's names and order of rows: B goes the way of the
     weight that it changes, and matrices that were fused share one A."""
-    a: dict[str, TensorSource] = {}
+    a: dict[str, tuple[TensorSource, float]] = {}
     b: dict[str, TensorSource] = {}
-    scales: dict[str, float] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         if match is None or len(tensor.shape) != 2:
-            raise CheckpointError(f"{path / ADAPTER_FILE}: tensor {brief(name)} is not supported")
+            raise CheckpointError(f"tensor {brief(name)} is not supported")
         if match[2] == "A":
             module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
-            a[module] = tensor
-            scales[module] = _lora_scale(match[1], tensor.shape[0], settings, path)
+            a[module] = tensor, scale(match[1], tensor.shape[0])
         else:
             b[f"{match[1]}.lora_B"] = tensor
     found = {}
@@ -5540,29 +5537,32 @@ def _low_ranks(
         module = name.removesuffix(".lora_B")
         fused = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)
         fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
-        owner = module if module in a else fused
-        if owner not in a:
-            raise CheckpointError(f"{path / ADAPTER_FILE}: {module} has a B and no A")
-        found[module] = LowRank(a[owner], tensor, scales[owner])
+        if not (its_a := a.get(module) or a.get(fused)):
+            raise CheckpointError(f"{module} has a B and no A")
+        found[module] = LowRank(its_a[0], tensor, its_a[1])
     return found
 
 
-def _lora_scale(module: str, rank: int, settings: Mapping[str, Any], path: Path) -> float:
-    """alpha / rank, or alpha / sqrt(rank); alpha_pattern has other alphas for some modules"""
-    where, alpha = f"{path / ADAPTER_CONFIG}: lora_alpha", settings.get("lora_alpha")
+def _lora_scale(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """How to scale a module by its name and rank: with alpha / rank, or alpha / sqrt(rank);
+    alpha_pattern has other alphas for some modules."""
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"{path / ADAPTER_CONFIG}: alpha_pattern is {brief(patterns)}")
-    for pattern, its_alpha in patterns.items():
+        raise CheckpointError(f"alpha_pattern is {brief(patterns)}")
+    for pattern in patterns:
         if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
             raise CheckpointError(
-                f"{path / ADAPTER_CONFIG}: alpha_pattern {brief(pattern)} is not supported; "
-                "plain names of modules are"
+                f"alpha_pattern {brief(pattern)} is not supported; plain names of modules are"
             )
-        if f".{module}".endswith(f".{pattern}"):
-            alpha = its_alpha
-            break
-    return positive(alpha, where) / (rank**0.5 if settings.get("use_rslora") else max(rank, 1))
+    default = positive(settings.get("lora_alpha"), "lora_alpha")
+    alphas = {pattern: positive(alpha, "lora_alpha") for pattern, alpha in patterns.items()}
+    power = 0.5 if settings.get("use_rslora") else 1.0
+
+    def scale(module: str, rank: int) -> float:
+        fitting = (alpha for end, alpha in alphas.items() if f".{module}".endswith(f".{end}"))
+        return next(fitting, default) / math.pow(max(rank, 1), power)
+
+    return scale
 
 
 # ---- nanochat's checkpoints ----------------------------------------------------------------------
@@ -5586,13 +5586,8 @@ NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
     (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
     (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
     (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
-    (12, True): {
-        "rope_base": 1e5,
-        "softcap": 15.0,
-        "qk_scale": 1.2,
-        "value_scale": 3.0,
-        "short": (4, 128),
-    },
+    (12, True): {"rope_base": 1e5, "qk_scale": 1.2, "value_scale": 3.0, "short": (4, 128)}
+    | {"softcap": 15.0},
 }
 NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
@@ -5620,10 +5615,10 @@ def _open_nanochat(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
         )
-    tensors = _nanochat_tensors(path)
+    tensors, about = _nanochat_tensors(path), read_json(beside)
     try:
-        config = dict(read_json(beside)["model_config"])
-        raw = _nanochat_config(config, tensors, str(beside))
+        with errors_about(f"{beside}: model_config"):
+            raw = _nanochat_config(dict(about["model_config"]), tensors)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
@@ -5661,43 +5656,36 @@ def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
 
 def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
     """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
-    kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     name = str(tensor.dtype).removeprefix("torch.")
+    kind = {theirs: kind for kind, theirs in FLOAT_KINDS.items()}.get(name, name)
 
     def load(rows: Any = slice(None)) -> Tensor:
         return tensor[rows] if scale == 1 else tensor[rows].float() * scale
 
-    return TensorSource(tuple(tensor.shape), kind.get(name, name), tensor.nbytes, load)
+    return TensorSource(tuple(tensor.shape), kind, tensor.nbytes, load)
 
 
-def _nanochat_config(
-    config: Mapping[str, Any], tensors: dict[str, TensorSource], source: str
-) -> dict[str, Any]:
+def _nanochat_config(config: Mapping[str, Any], tensors: dict[str, TensorSource]) -> dict[str, Any]:
     """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
     those with the defaults that nanochat gives to older checkpoints.
 
     Raises CheckpointError for a variant that is not known."""
     if unknown := sorted(config.keys() - NANOCHAT_KEYS):
-        raise CheckpointError(f"{source}: model_config has {brief(unknown[0])}, which is not known")
-    counts = [config.get(key) for key in NANOCHAT_COUNTS]
-    if not all(isinstance(count, int) and 0 < count < 2**31 for count in counts):
-        named = dict(zip(NANOCHAT_COUNTS, counts))
-        raise CheckpointError(
-            f"{source}: model_config has {brief(named)}; whole numbers are needed"
-        )
-    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = cast(list[int], counts)
-    age = _nanochat_age(config, tensors, source)
+        raise CheckpointError(f"{brief(unknown[0])} is not known")
+    counts = map(ConfigValues(config).count, NANOCHAT_COUNTS)
+    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = counts
+    age = _nanochat_age(config, tensors)
     for name, tensor in list(tensors.items()):
         if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
             scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
             tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
     layers = min(n_layers, 2**16)
-    for name, fill in (("model.resid_lambdas", torch.ones), ("model.x0_lambdas", torch.zeros)):
-        if "model.resid_lambdas" in tensors or "model.x0_lambdas" in tensors:
-            tensors.setdefault(name, _held(fill(layers)))
+    lambdas = {"model.resid_lambdas": torch.ones, "model.x0_lambdas": torch.zeros}
+    for name, fill in lambdas.items() if lambdas.keys() & tensors else ():
+        tensors.setdefault(name, _held(fill(layers)))
     pattern = str(config.get("window_pattern") or "L").upper()
     if set(pattern) - {"S", "L"}:
-        raise CheckpointError(f"{source}: window_pattern is {brief(pattern)}; S and L are known")
+        raise CheckpointError(f"window_pattern is {brief(pattern)}; S and L are known")
     short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
     parts, tile = age["short"]
     window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
@@ -5716,15 +5704,11 @@ def _nanochat_config(
         "final_logit_softcapping": age["softcap"],
         "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
         "sliding_window": window + 1,  # nanochat does not count the token itself
-        "layer_types": [
-            "sliding_attention" if is_short else "full_attention" for is_short in short
-        ],
+        "layer_types": [LAYER_TYPES[is_short] for is_short in short],
     }
 
 
-def _nanochat_age(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorSource], source: str
-) -> dict[str, Any]:
+def _nanochat_age(config: Mapping[str, Any], tensors: Mapping[str, TensorSource]) -> dict[str, Any]:
     """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
     do not tell them."""
     gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
@@ -5732,14 +5716,13 @@ def _nanochat_age(
     age = NANOCHAT_AGES.get(kind)
     if age is None or len(gates) > 1:
         raise CheckpointError(
-            f"{source}: value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"value embeddings with gates of {brief(sorted(gates))} columns, "
             f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
         )
     if "softcap" not in config and "softcap" not in age:
         raise CheckpointError(
-            f"{source}: nanochats with these parameters capped logits at 15 or, from 2 March 2026 "
-            'for some time, at 20, and the files do not say which: add "softcap": 15 (or 20) to '
-            "model_config"
+            "nanochats with these parameters capped logits at 15 or, from 2 March 2026 for some "
+            'time, at 20, and the files do not say which: add "softcap": 15 (or 20)'
         )
     return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
 
@@ -7025,24 +7008,13 @@ def _add_tokens(
     flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
     # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
     is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
-    for wanted, special in (
-        (TOKEN_CONTROL, True),
-        (TOKEN_UNKNOWN, True),
-        (TOKEN_USER_DEFINED, False),
-    ):
-        added = [
-            tokenizers.AddedToken(
-                token,
-                special=special,
-                **{
-                    "normalized": False,
-                    "rstrip": bool(is_phi3 and special and token not in PHI3_KEPT),
-                    **flags.get(i, {}),
-                },
-            )
-            for i, (token, token_type) in enumerate(zip(tokens, types))
-            if token_type == wanted
-        ]
+    for wanted in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
+        special, added = wanted != TOKEN_USER_DEFINED, []
+        for i, token in enumerate(tokens):
+            if types[i] == wanted:
+                rstrip = bool(is_phi3 and special and token not in PHI3_KEPT)
+                how = {"normalized": False, "rstrip": rstrip, **flags.get(i, {})}
+                added.append(tokenizers.AddedToken(token, special=special, **how))
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 
@@ -7141,9 +7113,18 @@ def _sentencepiece_bpe(
     return tokenizer
 
 
-def failed_in_library(error: BaseException) -> bool:
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
     """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
-    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    try:
+        yield
+    except NanollamaError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"the tokenizer {what}: {reason}") from None
 
 
 class Tokenizer:
@@ -7158,19 +7139,12 @@ class Tokenizer:
                 f"{text.source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give "
                 "--tokenizer with a model directory or hub id that does"
             )
-        try:
+        with errors_about(file or text.source), library_errors("cannot be built"):
             if file is not None and file.name == "tokenizer.json":
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
             else:
                 text = read_vocabulary(text) if file else text
                 self._tokenizer = gguf_tokenizer(text.gguf or {})
-        except BaseException as error:
-            if not failed_in_library(error):
-                raise
-            reason = f"the tokenizer cannot be built: {type(error).__name__}: {first_line(error)}"
-            if isinstance(error, NanollamaError):
-                reason = str(error)
-            raise CheckpointError(f"{file or text.source}: {reason}") from None
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         self._lock = threading.Lock()
@@ -7200,20 +7174,14 @@ class Tokenizer:
     ) -> list[int]:
         """Text to ids. `add_special_tokens` adds what the tokenizer puts around a text (often BOS);
         without `parse_special`, control tokens spelled out in the text are plain text."""
-        try:
-            with self._lock:  # the server encodes in several threads
-                self._tokenizer.encode_special_tokens = not parse_special
-                return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError):  # releases of the library differ
-            raise RequestError(
-                "the text holds a lone surrogate, which is not Unicode text"
-            ) from None
-        except BaseException as error:
-            if not failed_in_library(error):
-                raise
-            raise CheckpointError(
-                f"{self.text.source}: the tokenizer fails: {first_line(error)}"
-            ) from None
+        with errors_about(self.text.source), library_errors("fails"):
+            try:
+                with self._lock:  # the server encodes in several threads
+                    self._tokenizer.encode_special_tokens = not parse_special
+                    return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            except (UnicodeEncodeError, TypeError):  # releases of the library differ
+                problem = "the text holds a lone surrogate, which is not Unicode text"
+                raise RequestError(problem) from None
 
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
