@@ -5358,11 +5358,15 @@ def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
 
 
+def _part(tensor: TensorSource, shape: tuple[int, ...], load: Callable[..., Any]) -> TensorSource:
+    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
+    return TensorSource(shape, tensor.kind, num_bytes, load)
+
+
 def _some_rows(tensor: TensorSource, rows: Tensor) -> TensorSource:
     """A tensor made of these rows of another"""
-    num_bytes = tensor.nbytes * len(rows) // max(tensor.shape[0], 1)
     shape = (len(rows), *tensor.shape[1:])
-    return TensorSource(shape, tensor.kind, num_bytes, lambda at=slice(None): tensor.load(rows[at]))
+    return _part(tensor, shape, lambda at=slice(None): tensor.load(rows[at]))
 
 
 def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
@@ -5424,19 +5428,14 @@ def _experts_apart(
 
 def _expert(tensor: TensorSource, expert: int, rows: Tensor, transposed: bool) -> TensorSource:
     """These rows of one expert"""
+    if not transposed:
+        shape = (len(rows), *tensor.shape[2:])
+        return _part(tensor, shape, lambda at=slice(None): tensor.load(expert, rows[at]))
 
-    def load(at: slice | Tensor = slice(None)) -> Tensor | PackedLinear:
-        if not transposed:
-            return tensor.load(expert, rows[at])
-        whole = tensor.load(expert)
-        assert isinstance(whole, torch.Tensor)
-        return whole.T[rows[at]].contiguous()
+    def load(at: slice | Tensor = slice(None)) -> Tensor:
+        return cast("Tensor", tensor.load(expert)).T[rows[at]].contiguous()
 
-    shape = (len(rows), *tensor.shape[2:])
-    if transposed:
-        shape = len(rows), tensor.shape[1]
-    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
-    return TensorSource(shape, tensor.kind, num_bytes, load)
+    return _part(tensor, (len(rows), tensor.shape[1]), load)
 
 
 def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
@@ -5444,11 +5443,9 @@ def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
     2i and 2i + 1, and scales (E, rows, G)."""
 
     def load(expert: int, rows: Tensor) -> PackedLinear:
-        codes, exponents = blocks.load(expert, rows), scales.load(expert, rows)
-        assert isinstance(codes, torch.Tensor)
-        assert isinstance(exponents, torch.Tensor)
+        codes = cast("Tensor", blocks.load(expert, rows))
         columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        return mxfp4(exponents, pack_nibbles(columns))
+        return mxfp4(cast("Tensor", scales.load(expert, rows)), pack_nibbles(columns))
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)
@@ -5633,12 +5630,9 @@ def _open_nanochat(path: Path) -> Checkpoint:
 
 def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
     """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    try:
-        try:
-            state = torch.load(path, mmap=True, **options)
-        except RuntimeError:  # a file from before torch 1.6 is not a zip file, and not mapped
-            state = torch.load(path, **options)
+    try:  # a file from before torch 1.6 is not a zip file, and not mapped
+        is_zip = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:  # torch's words recommend to load it all the same
         raise CheckpointError(f"{path}: holds more than tensors, and is not loaded") from None
     except Exception as error:  # EOFError, and whatever else a damaged file leads to
@@ -5759,7 +5753,7 @@ TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after
 def write_tiny_random(directory: Path) -> None:
     """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
     header: dict[str, Any] = {}
-    data = bytearray()
+    data = bytearray()  # written without torch, which a server of scripted answers never imports
     for name, shape in _tiny_shapes().items():
         start, values = len(data), _tiny_values(name, shape)
         data += struct.pack(f"<{len(values)}f", *values)
@@ -6959,17 +6953,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         # empty and repeated pieces get a name that no text has
         tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
         seen[tokens[i]] = i
-    if kind == "gpt2":
-        tokenizer, add_bos = _byte_level_bpe(metadata, seen, types)
-    elif kind in ("llama", "gemma4"):
-        tokenizer, add_bos = _sentencepiece_bpe(metadata, seen, types), True
-    else:
+    if kind not in ("gpt2", "llama", "gemma4"):
         raise CheckpointError(
             f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
+    build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
+    tokenizer = build(metadata, seen, types)
     _add_tokens(tokenizer, metadata, tokens, types)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
+    add_bos = kind != "gpt2" or metadata.get("tokenizer.ggml.pre") in ADD_BOS
     if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
         if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise CheckpointError(
@@ -7004,31 +6997,29 @@ def _add_tokens(
 
 def _byte_level_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
-) -> tuple[tokenizers.Tokenizer, bool]:
+) -> tokenizers.Tokenizer:
     pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
-    if "pattern" not in metadata and pre not in PRE_TOKENIZERS:
+    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS.get(pre)
+    if regexes is None:
         raise CheckpointError(
             f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS[pre]
     scores = None if merges else metadata.get("tokenizer.ggml.scores")
     if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
         merges = _scored_merges(scores, vocab, types)
+    whole = bool(scores) or pre in IGNORE_MERGES
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            dict(vocab), merges, ignore_merges=bool(scores) or pre in IGNORE_MERGES
-        )
+        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=whole)
     )
-    split = [
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in regexes
-    ]
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*split, byte_level])
+    split = tokenizers.pre_tokenizers
+    words = [split.Split(tokenizers.Regex(regex), "isolated") for regex in regexes]
+    byte_level = split.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = split.Sequence([*words, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     if pre in NFC:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
-    return tokenizer, pre in ADD_BOS
+    return tokenizer
 
 
 def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -7069,31 +7060,27 @@ def _sentencepiece_bpe(
     """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
     is_gemma4 = metadata["tokenizer.ggml.model"] == "gemma4"
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
+    merges = _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types)
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            dict(vocab),
-            _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=True,
+            dict(vocab), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
     every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
+    split, normalizers = tokenizers.pre_tokenizers, tokenizers.normalizers
+    marks = [normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if every_time else []), normalizers.Replace(" ", "▁")]
+        [normalizers.Prepend("▁"), *marks] if every_time else marks
     )
-    split = tokenizers.pre_tokenizers
     if is_gemma4:
         tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
     elif prefix and not every_time:
         tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
-    )
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return tokenizer
 
 

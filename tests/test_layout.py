@@ -146,7 +146,7 @@ ALLOWED = {
     "gguf": {"FORMATS"},
     "safetensors": {"FORMATS", "MODEL", "CLI"},
     "huggingface_hub": {"STORE"},
-    "zipfile": {"STORE"},
+    "zipfile": {"FORMATS", "STORE"},
     "subprocess": {"STORE", "KERNELS"},
     "tokenizers": {"TOKENIZER"},
     "jinja2": {"CHAT"},
