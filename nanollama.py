@@ -5452,31 +5452,30 @@ def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
     return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load)
 
 
+def without_prefix(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata in which what the tokenizer is made from has short keys: tokens, scores, .."""
+    return {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+
+
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    metadata = without_prefix(metadata)
+    tokens = metadata.get("tokens")
     if not isinstance(tokens, list):
         return TextFiles(source)  # a file without a tokenizer needs --tokenizer
-    spm = metadata.get("tokenizer.ggml.model") == "llama"
-    ids = {
-        name: metadata.get(f"tokenizer.ggml.{key}_token_id", default if spm else None)
-        for name, key, default in (
-            ("bos_token", "bos", 1),
-            ("eos_token", "eos", 2),
-            ("unk_token", "unknown", 0),
-            ("pad_token", "padding", None),
-            ("eot_token", "eot", None),
-            ("eom_token", "eom", None),
-        )
-    }
-    special = {n: tokens[i] for n, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    ends = {i for i in map(ids.get, ("eos_token", "eot_token", "eom_token")) if isinstance(i, int)}
+    usual = {"bos": 1, "eos": 2, "unknown": 0} if metadata.get("model") == "llama" else {}
+    keys = {name: name for name in ("bos", "eos", "eot", "eom")}
+    keys |= {"unk": "unknown", "pad": "padding"}
+    given = {name: metadata.get(f"{key}_token_id", usual.get(key)) for name, key in keys.items()}
+    ids = {name: i for name, i in given.items() if isinstance(i, int)}
+    special = {f"{n}_token": tokens[i] for n, i in ids.items() if 0 <= i < len(tokens)}
+    ends = frozenset(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     prefix = "tokenizer.chat_template"
     templates = {
         key[len(prefix) + 1 :] or "default": value
         for key, value in metadata.items()
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
-    return TextFiles(source, None, metadata, templates, special, frozenset(ends))
+    return TextFiles(source, None, metadata, templates, special, ends)
 
 
 # ---- adapters ------------------------------------------------------------------------------------
@@ -5752,14 +5751,9 @@ TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after
 
 def write_tiny_random(directory: Path) -> None:
     """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
-    header: dict[str, Any] = {}
-    data = bytearray()  # written without torch, which a server of scripted answers never imports
-    for name, shape in _tiny_shapes().items():
-        start, values = len(data), _tiny_values(name, shape)
-        data += struct.pack(f"<{len(values)}f", *values)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
-    head = json.dumps(header).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + data)
+    shapes = _tiny_shapes().items()
+    tensors = {name: torch.tensor(_tiny_values(name, shape)).view(shape) for name, shape in shapes}
+    (directory / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
@@ -6768,7 +6762,7 @@ def _tekken(raw: bytes) -> dict[str, Any]:
         for entry in entries[: num_tokens - num_control]
     }
     metadata = _ranked(ranks, control, [], "<s>", "</s>")
-    return metadata | {"pattern": config["pattern"], "tokenizer.ggml.add_bos_token": True}
+    return metadata | {"pattern": config["pattern"], "add_bos_token": True}
 
 
 def _tiktoken(raw: bytes) -> dict[str, Any]:
@@ -6781,7 +6775,7 @@ def _tiktoken(raw: bytes) -> dict[str, Any]:
             "--tokenizer with a model directory or hub id"
         )
     pre, control, bos, eos = TIKTOKEN[len(ranks)]
-    return _ranked(ranks, [], control, bos, eos) | {"tokenizer.ggml.pre": pre}
+    return _ranked(ranks, [], control, bos, eos) | {"pre": pre}
 
 
 def _nanochat(raw: bytes) -> dict[str, Any]:
@@ -6793,8 +6787,8 @@ def _nanochat(raw: bytes) -> dict[str, Any]:
     metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
     return metadata | {
         "pattern": state["pat_str"],
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
+        "add_bos_token": True,
+        "eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
         "tokenizer.chat_template": NANOCHAT_TEMPLATE,
     }
 
@@ -6876,12 +6870,12 @@ def _ranked(
     normal = range(len(before), len(before) + len(pieces))
     types = [TOKEN_NORMAL if i in normal else TOKEN_CONTROL for i in range(len(tokens))]
     return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": [-i for i in range(len(tokens))],
-        "tokenizer.ggml.bos_token_id": tokens.index(bos) if bos else None,
-        "tokenizer.ggml.eos_token_id": tokens.index(eos),
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": types,
+        "scores": [-i for i in range(len(tokens))],
+        "bos_token_id": tokens.index(bos) if bos else None,
+        "eos_token_id": tokens.index(eos),
     }
 
 
@@ -6900,12 +6894,12 @@ def _sentencepiece(raw: bytes) -> dict[str, Any]:
         )
     ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
     return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [piece.piece for piece in model.pieces],
-        "tokenizer.ggml.token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
-        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
-        "tokenizer.ggml.add_space_prefix": normalized.add_dummy_prefix,
-        **{f"tokenizer.ggml.{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
+        "model": "llama",
+        "tokens": [piece.piece for piece in model.pieces],
+        "token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
+        "scores": [piece.score for piece in model.pieces],
+        "add_space_prefix": normalized.add_dummy_prefix,
+        **{f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
     }
 
 
@@ -6916,9 +6910,7 @@ def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
     beside = read_json(directory / "added_tokens.json", required=False)
     named = {i: {"content": token} for token, i in beside.items()}
     named |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
-    tokens, types, scores = (
-        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "scores")
-    )
+    tokens, types, scores = map(metadata.__getitem__, ("tokens", "token_type", "scores"))
     if named and not 0 <= min(named) <= max(named) < len(tokens) + 2**16:
         raise CheckpointError(f"added tokens have the ids {min(named)} to {max(named)}")
     for i in range(len(tokens), max(named, default=0) + 1):
@@ -6934,7 +6926,7 @@ def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
     }
     metadata["legacy"] = settings.get("legacy")
     if isinstance(add_bos := settings.get("add_bos_token"), bool):
-        metadata["tokenizer.ggml.add_bos_token"] = add_bos
+        metadata["add_bos_token"] = add_bos
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -6942,9 +6934,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
     What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
     splits text, whether spaces are put as SentencePiece's `legacy` code in transformers did."""
-    kind = metadata.get("tokenizer.ggml.model")
-    tokens = [str(token) for token in metadata["tokenizer.ggml.tokens"]]
-    types = list(metadata.get("tokenizer.ggml.token_type") or [TOKEN_NORMAL] * len(tokens))
+    metadata = without_prefix(metadata)
+    kind = metadata.get("model")
+    tokens = [str(token) for token in metadata["tokens"]]
+    types = list(metadata.get("token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
@@ -6961,9 +6954,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
     tokenizer = build(metadata, seen, types)
     _add_tokens(tokenizer, metadata, tokens, types)
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id", 1 if kind == "llama" else None)
-    add_bos = kind != "gpt2" or metadata.get("tokenizer.ggml.pre") in ADD_BOS
-    if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and bos_id is not None:
+    bos_id = metadata.get("bos_token_id", 1 if kind == "llama" else None)
+    add_bos = kind != "gpt2" or metadata.get("pre") in ADD_BOS
+    if metadata.get("add_bos_token", add_bos) and bos_id is not None:
         if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise CheckpointError(
                 f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
@@ -6998,14 +6991,14 @@ def _add_tokens(
 def _byte_level_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    pre, merges = metadata.get("tokenizer.ggml.pre", "default"), _file_merges(metadata, vocab)
+    pre, merges = metadata.get("pre", "default"), _file_merges(metadata, vocab)
     regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS.get(pre)
     if regexes is None:
         raise CheckpointError(
             f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    scores = None if merges else metadata.get("tokenizer.ggml.scores")
+    scores = None if merges else metadata.get("scores")
     if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
         merges = _scored_merges(scores, vocab, types)
     whole = bool(scores) or pre in IGNORE_MERGES
@@ -7024,7 +7017,7 @@ def _byte_level_bpe(
 
 def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     merges = []
-    for line in metadata.get("tokenizer.ggml.merges") or []:
+    for line in metadata.get("merges") or []:
         space = line.find(" ", 1)  # a piece may itself begin with a space
         left, right = line[:space], line[space + 1 :]
         if space > 0 and left in vocab and right in vocab and left + right in vocab:
@@ -7058,8 +7051,8 @@ def _sentencepiece_bpe(
     metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
     """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
-    is_gemma4 = metadata["tokenizer.ggml.model"] == "gemma4"
-    scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(vocab)
+    is_gemma4 = metadata["model"] == "gemma4"
+    scores = metadata.get("scores") or [0.0] * len(vocab)
     merges = _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types)
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
@@ -7067,7 +7060,7 @@ def _sentencepiece_bpe(
             dict(vocab), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
         )
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", not is_gemma4)
+    prefix = metadata.get("add_space_prefix", not is_gemma4)
     every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
     split, normalizers = tokenizers.pre_tokenizers, tokenizers.normalizers
     marks = [normalizers.Replace(" ", "▁")]
