@@ -427,8 +427,8 @@ def round_up(n: int, multiple: int) -> int:
 class Family:
     """How one `model_type` departs from Llama."""
 
-    gguf: str = ""  # general.architecture in GGUF files
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # for keys absent from config.json
+    defaults: Mapping[str, Any]  # for keys absent from config.json
+    gguf: str | None = None  # general.architecture in GGUF files; None is the model_type
     gguf_key: str = ""  # metadata that tells it from another family of that architecture
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
@@ -480,147 +480,120 @@ _GEGLU: Values = {"act": "geglu", "embed_root": True}
 _MINISTRAL3_ROPE = _yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 _MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", _keys(**_NO_WINDOW), permuted=True),
-    "mistral": Family("llama", _keys(131072, n_kv_heads=8, window=4096), permuted=True),
-    "ministral": Family(defaults=_keys(131072, n_kv_heads=8, window=4096)),
+    "llama": Family(_keys(**_NO_WINDOW), permuted=True),
+    "mistral": Family(_keys(131072, n_kv_heads=8, window=4096), gguf="llama", permuted=True),
+    "ministral": Family(_keys(131072, n_kv_heads=8, window=4096), gguf=""),
     "ministral3": Family(
-        "mistral3",
         _keys(262144, n_kv_heads=8, head_dim=128, eps=1e-5, rope=_MINISTRAL3_ROPE),
+        gguf="mistral3",
         permuted=True,
     ),
     "mixtral": Family(
-        "llama",
         _keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, **_EXPERTS),
+        gguf="llama",
         gguf_key="expert_count",
         permuted=True,
         switches={"experts": True},
     ),
     "qwen2": Family(
-        "qwen2", _keys(32768, n_kv_heads=32, **_QWEN), switches={"qkv_bias": True, "o_bias": False}
+        _keys(32768, n_kv_heads=32, **_QWEN), switches={"qkv_bias": True, "o_bias": False}
     ),
     "qwen2_moe": Family(
-        "qwen2moe",
         _keys(32768, n_kv_heads=16, qkv_bias=True, **_QWEN)
         | _keys(n_experts=60, n_used=4, n_ff=1408, n_ff_shared=5632),
+        gguf="qwen2moe",
         switches={"experts": True, "o_bias": False},
     ),
     "qwen3": Family(
-        "qwen3", _keys(32768, n_kv_heads=32, head_dim=128, **_QWEN), switches={"qk_norm": "head"}
+        _keys(32768, n_kv_heads=32, head_dim=128, **_QWEN), switches={"qk_norm": "head"}
     ),
     "qwen3_moe": Family(
-        "qwen3moe",
-        _keys(
-            n_ctx=32768, n_kv_heads=4, window=4096, n_experts=128, n_used=8, n_ff=768, **_NO_WINDOW
-        ),
+        _keys(32768, n_kv_heads=4, window=4096, n_experts=128, n_used=8, n_ff=768, **_NO_WINDOW),
+        gguf="qwen3moe",
         gguf_values={"norm_topk_prob": True},
         switches={"experts": True, "qk_norm": "head"},
     ),
     "smollm3": Family(
-        "smollm3",
-        _keys(
-            n_ctx=32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **_NO_WINDOW
-        ),
+        _keys(32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **_NO_WINDOW),
         permuted=True,
     ),
-    "phi3": Family("phi3", _keys(4096, eps=1e-5)),
-    "gemma": Family("gemma", _keys(8192, n_kv_heads=16, **_GEMMA), plus_one=True, switches=_GEGLU),
+    "phi3": Family(_keys(4096, eps=1e-5)),
+    "gemma": Family(_keys(8192, n_kv_heads=16, **_GEMMA), plus_one=True, switches=_GEGLU),
     "gemma2": Family(
-        "gemma2",
         _keys(8192, pattern=2, vocab_size=256000, **_GEMMA2)
         | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         plus_one=True,
         switches={**_GEGLU, **_SANDWICH},
     ),
     "gemma3_text": Family(
-        "gemma3",
-        _keys(
-            n_ctx=131072,
-            pattern=6,
-            vocab_size=262208,
-            theta=1e6,
-            rope_local_base_freq=1e4,
-            **_GEMMA2,
-        ),
+        _keys(131072, pattern=6, vocab_size=262208, theta=1e6, rope_local_base_freq=1e4, **_GEMMA2),
+        gguf="gemma3",
         plus_one=True,
         switches={**_GEGLU, **_SANDWICH, "qk_norm": "head"},
     ),
-    "olmo2": Family("olmo2", _keys(eps=1e-5), switches={"norms": POST_NORMS, "qk_norm": "full"}),
+    "olmo2": Family(_keys(eps=1e-5), switches={"norms": POST_NORMS, "qk_norm": "full"}),
     "olmo3": Family(
-        "olmo2",
         _keys(eps=1e-5, theta=5e5, rope_local_base_freq=5e5, window=4096, pattern=4),
+        gguf="olmo2",
         gguf_key="attention.sliding_window",
         switches={"norms": POST_NORMS, "qk_norm": "full"},
     ),
     "olmoe": Family(
-        "olmoe",
-        _keys(4096, eps=1e-5, n_experts=64, n_used=8),
-        switches={"experts": True, "qk_norm": "full"},
+        _keys(4096, eps=1e-5, n_experts=64, n_used=8), switches={"experts": True, "qk_norm": "full"}
     ),
-    "granite": Family("granite", _keys(attention_multiplier=1.0), permuted=True),
+    "granite": Family(_keys(attention_multiplier=1.0), permuted=True),
     "granitemoe": Family(
-        "granitemoe",
-        _keys(attention_multiplier=1.0, **_EXPERTS),
-        permuted=True,
-        switches={"experts": True},
+        _keys(attention_multiplier=1.0, **_EXPERTS), permuted=True, switches={"experts": True}
     ),
     "gpt_oss": Family(
-        "gpt-oss",
-        _keys(
-            n_ctx=131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2
-        )
+        _keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)
         | _keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
         | _keys(attention_bias=True, rope=_yarn(32.0, 4096, truncate=False)),
+        gguf="gpt-oss",
         experts_last=True,
         gguf_values={"rope_parameters": {"truncate": False}},
         switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
     ),
     "nanochat": Family(
-        defaults=_keys(hidden_act="relu2", final_logit_softcapping=15.0, rope_backwards=True),
+        _keys(hidden_act="relu2", final_logit_softcapping=15.0, rope_backwards=True),
+        gguf="",
         switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
     ),
     "seed_oss": Family(
-        "seed_oss",
-        _keys(
-            n_ctx=524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False
-        ),
+        _keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False)
     ),
-    "arcee": Family("arcee", _keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
+    "arcee": Family(_keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
     "hunyuan_v1_dense": Family(
-        "hunyuan-dense", _keys(eps=1e-5), switches={"qk_norm": "after_rope"}
+        _keys(eps=1e-5), gguf="hunyuan-dense", switches={"qk_norm": "after_rope"}
     ),
     "exaone4": Family(
-        "exaone4",
         _keys(eps=1e-5, n_kv_heads=32, window=4096, pattern=4, rope_only_in_windows=True),
         switches={"norms": POST_NORMS, "qk_norm": "head"},
     ),
     "glm4": Family(
-        "glm4",
         _keys(131072, n_kv_heads=2, head_dim=128, eps=1.5625e-7, attention_bias=True)
         | {"partial_rotary_factor": 0.5},
         interleaved=True,
         switches={**_SANDWICH, "o_bias": False},
     ),
     "cohere2": Family(
-        "cohere2",
-        _keys(
-            n_ctx=8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4
-        )
+        _keys(8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4)
         | {"rope_only_in_windows": True},
         interleaved=True,
         switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
     ),
     "starcoder2": Family(
-        "starcoder2",
         _keys(4096, n_kv_heads=2, tied=True, norm_epsilon=1e-5, use_bias=True)
         | {"hidden_act": "gelu_pytorch_tanh"},
         switches={"norm": "layer_bias", "act": "gelu"},
     ),
     "stablelm": Family(
-        "stablelm",
         _keys(4096, n_kv_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25),
         switches={"norm": "layer_bias", "o_bias": False},
     ),
 }
+# model_type -> general.architecture in GGUF files
+ARCHITECTURES = {name: name if row.gguf is None else row.gguf for name, row in FAMILIES.items()}
 DEFAULTS = _keys(2048)  # of every family
 SUPPORTED = ", ".join(FAMILIES)
 # rope_type -> the numbers that it needs; numbers that any may have
@@ -5179,7 +5152,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     tensors = {name: t for file in files for name, t in file.tensors.items()}
     with errors_about(path):
         model_type = _gguf_model_type(metadata)
-        prefix = FAMILIES[model_type].gguf + "."
+        prefix = ARCHITECTURES[model_type] + "."
         own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
@@ -5196,14 +5169,15 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch = metadata.get("general.architecture")
-    fitting = {name: f.gguf_key for name, f in FAMILIES.items() if arch and f.gguf == arch}
+    fitting = [name for name, theirs in ARCHITECTURES.items() if arch and theirs == arch]
     if not fitting:
-        known = ", ".join(sorted({f.gguf for f in FAMILIES.values() if f.gguf}))
+        known = ", ".join(sorted({*ARCHITECTURES.values()} - {""}))
         raise CheckpointError(
             f"general.architecture {brief(arch)} is not supported; supported are: {known}"
         )
-    told = [name for name, key in fitting.items() if key and metadata.get(f"{arch}.{key}")]
-    return [next(iter(fitting)), *told][-1]
+    keys = {name: FAMILIES[name].gguf_key for name in fitting}
+    told = [name for name, key in keys.items() if key and metadata.get(f"{arch}.{key}")]
+    return [fitting[0], *told][-1]
 
 
 def _gguf_config(
@@ -5215,12 +5189,10 @@ def _gguf_config(
     def need(name: str) -> Any:
         value = own.get(name)
         if not isinstance(value, (int, float)):
-            raise CheckpointError(
-                f"metadata {family.gguf}.{name} is {brief(value)}; a number is needed"
-            )
+            raise CheckpointError(f"metadata {arch}.{name} is {brief(value)}; a number is needed")
         return value
 
-    family = FAMILIES[model_type]
+    family, arch = FAMILIES[model_type], ARCHITECTURES[model_type]
     if "token_embd.weight" not in tensors:
         raise CheckpointError("tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
@@ -5232,12 +5204,12 @@ def _gguf_config(
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
     if "query_pre_attn_scalar" in family.defaults:
-        is_wide = (family.gguf, own.get("block_count")) in WIDE_SCALE
+        is_wide = (arch, own.get("block_count")) in WIDE_SCALE
         values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
     if scale := own.get("logit_scale"):  # Granite divides, Cohere multiplies
         values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
     if "rope_local_base_freq" in family.defaults:
-        local = 10000.0 if "gemma" in family.gguf else own.get("rope.freq_base")
+        local = 10000.0 if "gemma" in arch else own.get("rope.freq_base")
         values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
     return {
         **values,
