@@ -671,8 +671,7 @@ class ModelConfig:
     @property
     def n_rot(self) -> int:
         """How many columns of a head RoPE turns."""
-        n_rot: int = self.rope["n_rot"]
-        return n_rot
+        return int(self.rope["n_rot"])
 
     def ring_tokens(self, most_new: int) -> int:
         """How many positions a layer with a window keeps, so that each of `most_new` tokens of one
@@ -5015,8 +5014,7 @@ class GGUFCursor:
         return count
 
 
-@dataclass(frozen=True, slots=True)
-class GGUFFile:
+class GGUFFile(NamedTuple):
     """A parsed GGUF file: metadata, and where each tensor's bytes lie. Shapes are row-major, as
     torch has them (the file lists dimensions innermost first)."""
 
@@ -6703,8 +6701,7 @@ def read_vocabulary(text: TextFiles) -> TextFiles:
     path = text.tokenizer_file
     assert path is not None
     raw = path.read_bytes()
-    is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
-    by_text = _tiktoken if is_tiktoken else _sentencepiece
+    by_text = _tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw) else _sentencepiece
     metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
     _name_added_tokens(metadata, path.parent)
     found = _gguf_text(metadata, text.source)
@@ -7129,9 +7126,8 @@ class Tokenizer:
         if token_id in self._control_bytes:
             return self._control_bytes[token_id]
         if self._byte_level:
-            alphabet = byte_alphabet()
-            if all(character in alphabet for character in piece):
-                return bytes(alphabet[character] for character in piece)
+            with contextlib.suppress(KeyError):
+                return bytes(map(byte_alphabet().__getitem__, piece))
             return piece.encode()
         if self._byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
