@@ -248,6 +248,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── LogitsError              500  the model gave no numbers to sample from
     ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
@@ -286,6 +287,10 @@ class CheckpointError(NanollamaError):
 
 
 class KernelError(NanollamaError):
+    pass
+
+
+class LogitsError(NanollamaError):
     pass
 
 
@@ -8510,7 +8515,12 @@ def sample(
     is_free: bool = True,
 ) -> int:
     """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
-    is len(history). is_free: any text may come here, see `penalize`."""
+    is len(history). is_free: any text may come here, see `penalize`. Raises LogitsError."""
+    if not np.isfinite(best := logits.max()):
+        raise LogitsError(
+            f"the model's largest logit is {best}: its weights are damaged, or too large for its "
+            "dtype; fetch the model again, or use --dtype float32"
+        )
     with np.errstate(over="ignore"):  # to infinity, which is what it should be
         logits = penalize(logits, params, history, num_prompt, seen, is_free)
         if allowed is not None:
@@ -9066,15 +9076,14 @@ class Engine:
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
+        form, row = seq.constraint, logits.numpy()
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
         try:
-            form = seq.constraint
             allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-        except RequestError as error:
+            token_id = sample(row, p, seq.seed, *history, allowed, is_free)
+        except NanollamaError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        history = (seq.token_ids, seq.num_prompt, seq.seen)
-        row = logits.numpy()
-        token_id = sample(row, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(row, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 

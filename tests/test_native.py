@@ -1100,6 +1100,26 @@ def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[
     assert worker["kernels"] == f"native ({native_path()})"
 
 
+CODE_PAGES = """
+import torch, nanollama
+
+def file_bytes():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssFile:")[2].split()[0])
+
+before = file_bytes()
+nanollama.return_unused_memory()
+assert file_bytes() < before / 2
+assert torch.arange(5).softmax(0, dtype=torch.float32).argmax() == 4
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="gives back as Linux does")
+def test_code_that_only_importing_needed_counts_no_longer() -> None:
+    done = python(CODE_PAGES)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 AWAKE = """
 import os, time, torch, nanollama
 
