@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from gguf_files import Kind, encode
 from hypothesis import strategies as st
 from serving import serving
+from test_families import ROWS
 from torch import Tensor
 
 import nanollama
@@ -742,6 +743,33 @@ def test_exp_is_within_three_units_in_the_last_place(harness: ctypes.CDLL) -> No
     high = np.float32([88.01, 88.7, 88.8, 89, 100, 1e4, 1e30, np.inf] * 2)
     assert np.ptp(through(harness.exps, high, np.float32)) == 0
     assert np.isnan(through(harness.exps, np.float32([np.nan] * 16), np.float32)).all()
+
+
+# ---- a mixture of experts ------------------------------------------------------------------------
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_give_what_torch_makes_of_the_same_matrices(
+    family: str, code_path: str, tiny: oracle.Tiny
+) -> None:
+    name, overrides = ROWS[family]
+    llm = LLM(tiny(name, **overrides), quantize="q8", kernels="native")
+    torch.manual_seed(0)
+    mlps = [layer.mlp for layer in llm.engine.decoder.layers]
+    mixture = next(mlp for mlp in mlps if isinstance(mlp, nanollama.MoE))
+    x, norm = torch.randn(37, llm.config.n_embd), RMSNorm(torch.rand(llm.config.n_embd), 1e-5)
+    with torch.inference_mode():
+        for residual in (None, torch.randn_like(x)):
+            ours = mixture(x, norm, residual)
+            for count in (1, 3):
+                with num_threads(count):
+                    one = mixture(x[5:6], norm, None if residual is None else residual[5:6])
+                assert torch.equal(one, ours[5:6])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mixture, "downs", None)
+                torch.testing.assert_close(ours, mixture(x, norm, residual), rtol=1e-4, atol=1e-4)
 
 
 # ---- threads and forks ---------------------------------------------------------------------------
