@@ -2344,21 +2344,34 @@ void gather(const void *call, int64_t n, int64_t num_threads) {
     }
 }
 
-typedef struct { const float *x, *norm, *residual; float *out; int64_t cols; float eps; } norm_call;
+typedef struct {
+    const float *x, *weight, *bias, *residual;
+    float *out;
+    int64_t cols, is_centred; /* a multiple of 16; whether the mean is taken off: LayerNorm */
+    float eps;
+} norm_call;
 
 static void norm_piece(const void *job, int64_t token) {
     const norm_call *c = job;
-    int64_t start = token * c->cols;
-    float factor = rms_factor(c->x + start, c->cols, c->eps);
+    const float *x = c->x + token * c->cols;
+    vec sum = {0}, squares = {0}, mean = {0};
+    for (int64_t i = 0; i < c->cols && c->is_centred; i += LANES) sum += load(x + i);
+    if (c->is_centred) mean = splat(sum_of(sum) / c->cols);
     for (int64_t i = 0; i < c->cols; i += LANES) {
-        vec y = load(c->x + start + i) * factor * load(c->norm + i);
-        if (c->residual) y = load(c->residual + start + i) + y;
-        store(c->out + start + i, y);
+        vec centred = load(x + i) - mean;
+        squares = madd(centred, centred, squares);
+    }
+    float factor = 1.0f / sqrtf(sum_of(squares) / c->cols + c->eps);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = (load(x + i) - mean) * factor * load(c->weight + i);
+        if (c->bias) y += load(c->bias + i);
+        if (c->residual) y = load(c->residual + token * c->cols + i) + y;
+        store(c->out + token * c->cols + i, y);
     }
 }
 
-/* out = rms_norm(x) + residual, (n, cols) all, where cols is a multiple of 16 */
-void rms_norm(const void *call, int64_t n, int64_t num_threads) {
+/* out = norm(x) + residual, (n, cols) all */
+void norm(const void *call, int64_t n, int64_t num_threads) {
     share_out(norm_piece, call, n, num_threads);
 }
 
@@ -2457,12 +2470,13 @@ enum { FLOAT32, FLOAT16, Q8 };
 #define NOTHING -1e30f /* the largest of no scores */
 
 typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
+enum { EACH_HEAD, ALL_HEADS, AFTER_ROTATION }; /* the norms of queries and keys, if any */
 
 typedef struct {
-    const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
+    const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
     const span *spans; /* after the last one follows one without tokens */
     float *out;        /* (N, H D) */
-    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
     float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
     /* found by `attention`: */
     float *q;           /* (N, H, D), rotated and scaled */
@@ -2477,18 +2491,22 @@ INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value,
     return s->strip + strip * s->num_blocks * c->block_bytes;
 }
 
-/* y = one head x (D), normed if the family does that, rotated to its token's position, scaled */
-INLINE void rotate_head(const attention_call *c, const float *x, const float *norm, int64_t token,
-                        float scale, float *restrict y) {
-    int64_t half = c->head_dim / 2;
+/* y = head h of those at x (.., D), normed if the family does that, with the factor of all heads if
+ * there is one, rotated to its token's position, scaled */
+INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, const float *norm,
+                        float factor, int64_t token, float scale, float *restrict y) {
+    int64_t D = c->head_dim, half = D / 2;
     const float *cos = c->cos + token * half, *sin = c->sin + token * half;
-    float factor = norm ? rms_factor(x, 2 * half, c->eps) : 1;
+    x += h * D;
+    if (norm && c->norms == ALL_HEADS) norm += h * D;
+    if (!factor) factor = norm ? rms_factor(x, D, c->eps) : 1;
     for (int64_t d = 0; d < half; d++) {
         float a = x[d] * factor, b = x[d + half] * factor;
-        if (norm) a *= norm[d], b *= norm[d + half];
+        if (norm && c->norms != AFTER_ROTATION) a *= norm[d], b *= norm[d + half];
         y[d] = (a * cos[d] - b * sin[d]) * scale;
         y[d + half] = (b * cos[d] + a * sin[d]) * scale;
     }
+    for (int64_t d = 0; d < D && norm && c->norms == AFTER_ROTATION; d++) y[d] *= norm[d];
 }
 
 /* keeps x (D) of one position in its block */
@@ -2707,11 +2725,15 @@ static void place_piece(const void *job, int64_t piece) {
     int64_t token = s->row + piece, at = s->start + piece;
     int64_t block = at / 16 % c->ring * c->block_bytes;
     const float *x = c->qkv + token * (H + 2 * Hkv) * D;
+    const float *keys = x + H * D;
+    float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
+    if (c->norms == ALL_HEADS)
+        of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
     for (int64_t h = 0; h < H; h++)
-        rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
+        rotate_head(c, x, h, c->q_norm, of_q, token, scale, c->q + (token * H + h) * D);
     for (int64_t h = 0; h < Hkv; h++) {
         float key[MAX_D];
-        rotate_head(c, x + (H + h) * D, c->k_norm, token, 1, key);
+        rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
         keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
         keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
     }
@@ -2896,7 +2918,7 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
 
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the arguments: p a pointer, i an integer."""
-    names = ("linear", "gather", "rms_norm", "experts", "attention", "read_all")
+    names = ("linear", "gather", "norm", "experts", "attention", "read_all")
     signatures = dict.fromkeys(names, "pii")
     for name, letters in {**signatures, "replay": "piii"}.items():
         function = getattr(library, name)
@@ -2940,7 +2962,7 @@ class GatherCall(ctypes.Structure):
 class NormCall(ctypes.Structure):
     """The kernels' `norm_call`."""
 
-    _fields_ = c_fields("ppppif", "x norm residual out cols eps")
+    _fields_ = c_fields("pppppiif", "x weight bias residual out cols is_centred eps")
 
 
 class ExpertsCall(ctypes.Structure):
@@ -2957,9 +2979,9 @@ class AttentionCall(ctypes.Structure):
     """The kernels' `attention_call`; the fields after `softcap` are theirs."""
 
     _fields_ = c_fields(
-        "ppppppppiiiiiiiiifffppi",
-        "qkv cos sin q_norm k_norm sinks spans out "
-        "layer n_layers n_heads n_kv_heads head_dim window ring kind block_bytes "
+        "pppppppppiiiiiiiiiifffppi",
+        "qkv cos sin q_scale q_norm k_norm sinks spans out "
+        "norms layer n_layers n_heads n_kv_heads head_dim window ring kind block_bytes "
         "eps scale softcap q partials num_chunks",
     )
 
@@ -3137,6 +3159,7 @@ def native_attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
+    q_scale: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     sinks: Tensor | None,
@@ -3144,6 +3167,7 @@ def native_attention(
     scale: float,
     softcap: float,
     spans: Tensor,
+    norms: int,
     layer: int,
     n_layers: int,
     n_heads: int,
@@ -3154,19 +3178,22 @@ def native_attention(
     kind: int,
     block_bytes: int,
 ) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
-    of strip address, blocks in a strip, start, new tokens, row, of which the last has no tokens
-    -> (N, H D). Keys and values go to the strips."""
+    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); q_scale (N, 1); q_norm, k_norm (D,), or (H D,) and
+    (Hkv D,) of all heads, with `norms` an index of QK_NORMS; sinks (H,); scale, 0 for 1 / sqrt(D);
+    spans (B, 5) of strip address, blocks in a strip, start, new tokens, row, of which the last has
+    no tokens -> (N, H D). Keys and values go to the strips."""
     out = torch.empty(qkv.size(0), n_heads * head_dim)
     call = AttentionCall(
         qkv.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
+        pointer(q_scale),
         pointer(q_norm),
         pointer(k_norm),
         pointer(sinks),
         spans.data_ptr(),
         out.data_ptr(),
+        norms,
         layer,
         n_layers,
         n_heads,
@@ -3184,11 +3211,20 @@ def native_attention(
     return out
 
 
-def native_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """x (.., C), residual likewise -> rms_norm(x) + residual; C is a multiple of 16"""
+def native_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    is_centred: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """x (.., C), residual likewise -> LayerNorm, or RMSNorm, of x, + residual; C is a multiple of
+    16"""
     x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(weight)
-    addresses = x.data_ptr(), weight.data_ptr(), pointer(residual), out.data_ptr()
-    run_kernel("rms_norm", NormCall(*addresses, num_cols, eps), x.numel() // num_cols)
+    tensors = x, weight, bias, residual, out
+    call = NormCall(*map(pointer, tensors), num_cols, is_centred, eps)
+    run_kernel("norm", call, x.numel() // num_cols)
     return out
 
 
@@ -3231,16 +3267,15 @@ def native_experts(
 OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
     "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
     "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
-    "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
-    "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
+    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_scale, Tensor? q_norm, "
+    "Tensor? k_norm, Tensor? sinks, float eps, float scale, float softcap, Tensor spans, "
+    "int norms, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
+    "int ring, int kind, int block_bytes) -> Tensor": (
         native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
+        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[13] * rest[15]),
     ),
-    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor": (
-        native_rms_norm,
-        lambda x, *rest: torch.empty_like(x),
-    ),
+    "norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool is_centred, Tensor? residual) "
+    "-> Tensor": (native_norm, lambda x, *rest: torch.empty_like(x)),
     "experts(Tensor x, int gate_ups, int downs, int num_parts, Tensor gate, Tensor? bias, "
     "Tensor? shared_gate, int num_used, bool is_renormalized, int act, Tensor? residual) "
     "-> Tensor": (native_experts, lambda x, *rest: torch.empty_like(x)),
@@ -4076,13 +4111,11 @@ class KVCache:
         self.rings[target] = self.rings[source].clone()
         self.tokens[target] = self.tokens[source][:num_tokens]
 
-    def attend(
-        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
-    ) -> Tensor:
+    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """Store the new keys and values of every span, then let its queries see its strip.
 
-        qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2) -> (N, H D)"""
-        q, k, v = attn.heads(qkv, cos, sin)
+        qkv (N, (H + 2 Hkv) D) -> (N, H D)"""
+        q, k, v = attn.heads(qkv, rotation)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
         in_ring, index = self.places[attn.index]
@@ -4155,15 +4188,16 @@ def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Te
     return y.flatten(-2)
 
 
+QK_NORMS = ("head", "full", "after_rope")  # in the order of the kernels' numbers
+
+
 class NativeKVCache(KVCache):
     """KVCache in the layout that the native kernel reads; 16 positions make a block."""
 
     tile = BLOCK_ROWS
     kinds = ("float32", "float16", "q8")
 
-    def attend(
-        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
-    ) -> Tensor:
+    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         spans = batch.memo.get(("spans", in_ring))
@@ -4176,21 +4210,19 @@ class NativeKVCache(KVCache):
                 ]
                 + [(0,) * 5]
             )
-        config, norms = self.config, (attn.q_norm, attn.k_norm)
-        if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
-            q, k, v = attn.heads(qkv, cos, sin)
-            qkv, norms = torch.cat((q, k, v), dim=1).flatten(1), (None, None)
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        config = self.config
         out: Tensor = native("attention")(
             qkv,
-            cos,
-            sin,
-            *(norm and norm.weight for norm in norms),
+            rotation.cos,
+            rotation.sin,
+            rotation.q_scale,
+            *(norm and norm.weight for norm in (attn.q_norm, attn.k_norm)),
             attn.sinks,
             config.norm_eps,
             config.attn_scale or 0.0,
             config.attn_softcap,
             spans,
+            QK_NORMS.index(config.qk_norm or "head"),
             index,
             strips[0].shape[1],
             config.n_heads,
@@ -4204,34 +4236,40 @@ class NativeKVCache(KVCache):
         return out
 
 
-class RMSNorm:
-    """https://arxiv.org/abs/1910.07467"""
+class Norm:
+    """norm(x) + residual, (.., C) all"""
+
+    is_centred = False
+    bias: Tensor | None = None
 
     def __init__(self, weight: Tensor, eps: float, native: bool = False) -> None:
         self.weight, self.eps = weight, eps
         self.native = native and len(weight) % 16 == 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """norm(x) + residual"""
         if self.native:
-            y: Tensor = native("rms_norm")(x, self.weight, self.eps, residual)
-            return y
-        y = rms_norm(x, self.weight, self.eps)
+            how = self.weight, self.bias, self.eps, self.is_centred
+            out: Tensor = native("norm")(x, *how, residual)
+            return out
+        y = self.by_torch(x)
         return y if residual is None else residual + y
 
+    def by_torch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
-class LayerNorm:
+
+class RMSNorm(Norm):
+    def by_torch(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(Norm):
     """https://arxiv.org/abs/1607.06450"""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self.weight, self.bias, self.eps = weight, bias, eps
+    is_centred = True
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return y if residual is None else residual + y
-
-
-Norm = RMSNorm | LayerNorm
+    def by_torch(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
@@ -4242,8 +4280,9 @@ def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> N
     weight = weights.take(f"{name}.weight", width)
     if config.norm == "rms":
         return RMSNorm(weight, config.norm_eps, weights.native)
-    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
-    return LayerNorm(weight, bias, config.norm_eps)
+    norm = LayerNorm(weight, config.norm_eps, weights.native)
+    norm.bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    return norm
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -4361,8 +4400,7 @@ class AdaptedProjection(Projection):
         return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(NamedTuple):
     """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
     alone, and what q is multiplied with (N, 1) where scores grow with the position."""
 
@@ -4387,7 +4425,6 @@ class Attention:
             for name, heads in (("q_norm", H), ("k_norm", Hkv))
         )
         self.norm_last = config.qk_norm == "after_rope"
-        self.fused = config.qk_norm in ("", "head")  # the native kernel norms and turns
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
@@ -4396,18 +4433,21 @@ class Attention:
             name = f"model.value_embeds.{index}"
             self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
-    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
         family does that, and rotated to their positions"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        angles = rotation.cos, rotation.sin
+        if rotation.q_scale is not None:
+            q = q * rotation.q_scale.unsqueeze(2)
         if self.norm_last:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, *angles), rotate(k, *angles)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
                 norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
                 for norm, x in ((self.q_norm, q), (self.k_norm, k))
             )
-        return (q, k, v) if self.norm_last else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return (q, k, v) if self.norm_last else (rotate(q, *angles), rotate(k, *angles), v)
 
     def __call__(
         self,
@@ -4419,15 +4459,13 @@ class Attention:
         residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        if rotation.q_scale is not None:
-            qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
         if self.value_gate is not None and norm is not None:
             # each token's own value vector, as much of it as the first columns of its stream open
             columns = norm(x)[:, None, : self.value_gate.shape[1]]
             gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
             value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
             qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
-        out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
+        out = cache.attend(self, qkv, rotation, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
 
@@ -4784,8 +4822,9 @@ class DecodeCalls:
                 num_blocks = strip.shape[3] // BLOCK_ROWS
                 spans[row] = strip.data_ptr(), num_blocks, positions[row], 1, row
         for name, rotation in self.decoder.rotations(batch).items():
-            batch.rotations[name].cos.copy_(rotation.cos)
-            batch.rotations[name].sin.copy_(rotation.sin)
+            for old, new in zip(batch.rotations[name], rotation):
+                if old is not None and new is not None:
+                    old.copy_(new)
         self.calls.run(num_rows)
         return self.decoder.capped(self.calls.result[:num_rows])
 
