@@ -2916,73 +2916,58 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
     return library
 
 
+# What the kernels take, as torch spells it, in the order of their structures, which say more. Each
+# writes to `out`, whose rows are the tokens; an address that is not a tensor's is an int.
+NATIVE_CALLS = {
+    "gather": "int matrix, Tensor ids, Tensor(a!) out, float factor",
+    "linear": "int parts, int num_parts, Tensor x, Tensor? norm, Tensor? residual, Tensor(a!) out, "
+    "int before, float eps",
+    "norm": "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, int cols, "
+    "bool is_centred, float eps",
+    "experts": "int gate_ups, int downs, Tensor x, Tensor gate, Tensor? bias, Tensor? shared_gate, "
+    "Tensor? residual, Tensor(a!) out, int num_parts, int num_experts, int num_used, "
+    "bool is_renormalized, int before, int cols",
+    "attention": "Tensor qkv, Tensor cos, Tensor sin, Tensor? q_scale, Tensor? q_norm, "
+    "Tensor? k_norm, Tensor? sinks, Tensor spans, Tensor(a!) out, int norms, int layer, "
+    "int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, int ring, int kind, "
+    "int block_bytes, float eps, float scale, float softcap",
+}
+C_TYPES = {
+    **dict.fromkeys(("Tensor", "Tensor?", "Tensor(a!)"), ctypes.c_void_p),
+    **dict.fromkeys(("int", "bool"), ctypes.c_int64),
+    "int32": ctypes.c_int32,
+    "float": ctypes.c_float,
+}
+
+
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the arguments: p a pointer, i an integer."""
-    names = ("linear", "gather", "norm", "experts", "attention", "read_all")
-    signatures = dict.fromkeys(names, "pii")
-    for name, letters in {**signatures, "replay": "piii"}.items():
+    """Tell ctypes the arguments: a structure's address, and how many rows and threads."""
+    for name in (*NATIVE_CALLS, "read_all", "replay"):
         function = getattr(library, name)
-        function.argtypes = [C_TYPES[letter] for letter in letters]
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * (2 + (name == "replay"))
         function.restype = ctypes.c_int64 if name == "read_all" else None
     library.path.restype = ctypes.c_char_p
     return library
 
 
-C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "w": ctypes.c_int32, "f": ctypes.c_float}
+def c_fields(schema: str) -> list[tuple[str, Any]]:
+    """The fields of a C structure that is spelled as in NATIVE_CALLS."""
+    return [(name, C_TYPES[kind]) for kind, name in map(str.split, schema.split(", "))]
 
 
-def c_fields(kinds: str, names: str) -> list[tuple[str, Any]]:
-    return [(name, C_TYPES[kind]) for kind, name in zip(kinds, names.split(), strict=True)]
+@functools.cache
+def call_type(kernel: str) -> type[ctypes.Structure]:
+    """The structure that a kernel takes, with room for what it finds out by itself."""
+    fields = [*c_fields(NATIVE_CALLS[kernel]), ("own", ctypes.c_int64 * 8)]
+    return type(kernel, (ctypes.Structure,), {"_fields_": fields})
 
 
 class Matrix(ctypes.Structure):
     """The kernels' `matrix`."""
 
     _fields_ = c_fields(
-        "ppiiwwwww", "blocks bias rows cols bits group has_offset is_float block_bytes"
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """The kernels' `linear_call`; the fields after `eps` are theirs."""
-
-    _fields_ = c_fields(
-        "pippppifiiiiip",
-        "parts num_parts x norm residual out before eps "
-        "num_tokens cols num_rows num_blocks num_pieces acts",
-    )
-
-
-class GatherCall(ctypes.Structure):
-    """The kernels' `gather_call`."""
-
-    _fields_ = c_fields("pppf", "matrix ids out factor")
-
-
-class NormCall(ctypes.Structure):
-    """The kernels' `norm_call`."""
-
-    _fields_ = c_fields("pppppiif", "x weight bias residual out cols is_centred eps")
-
-
-class ExpertsCall(ctypes.Structure):
-    """The kernels' `experts_call`; the field after `cols` is theirs."""
-
-    _fields_ = c_fields(
-        "ppppppppiiiiiip",
-        "gate_ups downs x gate bias shared_gate residual out "
-        "num_parts num_experts num_used is_renormalized before cols weights",
-    )
-
-
-class AttentionCall(ctypes.Structure):
-    """The kernels' `attention_call`; the fields after `softcap` are theirs."""
-
-    _fields_ = c_fields(
-        "pppppppppiiiiiiiiiifffppi",
-        "qkv cos sin q_scale q_norm k_norm sinks spans out "
-        "norms layer n_layers n_heads n_kv_heads head_dim window ring kind block_bytes "
-        "eps scale softcap q partials num_chunks",
+        "int blocks, Tensor? bias, int rows, int cols, int32 bits, int32 group, int32 has_offset, "
+        "int32 is_float, int32 block_bytes"
     )
 
 
@@ -2993,19 +2978,55 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 class KernelStep(ctypes.Structure):
     """The kernels' `step`."""
 
-    _fields_ = c_fields("pp", "kernel call")
+    _fields_ = c_fields("int kernel, int call")
 
 
 _recording = threading.local()
 
 
-def run_kernel(name: str, call: ctypes.Structure, num_rows: int) -> None:
-    """Run a kernel on `num_rows` rows, or note the call where this thread's calls are recorded."""
+def run_kernel(name: str, *arguments: Any) -> None:
+    """Run a kernel with the arguments that NATIVE_CALLS says, all contiguous, or note the call
+    where this thread's are recorded."""
+    kernel, kind = getattr(load_kernels(), name), call_type(name)
+    is_tensor = [isinstance(value, torch.Tensor) for value in arguments]
+    call = kind(*(v.data_ptr() if t else v for v, t in zip(arguments, is_tensor)))
     calls = getattr(_recording, "calls", None)
     if calls is not None:
-        calls.append((getattr(load_kernels(), name), call))
+        calls.append((kernel, call))
+        return
+    out = arguments[OUTPUTS[name]]
+    kernel(ctypes.byref(call), out.numel() // out.size(-1), torch.get_num_threads())
+
+
+OUTPUTS = {
+    name: [argument.startswith("Tensor(a!)") for argument in schema.split(", ")].index(True)
+    for name, schema in NATIVE_CALLS.items()
+}
+
+
+@functools.cache
+def register_operators() -> Any:
+    """Make the kernels operators of torch: torch.ops.nanollama.linear, .attention and so on."""
+    library = torch.library.Library("nanollama", "DEF")
+    for name, schema in NATIVE_CALLS.items():
+        library.define(f"{name}({schema}) -> ()")
+        library.impl(name, functools.partial(run_kernel, name), "CPU")
+        torch.library.register_fake(f"nanollama::{name}", lambda *arguments: None, lib=library)
+    return library
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
+    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
+
+
+def native(name: str, *arguments: Any) -> None:
+    """Run a kernel, through torch's operator where somebody looks: a call of that takes several
+    times as long as the kernel's own work on a small matrix."""
+    if is_watched():
+        getattr(torch.ops.nanollama, name)(*arguments)
     else:
-        getattr(load_kernels(), name)(ctypes.byref(call), num_rows, torch.get_num_threads())
+        run_kernel(name, *arguments)
 
 
 class KernelCalls:
@@ -3045,7 +3066,7 @@ class KernelCalls:
         self.kept = kept, calls
         self.steps = (KernelStep * len(calls))()
         for step, (kernel, call) in zip(self.steps, calls):
-            step.kernel = ctypes.cast(kernel, ctypes.c_void_p)
+            step.kernel = ctypes.cast(kernel, ctypes.c_void_p).value
             step.call = ctypes.addressof(call)
 
     def run(self, num_rows: int) -> None:
@@ -3098,8 +3119,7 @@ class NativeLinear:
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
         """The weight's rows at `index` (N,), times `factor` -> (N, cols)"""
         out = torch.empty(len(index), self.shape[1])
-        call = GatherCall(ctypes.addressof(self.matrix), index.data_ptr(), out.data_ptr(), factor)
-        run_kernel("gather", call, len(index))
+        native("gather", ctypes.addressof(self.matrix), index, out, factor)
         return out
 
     def dequantize(self) -> Tensor:
@@ -3128,185 +3148,6 @@ def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def native_linear(
-    x: Tensor,
-    matrices: int,
-    num_matrices: int,
-    norm: Tensor | None,
-    eps: float,
-    act: int,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    """x (N, cols), or (N, 2 cols) of gate and up; residual like out (N, rows), which the Matrix
-    array at the address `matrices` fills; `act` is 0 or an activation's number in the kernels"""
-    call = LinearCall(
-        matrices,
-        num_matrices,
-        x.data_ptr(),
-        pointer(norm),
-        pointer(residual),
-        out.data_ptr(),
-        act or int(norm is not None),
-        eps,
-    )
-    run_kernel("linear", call, x.size(0))
-
-
-def native_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_scale: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    sinks: Tensor | None,
-    eps: float,
-    scale: float,
-    softcap: float,
-    spans: Tensor,
-    norms: int,
-    layer: int,
-    n_layers: int,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    window: int,
-    ring: int,
-    kind: int,
-    block_bytes: int,
-) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); q_scale (N, 1); q_norm, k_norm (D,), or (H D,) and
-    (Hkv D,) of all heads, with `norms` an index of QK_NORMS; sinks (H,); scale, 0 for 1 / sqrt(D);
-    spans (B, 5) of strip address, blocks in a strip, start, new tokens, row, of which the last has
-    no tokens -> (N, H D). Keys and values go to the strips."""
-    out = torch.empty(qkv.size(0), n_heads * head_dim)
-    call = AttentionCall(
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        pointer(q_scale),
-        pointer(q_norm),
-        pointer(k_norm),
-        pointer(sinks),
-        spans.data_ptr(),
-        out.data_ptr(),
-        norms,
-        layer,
-        n_layers,
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        window,
-        ring,
-        kind,
-        block_bytes,
-        eps,
-        scale,
-        softcap,
-    )
-    run_kernel("attention", call, qkv.size(0))
-    return out
-
-
-def native_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    is_centred: bool,
-    residual: Tensor | None,
-) -> Tensor:
-    """x (.., C), residual likewise -> LayerNorm, or RMSNorm, of x, + residual; C is a multiple of
-    16"""
-    x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(weight)
-    tensors = x, weight, bias, residual, out
-    call = NormCall(*map(pointer, tensors), num_cols, is_centred, eps)
-    run_kernel("norm", call, x.numel() // num_cols)
-    return out
-
-
-def native_experts(
-    x: Tensor,
-    gate_ups: int,
-    downs: int,
-    num_parts: int,
-    gate: Tensor,
-    bias: Tensor | None,
-    shared_gate: Tensor | None,
-    num_used: int,
-    is_renormalized: bool,
-    act: int,
-    residual: Tensor | None,
-) -> Tensor:
-    """x (N, C), residual likewise; gate (E, C), bias (E,), shared_gate (1, C); gate_ups and downs
-    are addresses of arrays of addresses of Matrix arrays -> (N, C)"""
-    out = torch.empty(x.size(0), x.size(1))
-    call = ExpertsCall(
-        gate_ups,
-        downs,
-        x.data_ptr(),
-        gate.data_ptr(),
-        pointer(bias),
-        pointer(shared_gate),
-        pointer(residual),
-        out.data_ptr(),
-        num_parts,
-        gate.size(0),
-        num_used,
-        is_renormalized,
-        act,
-        x.size(1),
-    )
-    run_kernel("experts", call, x.size(0))
-    return out
-
-
-OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
-    "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
-    "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_scale, Tensor? q_norm, "
-    "Tensor? k_norm, Tensor? sinks, float eps, float scale, float softcap, Tensor spans, "
-    "int norms, int layer, int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, "
-    "int ring, int kind, int block_bytes) -> Tensor": (
-        native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[13] * rest[15]),
-    ),
-    "norm(Tensor x, Tensor weight, Tensor? bias, float eps, bool is_centred, Tensor? residual) "
-    "-> Tensor": (native_norm, lambda x, *rest: torch.empty_like(x)),
-    "experts(Tensor x, int gate_ups, int downs, int num_parts, Tensor gate, Tensor? bias, "
-    "Tensor? shared_gate, int num_used, bool is_renormalized, int act, Tensor? residual) "
-    "-> Tensor": (native_experts, lambda x, *rest: torch.empty_like(x)),
-}
-
-
-NATIVE = {schema.partition("(")[0]: function for schema, (function, _) in OPERATORS.items()}
-
-
-@functools.cache
-def register_operators() -> Any:
-    """Make the kernels operators of torch: torch.ops.nanollama.linear, .attention and so on."""
-    library = torch.library.Library("nanollama", "DEF")
-    for schema, (function, fake) in OPERATORS.items():
-        name = library.define(schema)
-        library.impl(name, function, "CPU")
-        torch.library.register_fake(f"nanollama::{name}", fake, lib=library)
-    return library
-
-
-def is_watched() -> bool:
-    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
-    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
-
-
-def native(name: str) -> Callable[..., Any]:
-    """The kernel, or the operator around it where somebody looks. An operator call takes several
-    times as long as the kernel's own work on a small matrix."""
-    if is_watched():
-        return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
-    return NATIVE[name]
 
 
 def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
@@ -4211,17 +4052,15 @@ class NativeKVCache(KVCache):
                 + [(0,) * 5]
             )
         config = self.config
-        out: Tensor = native("attention")(
+        out = torch.empty(qkv.size(0), config.n_heads * config.head_dim)
+        native(
+            "attention",
             qkv,
-            rotation.cos,
-            rotation.sin,
-            rotation.q_scale,
+            *rotation,
             *(norm and norm.weight for norm in (attn.q_norm, attn.k_norm)),
             attn.sinks,
-            config.norm_eps,
-            config.attn_scale or 0.0,
-            config.attn_softcap,
             spans,
+            out,
             QK_NORMS.index(config.qk_norm or "head"),
             index,
             strips[0].shape[1],
@@ -4232,6 +4071,9 @@ class NativeKVCache(KVCache):
             self.ring // BLOCK_ROWS if in_ring else 2**62,
             self.kinds.index(self.kv_dtype),
             BLOCK_ROWS * strips[0].shape[4],
+            config.norm_eps,
+            config.attn_scale or 0.0,
+            config.attn_softcap,
         )
         return out
 
@@ -4248,8 +4090,9 @@ class Norm:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.native:
-            how = self.weight, self.bias, self.eps, self.is_centred
-            out: Tensor = native("norm")(x, *how, residual)
+            x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(self.weight)
+            weights, how = (self.weight, self.bias), (num_cols, self.is_centred, self.eps)
+            native("norm", x, *weights, residual, out, *how)
             return out
         y = self.by_torch(x)
         return y if residual is None else residual + y
@@ -4364,8 +4207,8 @@ class NativeProjection(Projection):
             weight, eps = norm.weight, norm.eps
         elif norm is not None:
             x = norm(x)
-        address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
-        native("linear")(x, address, num_parts, weight, eps, number, residual, out)
+        before = ACT_NUMBERS[act] or int(weight is not None)
+        native("linear", self.address, len(self.parts), x, weight, residual, out, before, eps)
         return out
 
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
@@ -4544,10 +4387,24 @@ class MoE:
         x = x if norm is None else norm(x)
         if self.gate_ups is not None and self.downs is not None:
             gate_ups, downs = ctypes.addressof(self.gate_ups), ctypes.addressof(self.downs)
-            num_parts, act = len(self.experts[0].gate_up_proj.parts), self.experts[0].act
             gates = self.gate.weight, self.gate.bias, self.shared_expert_gate
-            how = self.config.num_used, self.config.renormalized, ACT_NUMBERS[act]
-            out: Tensor = native("experts")(x, gate_ups, downs, num_parts, *gates, *how, residual)
+            num_parts, act = len(self.experts[0].gate_up_proj.parts), self.experts[0].act
+            out = torch.empty(x.size(0), x.size(1))
+            native(
+                "experts",
+                gate_ups,
+                downs,
+                x,
+                *gates,
+                residual,
+                out,
+                num_parts,
+                len(self.experts),
+                self.config.num_used,
+                self.config.renormalized,
+                ACT_NUMBERS[act],
+                x.size(1),
+            )
             return out
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)

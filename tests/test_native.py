@@ -904,33 +904,32 @@ def test_the_operators_are_what_they_say() -> None:
     torch.manual_seed(0)
     nanollama.pick_kernels("native", CPU, torch.float32)
     run = NativeProjection([native(packed("Q4_1", 20, 64))])
+    ops, matrix = torch.ops.nanollama, (run.address, 1)
     for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
-        args = (torch.randn(3, 64), run.address, 1, norm, 1e-5, 0, residual, torch.empty(3, 20))
-        torch.library.opcheck(torch.ops.nanollama.linear, args)
+        args = (*matrix, torch.randn(3, 64), norm, residual, torch.empty(3, 20))
+        torch.library.opcheck(ops.linear, (*args, int(norm is not None), 1e-5))
+    args = (*matrix, torch.randn(3, 128), None, None, torch.empty(3, 20), 2, 0.0)
+    torch.library.opcheck(ops.linear, args)
+    index, rows = torch.tensor([3, 0, 19]), torch.empty(3, 64)
+    torch.library.opcheck(ops.gather, (run.address, index, rows, 2.0))
     for is_centred, other in ((False, None), (True, torch.randn(3, 64))):
         bias = None if other is None else torch.randn(64)
-        args = (torch.randn(3, 64), torch.rand(64), bias, 1e-5, is_centred, other)
-        torch.library.opcheck(torch.ops.nanollama.norm, args)
-    gate_up = (torch.randn(3, 128), run.address, 1, None, 0.0, 2, None, torch.empty(3, 20))
-    torch.library.opcheck(torch.ops.nanollama.linear, gate_up)
+        x, out = torch.randn(3, 64), torch.empty(3, 64)
+        args = (x, torch.rand(64), bias, other, out, 64, is_centred, 1e-5)
+        torch.library.opcheck(ops.norm, args)
+    square = NativeProjection([native(packed("Q4_1", 64, 64))])
+    table = (ctypes.c_void_p * 2)(square.address, square.address)
+    tables, gate = (ctypes.addressof(table),) * 2, torch.randn(2, 64)
+    args = (*tables, torch.randn(3, 64), gate, torch.randn(2), None, None, torch.empty(3, 64))
+    torch.library.opcheck(ops.experts, (*args, 1, 2, 1, True, 0, 64))
     strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
     spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0], [0] * 5])  # the last has no tokens
     angles = torch.randn(3, 16)
-    norms = (None, torch.rand(32), torch.rand(4))
     turned = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), None)
-    args = (*turned, *norms, 1e-5, 0.0, 0.0, spans, 0)
-    sizes = (
-        0,
-        1,
-        4,
-        2,
-        32,
-        0,
-        9,
-        0,
-        16 * 32 * 4,
-    )  # layer, L, H, Hkv, D, window, ring, float32, block
-    torch.library.opcheck(torch.ops.nanollama.attention, (*args, *sizes))
+    norms = (None, torch.rand(32), torch.rand(4))
+    sizes = (0, 0, 1, 4, 2, 32, 0, 9, 0, 16 * 32 * 4)  # norms, layer, L, H, Hkv, D, .., block
+    args = (*turned, *norms, spans, torch.empty(3, 4 * 32), *sizes, 1e-5, 0.0, 0.0)
+    torch.library.opcheck(ops.attention, args)
 
 
 # ---- the compiled library ------------------------------------------------------------------------
