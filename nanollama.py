@@ -8583,7 +8583,7 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
     if not num_top:
         return TokenLogprobs(logprob)
     values, ids = likeliest(logits, min(num_top, len(logits)))
-    return TokenLogprobs(logprob, tuple(zip(ids.tolist(), (values - log_sum).tolist())))
+    return TokenLogprobs(logprob, tuple(zip(ids.tolist(), (v - log_sum for v in values.tolist()))))
 
 
 # ==================================================================================================
