@@ -15258,8 +15258,11 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
 
 
 def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    """What the model says next; nothing when it computes no numbers."""
     params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
-    return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    with contextlib.suppress(LogitsError):
+        return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    return []
 
 
 def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
