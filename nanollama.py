@@ -2414,8 +2414,8 @@ static void choose_experts(const experts_call *c, float *weights, const float *x
         kept += weights[best];
         weights[best] = -weights[best];
     }
-    for (int64_t e = 0; e < E; e++)
-        weights[e] = MAX(-weights[e], 0) / (c->is_renormalized ? kept : sum);
+    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
+    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
     weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
 }
 
@@ -2437,7 +2437,7 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
     for (int64_t e = 0; e < num_all; e++) {
         int64_t num = 0;
         for (int64_t t = 0; t < n; t++)
-            if (c.weights[t * (E + 1) + e] > 0) {
+            if (c.weights[t * (E + 1) + e] != 0) {
                 memcpy(x + num * C, c.x + t * C, C * sizeof(float));
                 tokens[num++] = t;
             }
