@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,8 @@ import nanollama
     return subprocess.run([sys.executable, "-c", head + program], capture_output=True, text=True)
 
 
-RUN_MAIN = "sys.exit(nanollama.main(['--model', 'tiny-random', '--chat', '--prompt', 'Hi']))"
+def answer(model: Path) -> str:
+    return f"sys.exit(nanollama.main(['--model', {str(model)!r}, '--chat', '--prompt', 'Hi']))"
 
 
 def test_whatever_package_is_missing_is_named_with_what_to_run() -> None:
@@ -89,9 +90,11 @@ for lazy in [item for item in vars(nanollama).values() if type(item) is nanollam
 
 
 @pytest.mark.parametrize("package", ["torch", "numpy", "safetensors", "tokenizers", "jinja2"])
-def test_a_missing_package_is_one_line_on_the_command_line(package: str) -> None:
+def test_a_missing_package_is_one_line_on_the_command_line(
+    package: str, tiny: Callable[..., Path]
+) -> None:
     missing = f"if name == {package!r}: raise ModuleNotFoundError('No module named ' + name)"
-    ran = run_where(missing, RUN_MAIN)
+    ran = run_where(missing, answer(tiny()))
     assert (ran.returncode, ran.stdout) == (1, "")
     assert re.fullmatch(
         rf"error: (\S+: )?{package} cannot be imported: No module named {package}; "
@@ -115,8 +118,8 @@ def test_ctrl_c_while_a_module_is_imported_waits_for_the_whole_of_it(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_while_modules_are_imported_ends_with_130() -> None:
-    ran = run_where("if name == 'torch': os.kill(os.getpid(), signal.SIGINT)", RUN_MAIN)
+def test_ctrl_c_while_modules_are_imported_ends_with_130(tiny: Callable[..., Path]) -> None:
+    ran = run_where("if name == 'torch': os.kill(os.getpid(), signal.SIGINT)", answer(tiny()))
     assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
 
 
