@@ -7471,6 +7471,7 @@ class ToolFormat:
     between: str = ""
     end: str = ""
     trigger: str = ""
+    parameter: str = ""  # with KEY and VALUE: text as it is, the rest as JSON; "" for one object
 
     def head(self, name: str) -> str:
         return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
@@ -7481,8 +7482,18 @@ class ToolFormat:
 
     def spell(self, calls: Iterable[tuple[str, str]]) -> str:
         """Calls (name, arguments as JSON) as the model writes them."""
-        spelled = [self.head(name) + arguments + self.tail for name, arguments in calls]
+        spelled = [
+            self.head(name) + self._spell(arguments) + self.tail for name, arguments in calls
+        ]
         return self.begin + self.between.join(spelled) + self.end
+
+    def _spell(self, arguments: str) -> str:
+        if not self.parameter or not isinstance(pairs := _json_object(arguments), dict):
+            return arguments
+        before, after = self.parameter.split("VALUE")
+        return "".join(
+            before.replace("KEY", key) + _json_text(value) + after for key, value in pairs.items()
+        )
 
 
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
@@ -7508,6 +7519,36 @@ TOOL_FORMATS = {
         "",
         "<｜tool▁calls▁end｜>",
         _DEEPSEEK[1],
+    ),
+    "qwen3-coder": ToolFormat(
+        "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
+        between="\n",
+        trigger="<tool_call>",
+        parameter="<parameter=KEY>\nVALUE\n</parameter>\n",
+    ),
+    "seed-oss": ToolFormat(
+        "<seed:tool_call>\n<function=NAME>\nARGUMENTS</function>\n</seed:tool_call>",
+        between="\n",
+        trigger="<seed:tool_call>",
+        parameter="<parameter=KEY>VALUE</parameter>\n",
+    ),
+    "glm-4.5": ToolFormat(
+        "<tool_call>NAME\nARGUMENTS</tool_call>",
+        between="\n",
+        trigger="<tool_call>",
+        parameter="<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n",
+    ),
+    "glm-4.7": ToolFormat(
+        "<tool_call>NAMEARGUMENTS</tool_call>",
+        trigger="<tool_call>",
+        parameter="<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
+    ),
+    "minimax-m2": ToolFormat(
+        '<invoke name="NAME">\nARGUMENTS</invoke>\n',
+        begin="<minimax:tool_call>\n",
+        end="</minimax:tool_call>",
+        trigger="<minimax:tool_call>",
+        parameter='<parameter name="KEY">VALUE</parameter>\n',
     ),
 }
 # What a template that cannot write calls may still say of its model; the first that is found.
@@ -7600,7 +7641,7 @@ class ChatTemplate:
         """Whether the template tells the model about tools, and to call them in a way we know."""
         if self._probe[0] is None:
             return False
-        tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
+        tool = {"name": PROBE, "description": PROBE}
         with contextlib.suppress(TemplateError):
             user = [{"role": "user", "content": "?"}]
             return PROBE in self.render(user, [{"type": "function", "function": tool}])
@@ -7620,11 +7661,12 @@ class ChatTemplate:
                     {"role": "tool", "tool_call_id": "probe0001", "content": "done" + PROBE},
                 ]
             )
-        squeezed = "".join(text.split())
-        for form in TOOL_FORMATS.values():
-            spelled = form.begin + form.head(PROBE)
-            if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
-                return form, True
+        heads = [(form.begin + form.head(PROBE), form) for form in TOOL_FORMATS.values()]
+        squeezed = "".join(text.split())  # a space more or less is no other way
+        found = [form for head, form in heads if head in text]
+        found += [form for head, form in heads if "".join(head.split()) in squeezed]
+        if found and "done" + PROBE in text:
+            return found[0], True
         name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
         return TOOL_FORMATS.get(name), False
 
@@ -7649,15 +7691,14 @@ class ChatTemplate:
             clean[-1]["content"] = str(clean[-1].get("content", "")) + CUT_HERE
         variables = {
             **self.special_tokens,
-            "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
         refused: TemplateError | None = None
-        for shaped in _message_shapes(clean):
+        for shaped, listed in itertools.product(_message_shapes(clean), _tool_shapes(tools)):
             try:
-                text = compiled_template(source).render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped, tools=listed)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
@@ -7717,6 +7758,15 @@ def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, A
     if not all("content" in message for message in messages):
         yield [{"content": "", **message} for message in messages]
     yield _in_turns(messages)
+
+
+def _tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
+    """The same tools as some template needs them: as they are, or nothing left out (Seed-OSS)."""
+    yield tools or None
+    functions = [tool["function"] for tool in tools or [] if isinstance(tool.get("function"), dict)]
+    if functions:
+        empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        yield [{"type": "function", "function": {**empty, **function}} for function in functions]
 
 
 def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -7879,30 +7929,169 @@ class Piece(NamedTuple):
     text: str
 
 
+JSON_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    types.NoneType: "null",
+    list: "array",
+    dict: "object",
+}
+# How templates spell some values of JSON that they turn to text
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+MAX_LEVELS = 32  # of a schema that are looked into
+MAX_BRANCHES = 64  # of one value's schema that are looked at
+
+
+def all_branches(
+    schema: Any, root: Mapping[str, Any], depth: int = MAX_LEVELS
+) -> Iterator[dict[str, Any]]:
+    branch, several = dict(schema) if isinstance(schema, Mapping) and depth else {}, []
+    if isinstance(path := branch.pop("$ref", None), str):
+        target: Any = root
+        for step in path.split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            target = target.get(step) if isinstance(target, Mapping) else {}
+        several = [target]
+    elif key := next((k for k in ("anyOf", "oneOf") if isinstance(branch.get(k), list)), ""):
+        several = branch.pop(key)
+    elif isinstance(parts := branch.get("allOf"), list) and len(parts) == 1:
+        several = branch.pop("allOf")
+    elif isinstance(kinds := branch.get("type"), list):
+        several = [{"type": kind} for kind in kinds]
+    else:
+        yield branch
+    for part in several:
+        more = part if isinstance(part, Mapping) else {}
+        yield from all_branches({**branch, **more}, root, depth - 1)
+
+
+def branches(schema: Any, root: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The schemas, each of one type or of any, of which a value fits one if it fits `schema`, a
+    part of `root`."""
+    return list(itertools.islice(all_branches(schema, root), MAX_BRANCHES))
+
+
+def listed(branch: Mapping[str, Any]) -> list[Any]:
+    """The values that fit a branch, where it lists them."""
+    return list(branch.get("enum", [branch["const"]] if "const" in branch else []))
+
+
+def value_types(branch: Mapping[str, Any]) -> set[str]:
+    """The JSON types of the values that fit a branch."""
+    found = {JSON_NAMES[type(value)] for value in listed(branch)} or set(JSON_NAMES.values())
+    found = {branch["type"]} if "type" in branch else found
+    return found | {"integer"} if "number" in found else found
+
+
+def parameter_schemas(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of each argument that a function's schema names."""
+    top = branches(schema, schema)[0]
+    named = dict.fromkeys(top.get("required", ()), top.get("additionalProperties"))
+    return {**named, **top.get("properties", {})}
+
+
+def typed_value(text: str, kinds: set[str]) -> str | None:
+    """JSON for a value that is spelled as text; None where it has none of these types."""
+    if kinds != {"string"}:
+        with contextlib.suppress(ValueError, RecursionError):
+            word = text.strip(" \t\r\n")
+            value = json.loads(PYTHON_WORDS.get(word, word))
+            if (kind := JSON_NAMES[type(value)]) in kinds and kind != "string":
+                return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(text, ensure_ascii=False) if "string" in kinds else None
+
+
+class JsonReader:
+    """Reads a call's arguments behind their first brace: from `read` text, how much of it are
+    arguments, and these as JSON."""
+
+    def __init__(self) -> None:
+        self.depth = 1
+        self.quoted = self.escaped = self.is_done = False
+
+    def read(self, text: str) -> tuple[int, str]:
+        for i, character in enumerate(text):
+            if self.quoted:
+                self.quoted = self.escaped or character != '"'
+                self.escaped = not self.escaped and character == "\\"
+            elif character == '"':
+                self.quoted = True
+            else:
+                self.depth += (character == "{") - (character == "}")
+            if not self.depth:
+                self.is_done = True
+                return i + 1, text[: i + 1]
+        return len(text), text
+
+
+class ParameterReader:
+    """As JsonReader, for a call whose arguments are written one by one. What must be text by the
+    schema is text, and comes as it is read; anything else is JSON, if it is any."""
+
+    def __init__(self, form: ToolFormat, schema: Mapping[str, Any]) -> None:
+        self.schema, self.is_done, self.num_read = schema, False, 0
+        before, after = form.parameter.split("VALUE")
+        newline = r"(?:\n|(?=[^\n]))" if before.endswith("\n") else ""  # none is the value's
+        self.before = re.compile(r"\s*" + loose(before) + newline)
+        self.ends = (after.rstrip(), after.strip())
+        self.after = re.compile(r"\n?" * after.startswith("\n") + re.escape(self.ends[1]))
+        self.tail = re.compile(r"\s*" + loose(form.tail))
+        self.kinds: set[str] = set()  # that the value which is being read may have
+
+    def read(self, text: str) -> tuple[int, str]:
+        if not self.kinds:
+            return self._key(text)
+        if self.kinds == {"string"}:
+            end = self.after.search(text)
+            num = end.start() if end else len(text) - held_back(text, self.ends)
+            self.kinds = set() if end else self.kinds
+            quoted = json.dumps(text[:num], ensure_ascii=False)[1:-1]
+            return (end.end(), quoted + '"') if end else (num, quoted)
+        for end in self.after.finditer(text):
+            if value := typed_value(text[: end.start()], self.kinds):
+                self.kinds = set()
+                return end.end(), value
+        return 0, ""
+
+    def _key(self, text: str) -> tuple[int, str]:
+        """What begins the next argument, or ends them."""
+        if match := self.before.match(text):
+            options = branches(parameter_schemas(self.schema).get(match[1]), self.schema)
+            self.kinds = set().union(*map(value_types, options))
+            key = (", " if self.num_read else "") + json.dumps(match[1], ensure_ascii=False) + ": "
+            self.num_read += 1
+            return match.end(), key + '"' * (self.kinds == {"string"})
+        self.is_done = bool(self.tail.match(text))
+        return 0, "}" if self.is_done else ""
+
+
+def loose(literal: str, names: Iterable[str] = ()) -> str:
+    """A regex for `literal` with any space between its words and signs."""
+    known = {"NAME": f"({'|'.join(map(re.escape, names))})", "KEY": "(.+?)"}
+    words = re.findall(r"NAME|KEY|\w+|[^\w\s]", literal)
+    return r"\s*".join(known.get(word) or re.escape(word) for word in words)
+
+
 class ToolSplitter:
-    """Finds the calls in an answer: `push` text, get pieces. What is no call of a function in
-    `names`, spelled as in `form`, is content."""
+    """Finds the calls in an answer: `push` text, get pieces. What is no call of one of the
+    functions, of which the arguments' schemas are given, spelled as in `form`, is content."""
 
-    def __init__(self, form: ToolFormat, names: Iterable[str]) -> None:
-        names = list(names)
-
-        def loose(literal: str) -> str:
-            """A regex for `literal` with any space between its words and signs."""
-            known = "|".join(map(re.escape, names))
-            words = re.findall(r"NAME|\w+|[^\w\s]", literal)
-            return r"\s*".join(
-                f"({known})" if word == "NAME" else re.escape(word) for word in words
-            )
-
-        head = form.head("NAME")
+    def __init__(self, form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self.form, self.schemas, head = form, schemas, form.head("NAME")
+        known = functools.partial(loose, names=schemas)
         self.opener = form.trigger or form.call[0]
-        self.first = re.compile(loose(form.begin + head) + r"\s*(?={)")
-        self.next = re.compile(r"\s*" + loose(form.tail + form.between + head) + r"\s*(?={)")
+        inside = r"\s*{"
+        if form.parameter:
+            inside = rf"\s*(?={loose(form.parameter.partition('KEY')[0])}|{loose(form.tail)})"
+        self.first = re.compile(known(form.begin + head) + inside)
+        self.next = re.compile(r"\s*" + known(form.tail + form.between + head) + inside)
         self.last = re.compile(r"\s*" + loose(form.tail + form.end))
-        self.reach = 2 * len(form.begin + head) + max(map(len, names), default=0)
-        self.num_calls = self.depth = 0
-        self.quoted = self.escaped = self.has_content = False
-        self._held = ""
+        self.reach = 2 * len(form.begin + head) + max(map(len, schemas), default=0)
+        self.reach += 2 * len(form.parameter + form.tail)
+        self.num_calls, self.has_content, self._held = 0, False, ""
+        self.reader: JsonReader | ParameterReader | None = None  # of a call that is not complete
 
     def push(self, text: str) -> list[Piece]:
         return self._split(text, final=False)
@@ -7913,14 +8102,20 @@ class ToolSplitter:
     @property
     def has_calls(self) -> bool:
         """Whether there were calls, the last of them complete."""
-        return self.num_calls > 0 and self.depth == 0
+        return self.num_calls > 0 and self.reader is None
 
     def _split(self, new: str, final: bool) -> list[Piece]:
         self._held += new
         out: list[Piece] = []
         while self._held:
-            if self.depth:
-                out.append(Piece("arguments", self._take(self._end_of_arguments())))
+            if self.reader:
+                num, arguments = self.reader.read(self._held)
+                self._take(num)
+                out.append(Piece("arguments", arguments))
+                if self.reader.is_done:
+                    self.reader = None
+                elif not arguments:
+                    break
                 continue
             pattern = self.next if self.num_calls else self.first
             match = pattern.match(self._held) if self.num_calls else pattern.search(self._held)
@@ -7931,8 +8126,10 @@ class ToolSplitter:
             if before.strip() or self.has_content:
                 out.append(Piece("content", before))
             self._take(match.end() - match.start())
-            self.num_calls, self.depth = self.num_calls + 1, 1
-            out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+            self.num_calls += 1
+            schema, one_by_one = self.schemas[match[1]], self.form.parameter
+            self.reader = ParameterReader(self.form, schema) if one_by_one else JsonReader()
+            out += [Piece("name", match[1]), Piece("arguments", "{")]
         out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
         return out
@@ -7940,20 +8137,6 @@ class ToolSplitter:
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
         return taken
-
-    def _end_of_arguments(self) -> int:
-        """How much of what is held belongs to the arguments, one brace of which is open."""
-        for i, character in enumerate(self._held):
-            if self.quoted:
-                self.quoted = self.escaped or character != '"'
-                self.escaped = not self.escaped and character == "\\"
-            elif character == '"':
-                self.quoted = True
-            else:
-                self.depth += (character == "{") - (character == "}")
-            if not self.depth:
-                return i + 1
-        return len(self._held)
 
     def _rest(self, final: bool) -> list[Piece]:
         """Content in text where no call begins, as far as it is certain."""
@@ -8059,11 +8242,11 @@ class Calls:
     choice: ToolChoice
 
     def splitter(self) -> ToolSplitter:
-        return ToolSplitter(self.form, self.functions)
+        return ToolSplitter(self.form, {name: f.schema for name, f in self.functions.items()})
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The control tokens that calls are written with."""
-        signs = self.form.begin + self.form.call + self.form.end
+        signs = self.form.begin + self.form.call + self.form.parameter + self.form.end
         return frozenset(i for word, i in tokenizer.control.items() if word in signs)
 
 
@@ -8100,7 +8283,6 @@ JSON_OPTIONS: Any = {
     "key_separator": ":",
 }
 MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
-MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -8206,6 +8388,35 @@ def faulty_part(
     return ""
 
 
+# What the text of an argument must not look like, where a value of another type could be meant
+_NUMBER = "-?[0-9][0-9.eE+-]*"
+LOOKS = {
+    "null": "null|None",
+    "boolean": "true|false|True|False",
+    "integer": _NUMBER,
+    "number": _NUMBER,
+    "array": r"\[(.|\n)*",
+    "object": r"\{(.|\n)*",
+}
+# Keywords that grammars of arguments as text cannot keep
+NOT_KEPT = frozenset(
+    "allOf anyOf oneOf not if format patternProperties propertyNames minProperties maxProperties "
+    "dependentRequired dependentSchemas dependencies".split()
+)
+
+
+def text_terminal(schema: Mapping[str, Any]) -> str:
+    """A terminal for the strings that fit a schema."""
+    length = f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+    if not (pattern := schema.get("pattern")):
+        return f"/(.|\\n){length}/"
+    start, end = ("" if pattern[:1] == "^" else r"(.|\n)*"), r"(.|\n)*"
+    if pattern.endswith("$") and not pattern.endswith(r"\$"):
+        pattern, end = pattern[:-1], ""
+    found = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
+    return f"/(.|\\n){length}/ & /{found}/"
+
+
 def thought_rule(prompt: str, may_think: bool) -> tuple[str, str]:
     """What may come before an answer to `prompt`, as the beginning of a rule, and its own rule."""
     text, start, end = r"(.|\n)*", ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE.replace("/", r"\/")
@@ -8279,42 +8490,110 @@ class Grammars:
         except RecursionError:
             raise RequestError(f"{name} is nested too deeply", name) from None
 
+    @functools.cached_property
+    def signs(self) -> re.Pattern[str]:
+        """Finds the control tokens in a text."""
+        words = sorted(self.tokenizer.control, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
+
     def literal(self, text: str) -> str:
         """Text as an expression, its control tokens as such."""
         control = self.tokenizer.control
-        words = "|".join(re.escape(word) for word in sorted(control, key=len, reverse=True))
-        parts = re.split(f"({words})", text) if words else [text]
         return " ".join(
             f"<[{control[part]}]>" if part in control else json.dumps(part)
-            for part in parts
+            for part in self.signs.split(text)
             if part
         )
+
+    def until(self, end: str, name: str, rules: dict[str, str], text: str = "TEXT") -> str:
+        """An expression for the terminal `text` up to the first `end`."""
+        plain, *control = self.signs.split(end, maxsplit=1)
+        if not control:
+            rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
+            return name
+        if plain:
+            rules[name.upper()] = f"{text} {json.dumps(plain)}"
+        return f"{name.upper() if plain else text} {self.literal(end[len(plain) :])}"
 
     def calls(self, calls: Calls, is_free: bool) -> str:
         """The rules of `calls`, behind any text where they are free. Raises RequestError."""
         form, num_more = calls.form, calls.choice.max_calls - 1
         more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
-        rules = [f"calls: first {more} {self.literal(form.end)}"]
-        if is_free and form.trigger and form.trigger not in self.tokenizer.control:
-            rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
+        rules = {"calls": f"first {more} {self.literal(form.end)}"}
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = self.literal(form.begin + head)
-            if is_free and form.trigger in self.tokenizer.control:
-                opening = f"TEXT {self.literal(form.begin + head)}"
-            elif is_free and form.trigger:
-                opening = f"open {json.dumps((form.begin + head).removeprefix(form.trigger))}"
-            elif is_free:
-                rules.append(f"open_{i}[lazy]: TEXT {json.dumps(form.begin + head)}")
-                opening = f"open_{i}"
-            expression = self.schema(function.schema, function.where, function.strict)
-            rules += [f"first_{i}: {opening} {tail}", f"next_{i}: {self.literal(head)} {tail}"]
-            rules.append(f"arguments_{i}: {expression}")
+            opening = form.begin + head
+            first, open_name = self.literal(opening), "open" if form.trigger else f"open_{i}"
+            if is_free:
+                trigger = form.trigger or opening
+                first = self.until(trigger, open_name, rules)
+                first += " " + self.literal(opening.removeprefix(trigger))
+            rules |= {f"first_{i}": f"{first} {tail}", f"next_{i}": f"{self.literal(head)} {tail}"}
+            rules[f"arguments_{i}"] = self.schema(function.schema, function.where, function.strict)
+            if form.parameter:
+                self.parameters(form.parameter, f"arguments_{i}", function, rules)
         for kind in ("first", "next"):
-            rules.append(
-                f"{kind}: " + " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
-            )
-        return "\n".join(rules)
+            rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
+        return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
+
+    def parameters(self, form: str, rule: str, function: Function, rules: dict[str, str]) -> None:
+        """The rules of arguments that are written one by one, in the schema's order."""
+        before, after = form.split("VALUE")
+        root, terms = function.schema, []
+        required = self.kept(branches(root, root), function)[0].get("required", ())
+        for i, (key, schema) in enumerate(parameter_schemas(root).items()):
+            name = f"{rule}_{i}"
+            terms.append(name if key in required else f"{name}?")
+            value = self.value(schema, after, name, function, rules)
+            rules[name] = f"{self.literal(before.replace('KEY', key))} ({value})"
+        rules[rule] = " ".join(terms) or '""'
+
+    def kept(self, options: list[dict[str, Any]], function: Function) -> list[dict[str, Any]]:
+        """The schemas. Raises RequestError for what grammars of such calls cannot keep but must."""
+        lost = {key for option in options for key in option.keys() & NOT_KEPT}
+        if function.strict and lost:
+            reason = f"calls of this model's kind cannot keep {min(lost)}"
+            raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
+        return options
+
+    def value(
+        self, schema: Any, after: str, name: str, function: Function, rules: dict[str, str]
+    ) -> str:
+        """An expression for an argument, text or JSON, and what stands behind it. Text does not
+        look like another value that may stand there, unless any of that type may."""
+        options, root = branches(schema, function.schema), function.schema
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        ways: list[str] = []
+        texts: list[str] = []
+        unlike = [f"(.|\n)*{re.escape(after.strip())}(.|\n)*"]
+
+        def as_json(schema: Mapping[str, Any]) -> str:
+            return f"{json_grammar({**shared, **schema}, function.strict)} {self.literal(after)}"
+
+        if not any("string" in value_types(option) for option in options):
+            return as_json(schema)
+        has_text = any("string" in value_types(option) and not listed(option) for option in options)
+        for option in options:
+            kinds = value_types(option)
+            if values := listed(option):
+                spelled = [_json_text(value) + after for value in values]
+                ways += map(self.literal, spelled)
+            elif "string" in kinds:
+                texts += map(text_terminal, self.kept([option], function))
+                continue
+            elif not has_text or kinds & {"array", "object"}:
+                ways.append(as_json(option))
+            elif option.keys() <= {"type", "title", "description", "default"}:
+                continue
+            unlike += [rf"\s*({LOOKS[kind]})\s*" for kind in kinds & LOOKS.keys()]
+        if texts:
+            terms = [
+                f"({' | '.join(texts)})",
+                *(f"~/{llguidance.regex_to_lark(regex)}/" for regex in unlike),
+            ]
+            rules[name.upper()] = " & ".join(terms)
+            ways.append(self.until(after, f"{name}_text", rules, name.upper()))
+        return " | ".join(ways)
 
     def constraint(
         self, params: SamplingParams, prompt: str, may_think: bool, calls: Calls | None = None
@@ -13870,13 +14149,6 @@ class AnswerPrinter:
 # ---- tools: functions of a file, which the model may ask to call ---------------------------------
 
 MAX_ROUNDS = 10  # of calls for one answer
-JSON_NAMES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    types.NoneType: "null",
-}
 
 
 def hint_schema(hint: Any) -> dict[str, Any]:

@@ -71,6 +71,10 @@ def loop(calls: str) -> str:
 
 
 EACH = "{% for c in m.tool_calls %}{% set f = c.function %}"
+VALUES = (
+    "{% for key, value in f.arguments | items %}"
+    "{% set value = value if value is string else value | tojson %}"
+)
 JSON = """{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}"""
 # as the model's own templates write them
 TEMPLATES = {
@@ -94,6 +98,30 @@ TEMPLATES = {
     "deepseek-v3.1": loop(
         "<｜tool▁calls▁begin｜>" + EACH + "<｜tool▁call▁begin｜>{{ f.name }}<｜tool▁sep｜>"
         "{{ f.arguments | tojson }}<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>"
+    ),
+    "qwen3-coder": loop(
+        EACH + "<tool_call>\n<function={{ f.name }}>\n" + VALUES + "<parameter={{ key }}>\n"
+        "{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}"
+    ),
+    "seed-oss": loop(
+        EACH + "<seed:tool_call>\n<function={{ f.name }}>\n" + VALUES + "<parameter={{ key }}>"
+        "{{ value }}</parameter>\n{% endfor %}</function>\n</seed:tool_call>{% endfor %}"
+    ),
+    "glm-4.5": loop(
+        EACH + "<tool_call>{{ f.name }}\n" + VALUES + "<arg_key>{{ key }}</arg_key>\n"
+        "<arg_value>{{ value }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
+    ),
+    "glm-4.7": loop(
+        EACH + "<tool_call>{{ f.name }}" + VALUES + "<arg_key>{{ key }}</arg_key>"
+        "<arg_value>{{ value }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    ),
+    "minimax-m2": loop(
+        "<minimax:tool_call>\n"
+        + EACH
+        + '<invoke name="{{ f.name }}">\n'
+        + VALUES
+        + '<parameter name="{{ key }}">'
+        "{{ value }}</parameter>\n{% endfor %}</invoke>\n{% endfor %}</minimax:tool_call>"
     ),
 }
 FORMATS = nanollama.TOOL_FORMATS
@@ -121,7 +149,9 @@ def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) 
         ("mistral-nemo", "mistral", True),
         ("deepseek-r1-distill-qwen", "deepseek", False),
         ("granite-3.3", "granite", True),
-        ("qwen3-coder", "hermes", False),  # calls in XML: ours is described instead
+        ("qwen3-coder", "qwen3-coder", True),
+        ("glm-4.6", "glm-4.5", True),
+        ("seed-oss", "seed-oss", True),
         ("phi-3.5", "hermes", False),
     ],
 )
@@ -161,7 +191,7 @@ def test_what_tools_say_never_becomes_a_control_token(smollm2_llm: LLM) -> None:
 
 def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str, str]]:
     """The pieces of a text that is cut at `cuts`, neighbours of one kind joined."""
-    splitter = nanollama.ToolSplitter(FORMATS[form], SCHEMAS)
+    splitter = nanollama.ToolSplitter(FORMATS[form], dict.fromkeys(SCHEMAS, KINDS))
     at = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
     pieces = [p for a, b in itertools.pairwise(at) for p in splitter.push(text[a:b])]
     pieces += splitter.flush()
@@ -175,11 +205,28 @@ def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str
     return joined
 
 
-ARGUMENTS = st.dictionaries(
-    st.text(max_size=4),
-    st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8) | st.integers(),
-    max_size=3,
+TEXTS = st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8)
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "city": TEXTS,
+        'a b"}': TEXTS,
+        "days": st.integers() | st.none() | st.booleans(),
+        "where": st.lists(TEXTS, max_size=2),
+        "maybe": st.none() | st.sampled_from(["", "nul", "5", "]"]),
+    },
 )
+KINDS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        'a b"}': {"$ref": "#/$defs/text"},
+        "days": {"type": ["integer", "null", "boolean"]},
+        "where": {"type": "array", "items": {"type": "string"}},
+        "maybe": {"anyOf": [{"$ref": "#/$defs/text"}, {"type": "null"}]},
+    },
+    "$defs": {"text": {"type": "string"}},
+}
 
 
 @settings(max_examples=60)
