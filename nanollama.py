@@ -7938,69 +7938,76 @@ JSON_NAMES = {
     list: "array",
     dict: "object",
 }
-# How templates spell some values of JSON that they turn to text
-PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as templates write these
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 MAX_LEVELS = 32  # of a schema that are looked into
-MAX_BRANCHES = 64  # of one value's schema that are looked at
+MAX_BRANCHES = 64  # of an argument's schema that are looked at
 
 
-def all_branches(
-    schema: Any, root: Mapping[str, Any], depth: int = MAX_LEVELS
+def branches(
+    schema: Any, root: Mapping[str, Any], num_levels: int = MAX_LEVELS
 ) -> Iterator[dict[str, Any]]:
-    branch, several = dict(schema) if isinstance(schema, Mapping) and depth else {}, []
+    """Schemas of one type or of any: what fits `schema`, a part of `root`, fits one of them."""
+    branch = dict(schema) if isinstance(schema, Mapping) and num_levels else {}
     if isinstance(path := branch.pop("$ref", None), str):
-        target: Any = root
-        for step in path.split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            target = target.get(step) if isinstance(target, Mapping) else {}
-        several = [target]
-    elif key := next((k for k in ("anyOf", "oneOf") if isinstance(branch.get(k), list)), ""):
-        several = branch.pop(key)
-    elif isinstance(parts := branch.get("allOf"), list) and len(parts) == 1:
-        several = branch.pop("allOf")
-    elif isinstance(kinds := branch.get("type"), list):
-        several = [{"type": kind} for kind in kinds]
+        part: Any = root
+        for key in path.split("/")[1:]:
+            part = part.get(key) if isinstance(part, Mapping) else None
+        several = [part]
+    elif keys := branch.keys() & {"anyOf", "oneOf"}:
+        several = branch.pop(min(keys))
+    elif isinstance(branch.get("type"), list):
+        several = [{"type": kind} for kind in branch["type"]]
     else:
+        several = []
         yield branch
     for part in several:
         more = part if isinstance(part, Mapping) else {}
-        yield from all_branches({**branch, **more}, root, depth - 1)
+        yield from branches({**branch, **more}, root, num_levels - 1)
 
 
-def branches(schema: Any, root: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The schemas, each of one type or of any, of which a value fits one if it fits `schema`, a
-    part of `root`."""
-    return list(itertools.islice(all_branches(schema, root), MAX_BRANCHES))
+class Argument:
+    """How an argument that stands alone is written, given its schema, a part of `root`.
 
+    listed: all that it may be, as text -> JSON. texts: schemas of strings, which are written as
+    they are. others: schemas of what is JSON. kinds: the types of JSON that text is read as, where
+    no value of that type is against the schema."""
 
-def listed(branch: Mapping[str, Any]) -> list[Any]:
-    """The values that fit a branch, where it lists them."""
-    return list(branch.get("enum", [branch["const"]] if "const" in branch else []))
+    def __init__(self, schema: Any, root: Mapping[str, Any], is_required: bool = False) -> None:
+        self.is_required, self.listed = is_required, dict[str, str]()
+        self.texts, self.others, self.kinds = list[Any](), list[Any](), set[str]()
+        for branch in itertools.islice(branches(schema, root), MAX_BRANCHES):
+            kind = branch.get("type")
+            if values := branch.get("enum", [branch["const"]] if "const" in branch else ()):
+                fit = [v for v in values if kind in (None, "number", JSON_NAMES[type(v)])]
+                self.listed |= {_json_text(value): _json_text([value])[1:-1] for value in fit}
+            else:
+                (self.texts if kind in (None, "string") else self.others).append(branch)
+        for branch in self.texts + self.others:
+            if "type" not in branch:
+                self.kinds = {*JSON_NAMES.values()} - {"string"}
+            elif branch in self.others and not (self.texts and branch.keys() & BOUNDS):
+                self.kinds |= {branch["type"], branch["type"].replace("number", "integer")}
+        self.is_text = not self.listed and not self.kinds
 
-
-def value_types(branch: Mapping[str, Any]) -> set[str]:
-    """The JSON types of the values that fit a branch."""
-    found = {JSON_NAMES[type(value)] for value in listed(branch)} or set(JSON_NAMES.values())
-    found = {branch["type"]} if "type" in branch else found
-    return found | {"integer"} if "number" in found else found
-
-
-def parameter_schemas(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of each argument that a function's schema names."""
-    top = branches(schema, schema)[0]
-    named = dict.fromkeys(top.get("required", ()), top.get("additionalProperties"))
-    return {**named, **top.get("properties", {})}
-
-
-def typed_value(text: str, kinds: set[str]) -> str | None:
-    """JSON for a value that is spelled as text; None where it has none of these types."""
-    if kinds != {"string"}:
+    def read(self, text: str) -> str | None:
+        """JSON for what is written; None where it can be no value."""
+        word = text.strip(" \t\r\n")
+        word = PYTHON_WORDS.get(word, word)
+        if value := self.listed.get(text, self.listed.get(word)):
+            return value
         with contextlib.suppress(ValueError, RecursionError):
-            word = text.strip(" \t\r\n")
-            value = json.loads(PYTHON_WORDS.get(word, word))
-            if (kind := JSON_NAMES[type(value)]) in kinds and kind != "string":
-                return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return json.dumps(text, ensure_ascii=False) if "string" in kinds else None
+            if JSON_NAMES[type(json.loads(word, parse_constant=int))] in self.kinds:
+                return word  # int() refuses NaN
+        return json.dumps(text, ensure_ascii=False) if self.texts or not self.others else None
+
+
+def read_arguments(schema: Mapping[str, Any]) -> dict[str, Argument]:
+    """The arguments that a function's schema names."""
+    top = next(branches(schema, schema))
+    required = top.get("required", ())
+    named = dict.fromkeys(required, top.get("additionalProperties")) | top.get("properties", {})
+    return {key: Argument(part, schema, key in required) for key, part in named.items()}
 
 
 class JsonReader:
@@ -8027,44 +8034,36 @@ class JsonReader:
 
 
 class ParameterReader:
-    """As JsonReader, for a call whose arguments are written one by one. What must be text by the
-    schema is text, and comes as it is read; anything else is JSON, if it is any."""
+    """As JsonReader, for a call whose arguments are written one by one: text comes as it is read,
+    anything else when it is complete."""
 
     def __init__(self, form: ToolFormat, schema: Mapping[str, Any]) -> None:
-        self.schema, self.is_done, self.num_read = schema, False, 0
+        self.arguments, self.is_done, self.comma = read_arguments(schema), False, ""
+        self.argument: Argument | None = None  # the value of which is being read
         before, after = form.parameter.split("VALUE")
-        newline = r"(?:\n|(?=[^\n]))" if before.endswith("\n") else ""  # none is the value's
+        newline = r"(?:\n|(?=[^\n]))" if before.endswith("\n") else ""  # a second is the value's
         self.before = re.compile(r"\s*" + loose(before) + newline)
-        self.ends = (after.rstrip(), after.strip())
+        self.ends = after.rstrip(), after.strip()
         self.after = re.compile(r"\n?" * after.startswith("\n") + re.escape(self.ends[1]))
         self.tail = re.compile(r"\s*" + loose(form.tail))
-        self.kinds: set[str] = set()  # that the value which is being read may have
 
     def read(self, text: str) -> tuple[int, str]:
-        if not self.kinds:
-            return self._key(text)
-        if self.kinds == {"string"}:
-            end = self.after.search(text)
-            num = end.start() if end else len(text) - held_back(text, self.ends)
-            self.kinds = set() if end else self.kinds
-            quoted = json.dumps(text[:num], ensure_ascii=False)[1:-1]
-            return (end.end(), quoted + '"') if end else (num, quoted)
+        if self.argument is None:
+            if match := self.before.match(text):
+                self.argument = self.arguments.get(match[1]) or Argument(None, {})
+                key = f"{self.comma}{json.dumps(match[1], ensure_ascii=False)}: "
+                self.comma = ", "
+                return match.end(), key + '"' * self.argument.is_text
+            self.is_done = bool(self.tail.match(text))
+            return 0, "}" * self.is_done
+        is_text = self.argument.is_text
+        num = is_text * (len(text) - held_back(text, self.ends))
         for end in self.after.finditer(text):
-            if value := typed_value(text[: end.start()], self.kinds):
-                self.kinds = set()
-                return end.end(), value
-        return 0, ""
-
-    def _key(self, text: str) -> tuple[int, str]:
-        """What begins the next argument, or ends them."""
-        if match := self.before.match(text):
-            options = branches(parameter_schemas(self.schema).get(match[1]), self.schema)
-            self.kinds = set().union(*map(value_types, options))
-            key = (", " if self.num_read else "") + json.dumps(match[1], ensure_ascii=False) + ": "
-            self.num_read += 1
-            return match.end(), key + '"' * (self.kinds == {"string"})
-        self.is_done = bool(self.tail.match(text))
-        return 0, "}" if self.is_done else ""
+            value = self.argument.read(text[: end.start()])
+            if value is not None:
+                self.argument = None
+                return end.end(), value[is_text:]
+        return num, json.dumps(text[:num], ensure_ascii=False)[1:-1]
 
 
 def loose(literal: str, names: Iterable[str] = ()) -> str:
@@ -8388,16 +8387,6 @@ def faulty_part(
     return ""
 
 
-# What the text of an argument must not look like, where a value of another type could be meant
-_NUMBER = "-?[0-9][0-9.eE+-]*"
-LOOKS = {
-    "null": "null|None",
-    "boolean": "true|false|True|False",
-    "integer": _NUMBER,
-    "number": _NUMBER,
-    "array": r"\[(.|\n)*",
-    "object": r"\{(.|\n)*",
-}
 # Keywords that grammars of arguments as text cannot keep
 NOT_KEPT = frozenset(
     "allOf anyOf oneOf not if format patternProperties propertyNames minProperties maxProperties "
@@ -8507,13 +8496,10 @@ class Grammars:
 
     def until(self, end: str, name: str, rules: dict[str, str], text: str = "TEXT") -> str:
         """An expression for the terminal `text` up to the first `end`."""
-        plain, *control = self.signs.split(end, maxsplit=1)
-        if not control:
-            rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
-            return name
+        plain = self.signs.split(end)[0]
         if plain:
-            rules[name.upper()] = f"{text} {json.dumps(plain)}"
-        return f"{name.upper() if plain else text} {self.literal(end[len(plain) :])}"
+            rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
+        return f"{name if plain else text} {self.literal(end[len(plain) :])}"
 
     def calls(self, calls: Calls, is_free: bool) -> str:
         """The rules of `calls`, behind any text where they are free. Raises RequestError."""
@@ -8537,61 +8523,40 @@ class Grammars:
         return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
 
     def parameters(self, form: str, rule: str, function: Function, rules: dict[str, str]) -> None:
-        """The rules of arguments that are written one by one, in the schema's order."""
+        """The rules of arguments that are written one by one, in the schema's order. Raises
+        RequestError for what such a rule cannot keep but must."""
         before, after = form.split("VALUE")
-        root, terms = function.schema, []
-        required = self.kept(branches(root, root), function)[0].get("required", ())
-        for i, (key, schema) in enumerate(parameter_schemas(root).items()):
+        root, terms, arguments = function.schema, [], read_arguments(function.schema)
+        texts = [text for argument in arguments.values() for text in argument.texts]
+        parts = root, next(branches(root, root)), *texts
+        if function.strict and (lost := NOT_KEPT & {*itertools.chain(*parts)}):
+            reason = f"calls of this model's kind cannot keep {min(lost)}"
+            raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
+        for i, (key, argument) in enumerate(arguments.items()):
             name = f"{rule}_{i}"
-            terms.append(name if key in required else f"{name}?")
-            value = self.value(schema, after, name, function, rules)
+            terms.append(name if argument.is_required else f"{name}?")
+            value = self.value(argument, after, name, function, rules)
             rules[name] = f"{self.literal(before.replace('KEY', key))} ({value})"
         rules[rule] = " ".join(terms) or '""'
 
-    def kept(self, options: list[dict[str, Any]], function: Function) -> list[dict[str, Any]]:
-        """The schemas. Raises RequestError for what grammars of such calls cannot keep but must."""
-        lost = {key for option in options for key in option.keys() & NOT_KEPT}
-        if function.strict and lost:
-            reason = f"calls of this model's kind cannot keep {min(lost)}"
-            raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
-        return options
-
     def value(
-        self, schema: Any, after: str, name: str, function: Function, rules: dict[str, str]
+        self, argument: Argument, after: str, name: str, function: Function, rules: dict[str, str]
     ) -> str:
-        """An expression for an argument, text or JSON, and what stands behind it. Text does not
-        look like another value that may stand there, unless any of that type may."""
-        options, root = branches(schema, function.schema), function.schema
+        """An expression for an argument and what stands behind it. Text is none that ends it, nor
+        looks like JSON that may stand there."""
+        root = function.schema
         shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        ways: list[str] = []
-        texts: list[str] = []
+        ways = [self.literal(text + after) for text in argument.listed]
         unlike = [f"(.|\n)*{re.escape(after.strip())}(.|\n)*"]
-
-        def as_json(schema: Mapping[str, Any]) -> str:
-            return f"{json_grammar({**shared, **schema}, function.strict)} {self.literal(after)}"
-
-        if not any("string" in value_types(option) for option in options):
-            return as_json(schema)
-        has_text = any("string" in value_types(option) and not listed(option) for option in options)
-        for option in options:
-            kinds = value_types(option)
-            if values := listed(option):
-                spelled = [_json_text(value) + after for value in values]
-                ways += map(self.literal, spelled)
-            elif "string" in kinds:
-                texts += map(text_terminal, self.kept([option], function))
-                continue
-            elif not has_text or kinds & {"array", "object"}:
-                ways.append(as_json(option))
-            elif option.keys() <= {"type", "title", "description", "default"}:
-                continue
-            unlike += [rf"\s*({LOOKS[kind]})\s*" for kind in kinds & LOOKS.keys()]
-        if texts:
-            terms = [
-                f"({' | '.join(texts)})",
-                *(f"~/{llguidance.regex_to_lark(regex)}/" for regex in unlike),
-            ]
-            rules[name.upper()] = " & ".join(terms)
+        for other in argument.others:
+            if not argument.texts or other["type"] in ("array", "object"):
+                grammar = json_grammar({**shared, **other}, function.strict)
+                ways.append(f"{grammar} {self.literal(after)}")
+                unlike.append(r"\s*[\[{](.|\n)*")
+        if argument.texts:
+            texts = " | ".join(map(text_terminal, argument.texts))
+            others = (f"& ~/{llguidance.regex_to_lark(regex)}/" for regex in unlike)
+            rules[name.upper()] = f"({texts}) {' '.join(others)}"
             ways.append(self.until(after, f"{name}_text", rules, name.upper()))
         return " | ".join(ways)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import openai
+import published
 import pydantic
 import pytest
 from hypothesis import given, settings
@@ -302,6 +304,51 @@ def test_thoughts_come_first_and_may_speak_of_calls() -> None:
     assert splitter.finish_reason("length") == "length"
 
 
+SAID = {"city": "São\nPaulo", "days": 3, "where": [1, 2], "maybe": None}
+
+
+def round_trip(made: nanollama.ChatTemplate) -> list[tuple[str, str]]:
+    """The pieces of a message that talks and calls twice, as the template writes it."""
+    calls = [
+        {"id": f"call{i:05}", "type": "function", "function": {"name": name, "arguments": said}}
+        for i, (name, said) in enumerate([("weather", SAID), ("stop", {})])
+    ]
+    answer = {"role": "assistant", "content": "I look.", "tool_calls": calls}
+    prompt = made.render(USER, TOOLS)
+    text = made.render([*USER, answer], TOOLS, add_generation_prompt=False)
+    start = text.index("I look.", len(prompt) - 20)
+    end = made.tool_format.tail.strip()
+    text = text[start : text.rindex(end) + len(end)] + made.tool_format.end.strip()
+    splitter = nanollama.ToolSplitter(made.tool_format, dict.fromkeys(SCHEMAS, KINDS))
+    pieces = [p for character in text for p in splitter.push(character)] + splitter.flush()
+    return [
+        (kind, "".join(text for _, text in group))
+        for kind, group in itertools.groupby(pieces, lambda piece: piece.kind)
+    ]
+
+
+def is_right(pieces: list[tuple[str, str]]) -> bool:
+    (talk, said), (_, first), (_, arguments), *rest = pieces
+    return (
+        (talk, said.strip(), first) == ("content", "I look.", "weather")
+        and json.loads(arguments) == SAID
+        and rest == [("name", "stop"), ("arguments", "{}")]
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm-4.6", "seed-oss", "qwen2.5", "qwen3"])
+def test_what_a_template_makes_of_calls_is_read_as_the_same_calls(name: str) -> None:
+    assert is_right(round_trip(template((DATA / f"{name}.jinja").read_text(encoding="utf-8"))))
+
+
+def test_so_it_is_with_every_published_template_that_writes_no_object() -> None:
+    made = {path.stem: template(path.read_text()) for path in published.llama_cpp().glob("*.jinja")}
+    found = {name: t for name, t in made.items() if t.lists_tools and t.tool_format.parameter}
+    assert len(found) == 13
+    for name, chat_template in found.items():
+        assert is_right(round_trip(chat_template)), name
+
+
 # ---- the grammars --------------------------------------------------------------------------------
 
 CONTROL = sorted(
@@ -421,6 +468,78 @@ def test_an_answer_of_a_given_form_and_calls_go_together(
             jsonschema.validate(json.loads(content), schema)
         kinds.add(bool(calls))
     assert kinds == {True, False} or form in ("hermes", "smollm2")
+
+
+ONE_BY_ONE = [name for name, form in FORMATS.items() if form.parameter]
+POINT = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}
+POINT["additionalProperties"] = False
+# a schema, values that fit it, and values that do not
+VALUES_OF = [
+    ({"type": "string"}, ["", "a\n", "\nb", "5", '{"x": 1}', "</b>", "null", "é🙂"], []),
+    ({"type": "string", "minLength": 1, "maxLength": 3}, ["a", "\n\n\n"], ["", "abcd"]),
+    ({"type": "string", "pattern": r"^[A-C]{2}/\d$"}, ["AB/7"], ["AB/", "xAB/7", "AB/78"]),
+    ({"type": "string", "pattern": "x[0-9]", "maxLength": 4}, ["x1", "ax1b"], ["ax", "abcx1"]),
+    ({"enum": ["a", "5", 7, None, True]}, ["a", 7, None, True], ["b", 6, False]),
+    ({"const": "</parameter"}, ["</parameter"], ["</p"]),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["", "nul", "5", None], []),
+    ({"type": ["string", "integer"], "maxLength": 3}, ["a", 5, -17, "1.5"], ["abcd"]),
+    ({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 3}]}, ["auto", 3], ["x", 2]),
+    ({"oneOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}, ["a", "v1", "2"], []),
+    ({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/point"}]}, ["a", {"x": 2}], [{"x": 3}]),
+    ({"$ref": "#/$defs/point"}, [{"x": 2}], ["a", {"x": 3}]),
+    ({"type": "array", "items": {"type": "string"}}, [[], ["</a", "\n"]], ["a", [5]]),
+    ({"type": "number", "maximum": 1}, [0.5, 1], ["a", 2]),
+    ({"type": "boolean"}, [True, False], ["a", None]),
+    ({"type": ["boolean", "null"]}, [True, None], [0]),
+    ({}, ["a b", 5, [None], {"a": "b"}, None], []),
+]
+
+
+@pytest.mark.parametrize("form", ONE_BY_ONE)
+@pytest.mark.parametrize(("schema", "good", "bad"), VALUES_OF, ids=str)
+def test_an_argument_is_text_or_json_as_its_schema_says(
+    models: Callable[[str], LLM], form: str, schema: dict[str, Any], good: list[Any], bad: list[Any]
+) -> None:
+    llm, shape = models(form), FORMATS[form]
+    parameters = {"type": "object", "properties": {"v": schema, "w": POINT}, "required": ["v"]}
+    parameters |= {"$defs": {"point": POINT}, "additionalProperties": False}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    wanted = dataclasses.replace(
+        request(ToolChoice("required")), tools=[{"type": "function", "function": function}]
+    )
+    for value in good + bad:
+        arguments = {"v": value}
+        text = shape.spell([("f", json.dumps(arguments))])
+        ids, seq = llm.encode(text, False), llm.start(wanted)
+        llm.engine.cancel(seq)
+        assert seq.constraint
+        assert (seq.constraint.num_valid(ids) == len(ids)) == (value in good), value
+        if value in good:
+            pieces = nanollama.ToolSplitter(shape, {"f": parameters}).push(text)
+            read = json.loads("".join(piece.text for piece in pieces if piece.kind == "arguments"))
+            assert read == arguments
+            assert type(read["v"]) is type(value)
+            jsonschema.validate(read, parameters)
+
+
+@pytest.mark.parametrize("form", ONE_BY_ONE)
+def test_a_random_model_writes_arguments_that_fit(models: Callable[[str], LLM], form: str) -> None:
+    schemas = [
+        {**schema, "maxLength": 4} if schema.keys() & {"type", "anyOf", "oneOf"} else schema
+        for schema, _, _ in VALUES_OF[1:-1]
+        if "array" not in str(schema)
+    ]
+    properties = {f"p{i}": schema for i, schema in enumerate(schemas)}
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    parameters |= {"$defs": {"point": POINT}}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    for seed in range(3):
+        wanted = request(ToolChoice("required", max_calls=1), seed, max_tokens=1500)
+        content, calls, reason = called(models(form), dataclasses.replace(wanted, tools=tools))
+        print(models(form).complete(dataclasses.replace(wanted, tools=tools)).text)
+        assert (content, reason, calls[0][0]) == ("", "tool_calls", "f")
+        jsonschema.validate(json.loads(calls[0][1]), parameters)
 
 
 def test_a_call_that_is_cut_has_the_finish_reason_length(models: Callable[[str], LLM]) -> None:
