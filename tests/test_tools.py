@@ -354,6 +354,8 @@ def test_so_it_is_with_every_published_template_that_writes_no_object() -> None:
 CONTROL = sorted(
     {"[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>"}
     | {"<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"}
+    | {"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}
+    | {"<seed:tool_call>", "</seed:tool_call>", "<minimax:tool_call>", "</minimax:tool_call>"}
 )
 
 
@@ -367,7 +369,7 @@ def models(
     import tokenizers
 
     directory = tmp_path_factory.mktemp("tools") / "model"
-    shutil.copytree(tiny(vocab_size=340, max_position_embeddings=2048), directory)
+    shutil.copytree(tiny(vocab_size=360, max_position_embeddings=2048), directory)
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens(CONTROL)
     tokenizer.save(str(directory / "tokenizer.json"))
