@@ -7284,6 +7284,8 @@ class Tokenizer:
         metaspace = b'"Metaspace"' in described and b'"never"' not in described
         self.strips_space = metaspace or b'"Strip"' in described
         named = {self.control.get(name) for name in END_OF_GENERATION}
+        if "<|channel|>" in self.control:  # where gpt-oss has a thought, an answer goes on
+            named -= {self.control.get("<|end|>")}
         eos = self.control.get(text.special_tokens.get("eos_token", ""))
         self.end_ids = frozenset(i for i in {*named, *text.eos_ids, eos} if i is not None)
 
@@ -7461,6 +7463,23 @@ def compiled_template(source: str) -> jinja2.Template:
     return template_environment().from_string(source)
 
 
+class Thoughts(NamedTuple):
+    """What a family of models writes around its thoughts, and before an answer in any case."""
+
+    open: str
+    close: str
+    answer: str = ""
+
+
+THOUGHTS = (
+    Thoughts("<think>", "</think>"),
+    Thoughts("<seed:think>", "</seed:think>"),
+    Thoughts(
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"
+    ),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a family of models writes calls: begin, call, between, call, .., end. `trigger` is the
@@ -7617,9 +7636,9 @@ class ChatTemplate:
         self.special_tokens = dict(text.special_tokens)
 
     @property
-    def may_think(self) -> bool:
-        """Whether the model is one that writes its thoughts first."""
-        return ThoughtSplitter.CLOSE in (self.source or "")
+    def thoughts(self) -> Thoughts | None:
+        """What is around the thoughts of a model that writes them first."""
+        return next((t for t in THOUGHTS if (t.answer or t.close) in (self.source or "")), None)
 
     def prompt(
         self,
@@ -7880,45 +7899,52 @@ class ThoughtSplitter:
     A template may already have opened the tag at the end of the prompt. Thoughts come only first: a
     tag later in the answer is text. With `keep_tags`, the tags are emitted with the thoughts."""
 
-    OPEN, CLOSE = "<think>", "</think>"
-
     def __init__(self, prompt: str = "", keep_tags: bool = False) -> None:
-        self.thinking = prompt.rstrip().endswith(self.OPEN)
+        tail = prompt.rstrip()
+        self.tags = next((tags for tags in THOUGHTS if tail.endswith(tags.open)), None)
         self.done = False  # past the point where a thought may begin
         self.keep_tags = keep_tags
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        return self.tags is not None
+
     def push(self, text: str) -> list[tuple[bool, str]]:
-        return self._split(text, final=False)
+        return [pair for pair in self._split(text, final=False) if pair[1]]
 
     def flush(self) -> list[tuple[bool, str]]:
-        return self._split("", final=True)
+        return [pair for pair in self._split("", final=True) if pair[1]]
 
-    def _split(self, new: str, final: bool) -> list[tuple[bool, str]]:
-        text, self._held, out = self._held + new, "", []
+    def _split(self, new: str, final: bool) -> Iterator[tuple[bool, str]]:
+        text, self._held = self._held + new, ""
         if not self.thinking and not self.done:
             start = text.lstrip()
-            if start.startswith(self.OPEN):
-                self.thinking = True
-                before, _, text = text.partition(self.OPEN)
-                out.append((True, before + self.OPEN if self.keep_tags else ""))
-            elif self.OPEN.startswith(start) and not final:
+            self.tags = next((tags for tags in THOUGHTS if start.startswith(tags.open)), None)
+            if self.tags:
+                before, opening, text = text.partition(self.tags.open)
+                yield True, (before + opening) * self.keep_tags
+            elif not final and any(
+                mark.startswith(start) for tags in THOUGHTS for mark in (tags.open, tags.answer)
+            ):
                 self._held = text
-                return []
+                return
             else:
                 self.done = True
-        if self.thinking:
-            thought, close, rest = text.partition(self.CLOSE)
-            if close:
-                out.append((True, thought + close if self.keep_tags else thought))
-                self.thinking, self.done, text = False, True, rest
-            else:
-                keep = 0 if final else held_back(text, (self.CLOSE,))
-                self._held = text[len(text) - keep :]
-                out.append((True, text[: len(text) - keep]))
-                text = ""
-        out.append((False, text))
-        return [pair for pair in out if pair[1]]
+                heads = [tags.answer for tags in THOUGHTS if tags.answer]
+                text = next((start[len(h) :] for h in heads if start.startswith(h)), text)
+        if not self.tags:
+            yield False, text
+            return
+        thought, close, rest = text.partition(self.tags.close)
+        if close:
+            yield True, thought + close * self.keep_tags
+            self.tags, self.done = None, not self.tags.answer
+            yield from self._split(rest, final)
+        else:
+            keep = 0 if final else held_back(text, (self.tags.close,))
+            self._held = text[len(text) - keep :]
+            yield True, text[: len(text) - keep]
 
 
 class Piece(NamedTuple):
@@ -8406,16 +8432,6 @@ def text_terminal(schema: Mapping[str, Any]) -> str:
     return f"/(.|\\n){length}/ & /{found}/"
 
 
-def thought_rule(prompt: str, may_think: bool) -> tuple[str, str]:
-    """What may come before an answer to `prompt`, as the beginning of a rule, and its own rule."""
-    text, start, end = r"(.|\n)*", ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE.replace("/", r"\/")
-    if prompt.rstrip().endswith(start):
-        return "thought", f"thought[lazy]: /{text}{end}/"
-    if may_think and not prompt.rstrip().endswith(ThoughtSplitter.CLOSE):
-        return "thought?", rf"thought[lazy]: /[ \n]*{start}{text}{end}/"
-    return "", ""
-
-
 class Grammars:
     """Compiles what answers must be for the vocabulary of one model. Safe to use from threads."""
 
@@ -8501,6 +8517,21 @@ class Grammars:
             rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
         return f"{name if plain else text} {self.literal(end[len(plain) :])}"
 
+    def thought(self, prompt: str, tags: Thoughts | None) -> tuple[str, dict[str, str]]:
+        """What may come before an answer to `prompt`, as the beginning of a rule, and its rules."""
+        text, rules, prompt = r"(.|\n)*", dict[str, str](), prompt.rstrip()
+        opened = next((tags for tags in THOUGHTS if prompt.endswith(tags.open)), None)
+        tags = opened or tags
+        if not tags or (prompt.endswith(tags.close) and not tags.answer):
+            return "", {}
+        start, end = ("" if opened else rf"[ \n]*{tags.open}"), tags.close
+        if len(self.signs.split(tags.open)) > 1:
+            start = self.literal("" if opened else tags.open)
+            rules["thought"] = f"{start} {self.until(end, 'thoughts', rules)}"
+        else:
+            rules["thought[lazy]"] = f"/{llguidance.regex_to_lark(start + text + end)}/"
+        return "thought" if opened else "thought?", rules
+
     def calls(self, calls: Calls, is_free: bool) -> str:
         """The rules of `calls`, behind any text where they are free. Raises RequestError."""
         form, num_more = calls.form, calls.choice.max_calls - 1
@@ -8561,19 +8592,21 @@ class Grammars:
         return " | ".join(ways)
 
     def constraint(
-        self, params: SamplingParams, prompt: str, may_think: bool, calls: Calls | None = None
+        self, params: SamplingParams, prompt: str, tags: Thoughts | None, calls: Calls | None = None
     ) -> Constraint | None:
         """What the answer to `prompt`, of which the end is enough, must be; None for anything.
         Raises RequestError."""
         answer, nested = self.answer(params)
         if not answer and not calls:
             return None
-        thought, rules = thought_rule(prompt, may_think)
+        thought, thought_rules = self.thought(prompt, tags)
+        rules = "\n".join(f"{name}: {rule}" for name, rule in thought_rules.items())
+        header = self.literal(tags.answer) if tags else ""
         is_required = calls is not None and calls.choice.mode == "required"
-        choices = [] if is_required else [f"{thought} answer"]
+        choices = [] if is_required else [f"{thought} {header} answer"]
         if calls:  # models like to begin a new line for them
             choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
-            rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
+            rules += "\n" + self.calls(calls, is_free=not (answer or is_required or header))
         top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
@@ -9421,10 +9454,11 @@ class TextSide:
 
     def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
         """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
-        may_think = request.messages is not None and self.template.may_think
+        continues = request.template_kwargs.get("continue_final_message")
+        tags = None if request.messages is None or continues else self.template.thoughts
         # the prompt's last tokens tell whether a thought has begun
         prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, may_think, calls)
+        return self.grammars.constraint(request.params, prompt, tags, calls)
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
@@ -9553,7 +9587,10 @@ class LLM(TextSide):
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        shown = calls.shown(self.tokenizer) if calls else frozenset()
+        shown = calls.shown(self.tokenizer) if calls else frozenset[int]()
+        if is_chat:
+            tags = "".join(self.template.thoughts or ())
+            shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -11942,7 +11979,11 @@ def ollama_details(path: Path, modified: float) -> dict[str, Any]:
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
     words = (template.source or "") + (template.tool_source or "")
     kind = c.model_type
-    able = {"completion": True, "tools": "tools" in words, "thinking": template.may_think}
+    able = {
+        "completion": True,
+        "tools": "tools" in words,
+        "thinking": template.thoughts is not None,
+    }
     return {
         "details": {
             "parent_model": "",
@@ -14103,7 +14144,7 @@ class AnswerPrinter:
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation."""
         thoughts = "".join(self.thoughts)
-        for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
+        for tag in (tag for tags in THOUGHTS for tag in tags[:2]):
             thoughts = thoughts.replace(tag, "")
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
