@@ -7491,6 +7491,7 @@ class ToolFormat:
     end: str = ""
     trigger: str = ""
     parameter: str = ""  # with KEY and VALUE: text as it is, the rest as JSON; "" for one object
+    mark: str = ""  # with NAME: what templates make of a call, where the model begins otherwise
 
     def head(self, name: str) -> str:
         return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
@@ -7561,6 +7562,11 @@ TOOL_FORMATS = {
         "<tool_call>NAMEARGUMENTS</tool_call>",
         trigger="<tool_call>",
         parameter="<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
+    ),
+    "harmony": ToolFormat(
+        "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS",
+        between="<|call|><|start|>assistant",
+        mark=" to=functions.NAME<|channel|>commentary json<|message|>",
     ),
     "minimax-m2": ToolFormat(
         '<invoke name="NAME">\nARGUMENTS</invoke>\n',
@@ -7680,7 +7686,10 @@ class ChatTemplate:
                     {"role": "tool", "tool_call_id": "probe0001", "content": "done" + PROBE},
                 ]
             )
-        heads = [(form.begin + form.head(PROBE), form) for form in TOOL_FORMATS.values()]
+        heads = [
+            (form.mark.replace("NAME", PROBE) or form.begin + form.head(PROBE), form)
+            for form in TOOL_FORMATS.values()
+        ]
         squeezed = "".join(text.split())  # a space more or less is no other way
         found = [form for head, form in heads if head in text]
         found += [form for head, form in heads if "".join(head.split()) in squeezed]
@@ -7939,7 +7948,7 @@ class ThoughtSplitter:
         thought, close, rest = text.partition(self.tags.close)
         if close:
             yield True, thought + close * self.keep_tags
-            self.tags, self.done = None, not self.tags.answer
+            self.done, self.tags = not self.tags.answer, None
             yield from self._split(rest, final)
         else:
             keep = 0 if final else held_back(text, (self.tags.close,))
@@ -8530,11 +8539,13 @@ class Grammars:
             rules["thought"] = f"{start} {self.until(end, 'thoughts', rules)}"
         else:
             rules["thought[lazy]"] = f"/{llguidance.regex_to_lark(start + text + end)}/"
-        return "thought" if opened else "thought?", rules
+        return "thought" + ("" if opened else "*" if tags.answer else "?"), rules
 
     def calls(self, calls: Calls, is_free: bool) -> str:
         """The rules of `calls`, behind any text where they are free. Raises RequestError."""
-        form, num_more = calls.form, calls.choice.max_calls - 1
+        form, control = calls.form, self.tokenizer.control
+        between = {control[word] for word in self.signs.findall(form.between)}
+        num_more = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
         more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
         rules = {"calls": f"first {more} {self.literal(form.end)}"}
         for i, (name, function) in enumerate(calls.functions.items()):
@@ -11979,11 +11990,8 @@ def ollama_details(path: Path, modified: float) -> dict[str, Any]:
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
     words = (template.source or "") + (template.tool_source or "")
     kind = c.model_type
-    able = {
-        "completion": True,
-        "tools": "tools" in words,
-        "thinking": template.thoughts is not None,
-    }
+    thinks = template.thoughts is not None
+    able = {"completion": True, "tools": "tools" in words, "thinking": thinks}
     return {
         "details": {
             "parent_model": "",

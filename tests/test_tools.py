@@ -117,6 +117,10 @@ TEMPLATES = {
         EACH + "<tool_call>{{ f.name }}" + VALUES + "<arg_key>{{ key }}</arg_key>"
         "<arg_value>{{ value }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
     ),
+    "harmony": loop(
+        EACH + " to=functions.{{ f.name }}<|channel|>commentary json<|message|>"
+        "{{ f.arguments | tojson }}<|call|>{% endfor %}"
+    ),
     "minimax-m2": loop(
         "<minimax:tool_call>\n"
         + EACH
@@ -154,6 +158,7 @@ def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) 
         ("qwen3-coder", "qwen3-coder", True),
         ("glm-4.6", "glm-4.5", True),
         ("seed-oss", "seed-oss", True),
+        ("gpt-oss", "harmony", True),
         ("phi-3.5", "hermes", False),
     ],
 )
@@ -198,13 +203,17 @@ def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str
     pieces = [p for a, b in itertools.pairwise(at) for p in splitter.push(text[a:b])]
     pieces += splitter.flush()
     assert splitter.has_calls == any(piece.kind == "name" for piece in pieces)
-    joined: list[tuple[str, str]] = []
+    return joined(pieces)
+
+
+def joined(pieces: list[nanollama.Piece]) -> list[tuple[str, str]]:
+    kinds: list[tuple[str, str]] = []
     for kind, new in pieces:
-        if joined and joined[-1][0] == kind != "name":
-            joined[-1] = (kind, joined[-1][1] + new)
+        if kinds and kinds[-1][0] == kind != "name":
+            kinds[-1] = (kind, kinds[-1][1] + new)
         else:
-            joined.append((kind, new))
-    return joined
+            kinds.append((kind, new))
+    return kinds
 
 
 TEXTS = st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8)
@@ -354,6 +363,7 @@ def test_so_it_is_with_every_published_template_that_writes_no_object() -> None:
 CONTROL = sorted(
     {"[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>"}
     | {"<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"}
+    | {"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>", "<|end|>"}
     | {"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}
     | {"<seed:tool_call>", "</seed:tool_call>", "<minimax:tool_call>", "</minimax:tool_call>"}
 )
@@ -434,7 +444,9 @@ def test_a_free_model_may_talk_and_call_but_not_call_wrongly(
     assert seq.constraint
     end = min(llm.tokenizer.end_ids)
     assert seq.constraint.allowed()[end]  # or say nothing
-    text = before + shape.spell([("weather", '{"city":"Bern"}'), ("stop", "{}")])
+    calls = [("weather", '{"city":"Bern"}'), ("stop", "{}")]
+    calls = calls[: 1 if "<|call|>" in shape.between else 2]
+    text = before + shape.spell(calls)
     ids = llm.encode(text, False)
     assert seq.constraint.num_valid(ids) == len(ids)
     for token_id in ids:
@@ -444,7 +456,7 @@ def test_a_free_model_may_talk_and_call_but_not_call_wrongly(
     assert llm.start(request(ToolChoice())).constraint.num_valid(wrong) < len(wrong)  # type: ignore
     once = llm.start(request(ToolChoice(max_calls=1))).constraint
     assert once
-    assert once.num_valid(ids) < len(ids)
+    assert (once.num_valid(ids) == len(ids)) == (len(calls) == 1)
     llm.engine.step()
     while llm.engine.has_work:
         llm.engine.step()
@@ -542,6 +554,51 @@ def test_a_random_model_writes_arguments_that_fit(models: Callable[[str], LLM], 
         print(models(form).complete(dataclasses.replace(wanted, tools=tools)).text)
         assert (content, reason, calls[0][0]) == ("", "tool_calls", "f")
         jsonschema.validate(json.loads(calls[0][1]), parameters)
+
+
+HARMONY = (
+    "<|channel|>analysis<|message|>It<|end|><|start|>assistant"
+    "<|channel|>analysis<|message|>is?<|end|><|start|>assistant"
+)
+
+
+def test_gpt_oss_thinks_then_answers_or_calls(models: Callable[[str], LLM]) -> None:
+    source = (DATA / "gpt-oss.jinja").read_text(encoding="utf-8")
+    llm = LLM(models("harmony").checkpoint.path, template=source)
+    schema = {"type": "object", "properties": {"x": {"type": "null"}}, "required": ["x"]}
+    call = FORMATS["harmony"].spell([("weather", '{"city": "Bern"}')])
+    wrong = FORMATS["harmony"].spell([("weather", '{"town": "Bern"}')])
+    called = [("name", "weather"), ("arguments", '{"city": "Bern"}')]
+    answer, thought = "<|channel|>final<|message|>", [("thought", "Itis?")]
+    for fields, choice, text, is_right, pieces in (
+        ({}, ToolChoice(), HARMONY + call, True, [*thought, *called]),
+        ({}, ToolChoice(), call, True, called),
+        ({}, ToolChoice(), HARMONY + wrong, False, None),
+        ({}, ToolChoice(), f"{HARMONY}{answer}Hi.", True, [*thought, ("content", "Hi.")]),
+        ({}, ToolChoice(), "Hi.", False, [("content", "Hi.")]),
+        ({}, ToolChoice("required"), f"{HARMONY}{answer}Hi.", False, None),
+        ({}, ToolChoice("required"), HARMONY + call, True, None),
+        ({"schema": schema}, ToolChoice("none"), answer + '{"x":null}', True, None),
+        ({"schema": schema}, ToolChoice("none"), HARMONY + answer + '{"x":null}', True, None),
+        ({"schema": schema}, ToolChoice("none"), HARMONY + answer + '{"x":1}', False, None),
+    ):
+        wanted, ids = request(choice, **fields), llm.encode(text, False)
+        seq, splitter = llm.start(wanted), llm.splitter(wanted, llm.prompt_text(wanted))
+        llm.engine.cancel(seq)
+        assert seq.constraint
+        assert (seq.constraint.num_valid(ids) == len(ids)) == is_right, text
+        shown = "".join(map(seq.text.push, ids))
+        found = [piece for character in shown for piece in splitter.push(character)]
+        found += splitter.flush()
+        assert pieces in (None, joined(found)), text
+
+
+def test_seed_oss_has_think_tags_of_its_own() -> None:
+    splitter = nanollama.AnswerSplitter("<seed:bos>assistant\n")
+    text = "<seed:think>I am</seed:think>I said </think>."
+    found = [piece for character in text for piece in splitter.push(character)]
+    found += splitter.flush()
+    assert joined(found) == [("thought", "I am"), ("content", "I said </think>.")]
 
 
 def test_a_call_that_is_cut_has_the_finish_reason_length(models: Callable[[str], LLM]) -> None:
