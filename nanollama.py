@@ -7457,7 +7457,7 @@ def held_back(text: str, words: Iterable[str]) -> int:
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
 #   Extend      what templates may call is a filter or a global of `template_environment`; another
-#               way of writing calls is a row of TOOL_FORMATS.
+#               way of writing calls is a row of TOOL_FORMATS, of marking thoughts one of THOUGHTS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
@@ -8006,15 +8006,8 @@ class Piece(NamedTuple):
     text: str
 
 
-JSON_NAMES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    types.NoneType: "null",
-    list: "array",
-    dict: "object",
-}
+_JSON_TYPES = (str, int, float, bool, types.NoneType, list, dict)
+JSON_NAMES = dict(zip(_JSON_TYPES, "string integer number boolean null array object".split()))
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as templates write these
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 MAX_LEVELS = 32  # of a schema that are looked into

@@ -536,6 +536,27 @@ def test_an_argument_is_text_or_json_as_its_schema_says(
             jsonschema.validate(read, parameters)
 
 
+def test_what_text_in_tags_cannot_keep_is_refused_if_strict(models: Callable[[str], LLM]) -> None:
+    llm = models("qwen3-coder")
+    schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
+    for strict in (False, True):
+        function = {"name": "f", "parameters": schema, "strict": strict}
+        tools = [{"type": "function", "function": function}]
+        wanted = dataclasses.replace(request(ToolChoice("required")), tools=tools)
+        if not strict:
+            llm.engine.cancel(llm.start(wanted))
+            continue
+        with pytest.raises(RequestError, match="cannot keep format") as caught:
+            llm.start(wanted)
+        assert caught.value.param == "tools[0].function.parameters"
+
+
+def test_a_schema_that_refers_to_itself_is_read_in_no_time() -> None:
+    one = {"$ref": "#/$defs/a"}
+    root = {"properties": {"x": one}, "$defs": {"a": {"anyOf": [one, one, {"type": "string"}]}}}
+    assert nanollama.read_arguments(root)["x"].read("a") == '"a"'
+
+
 @pytest.mark.parametrize("form", ONE_BY_ONE)
 def test_a_random_model_writes_arguments_that_fit(models: Callable[[str], LLM], form: str) -> None:
     schemas = [
