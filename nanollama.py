@@ -8522,16 +8522,17 @@ class Seen:
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids = np.empty(0, dtype=np.int64)  # of `known`
+        self.ids: Any = None  # of `known`; a server without a model needs no NumPy
 
     def update(self, history: list[int]) -> npt.NDArray[np.int64]:
         """The distinct ids of `history`, which begins with that of the last call"""
         new = set(history[self.num_read :]) - self.known
         if new:
-            self.ids = np.append(self.ids, list(new))
+            ids = np.array(list(new))
+            self.ids = np.append(self.ids, ids) if self.known else ids
             self.known |= new
         self.num_read = len(history)
-        return self.ids
+        return cast("npt.NDArray[np.int64]", self.ids)
 
 
 def penalize(
