@@ -9456,11 +9456,11 @@ class LLM(TextSide):
 #   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
 #               named in a header), or refused with a 400 that names it; null means absent. A whole
 #               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
-#               first put into the words of a chat, so that there is one way to read a request, and
-#               one choice makes the pieces that each API wraps in its own way:
+#               first put into the words of a chat, so that there is one way to read a request and
+#               to take an answer apart, into pieces that each API wraps in its own way:
 #
 #                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
-#                 Delta --ChatChoice--> chunks --Reply, ResponseReply, OllamaReply--> events
+#                 Delta --ChatReply.read--> pieces --ChatChoice, ResponseReply, ..--> events
 #
 #   Invariant   no Starlette, no engine: dict in, dict out.
 #   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
@@ -9469,17 +9469,13 @@ class LLM(TextSide):
 #               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
-JSON_TYPES: dict[str, tuple[type, ...]] = {
+JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `or` between them
     "number": (int, float),
     "integer": (int,),
     "boolean": (bool,),
     "string": (str,),
     "array": (list,),
     "object": (dict,),
-    "string or array": (str, list),
-    "string or object": (str, dict),
-    "string or number": (str, int, float),
-    "boolean or string": (bool, str),
 }
 # The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
 SAMPLING_FIELDS = {
@@ -9613,7 +9609,7 @@ def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
 
 def check_type(name: str, value: Any, kind: str) -> None:
     """Refuse a value that is not of the JSON type `kind`. To JSON, true is no integer."""
-    types = JSON_TYPES[kind]
+    types = tuple(one for word in kind.split(" or ") for one in JSON_TYPES[word])
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         refuse(f"{name} is {brief(value)}; the JSON type needed is {kind}", name, "invalid_type")
 
@@ -10023,17 +10019,29 @@ def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
     return {"index": len(calls) - 1, **news}
 
 
-class ChatChoice:
-    """One choice of a chat answer: `start`, then `push` each delta, give its stream chunks;
-    `result` is the same as one object."""
+class Reply:
+    """An answer in the words of an API: `start`, then `push` each delta, and `end` give the objects
+    of its stream; `result` is the same as one object."""
 
-    object, id_prefix = "chat.completion", "chatcmpl-"
+    def start(self) -> list[dict[str, Any]]:
+        return []
 
-    def __init__(
-        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
-    ) -> None:
-        self.index, self.tokenizer, self.splitter = index, seq.text.tokenizer, splitter
-        self.names = {"content": "content", "thought": reasoning_name}
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def end(self) -> list[dict[str, Any]]:
+        return []
+
+    def result(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    """The answer to a chat, whatever the API: `read` takes deltas apart, and keeps what they add
+    up to."""
+
+    def __init__(self, seq: Sequence, splitter: AnswerSplitter) -> None:
+        self.seq, self.tokenizer, self.splitter = seq, seq.text.tokenizer, splitter
         self.text = {"content": "", "thought": ""}
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] | None = None if seq.params.logprobs is None else []
@@ -10041,45 +10049,38 @@ class ChatChoice:
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
-    def _chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def start(self) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
-
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def read(self, delta: Delta) -> list[tuple[str, Any, list[dict[str, Any]]]]:
+        """Pieces: `content` or `thought` with their text, or `call` with the delta that tells of
+        it; and the logprobs of the tokens they come from."""
         thoughts = self.splitter.thoughts
         was_thinking = thoughts.thinking
         pieces = self.splitter.push(delta.text)
         if delta.finish_reason:
             pieces += self.splitter.flush()
-        if self.logprobs is not None:
-            self.pending += self._entries(delta)
-        chunks = [self._chunk(self._add(piece)) for piece in pieces]
+            self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
+            self.usage = delta.usage
+        self.pending += self._entries(delta)
+        found = [self._add(piece) for piece in pieces]
         if was_thinking or thoughts.thinking or self.calls:
             self.pending = []  # thoughts, calls and their tags are not part of the content
-        if self.pending and self.logprobs is not None and chunks:
-            chunks[0]["logprobs"] = {"content": self.pending, "refusal": None}
-            self.logprobs += self.pending
-            self.pending = []
-        if delta.finish_reason:
-            self.usage = delta.usage
-            self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
-            chunks.append({**self._chunk({}), "finish_reason": self.finish_reason})
-        return chunks
+        entries: list[dict[str, Any]] = []
+        if found and self.logprobs is not None:
+            entries, self.pending = self.pending, []
+            self.logprobs += entries
+        return [(*one, [] if i else entries) for i, one in enumerate(found)]
 
-    def _add(self, piece: Piece) -> dict[str, Any]:
-        """Keep a piece -> the delta that tells of it."""
-        if piece.kind in self.names:
-            self.text[piece.kind] += piece.text
-            return {self.names[piece.kind]: piece.text}
-        return {"tool_calls": [add_to_calls(self.calls, piece)]}
+    def _add(self, piece: Piece) -> tuple[str, Any]:
+        if piece.kind not in self.text:
+            return "call", add_to_calls(self.calls, piece)
+        self.text[piece.kind] += piece.text
+        return piece.kind, piece.text
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         """The entry of a token; none for a control token, which is not part of the content."""
-        if delta.token_id is None or not self.tokenizer.token_bytes(delta.token_id):
+        if delta.logprobs is None or delta.token_id is None:
             return []
-        assert delta.logprobs is not None
+        if not self.tokenizer.token_bytes(delta.token_id):
+            return []
         top = [self._entry(*pair) for pair in delta.logprobs.top]
         return [{**self._entry(delta.token_id, delta.logprobs.logprob), "top_logprobs": top}]
 
@@ -10091,14 +10092,44 @@ class ChatChoice:
             "id": token_id,
         }
 
+
+class ChatChoice(ChatReply):
+    """One choice of a chat answer of OpenAI's."""
+
+    object, id_prefix = "chat.completion", "chatcmpl-"
+
+    def __init__(
+        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
+    ) -> None:
+        super().__init__(seq, splitter)
+        self.index, self.names = index, {"content": "content", "thought": reasoning_name}
+
+    def _chunk(
+        self, delta: dict[str, Any], entries: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = {"content": entries, "refusal": None} if entries else None
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def start(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        chunks = []
+        for kind, news, entries in self.read(delta):
+            said = {"tool_calls": [news]} if kind == "call" else {self.names[kind]: news}
+            chunks.append(self._chunk(said, entries))
+        if self.finish_reason:
+            chunks.append(self._chunk({}, reason=self.finish_reason))
+        return chunks
+
     def result(self) -> dict[str, Any]:
         content = self.text["content"] or (None if self.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        logprobs = self.logprobs
         if self.text["thought"]:
             message[self.names["thought"]] = self.text["thought"]
         if self.calls:
             message["tool_calls"] = self.calls
+        logprobs = self.logprobs
         return {
             "index": self.index,
             "message": message,
@@ -10107,7 +10138,7 @@ class ChatChoice:
         }
 
 
-class TextChoice:
+class TextChoice(Reply):
     """One choice of a legacy completion, as ChatChoice; with echo, the prompt comes first."""
 
     object, id_prefix = "text_completion", "cmpl-"
@@ -10131,9 +10162,6 @@ class TextChoice:
             "logprobs": columns if wanted else None,
             "finish_reason": None,
         }
-
-    def start(self) -> list[dict[str, Any]]:
-        return []
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         text, num_before = delta.text, len(self.rows)
@@ -10212,6 +10240,7 @@ RESPONSE_NAMES = {
     "reasoning_effort": "reasoning.effort",
 }
 RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
+RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # how ids begin
 
 
 def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -10361,25 +10390,25 @@ class KeptResponse:
     num_chars: int
 
 
-class ResponseReply:
-    """An answer of /v1/responses, as Reply: items, of which one at a time is open. Its end gives it
-    to `keep`."""
+class ResponseReply(ChatReply):
+    """An answer of /v1/responses: items, of which one at a time is open. Its end gives it to
+    `keep`."""
 
     def __init__(
         self,
-        choice: ChatChoice,
+        seq: Sequence,
+        splitter: AnswerSplitter,
         wire: WireRequest,
         given: Mapping[str, Any],
         model: str,
         keep: Callable[[ResponseReply], None],
     ) -> None:
-        self.choice, self.wire, self.keep = choice, wire, keep
+        super().__init__(seq, splitter)
+        self.wire, self.keep = wire, keep
         self.num_events = self.num_thought = 0
-        self.item: dict[str, Any] | None = None  # the open one
-        self.text: list[str] = []  # of the open one
-        self.logprobs: list[dict[str, Any]] = []  # of the open one
+        self.item: dict[str, Any] | None = None  # the open one; its text and logprobs
+        self.item_text, self.item_logprobs = "", list[dict[str, Any]]()
         params = wire.requests[0].params
-        wanted = {"format": {"type": "text"}} | dict(given.get("text", {}))
         self.body: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
@@ -10397,7 +10426,7 @@ class ResponseReply:
             "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
             "store": given.get("store", True),
             "temperature": params.temperature,
-            "text": wanted,
+            "text": {"format": {"type": "text"}, **given.get("text", {})},
             "tool_choice": given.get("tool_choice", "auto"),
             "tools": given.get("tools", []),
             "top_logprobs": params.logprobs or 0,
@@ -10415,10 +10444,13 @@ class ResponseReply:
     def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
         """An event about the open item"""
         assert self.item is not None
-        index = len(self.body["output"]) - 1
-        if kind.startswith("response.output_item"):
-            return self._event(kind, output_index=index, item=json.loads(json.dumps(self.item)))
-        return self._event(kind, item_id=self.item["id"], output_index=index, **fields)
+        place = {"item_id": self.item["id"], "output_index": len(self.body["output"]) - 1}
+        return self._event(f"response.{kind}", **place, **fields)
+
+    def _whole(self, kind: str) -> dict[str, Any]:
+        """An event that has the open item as it is now"""
+        item, index = json.loads(json.dumps(self.item)), len(self.body["output"]) - 1
+        return self._event(f"response.output_item.{kind}", output_index=index, item=item)
 
     def error(self, error: NanollamaError) -> dict[str, Any]:
         return self._event("error", code=error.code, message=str(error), param=error.param)
@@ -10430,89 +10462,82 @@ class ResponseReply:
 
     def _open(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
         """Close what is open, and begin an item."""
-        events = self._close()
-        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
-        head = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress"}
-        self.item = {**head, **fields}
+        events, head = self._close(), {"type": kind, "status": "in_progress"}
+        self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
         self.body["output"].append(self.item)
-        events.append(self._at("response.output_item.added"))
-        if part := self._part(""):
-            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        events.append(self._whole("added"))
+        if kind != "function_call":
+            part = self._part()
+            events.append(self._at("content_part.added", content_index=0, part=part))
         return events
 
-    def _part(self, text: str) -> dict[str, Any] | None:
-        """The content of the open item, unless it is a call"""
+    def _part(self) -> dict[str, Any]:
+        """What the open item, a message or a thought, consists of"""
         assert self.item is not None
-        if (kind := self.item["type"]) not in RESPONSE_TEXTS:
-            return None
-        more = {"annotations": [], "logprobs": list(self.logprobs)} if kind == "message" else {}
-        return {"type": RESPONSE_TEXTS[kind], "text": text, **more}
+        part = {"type": RESPONSE_TEXTS[self.item["type"]], "text": self.item_text}
+        if self.item["type"] == "reasoning":
+            return part
+        return {**part, "annotations": [], "logprobs": list(self.item_logprobs)}
 
     def _close(self, status: str = "completed") -> list[dict[str, Any]]:
         """End the open item, if there is one."""
         if (item := self.item) is None:
             return []
-        text, events = "".join(self.text), []
         item["status"] = status
         if item["type"] == "function_call":
-            item["arguments"], name = text, item["name"]
-            kind = "response.function_call_arguments.done"
-            events.append(self._at(kind, name=name, arguments=text))
+            item["arguments"] = self.item_text
+            about = {"name": item["name"], "arguments": self.item_text}
+            events = [self._at("function_call_arguments.done", **about)]
         else:
-            part = self._part(text) or {}
-            item["content"] = [part]
-            more = {"logprobs": self.logprobs} if item["type"] == "message" else {}
-            kind = f"response.{part['type']}.done"
-            events.append(self._at(kind, content_index=0, text=text, **more))
-            events.append(self._at("response.content_part.done", content_index=0, part=part))
-        events.append(self._at("response.output_item.done"))
-        self.item, self.text, self.logprobs = None, [], []
+            item["content"] = [part := self._part()]
+            told = {key: part[key] for key in ("text", "logprobs") if key in part}
+            events = [
+                self._at(f"{part['type']}.done", content_index=0, **told),
+                self._at("content_part.done", content_index=0, part=part),
+            ]
+        events.append(self._whole("done"))
+        self.item, self.item_text, self.item_logprobs = None, "", []
         return events
 
-    def _text(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _say(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A piece of a message or of a thought"""
         events = []
         if self.item is None or self.item["type"] != kind:
             head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
             events = self._open(kind, content=[], **head)
-        self.text.append(text)
-        self.logprobs += entries
-        name = f"response.{RESPONSE_TEXTS[kind]}.delta"
+        self.item_text += text
+        self.item_logprobs += entries
         more = {"logprobs": entries} if kind == "message" else {}
+        name = f"{RESPONSE_TEXTS[kind]}.delta"
         return [*events, self._at(name, content_index=0, delta=text, **more)]
 
-    def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A piece of a tool call"""
-        events, function = [], call.get("function", {})
-        if call.get("id"):
-            about = {"call_id": call["id"], "name": function["name"]}
-            events = self._open("function_call", **about, arguments="")
-        if text := function.get("arguments"):
-            self.text.append(text)
-            events.append(self._at("response.function_call_arguments.delta", delta=text))
-        return events
+    def _call(self, news: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The beginning of a tool call, or a piece of its arguments"""
+        function = news["function"]
+        if "id" in news:
+            about = {"call_id": news["id"], "name": function["name"]}
+            return self._open("function_call", **about, arguments="")
+        self.item_text += function["arguments"]
+        return [self._at("function_call_arguments.delta", delta=function["arguments"])]
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
-        thoughts = self.choice.splitter.thoughts
+        thoughts = self.splitter.thoughts
         was_thinking, events = thoughts.thinking, []
-        for chunk in self.choice.push(delta):
-            entries = (chunk["logprobs"] or {}).get("content", [])
-            for name, value in chunk["delta"].items():
-                if name == "tool_calls":
-                    events += [event for call in value for event in self._call(call)]
-                elif name in ("content", "reasoning_content") and value:
-                    kind = "message" if name == "content" else "reasoning"
-                    events += self._text(kind, value, entries)
+        for kind, news, entries in self.read(delta):
+            if kind == "call":
+                events += self._call(news)
+            else:
+                events += self._say("message" if kind == "content" else "reasoning", news, entries)
         self.num_thought += was_thinking or thoughts.thinking
         return events
 
     def end(self) -> list[dict[str, Any]]:
-        usage, is_cut = self.choice.usage, self.choice.finish_reason == "length"
+        usage, is_cut = self.usage, self.finish_reason == "length"
         assert usage is not None
         status = "incomplete" if is_cut else "completed"
         events = []
         if not any(item["type"] != "reasoning" for item in self.body["output"]):
-            events = self._text("message", "", [])[:-1]
+            events = self._say("message", "", [])[:-1]
         events += self._close(status)
         num_in, num_out = usage.prompt_tokens, usage.completion_tokens
         details = {"cached_tokens": usage.cached_tokens}
@@ -10609,6 +10634,7 @@ OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "tfs_z": (1,),
     "typical_p": (1,),
 }
+OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
 
 
 def ollama_body(
@@ -10696,42 +10722,40 @@ class Clock:
         return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
 
 
-class OllamaReply:
-    """An answer of Ollama's, as Reply. `context` is the sequence whose ids are to be told."""
+def ollama_line(model: str, is_chat: bool, said: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """One object of an answer: what is said, as a message or as a response; `more` but for None"""
+    head = {"model": model, "created_at": timestamp()}
+    said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
+    if is_chat:
+        return {**head, "message": {"role": "assistant", **said}, **more}
+    return {**head, "response": said.pop("content"), **said, **more}
+
+
+class OllamaReply(ChatReply):
+    """An answer of Ollama's: of /api/chat, or else of /api/generate. With `tells_ids`, its end has
+    those of prompt and answer."""
 
     def __init__(
-        self, choice: ChatChoice, model: str, clock: Clock, is_chat: bool, context: Sequence | None
+        self,
+        seq: Sequence,
+        splitter: AnswerSplitter,
+        model: str,
+        clock: Clock,
+        is_chat: bool,
+        tells_ids: bool,
     ) -> None:
-        self.choice, self.model, self.clock = choice, model, clock
-        self.is_chat, self.context = is_chat, context
-
-    def _line(
-        self, text: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, done: bool = False
-    ) -> dict[str, Any]:
-        """One object: what is said, as a message or as a response, and the logprobs of that"""
-        head = {"model": self.model, "created_at": timestamp()}
-        said: dict[str, Any]
-        if self.is_chat:
-            said = {"message": {"role": "assistant", "content": "", **text}}
-        else:
-            said = {"response": text.get("content", ""), **text}
-            said.pop("content", None)
-        more = {"logprobs": logprobs["content"]} if logprobs else {}
-        return {**head, **said, "done": done, **more}
-
-    def start(self) -> list[dict[str, Any]]:
-        return []
+        super().__init__(seq, splitter)
+        self.line = functools.partial(ollama_line, model, is_chat)
+        self.clock, self.tells_ids = clock, tells_ids
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
-        lines = []
-        for chunk in self.choice.push(delta):
-            text = {k: v for k, v in chunk["delta"].items() if k in ("content", "thinking") and v}
-            if text:
-                lines.append(self._line(text, chunk["logprobs"]))
-        return lines
+        return [
+            self.line({OLLAMA_NAMES[kind]: text}, done=False, logprobs=entries or None)
+            for kind, text, entries in self.read(delta)
+            if kind != "call"
+        ]
 
     def tool_calls(self) -> list[dict[str, Any]]:
-        found = self.choice.result()["message"].get("tool_calls") or []
         return [
             {
                 "id": call["id"],
@@ -10741,23 +10765,20 @@ class OllamaReply:
                     "arguments": json.loads(call["function"]["arguments"]),
                 },
             }
-            for index, call in enumerate(found)
+            for index, call in enumerate(self.calls)
         ]
 
     def end(self) -> list[dict[str, Any]]:
         calls = self.tool_calls()
-        last = {**self._line({}, done=True), **self._closing()}
-        return [*([self._line({"tool_calls": calls})] if calls else []), last]
+        before = [self.line({"tool_calls": calls}, done=False)] if calls else []
+        return [*before, self.line({}, done=True, **self._closing())]
 
     def _closing(self) -> dict[str, Any]:
-        usage = self.choice.usage
+        usage = self.usage
         assert usage is not None
-        reason = self.choice.finish_reason
-        body: dict[str, Any] = {"done_reason": reason if reason == "length" else "stop"}
-        if self.context is not None:
-            body["context"] = list(self.context.token_ids)
         return {
-            **body,
+            "done_reason": "length" if self.finish_reason == "length" else "stop",
+            "context": list(self.seq.token_ids) if self.tells_ids else None,
             **self.clock.durations(),
             "prompt_eval_count": usage.prompt_tokens,
             "prompt_eval_duration": int(usage.prefill_s * 1e9),
@@ -10766,10 +10787,10 @@ class OllamaReply:
         }
 
     def result(self) -> dict[str, Any]:
-        said = self.choice.result()
-        message = {**said["message"], "tool_calls": self.tool_calls()}
-        text = {k: message[k] for k in ("content", "thinking", "tool_calls") if message.get(k)}
-        return {**self._line(text, said["logprobs"], done=True), **self._closing()}
+        said: dict[str, Any] = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
+        said["tool_calls"] = self.tool_calls()
+        said = {name: value for name, value in said.items() if value}
+        return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
 
 
 def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
@@ -10800,9 +10821,8 @@ def ollama_error(error: NanollamaError) -> dict[str, Any]:
     return {"error": str(error)}
 
 
-class Reply:
-    """An answer of OpenAI's: `start`, then `push` each delta, and `end` give its stream's events;
-    `result` is the same as one object."""
+class ChoicesReply(Reply):
+    """An answer of OpenAI's: its choices, each with chunks of its own."""
 
     def __init__(
         self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
@@ -11651,20 +11671,14 @@ async def unless_disconnected(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class WebReply:
-    """An answer on the web chat's own route, as Reply; nothing but its stream is wanted."""
+class WebReply(Reply):
+    """An answer on the web chat's own route; nothing but its stream is wanted."""
 
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
 
-    def start(self) -> list[dict[str, Any]]:
-        return []
-
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
-
-    def end(self) -> list[dict[str, Any]]:
-        return []
 
 
 Report = Callable[[dict[str, Any]], None]  # takes a line of progress
@@ -11905,7 +11919,7 @@ class Handlers:
             found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
-    async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
+    async def events(self, job: Job, reply: Reply) -> AsyncIterator[dict[str, Any] | None]:
         """What a reply makes of the deltas of a job; None where nothing came for a while."""
         for event in reply.start():
             yield event
@@ -11922,7 +11936,7 @@ class Handlers:
         self,
         request: Request,
         job: Job,
-        reply: Any,
+        reply: Reply,
         encoding: Encoding,
         is_stream: bool = True,
         ignored: tuple[str, ...] = (),
@@ -11967,7 +11981,7 @@ class OpenAIHandlers(Handlers):
         """Answer as OpenAI does, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
         choices = list(map(make, itertools.count(), job.sequences, job.splitters))
-        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def respond(self, request: Request) -> Response:
@@ -11976,8 +11990,9 @@ class OpenAIHandlers(Handlers):
         strict, opening = self.config.strict, pool.source.opening
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
-        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name, self.keep)
+        model = wire.model or pool.source.name
+        seq, splitter = job.sequences[0], job.splitters[0]
+        reply = ResponseReply(seq, splitter, wire, given, model, self.keep)
         encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
         return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
@@ -12049,9 +12064,9 @@ class OllamaHandlers(Handlers):
             with pool.held():
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
-        context = None if is_chat or given.get("raw") else job.sequences[0]
-        reply = OllamaReply(choice, given["model"], clock, is_chat, context)
+        tells_ids = not is_chat and not given.get("raw")
+        seq, splitter = job.sequences[0], job.splitters[0]
+        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, tells_ids)
         is_stream = given.get("stream", True)
         return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
 
@@ -12066,9 +12081,7 @@ class OllamaHandlers(Handlers):
             reason = "unload"
         else:
             await self.ollama_pool(given)
-        said = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
-        head = {"model": name, "created_at": timestamp()}
-        return as_json({**head, **said, "done": True, "done_reason": reason})
+        return as_json(ollama_line(name, is_chat, {}, done=True, done_reason=reason))
 
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed"""
