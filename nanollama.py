@@ -9884,14 +9884,14 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         refuse(f"{where}.role is {brief(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
-    if message.get("tool_calls") is not None:
-        check_type(f"{where}.tool_calls", message["tool_calls"], "array")
-        for i, call in enumerate(message["tool_calls"]):
-            at = f"{where}.tool_calls[{i}].function"
-            function: Any = call.get("function") if isinstance(call, dict) else call
-            check_type(at, function, "object")
-            check_type(f"{at}.name", function.get("name"), "string")
-            check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
+    calls = message.get("tool_calls")
+    check_type(f"{where}.tool_calls", [] if calls is None else calls, "array")
+    for i, call in enumerate(calls or []):
+        at = f"{where}.tool_calls[{i}].function"
+        function: Any = call.get("function") if isinstance(call, dict) else call
+        check_type(at, function, "object")
+        check_type(f"{at}.name", function.get("name"), "string")
+        check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
     if isinstance(content, str) or (content is None and role == "assistant"):
         return dict(message)
     check_type(f"{where}.content", content, "string or array")
@@ -9913,19 +9913,11 @@ EMBED_FIELDS = {
 MAX_INPUTS = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class WireEmbed:
-    """A body of /v1/embeddings, checked."""
-
-    requests: tuple[GenerationRequest, ...]
-    model: str | None
-    is_base64: bool = False
-    dimensions: int | None = None
-    ignored: tuple[str, ...] = ()
-
-
-def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
-    """A body of /v1/embeddings. Raises RequestError."""
+def parse_embed(
+    body: Mapping[str, Any], strict: bool = False
+) -> tuple[WireRequest, dict[str, Any]]:
+    """A body of /v1/embeddings -> the request, and the fields that were given. Raises
+    RequestError."""
     given, ignored = read_fields(body, EMBED_FIELDS, strict)
     prompts = read_prompts(given, "input")
     if len(prompts) > MAX_INPUTS or "" in prompts:
@@ -9934,8 +9926,7 @@ def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
     if form not in ("float", "base64"):
         refuse(f"encoding_format is {brief(form)}; use float or base64", "encoding_format")
     requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
-    dimensions = given.get("dimensions")
-    return WireEmbed(requests, given.get("model"), form == "base64", dimensions, ignored)
+    return WireRequest(requests, given.get("model"), ignored=ignored), given
 
 
 def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
@@ -9949,12 +9940,12 @@ def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
     return [x / length for x in vector[:dimensions]]
 
 
-def embed_body(deltas: list[Delta], wire: WireEmbed, model: str) -> dict[str, Any]:
+def embed_body(deltas: list[Delta], given: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
     data = []
     for index, delta in enumerate(deltas):
-        vector: Any = cut_embedding(delta.embedding or [], wire.dimensions)
-        if wire.is_base64:
+        vector: Any = cut_embedding(delta.embedding or [], given.get("dimensions"))
+        if given.get("encoding_format") == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
@@ -10297,29 +10288,17 @@ def _item_text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def response_tools(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`tools` and `tool_choice`, which are flat here, as a chat has them. Raises RequestError."""
-    tools = []
-    for i, tool in enumerate(given.get("tools", [])):
-        check_type(f"tools[{i}]", tool, "object")
-        if tool.get("type") != "function":
-            what = f"tools[{i}] is of type {brief(tool.get('type'))}"
-            refuse(f"{what}; only functions can be called", f"tools[{i}]")
-        function = {k: v for k, v in tool.items() if k != "type" and v is not None}
-        tools.append({"type": "function", "function": function})
-    body: dict[str, Any] = {"tools": tools} if tools else {}
-    choice = given.get("tool_choice")
-    if isinstance(choice, dict):
-        kind, inner = choice.get("type"), choice.get("tools", [])
-        if kind == "allowed_tools" and isinstance(inner, list):
-            named = [{"type": "function", "function": {"name": t.get("name")}}
-                     for t in inner if isinstance(t, dict)]  # fmt: skip
-            choice = {"type": kind, kind: {"mode": choice.get("mode"), "tools": named}}
-        elif kind == "function":
-            choice = {"type": kind, kind: {"name": choice.get("name")}}
-        else:
-            refuse(f"tool_choice is of type {brief(kind)}, which is not supported", "tool_choice")
-    return body | ({} if choice is None else {"tool_choice": choice})
+def under_type(value: Any) -> Any:
+    """Tools and a choice of these, which are flat here, as a chat has them: what they say is under
+    the name of their type."""
+    if isinstance(value, list):
+        return [under_type(item) for item in value]
+    if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
+        return value
+    inner = {k: v for k, v in value.items() if k != "type" and v is not None}
+    if kind == "allowed_tools":
+        inner["tools"] = under_type(inner.get("tools"))
+    return {"type": kind, kind: inner}
 
 
 def response_body(
@@ -10328,7 +10307,8 @@ def response_body(
     """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
     the messages of the response it goes on from. Raises RequestError."""
     same = ("model", "stream", "parallel_tool_calls", "metadata")
-    body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
+    body = {name: given[name] for name in (*same, *SAMPLING_FIELDS) if name in given}
+    body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
@@ -12019,10 +11999,10 @@ class OpenAIHandlers(Handlers):
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self.body(request)
-        wire = parse_embed(body, self.config.strict)
+        wire, given = parse_embed(body, self.config.strict)
         pool = await self.models.pool(wire.model)
         deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
-        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        answer = embed_body(deltas, given, wire.model or pool.source.name)
         return as_json(answer, headers=ignored_header(wire.ignored))
 
 
@@ -13566,104 +13546,99 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def options(
+    parser: argparse.ArgumentParser, title: str, defaults: object = None
+) -> Callable[..., None]:
+    """A group of options -> what adds one: `--flag -f METAVAR`, its help and its type. The default,
+    which a field of `defaults` has, is told in the help."""
+    group = parser.add_argument_group(title)
+
+    def add(spelled: str, text: str, kind: Callable[[str], Any] | None = None, **more: Any) -> None:
+        words = spelled.split()
+        flags = [word for word in words if word.startswith("-")]
+        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        default = getattr(defaults, name, None)
+        if default is not False and default not in (None, (), {}):
+            text += f" (default: {default})"
+        if len(words) > len(flags):
+            more["metavar"] = words[-1]
+        group.add_argument(*flags, help=text, **more | ({"type": kind} if kind else {}))
+
+    return add
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = options(parser, "model")
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
-    add("--model", metavar="MODEL", action=ModelAction, help=text)
+    add("--model MODEL", text, action=ModelAction)
     parser.set_defaults(models=())
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--revision REV", "branch, tag or commit of a hub model")
     text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
-    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
-    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
-    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
-    add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
-    add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
-    text = "model, system prompt and defaults from a file"
-    add("--modelfile", metavar="PATH", type=Path, help=text)
-    add("--device", "--device-type", metavar="DEVICE", help="cpu, cuda or mps (default: the best)")
+    add("--source -i NAME", text, choices=NANOCHAT_SOURCES)
+    add("--model-tag -g TAG", "and of these, as in d20 (default: the largest)")
+    add("--step -s N", "and of these (default: the last)", int)
+    add("--tokenizer MODEL", "take tokenizer and chat template from another model")
+    add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
+    add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
+    add("--device --device-type DEVICE", "cpu, cuda or mps (default: the best)")
     text = f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})"
-    add("--dtype", "-d", metavar="TYPE", choices=DTYPES, help=text)
-    add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
-    add("--compile", action="store_true", help="record decode steps as CUDA graphs")
-    add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
-    add("--threads", type=int, metavar="N", help="CPU threads")
-    text = f"sequences at once (default: from memory, up to {MAX_PARALLEL})"
-    add("--parallel", type=int, metavar="N", help=text)
-    text = f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})"
-    add("--prefill-chunk", type=int, metavar="N", help=text)
+    add("--dtype -d TYPE", text, choices=DTYPES)
+    add("--quantize", "pack float weights to 8 or 4 bits", str.lower, choices=QUANTIZE)
+    add("--compile", "record decode steps as CUDA graphs", action="store_true")
+    add("--ctx N", "cap the context at N tokens", int)
+    add("--threads N", "CPU threads", int)
+    add("--parallel N", f"sequences at once (default: from memory, up to {MAX_PARALLEL})", int)
+    add("--prefill-chunk N", f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})", int)
     text = f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step"
-    add("--lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help=text)
+    add("--lookup N", text, int, nargs="?", const=DEFAULT_LOOKUP)
     text = "native: compiled C; torch: its operations (default: native where it can be had)"
-    add("--kernels", type=str.lower, choices=KERNELS, help=text)
-    text = "keys and values: " + ", ".join(KV_DTYPES[1:]) + " (default: by the weights)"
-    add("--kv-dtype", type=str.lower, choices=KV_DTYPES, help=text)
-    add("--verbose", action="store_true", help="say more on stderr")
+    add("--kernels", text, str.lower, choices=KERNELS)
+    text = f"keys and values: {', '.join(KV_DTYPES[1:])} (default: by the weights)"
+    add("--kv-dtype", text, str.lower, choices=KV_DTYPES)
+    add("--verbose", "say more on stderr", action="store_true")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    defaults = SamplingParams()
-
-    def add(*flags: str, kind: Callable[[str], Any] = float, text: str, **more: Any) -> None:
-        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
-        default = getattr(defaults, name)
-        group.add_argument(
-            *flags,
-            type=kind,
-            metavar=more.pop("metavar", "N" if kind is int else "X"),
-            help=text if default in (None, (), {}) else f"{text} (default: {default})",
-            **more,
-        )
-
+    add = options(parser, "sampling", SamplingParams())
     text = "0 is greedy, higher is more random"
-    add("--temp", "--temperature", "-t", dest="temperature", text=text)
-    add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
-    add("--top-p", text="keep the smallest set with this probability; 1 is off")
-    add("--min-p", text="drop tokens less likely than X times the likeliest; 0 is off")
-    add("--repeat-penalty", text="weaken tokens seen before; 1 is off")
-    add("--repeat-last-n", kind=int, text="how many of the latest tokens that looks at; -1 is all")
-    add("--presence-penalty", text="subtracted from the logits of tokens already generated")
-    add("--frequency-penalty", text="the same, once for each time they were")
-    text = "added to a token's logit"
-    add("--logit-bias", kind=key_value, text=text, metavar="ID=BIAS", action="append")
-    add("--seed", kind=int, text="same seed, same text")
-    text = "end before this text; may be repeated"
-    add("--stop", kind=str, text=text, metavar="TEXT", action="append")
-    add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
-    add("--schema", kind=str, text="the answer is JSON that fits this JSON Schema", metavar="FILE")
-    add("--regex", kind=str, text="the answer is text that this matches whole", metavar="RE")
+    add("--temp --temperature -t X", text, float, dest="temperature")
+    add("--top-k -k N", "keep the k likeliest tokens; 0 is off", int)
+    add("--top-p X", "keep the smallest set with this probability; 1 is off", float)
+    add("--min-p X", "drop tokens less likely than X times the likeliest; 0 is off", float)
+    add("--repeat-penalty X", "weaken tokens seen before; 1 is off", float)
+    add("--repeat-last-n N", "how many of the latest tokens that looks at; -1 is all", int)
+    add("--presence-penalty X", "subtracted from the logits of tokens already generated", float)
+    add("--frequency-penalty X", "the same, once for each time they were", float)
+    add("--logit-bias ID=BIAS", "added to a token's logit", key_value, action="append")
+    add("--seed N", "same seed, same text", int)
+    add("--stop TEXT", "end before this text; may be repeated", action="append")
+    add("--max-tokens -m N", "longest answer, in tokens", int)
+    add("--schema FILE", "the answer is JSON that fits this JSON Schema")
+    add("--regex RE", "the answer is text that this matches whole")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    defaults = ServerConfig()
-
-    def add(name: str, text: str, **more: Any) -> None:
-        default = getattr(defaults, more.get("dest", name).replace("-", "_"), None)
-        shown = f" (default: {default})" if default not in (None, (), False) else ""
-        group.add_argument(f"--{name}", help=text + shown, **more)
-
-    add("host", "address to listen on", metavar="ADDRESS")
-    add("port", "port to listen on; 0 picks one", type=int, metavar="N")
-    add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
-    add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
+    add = options(parser, "server", ServerConfig())
+    add("--host ADDRESS", "address to listen on")
+    add("--port N", "port to listen on; 0 picks one", int)
+    add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
+    add("--num-gpus N", "replicas of the model, one for each GPU", int)
     text = "key that clients must send (or NANOLLAMA_API_KEY); may be repeated"
-    add("api-key", text, metavar="KEY", action="append")
+    add("--api-key KEY", text, action="append")
     text = "web origin to allow beside loopback ones; * for all"
-    add("cors-origin", text, metavar="ORIGIN", action="append")
-    add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
+    add("--cors-origin ORIGIN", text, action="append")
+    add("--max-queue N", "sequences that may wait; more get a 429", int)
     text = (
         "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
         "where one model is named)"
     )
-    add("keep-alive", text, dest="keep_alive_s", type=duration, metavar="TIME")
-    add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
-    add("any-model", "answer for every model name", action="store_true")
-    add("strict", "refuse fields that are not known", action="store_true")
-    add("log-prompts", "write request bodies to the log", action="store_true")
-    names, text = ("reasoning_content", "reasoning"), "field for thoughts in answers"
-    add("reasoning-name", text, metavar="NAME", choices=names)
+    add("--keep-alive TIME", text, duration, dest="keep_alive_s")
+    add("--timeout SECONDS", "longest a request may take", float, dest="timeout_s")
+    add("--any-model", "answer for every model name", action="store_true")
+    add("--strict", "refuse fields that are not known", action="store_true")
+    add("--log-prompts", "write request bodies to the log", action="store_true")
+    names = ("reasoning_content", "reasoning")
+    add("--reasoning-name NAME", "field for thoughts in answers", choices=names)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13675,20 +13650,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    add = mode.add_argument
-    add("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
-    add("--interactive", action="store_true", help="a conversation; implies --chat")
-    add("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    text = "a server for OpenAI's and Ollama's clients, web chat"
-    add("--serve", action="store_true", help=text)
-    add = parser.add_argument_group("chat and output").add_argument
-    add("--chat", action="store_true", help="wrap the prompt in the chat template")
-    add("--system", metavar="TEXT", help="system prompt, with --chat or --interactive")
-    add("--hide-thinking", action="store_true", help="leave out what is in think tags")
-    add("--tools", metavar="FILE", help="Python file with functions that the model may call")
-    add("--yes-tools", action="store_true", help="run calls without asking")
-    add("--embed", action="store_true", help="print the prompt's embedding as JSON")
-    add("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
+    choose, text = mode.add_argument, "a server for OpenAI's and Ollama's clients, web chat"
+    choose("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
+    choose("--interactive", action="store_true", help="a conversation; implies --chat")
+    choose("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    choose("--serve", action="store_true", help=text)
+    add = options(parser, "chat and output")
+    add("--chat", "wrap the prompt in the chat template", action="store_true")
+    add("--system TEXT", "system prompt, with --chat or --interactive")
+    add("--hide-thinking", "leave out what is in think tags", action="store_true")
+    add("--tools FILE", "Python file with functions that the model may call")
+    add("--yes-tools", "run calls without asking", action="store_true")
+    add("--embed", "print the prompt's embedding as JSON", action="store_true")
+    add("--output FILE", "with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
     add_server_options(parser)
@@ -14494,6 +14468,11 @@ def run_serve(settings: Settings) -> int:
 # ---- subcommands ---------------------------------------------------------------------------------
 
 
+def command_parser(command: Callable[[list[str]], int], **more: Any) -> argparse.ArgumentParser:
+    name, about = command.__name__.removeprefix("command_"), command.__doc__
+    return argparse.ArgumentParser(prog=f"nanollama.py {name}", description=about, **more)
+
+
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """A line for each setting, with its origin; - for what is not set."""
     names = ("system", "tokenizer", "adapter", "ctx", "threads")
@@ -14534,11 +14513,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py show",
-        description=command_show.__doc__,
-        epilog=f"Model types that can be run: {SUPPORTED}",
-    )
+    parser = command_parser(command_show, epilog=f"Model types that can be run: {SUPPORTED}")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -14563,7 +14538,7 @@ def command_show(argv: list[str]) -> int:
 
 def command_pull(argv: list[str]) -> int:
     """pull MODEL: download a model, or bring it up to date."""
-    parser = argparse.ArgumentParser(prog="nanollama.py pull", description=command_pull.__doc__)
+    parser = command_parser(command_pull)
     text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
     parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
@@ -14574,8 +14549,7 @@ def command_pull(argv: list[str]) -> int:
 
 def command_list(argv: list[str]) -> int:
     """list: the models on this machine."""
-    parser = argparse.ArgumentParser(prog="nanollama.py list", description=command_list.__doc__)
-    parser.parse_args(argv)
+    command_parser(command_list).parse_args(argv)
     models = ModelStore().models()
     if not models:
         log.warning("no models here yet; fetch one with: nanollama.py pull smollm2")
@@ -14590,7 +14564,7 @@ def command_list(argv: list[str]) -> int:
 
 def command_rm(argv: list[str]) -> int:
     """rm MODEL: delete a cached model."""
-    parser = argparse.ArgumentParser(prog="nanollama.py rm", description=command_rm.__doc__)
+    parser = command_parser(command_rm)
     parser.add_argument("ref", metavar="MODEL", help="an id as `list` shows it")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     args = parser.parse_args(argv)
@@ -14741,25 +14715,22 @@ def numbers(text: str, least: int) -> list[int]:
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py bench",
-        usage="nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]",
-        description=command_bench.__doc__,
-        conflict_handler="resolve",  # --dtype leaves -d to --depth
-    )
+    usage = "nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]"
+    # --dtype leaves -d to --depth
+    parser = command_parser(command_bench, usage=usage, conflict_handler="resolve")
     add_model_options(parser)
-    add = parser.add_argument_group("bench").add_argument
-    for flag, name, least, default, text in (
-        ("-p", "prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
-        ("-n", "gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
-        ("-d", "depth", 0, 0, "tokens that come before and are not measured"),
-        ("-b", "batch", 1, 1, "sequences at once"),
+    add = options(parser, "bench")
+    for flags, least, default, text in (
+        ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
+        ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
+        ("-d --depth", 0, 0, "tokens that come before and are not measured"),
+        ("-b --batch", 1, 1, "sequences at once"),
     ):
         kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
-        add(flag, f"--{name}", metavar="N,..", type=kind, default=[default], help=shown)
+        add(f"{flags} N,..", shown, kind, default=[default])
     text = "times to measure, after one to warm up (default: 3)"
-    add("-r", "--repetitions", metavar="N", type=int, default=3, help=text)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("-r --repetitions N", text, int, default=3)
+    add("--json", "print one JSON object instead of a table", action="store_true")
     return parser
 
 
@@ -14961,20 +14932,16 @@ def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def eval_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py eval",
-        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
-        description=command_eval.__doc__,
-    )
+    usage = "nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]"
+    parser = command_parser(command_eval, usage=usage)
     add_model_options(parser)
-    add = parser.add_argument_group("eval").add_argument
-    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
-    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    add = options(parser, "eval")
+    add("--text FILE", "perplexity and bits per byte of this text")
+    add("--task FILE", 'JSON lines {"prompt": .., "choices": [..], "answer": 0}')
     text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
-    add("--window", metavar="N", type=int, help=text)
-    text = "tokens that each window scores after the first (default: half of it)"
-    add("--stride", metavar="N", type=int, help=text)
-    add("--json", action="store_true", help="print one JSON object")
+    add("--window N", text, int)
+    add("--stride N", "tokens that each window scores after the first (default: half of it)", int)
+    add("--json", "print one JSON object", action="store_true")
     return parser
 
 
@@ -15308,13 +15275,13 @@ def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
 
 def command_verify(argv: list[str]) -> int:
     """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
-    parser = argparse.ArgumentParser(prog="nanollama.py verify", description=command_verify.__doc__)
+    parser = command_parser(command_verify)
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
-    add = parser.add_argument_group("verify").add_argument
-    add("--save-reference", metavar="FILE", type=Path, help="keep what transformers computes")
-    add("--reference", metavar="FILE", type=Path, help="compare with what was kept")
-    add("--json", action="store_true", help="print one JSON object")
+    add = options(parser, "verify")
+    add("--save-reference FILE", "keep what transformers computes", Path)
+    add("--reference FILE", "compare with what was kept", Path)
+    add("--json", "print one JSON object", action="store_true")
     args = parser.parse_args(argv)
     args.model, args.prefill_chunk = args.ref or args.model, None
     settings = read_settings(args, parser)
