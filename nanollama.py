@@ -104,6 +104,7 @@ import secrets
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -9596,9 +9597,8 @@ def error_body(error: NanollamaError) -> dict[str, Any]:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    return {
-        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    }
+    about = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return {"error": about}
 
 
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
@@ -9972,13 +9972,14 @@ def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
 
 def timings_body(usages: list[Usage]) -> dict[str, Any]:
     """`timings`, in llama.cpp's words: the sums over all choices."""
-    cached = sum(u.cached_tokens for u in usages)
-    num_prompt = sum(u.prompt_tokens for u in usages) - cached
+    total = Counter[str]()
+    for usage in usages:
+        total.update(dataclasses.asdict(usage))
+    cached, prompt_s, decode_s = total["cached_tokens"], total["prefill_s"], total["decode_s"]
+    num_prompt, num_drafted = total["prompt_tokens"] - cached, total["drafted_tokens"]
     # the first token comes with the prompt: decoding starts after it
     num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
-    prompt_s, decode_s = sum(u.prefill_s for u in usages), sum(u.decode_s for u in usages)
-    num_drafted = sum(u.drafted_tokens for u in usages)
-    drafts = {"draft_n": num_drafted, "draft_n_accepted": sum(u.accepted_tokens for u in usages)}
+    drafts = {"draft_n": num_drafted, "draft_n_accepted": total["accepted_tokens"]}
     return {
         "prompt_n": num_prompt,
         "cache_n": cached,
@@ -11320,13 +11321,10 @@ class Models:
 
     async def load(self, pool: Pool) -> None:
         try:
-            if not self.starting:  # nobody is there to make room
-                async with self.room:
-                    await self.make_room(pool)
-                    pool.loading_bytes = pool.need_bytes
+            async with self.room:
+                await self.make_room(pool)
+                pool.loading_bytes = pool.need_bytes
             await pool.load()
-            if not pool.need_bytes:
-                pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
             self.starting = None
         except Exception as error:
             await pool.stop()
@@ -11830,9 +11828,7 @@ def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
 def cached_models(name: str) -> list[CachedModel]:
     """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
     store = ModelStore()
-    if store.modelfile(name):
-        return [model for model in store.models() if model.id == name]
-    if name not in ALIASES and parse_hub_ref(name) is None:
+    if not (store.modelfile(name) or name in ALIASES or parse_hub_ref(name)):
         raise ModelNotFoundError(f"{name}: no such model")
     return store.cached(name)
 
@@ -13951,6 +13947,10 @@ class Toolbox:
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
 
 
+def read_toolbox(args: argparse.Namespace) -> Toolbox | None:
+    return Toolbox(args.tools, not args.yes_tools) if args.tools else None
+
+
 def confirmed(question: str) -> bool:
     """Whether the user answers yes."""
     sys.stderr.write(question)
@@ -14033,8 +14033,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
-    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
-    llm = settings.load()
+    toolbox, llm = read_toolbox(args), settings.load()
     if settings.system and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
@@ -14364,8 +14363,7 @@ class Repl:
 
 
 def run_interactive(settings: Settings) -> int:
-    args = settings.args
-    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
+    toolbox = read_toolbox(settings.args)
     return Repl(settings, settings.load(), toolbox).run()
 
 
@@ -14677,21 +14675,21 @@ class Bench:
             rates.append(batch * num_gen / seconds)
             reads.append(step_bytes * num_steps / seconds)
             machine.append(read_bandwidth(self.buffer, decoder.native))
+        per_s, bandwidth = statistics.mean(reads[1:]), statistics.mean(machine[1:])
         return {
             **speed(f"tg{num_gen}", batch, depth, rates[1:]),
             "bytes_per_step": step_bytes,
-            "bytes_per_s": sum(reads[1:]) / repetitions,
-            "read_bandwidth": sum(machine[1:]) / repetitions,
-            "bandwidth_fraction": sum(reads[1:]) / sum(machine[1:]),
+            "bytes_per_s": per_s,
+            "read_bandwidth": bandwidth,
+            "bandwidth_fraction": per_s / bandwidth,
         }
 
 
 def speed(test: str, batch: int, depth: int, samples: list[float]) -> dict[str, Any]:
     """A result: mean and standard deviation of tokens a second."""
-    mean = sum(samples) / len(samples)
-    squares = sum((x - mean) ** 2 for x in samples) / max(len(samples) - 1, 1)
-    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": mean}
-    return {**row, "stddev": math.sqrt(squares), "samples": samples}
+    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
+    stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
+    return {**row, "stddev": stddev, "samples": samples}
 
 
 def bench_line(row: Mapping[str, Any]) -> str:
