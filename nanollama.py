@@ -11186,13 +11186,12 @@ class Pool:
 
     def state(self) -> dict[str, Any]:
         """What /api/ps adds to a model that is in memory."""
-        engines = [worker.llm.engine for worker in self.workers if worker.llm]
-        devices = [str(engine.state()["device"]) for engine in engines]
-        num_bytes = self.need_bytes + sum(e.state().get("kv_cache_bytes", 0) for e in engines)
+        states = [worker.llm.engine.state() for worker in self.workers if worker.llm]
+        num_bytes = self.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
         left = 1e9 if math.isinf(self.keep_s) else self.used_s + self.keep_s - time.monotonic()
         return {
             "size": num_bytes,
-            "size_vram": num_bytes if devices and devices[0] not in ("cpu", "none") else 0,
+            "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
             "expires_at": timestamp(time.time() + left),
             "context_length": self.llm().engine.n_ctx,
         }
@@ -11626,6 +11625,13 @@ def stream_response(
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
 
+async def last_of(events: AsyncIterator[Found]) -> Found:
+    """The last event, when all have come."""
+    async for event in events:
+        last = event
+    return last
+
+
 async def unless_disconnected(
     receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
 ) -> Any:
@@ -11884,9 +11890,8 @@ class Handlers:
         """The last delta of each request, some of them at a time so that others come in between."""
 
         async def read(job: Job) -> list[Delta]:
-            last: dict[int, Delta] = {}
-            async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                last |= {delta.index: delta for delta in deltas}
+            watched = self.metrics.watch(job, self.config.timeout_s)
+            last = {delta.index: delta async for deltas in watched for delta in deltas}
             return [last[i] for i in range(len(last))]
 
         found: list[Delta] = []
@@ -11921,12 +11926,7 @@ class Handlers:
         events, headers = self.events(job, reply), ignored_header(ignored)
         if is_stream:
             return stream_response(events, encoding, job.finish, headers)
-
-        async def fold() -> None:
-            async for _ in events:
-                pass
-
-        await unless_disconnected(request.receive, fold(), job.finish)
+        await unless_disconnected(request.receive, last_of(events), job.finish)
         return as_json(reply.result(), headers=headers)
 
 
@@ -12172,11 +12172,7 @@ class OllamaHandlers(Handlers):
 
         if given.get("stream", True):
             return stream_response(events(), NDJSON, gone.set)
-
-        async def last() -> dict[str, Any]:
-            return [line async for line in events()][-1]
-
-        return as_json(await unless_disconnected(request.receive, last(), gone.set))
+        return as_json(await unless_disconnected(request.receive, last_of(events()), gone.set))
 
     async def ollama_copy(self, request: Request) -> Response:
         """POST /api/copy: another name for a model"""
