@@ -82,7 +82,6 @@ import functools
 import hashlib
 import hmac
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import io
@@ -100,6 +99,7 @@ import queue
 import random
 import re
 import reprlib
+import runpy
 import secrets
 import shutil
 import signal
@@ -13902,20 +13902,11 @@ class Toolbox:
     UsageError for a file that cannot be loaded."""
 
     def __init__(self, path: str, asks: bool = True) -> None:
-        self.asks = asks
-        loader = importlib.machinery.SourceFileLoader("nanollama_tools", path)
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[loader.name] = module  # dataclasses in it look themselves up there
+        self.asks, own = asks, "nanollama_tools"
         try:
-            loader.exec_module(module)
-            own = [f for f in vars(module).values() if inspect.isfunction(f)]
-            self.functions = {
-                f.__name__: f
-                for f in own
-                if f.__module__ == loader.name and not f.__name__.startswith("_")
-            }
+            found = runpy.run_path(path, run_name=own).values()
+            functions = [f for f in found if inspect.isfunction(f) and f.__module__ == own]
+            self.functions = {f.__name__: f for f in functions if not f.__name__.startswith("_")}
             self.tools = [function_tool(function) for function in self.functions.values()]
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
@@ -14038,24 +14029,6 @@ def run_prompt(settings: Settings) -> int:
     return 0
 
 
-def run_embed(settings: Settings) -> int:
-    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
-    args = settings.args
-    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
-    llm = settings.load()
-    runnable = [row for row in rows if row.error is None]
-    requests = [GenerationRequest(prompt=row.prompt or "", embed=True) for row in runnable]
-    for delta in llm.stream(requests, raise_errors=False):
-        runnable[delta.index].error, runnable[delta.index].last = delta.error, delta
-    for row in rows:
-        if row.error and not args.batch_file:
-            raise row.error
-        if row.error:
-            log.error(f"line {row.line}: {row.error}")
-        print(json.dumps(row.last.embedding if row.last else None))
-    return 1 if any(row.error for row in rows) else 0
-
-
 @dataclass(slots=True)
 class BatchRow:
     """One line of a batch file and what becomes of it: answer and last delta, or an error."""
@@ -14066,6 +14039,19 @@ class BatchRow:
     last: Delta | None = None
     out: io.StringIO = field(default_factory=io.StringIO)
     printer: AnswerPrinter | None = None  # writes to `out`
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.error or (self.last and self.last.finish_reason))
+
+    def push(self, delta: Delta, llm: LLM, request: GenerationRequest, hide_thinking: bool) -> None:
+        """Take a part of the answer to `request`."""
+        self.error, self.last = delta.error, delta
+        if self.printer is None and not delta.error:
+            splitter = AnswerSplitter(llm.prompt_text(request), keep_tags=True)
+            self.printer = AnswerPrinter(splitter, hide_thinking, self.out)
+        if self.printer and not delta.error:
+            self.printer.push(delta)
 
     def json(self) -> str:
         text = self.out.getvalue()
@@ -14094,6 +14080,37 @@ def read_rows(name: str) -> list[BatchRow]:
     return rows
 
 
+def answered(
+    rows: list[BatchRow],
+    llm: LLM,
+    request: Callable[[str], GenerationRequest],
+    hide_thinking: bool = False,
+) -> Iterator[BatchRow]:
+    """The rows in their order, each as soon as it is done; all run together. `request` makes one of
+    a prompt."""
+    runnable = [row for row in rows if row.error is None]
+    requests = [request(row.prompt or "") for row in runnable]
+    deltas = llm.stream(requests, raise_errors=False)
+    for row in rows:
+        while not row.is_done:
+            delta = next(deltas)
+            runnable[delta.index].push(delta, llm, requests[delta.index], hide_thinking)
+        yield row
+
+
+def run_embed(settings: Settings) -> int:
+    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
+    args = settings.args
+    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    for row in answered(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
+        if row.error and not args.batch_file:
+            raise row.error
+        if row.error:
+            log.error(f"line {row.line}: {row.error}")
+        print(json.dumps(row.last.embedding if row.last else None))
+    return 1 if any(row.error for row in rows) else 0
+
+
 def run_batch(settings: Settings) -> int:
     """--batch-file: every line through the engine together, answers in the order of the lines."""
     args = settings.args
@@ -14112,35 +14129,15 @@ def run_batch(settings: Settings) -> int:
         bar = stack.enter_context(
             tqdm.tqdm(total=len(rows), unit="prompt", file=sys.stderr, disable=None)
         )
-        pending = deque(rows)
-        flush_rows(pending, out, args.output is not None, bar)
-        runnable = [row for row in rows if row.error is None]
-        requests = [settings.request(row.prompt or "", llm) for row in runnable]
-        for delta in llm.stream(requests, raise_errors=False):
-            row = runnable[delta.index]
-            row.error = delta.error
-            if row.error is None:
-                if row.printer is None:
-                    prompt = llm.prompt_text(requests[delta.index])
-                    splitter = AnswerSplitter(prompt, keep_tags=True)
-                    row.printer = AnswerPrinter(splitter, args.hide_thinking, row.out)
-                row.printer.push(delta)
-            if delta.finish_reason:
-                row.last = delta
-                flush_rows(pending, out, args.output is not None, bar)
+        request = functools.partial(settings.request, llm=llm)
+        for row in answered(rows, llm, request, args.hide_thinking):
+            bar.update()
+            if row.error:
+                bar.write(f"line {row.line}: {row.error}", file=sys.stderr)
+            out.write((row.out.getvalue() if args.output is None else row.json()) + "\n")
+            out.flush()
     log.warning(speed_line(llm.engine.stats))
     return 1 if any(row.error for row in rows) else 0
-
-
-def flush_rows(pending: deque[BatchRow], out: TextIO, as_json: bool, bar: Any) -> None:
-    """Write the rows at the head of `pending` that are done, and report those that failed."""
-    while pending and (pending[0].last or pending[0].error):
-        row = pending.popleft()
-        bar.update()
-        if row.error:
-            bar.write(f"line {row.line}: {row.error}", file=sys.stderr)
-        out.write((row.json() if as_json else row.out.getvalue()) + "\n")
-        out.flush()
 
 
 # ---- the conversation ----------------------------------------------------------------------------
