@@ -249,6 +249,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── LogitsError              500  the model gave no numbers to sample from
     ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
@@ -287,6 +288,10 @@ class CheckpointError(NanollamaError):
 
 
 class KernelError(NanollamaError):
+    pass
+
+
+class LogitsError(NanollamaError):
     pass
 
 
@@ -2358,6 +2363,85 @@ void rms_norm(const void *call, int64_t n, int64_t num_threads) {
     share_out(norm_piece, call, n, num_threads);
 }
 
+/* ---- a mixture of experts ---- */
+
+typedef struct {
+    const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
+    const float *x, *gate, *bias, *shared_gate, *residual; /* (N, C); (E, C); (E) or NULL; .. */
+    float *out;                                            /* (N, C) */
+    int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
+    float *weights; /* (N, E + 1), found by `experts`: of each token for each expert, mostly 0 */
+} experts_call;
+
+INLINE float dot(const float *x, const float *y, int64_t n) {
+    vec sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(y + i), sum);
+    return sum_of(sum);
+}
+
+#define ROUTES 4 /* pieces of a token's experts */
+static void route_piece(const void *job, int64_t piece) {
+    const experts_call *c = job;
+    int64_t token = piece / ROUTES, E = c->num_experts;
+    const float *x = c->x + token * c->cols;
+    for (int64_t e = E * (piece % ROUTES) / ROUTES; e < E * (piece % ROUTES + 1) / ROUTES; e++)
+        c->weights[token * (E + 1) + e] =
+            dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
+}
+
+/* scores -> softmax, of which the largest stay; of equal ones the first */
+static void choose_experts(const experts_call *c, float *weights, const float *x) {
+    int64_t E = c->num_experts;
+    float most = weights[0], sum = 0, kept = 0;
+    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
+    for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
+    for (int64_t i = 0; i < c->num_used; i++) { /* those chosen wait as negative numbers */
+        int64_t best = 0;
+        for (int64_t e = 1; e < E; e++)
+            if (weights[e] > weights[best]) best = e;
+        kept += weights[best];
+        weights[best] = -weights[best];
+    }
+    for (int64_t e = 0; e < E; e++)
+        weights[e] = MAX(-weights[e], 0) / (c->is_renormalized ? kept : sum);
+    weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
+}
+
+/* out = residual + what each token's experts give, weighted, always in the order of the experts */
+void experts(const void *call, int64_t n, int64_t num_threads) {
+    experts_call c = *(const experts_call *)call;
+    int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
+    for (int64_t e = 0; e < num_all; e++)
+        width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
+    float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
+    float *hidden = malloc(n * width * sizeof(float));
+    int64_t *tokens = malloc(n * sizeof(int64_t));
+    c.weights = malloc(n * (E + 1) * sizeof(float));
+    share_out(route_piece, &c, n * ROUTES, num_threads);
+    for (int64_t t = 0; t < n; t++)
+        choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
+    if (c.residual) memcpy(c.out, c.residual, n * C * sizeof(float));
+    else memset(c.out, 0, n * C * sizeof(float));
+    for (int64_t e = 0; e < num_all; e++) {
+        int64_t num = 0;
+        for (int64_t t = 0; t < n; t++)
+            if (c.weights[t * (E + 1) + e] > 0) {
+                memcpy(x + num * C, c.x + t * C, C * sizeof(float));
+                tokens[num++] = t;
+            }
+        linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
+        linear_call down = {.parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y,
+                            .before = c.before};
+        if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
+        for (int64_t i = 0; i < num; i++) {
+            float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
+            for (int64_t d = 0; d < C; d += LANES)
+                store(out + d, load(out + d) + load(y + i * C + d) * weight);
+        }
+    }
+    free(x), free(y), free(hidden), free(tokens), free(c.weights);
+}
+
 /* ---- attention ---- */
 
 /* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
@@ -2813,7 +2897,8 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
 
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes the arguments: p a pointer, i an integer."""
-    signatures = dict.fromkeys(("linear", "gather", "rms_norm", "attention", "read_all"), "pii")
+    names = ("linear", "gather", "rms_norm", "experts", "attention", "read_all")
+    signatures = dict.fromkeys(names, "pii")
     for name, letters in {**signatures, "replay": "piii"}.items():
         function = getattr(library, name)
         function.argtypes = [C_TYPES[letter] for letter in letters]
@@ -2857,6 +2942,16 @@ class NormCall(ctypes.Structure):
     """The kernels' `norm_call`."""
 
     _fields_ = c_fields("ppppif", "x norm residual out cols eps")
+
+
+class ExpertsCall(ctypes.Structure):
+    """The kernels' `experts_call`; the field after `cols` is theirs."""
+
+    _fields_ = c_fields(
+        "ppppppppiiiiiip",
+        "gate_ups downs x gate bias shared_gate residual out "
+        "num_parts num_experts num_used is_renormalized before cols weights",
+    )
 
 
 class AttentionCall(ctypes.Structure):
@@ -3098,6 +3193,42 @@ def native_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     return out
 
 
+def native_experts(
+    x: Tensor,
+    gate_ups: int,
+    downs: int,
+    num_parts: int,
+    gate: Tensor,
+    bias: Tensor | None,
+    shared_gate: Tensor | None,
+    num_used: int,
+    is_renormalized: bool,
+    act: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """x (N, C), residual likewise; gate (E, C), bias (E,), shared_gate (1, C); gate_ups and downs
+    are addresses of arrays of addresses of Matrix arrays -> (N, C)"""
+    out = torch.empty(x.size(0), x.size(1))
+    call = ExpertsCall(
+        gate_ups,
+        downs,
+        x.data_ptr(),
+        gate.data_ptr(),
+        pointer(bias),
+        pointer(shared_gate),
+        pointer(residual),
+        out.data_ptr(),
+        num_parts,
+        gate.size(0),
+        num_used,
+        is_renormalized,
+        act,
+        x.size(1),
+    )
+    run_kernel("experts", call, x.size(0))
+    return out
+
+
 OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
     "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
     "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
@@ -3111,12 +3242,18 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | 
         native_rms_norm,
         lambda x, *rest: torch.empty_like(x),
     ),
+    "experts(Tensor x, int gate_ups, int downs, int num_parts, Tensor gate, Tensor? bias, "
+    "Tensor? shared_gate, int num_used, bool is_renormalized, int act, Tensor? residual) "
+    "-> Tensor": (native_experts, lambda x, *rest: torch.empty_like(x)),
 }
+
+
+NATIVE = {schema.partition("(")[0]: function for schema, (function, _) in OPERATORS.items()}
 
 
 @functools.cache
 def register_operators() -> Any:
-    """Make the kernels operators of torch: torch.ops.nanollama.linear and .attention."""
+    """Make the kernels operators of torch: torch.ops.nanollama.linear, .attention and so on."""
     library = torch.library.Library("nanollama", "DEF")
     for schema, (function, fake) in OPERATORS.items():
         name = library.define(schema)
@@ -3135,12 +3272,7 @@ def native(name: str) -> Callable[..., Any]:
     times as long as the kernel's own work on a small matrix."""
     if is_watched():
         return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
-    kernels: dict[str, Callable[..., Any]] = {
-        "linear": native_linear,
-        "attention": native_attention,
-        "rms_norm": native_rms_norm,
-    }
-    return kernels[name]
+    return NATIVE[name]
 
 
 def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
@@ -4336,6 +4468,12 @@ class MLP:
         return y
 
 
+def native_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
+    """Where the kernels find the matrices of each, if all are theirs."""
+    found = [p.address for p in projections if isinstance(p, NativeProjection)]
+    return (ctypes.c_void_p * len(found))(*found) if len(found) == len(projections) else None
+
+
 class MoE:
     """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
     for every expert, and only those with the largest weights run, each with all its tokens."""
@@ -4349,13 +4487,14 @@ class MoE:
             for i in range(experts.count)
         ]
         self.shared_expert: MLP | None = None
+        self.shared_expert_gate: Tensor | None = None
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
             name = f"{prefix}.shared_expert_gate.weight"
             self.shared_expert_gate = weights.take(name, 1, config.n_embd)
-        both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
-        native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
-        self.row_tile = 1 if native else ROW_TILE
+        mlps = [*self.experts, *([self.shared_expert] if self.shared_expert else [])]
+        self.gate_ups = native_table([mlp.gate_up_proj for mlp in mlps])
+        self.downs = native_table([mlp.down_proj for mlp in mlps])
 
     def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
         bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
@@ -4366,6 +4505,13 @@ class MoE:
     ) -> Tensor:
         """(N, C) -> (N, C)"""
         x = x if norm is None else norm(x)
+        if self.gate_ups is not None and self.downs is not None:
+            gate_ups, downs = ctypes.addressof(self.gate_ups), ctypes.addressof(self.downs)
+            num_parts, act = len(self.experts[0].gate_up_proj.parts), self.experts[0].act
+            gates = self.gate.weight, self.gate.bias, self.shared_expert_gate
+            how = self.config.num_used, self.config.renormalized, ACT_NUMBERS[act]
+            out: Tensor = native("experts")(x, gate_ups, downs, num_parts, *gates, *how, residual)
+            return out
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
         weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
@@ -4373,7 +4519,7 @@ class MoE:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
-        if self.shared_expert is not None:
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
             # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
             # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
@@ -4384,7 +4530,7 @@ class MoE:
         for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
             at = torch.tensor(places[expert], device=x.device)
             rows = at // num_used
-            padded = F.pad(rows, (0, -len(rows) % self.row_tile))
+            padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
             out = self.experts[expert](x[padded])[: len(rows)]
             y.index_add_(0, rows, out * weight[at].unsqueeze(1))
         return y
@@ -8511,7 +8657,12 @@ def sample(
     is_free: bool = True,
 ) -> int:
     """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
-    is len(history). is_free: any text may come here, see `penalize`."""
+    is len(history). is_free: any text may come here, see `penalize`. Raises LogitsError."""
+    if not np.isfinite(best := logits.max()):
+        raise LogitsError(
+            f"the model's largest logit is {best}: its weights are damaged, or too large for its "
+            "dtype; fetch the model again, or use --dtype float32"
+        )
     with np.errstate(over="ignore"):  # to infinity, which is what it should be
         logits = penalize(logits, params, history, num_prompt, seen, is_free)
         if allowed is not None:
@@ -9067,15 +9218,14 @@ class Engine:
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
+        form, row = seq.constraint, logits.numpy()
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
         try:
-            form = seq.constraint
             allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-        except RequestError as error:
+            token_id = sample(row, p, seq.seed, *history, allowed, is_free)
+        except NanollamaError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        history = (seq.token_ids, seq.num_prompt, seq.seen)
-        row = logits.numpy()
-        token_id = sample(row, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(row, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 

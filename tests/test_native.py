@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from gguf_files import Kind, encode
 from hypothesis import strategies as st
 from serving import serving
+from test_families import ROWS
 from torch import Tensor
 
 import nanollama
@@ -744,6 +745,33 @@ def test_exp_is_within_three_units_in_the_last_place(harness: ctypes.CDLL) -> No
     assert np.isnan(through(harness.exps, np.float32([np.nan] * 16), np.float32)).all()
 
 
+# ---- a mixture of experts ------------------------------------------------------------------------
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_give_what_torch_makes_of_the_same_matrices(
+    family: str, code_path: str, tiny: oracle.Tiny
+) -> None:
+    name, overrides = ROWS[family]
+    llm = LLM(tiny(name, **overrides), quantize="q8", kernels="native")
+    torch.manual_seed(0)
+    mlps = [layer.mlp for layer in llm.engine.decoder.layers]
+    mixture = next(mlp for mlp in mlps if isinstance(mlp, nanollama.MoE))
+    x, norm = torch.randn(37, llm.config.n_embd), RMSNorm(torch.rand(llm.config.n_embd), 1e-5)
+    with torch.inference_mode():
+        for residual in (None, torch.randn_like(x)):
+            ours = mixture(x, norm, residual)
+            for count in (1, 3):
+                with num_threads(count):
+                    one = mixture(x[5:6], norm, None if residual is None else residual[5:6])
+                assert torch.equal(one, ours[5:6])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mixture, "downs", None)
+                torch.testing.assert_close(ours, mixture(x, norm, residual), rtol=1e-4, atol=1e-4)
+
+
 # ---- threads and forks ---------------------------------------------------------------------------
 
 
@@ -1098,6 +1126,26 @@ def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[
     with serving(lambda: LLM(tiny())) as live:
         (worker,) = live.http.get("/stats").json()["workers"]
     assert worker["kernels"] == f"native ({native_path()})"
+
+
+CODE_PAGES = """
+import torch, nanollama
+
+def file_bytes():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssFile:")[2].split()[0])
+
+before = file_bytes()
+nanollama.return_unused_memory()
+assert file_bytes() < before / 2
+assert torch.arange(5).softmax(0, dtype=torch.float32).argmax() == 4
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="gives back as Linux does")
+def test_code_that_only_importing_needed_counts_no_longer() -> None:
+    done = python(CODE_PAGES)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 AWAKE = """

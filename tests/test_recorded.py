@@ -23,9 +23,9 @@ except nanollama.KernelError:
 CPU = torch.device("cpu")
 FAMILIES = ROWS | MORE
 EAGER = {  # these compute with torch between the kernels
-    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),  # experts
     *("cohere2", "starcoder2", "starcoder2-unbiased", "stablelm", "stablelm-whole"),  # LayerNorm
-    *("olmo2", "olmo3", "hunyuan_v1_dense"),  # norms of all heads at once, or after the rotation
+    *("olmo2", "olmo3", "olmoe"),  # norms of all heads at once
+    "hunyuan_v1_dense",  # norms after the rotation
     "ministral3",  # scales that grow with the position
 }
 OPTIONS: dict[str, dict[str, Any]] = {
