@@ -9620,6 +9620,8 @@ class LLM(TextSide):
 #               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
+Json = dict[str, Any]  # an object
+Fields = Mapping[str, Any]  # one that is only read
 JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `or` between them
     "number": (int, float),
     "integer": (int,),
@@ -9743,7 +9745,7 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
     return math.inf if text.startswith("-") else seconds
 
 
-def error_body(error: NanollamaError) -> dict[str, Any]:
+def error_body(error: NanollamaError) -> Json:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
@@ -9765,11 +9767,11 @@ def check_type(name: str, value: Any, kind: str) -> None:
 
 
 def read_fields(
-    body: Mapping[str, Any],
+    body: Fields,
     known: Mapping[str, str],
     strict: bool = False,
     neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+) -> tuple[Json, tuple[str, ...]]:
     """The known fields of a body that are not null, with their types checked; and the names of
     those that have no effect. Raises RequestError for what cannot be honoured."""
     given = {name: value for name, value in body.items() if value is not None}
@@ -9784,7 +9786,7 @@ def read_fields(
     return {name: given[name] for name in given if name in known}, ignored
 
 
-def required(given: Mapping[str, Any], name: str) -> Any:
+def required(given: Fields, name: str) -> Any:
     if given.get(name) in (None, []):
         refuse(f"{name} is missing or empty", name, "missing_required_parameter")
     return given[name]
@@ -9801,15 +9803,12 @@ class WireRequest:
     include_usage: bool = False
     echo: bool = False
     names: Mapping[str, str] = field(default_factory=dict)  # the body's, for SamplingParams fields
-    metadata: Mapping[str, Any] | None = None
+    metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
 
 def parse_chat(
-    body: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    strict: bool = False,
-    opening: Iterable[dict[str, Any]] = (),
+    body: Fields, defaults: Fields, strict: bool = False, opening: Iterable[Json] = ()
 ) -> WireRequest:
     """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
     a conversation that has no system message. Raises RequestError."""
@@ -9831,9 +9830,7 @@ def parse_chat(
     return _wire(given, [request], names=names, metadata=metadata, ignored=ignored)
 
 
-def parse_text(
-    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
-) -> WireRequest:
+def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequest:
     """A body of /v1/completions. Raises RequestError."""
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
@@ -9850,7 +9847,7 @@ def parse_text(
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
-def read_tools(given: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+def read_tools(given: Fields) -> tuple[list[Json] | None, ToolChoice]:
     """The tools of a body, and what it says of their use. Raises RequestError."""
     tools = given.get("tools") or None
     for i, tool in enumerate(tools or []):
@@ -9880,7 +9877,7 @@ def _tool_choice(choice: Any) -> ToolChoice:
     refuse(f"tool_choice is {brief(choice)}; use {known}", "tool_choice")
 
 
-def _wire(given: Mapping[str, Any], requests: list[GenerationRequest], **more: Any) -> WireRequest:
+def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> WireRequest:
     """What both endpoints share: n choices for each prompt, streaming, the model's name."""
     n, stream = given.get("n", 1), given.get("stream", False)
     if not 1 <= n * len(requests) <= MAX_CHOICES:
@@ -9908,8 +9905,8 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 
 
 def _sampling(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], least_tokens: int = 1
-) -> tuple[dict[str, Any], dict[str, str]]:
+    given: Fields, defaults: Fields, least_tokens: int = 1
+) -> tuple[Json, dict[str, str]]:
     """SamplingParams fields of a body over the defaults, and the body's names for some."""
     values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
     for name in ("max_tokens", "max_completion_tokens"):
@@ -9931,7 +9928,7 @@ def _sampling(
     return values, {}
 
 
-def read_guide(given: Mapping[str, Any]) -> tuple[str, Any, str] | None:
+def read_guide(given: Fields) -> tuple[str, Any, str] | None:
     """What a body says that an answer must be: the SamplingParams field ('' for any text), its
     value, and where it stands; None where the body does not say. Raises RequestError."""
     found = [(kind, given[name], name) for name, kind in GUIDES.items() if name in given]
@@ -9949,7 +9946,7 @@ def read_guide(given: Mapping[str, Any]) -> tuple[str, Any, str] | None:
     return _guide(*asked[0]) if asked else None
 
 
-def read_format(wanted: Mapping[str, Any], where: str) -> tuple[str, Any, str]:
+def read_format(wanted: Fields, where: str) -> tuple[str, Any, str]:
     """`response_format` of a chat: kind, value, where"""
     kind = wanted.get("type")
     if kind == "json_schema":
@@ -9991,7 +9988,7 @@ def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
     return int(token_id), bias
 
 
-def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+def _template_kwargs(given: Fields) -> Json:
     """What the chat template gets beside the messages."""
     kwargs = dict(given.get("chat_template_kwargs", {}))
     if ours := kwargs.keys() & {"self", "tokenizer", "template", "messages", "tools"}:
@@ -10004,7 +10001,7 @@ def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
+def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
     """A field that is a string, a list of strings, a list of ids, or a list of lists of ids."""
     value = required(given, name)
 
@@ -10018,9 +10015,7 @@ def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
     return list(value)
 
 
-def parse_messages(
-    given: Mapping[str, Any], opening: Iterable[dict[str, Any]] = ()
-) -> list[dict[str, Any]]:
+def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
     """The `messages` of a body, checked, after the opening. Raises RequestError, naming the
     message."""
     check_type("messages", messages := required(given, "messages"), "array")
@@ -10029,7 +10024,7 @@ def parse_messages(
     return [*([] if has_system else opening), *read]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str) -> Json:
     check_type(where, message, "object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -10063,9 +10058,7 @@ EMBED_FIELDS = {
 MAX_INPUTS = 2048
 
 
-def parse_embed(
-    body: Mapping[str, Any], strict: bool = False
-) -> tuple[WireRequest, dict[str, Any]]:
+def parse_embed(body: Fields, strict: bool = False) -> tuple[WireRequest, Json]:
     """A body of /v1/embeddings -> the request, and the fields that were given. Raises
     RequestError."""
     given, ignored = read_fields(body, EMBED_FIELDS, strict)
@@ -10090,7 +10083,7 @@ def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
     return [x / length for x in vector[:dimensions]]
 
 
-def embed_body(deltas: list[Delta], given: Mapping[str, Any], model: str) -> dict[str, Any]:
+def embed_body(deltas: list[Delta], given: Fields, model: str) -> Json:
     """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
     data = []
     for index, delta in enumerate(deltas):
@@ -10106,7 +10099,7 @@ def embed_body(deltas: list[Delta], given: Mapping[str, Any], model: str) -> dic
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
+def usage_body(usages: list[Usage], per_prompt: int) -> Json:
     """`usage` of a response, from that of each choice: a prompt counts once."""
     num_prompt = sum(usage.prompt_tokens for usage in usages[::per_prompt])
     num_new = sum(usage.completion_tokens for usage in usages)
@@ -10120,7 +10113,7 @@ def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
     }
 
 
-def timings_body(usages: list[Usage]) -> dict[str, Any]:
+def timings_body(usages: list[Usage]) -> Json:
     """`timings`, in llama.cpp's words: the sums over all choices."""
     total = Counter[str]()
     for usage in usages:
@@ -10148,7 +10141,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
 
 
-def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+def add_to_calls(calls: list[Json], piece: Piece) -> Json:
     """Add a name, which begins a call, or a piece of its arguments -> the delta of that."""
     if piece.kind == "name":
         function = {"name": piece.text, "arguments": ""}
@@ -10165,16 +10158,16 @@ class Reply:
     """An answer in the words of an API: `start`, then `push` each delta, and `end` give the objects
     of its stream; `result` is the same as one object."""
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         return []
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         raise NotImplementedError
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         return []
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         raise NotImplementedError
 
 
@@ -10185,13 +10178,13 @@ class ChatReply(Reply):
     def __init__(self, seq: Sequence, splitter: AnswerSplitter) -> None:
         self.seq, self.tokenizer, self.splitter = seq, seq.text.tokenizer, splitter
         self.text = {"content": "", "thought": ""}
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[dict[str, Any]] | None = None if seq.params.logprobs is None else []
-        self.pending: list[dict[str, Any]] = []  # logprobs of tokens whose text is still held back
+        self.calls: list[Json] = []
+        self.logprobs: list[Json] | None = None if seq.params.logprobs is None else []
+        self.pending: list[Json] = []  # logprobs of tokens whose text is still held back
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
-    def read(self, delta: Delta) -> list[tuple[str, Any, list[dict[str, Any]]]]:
+    def read(self, delta: Delta) -> list[tuple[str, Any, list[Json]]]:
         """Pieces: `content` or `thought` with their text, or `call` with the delta that tells of
         it; and the logprobs of the tokens they come from."""
         thoughts = self.splitter.thoughts
@@ -10205,7 +10198,7 @@ class ChatReply(Reply):
         found = [self._add(piece) for piece in pieces]
         if was_thinking or thoughts.thinking or self.calls:
             self.pending = []  # thoughts, calls and their tags are not part of the content
-        entries: list[dict[str, Any]] = []
+        entries: list[Json] = []
         if found and self.logprobs is not None:
             entries, self.pending = self.pending, []
             self.logprobs += entries
@@ -10217,7 +10210,7 @@ class ChatReply(Reply):
         self.text[piece.kind] += piece.text
         return piece.kind, piece.text
 
-    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+    def _entries(self, delta: Delta) -> list[Json]:
         """The entry of a token; none for a control token, which is not part of the content."""
         if delta.logprobs is None or delta.token_id is None:
             return []
@@ -10226,7 +10219,7 @@ class ChatReply(Reply):
         top = [self._entry(*pair) for pair in delta.logprobs.top]
         return [{**self._entry(delta.token_id, delta.logprobs.logprob), "top_logprobs": top}]
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token_id: int, logprob: float) -> Json:
         return {
             "token": token_text(self.tokenizer, token_id),
             "logprob": max(logprob, LEAST_LOGPROB),
@@ -10246,16 +10239,14 @@ class ChatChoice(ChatReply):
         super().__init__(seq, splitter)
         self.index, self.names = index, {"content": "content", "thought": reasoning_name}
 
-    def _chunk(
-        self, delta: dict[str, Any], entries: Any = None, reason: str | None = None
-    ) -> dict[str, Any]:
+    def _chunk(self, delta: Json, entries: Any = None, reason: str | None = None) -> Json:
         logprobs = {"content": entries, "refusal": None} if entries else None
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         chunks = []
         for kind, news, entries in self.read(delta):
             said = {"tool_calls": [news]} if kind == "call" else {self.names[kind]: news}
@@ -10264,9 +10255,9 @@ class ChatChoice(ChatReply):
             chunks.append(self._chunk({}, reason=self.finish_reason))
         return chunks
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         content = self.text["content"] or (None if self.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
         if self.text["thought"]:
             message[self.names["thought"]] = self.text["thought"]
         if self.calls:
@@ -10295,7 +10286,7 @@ class TextChoice(Reply):
         self.rows: list[tuple[Any, ...]] = []  # an entry of each of LOGPROBS for a token
         self.offset = 0
 
-    def _chunk(self, text: str, rows: list[tuple[Any, ...]]) -> dict[str, Any]:
+    def _chunk(self, text: str, rows: list[tuple[Any, ...]]) -> Json:
         wanted = self.seq.params.logprobs is not None
         columns = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
         return {
@@ -10305,7 +10296,7 @@ class TextChoice(Reply):
             "finish_reason": None,
         }
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         text, num_before = delta.text, len(self.rows)
         if self.echo is not None:  # the first delta: the prompt has been read
             text, self.echo = self.echo + text, None
@@ -10335,7 +10326,7 @@ class TextChoice(Reply):
         self.rows.append((text, value, top, self.offset, list(raw), token_id))
         self.offset += len(text)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
 
 
@@ -10385,12 +10376,12 @@ RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # wh
 RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # how ids begin
 
 
-def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
+def response_input(value: Any, recall: Fields) -> list[Json]:
     """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
     Raises RequestError, naming the item."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    messages: list[dict[str, Any]] = []
+    messages: list[Json] = []
     for i, item in enumerate(value):
         check_type(f"input[{i}]", item, "object")
         if item.get("type") == "item_reference":
@@ -10401,7 +10392,7 @@ def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]
     return messages
 
 
-def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+def _add_item(messages: list[Json], item: Fields, where: str) -> None:
     """Add what one input item says to the messages."""
     kind = item.get("type", "message")
     if kind == "message":
@@ -10452,9 +10443,7 @@ def under_type(value: Any) -> Any:
     return {"type": kind, kind: inner}
 
 
-def response_body(
-    given: Mapping[str, Any], earlier: list[dict[str, Any]], recall: Mapping[str, Any]
-) -> dict[str, Any]:
+def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
     """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
     the messages of the response it goes on from. Raises RequestError."""
     same = ("model", "stream", "parallel_tool_calls", "metadata")
@@ -10480,12 +10469,12 @@ def response_body(
 
 
 def parse_response(
-    body: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    body: Fields,
+    defaults: Fields,
     strict: bool = False,
-    opening: Iterable[dict[str, Any]] = (),
+    opening: Iterable[Json] = (),
     kept: Mapping[str, KeptResponse] | None = None,
-) -> tuple[WireRequest, dict[str, Any]]:
+) -> tuple[WireRequest, Json]:
     """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
     responses by id. Raises RequestError."""
     given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
@@ -10516,8 +10505,8 @@ def _response_name(name: str) -> str:
 class KeptResponse:
     """A response, for those that go on from it: its body, and its conversation as messages."""
 
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
+    body: Json
+    messages: list[Json]
     num_chars: int
 
 
@@ -10530,17 +10519,17 @@ class ResponseReply(ChatReply):
         seq: Sequence,
         splitter: AnswerSplitter,
         wire: WireRequest,
-        given: Mapping[str, Any],
+        given: Fields,
         model: str,
         keep: Callable[[ResponseReply], None],
     ) -> None:
         super().__init__(seq, splitter)
         self.wire, self.keep = wire, keep
         self.num_events = self.num_thought = 0
-        self.item: dict[str, Any] | None = None  # the open one; its text and logprobs
-        self.item_text, self.item_logprobs = "", list[dict[str, Any]]()
+        self.item: Json | None = None  # the open one; its text and logprobs
+        self.item_text, self.item_logprobs = "", list[Json]()
         params = wire.requests[0].params
-        self.body: dict[str, Any] = {
+        self.body: Json = {
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
             "created_at": int(time.time()),
@@ -10568,30 +10557,30 @@ class ResponseReply(ChatReply):
             "metadata": given.get("metadata", {}),
         }
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: Any) -> Json:
         self.num_events += 1
         return {"type": kind, "sequence_number": self.num_events - 1, **fields}
 
-    def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _at(self, kind: str, **fields: Any) -> Json:
         """An event about the open item"""
         assert self.item is not None
         place = {"item_id": self.item["id"], "output_index": len(self.body["output"]) - 1}
         return self._event(f"response.{kind}", **place, **fields)
 
-    def _whole(self, kind: str) -> dict[str, Any]:
+    def _whole(self, kind: str) -> Json:
         """An event that has the open item as it is now"""
         item, index = json.loads(json.dumps(self.item)), len(self.body["output"]) - 1
         return self._event(f"response.output_item.{kind}", output_index=index, item=item)
 
-    def error(self, error: NanollamaError) -> dict[str, Any]:
+    def error(self, error: NanollamaError) -> Json:
         return self._event("error", code=error.code, message=str(error), param=error.param)
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         body = {**self.body, "output": []}
         kinds = ("response.created", "response.in_progress")
         return [self._event(kind, response=body) for kind in kinds]
 
-    def _open(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+    def _open(self, kind: str, **fields: Any) -> list[Json]:
         """Close what is open, and begin an item."""
         events, head = self._close(), {"type": kind, "status": "in_progress"}
         self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
@@ -10602,7 +10591,7 @@ class ResponseReply(ChatReply):
             events.append(self._at("content_part.added", content_index=0, part=part))
         return events
 
-    def _part(self) -> dict[str, Any]:
+    def _part(self) -> Json:
         """What the open item, a message or a thought, consists of"""
         assert self.item is not None
         part = {"type": RESPONSE_TEXTS[self.item["type"]], "text": self.item_text}
@@ -10610,7 +10599,7 @@ class ResponseReply(ChatReply):
             return part
         return {**part, "annotations": [], "logprobs": list(self.item_logprobs)}
 
-    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
+    def _close(self, status: str = "completed") -> list[Json]:
         """End the open item, if there is one."""
         if (item := self.item) is None:
             return []
@@ -10630,7 +10619,7 @@ class ResponseReply(ChatReply):
         self.item, self.item_text, self.item_logprobs = None, "", []
         return events
 
-    def _say(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _say(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
         """A piece of a message or of a thought"""
         events = []
         if self.item is None or self.item["type"] != kind:
@@ -10642,7 +10631,7 @@ class ResponseReply(ChatReply):
         name = f"{RESPONSE_TEXTS[kind]}.delta"
         return [*events, self._at(name, content_index=0, delta=text, **more)]
 
-    def _call(self, news: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _call(self, news: Fields) -> list[Json]:
         """The beginning of a tool call, or a piece of its arguments"""
         function = news["function"]
         if "id" in news:
@@ -10651,7 +10640,7 @@ class ResponseReply(ChatReply):
         self.item_text += function["arguments"]
         return [self._at("function_call_arguments.delta", delta=function["arguments"])]
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         thoughts = self.splitter.thoughts
         was_thinking, events = thoughts.thinking, []
         for kind, news, entries in self.read(delta):
@@ -10662,7 +10651,7 @@ class ResponseReply(ChatReply):
         self.num_thought += was_thinking or thoughts.thinking
         return events
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         usage, is_cut = self.usage, self.finish_reason == "length"
         assert usage is not None
         status = "incomplete" if is_cut else "completed"
@@ -10688,7 +10677,7 @@ class ResponseReply(ChatReply):
         self.keep(self)
         return [*events, self._event(f"response.{status}", response=self.body)]
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         return self.body
 
     def kept(self) -> KeptResponse:
@@ -10768,9 +10757,7 @@ OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
 OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
 
 
-def ollama_body(
-    given: Mapping[str, Any], strict: bool = False
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, ...]]:
     """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
     the options that have no effect. Raises RequestError."""
     options, ignored = read_fields(
@@ -10779,7 +10766,7 @@ def ollama_body(
     if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
         refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
     same = ("logprobs", "top_logprobs", "tools")
-    body: dict[str, Any] = {name: given[name] for name in same if name in given}
+    body: Json = {name: given[name] for name in same if name in given}
     body |= {name: value for name, value in options.items() if name != "num_predict"}
     if "num_predict" in options:  # -2 fills the context too
         body["max_tokens"] = max(options["num_predict"], -1) or 1
@@ -10853,7 +10840,7 @@ class Clock:
         return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
 
 
-def ollama_line(model: str, is_chat: bool, said: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def ollama_line(model: str, is_chat: bool, said: Fields, **more: Any) -> Json:
     """One object of an answer: what is said, as a message or as a response; `more` but for None"""
     head = {"model": model, "created_at": timestamp()}
     said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
@@ -10879,14 +10866,14 @@ class OllamaReply(ChatReply):
         self.line = functools.partial(ollama_line, model, is_chat)
         self.clock, self.tells_ids = clock, tells_ids
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         return [
             self.line({OLLAMA_NAMES[kind]: text}, done=False, logprobs=entries or None)
             for kind, text, entries in self.read(delta)
             if kind != "call"
         ]
 
-    def tool_calls(self) -> list[dict[str, Any]]:
+    def tool_calls(self) -> list[Json]:
         return [
             {
                 "id": call["id"],
@@ -10899,12 +10886,12 @@ class OllamaReply(ChatReply):
             for index, call in enumerate(self.calls)
         ]
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         calls = self.tool_calls()
         before = [self.line({"tool_calls": calls}, done=False)] if calls else []
         return [*before, self.line({}, done=True, **self._closing())]
 
-    def _closing(self) -> dict[str, Any]:
+    def _closing(self) -> Json:
         usage = self.usage
         assert usage is not None
         return {
@@ -10917,17 +10904,17 @@ class OllamaReply(ChatReply):
             "eval_duration": int(usage.decode_s * 1e9),
         }
 
-    def result(self) -> dict[str, Any]:
-        said: dict[str, Any] = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
+    def result(self) -> Json:
+        said: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
         said["tool_calls"] = self.tool_calls()
         said = {name: value for name, value in said.items() if value}
         return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
 
 
-def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
+def created_modelfile(given: Fields) -> Modelfile:
     """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
     RequestError."""
-    parameters: dict[str, Any] = {}
+    parameters: Json = {}
     for name, value in given.get("parameters", {}).items():
         for text in value if isinstance(value, list) else [value]:
             key, parsed = parse_parameter(name, str(text))
@@ -10948,7 +10935,7 @@ def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
     )
 
 
-def ollama_error(error: NanollamaError) -> dict[str, Any]:
+def ollama_error(error: NanollamaError) -> Json:
     return {"error": str(error)}
 
 
@@ -10967,17 +10954,17 @@ class ChoicesReply(Reply):
             "system_fingerprint": fingerprint,
         }
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def _event(self, choices: list[Json], **more: Any) -> Json:
         head = dict(self.envelope)
         if head["object"] == "chat.completion":
             head["object"] = "chat.completion.chunk"
         usage = {"usage": None} if self.wire.include_usage else {}
         return {**head, **usage, "choices": choices, **more}
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         return [self._event([chunk]) for choice in self.choices for chunk in choice.start()]
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         chunks = self.choices[delta.index].push(delta)
         self.num_left -= bool(delta.finish_reason)
         events = [self._event([chunk]) for chunk in chunks]
@@ -10985,16 +10972,16 @@ class ChoicesReply(Reply):
             events[-1]["timings"] = self._closing()["timings"]
         return events
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         return [self._event([], **self._closing())] if self.wire.include_usage else []
 
-    def _closing(self) -> dict[str, Any]:
+    def _closing(self) -> Json:
         """usage and timings, once all is done."""
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
         per_prompt = len(self.choices) // self.wire.num_prompts
         return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
         if self.wire.metadata is not None:
             body["metadata"] = self.wire.metadata
@@ -11073,8 +11060,8 @@ class ModelSource:
 
     name: str
     loaders: tuple[Callable[[], LLM], ...]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    opening: tuple[dict[str, Any], ...] = ()
+    sampling: Fields = field(default_factory=dict)
+    opening: tuple[Json, ...] = ()
     need_bytes: Callable[[], int] = int
     locate: Callable[[], Path | None] = lambda: None
     modelfile: Modelfile = field(default_factory=Modelfile)
@@ -11306,7 +11293,7 @@ class Pool:
         return llm
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> Json:
         """SamplingParams fields for requests that do not say: what the server was started with,
         then the model's own."""
         return {**self.llm().sampling, **self.source.sampling}
@@ -11334,7 +11321,7 @@ class Pool:
             if worker.llm is not None:  # Python must not end while a thread is inside a step
                 await asyncio.to_thread(worker.join, SHUTDOWN_S)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What /api/ps adds to a model that is in memory."""
         states = [worker.llm.engine.state() for worker in self.workers if worker.llm]
         num_bytes = self.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
@@ -11688,14 +11675,12 @@ class Gate:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
-def encode_json(value: Mapping[str, Any]) -> bytes:
+def encode_json(value: Fields) -> bytes:
     """Lone surrogates, which a client may have sent, do not exist in UTF-8: they become ?."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
-def as_json(
-    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def as_json(body: Fields, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return starlette.responses.Response(encode_json(body), status, headers, "application/json")
 
 
@@ -11720,13 +11705,13 @@ class Encoding:
     """How a stream of objects is written."""
 
     media_type: str
-    encode: Callable[[Mapping[str, Any]], bytes]
-    error: Callable[[NanollamaError], dict[str, Any]] = error_body
+    encode: Callable[[Fields], bytes]
+    error: Callable[[NanollamaError], Json] = error_body
     ping: bytes = b""  # what says that the stream is alive
     last: bytes = b""
 
 
-def sse(value: Mapping[str, Any]) -> bytes:
+def sse(value: Fields) -> bytes:
     """One server-sent event."""
     return b"data: " + encode_json(value) + b"\n\n"
 
@@ -11740,7 +11725,7 @@ NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\
 
 
 def stream_response(
-    events: AsyncIterator[dict[str, Any] | None],
+    events: AsyncIterator[Json | None],
     encoding: Encoding,
     at_end: Callable[[], None] = lambda: None,
     headers: Mapping[str, str] | None = None,
@@ -11811,20 +11796,20 @@ class WebReply(Reply):
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
 
 
-Report = Callable[[dict[str, Any]], None]  # takes a line of progress
+Report = Callable[[Json], None]  # takes a line of progress
 
 
-def ollama_name(given: Mapping[str, Any]) -> str:
+def ollama_name(given: Fields) -> str:
     """The model that a body of Ollama's API names. Raises RequestError."""
     name = given.get("model") or given.get("name") or required(given, "model")
     return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
 
 
-def generate_wire(given: Mapping[str, Any], wire: WireRequest, llm: LLM) -> WireRequest:
+def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
     context, request = given.get("context") or [], wire.requests[0]
     if any(type(i) is not int for i in context):
@@ -11840,7 +11825,7 @@ def generate_wire(given: Mapping[str, Any], wire: WireRequest, llm: LLM) -> Wire
 
 
 @lru_cache(maxsize=64)
-def ollama_details(path: Path, modified: float) -> dict[str, Any]:
+def ollama_details(path: Path, modified: float) -> Json:
     """What /api/tags and /api/show say of files that were last changed at a time."""
     checkpoint = open_checkpoint(path)
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
@@ -11873,7 +11858,7 @@ def ollama_details(path: Path, modified: float) -> dict[str, Any]:
     }
 
 
-def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
+def source_details(source: ModelSource) -> tuple[Json, float]:
     """`ollama_details` of a model, and when its files changed; nothing for one without files."""
     path = source.locate()
     if path is None:
@@ -11883,7 +11868,7 @@ def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
     return ollama_details(path, modified), modified
 
 
-def ollama_model(source: ModelSource) -> dict[str, Any]:
+def ollama_model(source: ModelSource) -> Json:
     """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
     it, else one of name, size and time."""
     try:
@@ -11905,7 +11890,7 @@ def ollama_model(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def ollama_show(source: ModelSource) -> dict[str, Any]:
+def ollama_show(source: ModelSource) -> Json:
     """The answer of /api/show. Raises CheckpointError."""
     found, modified = source_details(source)
     file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
@@ -11957,7 +11942,7 @@ def base_modelfile(name: str) -> Modelfile:
     return Modelfile(model=name)
 
 
-def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
+def create_model(name: str, given: Fields, report: Report) -> None:
     """Make a model of another one: what /api/create does."""
     report({"status": "reading model metadata"})
     reference, whole = given.get("from"), Modelfile()
@@ -11997,9 +11982,9 @@ class Handlers:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.kept: dict[str, KeptResponse] = {}
-        self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
+        self.asked: deque[Json] = deque(maxlen=MAX_KEPT_REQUESTS)
 
-    async def body(self, request: Request) -> dict[str, Any]:
+    async def body(self, request: Request) -> Json:
         """The JSON object of a request, whatever its content type says. Raises RequestError, or
         WireError 413."""
         data = bytearray()
@@ -12023,7 +12008,7 @@ class Handlers:
             log.info(encode_json(value).decode())
         return value
 
-    async def asked_model(self, request: Request) -> tuple[dict[str, Any], Pool]:
+    async def asked_model(self, request: Request) -> tuple[Json, Pool]:
         """The body of a request and the model it names, loaded: see `body` and `Models.pool`."""
         body = await self.body(request)
         if (name := body.get("model")) is not None:
@@ -12050,7 +12035,7 @@ class Handlers:
             found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
-    async def events(self, job: Job, reply: Reply) -> AsyncIterator[dict[str, Any] | None]:
+    async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
         """What a reply makes of the deltas of a job; None where nothing came for a while."""
         for event in reply.start():
             yield event
@@ -12155,7 +12140,7 @@ class OpenAIHandlers(Handlers):
 class OllamaHandlers(Handlers):
     """Ollama's API."""
 
-    async def ollama_pool(self, given: Mapping[str, Any]) -> tuple[Pool, Clock]:
+    async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
         """The model that a body names, loaded, and kept as long as the body says."""
         started = time.perf_counter()
         keep = given.get("keep_alive")
@@ -12165,7 +12150,7 @@ class OllamaHandlers(Handlers):
 
     async def ollama_given(
         self, request: Request, fields: Mapping[str, str]
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    ) -> tuple[Json, tuple[str, ...]]:
         body = await self.body(request)
         return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
 
@@ -12196,7 +12181,7 @@ class OllamaHandlers(Handlers):
         is_stream = given.get("stream", True)
         return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
 
-    async def ollama_load(self, given: Mapping[str, Any], is_chat: bool) -> Response:
+    async def ollama_load(self, given: Fields, is_chat: bool) -> Response:
         """A request without a prompt loads its model, or unloads it."""
         name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
         if keep is not None and parse_duration(keep) == 0:
@@ -12296,13 +12281,13 @@ class OllamaHandlers(Handlers):
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
     async def progress(
-        self, request: Request, given: Mapping[str, Any], work: Callable[[Report], None]
+        self, request: Request, given: Fields, work: Callable[[Report], None]
     ) -> Response:
         """Run something in a thread: its lines as they come, or the last of them."""
-        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        lines: asyncio.Queue[Json | None] = asyncio.Queue()
         loop, gone = asyncio.get_running_loop(), threading.Event()
 
-        def report(line: dict[str, Any]) -> None:
+        def report(line: Json) -> None:
             if gone.is_set():
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
@@ -12312,7 +12297,7 @@ class OllamaHandlers(Handlers):
             if not task.cancelled():
                 task.exception()  # seen, also when nobody waits for it any more
 
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        async def events() -> AsyncIterator[Json]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
             task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
@@ -12427,7 +12412,7 @@ class App(OpenAIHandlers, OllamaHandlers):
             text, media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    def model_body(self, name: str, asked: str | None = None) -> dict[str, Any]:
+    def model_body(self, name: str, asked: str | None = None) -> Json:
         """A model as /v1/models lists it, under the name that was asked for."""
         pool = self.models.pools.get(name)
         state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
@@ -12549,9 +12534,9 @@ ROUTES = (
 )
 
 
-def openapi_body() -> dict[str, Any]:
+def openapi_body() -> Json:
     """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, Json] = {}
     for route in ROUTES:
         for method, path in (name.split() for name in route.names):
             place = paths.setdefault(path.replace(":path", ""), {})
@@ -12560,7 +12545,7 @@ def openapi_body() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
-def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
+def openapi_operation(route: Route, method: str, path: str) -> Json:
     """One method of one path: its parameters, its body, its answers."""
     answers = {"200": {"description": "the answer"}}
     if route.fields is not None or "{" in path:
@@ -12568,7 +12553,7 @@ def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
     answers["503"] = {"description": "the model is still loading, or the server is ending"}
     slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
     summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
-    body: dict[str, Any] = {"operationId": slug, "summary": " ".join(summary.split())}
+    body: Json = {"operationId": slug, "summary": " ".join(summary.split())}
     if names := re.findall(r"\{(\w+)", path):
         schema = {"type": "string", "minLength": 1}
         body["parameters"] = [
@@ -12753,12 +12738,12 @@ class Script:
                     refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
             except RequestError as error:
                 raise UsageError(f"answer {number} of the script: {error}") from None
-        self.matching: list[dict[str, Any]] = [a for a in answers if "match" in a]
-        self.others: deque[dict[str, Any]] = deque(a for a in answers if "match" not in a)
+        self.matching: list[Json] = [a for a in answers if "match" in a]
+        self.others: deque[Json] = deque(a for a in answers if "match" not in a)
 
-    def next(self, asked: str) -> dict[str, Any]:
+    def next(self, asked: str) -> Json:
         """The answer to a text"""
-        found: dict[str, Any] | None
+        found: Json | None
         found = next((answer for answer in self.matching if answer["match"] in asked), None)
         if found is None and not self.others:
             raise WireError(500, "no_answer", "the script has no answer to this request")
@@ -12812,9 +12797,9 @@ class ScriptEngine(Engine):
         self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
         self.num_slots, self.stats = 64, EngineStats()
         self.scheduler = Scheduler(self.num_slots, 1)
-        self.plays: dict[Sequence, tuple[dict[str, Any], deque[int]]] = {}
+        self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {"device": "none", "kernels": "script", "slots": self.num_slots}
 
     def step(self) -> None:
@@ -12910,7 +12895,7 @@ class TestServer:
 
     __test__ = False  # not a test itself
 
-    def __init__(self, *answers: str | dict[str, Any]) -> None:
+    def __init__(self, *answers: str | Json) -> None:
         self.script = Script(list(answers) or ["Hello!"])
         self._llm: ScriptLLM | None = None
         source = ModelSource("test-model", (self._load,))
@@ -12921,7 +12906,7 @@ class TestServer:
         self._llm = ScriptLLM(self.script)
         return self._llm
 
-    def answers(self, *answers: str | dict[str, Any]) -> None:
+    def answers(self, *answers: str | Json) -> None:
         """What to answer from now on, and forget what was asked."""
         self.script = Script(list(answers))
         if self._llm is not None:
@@ -12929,8 +12914,8 @@ class TestServer:
         self.requests.clear()
 
     @property
-    def requests(self) -> deque[dict[str, Any]]:
-        asked: deque[dict[str, Any]] = self._app.state.asked
+    def requests(self) -> deque[Json]:
+        asked: deque[Json] = self._app.state.asked
         return asked
 
     def __enter__(self) -> TestServer:
@@ -13814,7 +13799,7 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
 
 
-def given_flags(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+def given_flags(args: argparse.Namespace, kind: type) -> Json:
     """Those fields of a dataclass that were given as flags."""
     names = [field.name for field in dataclasses.fields(kind)]
     return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
@@ -13826,7 +13811,7 @@ class Settings:
 
     args: argparse.Namespace
     modelfile: Modelfile
-    flags: dict[str, Any]  # SamplingParams fields that were given as flags
+    flags: Json  # SamplingParams fields that were given as flags
 
     @property
     def model(self) -> str:
@@ -13858,7 +13843,7 @@ class Settings:
             return file, "Modelfile"
         return DEFAULT_MODEL if name == "model" else None, "built-in"
 
-    def sampling(self, model_defaults: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    def sampling(self, model_defaults: Fields) -> dict[str, tuple[Any, str]]:
         """Each SamplingParams field with its value and its origin."""
         chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
         for values, origin in (
@@ -13869,11 +13854,11 @@ class Settings:
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
 
-    def params(self, model_defaults: Mapping[str, Any]) -> SamplingParams:
+    def params(self, model_defaults: Fields) -> SamplingParams:
         chosen = self.sampling(model_defaults)
         return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[Json]:
         """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *(dict(message) for message in self.modelfile.messages)]
@@ -13961,7 +13946,7 @@ class AnswerPrinter:
         self.dim = self.out.isatty()
         self.thoughts: list[str] = []
         self.content: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Json] = []
 
     def push(self, delta: Delta) -> None:
         self._write(self.splitter.push(delta.text))
@@ -13985,12 +13970,12 @@ class AnswerPrinter:
                 self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Json:
         """The answer as a message of the conversation."""
         thoughts = "".join(self.thoughts)
         for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
             thoughts = thoughts.replace(tag, "")
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
+        message: Json = {"role": "assistant", "content": "".join(self.content)}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
             message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
@@ -14008,7 +13993,7 @@ JSON_NAMES = {
 }
 
 
-def hint_schema(hint: Any) -> dict[str, Any]:
+def hint_schema(hint: Any) -> Json:
     """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is typing.Literal:
@@ -14023,7 +14008,7 @@ def hint_schema(hint: Any) -> dict[str, Any]:
     return {} if hint is Any else {"type": JSON_NAMES[hint]}
 
 
-def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+def function_tool(function: Callable[..., Any]) -> Json:
     """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
     does, and below, in lines `name: text`, what they mean. Raises UsageError."""
     name, text = function.__name__, inspect.getdoc(function) or ""
@@ -14066,7 +14051,7 @@ class Toolbox:
         if not self.tools:
             raise UsageError(f"{path}: holds no functions")
 
-    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+    def call(self, call: Fields) -> Json:
         """The message that answers a call of the model."""
         name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
         shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
@@ -14122,10 +14107,10 @@ def converse(
     toolbox: Toolbox | None,
     hide_thinking: bool,
     catch: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
     that came to be."""
-    new: list[dict[str, Any]] = []
+    new: list[Json] = []
     given = request.messages or []
     if toolbox:
         request = dataclasses.replace(request, tools=toolbox.tools)
@@ -14205,7 +14190,7 @@ class BatchRow:
 
     def json(self) -> str:
         text = self.out.getvalue()
-        row: dict[str, Any] = {"line": self.line, "prompt": self.prompt, "text": text}
+        row: Json = {"line": self.line, "prompt": self.prompt, "text": text}
         if self.error:
             row["error"] = str(self.error)
         row["finish_reason"] = self.last.finish_reason if self.last else "error"
@@ -14301,12 +14286,12 @@ class Repl:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
-        self.sent: list[dict[str, Any]] = []  # messages of the last prompt
+        self.sent: list[Json] = []  # messages of the last prompt
         self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     @property
-    def tools(self) -> list[dict[str, Any]] | None:
+    def tools(self) -> list[Json] | None:
         return self.toolbox.tools if self.toolbox else None
 
     # -- reading -----------------------------------------------------------------------------------
@@ -14382,7 +14367,7 @@ class Repl:
 
     # -- answering ---------------------------------------------------------------------------------
 
-    def answer(self, messages: list[dict[str, Any]]) -> None:
+    def answer(self, messages: list[Json]) -> None:
         """Send `messages`, print the answer, keep both. Ctrl-C ends the answer, not the session."""
         llm = self.llm
         params = SamplingParams(**self.values)
@@ -14497,7 +14482,7 @@ class Repl:
         log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
         log.warning(f"{len(ids)} tokens")
 
-    def without_last_turn(self) -> list[dict[str, Any]]:
+    def without_last_turn(self) -> list[Json]:
         """The messages before the last one of the user. Raises UsageError when there is none."""
         last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
         if last is None:
@@ -14800,13 +14785,13 @@ class Bench:
             self.run(ids[:, :depth].tolist(), 0)
         return self.run(ids.tolist(), num_gen)
 
-    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> dict[str, Any]:
+    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
         """Speed of reading prompts, after one run to warm up."""
         seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
         rates = [batch * num_prompt / s for s in seconds[1:]]
         return speed(f"pp{num_prompt}", batch, depth, rates)
 
-    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> dict[str, Any]:
+    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
         """Speed of generating, after one run to warm up, and how much of the bandwidth found right
         then it took: a step reads all weights, and each sequence's keys and values."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
@@ -14828,14 +14813,14 @@ class Bench:
         }
 
 
-def speed(test: str, batch: int, depth: int, samples: list[float]) -> dict[str, Any]:
+def speed(test: str, batch: int, depth: int, samples: list[float]) -> Json:
     """A result: mean and standard deviation of tokens a second."""
     row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
     stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
     return {**row, "stddev": stddev, "samples": samples}
 
 
-def bench_line(row: Mapping[str, Any]) -> str:
+def bench_line(row: Fields) -> str:
     """A result as a line of the table."""
     rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
     line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
@@ -14875,7 +14860,7 @@ def bench_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
     """The results, each as soon as it is there."""
     for batch, depth in itertools.product(args.batch, args.depth):
         for num in filter(None, args.prompt_tokens):
@@ -14884,7 +14869,7 @@ def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any
             yield bench.decode(batch, depth, num, args.repetitions)
 
 
-def bench_model(settings: Settings, bench: Bench) -> dict[str, Any]:
+def bench_model(settings: Settings, bench: Bench) -> Json:
     """What was measured, and with what."""
     llm, packed = bench.llm, settings.args.quantize
     kind = llm.checkpoint.quantization
@@ -15006,7 +14991,7 @@ def interval(num_right: float, num: int) -> tuple[float, float]:
     return middle - width, middle + width
 
 
-def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> Json:
     """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
     the tokenizer puts none before it; nor are its bytes counted then."""
     try:
@@ -15036,7 +15021,7 @@ def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[s
     }
 
 
-def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+def eval_task(llm: LLM, name: str, bar: Any) -> Json:
     """How often the right choice is the likeliest: as a whole, and per character of its text
     (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
     questions = read_task(name)
@@ -15046,7 +15031,7 @@ def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
     for index, logprobs in llm.score(texts):
         sums[index] = sum(logprobs)
         bar.update()
-    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    found: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)
     scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
     for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
@@ -15059,7 +15044,7 @@ def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
     return found
 
 
-def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+def eval_lines(results: Fields) -> Iterator[str]:
     """The results as lines to read."""
     if text := results.get("text"):
         yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
@@ -15102,7 +15087,7 @@ def command_eval(argv: list[str]) -> int:
             f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
             "stride is shorter"
         )
-    results: dict[str, Any] = {"model": settings.model}
+    results: Json = {"model": settings.model}
     with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
         if args.text:
             results["text"] = eval_text(llm, args.text, window, stride, bar)
@@ -15151,7 +15136,7 @@ VERIFY_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
     '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
 )
-VERIFY_CHATS: tuple[list[dict[str, Any]], ...] = (
+VERIFY_CHATS: tuple[list[Json], ...] = (
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
     [
@@ -15177,7 +15162,7 @@ def spread(num: int, most: int) -> Tensor:
     return torch.arange(min(num, most)) * num // min(num, most)
 
 
-def reference_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def reference_tokenizer(tokenizer: Any) -> Json:
     """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
     chats: list[str | None] = []
     for messages in VERIFY_CHATS if tokenizer.chat_template else ():
@@ -15220,7 +15205,7 @@ def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[i
 
 def make_reference(
     path: Path, tokenizer_path: Path, adapter: str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Json, dict[str, Tensor]]:
     """What transformers computes for a model, in float32: what is said, and its tensors. Raises
     UsageError where transformers is missing, CheckpointError where it cannot load the model."""
     if importlib.util.find_spec("transformers") is None:
@@ -15268,7 +15253,7 @@ def make_reference(
     return about, tensors
 
 
-def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
     """A reference that --save-reference wrote. Raises RequestError."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -15337,7 +15322,7 @@ def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
     return llm.complete(GenerationRequest(ids, params=params)).token_ids
 
 
-def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
+def compare_text(llm: LLM, about: Fields) -> Json:
     """Which texts become other ids, and which conversations another prompt."""
     pairs = zip(VERIFY_TEXTS, about["texts"])
     texts = [text for text, ids in pairs if llm.encode(text) != ids]
@@ -15350,7 +15335,7 @@ def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
     return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
 
 
-def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> Tolerance:
+def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
     kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
     if kind in REPACK and kind != about["weights"]:
         return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
@@ -15360,9 +15345,7 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> 
     return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
 
 
-def compare(
-    llm: LLM, about: Mapping[str, Any], tensors: Mapping[str, Tensor], limit: Tolerance
-) -> dict[str, Any]:
+def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
     """The model against a reference: what was found, and whether it passes."""
     found, greedy, places = [], [], []
     for number, ids in enumerate(about["prompts"]):
@@ -15393,7 +15376,7 @@ def compare(
     return result
 
 
-def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
+def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
     """The result as lines to read."""
     num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
     yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
