@@ -10772,8 +10772,7 @@ def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, .
         body["max_tokens"] = max(options["num_predict"], -1) or 1
     wanted = given.get("format") or None
     if isinstance(wanted, dict):
-        json_schema = {"name": "format", "schema": wanted}
-        body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+        body["json_schema"] = wanted
     elif wanted == "json":
         body["response_format"] = {"type": "json_object"}
     elif wanted is not None:
@@ -11077,24 +11076,23 @@ class Catalog:
     names: Callable[[], list[str]] = list  # the one last used first
 
 
+@dataclass(eq=False)
 class Job:
     """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
     whatever the reason."""
 
-    def __init__(
-        self,
-        worker: EngineWorker,
-        requests: tuple[GenerationRequest, ...],
-        at_end: Callable[[], None],
-    ) -> None:
-        self.worker, self.requests, self.at_end = worker, requests, at_end
+    worker: EngineWorker
+    requests: tuple[GenerationRequest, ...]
+    at_end: Callable[[], None]
+    # empty once all has started; then deltas, or what ended the job early
+    events: asyncio.Queue[list[Delta] | NanollamaError] = field(default_factory=asyncio.Queue)
+    sequences: list[Sequence] = field(default_factory=list)
+    splitters: list[AnswerSplitter] = field(default_factory=list)  # of each choice
+
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
-        # empty once all has started; then deltas, or what ended the job early
-        self.events: asyncio.Queue[list[Delta] | NanollamaError] = asyncio.Queue()
-        self.sequences: list[Sequence] = []
-        self.splitters: list[AnswerSplitter] = []  # of each choice
-        worker.num_sequences += len(requests)
+        self.worker.num_sequences += len(self.requests)
 
     def finish(self) -> None:
         """Stop what still runs, and take the load off the worker."""
@@ -11243,6 +11241,7 @@ class EngineWorker(threading.Thread):
         llm.engine.forget()
 
 
+@dataclass(eq=False)
 class Pool:
     """A model that is loaded, or being loaded: its replicas, and which of them takes a request: the
     least busy one, unless the one that saw the same beginning is about as free, since it has the
@@ -11250,24 +11249,24 @@ class Pool:
 
     MAX_REMEMBERED = 1024
 
-    def __init__(
-        self,
-        source: ModelSource,
-        max_queue: int,
-        on_idle: Callable[[Pool], None],
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self.source, self.max_queue, self.on_idle = source, max_queue, on_idle
-        self.workers = [EngineWorker(i, f, on_failure) for i, f in enumerate(source.loaders)]
-        self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
-        self.loading: asyncio.Task[None] | None = None
-        self.need_bytes = 0  # of memory that it takes, about
-        self.loading_bytes = 0  # of those, what it has still to take
-        self.load_s = 0.0  # how long that took
-        self.num_waiting = 0  # requests that wait for it to be loaded
-        self.used_s = time.monotonic()
-        self.keep_s = 0.0  # how long to stay when idle; negative is for ever
-        self.timer: asyncio.TimerHandle | None = None
+    source: ModelSource
+    max_queue: int
+    on_idle: Callable[[Pool], None]
+    on_failure: Callable[[BaseException], None]
+    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a conversation's
+    # beginning -> who had it
+    loading: asyncio.Task[None] | None = None
+    need_bytes: int = 0  # of memory that it takes, about
+    loading_bytes: int = 0  # of those, what it has still to take
+    load_s: float = 0.0  # how long that took
+    num_waiting: int = 0  # requests that wait for it to be loaded
+    used_s: float = field(default_factory=time.monotonic)
+    keep_s: float = 0.0  # how long to stay when idle; negative is for ever
+    timer: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        loaders = enumerate(self.source.loaders)
+        self.workers = [EngineWorker(i, load, self.on_failure) for i, load in loaders]
 
     @property
     def ready(self) -> bool:
@@ -11367,6 +11366,7 @@ class Pool:
         return job
 
 
+@dataclass(eq=False)
 class Models:
     """The models in memory, by name. Whoever asks for another one waits until it is loaded, once
     for all who ask; where memory is short, idle ones leave first, the one least recently used
@@ -11374,24 +11374,22 @@ class Models:
 
     free_bytes: memory to be had. on_failure hears of what the server cannot go on without."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        config: ServerConfig,
-        free_bytes: Callable[[], float],
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self.catalog, self.config = catalog, config
-        self.free_bytes, self.on_failure = free_bytes, on_failure
+    catalog: Catalog
+    config: ServerConfig
+    free_bytes: Callable[[], float]
+    on_failure: Callable[[BaseException], None]
+    pools: dict[str, Pool] = field(default_factory=dict)
+    room: asyncio.Lock = field(default_factory=asyncio.Lock)  # one at a time makes room for itself
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # the loop keeps weak ones only
+    is_closing: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        named, keep_s = self.catalog.named, self.config.keep_alive_s
         # a single model is loaded at the start, and the server is not ready before
-        self.starting = next(iter(catalog.named)) if len(catalog.named) == 1 else None
+        self.starting = next(iter(named)) if len(named) == 1 else None
         keep = math.inf if self.starting else KEEP_ALIVE_S
-        self.keep_s = keep if config.keep_alive_s is None else config.keep_alive_s
-        self.pools: dict[str, Pool] = {}
-        self.room = asyncio.Lock()  # one at a time makes room for itself
-        self.idle = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
-        self.is_closing: Callable[[], bool] = lambda: False
+        self.keep_s = keep if keep_s is None else keep_s
 
     @property
     def ready(self) -> bool:
@@ -12016,11 +12014,7 @@ class Handlers:
         return body, await self.models.pool(name)
 
     async def embed(
-        self,
-        request: Request,
-        pool: Pool,
-        requests: tuple[GenerationRequest, ...],
-        names: Mapping[str, str],
+        self, request: Request, pool: Pool, requests: tuple[GenerationRequest, ...]
     ) -> list[Delta]:
         """The last delta of each request, some of them at a time so that others come in between."""
 
@@ -12031,7 +12025,7 @@ class Handlers:
 
         found: list[Delta] = []
         for at in range(0, len(requests), EMBED_TOGETHER):
-            job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
+            job = await pool.start(requests[at : at + EMBED_TOGETHER], {"prompt": "input"})
             found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
@@ -12129,10 +12123,9 @@ class OpenAIHandlers(Handlers):
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
-        body = await self.body(request)
+        body, pool = await self.asked_model(request)
         wire, given = parse_embed(body, self.config.strict)
-        pool = await self.models.pool(wire.model)
-        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
+        deltas = await self.embed(request, pool, wire.requests)
         answer = embed_body(deltas, given, wire.model or pool.source.name)
         return as_json(answer, headers=ignored_header(wire.ignored))
 
@@ -12235,7 +12228,7 @@ class OllamaHandlers(Handlers):
         with pool.held():
             ids = await asyncio.to_thread(encode)
         requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
-        return await self.embed(request, pool, requests, {"prompt": "input"})
+        return await self.embed(request, pool, requests)
 
     async def ollama_version(self, request: Request) -> Response:
         """GET /api/version: the release of Ollama whose API this is"""
