@@ -10286,15 +10286,11 @@ class TextChoice(Reply):
         self.rows: list[tuple[Any, ...]] = []  # an entry of each of LOGPROBS for a token
         self.offset = 0
 
-    def _chunk(self, text: str, rows: list[tuple[Any, ...]]) -> Json:
-        wanted = self.seq.params.logprobs is not None
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
-        return {
-            "index": self.index,
-            "text": text,
-            "logprobs": columns if wanted else None,
-            "finish_reason": None,
-        }
+    def _chunk(self, text: str, rows: Any = None, reason: str | None = None) -> Json:
+        logprobs = None
+        if self.seq.params.logprobs is not None and rows is not None:
+            logprobs = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def push(self, delta: Delta) -> list[Json]:
         text, num_before = delta.text, len(self.rows)
@@ -10310,8 +10306,7 @@ class TextChoice(Reply):
         chunks = [self._chunk(text, new)] if text or delta.logprobs else []
         if delta.finish_reason:
             self.finish_reason, self.usage = delta.finish_reason, delta.usage
-            end = {"logprobs": None, "finish_reason": delta.finish_reason}
-            chunks.append({**self._chunk("", []), **end})
+            chunks.append(self._chunk("", reason=delta.finish_reason))
         return chunks
 
     def _add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -10327,7 +10322,7 @@ class TextChoice(Reply):
         self.offset += len(text)
 
     def result(self) -> Json:
-        return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
+        return self._chunk(self.text, self.rows, self.finish_reason)
 
 
 Choice = ChatChoice | TextChoice
@@ -11788,11 +11783,11 @@ async def unless_disconnected(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass
 class WebReply(Reply):
     """An answer on the web chat's own route; nothing but its stream is wanted."""
 
-    def __init__(self, gpu: int) -> None:
-        self.gpu = gpu
+    gpu: int
 
     def push(self, delta: Delta) -> list[Json]:
         return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
@@ -12216,13 +12211,12 @@ class OllamaHandlers(Handlers):
         self, request: Request, pool: Pool, texts: list[Any], truncate: bool
     ) -> list[Delta]:
         """An embedding of each text, of which too long ones are cut where `truncate` says so."""
-        prompts = read_prompts({"input": texts}, "input") if texts else []
-        if len(prompts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in prompts):
+        if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
             refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
         llm = pool.llm()
 
         def encode() -> list[list[int]]:
-            found = [llm.prompt_ids(GenerationRequest(prompt=text)) for text in prompts]
+            found = [llm.encode(text) for text in texts]
             return [ids[: llm.engine.n_ctx] for ids in found] if truncate else found
 
         with pool.held():
@@ -12736,7 +12730,6 @@ class Script:
 
     def next(self, asked: str) -> Json:
         """The answer to a text"""
-        found: Json | None
         found = next((answer for answer in self.matching if answer["match"] in asked), None)
         if found is None and not self.others:
             raise WireError(500, "no_answer", "the script has no answer to this request")
@@ -13821,11 +13814,6 @@ class Settings:
             )
         return str(nanochat_model(base, *choice))
 
-    @property
-    def system(self) -> str | None:
-        system: str | None = self.value("system")[0]
-        return system
-
     def value(self, name: str) -> tuple[Any, str]:
         """model, tokenizer, adapter, system, ctx or threads, and its origin."""
         flag = getattr(self.args, name, None)
@@ -13853,7 +13841,8 @@ class Settings:
 
     def messages(self) -> list[Json]:
         """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.value("system")[0]
+        system = [{"role": "system", "content": text}] if text else []
         return [*system, *(dict(message) for message in self.modelfile.messages)]
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
@@ -14149,7 +14138,7 @@ def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
     toolbox, llm = read_toolbox(args), settings.load()
-    if settings.system and not args.chat:
+    if settings.value("system")[0] and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
     converse(llm, request, toolbox, args.hide_thinking)
@@ -14405,7 +14394,7 @@ class Repl:
         if argument:
             self.settings.args.system = argument
             self.messages = [{"role": "system", "content": argument}, *rest]
-        log.warning(f"system: {self.settings.system or '(none)'}")
+        log.warning(f"system: {self.settings.value('system')[0] or '(none)'}")
 
     def do_set(self, argument: str) -> None:
         """/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2"""
@@ -14488,13 +14477,13 @@ def run_interactive(settings: Settings) -> int:
     return Repl(settings, settings.load(), toolbox).run()
 
 
-def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
-    """Whether native kernels run a model, which ones, and the type of its keys and values."""
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
+    """Which kernels run a model, and the type of its keys and values."""
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
     native, kernels = pick_kernels(engine.kernels, device, dtype)
     packed = native and bool(checkpoint.quantization in REPACK or engine.quantize)
-    return native, kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
+    return kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
 
 
 def memory_needed(
@@ -14511,7 +14500,7 @@ def memory_needed(
         weight_bytes = int(
             sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
         )
-    kv_dtype = chosen_kernels(checkpoint, settings)[2]
+    kv_dtype = chosen_kernels(checkpoint, settings)[1]
     return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
@@ -14608,7 +14597,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    kernels, kv_dtype = chosen_kernels(checkpoint, settings)[1:]
+    kernels, kv_dtype = chosen_kernels(checkpoint, settings)
     weight_bytes, kv_bytes = memory_needed(checkpoint, settings)
     rope = config.rope["rope_type"]
     return [
@@ -15310,11 +15299,6 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
     }
 
 
-def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
-    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
-    return llm.complete(GenerationRequest(ids, params=params)).token_ids
-
-
 def compare_text(llm: LLM, about: Fields) -> Json:
     """Which texts become other ids, and which conversations another prompt."""
     pairs = zip(VERIFY_TEXTS, about["texts"])
@@ -15341,11 +15325,13 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
 def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
     """The model against a reference: what was found, and whether it passes."""
     found, greedy, places = [], [], []
+    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
     for number, ids in enumerate(about["prompts"]):
         wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
         found.append(compare_prompt(llm, ids, wanted))
         places.append(first_place(found[-1], limit))
-        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
+        answer = llm.complete(GenerationRequest(ids, params=params))
+        num_same = common_prefix(answer.token_ids, about["greedy"][number])
         margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
         greedy.append({"same": num_same, "margin": margin})
     joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
