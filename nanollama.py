@@ -9614,7 +9614,7 @@ class LLM(TextSide):
 #                 Delta --ChatReply.read--> pieces --ChatChoice, ResponseReply, ..--> events
 #
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
+#   Extend      a field is a name in SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
 #               API is a table of fields, a translation to a chat, and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
 #               https://github.com/ollama/ollama/blob/main/docs/api.md
@@ -9630,23 +9630,27 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `o
     "array": (list,),
     "object": (dict,),
 }
-# The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
-SAMPLING_FIELDS = {
-    "temperature": "number",
-    "top_p": "number",
-    "seed": "integer",
-    "presence_penalty": "number",
-    "frequency_penalty": "number",
-    "max_tokens": "integer",
-    "stop": "string or array",
-    "logit_bias": "object",
-    # beyond OpenAI's
-    "top_k": "integer",
-    "min_p": "number",
-    "repeat_penalty": "number",
-    "repeat_last_n": "integer",
-    "ignore_eos": "boolean",
-}
+
+
+def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
+    """Fields and their JSON types: those of other tables, and those listed here under their type;
+    `string_or_array` stands for either."""
+    fields = {name: kind for other in others for name, kind in other.items()}
+    for kind, names in listed.items():
+        fields |= dict.fromkeys(names.split(), kind.replace("_", " "))
+    return fields
+
+
+# The fields we honour. Those of the first table are SamplingParams fields.
+SAMPLING_FIELDS = table(
+    number="temperature top_p presence_penalty frequency_penalty",
+    integer="seed max_tokens",
+    string_or_array="stop",
+    object="logit_bias",
+)
+SAMPLING_FIELDS |= table(  # beyond OpenAI's
+    number="min_p repeat_penalty", integer="top_k repeat_last_n", boolean="ignore_eos"
+)
 # What an answer must be: as vLLM's clients and llama.cpp's say it
 GUIDES = {
     "guided_json": "schema",
@@ -9663,52 +9667,35 @@ GUIDE_TYPES = {
     "grammar": "string",
     "json_object": "boolean",
 }
-COMMON_FIELDS = {
-    **SAMPLING_FIELDS,
-    **{name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
-    "structured_outputs": "object",
-    "response_format": "object",
-    "model": "string",
-    "n": "integer",
-    "stream": "boolean",
-    "stream_options": "object",
-}
-CHAT_FIELDS = {
-    **COMMON_FIELDS,
-    "messages": "array",
-    "max_completion_tokens": "integer",
-    "logprobs": "boolean",
-    "top_logprobs": "integer",
-    "reasoning_effort": "string",
-    "metadata": "object",
-    "tools": "array",
-    "tool_choice": "string or object",
-    "parallel_tool_calls": "boolean",
-    # beyond OpenAI's
-    "chat_template_kwargs": "object",
-    "continue_final_message": "boolean",
-    "add_generation_prompt": "boolean",
-}
-TEXT_FIELDS = {
-    **COMMON_FIELDS,
-    "prompt": "string or array",
-    "best_of": "integer",
-    "echo": "boolean",
-    "logprobs": "integer",
-}
+COMMON_FIELDS = table(
+    SAMPLING_FIELDS,
+    {name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
+    object="structured_outputs response_format stream_options",
+    string="model",
+    integer="n",
+    boolean="stream",
+)
+CHAT_FIELDS = table(
+    COMMON_FIELDS,
+    array="messages tools",
+    integer="max_completion_tokens top_logprobs",
+    boolean="logprobs parallel_tool_calls",
+    string="reasoning_effort",
+    object="metadata",
+    string_or_object="tool_choice",
+)
+CHAT_FIELDS |= table(  # beyond OpenAI's
+    object="chat_template_kwargs", boolean="continue_final_message add_generation_prompt"
+)
+TEXT_FIELDS = table(
+    COMMON_FIELDS, string_or_array="prompt", integer="best_of logprobs", boolean="echo"
+)
 # Fields of OpenAI's that change nothing on one's own machine.
-HARMLESS = {
-    "user": "string",
-    "safety_identifier": "string",
-    "prompt_cache_key": "string",
-    "prompt_cache_options": "object",
-    "prompt_cache_retention": "string",
-    "prediction": "object",
-    "moderation": "object",
-    "store": "boolean",
-    "service_tier": "string",
-    "verbosity": "string",
-}
+HARMLESS = table(
+    string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
+    object="prompt_cache_options prediction moderation",
+    boolean="store",
+)
 # Fields of OpenAI's that need something we do not do, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -10049,12 +10036,7 @@ def _message(message: Any, where: str) -> Json:
 
 # ---- embeddings ----------------------------------------------------------------------------------
 
-EMBED_FIELDS = {
-    "input": "string or array",
-    "model": "string",
-    "encoding_format": "string",
-    "dimensions": "integer",
-}
+EMBED_FIELDS = table(string_or_array="input", string="model encoding_format", integer="dimensions")
 MAX_INPUTS = 2048
 
 
@@ -10330,28 +10312,16 @@ Choice = ChatChoice | TextChoice
 # ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
 # https://developers.openai.com/api/reference/resources/responses
 
-RESPONSE_FIELDS = {
-    "input": "string or array",
-    "model": "string",
-    "instructions": "string",
-    "max_output_tokens": "integer",
-    "temperature": "number",
-    "top_p": "number",
-    "stream": "boolean",
-    "stream_options": "object",
-    "text": "object",
-    "tools": "array",
-    "tool_choice": "string or object",
-    "parallel_tool_calls": "boolean",
-    "previous_response_id": "string",
-    "reasoning": "object",
-    "include": "array",
-    "top_logprobs": "integer",
-    "store": "boolean",
-    "metadata": "object",
-    # beyond OpenAI's
-    **{n: k for n, k in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
-}
+RESPONSE_FIELDS = table(
+    {n: kind for n, kind in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
+    string_or_array="input",
+    string="model instructions previous_response_id",
+    integer="max_output_tokens top_logprobs",
+    boolean="stream parallel_tool_calls store",
+    object="stream_options text reasoning metadata",
+    array="tools include",
+    string_or_object="tool_choice",
+)
 RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
@@ -10689,43 +10659,31 @@ class ResponseReply(ChatReply):
 # https://github.com/ollama/ollama/blob/main/docs/api.md
 
 OLLAMA_VERSION = "0.12.6"  # the release whose API this is
-OLLAMA_COMMON = {"model": "string", "options": "object", "keep_alive": "string or number"}
-OLLAMA_ANSWER = {
-    **OLLAMA_COMMON,
-    "stream": "boolean",
-    "format": "string or object",
-    "think": "boolean or string",
-    "logprobs": "boolean",
-    "top_logprobs": "integer",
-}
-OLLAMA_CHAT = {**OLLAMA_ANSWER, "messages": "array", "tools": "array"}
-OLLAMA_GENERATE = {
-    **OLLAMA_ANSWER,
-    "prompt": "string",
-    "system": "string",
-    "raw": "boolean",
-    "context": "array",
-}
-OLLAMA_EMBED = {
-    **OLLAMA_COMMON,
-    "input": "string or array",
-    "truncate": "boolean",
-    "dimensions": "integer",
-}
-OLLAMA_EMBEDDINGS = {**OLLAMA_COMMON, "prompt": "string"}
-OLLAMA_MODEL = {"model": "string", "name": "string", "verbose": "boolean"}
-OLLAMA_PULL = {**OLLAMA_MODEL, "stream": "boolean", "insecure": "boolean"}
-OLLAMA_COPY = {"source": "string", "destination": "string"}
-OLLAMA_CREATE = {
-    **OLLAMA_MODEL,
-    "from": "string",
-    "modelfile": "string",
-    "system": "string",
-    "parameters": "object",
-    "messages": "array",
-    "license": "string or array",
-    "stream": "boolean",
-}
+OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
+OLLAMA_ANSWER = table(
+    OLLAMA_COMMON,
+    boolean="stream logprobs",
+    string_or_object="format",
+    boolean_or_string="think",
+    integer="top_logprobs",
+)
+OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
+OLLAMA_GENERATE = table(OLLAMA_ANSWER, string="prompt system", boolean="raw", array="context")
+OLLAMA_EMBED = table(
+    OLLAMA_COMMON, string_or_array="input", boolean="truncate", integer="dimensions"
+)
+OLLAMA_EMBEDDINGS = table(OLLAMA_COMMON, string="prompt")
+OLLAMA_MODEL = table(string="model name", boolean="verbose")
+OLLAMA_PULL = table(OLLAMA_MODEL, boolean="stream insecure")
+OLLAMA_COPY = table(string="source destination")
+OLLAMA_CREATE = table(
+    OLLAMA_MODEL,
+    string="from modelfile system",
+    object="parameters",
+    array="messages",
+    string_or_array="license",
+    boolean="stream",
+)
 # What needs something we do not do, with the values that ask for nothing.
 OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "images": ([],),
@@ -10736,10 +10694,10 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantize": ("",),
 }
 # `options`: SamplingParams fields under their own names or these; and what changes nothing here.
-OLLAMA_OPTIONS = {
-    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
-    "num_predict": "integer",
-}
+OLLAMA_OPTIONS = table(
+    {name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
+    integer="num_predict",
+)
 OLLAMA_LOAD_OPTIONS = (
     "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
     "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
@@ -12320,6 +12278,10 @@ class OllamaHandlers(Handlers):
         raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
 
 
+TOKENIZE_FIELDS = table(string="prompt", boolean="add_special_tokens")
+DETOKENIZE_FIELDS = table(array="tokens", string="model")
+
+
 class App(OpenAIHandlers, OllamaHandlers):
     """Every handler: also the web chat's own route, and what looks in."""
 
@@ -12441,14 +12403,14 @@ class App(OpenAIHandlers, OllamaHandlers):
             chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
             ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
-            given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
+            given, _ = read_fields(body, TOKENIZE_FIELDS)
             text, special = required(given, "prompt"), given.get("add_special_tokens", True)
             ids = await asyncio.to_thread(llm.encode, text, special)
         return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
-        given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
+        given, _ = read_fields(await self.body(request), DETOKENIZE_FIELDS)
         ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
         n_vocab = llm.engine.n_vocab
         bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
@@ -12484,7 +12446,6 @@ class Route:
     required: tuple[str, ...] = ()
 
 
-TOKENIZE_FIELDS = {"prompt": "string", "add_special_tokens": "boolean", **CHAT_FIELDS}
 ROUTES = (
     Route(App.page, ("GET /",)),
     Route(App.health, ("GET /health",)),
@@ -12500,8 +12461,8 @@ ROUTES = (
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
     Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
-    Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
-    Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
+    Route(App.tokenize, ("POST /tokenize",), table(TOKENIZE_FIELDS, CHAT_FIELDS)),
+    Route(App.detokenize, ("POST /detokenize",), DETOKENIZE_FIELDS),
     Route(App.tokenizer_info, ("GET /tokenizer_info",)),
     Route(App.ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),
     Route(App.ollama_generate, ("POST /api/generate",), OLLAMA_GENERATE, ("model",)),
