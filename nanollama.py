@@ -9982,10 +9982,8 @@ def _template_kwargs(given: Fields) -> Json:
         refuse(f"chat_template_kwargs must not have {min(ours)}", "chat_template_kwargs")
     if effort := given.get("reasoning_effort"):
         kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    for name in ("continue_final_message", "add_generation_prompt"):
-        if name in given:
-            kwargs[name] = given[name]
-    return kwargs
+    same = ("continue_final_message", "add_generation_prompt")
+    return kwargs | {name: given[name] for name in same if name in given}
 
 
 def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
@@ -10213,7 +10211,7 @@ class ChatReply(Reply):
 class ChatChoice(ChatReply):
     """One choice of a chat answer of OpenAI's."""
 
-    object, id_prefix = "chat.completion", "chatcmpl-"
+    object, chunk, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def __init__(
         self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
@@ -10256,7 +10254,7 @@ class ChatChoice(ChatReply):
 class TextChoice(Reply):
     """One choice of a legacy completion, as ChatChoice; with echo, the prompt comes first."""
 
-    object, id_prefix = "text_completion", "cmpl-"
+    object, chunk, id_prefix = "text_completion", "text_completion", "cmpl-"
     LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
 
     def __init__(self, index: int, seq: Sequence, splitter: AnswerSplitter, echo: bool) -> None:
@@ -10907,9 +10905,7 @@ class ChoicesReply(Reply):
         }
 
     def _event(self, choices: list[Json], **more: Any) -> Json:
-        head = dict(self.envelope)
-        if head["object"] == "chat.completion":
-            head["object"] = "chat.completion.chunk"
+        head = {**self.envelope, "object": self.choices[0].chunk}
         usage = {"usage": None} if self.wire.include_usage else {}
         return {**head, **usage, "choices": choices, **more}
 
@@ -14147,12 +14143,11 @@ def read_rows(name: str) -> list[BatchRow]:
     rows = []
     for number, line in enumerate(read_input(name).splitlines(), 1):
         try:
-            text = line.decode("utf-8")
+            row = BatchRow(number, line.decode("utf-8"))
         except UnicodeDecodeError:
-            rows.append(BatchRow(number, None, RequestError("the line is not UTF-8 text")))
-            continue
-        if text.strip():
-            rows.append(BatchRow(number, text))
+            row = BatchRow(number, None, RequestError("the line is not UTF-8 text"))
+        if row.prompt is None or row.prompt.strip():
+            rows.append(row)
     if not rows:
         raise RequestError(f"{name}: holds no prompts; write one on each line")
     return rows
