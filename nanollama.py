@@ -11404,10 +11404,13 @@ class Models:
 
     async def load(self, pool: Pool) -> None:
         try:
-            async with self.room:
-                await self.make_room(pool)
-                pool.loading_bytes = pool.need_bytes
+            if not self.starting:  # nobody is there to make room
+                async with self.room:
+                    await self.make_room(pool)
+                    pool.loading_bytes = pool.need_bytes
             await pool.load()
+            if not pool.need_bytes:
+                pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
             self.starting = None
         except Exception as error:
             await pool.stop()
@@ -14184,6 +14187,11 @@ def run_embed(settings: Settings) -> int:
     return 1 if any(row.error for row in rows) else 0
 
 
+def with_progress(items: Iterable[Found], total: int, **more: Any) -> Iterable[Found]:
+    """The items as they come, counted by a bar where stderr is a terminal."""
+    return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **more)
+
+
 def run_batch(settings: Settings) -> int:
     """--batch-file: every line through the engine together, answers in the order of the lines."""
     args = settings.args
@@ -14199,14 +14207,11 @@ def run_batch(settings: Settings) -> int:
         if out is not sys.stdout:
             with contextlib.suppress(OSError):  # a pipe or a device has nothing to cut off
                 out.truncate(0)
-        bar = stack.enter_context(
-            tqdm.tqdm(total=len(rows), unit="prompt", file=sys.stderr, disable=None)
-        )
         request = functools.partial(settings.request, llm=llm)
-        for row in answered(rows, llm, request, args.hide_thinking):
-            bar.update()
+        done = answered(rows, llm, request, args.hide_thinking)
+        for row in with_progress(done, len(rows), unit="prompt"):
             if row.error:
-                bar.write(f"line {row.line}: {row.error}", file=sys.stderr)
+                tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
             out.write((row.out.getvalue() if args.output is None else row.json()) + "\n")
             out.flush()
     log.warning(speed_line(llm.engine.stats))
@@ -14929,7 +14934,7 @@ def interval(num_right: float, num: int) -> tuple[float, float]:
     return middle - width, middle + width
 
 
-def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> Json:
+def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
     """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
     the tokenizer puts none before it; nor are its bytes counted then."""
     try:
@@ -14943,11 +14948,9 @@ def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> Json:
     if num_bytes < 1 or len(prefix) + len(ids) < 2:
         raise RequestError(f"{name}: too short to be scored")
     windows = list(text_windows(prefix, ids, window, stride))
-    bar.reset(total=len(windows))
     num_tokens, bits = 0, 0.0
-    for _, logprobs in llm.score(windows):
+    for _, logprobs in with_progress(llm.score(windows), len(windows), leave=False):
         num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
-        bar.update()
     return {
         "file": name,
         "bytes": num_bytes,
@@ -14959,16 +14962,14 @@ def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> Json:
     }
 
 
-def eval_task(llm: LLM, name: str, bar: Any) -> Json:
+def eval_task(llm: LLM, name: str) -> Json:
     """How often the right choice is the likeliest: as a whole, and per character of its text
     (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
     questions = read_task(name)
     texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
-    bar.reset(total=len(texts))
     sums = [0.0] * len(texts)
-    for index, logprobs in llm.score(texts):
+    for index, logprobs in with_progress(llm.score(texts), len(texts), leave=False):
         sums[index] = sum(logprobs)
-        bar.update()
     found: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)
     scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
@@ -15026,11 +15027,10 @@ def command_eval(argv: list[str]) -> int:
             "stride is shorter"
         )
     results: Json = {"model": settings.model}
-    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
-        if args.text:
-            results["text"] = eval_text(llm, args.text, window, stride, bar)
-        if args.task:
-            results["task"] = eval_task(llm, args.task, bar)
+    if args.text:
+        results["text"] = eval_text(llm, args.text, window, stride)
+    if args.task:
+        results["task"] = eval_task(llm, args.task)
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))
     else:
