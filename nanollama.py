@@ -99,7 +99,6 @@ import queue
 import random
 import re
 import reprlib
-import runpy
 import secrets
 import shutil
 import signal
@@ -13782,8 +13781,7 @@ class AnswerPrinter:
         self.splitter, self.hide_thinking = splitter, hide_thinking
         self.out = out or sys.stdout
         self.dim = self.out.isatty()
-        self.thoughts: list[str] = []
-        self.content: list[str] = []
+        self.text = {"content": "", "thought": ""}
         self.calls: list[Json] = []
 
     def push(self, delta: Delta) -> None:
@@ -13796,24 +13794,24 @@ class AnswerPrinter:
 
     def _write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if piece.kind in ("name", "arguments"):
+            if piece.kind not in self.text:
                 add_to_calls(self.calls, piece)
                 continue
             text, is_thought = piece.text, piece.kind == "thought"
-            if self.hide_thinking and self.thoughts and not is_thought and not self.content:
-                text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if text:
-                (self.thoughts if is_thought else self.content).append(text)
+            is_gap = self.text["thought"] and not (is_thought or self.text["content"])
+            if self.hide_thinking and is_gap:
+                text = text.lstrip("\n")  # between the hidden thoughts and the answer
+            self.text[piece.kind] += text
             if not (is_thought and self.hide_thinking):
                 self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
     def message(self) -> Json:
         """The answer as a message of the conversation."""
-        thoughts = "".join(self.thoughts)
+        thoughts = self.text["thought"]
         for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
             thoughts = thoughts.replace(tag, "")
-        message: Json = {"role": "assistant", "content": "".join(self.content)}
+        message: Json = {"role": "assistant", "content": self.text["content"]}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
             message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
@@ -13876,10 +13874,13 @@ class Toolbox:
 
     def __init__(self, path: str, asks: bool = True) -> None:
         self.asks, own = asks, "nanollama_tools"
+        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look themselves up there
+        module.__file__ = path
         try:
-            found = runpy.run_path(path, run_name=own).values()
-            functions = [f for f in found if inspect.isfunction(f) and f.__module__ == own]
-            self.functions = {f.__name__: f for f in functions if not f.__name__.startswith("_")}
+            exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
+            found = [f for f in vars(module).values() if inspect.isfunction(f)]
+            public = [f for f in found if f.__module__ == own and not f.__name__.startswith("_")]
+            self.functions = {f.__name__: f for f in public}
             self.tools = [function_tool(function) for function in self.functions.values()]
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
@@ -13934,7 +13935,7 @@ def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) 
         log.warning(" (stopped)")
     finally:
         deltas.close()  # type: ignore[attr-defined]
-        if is_started and (printer.content or not printer.calls):
+        if is_started and (printer.text["content"] or not printer.calls):
             print(flush=True)
     return printer
 
