@@ -9838,10 +9838,12 @@ def read_format(wanted: Fields, where: str) -> tuple[str, Any, str]:
             check_type(f"{where}.strict", inner["strict"], "boolean")
         check_type(f"{where}.schema", inner.get("schema"), "object")
         return "schema", inner["schema"], f"{where}.schema"
-    if kind not in ("text", "json_object"):
+    if kind == "json_object":
+        return "json_object", True, where
+    if kind != "text":
         known = "text, json_object, json_schema"
         refuse(f"{where}.type is {brief(kind)}; use one of {known}", f"{where}.type")
-    return ("json_object", True, where) if kind == "json_object" else ("", None, where)
+    return "", None, where
 
 
 def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
@@ -10278,11 +10280,11 @@ def _item_text(content: Any, where: str) -> str:
     check_type(f"{where}.content", content, "string or array")
     texts: list[str] = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else 0
-        if kind not in ("input_text", "output_text", "refusal", "text") or not isinstance(
-            text, str
-        ):
+        part = part if isinstance(part, dict) else {"type": part}
+        kind = part.get("type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        known = kind in ("input_text", "output_text", "refusal", "text")
+        if not (known and isinstance(text, str)):
             refuse(f"{where} has a part of type {brief(kind)}; only text is read here", where)
         texts.append(text)
     return "".join(texts)
@@ -11913,26 +11915,21 @@ class OpenAIHandlers(Handlers):
         """POST /v1/chat/completions"""
         body, pool = await self.asked_model(request)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
-        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.complete(request, pool, wire, make)
+        return await self.complete(request, pool, wire, ChatChoice, self.config.reasoning_name)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
         body, pool = await self.asked_model(request)
         wire = parse_text(body, pool.sampling, self.config.strict)
-        make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.complete(request, pool, wire, make)
+        return await self.complete(request, pool, wire, TextChoice, wire.echo)
 
     async def complete(
-        self,
-        request: Request,
-        pool: Pool,
-        wire: WireRequest,
-        make: Callable[[int, Sequence, AnswerSplitter], Choice],
+        self, request: Request, pool: Pool, wire: WireRequest, kind: type[Choice], how: Any
     ) -> Response:
-        """Answer as OpenAI does, under the name that was asked for."""
+        """Answer with choices of a kind, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
-        choices = list(map(make, itertools.count(), job.sequences, job.splitters))
+        answers = enumerate(zip(job.sequences, job.splitters))
+        choices = [kind(index, *answer, how) for index, answer in answers]
         reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
@@ -14021,11 +14018,12 @@ class BatchRow:
     def push(self, delta: Delta, llm: LLM, request: GenerationRequest, hide_thinking: bool) -> None:
         """Take a part of the answer to `request`."""
         self.error, self.last = delta.error, delta
-        if self.printer is None and not delta.error:
+        if delta.error:
+            return
+        if self.printer is None:
             splitter = AnswerSplitter(llm.prompt_text(request), keep_tags=True)
             self.printer = AnswerPrinter(splitter, hide_thinking, self.out)
-        if self.printer and not delta.error:
-            self.printer.push(delta)
+        self.printer.push(delta)
 
     def json(self) -> str:
         text = self.out.getvalue()
