@@ -12034,10 +12034,8 @@ class OllamaHandlers(Handlers):
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed"""
         given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
-        texts = given.get("input") or []
-        texts = [texts] if isinstance(texts, str) else texts
-        pool, clock = await self.ollama_pool(given)
-        deltas = await self.ollama_vectors(request, pool, texts, given.get("truncate", True))
+        cuts = given.get("truncate", True)
+        deltas, clock = await self.ollama_vectors(request, given, "input", cuts)
         dimensions = given.get("dimensions") or None
         body = {
             "model": given["model"],
@@ -12050,28 +12048,29 @@ class OllamaHandlers(Handlers):
     async def ollama_embeddings(self, request: Request) -> Response:
         """POST /api/embeddings, superseded by /api/embed"""
         given, ignored = await self.ollama_given(request, OLLAMA_EMBEDDINGS)
-        pool, _ = await self.ollama_pool(given)
-        texts = [given["prompt"]] if given.get("prompt") else []
-        deltas = await self.ollama_vectors(request, pool, texts, True)
+        deltas, _ = await self.ollama_vectors(request, given, "prompt", True)
         body = {"embedding": deltas[0].embedding if deltas else []}
         return as_json(body, headers=ignored_header(ignored))
 
     async def ollama_vectors(
-        self, request: Request, pool: Pool, texts: list[Any], truncate: bool
-    ) -> list[Delta]:
-        """An embedding of each text, of which too long ones are cut where `truncate` says so."""
+        self, request: Request, given: Fields, name: str, cuts: bool
+    ) -> tuple[list[Delta], Clock]:
+        """An embedding of each text of a field; `cuts` too long ones."""
+        texts = given.get(name) or []
+        texts = [texts] if isinstance(texts, str) else texts
+        pool, clock = await self.ollama_pool(given)
         if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
             refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
         llm = pool.llm()
 
         def encode() -> list[list[int]]:
             found = [llm.encode(text) for text in texts]
-            return [ids[: llm.engine.n_ctx] for ids in found] if truncate else found
+            return [ids[: llm.engine.n_ctx] for ids in found] if cuts else found
 
         with pool.held():
             ids = await asyncio.to_thread(encode)
         requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
-        return await self.embed(request, pool, requests)
+        return await self.embed(request, pool, requests), clock
 
     async def ollama_version(self, request: Request) -> Response:
         """GET /api/version: the release of Ollama whose API this is"""
