@@ -2414,8 +2414,8 @@ static void choose_experts(const experts_call *c, float *weights, const float *x
         kept += weights[best];
         weights[best] = -weights[best];
     }
-    for (int64_t e = 0; e < E; e++)
-        weights[e] = MAX(-weights[e], 0) / (c->is_renormalized ? kept : sum);
+    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
+    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
     weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
 }
 
@@ -2437,7 +2437,7 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
     for (int64_t e = 0; e < num_all; e++) {
         int64_t num = 0;
         for (int64_t t = 0; t < n; t++)
-            if (c.weights[t * (E + 1) + e] > 0) {
+            if (c.weights[t * (E + 1) + e] != 0) {
                 memcpy(x + num * C, c.x + t * C, C * sizeof(float));
                 tokens[num++] = t;
             }
@@ -15149,6 +15149,14 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
     }
 
 
+def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    """What the model says next; nothing when it computes no numbers."""
+    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
+    with contextlib.suppress(LogitsError):
+        return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    return []
+
+
 def compare_text(llm: LLM, about: Fields) -> Json:
     """Which texts become other ids, and which conversations another prompt."""
     pairs = zip(VERIFY_TEXTS, about["texts"])
@@ -15175,13 +15183,11 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
 def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
     """The model against a reference: what was found, and whether it passes."""
     found, greedy, places = [], [], []
-    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
     for number, ids in enumerate(about["prompts"]):
         wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
         found.append(compare_prompt(llm, ids, wanted))
         places.append(first_place(found[-1], limit))
-        answer = llm.complete(GenerationRequest(ids, params=params))
-        num_same = common_prefix(answer.token_ids, about["greedy"][number])
+        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
         margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
         greedy.append({"same": num_same, "margin": margin})
     joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}

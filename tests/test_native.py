@@ -813,6 +813,9 @@ def test_experts_give_what_torch_makes_of_the_same_matrices(
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(mixture, "downs", None)
                 torch.testing.assert_close(ours, mixture(x, norm, residual), rtol=1e-4, atol=1e-4)
+        mixture.gate.weight = mixture.gate.weight.clone()
+        mixture.gate.weight[1, 2] = torch.nan
+        assert mixture(x, norm).isnan().all()  # not hidden
 
 
 # ---- threads and forks ---------------------------------------------------------------------------
