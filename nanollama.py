@@ -10299,7 +10299,7 @@ def under_type(value: Any) -> Any:
         return value
     inner = {k: v for k, v in value.items() if k != "type" and v is not None}
     if kind == "allowed_tools":
-        inner["tools"] = under_type(inner.get("tools"))
+        inner["tools"] = under_type(inner.get("tools", []))
     return {"type": kind, kind: inner}
 
 
@@ -10309,6 +10309,10 @@ def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
     same = ("model", "stream", "parallel_tool_calls", "metadata")
     body = {name: given[name] for name in (*same, *SAMPLING_FIELDS) if name in given}
     body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
+    for i, tool in enumerate(given.get("tools", [])):
+        check_type(at := f"tools[{i}]", tool, "object")
+        if (kind := tool.get("type")) != "function":
+            refuse(f"{at} is of type {brief(kind)}; only functions can be called", at)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
