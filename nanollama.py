@@ -82,7 +82,6 @@ import functools
 import hashlib
 import hmac
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import io
@@ -104,6 +103,7 @@ import secrets
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -9591,48 +9591,50 @@ class LLM(TextSide):
 #   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
 #               named in a header), or refused with a 400 that names it; null means absent. A whole
 #               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
-#               first put into the words of a chat, so that there is one way to read a request, and
-#               one choice makes the pieces that each API wraps in its own way:
+#               first put into the words of a chat, so that there is one way to read a request and
+#               to take an answer apart, into pieces that each API wraps in its own way:
 #
 #                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
-#                 Delta --ChatChoice--> chunks --Reply, ResponseReply, OllamaReply--> events
+#                 Delta --ChatReply.read--> pieces --ChatChoice, ResponseReply, ..--> events
 #
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a row of SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
+#   Extend      a field is a name in SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
 #               API is a table of fields, a translation to a chat, and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
 #               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
-JSON_TYPES: dict[str, tuple[type, ...]] = {
+Json = dict[str, Any]  # an object
+Fields = Mapping[str, Any]  # one that is only read
+JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `or` between them
     "number": (int, float),
     "integer": (int,),
     "boolean": (bool,),
     "string": (str,),
     "array": (list,),
     "object": (dict,),
-    "string or array": (str, list),
-    "string or object": (str, dict),
-    "string or number": (str, int, float),
-    "boolean or string": (bool, str),
 }
-# The fields we honour, with their JSON types. Those of the first table are SamplingParams fields.
-SAMPLING_FIELDS = {
-    "temperature": "number",
-    "top_p": "number",
-    "seed": "integer",
-    "presence_penalty": "number",
-    "frequency_penalty": "number",
-    "max_tokens": "integer",
-    "stop": "string or array",
-    "logit_bias": "object",
-    # beyond OpenAI's
-    "top_k": "integer",
-    "min_p": "number",
-    "repeat_penalty": "number",
-    "repeat_last_n": "integer",
-    "ignore_eos": "boolean",
-}
+
+
+def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
+    """Fields and their JSON types: those of other tables, and those listed here under their type;
+    `string_or_array` stands for either."""
+    fields = {name: kind for other in others for name, kind in other.items()}
+    for kind, names in listed.items():
+        fields |= dict.fromkeys(names.split(), kind.replace("_", " "))
+    return fields
+
+
+# The fields we honour. Those of the first table are SamplingParams fields.
+SAMPLING_FIELDS = table(
+    number="temperature top_p presence_penalty frequency_penalty",
+    integer="seed max_tokens",
+    string_or_array="stop",
+    object="logit_bias",
+)
+SAMPLING_FIELDS |= table(  # beyond OpenAI's
+    number="min_p repeat_penalty", integer="top_k repeat_last_n", boolean="ignore_eos"
+)
 # What an answer must be: as vLLM's clients and llama.cpp's say it
 GUIDES = {
     "guided_json": "schema",
@@ -9649,52 +9651,35 @@ GUIDE_TYPES = {
     "grammar": "string",
     "json_object": "boolean",
 }
-COMMON_FIELDS = {
-    **SAMPLING_FIELDS,
-    **{name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
-    "structured_outputs": "object",
-    "response_format": "object",
-    "model": "string",
-    "n": "integer",
-    "stream": "boolean",
-    "stream_options": "object",
-}
-CHAT_FIELDS = {
-    **COMMON_FIELDS,
-    "messages": "array",
-    "max_completion_tokens": "integer",
-    "logprobs": "boolean",
-    "top_logprobs": "integer",
-    "reasoning_effort": "string",
-    "metadata": "object",
-    "tools": "array",
-    "tool_choice": "string or object",
-    "parallel_tool_calls": "boolean",
-    # beyond OpenAI's
-    "chat_template_kwargs": "object",
-    "continue_final_message": "boolean",
-    "add_generation_prompt": "boolean",
-}
-TEXT_FIELDS = {
-    **COMMON_FIELDS,
-    "prompt": "string or array",
-    "best_of": "integer",
-    "echo": "boolean",
-    "logprobs": "integer",
-}
+COMMON_FIELDS = table(
+    SAMPLING_FIELDS,
+    {name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
+    object="structured_outputs response_format stream_options",
+    string="model",
+    integer="n",
+    boolean="stream",
+)
+CHAT_FIELDS = table(
+    COMMON_FIELDS,
+    array="messages tools",
+    integer="max_completion_tokens top_logprobs",
+    boolean="logprobs parallel_tool_calls",
+    string="reasoning_effort",
+    object="metadata",
+    string_or_object="tool_choice",
+)
+CHAT_FIELDS |= table(  # beyond OpenAI's
+    object="chat_template_kwargs", boolean="continue_final_message add_generation_prompt"
+)
+TEXT_FIELDS = table(
+    COMMON_FIELDS, string_or_array="prompt", integer="best_of logprobs", boolean="echo"
+)
 # Fields of OpenAI's that change nothing on one's own machine.
-HARMLESS = {
-    "user": "string",
-    "safety_identifier": "string",
-    "prompt_cache_key": "string",
-    "prompt_cache_options": "object",
-    "prompt_cache_retention": "string",
-    "prediction": "object",
-    "moderation": "object",
-    "store": "boolean",
-    "service_tier": "string",
-    "verbosity": "string",
-}
+HARMLESS = table(
+    string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
+    object="prompt_cache_options prediction moderation",
+    boolean="store",
+)
 # Fields of OpenAI's that need something we do not do, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -9731,13 +9716,12 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
     return math.inf if text.startswith("-") else seconds
 
 
-def error_body(error: NanollamaError) -> dict[str, Any]:
+def error_body(error: NanollamaError) -> Json:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    return {
-        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    }
+    about = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return {"error": about}
 
 
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
@@ -9748,17 +9732,17 @@ def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
 
 def check_type(name: str, value: Any, kind: str) -> None:
     """Refuse a value that is not of the JSON type `kind`. To JSON, true is no integer."""
-    types = JSON_TYPES[kind]
+    types = tuple(one for word in kind.split(" or ") for one in JSON_TYPES[word])
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         refuse(f"{name} is {brief(value)}; the JSON type needed is {kind}", name, "invalid_type")
 
 
 def read_fields(
-    body: Mapping[str, Any],
+    body: Fields,
     known: Mapping[str, str],
     strict: bool = False,
     neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+) -> tuple[Json, tuple[str, ...]]:
     """The known fields of a body that are not null, with their types checked; and the names of
     those that have no effect. Raises RequestError for what cannot be honoured."""
     given = {name: value for name, value in body.items() if value is not None}
@@ -9773,7 +9757,7 @@ def read_fields(
     return {name: given[name] for name in given if name in known}, ignored
 
 
-def required(given: Mapping[str, Any], name: str) -> Any:
+def required(given: Fields, name: str) -> Any:
     if given.get(name) in (None, []):
         refuse(f"{name} is missing or empty", name, "missing_required_parameter")
     return given[name]
@@ -9790,15 +9774,12 @@ class WireRequest:
     include_usage: bool = False
     echo: bool = False
     names: Mapping[str, str] = field(default_factory=dict)  # the body's, for SamplingParams fields
-    metadata: Mapping[str, Any] | None = None
+    metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
 
 def parse_chat(
-    body: Mapping[str, Any],
-    defaults: Mapping[str, Any],
-    strict: bool = False,
-    opening: Iterable[dict[str, Any]] = (),
+    body: Fields, defaults: Fields, strict: bool = False, opening: Iterable[Json] = ()
 ) -> WireRequest:
     """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
     a conversation that has no system message. Raises RequestError."""
@@ -9820,9 +9801,7 @@ def parse_chat(
     return _wire(given, [request], names=names, metadata=metadata, ignored=ignored)
 
 
-def parse_text(
-    body: Mapping[str, Any], defaults: Mapping[str, Any], strict: bool = False
-) -> WireRequest:
+def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequest:
     """A body of /v1/completions. Raises RequestError."""
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
@@ -9839,7 +9818,7 @@ def parse_text(
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
-def read_tools(given: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+def read_tools(given: Fields) -> tuple[list[Json] | None, ToolChoice]:
     """The tools of a body, and what it says of their use. Raises RequestError."""
     tools = given.get("tools") or None
     for i, tool in enumerate(tools or []):
@@ -9869,7 +9848,7 @@ def _tool_choice(choice: Any) -> ToolChoice:
     refuse(f"tool_choice is {brief(choice)}; use {known}", "tool_choice")
 
 
-def _wire(given: Mapping[str, Any], requests: list[GenerationRequest], **more: Any) -> WireRequest:
+def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> WireRequest:
     """What both endpoints share: n choices for each prompt, streaming, the model's name."""
     n, stream = given.get("n", 1), given.get("stream", False)
     if not 1 <= n * len(requests) <= MAX_CHOICES:
@@ -9897,8 +9876,8 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 
 
 def _sampling(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], least_tokens: int = 1
-) -> tuple[dict[str, Any], dict[str, str]]:
+    given: Fields, defaults: Fields, least_tokens: int = 1
+) -> tuple[Json, dict[str, str]]:
     """SamplingParams fields of a body over the defaults, and the body's names for some."""
     values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
     for name in ("max_tokens", "max_completion_tokens"):
@@ -9920,7 +9899,7 @@ def _sampling(
     return values, {}
 
 
-def read_guide(given: Mapping[str, Any]) -> tuple[str, Any, str] | None:
+def read_guide(given: Fields) -> tuple[str, Any, str] | None:
     """What a body says that an answer must be: the SamplingParams field ('' for any text), its
     value, and where it stands; None where the body does not say. Raises RequestError."""
     found = [(kind, given[name], name) for name, kind in GUIDES.items() if name in given]
@@ -9938,7 +9917,7 @@ def read_guide(given: Mapping[str, Any]) -> tuple[str, Any, str] | None:
     return _guide(*asked[0]) if asked else None
 
 
-def read_format(wanted: Mapping[str, Any], where: str) -> tuple[str, Any, str]:
+def read_format(wanted: Fields, where: str) -> tuple[str, Any, str]:
     """`response_format` of a chat: kind, value, where"""
     kind = wanted.get("type")
     if kind == "json_schema":
@@ -9948,10 +9927,12 @@ def read_format(wanted: Mapping[str, Any], where: str) -> tuple[str, Any, str]:
             check_type(f"{where}.strict", inner["strict"], "boolean")
         check_type(f"{where}.schema", inner.get("schema"), "object")
         return "schema", inner["schema"], f"{where}.schema"
-    if kind not in ("text", "json_object"):
+    if kind == "json_object":
+        return "json_object", True, where
+    if kind != "text":
         known = "text, json_object, json_schema"
         refuse(f"{where}.type is {brief(kind)}; use one of {known}", f"{where}.type")
-    return ("json_object", True, where) if kind == "json_object" else ("", None, where)
+    return "", None, where
 
 
 def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
@@ -9980,20 +9961,18 @@ def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
     return int(token_id), bias
 
 
-def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+def _template_kwargs(given: Fields) -> Json:
     """What the chat template gets beside the messages."""
     kwargs = dict(given.get("chat_template_kwargs", {}))
     if ours := kwargs.keys() & {"self", "tokenizer", "template", "messages", "tools"}:
         refuse(f"chat_template_kwargs must not have {min(ours)}", "chat_template_kwargs")
     if effort := given.get("reasoning_effort"):
         kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    for name in ("continue_final_message", "add_generation_prompt"):
-        if name in given:
-            kwargs[name] = given[name]
-    return kwargs
+    same = ("continue_final_message", "add_generation_prompt")
+    return kwargs | {name: given[name] for name in same if name in given}
 
 
-def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
+def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
     """A field that is a string, a list of strings, a list of ids, or a list of lists of ids."""
     value = required(given, name)
 
@@ -10007,9 +9986,7 @@ def read_prompts(given: Mapping[str, Any], name: str) -> list[str | list[int]]:
     return list(value)
 
 
-def parse_messages(
-    given: Mapping[str, Any], opening: Iterable[dict[str, Any]] = ()
-) -> list[dict[str, Any]]:
+def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
     """The `messages` of a body, checked, after the opening. Raises RequestError, naming the
     message."""
     check_type("messages", messages := required(given, "messages"), "array")
@@ -10018,19 +9995,19 @@ def parse_messages(
     return [*([] if has_system else opening), *read]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str) -> Json:
     check_type(where, message, "object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         refuse(f"{where}.role is {brief(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
-    if message.get("tool_calls") is not None:
-        check_type(f"{where}.tool_calls", message["tool_calls"], "array")
-        for i, call in enumerate(message["tool_calls"]):
-            at = f"{where}.tool_calls[{i}].function"
-            function: Any = call.get("function") if isinstance(call, dict) else call
-            check_type(at, function, "object")
-            check_type(f"{at}.name", function.get("name"), "string")
-            check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
+    calls = message.get("tool_calls")
+    check_type(f"{where}.tool_calls", [] if calls is None else calls, "array")
+    for i, call in enumerate(calls or []):
+        at = f"{where}.tool_calls[{i}].function"
+        function: Any = call.get("function") if isinstance(call, dict) else call
+        check_type(at, function, "object")
+        check_type(f"{at}.name", function.get("name"), "string")
+        check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
     if isinstance(content, str) or (content is None and role == "assistant"):
         return dict(message)
     check_type(f"{where}.content", content, "string or array")
@@ -10043,28 +10020,13 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 # ---- embeddings ----------------------------------------------------------------------------------
 
-EMBED_FIELDS = {
-    "input": "string or array",
-    "model": "string",
-    "encoding_format": "string",
-    "dimensions": "integer",
-}
+EMBED_FIELDS = table(string_or_array="input", string="model encoding_format", integer="dimensions")
 MAX_INPUTS = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class WireEmbed:
-    """A body of /v1/embeddings, checked."""
-
-    requests: tuple[GenerationRequest, ...]
-    model: str | None
-    is_base64: bool = False
-    dimensions: int | None = None
-    ignored: tuple[str, ...] = ()
-
-
-def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
-    """A body of /v1/embeddings. Raises RequestError."""
+def parse_embed(body: Fields, strict: bool = False) -> tuple[WireRequest, Json]:
+    """A body of /v1/embeddings -> the request, and the fields that were given. Raises
+    RequestError."""
     given, ignored = read_fields(body, EMBED_FIELDS, strict)
     prompts = read_prompts(given, "input")
     if len(prompts) > MAX_INPUTS or "" in prompts:
@@ -10073,8 +10035,7 @@ def parse_embed(body: Mapping[str, Any], strict: bool = False) -> WireEmbed:
     if form not in ("float", "base64"):
         refuse(f"encoding_format is {brief(form)}; use float or base64", "encoding_format")
     requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
-    dimensions = given.get("dimensions")
-    return WireEmbed(requests, given.get("model"), form == "base64", dimensions, ignored)
+    return WireRequest(requests, given.get("model"), ignored=ignored), given
 
 
 def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
@@ -10088,12 +10049,12 @@ def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
     return [x / length for x in vector[:dimensions]]
 
 
-def embed_body(deltas: list[Delta], wire: WireEmbed, model: str) -> dict[str, Any]:
+def embed_body(deltas: list[Delta], given: Fields, model: str) -> Json:
     """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
     data = []
     for index, delta in enumerate(deltas):
-        vector: Any = cut_embedding(delta.embedding or [], wire.dimensions)
-        if wire.is_base64:
+        vector: Any = cut_embedding(delta.embedding or [], given.get("dimensions"))
+        if given.get("encoding_format") == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
@@ -10104,7 +10065,7 @@ def embed_body(deltas: list[Delta], wire: WireEmbed, model: str) -> dict[str, An
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
+def usage_body(usages: list[Usage], per_prompt: int) -> Json:
     """`usage` of a response, from that of each choice: a prompt counts once."""
     num_prompt = sum(usage.prompt_tokens for usage in usages[::per_prompt])
     num_new = sum(usage.completion_tokens for usage in usages)
@@ -10118,15 +10079,16 @@ def usage_body(usages: list[Usage], per_prompt: int) -> dict[str, Any]:
     }
 
 
-def timings_body(usages: list[Usage]) -> dict[str, Any]:
+def timings_body(usages: list[Usage]) -> Json:
     """`timings`, in llama.cpp's words: the sums over all choices."""
-    cached = sum(u.cached_tokens for u in usages)
-    num_prompt = sum(u.prompt_tokens for u in usages) - cached
+    total = Counter[str]()
+    for usage in usages:
+        total.update(dataclasses.asdict(usage))
+    cached, prompt_s, decode_s = total["cached_tokens"], total["prefill_s"], total["decode_s"]
+    num_prompt, num_drafted = total["prompt_tokens"] - cached, total["drafted_tokens"]
     # the first token comes with the prompt: decoding starts after it
     num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
-    prompt_s, decode_s = sum(u.prefill_s for u in usages), sum(u.decode_s for u in usages)
-    num_drafted = sum(u.drafted_tokens for u in usages)
-    drafts = {"draft_n": num_drafted, "draft_n_accepted": sum(u.accepted_tokens for u in usages)}
+    drafts = {"draft_n": num_drafted, "draft_n_accepted": total["accepted_tokens"]}
     return {
         "prompt_n": num_prompt,
         "cache_n": cached,
@@ -10145,7 +10107,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
 
 
-def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
+def add_to_calls(calls: list[Json], piece: Piece) -> Json:
     """Add a name, which begins a call, or a piece of its arguments -> the delta of that."""
     if piece.kind == "name":
         function = {"name": piece.text, "arguments": ""}
@@ -10158,67 +10120,72 @@ def add_to_calls(calls: list[dict[str, Any]], piece: Piece) -> dict[str, Any]:
     return {"index": len(calls) - 1, **news}
 
 
-class ChatChoice:
-    """One choice of a chat answer: `start`, then `push` each delta, give its stream chunks;
-    `result` is the same as one object."""
+class Reply:
+    """An answer in the words of an API: `start`, then `push` each delta, and `end` give the objects
+    of its stream; `result` is the same as one object."""
 
-    object, id_prefix = "chat.completion", "chatcmpl-"
+    def start(self) -> list[Json]:
+        return []
 
-    def __init__(
-        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
-    ) -> None:
-        self.index, self.tokenizer, self.splitter = index, seq.text.tokenizer, splitter
-        self.names = {"content": "content", "thought": reasoning_name}
+    def push(self, delta: Delta) -> list[Json]:
+        raise NotImplementedError
+
+    def end(self) -> list[Json]:
+        return []
+
+    def result(self) -> Json:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    """The answer to a chat, whatever the API: `read` takes deltas apart, and keeps what they add
+    up to."""
+
+    def __init__(self, seq: Sequence, splitter: AnswerSplitter) -> None:
+        self.seq, self.tokenizer, self.splitter = seq, seq.text.tokenizer, splitter
         self.text = {"content": "", "thought": ""}
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[dict[str, Any]] | None = None if seq.params.logprobs is None else []
-        self.pending: list[dict[str, Any]] = []  # logprobs of tokens whose text is still held back
+        self.calls: list[Json] = []
+        self.logprobs: list[Json] | None = None if seq.params.logprobs is None else []
+        self.pending: list[Json] = []  # logprobs of tokens whose text is still held back
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
-    def _chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def start(self) -> list[dict[str, Any]]:
-        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
-
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def read(self, delta: Delta) -> list[tuple[str, Any, list[Json]]]:
+        """Pieces: `content` or `thought` with their text, or `call` with the delta that tells of
+        it; and the logprobs of the tokens they come from."""
         thoughts = self.splitter.thoughts
         was_thinking = thoughts.thinking
         pieces = self.splitter.push(delta.text)
         if delta.finish_reason:
             pieces += self.splitter.flush()
-        if self.logprobs is not None:
-            self.pending += self._entries(delta)
-        chunks = [self._chunk(self._add(piece)) for piece in pieces]
+            self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
+            self.usage = delta.usage
+        self.pending += self._entries(delta)
+        found = [self._add(piece) for piece in pieces]
         if was_thinking or thoughts.thinking or self.calls:
             self.pending = []  # thoughts, calls and their tags are not part of the content
-        if self.pending and self.logprobs is not None and chunks:
-            chunks[0]["logprobs"] = {"content": self.pending, "refusal": None}
-            self.logprobs += self.pending
-            self.pending = []
-        if delta.finish_reason:
-            self.usage = delta.usage
-            self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
-            chunks.append({**self._chunk({}), "finish_reason": self.finish_reason})
-        return chunks
+        entries: list[Json] = []
+        if found and self.logprobs is not None:
+            entries, self.pending = self.pending, []
+            self.logprobs += entries
+        return [(*one, [] if i else entries) for i, one in enumerate(found)]
 
-    def _add(self, piece: Piece) -> dict[str, Any]:
-        """Keep a piece -> the delta that tells of it."""
-        if piece.kind in self.names:
-            self.text[piece.kind] += piece.text
-            return {self.names[piece.kind]: piece.text}
-        return {"tool_calls": [add_to_calls(self.calls, piece)]}
+    def _add(self, piece: Piece) -> tuple[str, Any]:
+        if piece.kind not in self.text:
+            return "call", add_to_calls(self.calls, piece)
+        self.text[piece.kind] += piece.text
+        return piece.kind, piece.text
 
-    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+    def _entries(self, delta: Delta) -> list[Json]:
         """The entry of a token; none for a control token, which is not part of the content."""
-        if delta.token_id is None or not self.tokenizer.token_bytes(delta.token_id):
+        if delta.logprobs is None or delta.token_id is None:
             return []
-        assert delta.logprobs is not None
+        if not self.tokenizer.token_bytes(delta.token_id):
+            return []
         top = [self._entry(*pair) for pair in delta.logprobs.top]
         return [{**self._entry(delta.token_id, delta.logprobs.logprob), "top_logprobs": top}]
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token_id: int, logprob: float) -> Json:
         return {
             "token": token_text(self.tokenizer, token_id),
             "logprob": max(logprob, LEAST_LOGPROB),
@@ -10226,14 +10193,42 @@ class ChatChoice:
             "id": token_id,
         }
 
-    def result(self) -> dict[str, Any]:
+
+class ChatChoice(ChatReply):
+    """One choice of a chat answer of OpenAI's."""
+
+    object, chunk, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def __init__(
+        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
+    ) -> None:
+        super().__init__(seq, splitter)
+        self.index, self.names = index, {"content": "content", "thought": reasoning_name}
+
+    def _chunk(self, delta: Json, entries: Any = None, reason: str | None = None) -> Json:
+        logprobs = {"content": entries, "refusal": None} if entries else None
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def start(self) -> list[Json]:
+        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+
+    def push(self, delta: Delta) -> list[Json]:
+        chunks = []
+        for kind, news, entries in self.read(delta):
+            said = {"tool_calls": [news]} if kind == "call" else {self.names[kind]: news}
+            chunks.append(self._chunk(said, entries))
+        if self.finish_reason:
+            chunks.append(self._chunk({}, reason=self.finish_reason))
+        return chunks
+
+    def result(self) -> Json:
         content = self.text["content"] or (None if self.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        logprobs = self.logprobs
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
         if self.text["thought"]:
             message[self.names["thought"]] = self.text["thought"]
         if self.calls:
             message["tool_calls"] = self.calls
+        logprobs = self.logprobs
         return {
             "index": self.index,
             "message": message,
@@ -10242,10 +10237,10 @@ class ChatChoice:
         }
 
 
-class TextChoice:
+class TextChoice(Reply):
     """One choice of a legacy completion, as ChatChoice; with echo, the prompt comes first."""
 
-    object, id_prefix = "text_completion", "cmpl-"
+    object, chunk, id_prefix = "text_completion", "text_completion", "cmpl-"
     LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
 
     def __init__(self, index: int, seq: Sequence, splitter: AnswerSplitter, echo: bool) -> None:
@@ -10257,20 +10252,13 @@ class TextChoice:
         self.rows: list[tuple[Any, ...]] = []  # an entry of each of LOGPROBS for a token
         self.offset = 0
 
-    def _chunk(self, text: str, rows: list[tuple[Any, ...]]) -> dict[str, Any]:
-        wanted = self.seq.params.logprobs is not None
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
-        return {
-            "index": self.index,
-            "text": text,
-            "logprobs": columns if wanted else None,
-            "finish_reason": None,
-        }
+    def _chunk(self, text: str, rows: Any = None, reason: str | None = None) -> Json:
+        logprobs = None
+        if self.seq.params.logprobs is not None and rows is not None:
+            logprobs = {name: [row[i] for row in rows] for i, name in enumerate(self.LOGPROBS)}
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def start(self) -> list[dict[str, Any]]:
-        return []
-
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         text, num_before = delta.text, len(self.rows)
         if self.echo is not None:  # the first delta: the prompt has been read
             text, self.echo = self.echo + text, None
@@ -10284,8 +10272,7 @@ class TextChoice:
         chunks = [self._chunk(text, new)] if text or delta.logprobs else []
         if delta.finish_reason:
             self.finish_reason, self.usage = delta.finish_reason, delta.usage
-            end = {"logprobs": None, "finish_reason": delta.finish_reason}
-            chunks.append({**self._chunk("", []), **end})
+            chunks.append(self._chunk("", reason=delta.finish_reason))
         return chunks
 
     def _add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -10300,8 +10287,8 @@ class TextChoice:
         self.rows.append((text, value, top, self.offset, list(raw), token_id))
         self.offset += len(text)
 
-    def result(self) -> dict[str, Any]:
-        return {**self._chunk(self.text, self.rows), "finish_reason": self.finish_reason}
+    def result(self) -> Json:
+        return self._chunk(self.text, self.rows, self.finish_reason)
 
 
 Choice = ChatChoice | TextChoice
@@ -10309,28 +10296,16 @@ Choice = ChatChoice | TextChoice
 # ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
 # https://developers.openai.com/api/reference/resources/responses
 
-RESPONSE_FIELDS = {
-    "input": "string or array",
-    "model": "string",
-    "instructions": "string",
-    "max_output_tokens": "integer",
-    "temperature": "number",
-    "top_p": "number",
-    "stream": "boolean",
-    "stream_options": "object",
-    "text": "object",
-    "tools": "array",
-    "tool_choice": "string or object",
-    "parallel_tool_calls": "boolean",
-    "previous_response_id": "string",
-    "reasoning": "object",
-    "include": "array",
-    "top_logprobs": "integer",
-    "store": "boolean",
-    "metadata": "object",
-    # beyond OpenAI's
-    **{n: k for n, k in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
-}
+RESPONSE_FIELDS = table(
+    {n: kind for n, kind in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
+    string_or_array="input",
+    string="model instructions previous_response_id",
+    integer="max_output_tokens top_logprobs",
+    boolean="stream parallel_tool_calls store",
+    object="stream_options text reasoning metadata",
+    array="tools include",
+    string_or_object="tool_choice",
+)
 RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
@@ -10347,14 +10322,15 @@ RESPONSE_NAMES = {
     "reasoning_effort": "reasoning.effort",
 }
 RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
+RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # how ids begin
 
 
-def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]]:
+def response_input(value: Any, recall: Fields) -> list[Json]:
     """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
     Raises RequestError, naming the item."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    messages: list[dict[str, Any]] = []
+    messages: list[Json] = []
     for i, item in enumerate(value):
         check_type(f"input[{i}]", item, "object")
         if item.get("type") == "item_reference":
@@ -10365,7 +10341,7 @@ def response_input(value: Any, recall: Mapping[str, Any]) -> list[dict[str, Any]
     return messages
 
 
-def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+def _add_item(messages: list[Json], item: Fields, where: str) -> None:
     """Add what one input item says to the messages."""
     kind = item.get("type", "message")
     if kind == "message":
@@ -10393,48 +10369,39 @@ def _item_text(content: Any, where: str) -> str:
     check_type(f"{where}.content", content, "string or array")
     texts: list[str] = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else part
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else 0
-        if kind not in ("input_text", "output_text", "refusal", "text") or not isinstance(
-            text, str
-        ):
+        part = part if isinstance(part, dict) else {"type": part}
+        kind = part.get("type")
+        text = part.get("refusal" if kind == "refusal" else "text")
+        known = kind in ("input_text", "output_text", "refusal", "text")
+        if not (known and isinstance(text, str)):
             refuse(f"{where} has a part of type {brief(kind)}; only text is read here", where)
         texts.append(text)
     return "".join(texts)
 
 
-def response_tools(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`tools` and `tool_choice`, which are flat here, as a chat has them. Raises RequestError."""
-    tools = []
-    for i, tool in enumerate(given.get("tools", [])):
-        check_type(f"tools[{i}]", tool, "object")
-        if tool.get("type") != "function":
-            what = f"tools[{i}] is of type {brief(tool.get('type'))}"
-            refuse(f"{what}; only functions can be called", f"tools[{i}]")
-        function = {k: v for k, v in tool.items() if k != "type" and v is not None}
-        tools.append({"type": "function", "function": function})
-    body: dict[str, Any] = {"tools": tools} if tools else {}
-    choice = given.get("tool_choice")
-    if isinstance(choice, dict):
-        kind, inner = choice.get("type"), choice.get("tools", [])
-        if kind == "allowed_tools" and isinstance(inner, list):
-            named = [{"type": "function", "function": {"name": t.get("name")}}
-                     for t in inner if isinstance(t, dict)]  # fmt: skip
-            choice = {"type": kind, kind: {"mode": choice.get("mode"), "tools": named}}
-        elif kind == "function":
-            choice = {"type": kind, kind: {"name": choice.get("name")}}
-        else:
-            refuse(f"tool_choice is of type {brief(kind)}, which is not supported", "tool_choice")
-    return body | ({} if choice is None else {"tool_choice": choice})
+def under_type(value: Any) -> Any:
+    """Tools and a choice of these, which are flat here, as a chat has them: what they say is under
+    the name of their type."""
+    if isinstance(value, list):
+        return [under_type(item) for item in value]
+    if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
+        return value
+    inner = {k: v for k, v in value.items() if k != "type" and v is not None}
+    if kind == "allowed_tools":
+        inner["tools"] = under_type(inner.get("tools", []))
+    return {"type": kind, kind: inner}
 
 
-def response_body(
-    given: Mapping[str, Any], earlier: list[dict[str, Any]], recall: Mapping[str, Any]
-) -> dict[str, Any]:
+def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
     """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
     the messages of the response it goes on from. Raises RequestError."""
     same = ("model", "stream", "parallel_tool_calls", "metadata")
-    body = {n: given[n] for n in (*same, *SAMPLING_FIELDS) if n in given} | response_tools(given)
+    body = {name: given[name] for name in (*same, *SAMPLING_FIELDS) if name in given}
+    body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
+    for i, tool in enumerate(given.get("tools", [])):
+        check_type(at := f"tools[{i}]", tool, "object")
+        if (kind := tool.get("type")) != "function":
+            refuse(f"{at} is of type {brief(kind)}; only functions can be called", at)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
@@ -10455,12 +10422,12 @@ def response_body(
 
 
 def parse_response(
-    body: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    body: Fields,
+    defaults: Fields,
     strict: bool = False,
-    opening: Iterable[dict[str, Any]] = (),
+    opening: Iterable[Json] = (),
     kept: Mapping[str, KeptResponse] | None = None,
-) -> tuple[WireRequest, dict[str, Any]]:
+) -> tuple[WireRequest, Json]:
     """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
     responses by id. Raises RequestError."""
     given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
@@ -10491,31 +10458,31 @@ def _response_name(name: str) -> str:
 class KeptResponse:
     """A response, for those that go on from it: its body, and its conversation as messages."""
 
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
+    body: Json
+    messages: list[Json]
     num_chars: int
 
 
-class ResponseReply:
-    """An answer of /v1/responses, as Reply: items, of which one at a time is open. Its end gives it
-    to `keep`."""
+class ResponseReply(ChatReply):
+    """An answer of /v1/responses: items, of which one at a time is open. Its end gives it to
+    `keep`."""
 
     def __init__(
         self,
-        choice: ChatChoice,
+        seq: Sequence,
+        splitter: AnswerSplitter,
         wire: WireRequest,
-        given: Mapping[str, Any],
+        given: Fields,
         model: str,
         keep: Callable[[ResponseReply], None],
     ) -> None:
-        self.choice, self.wire, self.keep = choice, wire, keep
+        super().__init__(seq, splitter)
+        self.wire, self.keep = wire, keep
         self.num_events = self.num_thought = 0
-        self.item: dict[str, Any] | None = None  # the open one
-        self.text: list[str] = []  # of the open one
-        self.logprobs: list[dict[str, Any]] = []  # of the open one
+        self.item: Json | None = None  # the open one; its text and logprobs
+        self.item_text, self.item_logprobs = "", list[Json]()
         params = wire.requests[0].params
-        wanted = {"format": {"type": "text"}} | dict(given.get("text", {}))
-        self.body: dict[str, Any] = {
+        self.body: Json = {
             "id": f"resp_{secrets.token_hex(16)}",
             "object": "response",
             "created_at": int(time.time()),
@@ -10532,7 +10499,7 @@ class ResponseReply:
             "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
             "store": given.get("store", True),
             "temperature": params.temperature,
-            "text": wanted,
+            "text": {"format": {"type": "text"}, **given.get("text", {})},
             "tool_choice": given.get("tool_choice", "auto"),
             "tools": given.get("tools", []),
             "top_logprobs": params.logprobs or 0,
@@ -10543,111 +10510,107 @@ class ResponseReply:
             "metadata": given.get("metadata", {}),
         }
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: Any) -> Json:
         self.num_events += 1
         return {"type": kind, "sequence_number": self.num_events - 1, **fields}
 
-    def _at(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _at(self, kind: str, **fields: Any) -> Json:
         """An event about the open item"""
         assert self.item is not None
-        index = len(self.body["output"]) - 1
-        if kind.startswith("response.output_item"):
-            return self._event(kind, output_index=index, item=json.loads(json.dumps(self.item)))
-        return self._event(kind, item_id=self.item["id"], output_index=index, **fields)
+        place = {"item_id": self.item["id"], "output_index": len(self.body["output"]) - 1}
+        return self._event(f"response.{kind}", **place, **fields)
 
-    def error(self, error: NanollamaError) -> dict[str, Any]:
+    def _whole(self, kind: str) -> Json:
+        """An event that has the open item as it is now"""
+        item, index = json.loads(json.dumps(self.item)), len(self.body["output"]) - 1
+        return self._event(f"response.output_item.{kind}", output_index=index, item=item)
+
+    def error(self, error: NanollamaError) -> Json:
         return self._event("error", code=error.code, message=str(error), param=error.param)
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         body = {**self.body, "output": []}
         kinds = ("response.created", "response.in_progress")
         return [self._event(kind, response=body) for kind in kinds]
 
-    def _open(self, kind: str, **fields: Any) -> list[dict[str, Any]]:
+    def _open(self, kind: str, **fields: Any) -> list[Json]:
         """Close what is open, and begin an item."""
-        events = self._close()
-        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
-        head = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress"}
-        self.item = {**head, **fields}
+        events, head = self._close(), {"type": kind, "status": "in_progress"}
+        self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
         self.body["output"].append(self.item)
-        events.append(self._at("response.output_item.added"))
-        if part := self._part(""):
-            events.append(self._at("response.content_part.added", content_index=0, part=part))
+        events.append(self._whole("added"))
+        if kind != "function_call":
+            part = self._part()
+            events.append(self._at("content_part.added", content_index=0, part=part))
         return events
 
-    def _part(self, text: str) -> dict[str, Any] | None:
-        """The content of the open item, unless it is a call"""
+    def _part(self) -> Json:
+        """What the open item, a message or a thought, consists of"""
         assert self.item is not None
-        if (kind := self.item["type"]) not in RESPONSE_TEXTS:
-            return None
-        more = {"annotations": [], "logprobs": list(self.logprobs)} if kind == "message" else {}
-        return {"type": RESPONSE_TEXTS[kind], "text": text, **more}
+        part = {"type": RESPONSE_TEXTS[self.item["type"]], "text": self.item_text}
+        if self.item["type"] == "reasoning":
+            return part
+        return {**part, "annotations": [], "logprobs": list(self.item_logprobs)}
 
-    def _close(self, status: str = "completed") -> list[dict[str, Any]]:
+    def _close(self, status: str = "completed") -> list[Json]:
         """End the open item, if there is one."""
         if (item := self.item) is None:
             return []
-        text, events = "".join(self.text), []
         item["status"] = status
         if item["type"] == "function_call":
-            item["arguments"], name = text, item["name"]
-            kind = "response.function_call_arguments.done"
-            events.append(self._at(kind, name=name, arguments=text))
+            item["arguments"] = self.item_text
+            about = {"name": item["name"], "arguments": self.item_text}
+            events = [self._at("function_call_arguments.done", **about)]
         else:
-            part = self._part(text) or {}
-            item["content"] = [part]
-            more = {"logprobs": self.logprobs} if item["type"] == "message" else {}
-            kind = f"response.{part['type']}.done"
-            events.append(self._at(kind, content_index=0, text=text, **more))
-            events.append(self._at("response.content_part.done", content_index=0, part=part))
-        events.append(self._at("response.output_item.done"))
-        self.item, self.text, self.logprobs = None, [], []
+            item["content"] = [part := self._part()]
+            told = {key: part[key] for key in ("text", "logprobs") if key in part}
+            events = [
+                self._at(f"{part['type']}.done", content_index=0, **told),
+                self._at("content_part.done", content_index=0, part=part),
+            ]
+        events.append(self._whole("done"))
+        self.item, self.item_text, self.item_logprobs = None, "", []
         return events
 
-    def _text(self, kind: str, text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _say(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
         """A piece of a message or of a thought"""
         events = []
         if self.item is None or self.item["type"] != kind:
             head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
             events = self._open(kind, content=[], **head)
-        self.text.append(text)
-        self.logprobs += entries
-        name = f"response.{RESPONSE_TEXTS[kind]}.delta"
+        self.item_text += text
+        self.item_logprobs += entries
         more = {"logprobs": entries} if kind == "message" else {}
+        name = f"{RESPONSE_TEXTS[kind]}.delta"
         return [*events, self._at(name, content_index=0, delta=text, **more)]
 
-    def _call(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A piece of a tool call"""
-        events, function = [], call.get("function", {})
-        if call.get("id"):
-            about = {"call_id": call["id"], "name": function["name"]}
-            events = self._open("function_call", **about, arguments="")
-        if text := function.get("arguments"):
-            self.text.append(text)
-            events.append(self._at("response.function_call_arguments.delta", delta=text))
-        return events
+    def _call(self, news: Fields) -> list[Json]:
+        """The beginning of a tool call, or a piece of its arguments"""
+        function = news["function"]
+        if "id" in news:
+            about = {"call_id": news["id"], "name": function["name"]}
+            return self._open("function_call", **about, arguments="")
+        self.item_text += function["arguments"]
+        return [self._at("function_call_arguments.delta", delta=function["arguments"])]
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
-        thoughts = self.choice.splitter.thoughts
+    def push(self, delta: Delta) -> list[Json]:
+        thoughts = self.splitter.thoughts
         was_thinking, events = thoughts.thinking, []
-        for chunk in self.choice.push(delta):
-            entries = (chunk["logprobs"] or {}).get("content", [])
-            for name, value in chunk["delta"].items():
-                if name == "tool_calls":
-                    events += [event for call in value for event in self._call(call)]
-                elif name in ("content", "reasoning_content") and value:
-                    kind = "message" if name == "content" else "reasoning"
-                    events += self._text(kind, value, entries)
+        for kind, news, entries in self.read(delta):
+            if kind == "call":
+                events += self._call(news)
+            else:
+                events += self._say("message" if kind == "content" else "reasoning", news, entries)
         self.num_thought += was_thinking or thoughts.thinking
         return events
 
-    def end(self) -> list[dict[str, Any]]:
-        usage, is_cut = self.choice.usage, self.choice.finish_reason == "length"
+    def end(self) -> list[Json]:
+        usage, is_cut = self.usage, self.finish_reason == "length"
         assert usage is not None
         status = "incomplete" if is_cut else "completed"
         events = []
         if not any(item["type"] != "reasoning" for item in self.body["output"]):
-            events = self._text("message", "", [])[:-1]
+            events = self._say("message", "", [])[:-1]
         events += self._close(status)
         num_in, num_out = usage.prompt_tokens, usage.completion_tokens
         details = {"cached_tokens": usage.cached_tokens}
@@ -10667,7 +10630,7 @@ class ResponseReply:
         self.keep(self)
         return [*events, self._event(f"response.{status}", response=self.body)]
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         return self.body
 
     def kept(self) -> KeptResponse:
@@ -10684,43 +10647,31 @@ class ResponseReply:
 # https://github.com/ollama/ollama/blob/main/docs/api.md
 
 OLLAMA_VERSION = "0.12.6"  # the release whose API this is
-OLLAMA_COMMON = {"model": "string", "options": "object", "keep_alive": "string or number"}
-OLLAMA_ANSWER = {
-    **OLLAMA_COMMON,
-    "stream": "boolean",
-    "format": "string or object",
-    "think": "boolean or string",
-    "logprobs": "boolean",
-    "top_logprobs": "integer",
-}
-OLLAMA_CHAT = {**OLLAMA_ANSWER, "messages": "array", "tools": "array"}
-OLLAMA_GENERATE = {
-    **OLLAMA_ANSWER,
-    "prompt": "string",
-    "system": "string",
-    "raw": "boolean",
-    "context": "array",
-}
-OLLAMA_EMBED = {
-    **OLLAMA_COMMON,
-    "input": "string or array",
-    "truncate": "boolean",
-    "dimensions": "integer",
-}
-OLLAMA_EMBEDDINGS = {**OLLAMA_COMMON, "prompt": "string"}
-OLLAMA_MODEL = {"model": "string", "name": "string", "verbose": "boolean"}
-OLLAMA_PULL = {**OLLAMA_MODEL, "stream": "boolean", "insecure": "boolean"}
-OLLAMA_COPY = {"source": "string", "destination": "string"}
-OLLAMA_CREATE = {
-    **OLLAMA_MODEL,
-    "from": "string",
-    "modelfile": "string",
-    "system": "string",
-    "parameters": "object",
-    "messages": "array",
-    "license": "string or array",
-    "stream": "boolean",
-}
+OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
+OLLAMA_ANSWER = table(
+    OLLAMA_COMMON,
+    boolean="stream logprobs",
+    string_or_object="format",
+    boolean_or_string="think",
+    integer="top_logprobs",
+)
+OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
+OLLAMA_GENERATE = table(OLLAMA_ANSWER, string="prompt system", boolean="raw", array="context")
+OLLAMA_EMBED = table(
+    OLLAMA_COMMON, string_or_array="input", boolean="truncate", integer="dimensions"
+)
+OLLAMA_EMBEDDINGS = table(OLLAMA_COMMON, string="prompt")
+OLLAMA_MODEL = table(string="model name", boolean="verbose")
+OLLAMA_PULL = table(OLLAMA_MODEL, boolean="stream insecure")
+OLLAMA_COPY = table(string="source destination")
+OLLAMA_CREATE = table(
+    OLLAMA_MODEL,
+    string="from modelfile system",
+    object="parameters",
+    array="messages",
+    string_or_array="license",
+    boolean="stream",
+)
 # What needs something we do not do, with the values that ask for nothing.
 OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "images": ([],),
@@ -10731,10 +10682,10 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantize": ("",),
 }
 # `options`: SamplingParams fields under their own names or these; and what changes nothing here.
-OLLAMA_OPTIONS = {
-    **{name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
-    "num_predict": "integer",
-}
+OLLAMA_OPTIONS = table(
+    {name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
+    integer="num_predict",
+)
 OLLAMA_LOAD_OPTIONS = (
     "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
     "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
@@ -10744,11 +10695,10 @@ OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "tfs_z": (1,),
     "typical_p": (1,),
 }
+OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
 
 
-def ollama_body(
-    given: Mapping[str, Any], strict: bool = False
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, ...]]:
     """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
     the options that have no effect. Raises RequestError."""
     options, ignored = read_fields(
@@ -10757,14 +10707,13 @@ def ollama_body(
     if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
         refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
     same = ("logprobs", "top_logprobs", "tools")
-    body: dict[str, Any] = {name: given[name] for name in same if name in given}
+    body: Json = {name: given[name] for name in same if name in given}
     body |= {name: value for name, value in options.items() if name != "num_predict"}
     if "num_predict" in options:  # -2 fills the context too
         body["max_tokens"] = max(options["num_predict"], -1) or 1
     wanted = given.get("format") or None
     if isinstance(wanted, dict):
-        json_schema = {"name": "format", "schema": wanted}
-        body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
+        body["json_schema"] = wanted
     elif wanted == "json":
         body["response_format"] = {"type": "json_object"}
     elif wanted is not None:
@@ -10831,42 +10780,40 @@ class Clock:
         return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
 
 
-class OllamaReply:
-    """An answer of Ollama's, as Reply. `context` is the sequence whose ids are to be told."""
+def ollama_line(model: str, is_chat: bool, said: Fields, **more: Any) -> Json:
+    """One object of an answer: what is said, as a message or as a response; `more` but for None"""
+    head = {"model": model, "created_at": timestamp()}
+    said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
+    if is_chat:
+        return {**head, "message": {"role": "assistant", **said}, **more}
+    return {**head, "response": said.pop("content"), **said, **more}
+
+
+class OllamaReply(ChatReply):
+    """An answer of Ollama's: of /api/chat, or else of /api/generate. With `tells_ids`, its end has
+    those of prompt and answer."""
 
     def __init__(
-        self, choice: ChatChoice, model: str, clock: Clock, is_chat: bool, context: Sequence | None
+        self,
+        seq: Sequence,
+        splitter: AnswerSplitter,
+        model: str,
+        clock: Clock,
+        is_chat: bool,
+        tells_ids: bool,
     ) -> None:
-        self.choice, self.model, self.clock = choice, model, clock
-        self.is_chat, self.context = is_chat, context
+        super().__init__(seq, splitter)
+        self.line = functools.partial(ollama_line, model, is_chat)
+        self.clock, self.tells_ids = clock, tells_ids
 
-    def _line(
-        self, text: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None, done: bool = False
-    ) -> dict[str, Any]:
-        """One object: what is said, as a message or as a response, and the logprobs of that"""
-        head = {"model": self.model, "created_at": timestamp()}
-        said: dict[str, Any]
-        if self.is_chat:
-            said = {"message": {"role": "assistant", "content": "", **text}}
-        else:
-            said = {"response": text.get("content", ""), **text}
-            said.pop("content", None)
-        more = {"logprobs": logprobs["content"]} if logprobs else {}
-        return {**head, **said, "done": done, **more}
+    def push(self, delta: Delta) -> list[Json]:
+        return [
+            self.line({OLLAMA_NAMES[kind]: text}, done=False, logprobs=entries or None)
+            for kind, text, entries in self.read(delta)
+            if kind != "call"
+        ]
 
-    def start(self) -> list[dict[str, Any]]:
-        return []
-
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
-        lines = []
-        for chunk in self.choice.push(delta):
-            text = {k: v for k, v in chunk["delta"].items() if k in ("content", "thinking") and v}
-            if text:
-                lines.append(self._line(text, chunk["logprobs"]))
-        return lines
-
-    def tool_calls(self) -> list[dict[str, Any]]:
-        found = self.choice.result()["message"].get("tool_calls") or []
+    def tool_calls(self) -> list[Json]:
         return [
             {
                 "id": call["id"],
@@ -10876,23 +10823,20 @@ class OllamaReply:
                     "arguments": json.loads(call["function"]["arguments"]),
                 },
             }
-            for index, call in enumerate(found)
+            for index, call in enumerate(self.calls)
         ]
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         calls = self.tool_calls()
-        last = {**self._line({}, done=True), **self._closing()}
-        return [*([self._line({"tool_calls": calls})] if calls else []), last]
+        before = [self.line({"tool_calls": calls}, done=False)] if calls else []
+        return [*before, self.line({}, done=True, **self._closing())]
 
-    def _closing(self) -> dict[str, Any]:
-        usage = self.choice.usage
+    def _closing(self) -> Json:
+        usage = self.usage
         assert usage is not None
-        reason = self.choice.finish_reason
-        body: dict[str, Any] = {"done_reason": reason if reason == "length" else "stop"}
-        if self.context is not None:
-            body["context"] = list(self.context.token_ids)
         return {
-            **body,
+            "done_reason": "length" if self.finish_reason == "length" else "stop",
+            "context": list(self.seq.token_ids) if self.tells_ids else None,
             **self.clock.durations(),
             "prompt_eval_count": usage.prompt_tokens,
             "prompt_eval_duration": int(usage.prefill_s * 1e9),
@@ -10900,17 +10844,17 @@ class OllamaReply:
             "eval_duration": int(usage.decode_s * 1e9),
         }
 
-    def result(self) -> dict[str, Any]:
-        said = self.choice.result()
-        message = {**said["message"], "tool_calls": self.tool_calls()}
-        text = {k: message[k] for k in ("content", "thinking", "tool_calls") if message.get(k)}
-        return {**self._line(text, said["logprobs"], done=True), **self._closing()}
+    def result(self) -> Json:
+        said: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
+        said["tool_calls"] = self.tool_calls()
+        said = {name: value for name, value in said.items() if value}
+        return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
 
 
-def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
+def created_modelfile(given: Fields) -> Modelfile:
     """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
     RequestError."""
-    parameters: dict[str, Any] = {}
+    parameters: Json = {}
     for name, value in given.get("parameters", {}).items():
         for text in value if isinstance(value, list) else [value]:
             key, parsed = parse_parameter(name, str(text))
@@ -10931,13 +10875,12 @@ def created_modelfile(given: Mapping[str, Any]) -> Modelfile:
     )
 
 
-def ollama_error(error: NanollamaError) -> dict[str, Any]:
+def ollama_error(error: NanollamaError) -> Json:
     return {"error": str(error)}
 
 
-class Reply:
-    """An answer of OpenAI's: `start`, then `push` each delta, and `end` give its stream's events;
-    `result` is the same as one object."""
+class ChoicesReply(Reply):
+    """An answer of OpenAI's: its choices, each with chunks of its own."""
 
     def __init__(
         self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
@@ -10951,17 +10894,15 @@ class Reply:
             "system_fingerprint": fingerprint,
         }
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        head = dict(self.envelope)
-        if head["object"] == "chat.completion":
-            head["object"] = "chat.completion.chunk"
+    def _event(self, choices: list[Json], **more: Any) -> Json:
+        head = {**self.envelope, "object": self.choices[0].chunk}
         usage = {"usage": None} if self.wire.include_usage else {}
         return {**head, **usage, "choices": choices, **more}
 
-    def start(self) -> list[dict[str, Any]]:
+    def start(self) -> list[Json]:
         return [self._event([chunk]) for choice in self.choices for chunk in choice.start()]
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         chunks = self.choices[delta.index].push(delta)
         self.num_left -= bool(delta.finish_reason)
         events = [self._event([chunk]) for chunk in chunks]
@@ -10969,16 +10910,16 @@ class Reply:
             events[-1]["timings"] = self._closing()["timings"]
         return events
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[Json]:
         return [self._event([], **self._closing())] if self.wire.include_usage else []
 
-    def _closing(self) -> dict[str, Any]:
+    def _closing(self) -> Json:
         """usage and timings, once all is done."""
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
         per_prompt = len(self.choices) // self.wire.num_prompts
         return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Json:
         body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
         if self.wire.metadata is not None:
             body["metadata"] = self.wire.metadata
@@ -11057,8 +10998,8 @@ class ModelSource:
 
     name: str
     loaders: tuple[Callable[[], LLM], ...]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    opening: tuple[dict[str, Any], ...] = ()
+    sampling: Fields = field(default_factory=dict)
+    opening: tuple[Json, ...] = ()
     need_bytes: Callable[[], int] = int
     locate: Callable[[], Path | None] = lambda: None
     modelfile: Modelfile = field(default_factory=Modelfile)
@@ -11074,24 +11015,23 @@ class Catalog:
     names: Callable[[], list[str]] = list  # the one last used first
 
 
+@dataclass(eq=False)
 class Job:
     """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
     whatever the reason."""
 
-    def __init__(
-        self,
-        worker: EngineWorker,
-        requests: tuple[GenerationRequest, ...],
-        at_end: Callable[[], None],
-    ) -> None:
-        self.worker, self.requests, self.at_end = worker, requests, at_end
+    worker: EngineWorker
+    requests: tuple[GenerationRequest, ...]
+    at_end: Callable[[], None]
+    # empty once all has started; then deltas, or what ended the job early
+    events: asyncio.Queue[list[Delta] | NanollamaError] = field(default_factory=asyncio.Queue)
+    sequences: list[Sequence] = field(default_factory=list)
+    splitters: list[AnswerSplitter] = field(default_factory=list)  # of each choice
+
+    def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
-        # empty once all has started; then deltas, or what ended the job early
-        self.events: asyncio.Queue[list[Delta] | NanollamaError] = asyncio.Queue()
-        self.sequences: list[Sequence] = []
-        self.splitters: list[AnswerSplitter] = []  # of each choice
-        worker.num_sequences += len(requests)
+        self.worker.num_sequences += len(self.requests)
 
     def finish(self) -> None:
         """Stop what still runs, and take the load off the worker."""
@@ -11240,6 +11180,7 @@ class EngineWorker(threading.Thread):
         llm.engine.forget()
 
 
+@dataclass(eq=False)
 class Pool:
     """A model that is loaded, or being loaded: its replicas, and which of them takes a request: the
     least busy one, unless the one that saw the same beginning is about as free, since it has the
@@ -11247,24 +11188,24 @@ class Pool:
 
     MAX_REMEMBERED = 1024
 
-    def __init__(
-        self,
-        source: ModelSource,
-        max_queue: int,
-        on_idle: Callable[[Pool], None],
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self.source, self.max_queue, self.on_idle = source, max_queue, on_idle
-        self.workers = [EngineWorker(i, f, on_failure) for i, f in enumerate(source.loaders)]
-        self.seen: dict[int, EngineWorker] = {}  # hash of a conversation's beginning -> who had it
-        self.loading: asyncio.Task[None] | None = None
-        self.need_bytes = 0  # of memory that it takes, about
-        self.loading_bytes = 0  # of those, what it has still to take
-        self.load_s = 0.0  # how long that took
-        self.num_waiting = 0  # requests that wait for it to be loaded
-        self.used_s = time.monotonic()
-        self.keep_s = 0.0  # how long to stay when idle; negative is for ever
-        self.timer: asyncio.TimerHandle | None = None
+    source: ModelSource
+    max_queue: int
+    on_idle: Callable[[Pool], None]
+    on_failure: Callable[[BaseException], None]
+    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a conversation's
+    # beginning -> who had it
+    loading: asyncio.Task[None] | None = None
+    need_bytes: int = 0  # of memory that it takes, about
+    loading_bytes: int = 0  # of those, what it has still to take
+    load_s: float = 0.0  # how long that took
+    num_waiting: int = 0  # requests that wait for it to be loaded
+    used_s: float = field(default_factory=time.monotonic)
+    keep_s: float = 0.0  # how long to stay when idle; negative is for ever
+    timer: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        loaders = enumerate(self.source.loaders)
+        self.workers = [EngineWorker(i, load, self.on_failure) for i, load in loaders]
 
     @property
     def ready(self) -> bool:
@@ -11290,7 +11231,7 @@ class Pool:
         return llm
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> Json:
         """SamplingParams fields for requests that do not say: what the server was started with,
         then the model's own."""
         return {**self.llm().sampling, **self.source.sampling}
@@ -11318,15 +11259,14 @@ class Pool:
             if worker.llm is not None:  # Python must not end while a thread is inside a step
                 await asyncio.to_thread(worker.join, SHUTDOWN_S)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What /api/ps adds to a model that is in memory."""
-        engines = [worker.llm.engine for worker in self.workers if worker.llm]
-        devices = [str(engine.state()["device"]) for engine in engines]
-        num_bytes = self.need_bytes + sum(e.state().get("kv_cache_bytes", 0) for e in engines)
+        states = [worker.llm.engine.state() for worker in self.workers if worker.llm]
+        num_bytes = self.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
         left = 1e9 if math.isinf(self.keep_s) else self.used_s + self.keep_s - time.monotonic()
         return {
             "size": num_bytes,
-            "size_vram": num_bytes if devices and devices[0] not in ("cpu", "none") else 0,
+            "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
             "expires_at": timestamp(time.time() + left),
             "context_length": self.llm().engine.n_ctx,
         }
@@ -11365,6 +11305,7 @@ class Pool:
         return job
 
 
+@dataclass(eq=False)
 class Models:
     """The models in memory, by name. Whoever asks for another one waits until it is loaded, once
     for all who ask; where memory is short, idle ones leave first, the one least recently used
@@ -11372,24 +11313,22 @@ class Models:
 
     free_bytes: memory to be had. on_failure hears of what the server cannot go on without."""
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        config: ServerConfig,
-        free_bytes: Callable[[], float],
-        on_failure: Callable[[BaseException], None],
-    ) -> None:
-        self.catalog, self.config = catalog, config
-        self.free_bytes, self.on_failure = free_bytes, on_failure
+    catalog: Catalog
+    config: ServerConfig
+    free_bytes: Callable[[], float]
+    on_failure: Callable[[BaseException], None]
+    pools: dict[str, Pool] = field(default_factory=dict)
+    room: asyncio.Lock = field(default_factory=asyncio.Lock)  # one at a time makes room for itself
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # the loop keeps weak ones only
+    is_closing: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        named, keep_s = self.catalog.named, self.config.keep_alive_s
         # a single model is loaded at the start, and the server is not ready before
-        self.starting = next(iter(catalog.named)) if len(catalog.named) == 1 else None
+        self.starting = next(iter(named)) if len(named) == 1 else None
         keep = math.inf if self.starting else KEEP_ALIVE_S
-        self.keep_s = keep if config.keep_alive_s is None else config.keep_alive_s
-        self.pools: dict[str, Pool] = {}
-        self.room = asyncio.Lock()  # one at a time makes room for itself
-        self.idle = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps weak references only
-        self.is_closing: Callable[[], bool] = lambda: False
+        self.keep_s = keep if keep_s is None else keep_s
 
     @property
     def ready(self) -> bool:
@@ -11676,14 +11615,12 @@ class Gate:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
-def encode_json(value: Mapping[str, Any]) -> bytes:
+def encode_json(value: Fields) -> bytes:
     """Lone surrogates, which a client may have sent, do not exist in UTF-8: they become ?."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
-def as_json(
-    body: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def as_json(body: Fields, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return starlette.responses.Response(encode_json(body), status, headers, "application/json")
 
 
@@ -11708,13 +11645,13 @@ class Encoding:
     """How a stream of objects is written."""
 
     media_type: str
-    encode: Callable[[Mapping[str, Any]], bytes]
-    error: Callable[[NanollamaError], dict[str, Any]] = error_body
+    encode: Callable[[Fields], bytes]
+    error: Callable[[NanollamaError], Json] = error_body
     ping: bytes = b""  # what says that the stream is alive
     last: bytes = b""
 
 
-def sse(value: Mapping[str, Any]) -> bytes:
+def sse(value: Fields) -> bytes:
     """One server-sent event."""
     return b"data: " + encode_json(value) + b"\n\n"
 
@@ -11728,7 +11665,7 @@ NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\
 
 
 def stream_response(
-    events: AsyncIterator[dict[str, Any] | None],
+    events: AsyncIterator[Json | None],
     encoding: Encoding,
     at_end: Callable[[], None] = lambda: None,
     headers: Mapping[str, str] | None = None,
@@ -11763,6 +11700,13 @@ def stream_response(
     return cast("Response", send_all)  # Starlette only calls what a handler returns
 
 
+async def last_of(events: AsyncIterator[Found]) -> Found:
+    """The last event, when all have come."""
+    async for event in events:
+        last = event
+    return last
+
+
 async def unless_disconnected(
     receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
 ) -> Any:
@@ -11786,32 +11730,26 @@ async def unless_disconnected(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class WebReply:
-    """An answer on the web chat's own route, as Reply; nothing but its stream is wanted."""
+@dataclass
+class WebReply(Reply):
+    """An answer on the web chat's own route; nothing but its stream is wanted."""
 
-    def __init__(self, gpu: int) -> None:
-        self.gpu = gpu
+    gpu: int
 
-    def start(self) -> list[dict[str, Any]]:
-        return []
-
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
+    def push(self, delta: Delta) -> list[Json]:
         return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
 
-    def end(self) -> list[dict[str, Any]]:
-        return []
+
+Report = Callable[[Json], None]  # takes a line of progress
 
 
-Report = Callable[[dict[str, Any]], None]  # takes a line of progress
-
-
-def ollama_name(given: Mapping[str, Any]) -> str:
+def ollama_name(given: Fields) -> str:
     """The model that a body of Ollama's API names. Raises RequestError."""
     name = given.get("model") or given.get("name") or required(given, "model")
     return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
 
 
-def generate_wire(given: Mapping[str, Any], wire: WireRequest, llm: LLM) -> WireRequest:
+def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
     context, request = given.get("context") or [], wire.requests[0]
     if any(type(i) is not int for i in context):
@@ -11827,7 +11765,7 @@ def generate_wire(given: Mapping[str, Any], wire: WireRequest, llm: LLM) -> Wire
 
 
 @lru_cache(maxsize=64)
-def ollama_details(path: Path, modified: float) -> dict[str, Any]:
+def ollama_details(path: Path, modified: float) -> Json:
     """What /api/tags and /api/show say of files that were last changed at a time."""
     checkpoint = open_checkpoint(path)
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
@@ -11861,7 +11799,7 @@ def ollama_details(path: Path, modified: float) -> dict[str, Any]:
     }
 
 
-def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
+def source_details(source: ModelSource) -> tuple[Json, float]:
     """`ollama_details` of a model, and when its files changed; nothing for one without files."""
     path = source.locate()
     if path is None:
@@ -11871,7 +11809,7 @@ def source_details(source: ModelSource) -> tuple[dict[str, Any], float]:
     return ollama_details(path, modified), modified
 
 
-def ollama_model(source: ModelSource) -> dict[str, Any]:
+def ollama_model(source: ModelSource) -> Json:
     """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
     it, else one of name, size and time."""
     try:
@@ -11893,7 +11831,7 @@ def ollama_model(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def ollama_show(source: ModelSource) -> dict[str, Any]:
+def ollama_show(source: ModelSource) -> Json:
     """The answer of /api/show. Raises CheckpointError."""
     found, modified = source_details(source)
     file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
@@ -11945,7 +11883,7 @@ def base_modelfile(name: str) -> Modelfile:
     return Modelfile(model=name)
 
 
-def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
+def create_model(name: str, given: Fields, report: Report) -> None:
     """Make a model of another one: what /api/create does."""
     report({"status": "reading model metadata"})
     reference, whole = given.get("from"), Modelfile()
@@ -11972,9 +11910,7 @@ def create_model(name: str, given: Mapping[str, Any], report: Report) -> None:
 def cached_models(name: str) -> list[CachedModel]:
     """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
     store = ModelStore()
-    if store.modelfile(name):
-        return [model for model in store.models() if model.id == name]
-    if name not in ALIASES and parse_hub_ref(name) is None:
+    if not (store.modelfile(name) or name in ALIASES or parse_hub_ref(name)):
         raise ModelNotFoundError(f"{name}: no such model")
     return store.cached(name)
 
@@ -11987,9 +11923,9 @@ class Handlers:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.kept: dict[str, KeptResponse] = {}
-        self.asked: deque[dict[str, Any]] = deque(maxlen=MAX_KEPT_REQUESTS)
+        self.asked: deque[Json] = deque(maxlen=MAX_KEPT_REQUESTS)
 
-    async def body(self, request: Request) -> dict[str, Any]:
+    async def body(self, request: Request) -> Json:
         """The JSON object of a request, whatever its content type says. Raises RequestError, or
         WireError 413."""
         data = bytearray()
@@ -12013,7 +11949,7 @@ class Handlers:
             log.info(encode_json(value).decode())
         return value
 
-    async def asked_model(self, request: Request) -> tuple[dict[str, Any], Pool]:
+    async def asked_model(self, request: Request) -> tuple[Json, Pool]:
         """The body of a request and the model it names, loaded: see `body` and `Models.pool`."""
         body = await self.body(request)
         if (name := body.get("model")) is not None:
@@ -12021,27 +11957,22 @@ class Handlers:
         return body, await self.models.pool(name)
 
     async def embed(
-        self,
-        request: Request,
-        pool: Pool,
-        requests: tuple[GenerationRequest, ...],
-        names: Mapping[str, str],
+        self, request: Request, pool: Pool, requests: tuple[GenerationRequest, ...]
     ) -> list[Delta]:
         """The last delta of each request, some of them at a time so that others come in between."""
 
         async def read(job: Job) -> list[Delta]:
-            last: dict[int, Delta] = {}
-            async for deltas in self.metrics.watch(job, self.config.timeout_s):
-                last |= {delta.index: delta for delta in deltas}
+            watched = self.metrics.watch(job, self.config.timeout_s)
+            last = {delta.index: delta async for deltas in watched for delta in deltas}
             return [last[i] for i in range(len(last))]
 
         found: list[Delta] = []
         for at in range(0, len(requests), EMBED_TOGETHER):
-            job = await pool.start(requests[at : at + EMBED_TOGETHER], names)
+            job = await pool.start(requests[at : at + EMBED_TOGETHER], {"prompt": "input"})
             found += await unless_disconnected(request.receive, read(job), job.finish)
         return found
 
-    async def events(self, job: Job, reply: Any) -> AsyncIterator[dict[str, Any] | None]:
+    async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
         """What a reply makes of the deltas of a job; None where nothing came for a while."""
         for event in reply.start():
             yield event
@@ -12058,7 +11989,7 @@ class Handlers:
         self,
         request: Request,
         job: Job,
-        reply: Any,
+        reply: Reply,
         encoding: Encoding,
         is_stream: bool = True,
         ignored: tuple[str, ...] = (),
@@ -12067,12 +11998,7 @@ class Handlers:
         events, headers = self.events(job, reply), ignored_header(ignored)
         if is_stream:
             return stream_response(events, encoding, job.finish, headers)
-
-        async def fold() -> None:
-            async for _ in events:
-                pass
-
-        await unless_disconnected(request.receive, fold(), job.finish)
+        await unless_disconnected(request.receive, last_of(events), job.finish)
         return as_json(reply.result(), headers=headers)
 
 
@@ -12083,27 +12009,22 @@ class OpenAIHandlers(Handlers):
         """POST /v1/chat/completions"""
         body, pool = await self.asked_model(request)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
-        make = functools.partial(ChatChoice, reasoning_name=self.config.reasoning_name)
-        return await self.complete(request, pool, wire, make)
+        return await self.complete(request, pool, wire, ChatChoice, self.config.reasoning_name)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
         body, pool = await self.asked_model(request)
         wire = parse_text(body, pool.sampling, self.config.strict)
-        make = functools.partial(TextChoice, echo=wire.echo)
-        return await self.complete(request, pool, wire, make)
+        return await self.complete(request, pool, wire, TextChoice, wire.echo)
 
     async def complete(
-        self,
-        request: Request,
-        pool: Pool,
-        wire: WireRequest,
-        make: Callable[[int, Sequence, AnswerSplitter], Choice],
+        self, request: Request, pool: Pool, wire: WireRequest, kind: type[Choice], how: Any
     ) -> Response:
-        """Answer as OpenAI does, under the name that was asked for."""
+        """Answer with choices of a kind, under the name that was asked for."""
         job = await pool.start(wire.requests, wire.names)
-        choices = list(map(make, itertools.count(), job.sequences, job.splitters))
-        reply = Reply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        answers = enumerate(zip(job.sequences, job.splitters))
+        choices = [kind(index, *answer, how) for index, answer in answers]
+        reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def respond(self, request: Request) -> Response:
@@ -12112,8 +12033,9 @@ class OpenAIHandlers(Handlers):
         strict, opening = self.config.strict, pool.source.opening
         wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "reasoning_content")
-        reply = ResponseReply(choice, wire, given, wire.model or pool.source.name, self.keep)
+        model = wire.model or pool.source.name
+        seq, splitter = job.sequences[0], job.splitters[0]
+        reply = ResponseReply(seq, splitter, wire, given, model, self.keep)
         encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
         return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
@@ -12139,18 +12061,17 @@ class OpenAIHandlers(Handlers):
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
-        body = await self.body(request)
-        wire = parse_embed(body, self.config.strict)
-        pool = await self.models.pool(wire.model)
-        deltas = await self.embed(request, pool, wire.requests, {"prompt": "input"})
-        answer = embed_body(deltas, wire, wire.model or pool.source.name)
+        body, pool = await self.asked_model(request)
+        wire, given = parse_embed(body, self.config.strict)
+        deltas = await self.embed(request, pool, wire.requests)
+        answer = embed_body(deltas, given, wire.model or pool.source.name)
         return as_json(answer, headers=ignored_header(wire.ignored))
 
 
 class OllamaHandlers(Handlers):
     """Ollama's API."""
 
-    async def ollama_pool(self, given: Mapping[str, Any]) -> tuple[Pool, Clock]:
+    async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
         """The model that a body names, loaded, and kept as long as the body says."""
         started = time.perf_counter()
         keep = given.get("keep_alive")
@@ -12160,7 +12081,7 @@ class OllamaHandlers(Handlers):
 
     async def ollama_given(
         self, request: Request, fields: Mapping[str, str]
-    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    ) -> tuple[Json, tuple[str, ...]]:
         body = await self.body(request)
         return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
 
@@ -12185,13 +12106,13 @@ class OllamaHandlers(Handlers):
             with pool.held():
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
-        choice = ChatChoice(0, job.sequences[0], job.splitters[0], "thinking")
-        context = None if is_chat or given.get("raw") else job.sequences[0]
-        reply = OllamaReply(choice, given["model"], clock, is_chat, context)
+        tells_ids = not is_chat and not given.get("raw")
+        seq, splitter = job.sequences[0], job.splitters[0]
+        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, tells_ids)
         is_stream = given.get("stream", True)
         return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
 
-    async def ollama_load(self, given: Mapping[str, Any], is_chat: bool) -> Response:
+    async def ollama_load(self, given: Fields, is_chat: bool) -> Response:
         """A request without a prompt loads its model, or unloads it."""
         name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
         if keep is not None and parse_duration(keep) == 0:
@@ -12202,17 +12123,13 @@ class OllamaHandlers(Handlers):
             reason = "unload"
         else:
             await self.ollama_pool(given)
-        said = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
-        head = {"model": name, "created_at": timestamp()}
-        return as_json({**head, **said, "done": True, "done_reason": reason})
+        return as_json(ollama_line(name, is_chat, {}, done=True, done_reason=reason))
 
     async def ollama_embed(self, request: Request) -> Response:
         """POST /api/embed"""
         given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
-        texts = given.get("input") or []
-        texts = [texts] if isinstance(texts, str) else texts
-        pool, clock = await self.ollama_pool(given)
-        deltas = await self.ollama_vectors(request, pool, texts, given.get("truncate", True))
+        cuts = given.get("truncate", True)
+        deltas, clock = await self.ollama_vectors(request, given, "input", cuts)
         dimensions = given.get("dimensions") or None
         body = {
             "model": given["model"],
@@ -12225,29 +12142,29 @@ class OllamaHandlers(Handlers):
     async def ollama_embeddings(self, request: Request) -> Response:
         """POST /api/embeddings, superseded by /api/embed"""
         given, ignored = await self.ollama_given(request, OLLAMA_EMBEDDINGS)
-        pool, _ = await self.ollama_pool(given)
-        texts = [given["prompt"]] if given.get("prompt") else []
-        deltas = await self.ollama_vectors(request, pool, texts, True)
+        deltas, _ = await self.ollama_vectors(request, given, "prompt", True)
         body = {"embedding": deltas[0].embedding if deltas else []}
         return as_json(body, headers=ignored_header(ignored))
 
     async def ollama_vectors(
-        self, request: Request, pool: Pool, texts: list[Any], truncate: bool
-    ) -> list[Delta]:
-        """An embedding of each text, of which too long ones are cut where `truncate` says so."""
-        prompts = read_prompts({"input": texts}, "input") if texts else []
-        if len(prompts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in prompts):
+        self, request: Request, given: Fields, name: str, cuts: bool
+    ) -> tuple[list[Delta], Clock]:
+        """An embedding of each text of a field; `cuts` too long ones."""
+        texts = given.get(name) or []
+        texts = [texts] if isinstance(texts, str) else texts
+        pool, clock = await self.ollama_pool(given)
+        if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
             refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
         llm = pool.llm()
 
         def encode() -> list[list[int]]:
-            found = [llm.prompt_ids(GenerationRequest(prompt=text)) for text in prompts]
-            return [ids[: llm.engine.n_ctx] for ids in found] if truncate else found
+            found = [llm.encode(text) for text in texts]
+            return [ids[: llm.engine.n_ctx] for ids in found] if cuts else found
 
         with pool.held():
             ids = await asyncio.to_thread(encode)
         requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
-        return await self.embed(request, pool, requests, {"prompt": "input"})
+        return await self.embed(request, pool, requests), clock
 
     async def ollama_version(self, request: Request) -> Response:
         """GET /api/version: the release of Ollama whose API this is"""
@@ -12293,13 +12210,13 @@ class OllamaHandlers(Handlers):
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
     async def progress(
-        self, request: Request, given: Mapping[str, Any], work: Callable[[Report], None]
+        self, request: Request, given: Fields, work: Callable[[Report], None]
     ) -> Response:
         """Run something in a thread: its lines as they come, or the last of them."""
-        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        lines: asyncio.Queue[Json | None] = asyncio.Queue()
         loop, gone = asyncio.get_running_loop(), threading.Event()
 
-        def report(line: dict[str, Any]) -> None:
+        def report(line: Json) -> None:
             if gone.is_set():
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
@@ -12309,7 +12226,7 @@ class OllamaHandlers(Handlers):
             if not task.cancelled():
                 task.exception()  # seen, also when nobody waits for it any more
 
-        async def events() -> AsyncIterator[dict[str, Any]]:
+        async def events() -> AsyncIterator[Json]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
             task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
@@ -12319,11 +12236,7 @@ class OllamaHandlers(Handlers):
 
         if given.get("stream", True):
             return stream_response(events(), NDJSON, gone.set)
-
-        async def last() -> dict[str, Any]:
-            return [line async for line in events()][-1]
-
-        return as_json(await unless_disconnected(request.receive, last(), gone.set))
+        return as_json(await unless_disconnected(request.receive, last_of(events()), gone.set))
 
     async def ollama_copy(self, request: Request) -> Response:
         """POST /api/copy: another name for a model"""
@@ -12347,6 +12260,10 @@ class OllamaHandlers(Handlers):
     async def ollama_refuse(self, request: Request) -> Response:
         """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
         raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
+
+
+TOKENIZE_FIELDS = table(string="prompt", boolean="add_special_tokens")
+DETOKENIZE_FIELDS = table(array="tokens", string="model")
 
 
 class App(OpenAIHandlers, OllamaHandlers):
@@ -12428,7 +12345,7 @@ class App(OpenAIHandlers, OllamaHandlers):
             text, media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    def model_body(self, name: str, asked: str | None = None) -> dict[str, Any]:
+    def model_body(self, name: str, asked: str | None = None) -> Json:
         """A model as /v1/models lists it, under the name that was asked for."""
         pool = self.models.pools.get(name)
         state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
@@ -12470,14 +12387,14 @@ class App(OpenAIHandlers, OllamaHandlers):
             chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
             ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
-            given, _ = read_fields(body, {"prompt": "string", "add_special_tokens": "boolean"})
+            given, _ = read_fields(body, TOKENIZE_FIELDS)
             text, special = required(given, "prompt"), given.get("add_special_tokens", True)
             ids = await asyncio.to_thread(llm.encode, text, special)
         return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
-        given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
+        given, _ = read_fields(await self.body(request), DETOKENIZE_FIELDS)
         ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
         n_vocab = llm.engine.n_vocab
         bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
@@ -12513,7 +12430,6 @@ class Route:
     required: tuple[str, ...] = ()
 
 
-TOKENIZE_FIELDS = {"prompt": "string", "add_special_tokens": "boolean", **CHAT_FIELDS}
 ROUTES = (
     Route(App.page, ("GET /",)),
     Route(App.health, ("GET /health",)),
@@ -12529,8 +12445,8 @@ ROUTES = (
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
     Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
-    Route(App.tokenize, ("POST /tokenize",), TOKENIZE_FIELDS),
-    Route(App.detokenize, ("POST /detokenize",), {"tokens": "array", "model": "string"}),
+    Route(App.tokenize, ("POST /tokenize",), table(TOKENIZE_FIELDS, CHAT_FIELDS)),
+    Route(App.detokenize, ("POST /detokenize",), DETOKENIZE_FIELDS),
     Route(App.tokenizer_info, ("GET /tokenizer_info",)),
     Route(App.ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),
     Route(App.ollama_generate, ("POST /api/generate",), OLLAMA_GENERATE, ("model",)),
@@ -12550,9 +12466,9 @@ ROUTES = (
 )
 
 
-def openapi_body() -> dict[str, Any]:
+def openapi_body() -> Json:
     """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, Json] = {}
     for route in ROUTES:
         for method, path in (name.split() for name in route.names):
             place = paths.setdefault(path.replace(":path", ""), {})
@@ -12561,7 +12477,7 @@ def openapi_body() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
-def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
+def openapi_operation(route: Route, method: str, path: str) -> Json:
     """One method of one path: its parameters, its body, its answers."""
     answers = {"200": {"description": "the answer"}}
     if route.fields is not None or "{" in path:
@@ -12569,7 +12485,7 @@ def openapi_operation(route: Route, method: str, path: str) -> dict[str, Any]:
     answers["503"] = {"description": "the model is still loading, or the server is ending"}
     slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
     summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
-    body: dict[str, Any] = {"operationId": slug, "summary": " ".join(summary.split())}
+    body: Json = {"operationId": slug, "summary": " ".join(summary.split())}
     if names := re.findall(r"\{(\w+)", path):
         schema = {"type": "string", "minLength": 1}
         body["parameters"] = [
@@ -12754,12 +12670,11 @@ class Script:
                     refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
             except RequestError as error:
                 raise UsageError(f"answer {number} of the script: {error}") from None
-        self.matching: list[dict[str, Any]] = [a for a in answers if "match" in a]
-        self.others: deque[dict[str, Any]] = deque(a for a in answers if "match" not in a)
+        self.matching: list[Json] = [a for a in answers if "match" in a]
+        self.others: deque[Json] = deque(a for a in answers if "match" not in a)
 
-    def next(self, asked: str) -> dict[str, Any]:
+    def next(self, asked: str) -> Json:
         """The answer to a text"""
-        found: dict[str, Any] | None
         found = next((answer for answer in self.matching if answer["match"] in asked), None)
         if found is None and not self.others:
             raise WireError(500, "no_answer", "the script has no answer to this request")
@@ -12813,9 +12728,9 @@ class ScriptEngine(Engine):
         self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
         self.num_slots, self.stats = 64, EngineStats()
         self.scheduler = Scheduler(self.num_slots, 1)
-        self.plays: dict[Sequence, tuple[dict[str, Any], deque[int]]] = {}
+        self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return {"device": "none", "kernels": "script", "slots": self.num_slots}
 
     def step(self) -> None:
@@ -12911,7 +12826,7 @@ class TestServer:
 
     __test__ = False  # not a test itself
 
-    def __init__(self, *answers: str | dict[str, Any]) -> None:
+    def __init__(self, *answers: str | Json) -> None:
         self.script = Script(list(answers) or ["Hello!"])
         self._llm: ScriptLLM | None = None
         source = ModelSource("test-model", (self._load,))
@@ -12922,7 +12837,7 @@ class TestServer:
         self._llm = ScriptLLM(self.script)
         return self._llm
 
-    def answers(self, *answers: str | dict[str, Any]) -> None:
+    def answers(self, *answers: str | Json) -> None:
         """What to answer from now on, and forget what was asked."""
         self.script = Script(list(answers))
         if self._llm is not None:
@@ -12930,8 +12845,8 @@ class TestServer:
         self.requests.clear()
 
     @property
-    def requests(self) -> deque[dict[str, Any]]:
-        asked: deque[dict[str, Any]] = self._app.state.asked
+    def requests(self) -> deque[Json]:
+        asked: deque[Json] = self._app.state.asked
         return asked
 
     def __enter__(self) -> TestServer:
@@ -13689,104 +13604,99 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def options(
+    parser: argparse.ArgumentParser, title: str, defaults: object = None
+) -> Callable[..., None]:
+    """A group of options -> what adds one: `--flag -f METAVAR`, its help and its type. The default,
+    which a field of `defaults` has, is told in the help."""
+    group = parser.add_argument_group(title)
+
+    def add(spelled: str, text: str, kind: Callable[[str], Any] | None = None, **more: Any) -> None:
+        words = spelled.split()
+        flags = [word for word in words if word.startswith("-")]
+        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        default = getattr(defaults, name, None)
+        if default is not False and default not in (None, (), {}):
+            text += f" (default: {default})"
+        if len(words) > len(flags):
+            more["metavar"] = words[-1]
+        group.add_argument(*flags, help=text, **more | ({"type": kind} if kind else {}))
+
+    return add
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = options(parser, "model")
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
-    add("--model", metavar="MODEL", action=ModelAction, help=text)
+    add("--model MODEL", text, action=ModelAction)
     parser.set_defaults(models=())
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--revision REV", "branch, tag or commit of a hub model")
     text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
-    add("--source", "-i", metavar="NAME", choices=NANOCHAT_SOURCES, help=text)
-    add("--model-tag", "-g", metavar="TAG", help="and of these, as in d20 (default: the largest)")
-    add("--step", "-s", type=int, metavar="N", help="and of these (default: the last)")
-    add("--tokenizer", metavar="MODEL", help="take tokenizer and chat template from another model")
-    add("--adapter", metavar="DIR", help="apply a LoRA adapter in PEFT's layout")
-    text = "model, system prompt and defaults from a file"
-    add("--modelfile", metavar="PATH", type=Path, help=text)
-    add("--device", "--device-type", metavar="DEVICE", help="cpu, cuda or mps (default: the best)")
+    add("--source -i NAME", text, choices=NANOCHAT_SOURCES)
+    add("--model-tag -g TAG", "and of these, as in d20 (default: the largest)")
+    add("--step -s N", "and of these (default: the last)", int)
+    add("--tokenizer MODEL", "take tokenizer and chat template from another model")
+    add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
+    add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
+    add("--device --device-type DEVICE", "cpu, cuda or mps (default: the best)")
     text = f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})"
-    add("--dtype", "-d", metavar="TYPE", choices=DTYPES, help=text)
-    add("--quantize", type=str.lower, choices=QUANTIZE, help="pack float weights to 8 or 4 bits")
-    add("--compile", action="store_true", help="record decode steps as CUDA graphs")
-    add("--ctx", type=int, metavar="N", help="cap the context at N tokens")
-    add("--threads", type=int, metavar="N", help="CPU threads")
-    text = f"sequences at once (default: from memory, up to {MAX_PARALLEL})"
-    add("--parallel", type=int, metavar="N", help=text)
-    text = f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})"
-    add("--prefill-chunk", type=int, metavar="N", help=text)
+    add("--dtype -d TYPE", text, choices=DTYPES)
+    add("--quantize", "pack float weights to 8 or 4 bits", str.lower, choices=QUANTIZE)
+    add("--compile", "record decode steps as CUDA graphs", action="store_true")
+    add("--ctx N", "cap the context at N tokens", int)
+    add("--threads N", "CPU threads", int)
+    add("--parallel N", f"sequences at once (default: from memory, up to {MAX_PARALLEL})", int)
+    add("--prefill-chunk N", f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})", int)
     text = f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step"
-    add("--lookup", type=int, nargs="?", const=DEFAULT_LOOKUP, metavar="N", help=text)
+    add("--lookup N", text, int, nargs="?", const=DEFAULT_LOOKUP)
     text = "native: compiled C; torch: its operations (default: native where it can be had)"
-    add("--kernels", type=str.lower, choices=KERNELS, help=text)
-    text = "keys and values: " + ", ".join(KV_DTYPES[1:]) + " (default: by the weights)"
-    add("--kv-dtype", type=str.lower, choices=KV_DTYPES, help=text)
-    add("--verbose", action="store_true", help="say more on stderr")
+    add("--kernels", text, str.lower, choices=KERNELS)
+    text = f"keys and values: {', '.join(KV_DTYPES[1:])} (default: by the weights)"
+    add("--kv-dtype", text, str.lower, choices=KV_DTYPES)
+    add("--verbose", "say more on stderr", action="store_true")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    defaults = SamplingParams()
-
-    def add(*flags: str, kind: Callable[[str], Any] = float, text: str, **more: Any) -> None:
-        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
-        default = getattr(defaults, name)
-        group.add_argument(
-            *flags,
-            type=kind,
-            metavar=more.pop("metavar", "N" if kind is int else "X"),
-            help=text if default in (None, (), {}) else f"{text} (default: {default})",
-            **more,
-        )
-
+    add = options(parser, "sampling", SamplingParams())
     text = "0 is greedy, higher is more random"
-    add("--temp", "--temperature", "-t", dest="temperature", text=text)
-    add("--top-k", "-k", kind=int, text="keep the k likeliest tokens; 0 is off")
-    add("--top-p", text="keep the smallest set with this probability; 1 is off")
-    add("--min-p", text="drop tokens less likely than X times the likeliest; 0 is off")
-    add("--repeat-penalty", text="weaken tokens seen before; 1 is off")
-    add("--repeat-last-n", kind=int, text="how many of the latest tokens that looks at; -1 is all")
-    add("--presence-penalty", text="subtracted from the logits of tokens already generated")
-    add("--frequency-penalty", text="the same, once for each time they were")
-    text = "added to a token's logit"
-    add("--logit-bias", kind=key_value, text=text, metavar="ID=BIAS", action="append")
-    add("--seed", kind=int, text="same seed, same text")
-    text = "end before this text; may be repeated"
-    add("--stop", kind=str, text=text, metavar="TEXT", action="append")
-    add("--max-tokens", "-m", kind=int, text="longest answer, in tokens")
-    add("--schema", kind=str, text="the answer is JSON that fits this JSON Schema", metavar="FILE")
-    add("--regex", kind=str, text="the answer is text that this matches whole", metavar="RE")
+    add("--temp --temperature -t X", text, float, dest="temperature")
+    add("--top-k -k N", "keep the k likeliest tokens; 0 is off", int)
+    add("--top-p X", "keep the smallest set with this probability; 1 is off", float)
+    add("--min-p X", "drop tokens less likely than X times the likeliest; 0 is off", float)
+    add("--repeat-penalty X", "weaken tokens seen before; 1 is off", float)
+    add("--repeat-last-n N", "how many of the latest tokens that looks at; -1 is all", int)
+    add("--presence-penalty X", "subtracted from the logits of tokens already generated", float)
+    add("--frequency-penalty X", "the same, once for each time they were", float)
+    add("--logit-bias ID=BIAS", "added to a token's logit", key_value, action="append")
+    add("--seed N", "same seed, same text", int)
+    add("--stop TEXT", "end before this text; may be repeated", action="append")
+    add("--max-tokens -m N", "longest answer, in tokens", int)
+    add("--schema FILE", "the answer is JSON that fits this JSON Schema")
+    add("--regex RE", "the answer is text that this matches whole")
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("server")
-    defaults = ServerConfig()
-
-    def add(name: str, text: str, **more: Any) -> None:
-        default = getattr(defaults, more.get("dest", name).replace("-", "_"), None)
-        shown = f" (default: {default})" if default not in (None, (), False) else ""
-        group.add_argument(f"--{name}", help=text + shown, **more)
-
-    add("host", "address to listen on", metavar="ADDRESS")
-    add("port", "port to listen on; 0 picks one", type=int, metavar="N")
-    add("script", "answer from a YAML or JSON file, without a model", metavar="FILE", type=Path)
-    add("num-gpus", "replicas of the model, one for each GPU", type=int, metavar="N")
+    add = options(parser, "server", ServerConfig())
+    add("--host ADDRESS", "address to listen on")
+    add("--port N", "port to listen on; 0 picks one", int)
+    add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
+    add("--num-gpus N", "replicas of the model, one for each GPU", int)
     text = "key that clients must send (or NANOLLAMA_API_KEY); may be repeated"
-    add("api-key", text, metavar="KEY", action="append")
+    add("--api-key KEY", text, action="append")
     text = "web origin to allow beside loopback ones; * for all"
-    add("cors-origin", text, metavar="ORIGIN", action="append")
-    add("max-queue", "sequences that may wait; more get a 429", type=int, metavar="N")
+    add("--cors-origin ORIGIN", text, action="append")
+    add("--max-queue N", "sequences that may wait; more get a 429", int)
     text = (
         "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
         "where one model is named)"
     )
-    add("keep-alive", text, dest="keep_alive_s", type=duration, metavar="TIME")
-    add("timeout", "longest a request may take", dest="timeout_s", type=float, metavar="SECONDS")
-    add("any-model", "answer for every model name", action="store_true")
-    add("strict", "refuse fields that are not known", action="store_true")
-    add("log-prompts", "write request bodies to the log", action="store_true")
-    names, text = ("reasoning_content", "reasoning"), "field for thoughts in answers"
-    add("reasoning-name", text, metavar="NAME", choices=names)
+    add("--keep-alive TIME", text, duration, dest="keep_alive_s")
+    add("--timeout SECONDS", "longest a request may take", float, dest="timeout_s")
+    add("--any-model", "answer for every model name", action="store_true")
+    add("--strict", "refuse fields that are not known", action="store_true")
+    add("--log-prompts", "write request bodies to the log", action="store_true")
+    names = ("reasoning_content", "reasoning")
+    add("--reasoning-name NAME", "field for thoughts in answers", choices=names)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13798,20 +13708,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    add = mode.add_argument
-    add("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
-    add("--interactive", action="store_true", help="a conversation; implies --chat")
-    add("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
-    text = "a server for OpenAI's and Ollama's clients, web chat"
-    add("--serve", action="store_true", help=text)
-    add = parser.add_argument_group("chat and output").add_argument
-    add("--chat", action="store_true", help="wrap the prompt in the chat template")
-    add("--system", metavar="TEXT", help="system prompt, with --chat or --interactive")
-    add("--hide-thinking", action="store_true", help="leave out what is in think tags")
-    add("--tools", metavar="FILE", help="Python file with functions that the model may call")
-    add("--yes-tools", action="store_true", help="run calls without asking")
-    add("--embed", action="store_true", help="print the prompt's embedding as JSON")
-    add("--output", metavar="FILE", help="with --batch-file: JSON lines; - is stdout")
+    choose, text = mode.add_argument, "a server for OpenAI's and Ollama's clients, web chat"
+    choose("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
+    choose("--interactive", action="store_true", help="a conversation; implies --chat")
+    choose("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    choose("--serve", action="store_true", help=text)
+    add = options(parser, "chat and output")
+    add("--chat", "wrap the prompt in the chat template", action="store_true")
+    add("--system TEXT", "system prompt, with --chat or --interactive")
+    add("--hide-thinking", "leave out what is in think tags", action="store_true")
+    add("--tools FILE", "Python file with functions that the model may call")
+    add("--yes-tools", "run calls without asking", action="store_true")
+    add("--embed", "print the prompt's embedding as JSON", action="store_true")
+    add("--output FILE", "with --batch-file: JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
     add_server_options(parser)
@@ -13821,7 +13730,7 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
 
 
-def given_flags(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+def given_flags(args: argparse.Namespace, kind: type) -> Json:
     """Those fields of a dataclass that were given as flags."""
     names = [field.name for field in dataclasses.fields(kind)]
     return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
@@ -13833,7 +13742,7 @@ class Settings:
 
     args: argparse.Namespace
     modelfile: Modelfile
-    flags: dict[str, Any]  # SamplingParams fields that were given as flags
+    flags: Json  # SamplingParams fields that were given as flags
 
     @property
     def model(self) -> str:
@@ -13850,11 +13759,6 @@ class Settings:
             )
         return str(nanochat_model(base, *choice))
 
-    @property
-    def system(self) -> str | None:
-        system: str | None = self.value("system")[0]
-        return system
-
     def value(self, name: str) -> tuple[Any, str]:
         """model, tokenizer, adapter, system, ctx or threads, and its origin."""
         flag = getattr(self.args, name, None)
@@ -13865,7 +13769,7 @@ class Settings:
             return file, "Modelfile"
         return DEFAULT_MODEL if name == "model" else None, "built-in"
 
-    def sampling(self, model_defaults: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    def sampling(self, model_defaults: Fields) -> dict[str, tuple[Any, str]]:
         """Each SamplingParams field with its value and its origin."""
         chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
         for values, origin in (
@@ -13876,13 +13780,14 @@ class Settings:
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
 
-    def params(self, model_defaults: Mapping[str, Any]) -> SamplingParams:
+    def params(self, model_defaults: Fields) -> SamplingParams:
         chosen = self.sampling(model_defaults)
         return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[Json]:
         """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.value("system")[0]
+        system = [{"role": "system", "content": text}] if text else []
         return [*system, *(dict(message) for message in self.modelfile.messages)]
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
@@ -13966,9 +13871,8 @@ class AnswerPrinter:
         self.splitter, self.hide_thinking = splitter, hide_thinking
         self.out = out or sys.stdout
         self.dim = self.out.isatty()
-        self.thoughts: list[str] = []
-        self.content: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.text = {"content": "", "thought": ""}
+        self.calls: list[Json] = []
 
     def push(self, delta: Delta) -> None:
         self._write(self.splitter.push(delta.text))
@@ -13980,24 +13884,24 @@ class AnswerPrinter:
 
     def _write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if piece.kind in ("name", "arguments"):
+            if piece.kind not in self.text:
                 add_to_calls(self.calls, piece)
                 continue
             text, is_thought = piece.text, piece.kind == "thought"
-            if self.hide_thinking and self.thoughts and not is_thought and not self.content:
-                text = text.lstrip("\n")  # the gap between the hidden thoughts and the answer
-            if text:
-                (self.thoughts if is_thought else self.content).append(text)
+            is_gap = self.text["thought"] and not (is_thought or self.text["content"])
+            if self.hide_thinking and is_gap:
+                text = text.lstrip("\n")  # between the hidden thoughts and the answer
+            self.text[piece.kind] += text
             if not (is_thought and self.hide_thinking):
                 self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
         self.out.flush()
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Json:
         """The answer as a message of the conversation."""
-        thoughts = "".join(self.thoughts)
+        thoughts = self.text["thought"]
         for tag in (tag for tags in THOUGHTS for tag in tags[:2]):
             thoughts = thoughts.replace(tag, "")
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
+        message: Json = {"role": "assistant", "content": self.text["content"]}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
             message["tool_calls"] = self.calls
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
@@ -14008,7 +13912,7 @@ class AnswerPrinter:
 MAX_ROUNDS = 10  # of calls for one answer
 
 
-def hint_schema(hint: Any) -> dict[str, Any]:
+def hint_schema(hint: Any) -> Json:
     """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is typing.Literal:
@@ -14023,7 +13927,7 @@ def hint_schema(hint: Any) -> dict[str, Any]:
     return {} if hint is Any else {"type": JSON_NAMES[hint]}
 
 
-def function_tool(function: Callable[..., Any]) -> dict[str, Any]:
+def function_tool(function: Callable[..., Any]) -> Json:
     """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
     does, and below, in lines `name: text`, what they mean. Raises UsageError."""
     name, text = function.__name__, inspect.getdoc(function) or ""
@@ -14052,20 +13956,14 @@ class Toolbox:
     UsageError for a file that cannot be loaded."""
 
     def __init__(self, path: str, asks: bool = True) -> None:
-        self.asks = asks
-        loader = importlib.machinery.SourceFileLoader("nanollama_tools", path)
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[loader.name] = module  # dataclasses in it look themselves up there
+        self.asks, own = asks, "nanollama_tools"
+        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look themselves up there
+        module.__file__ = path
         try:
-            loader.exec_module(module)
-            own = [f for f in vars(module).values() if inspect.isfunction(f)]
-            self.functions = {
-                f.__name__: f
-                for f in own
-                if f.__module__ == loader.name and not f.__name__.startswith("_")
-            }
+            exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
+            found = [f for f in vars(module).values() if inspect.isfunction(f)]
+            public = [f for f in found if f.__module__ == own and not f.__name__.startswith("_")]
+            self.functions = {f.__name__: f for f in public}
             self.tools = [function_tool(function) for function in self.functions.values()]
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
@@ -14075,7 +13973,7 @@ class Toolbox:
         if not self.tools:
             raise UsageError(f"{path}: holds no functions")
 
-    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+    def call(self, call: Fields) -> Json:
         """The message that answers a call of the model."""
         name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
         shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
@@ -14091,6 +13989,10 @@ class Toolbox:
                 content = f"{type(error).__name__}: {first_line(error)}"
             log.warning(f"{shown} -> {brief(content)}")
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+
+
+def read_toolbox(args: argparse.Namespace) -> Toolbox | None:
+    return Toolbox(args.tools, not args.yes_tools) if args.tools else None
 
 
 def confirmed(question: str) -> bool:
@@ -14116,7 +14018,7 @@ def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) 
         log.warning(" (stopped)")
     finally:
         deltas.close()  # type: ignore[attr-defined]
-        if is_started and (printer.content or not printer.calls):
+        if is_started and (printer.text["content"] or not printer.calls):
             print(flush=True)
     return printer
 
@@ -14127,10 +14029,10 @@ def converse(
     toolbox: Toolbox | None,
     hide_thinking: bool,
     catch: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
     that came to be."""
-    new: list[dict[str, Any]] = []
+    new: list[Json] = []
     given = request.messages or []
     if toolbox:
         request = dataclasses.replace(request, tools=toolbox.tools)
@@ -14175,32 +14077,13 @@ def read_prompt(args: argparse.Namespace) -> str:
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
     args, text = settings.args, read_prompt(settings.args)
-    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
-    llm = settings.load()
-    if settings.system and not args.chat:
+    toolbox, llm = read_toolbox(args), settings.load()
+    if settings.value("system")[0] and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
     converse(llm, request, toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
-
-
-def run_embed(settings: Settings) -> int:
-    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
-    args = settings.args
-    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
-    llm = settings.load()
-    runnable = [row for row in rows if row.error is None]
-    requests = [GenerationRequest(prompt=row.prompt or "", embed=True) for row in runnable]
-    for delta in llm.stream(requests, raise_errors=False):
-        runnable[delta.index].error, runnable[delta.index].last = delta.error, delta
-    for row in rows:
-        if row.error and not args.batch_file:
-            raise row.error
-        if row.error:
-            log.error(f"line {row.line}: {row.error}")
-        print(json.dumps(row.last.embedding if row.last else None))
-    return 1 if any(row.error for row in rows) else 0
 
 
 @dataclass(slots=True)
@@ -14214,9 +14097,23 @@ class BatchRow:
     out: io.StringIO = field(default_factory=io.StringIO)
     printer: AnswerPrinter | None = None  # writes to `out`
 
+    @property
+    def is_done(self) -> bool:
+        return bool(self.error or (self.last and self.last.finish_reason))
+
+    def push(self, delta: Delta, llm: LLM, request: GenerationRequest, hide_thinking: bool) -> None:
+        """Take a part of the answer to `request`."""
+        self.error, self.last = delta.error, delta
+        if delta.error:
+            return
+        if self.printer is None:
+            splitter = AnswerSplitter(llm.prompt_text(request), keep_tags=True)
+            self.printer = AnswerPrinter(splitter, hide_thinking, self.out)
+        self.printer.push(delta)
+
     def json(self) -> str:
         text = self.out.getvalue()
-        row: dict[str, Any] = {"line": self.line, "prompt": self.prompt, "text": text}
+        row: Json = {"line": self.line, "prompt": self.prompt, "text": text}
         if self.error:
             row["error"] = str(self.error)
         row["finish_reason"] = self.last.finish_reason if self.last else "error"
@@ -14230,15 +14127,50 @@ def read_rows(name: str) -> list[BatchRow]:
     rows = []
     for number, line in enumerate(read_input(name).splitlines(), 1):
         try:
-            text = line.decode("utf-8")
+            row = BatchRow(number, line.decode("utf-8"))
         except UnicodeDecodeError:
-            rows.append(BatchRow(number, None, RequestError("the line is not UTF-8 text")))
-            continue
-        if text.strip():
-            rows.append(BatchRow(number, text))
+            row = BatchRow(number, None, RequestError("the line is not UTF-8 text"))
+        if row.prompt is None or row.prompt.strip():
+            rows.append(row)
     if not rows:
         raise RequestError(f"{name}: holds no prompts; write one on each line")
     return rows
+
+
+def answered(
+    rows: list[BatchRow],
+    llm: LLM,
+    request: Callable[[str], GenerationRequest],
+    hide_thinking: bool = False,
+) -> Iterator[BatchRow]:
+    """The rows in their order, each as soon as it is done; all run together. `request` makes one of
+    a prompt."""
+    runnable = [row for row in rows if row.error is None]
+    requests = [request(row.prompt or "") for row in runnable]
+    deltas = llm.stream(requests, raise_errors=False)
+    for row in rows:
+        while not row.is_done:
+            delta = next(deltas)
+            runnable[delta.index].push(delta, llm, requests[delta.index], hide_thinking)
+        yield row
+
+
+def run_embed(settings: Settings) -> int:
+    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
+    args = settings.args
+    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    for row in answered(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
+        if row.error and not args.batch_file:
+            raise row.error
+        if row.error:
+            log.error(f"line {row.line}: {row.error}")
+        print(json.dumps(row.last.embedding if row.last else None))
+    return 1 if any(row.error for row in rows) else 0
+
+
+def with_progress(items: Iterable[Found], total: int, **more: Any) -> Iterable[Found]:
+    """The items as they come, counted by a bar where stderr is a terminal."""
+    return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **more)
 
 
 def run_batch(settings: Settings) -> int:
@@ -14256,38 +14188,15 @@ def run_batch(settings: Settings) -> int:
         if out is not sys.stdout:
             with contextlib.suppress(OSError):  # a pipe or a device has nothing to cut off
                 out.truncate(0)
-        bar = stack.enter_context(
-            tqdm.tqdm(total=len(rows), unit="prompt", file=sys.stderr, disable=None)
-        )
-        pending = deque(rows)
-        flush_rows(pending, out, args.output is not None, bar)
-        runnable = [row for row in rows if row.error is None]
-        requests = [settings.request(row.prompt or "", llm) for row in runnable]
-        for delta in llm.stream(requests, raise_errors=False):
-            row = runnable[delta.index]
-            row.error = delta.error
-            if row.error is None:
-                if row.printer is None:
-                    prompt = llm.prompt_text(requests[delta.index])
-                    splitter = AnswerSplitter(prompt, keep_tags=True)
-                    row.printer = AnswerPrinter(splitter, args.hide_thinking, row.out)
-                row.printer.push(delta)
-            if delta.finish_reason:
-                row.last = delta
-                flush_rows(pending, out, args.output is not None, bar)
+        request = functools.partial(settings.request, llm=llm)
+        done = answered(rows, llm, request, args.hide_thinking)
+        for row in with_progress(done, len(rows), unit="prompt"):
+            if row.error:
+                tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
+            out.write((row.out.getvalue() if args.output is None else row.json()) + "\n")
+            out.flush()
     log.warning(speed_line(llm.engine.stats))
     return 1 if any(row.error for row in rows) else 0
-
-
-def flush_rows(pending: deque[BatchRow], out: TextIO, as_json: bool, bar: Any) -> None:
-    """Write the rows at the head of `pending` that are done, and report those that failed."""
-    while pending and (pending[0].last or pending[0].error):
-        row = pending.popleft()
-        bar.update()
-        if row.error:
-            bar.write(f"line {row.line}: {row.error}", file=sys.stderr)
-        out.write((row.json() if as_json else row.out.getvalue()) + "\n")
-        out.flush()
 
 
 # ---- the conversation ----------------------------------------------------------------------------
@@ -14301,12 +14210,12 @@ class Repl:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
-        self.sent: list[dict[str, Any]] = []  # messages of the last prompt
+        self.sent: list[Json] = []  # messages of the last prompt
         self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     @property
-    def tools(self) -> list[dict[str, Any]] | None:
+    def tools(self) -> list[Json] | None:
         return self.toolbox.tools if self.toolbox else None
 
     # -- reading -----------------------------------------------------------------------------------
@@ -14382,7 +14291,7 @@ class Repl:
 
     # -- answering ---------------------------------------------------------------------------------
 
-    def answer(self, messages: list[dict[str, Any]]) -> None:
+    def answer(self, messages: list[Json]) -> None:
         """Send `messages`, print the answer, keep both. Ctrl-C ends the answer, not the session."""
         llm = self.llm
         params = SamplingParams(**self.values)
@@ -14427,7 +14336,7 @@ class Repl:
         if argument:
             self.settings.args.system = argument
             self.messages = [{"role": "system", "content": argument}, *rest]
-        log.warning(f"system: {self.settings.system or '(none)'}")
+        log.warning(f"system: {self.settings.value('system')[0] or '(none)'}")
 
     def do_set(self, argument: str) -> None:
         """/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2"""
@@ -14497,7 +14406,7 @@ class Repl:
         log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
         log.warning(f"{len(ids)} tokens")
 
-    def without_last_turn(self) -> list[dict[str, Any]]:
+    def without_last_turn(self) -> list[Json]:
         """The messages before the last one of the user. Raises UsageError when there is none."""
         last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
         if last is None:
@@ -14506,18 +14415,17 @@ class Repl:
 
 
 def run_interactive(settings: Settings) -> int:
-    args = settings.args
-    toolbox = Toolbox(args.tools, not args.yes_tools) if args.tools else None
+    toolbox = read_toolbox(settings.args)
     return Repl(settings, settings.load(), toolbox).run()
 
 
-def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[bool, str, str]:
-    """Whether native kernels run a model, which ones, and the type of its keys and values."""
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
+    """Which kernels run a model, and the type of its keys and values."""
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
     native, kernels = pick_kernels(engine.kernels, device, dtype)
     packed = native and bool(checkpoint.quantization in REPACK or engine.quantize)
-    return native, kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
+    return kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
 
 
 def memory_needed(
@@ -14534,7 +14442,7 @@ def memory_needed(
         weight_bytes = int(
             sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
         )
-    kv_dtype = chosen_kernels(checkpoint, settings)[2]
+    kv_dtype = chosen_kernels(checkpoint, settings)[1]
     return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
@@ -14610,6 +14518,11 @@ def run_serve(settings: Settings) -> int:
 # ---- subcommands ---------------------------------------------------------------------------------
 
 
+def command_parser(command: Callable[[list[str]], int], **more: Any) -> argparse.ArgumentParser:
+    name, about = command.__name__.removeprefix("command_"), command.__doc__
+    return argparse.ArgumentParser(prog=f"nanollama.py {name}", description=about, **more)
+
+
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """A line for each setting, with its origin; - for what is not set."""
     names = ("system", "tokenizer", "adapter", "ctx", "threads")
@@ -14626,7 +14539,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    kernels, kv_dtype = chosen_kernels(checkpoint, settings)[1:]
+    kernels, kv_dtype = chosen_kernels(checkpoint, settings)
     weight_bytes, kv_bytes = memory_needed(checkpoint, settings)
     rope = config.rope["rope_type"]
     return [
@@ -14650,11 +14563,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py show",
-        description=command_show.__doc__,
-        epilog=f"Model types that can be run: {SUPPORTED}",
-    )
+    parser = command_parser(command_show, epilog=f"Model types that can be run: {SUPPORTED}")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -14679,7 +14588,7 @@ def command_show(argv: list[str]) -> int:
 
 def command_pull(argv: list[str]) -> int:
     """pull MODEL: download a model, or bring it up to date."""
-    parser = argparse.ArgumentParser(prog="nanollama.py pull", description=command_pull.__doc__)
+    parser = command_parser(command_pull)
     text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
     parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
@@ -14690,8 +14599,7 @@ def command_pull(argv: list[str]) -> int:
 
 def command_list(argv: list[str]) -> int:
     """list: the models on this machine."""
-    parser = argparse.ArgumentParser(prog="nanollama.py list", description=command_list.__doc__)
-    parser.parse_args(argv)
+    command_parser(command_list).parse_args(argv)
     models = ModelStore().models()
     if not models:
         log.warning("no models here yet; fetch one with: nanollama.py pull smollm2")
@@ -14706,7 +14614,7 @@ def command_list(argv: list[str]) -> int:
 
 def command_rm(argv: list[str]) -> int:
     """rm MODEL: delete a cached model."""
-    parser = argparse.ArgumentParser(prog="nanollama.py rm", description=command_rm.__doc__)
+    parser = command_parser(command_rm)
     parser.add_argument("ref", metavar="MODEL", help="an id as `list` shows it")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     args = parser.parse_args(argv)
@@ -14801,13 +14709,13 @@ class Bench:
             self.run(ids[:, :depth].tolist(), 0)
         return self.run(ids.tolist(), num_gen)
 
-    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> dict[str, Any]:
+    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
         """Speed of reading prompts, after one run to warm up."""
         seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
         rates = [batch * num_prompt / s for s in seconds[1:]]
         return speed(f"pp{num_prompt}", batch, depth, rates)
 
-    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> dict[str, Any]:
+    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
         """Speed of generating, after one run to warm up, and how much of the bandwidth found right
         then it took: a step reads all weights, and each sequence's keys and values."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
@@ -14819,24 +14727,24 @@ class Bench:
             rates.append(batch * num_gen / seconds)
             reads.append(step_bytes * num_steps / seconds)
             machine.append(read_bandwidth(self.buffer, decoder.native))
+        per_s, bandwidth = statistics.mean(reads[1:]), statistics.mean(machine[1:])
         return {
             **speed(f"tg{num_gen}", batch, depth, rates[1:]),
             "bytes_per_step": step_bytes,
-            "bytes_per_s": sum(reads[1:]) / repetitions,
-            "read_bandwidth": sum(machine[1:]) / repetitions,
-            "bandwidth_fraction": sum(reads[1:]) / sum(machine[1:]),
+            "bytes_per_s": per_s,
+            "read_bandwidth": bandwidth,
+            "bandwidth_fraction": per_s / bandwidth,
         }
 
 
-def speed(test: str, batch: int, depth: int, samples: list[float]) -> dict[str, Any]:
+def speed(test: str, batch: int, depth: int, samples: list[float]) -> Json:
     """A result: mean and standard deviation of tokens a second."""
-    mean = sum(samples) / len(samples)
-    squares = sum((x - mean) ** 2 for x in samples) / max(len(samples) - 1, 1)
-    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": mean}
-    return {**row, "stddev": math.sqrt(squares), "samples": samples}
+    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
+    stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
+    return {**row, "stddev": stddev, "samples": samples}
 
 
-def bench_line(row: Mapping[str, Any]) -> str:
+def bench_line(row: Fields) -> str:
     """A result as a line of the table."""
     rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
     line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
@@ -14857,29 +14765,26 @@ def numbers(text: str, least: int) -> list[int]:
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py bench",
-        usage="nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]",
-        description=command_bench.__doc__,
-        conflict_handler="resolve",  # --dtype leaves -d to --depth
-    )
+    usage = "nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]"
+    # --dtype leaves -d to --depth
+    parser = command_parser(command_bench, usage=usage, conflict_handler="resolve")
     add_model_options(parser)
-    add = parser.add_argument_group("bench").add_argument
-    for flag, name, least, default, text in (
-        ("-p", "prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
-        ("-n", "gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
-        ("-d", "depth", 0, 0, "tokens that come before and are not measured"),
-        ("-b", "batch", 1, 1, "sequences at once"),
+    add = options(parser, "bench")
+    for flags, least, default, text in (
+        ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
+        ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
+        ("-d --depth", 0, 0, "tokens that come before and are not measured"),
+        ("-b --batch", 1, 1, "sequences at once"),
     ):
         kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
-        add(flag, f"--{name}", metavar="N,..", type=kind, default=[default], help=shown)
+        add(f"{flags} N,..", shown, kind, default=[default])
     text = "times to measure, after one to warm up (default: 3)"
-    add("-r", "--repetitions", metavar="N", type=int, default=3, help=text)
-    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("-r --repetitions N", text, int, default=3)
+    add("--json", "print one JSON object instead of a table", action="store_true")
     return parser
 
 
-def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
     """The results, each as soon as it is there."""
     for batch, depth in itertools.product(args.batch, args.depth):
         for num in filter(None, args.prompt_tokens):
@@ -14888,7 +14793,7 @@ def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict[str, Any
             yield bench.decode(batch, depth, num, args.repetitions)
 
 
-def bench_model(settings: Settings, bench: Bench) -> dict[str, Any]:
+def bench_model(settings: Settings, bench: Bench) -> Json:
     """What was measured, and with what."""
     llm, packed = bench.llm, settings.args.quantize
     kind = llm.checkpoint.quantization
@@ -15010,7 +14915,7 @@ def interval(num_right: float, num: int) -> tuple[float, float]:
     return middle - width, middle + width
 
 
-def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[str, Any]:
+def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
     """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
     the tokenizer puts none before it; nor are its bytes counted then."""
     try:
@@ -15024,11 +14929,9 @@ def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[s
     if num_bytes < 1 or len(prefix) + len(ids) < 2:
         raise RequestError(f"{name}: too short to be scored")
     windows = list(text_windows(prefix, ids, window, stride))
-    bar.reset(total=len(windows))
     num_tokens, bits = 0, 0.0
-    for _, logprobs in llm.score(windows):
+    for _, logprobs in with_progress(llm.score(windows), len(windows), leave=False):
         num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
-        bar.update()
     return {
         "file": name,
         "bytes": num_bytes,
@@ -15040,17 +14943,15 @@ def eval_text(llm: LLM, name: str, window: int, stride: int, bar: Any) -> dict[s
     }
 
 
-def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
+def eval_task(llm: LLM, name: str) -> Json:
     """How often the right choice is the likeliest: as a whole, and per character of its text
     (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
     questions = read_task(name)
     texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
-    bar.reset(total=len(texts))
     sums = [0.0] * len(texts)
-    for index, logprobs in llm.score(texts):
+    for index, logprobs in with_progress(llm.score(texts), len(texts), leave=False):
         sums[index] = sum(logprobs)
-        bar.update()
-    found: dict[str, Any] = {"file": name, "questions": len(questions)}
+    found: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)
     scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
     for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
@@ -15063,7 +14964,7 @@ def eval_task(llm: LLM, name: str, bar: Any) -> dict[str, Any]:
     return found
 
 
-def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
+def eval_lines(results: Fields) -> Iterator[str]:
     """The results as lines to read."""
     if text := results.get("text"):
         yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
@@ -15077,20 +14978,16 @@ def eval_lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def eval_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanollama.py eval",
-        usage="nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]",
-        description=command_eval.__doc__,
-    )
+    usage = "nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]"
+    parser = command_parser(command_eval, usage=usage)
     add_model_options(parser)
-    add = parser.add_argument_group("eval").add_argument
-    add("--text", metavar="FILE", help="perplexity and bits per byte of this text")
-    add("--task", metavar="FILE", help='JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    add = options(parser, "eval")
+    add("--text FILE", "perplexity and bits per byte of this text")
+    add("--task FILE", 'JSON lines {"prompt": .., "choices": [..], "answer": 0}')
     text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
-    add("--window", metavar="N", type=int, help=text)
-    text = "tokens that each window scores after the first (default: half of it)"
-    add("--stride", metavar="N", type=int, help=text)
-    add("--json", action="store_true", help="print one JSON object")
+    add("--window N", text, int)
+    add("--stride N", "tokens that each window scores after the first (default: half of it)", int)
+    add("--json", "print one JSON object", action="store_true")
     return parser
 
 
@@ -15110,12 +15007,11 @@ def command_eval(argv: list[str]) -> int:
             f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
             "stride is shorter"
         )
-    results: dict[str, Any] = {"model": settings.model}
-    with tqdm.tqdm(file=sys.stderr, disable=None, leave=False) as bar:
-        if args.text:
-            results["text"] = eval_text(llm, args.text, window, stride, bar)
-        if args.task:
-            results["task"] = eval_task(llm, args.task, bar)
+    results: Json = {"model": settings.model}
+    if args.text:
+        results["text"] = eval_text(llm, args.text, window, stride)
+    if args.task:
+        results["task"] = eval_task(llm, args.task)
     if args.json:
         print(json.dumps(results, ensure_ascii=False, indent=1))
     else:
@@ -15159,7 +15055,7 @@ VERIFY_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
     '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
 )
-VERIFY_CHATS: tuple[list[dict[str, Any]], ...] = (
+VERIFY_CHATS: tuple[list[Json], ...] = (
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
     [
@@ -15185,7 +15081,7 @@ def spread(num: int, most: int) -> Tensor:
     return torch.arange(min(num, most)) * num // min(num, most)
 
 
-def reference_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def reference_tokenizer(tokenizer: Any) -> Json:
     """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
     chats: list[str | None] = []
     for messages in VERIFY_CHATS if tokenizer.chat_template else ():
@@ -15228,7 +15124,7 @@ def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[i
 
 def make_reference(
     path: Path, tokenizer_path: Path, adapter: str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Json, dict[str, Tensor]]:
     """What transformers computes for a model, in float32: what is said, and its tensors. Raises
     PackageError where transformers is missing, CheckpointError where it cannot load the model."""
 
@@ -15271,7 +15167,7 @@ def make_reference(
     return about, tensors
 
 
-def read_reference(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
     """A reference that --save-reference wrote. Raises RequestError."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -15343,7 +15239,7 @@ def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
     return []
 
 
-def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
+def compare_text(llm: LLM, about: Fields) -> Json:
     """Which texts become other ids, and which conversations another prompt."""
     pairs = zip(VERIFY_TEXTS, about["texts"])
     texts = [text for text, ids in pairs if llm.encode(text) != ids]
@@ -15356,7 +15252,7 @@ def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:
     return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
 
 
-def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> Tolerance:
+def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
     kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
     if kind in REPACK and kind != about["weights"]:
         return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
@@ -15366,9 +15262,7 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Mapping[str, Any]) -> 
     return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
 
 
-def compare(
-    llm: LLM, about: Mapping[str, Any], tensors: Mapping[str, Tensor], limit: Tolerance
-) -> dict[str, Any]:
+def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
     """The model against a reference: what was found, and whether it passes."""
     found, greedy, places = [], [], []
     for number, ids in enumerate(about["prompts"]):
@@ -15399,7 +15293,7 @@ def compare(
     return result
 
 
-def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
+def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
     """The result as lines to read."""
     num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
     yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
@@ -15422,13 +15316,13 @@ def verify_lines(result: Mapping[str, Any], limit: Tolerance) -> Iterator[str]:
 
 def command_verify(argv: list[str]) -> int:
     """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
-    parser = argparse.ArgumentParser(prog="nanollama.py verify", description=command_verify.__doc__)
+    parser = command_parser(command_verify)
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
-    add = parser.add_argument_group("verify").add_argument
-    add("--save-reference", metavar="FILE", type=Path, help="keep what transformers computes")
-    add("--reference", metavar="FILE", type=Path, help="compare with what was kept")
-    add("--json", action="store_true", help="print one JSON object")
+    add = options(parser, "verify")
+    add("--save-reference FILE", "keep what transformers computes", Path)
+    add("--reference FILE", "compare with what was kept", Path)
+    add("--json", "print one JSON object", action="store_true")
     args = parser.parse_args(argv)
     args.model, args.prefill_chunk = args.ref or args.model, None
     settings = read_settings(args, parser)

@@ -231,7 +231,7 @@ def test_what_cannot_be_embedded_is_refused_by_name(
 
 
 def test_unknown_fields_are_named() -> None:
-    assert parse_embed({"input": "a", "colour": 1, "user": "me"}).ignored == ("colour", "user")
+    assert parse_embed({"input": "a", "colour": 1, "user": "me"})[0].ignored == ("colour", "user")
     with pytest.raises(nanollama.RequestError, match="colour"):
         parse_embed({"input": "a", "colour": 1}, strict=True)
 
