@@ -7313,7 +7313,8 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
-        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+        fits = 0 <= token_id < 1 << 32  # the library's ids are 32 bits wide
+        return self._tokenizer.id_to_token(token_id) or "" if fits else ""
 
     def _token_bytes(self, token_id: int) -> bytes:
         """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
@@ -10660,10 +10661,11 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
         one.setdefault("content", "")
         if message.get("thinking"):
             one["reasoning_content"] = message["thinking"]
-        calls = []
+        calls, where = [], f"messages[{i}].tool_calls"
+        check_type(where, message.get("tool_calls") or [], "array")
         for call in message.get("tool_calls") or []:
-            check_type(f"messages[{i}].tool_calls", call, "object")
-            check_type(f"messages[{i}].tool_calls", call.get("function"), "object")
+            check_type(where, call, "object")
+            check_type(where, call.get("function"), "object")
             last, num_calls = f"call_{num_calls}", num_calls + 1
             function = dict(call["function"])
             if not isinstance(function.get("arguments"), str):
@@ -12344,9 +12346,9 @@ class App(OpenAIHandlers, OllamaHandlers):
         given, _ = read_fields(await self.body(request), {"tokens": "array", "model": "string"})
         ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
         n_vocab = llm.engine.n_vocab
-        bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
-        if bad is not None:
-            refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
+        for i in ids:
+            if type(i) is not int or not 0 <= i < n_vocab:
+                refuse(f"tokens has {brief(i)}, which is not a token id", "tokens")
         return as_json({"prompt": llm.decode(ids)})
 
     async def tokenizer_info(self, request: Request) -> Response:

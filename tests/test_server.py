@@ -409,7 +409,7 @@ def test_tokenize_and_back(live: Live) -> None:
     assert back == text.removesuffix("<|im_end|>")
     assert error_of(live.http.post("/tokenize", json={}), 400)["param"] == "prompt"
     assert error_of(live.http.post("/tokenize", json={"prompt": 5}), 400)["param"] == "prompt"
-    for bad in ([320], [-1], [True], ["a"], "a"):
+    for bad in ([320], [-1], [True], ["a"], [None], "a"):
         error = error_of(live.http.post("/detokenize", json={"tokens": bad}), 400)
         assert error["param"] == "tokens"
 
