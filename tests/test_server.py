@@ -591,6 +591,7 @@ def test_a_signal_finishes_what_runs_and_refuses_new_work(
         assert events[-1]["timings"]["predicted_n"] == 599
         assert server.end() == 0
         assert all("secret" not in line and "Traceback" not in line for line in server.log)
+        assert any(": loaded in " in line for line in server.log)
 
 
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
