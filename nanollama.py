@@ -15390,7 +15390,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # whoever started this closed it
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
         elif isinstance(stream, io.TextIOWrapper):  # anything may be typed, a model say anything
             stream.reconfigure(errors="replace")
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
