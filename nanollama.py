@@ -248,6 +248,7 @@ class NanollamaError(Exception):
     ├── DownloadError            503  the hub or the package index did not deliver
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── LogitsError              500  the model gave no numbers to sample from
     ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
@@ -286,6 +287,10 @@ class CheckpointError(NanollamaError):
 
 
 class KernelError(NanollamaError):
+    pass
+
+
+class LogitsError(NanollamaError):
     pass
 
 
@@ -2339,22 +2344,114 @@ void gather(const void *call, int64_t n, int64_t num_threads) {
     }
 }
 
-typedef struct { const float *x, *norm, *residual; float *out; int64_t cols; float eps; } norm_call;
+typedef struct {
+    const float *x, *weight, *bias, *residual;
+    float *out;
+    int64_t cols, is_centred; /* a multiple of 16; whether the mean is taken off: LayerNorm */
+    float eps;
+} norm_call;
 
 static void norm_piece(const void *job, int64_t token) {
     const norm_call *c = job;
-    int64_t start = token * c->cols;
-    float factor = rms_factor(c->x + start, c->cols, c->eps);
+    const float *x = c->x + token * c->cols;
+    vec sum = {0}, squares = {0}, mean = {0};
+    for (int64_t i = 0; i < c->cols && c->is_centred; i += LANES) sum += load(x + i);
+    if (c->is_centred) mean = splat(sum_of(sum) / c->cols);
     for (int64_t i = 0; i < c->cols; i += LANES) {
-        vec y = load(c->x + start + i) * factor * load(c->norm + i);
-        if (c->residual) y = load(c->residual + start + i) + y;
-        store(c->out + start + i, y);
+        vec centred = load(x + i) - mean;
+        squares = madd(centred, centred, squares);
+    }
+    float factor = 1.0f / sqrtf(sum_of(squares) / c->cols + c->eps);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = (load(x + i) - mean) * factor * load(c->weight + i);
+        if (c->bias) y += load(c->bias + i);
+        if (c->residual) y = load(c->residual + token * c->cols + i) + y;
+        store(c->out + token * c->cols + i, y);
     }
 }
 
-/* out = rms_norm(x) + residual, (n, cols) all, where cols is a multiple of 16 */
-void rms_norm(const void *call, int64_t n, int64_t num_threads) {
+/* out = norm(x) + residual, (n, cols) all */
+void norm(const void *call, int64_t n, int64_t num_threads) {
     share_out(norm_piece, call, n, num_threads);
+}
+
+/* ---- a mixture of experts ---- */
+
+typedef struct {
+    const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
+    const float *x, *gate, *bias, *shared_gate, *residual; /* (N, C); (E, C); (E) or NULL; .. */
+    float *out;                                            /* (N, C) */
+    int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
+    float *weights; /* (N, E + 1), found by `experts`: of each token for each expert, mostly 0 */
+} experts_call;
+
+INLINE float dot(const float *x, const float *y, int64_t n) {
+    vec sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(y + i), sum);
+    return sum_of(sum);
+}
+
+#define ROUTES 4 /* pieces of a token's experts */
+static void route_piece(const void *job, int64_t piece) {
+    const experts_call *c = job;
+    int64_t token = piece / ROUTES, E = c->num_experts;
+    const float *x = c->x + token * c->cols;
+    for (int64_t e = E * (piece % ROUTES) / ROUTES; e < E * (piece % ROUTES + 1) / ROUTES; e++)
+        c->weights[token * (E + 1) + e] =
+            dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
+}
+
+/* scores -> softmax, of which the largest stay; of equal ones the first */
+static void choose_experts(const experts_call *c, float *weights, const float *x) {
+    int64_t E = c->num_experts;
+    float most = weights[0], sum = 0, kept = 0;
+    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
+    for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
+    for (int64_t i = 0; i < c->num_used; i++) { /* those chosen wait as negative numbers */
+        int64_t best = 0;
+        for (int64_t e = 1; e < E; e++)
+            if (weights[e] > weights[best]) best = e;
+        kept += weights[best];
+        weights[best] = -weights[best];
+    }
+    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
+    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
+    weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
+}
+
+/* out = residual + what each token's experts give, weighted, always in the order of the experts */
+void experts(const void *call, int64_t n, int64_t num_threads) {
+    experts_call c = *(const experts_call *)call;
+    int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
+    for (int64_t e = 0; e < num_all; e++)
+        width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
+    float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
+    float *hidden = malloc(n * width * sizeof(float));
+    int64_t *tokens = malloc(n * sizeof(int64_t));
+    c.weights = malloc(n * (E + 1) * sizeof(float));
+    share_out(route_piece, &c, n * ROUTES, num_threads);
+    for (int64_t t = 0; t < n; t++)
+        choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
+    if (c.residual) memcpy(c.out, c.residual, n * C * sizeof(float));
+    else memset(c.out, 0, n * C * sizeof(float));
+    for (int64_t e = 0; e < num_all; e++) {
+        int64_t num = 0;
+        for (int64_t t = 0; t < n; t++)
+            if (c.weights[t * (E + 1) + e] != 0) {
+                memcpy(x + num * C, c.x + t * C, C * sizeof(float));
+                tokens[num++] = t;
+            }
+        linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
+        linear_call down = {.parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y,
+                            .before = c.before};
+        if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
+        for (int64_t i = 0; i < num; i++) {
+            float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
+            for (int64_t d = 0; d < C; d += LANES)
+                store(out + d, load(out + d) + load(y + i * C + d) * weight);
+        }
+    }
+    free(x), free(y), free(hidden), free(tokens), free(c.weights);
 }
 
 /* ---- attention ---- */
@@ -2373,12 +2470,13 @@ enum { FLOAT32, FLOAT16, Q8 };
 #define NOTHING -1e30f /* the largest of no scores */
 
 typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
+enum { EACH_HEAD, ALL_HEADS, AFTER_ROTATION }; /* the norms of queries and keys, if any */
 
 typedef struct {
-    const float *qkv, *cos, *sin, *q_norm, *k_norm, *sinks;
+    const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
     const span *spans; /* after the last one follows one without tokens */
     float *out;        /* (N, H D) */
-    int64_t layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
     float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
     /* found by `attention`: */
     float *q;           /* (N, H, D), rotated and scaled */
@@ -2393,18 +2491,22 @@ INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value,
     return s->strip + strip * s->num_blocks * c->block_bytes;
 }
 
-/* y = one head x (D), normed if the family does that, rotated to its token's position, scaled */
-INLINE void rotate_head(const attention_call *c, const float *x, const float *norm, int64_t token,
-                        float scale, float *restrict y) {
-    int64_t half = c->head_dim / 2;
+/* y = head h of those at x (.., D), normed if the family does that, with the factor of all heads if
+ * there is one, rotated to its token's position, scaled */
+INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, const float *norm,
+                        float factor, int64_t token, float scale, float *restrict y) {
+    int64_t D = c->head_dim, half = D / 2;
     const float *cos = c->cos + token * half, *sin = c->sin + token * half;
-    float factor = norm ? rms_factor(x, 2 * half, c->eps) : 1;
+    x += h * D;
+    if (norm && c->norms == ALL_HEADS) norm += h * D;
+    if (!factor) factor = norm ? rms_factor(x, D, c->eps) : 1;
     for (int64_t d = 0; d < half; d++) {
         float a = x[d] * factor, b = x[d + half] * factor;
-        if (norm) a *= norm[d], b *= norm[d + half];
+        if (norm && c->norms != AFTER_ROTATION) a *= norm[d], b *= norm[d + half];
         y[d] = (a * cos[d] - b * sin[d]) * scale;
         y[d + half] = (b * cos[d] + a * sin[d]) * scale;
     }
+    for (int64_t d = 0; d < D && norm && c->norms == AFTER_ROTATION; d++) y[d] *= norm[d];
 }
 
 /* keeps x (D) of one position in its block */
@@ -2623,11 +2725,15 @@ static void place_piece(const void *job, int64_t piece) {
     int64_t token = s->row + piece, at = s->start + piece;
     int64_t block = at / 16 % c->ring * c->block_bytes;
     const float *x = c->qkv + token * (H + 2 * Hkv) * D;
+    const float *keys = x + H * D;
+    float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
+    if (c->norms == ALL_HEADS)
+        of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
     for (int64_t h = 0; h < H; h++)
-        rotate_head(c, x + h * D, c->q_norm, token, c->scale, c->q + (token * H + h) * D);
+        rotate_head(c, x, h, c->q_norm, of_q, token, scale, c->q + (token * H + h) * D);
     for (int64_t h = 0; h < Hkv; h++) {
         float key[MAX_D];
-        rotate_head(c, x + (H + h) * D, c->k_norm, token, 1, key);
+        rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
         keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
         keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
     }
@@ -2810,62 +2916,58 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
     return library
 
 
+# What the kernels take, as torch spells it, in the order of their structures, which say more. Each
+# writes to `out`, whose rows are the tokens; an address that is not a tensor's is an int.
+NATIVE_CALLS = {
+    "gather": "int matrix, Tensor ids, Tensor(a!) out, float factor",
+    "linear": "int parts, int num_parts, Tensor x, Tensor? norm, Tensor? residual, Tensor(a!) out, "
+    "int before, float eps",
+    "norm": "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, int cols, "
+    "bool is_centred, float eps",
+    "experts": "int gate_ups, int downs, Tensor x, Tensor gate, Tensor? bias, Tensor? shared_gate, "
+    "Tensor? residual, Tensor(a!) out, int num_parts, int num_experts, int num_used, "
+    "bool is_renormalized, int before, int cols",
+    "attention": "Tensor qkv, Tensor cos, Tensor sin, Tensor? q_scale, Tensor? q_norm, "
+    "Tensor? k_norm, Tensor? sinks, Tensor spans, Tensor(a!) out, int norms, int layer, "
+    "int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, int ring, int kind, "
+    "int block_bytes, float eps, float scale, float softcap",
+}
+C_TYPES = {
+    **dict.fromkeys(("Tensor", "Tensor?", "Tensor(a!)"), ctypes.c_void_p),
+    **dict.fromkeys(("int", "bool"), ctypes.c_int64),
+    "int32": ctypes.c_int32,
+    "float": ctypes.c_float,
+}
+
+
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the arguments: p a pointer, i an integer."""
-    signatures = dict.fromkeys(("linear", "gather", "rms_norm", "attention", "read_all"), "pii")
-    for name, letters in {**signatures, "replay": "piii"}.items():
+    """Tell ctypes the arguments: a structure's address, and how many rows and threads."""
+    for name in (*NATIVE_CALLS, "read_all", "replay"):
         function = getattr(library, name)
-        function.argtypes = [C_TYPES[letter] for letter in letters]
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * (2 + (name == "replay"))
         function.restype = ctypes.c_int64 if name == "read_all" else None
     library.path.restype = ctypes.c_char_p
     return library
 
 
-C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "w": ctypes.c_int32, "f": ctypes.c_float}
+def c_fields(schema: str) -> list[tuple[str, Any]]:
+    """The fields of a C structure that is spelled as in NATIVE_CALLS."""
+    return [(name, C_TYPES[kind]) for kind, name in map(str.split, schema.split(", "))]
 
 
-def c_fields(kinds: str, names: str) -> list[tuple[str, Any]]:
-    return [(name, C_TYPES[kind]) for kind, name in zip(kinds, names.split(), strict=True)]
+@functools.cache
+def call_type(kernel: str) -> type[ctypes.Structure]:
+    """The structure that a kernel takes, with room for what it finds out by itself."""
+    fields = [*c_fields(NATIVE_CALLS[kernel]), ("own", ctypes.c_int64 * 8)]
+    return type(kernel, (ctypes.Structure,), {"_fields_": fields})
 
 
 class Matrix(ctypes.Structure):
     """The kernels' `matrix`."""
 
     _fields_ = c_fields(
-        "ppiiwwwww", "blocks bias rows cols bits group has_offset is_float block_bytes"
-    )
-
-
-class LinearCall(ctypes.Structure):
-    """The kernels' `linear_call`; the fields after `eps` are theirs."""
-
-    _fields_ = c_fields(
-        "pippppifiiiiip",
-        "parts num_parts x norm residual out before eps "
-        "num_tokens cols num_rows num_blocks num_pieces acts",
-    )
-
-
-class GatherCall(ctypes.Structure):
-    """The kernels' `gather_call`."""
-
-    _fields_ = c_fields("pppf", "matrix ids out factor")
-
-
-class NormCall(ctypes.Structure):
-    """The kernels' `norm_call`."""
-
-    _fields_ = c_fields("ppppif", "x norm residual out cols eps")
-
-
-class AttentionCall(ctypes.Structure):
-    """The kernels' `attention_call`; the fields after `softcap` are theirs."""
-
-    _fields_ = c_fields(
-        "ppppppppiiiiiiiiifffppi",
-        "qkv cos sin q_norm k_norm sinks spans out "
-        "layer n_layers n_heads n_kv_heads head_dim window ring kind block_bytes "
-        "eps scale softcap q partials num_chunks",
+        "int blocks, Tensor? bias, int rows, int cols, int32 bits, int32 group, int32 has_offset, "
+        "int32 is_float, int32 block_bytes"
     )
 
 
@@ -2876,19 +2978,55 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 class KernelStep(ctypes.Structure):
     """The kernels' `step`."""
 
-    _fields_ = c_fields("pp", "kernel call")
+    _fields_ = c_fields("int kernel, int call")
 
 
 _recording = threading.local()
 
 
-def run_kernel(name: str, call: ctypes.Structure, num_rows: int) -> None:
-    """Run a kernel on `num_rows` rows, or note the call where this thread's calls are recorded."""
+def run_kernel(name: str, *arguments: Any) -> None:
+    """Run a kernel with the arguments that NATIVE_CALLS says, all contiguous, or note the call
+    where this thread's are recorded."""
+    kernel, kind = getattr(load_kernels(), name), call_type(name)
+    is_tensor = [isinstance(value, torch.Tensor) for value in arguments]
+    call = kind(*(v.data_ptr() if t else v for v, t in zip(arguments, is_tensor)))
     calls = getattr(_recording, "calls", None)
     if calls is not None:
-        calls.append((getattr(load_kernels(), name), call))
+        calls.append((kernel, call))
+        return
+    out = arguments[OUTPUTS[name]]
+    kernel(ctypes.byref(call), out.numel() // out.size(-1), torch.get_num_threads())
+
+
+OUTPUTS = {
+    name: [argument.startswith("Tensor(a!)") for argument in schema.split(", ")].index(True)
+    for name, schema in NATIVE_CALLS.items()
+}
+
+
+@functools.cache
+def register_operators() -> Any:
+    """Make the kernels operators of torch: torch.ops.nanollama.linear, .attention and so on."""
+    library = torch.library.Library("nanollama", "DEF")
+    for name, schema in NATIVE_CALLS.items():
+        library.define(f"{name}({schema}) -> ()")
+        library.impl(name, functools.partial(run_kernel, name), "CPU")
+        torch.library.register_fake(f"nanollama::{name}", lambda *arguments: None, lib=library)
+    return library
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
+    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
+
+
+def native(name: str, *arguments: Any) -> None:
+    """Run a kernel, through torch's operator where somebody looks: a call of that takes several
+    times as long as the kernel's own work on a small matrix."""
+    if is_watched():
+        getattr(torch.ops.nanollama, name)(*arguments)
     else:
-        getattr(load_kernels(), name)(ctypes.byref(call), num_rows, torch.get_num_threads())
+        run_kernel(name, *arguments)
 
 
 class KernelCalls:
@@ -2928,7 +3066,7 @@ class KernelCalls:
         self.kept = kept, calls
         self.steps = (KernelStep * len(calls))()
         for step, (kernel, call) in zip(self.steps, calls):
-            step.kernel = ctypes.cast(kernel, ctypes.c_void_p)
+            step.kernel = ctypes.cast(kernel, ctypes.c_void_p).value
             step.call = ctypes.addressof(call)
 
     def run(self, num_rows: int) -> None:
@@ -2981,8 +3119,7 @@ class NativeLinear:
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
         """The weight's rows at `index` (N,), times `factor` -> (N, cols)"""
         out = torch.empty(len(index), self.shape[1])
-        call = GatherCall(ctypes.addressof(self.matrix), index.data_ptr(), out.data_ptr(), factor)
-        run_kernel("gather", call, len(index))
+        native("gather", ctypes.addressof(self.matrix), index, out, factor)
         return out
 
     def dequantize(self) -> Tensor:
@@ -3011,135 +3148,6 @@ def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def native_linear(
-    x: Tensor,
-    matrices: int,
-    num_matrices: int,
-    norm: Tensor | None,
-    eps: float,
-    act: int,
-    residual: Tensor | None,
-    out: Tensor,
-) -> None:
-    """x (N, cols), or (N, 2 cols) of gate and up; residual like out (N, rows), which the Matrix
-    array at the address `matrices` fills; `act` is 0 or an activation's number in the kernels"""
-    call = LinearCall(
-        matrices,
-        num_matrices,
-        x.data_ptr(),
-        pointer(norm),
-        pointer(residual),
-        out.data_ptr(),
-        act or int(norm is not None),
-        eps,
-    )
-    run_kernel("linear", call, x.size(0))
-
-
-def native_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    sinks: Tensor | None,
-    eps: float,
-    scale: float,
-    softcap: float,
-    spans: Tensor,
-    layer: int,
-    n_layers: int,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    window: int,
-    ring: int,
-    kind: int,
-    block_bytes: int,
-) -> Tensor:
-    """qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2); sinks (H,); scale, 0 for 1 / sqrt(D); spans (B, 5)
-    of strip address, blocks in a strip, start, new tokens, row, of which the last has no tokens
-    -> (N, H D). Keys and values go to the strips."""
-    out = torch.empty(qkv.size(0), n_heads * head_dim)
-    call = AttentionCall(
-        qkv.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        pointer(q_norm),
-        pointer(k_norm),
-        pointer(sinks),
-        spans.data_ptr(),
-        out.data_ptr(),
-        layer,
-        n_layers,
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        window,
-        ring,
-        kind,
-        block_bytes,
-        eps,
-        scale,
-        softcap,
-    )
-    run_kernel("attention", call, qkv.size(0))
-    return out
-
-
-def native_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """x (.., C), residual likewise -> rms_norm(x) + residual; C is a multiple of 16"""
-    x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(weight)
-    addresses = x.data_ptr(), weight.data_ptr(), pointer(residual), out.data_ptr()
-    run_kernel("rms_norm", NormCall(*addresses, num_cols, eps), x.numel() // num_cols)
-    return out
-
-
-OPERATORS: dict[str, tuple[Callable[..., Tensor | None], Callable[..., Tensor | None]]] = {
-    "linear(Tensor x, int matrices, int num_matrices, Tensor? norm, float eps, int act, "
-    "Tensor? residual, Tensor(a!) out) -> ()": (native_linear, lambda *inputs: None),
-    "attention(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, Tensor? sinks, "
-    "float eps, float scale, float softcap, Tensor spans, int layer, int n_layers, int n_heads, "
-    "int n_kv_heads, int head_dim, int window, int ring, int kind, int block_bytes) -> Tensor": (
-        native_attention,
-        lambda qkv, *rest: qkv.new_empty(len(qkv), rest[11] * rest[13]),
-    ),
-    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) -> Tensor": (
-        native_rms_norm,
-        lambda x, *rest: torch.empty_like(x),
-    ),
-}
-
-
-@functools.cache
-def register_operators() -> Any:
-    """Make the kernels operators of torch: torch.ops.nanollama.linear and .attention."""
-    library = torch.library.Library("nanollama", "DEF")
-    for schema, (function, fake) in OPERATORS.items():
-        name = library.define(schema)
-        library.impl(name, function, "CPU")
-        torch.library.register_fake(f"nanollama::{name}", fake, lib=library)
-    return library
-
-
-def is_watched() -> bool:
-    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
-    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
-
-
-def native(name: str) -> Callable[..., Any]:
-    """The kernel, or the operator around it where somebody looks. An operator call takes several
-    times as long as the kernel's own work on a small matrix."""
-    if is_watched():
-        return getattr(torch.ops.nanollama, name)  # type: ignore[no-any-return]
-    kernels: dict[str, Callable[..., Any]] = {
-        "linear": native_linear,
-        "attention": native_attention,
-        "rms_norm": native_rms_norm,
-    }
-    return kernels[name]
 
 
 def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
@@ -3944,13 +3952,11 @@ class KVCache:
         self.rings[target] = self.rings[source].clone()
         self.tokens[target] = self.tokens[source][:num_tokens]
 
-    def attend(
-        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
-    ) -> Tensor:
+    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """Store the new keys and values of every span, then let its queries see its strip.
 
-        qkv (N, (H + 2 Hkv) D); cos, sin (N, D/2) -> (N, H D)"""
-        q, k, v = attn.heads(qkv, cos, sin)
+        qkv (N, (H + 2 Hkv) D) -> (N, H D)"""
+        q, k, v = attn.heads(qkv, rotation)
         out = torch.zeros_like(q)  # rows that only pad the batch stay zero
         window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
         in_ring, index = self.places[attn.index]
@@ -4023,15 +4029,16 @@ def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Te
     return y.flatten(-2)
 
 
+QK_NORMS = ("head", "full", "after_rope")  # in the order of the kernels' numbers
+
+
 class NativeKVCache(KVCache):
     """KVCache in the layout that the native kernel reads; 16 positions make a block."""
 
     tile = BLOCK_ROWS
     kinds = ("float32", "float16", "q8")
 
-    def attend(
-        self, attn: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, batch: Batch
-    ) -> Tensor:
+    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         in_ring, index = self.places[attn.index]
         strips = self.rings if in_ring else self.strips
         spans = batch.memo.get(("spans", in_ring))
@@ -4044,21 +4051,17 @@ class NativeKVCache(KVCache):
                 ]
                 + [(0,) * 5]
             )
-        config, norms = self.config, (attn.q_norm, attn.k_norm)
-        if not attn.fused:  # what the kernel does not know: it gets q and k ready and turned
-            q, k, v = attn.heads(qkv, cos, sin)
-            qkv, norms = torch.cat((q, k, v), dim=1).flatten(1), (None, None)
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        out: Tensor = native("attention")(
+        config = self.config
+        out = torch.empty(qkv.size(0), config.n_heads * config.head_dim)
+        native(
+            "attention",
             qkv,
-            cos,
-            sin,
-            *(norm and norm.weight for norm in norms),
+            *rotation,
+            *(norm and norm.weight for norm in (attn.q_norm, attn.k_norm)),
             attn.sinks,
-            config.norm_eps,
-            config.attn_scale or 0.0,
-            config.attn_softcap,
             spans,
+            out,
+            QK_NORMS.index(config.qk_norm or "head"),
             index,
             strips[0].shape[1],
             config.n_heads,
@@ -4068,38 +4071,48 @@ class NativeKVCache(KVCache):
             self.ring // BLOCK_ROWS if in_ring else 2**62,
             self.kinds.index(self.kv_dtype),
             BLOCK_ROWS * strips[0].shape[4],
+            config.norm_eps,
+            config.attn_scale or 0.0,
+            config.attn_softcap,
         )
         return out
 
 
-class RMSNorm:
-    """https://arxiv.org/abs/1910.07467"""
+class Norm:
+    """norm(x) + residual, (.., C) all"""
+
+    is_centred = False
+    bias: Tensor | None = None
 
     def __init__(self, weight: Tensor, eps: float, native: bool = False) -> None:
         self.weight, self.eps = weight, eps
         self.native = native and len(weight) % 16 == 0
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """norm(x) + residual"""
         if self.native:
-            y: Tensor = native("rms_norm")(x, self.weight, self.eps, residual)
-            return y
-        y = rms_norm(x, self.weight, self.eps)
+            x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(self.weight)
+            weights, how = (self.weight, self.bias), (num_cols, self.is_centred, self.eps)
+            native("norm", x, *weights, residual, out, *how)
+            return out
+        y = self.by_torch(x)
         return y if residual is None else residual + y
 
+    def by_torch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
-class LayerNorm:
+
+class RMSNorm(Norm):
+    def by_torch(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(Norm):
     """https://arxiv.org/abs/1607.06450"""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self.weight, self.bias, self.eps = weight, bias, eps
+    is_centred = True
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return y if residual is None else residual + y
-
-
-Norm = RMSNorm | LayerNorm
+    def by_torch(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
@@ -4110,8 +4123,9 @@ def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> N
     weight = weights.take(f"{name}.weight", width)
     if config.norm == "rms":
         return RMSNorm(weight, config.norm_eps, weights.native)
-    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
-    return LayerNorm(weight, bias, config.norm_eps)
+    norm = LayerNorm(weight, config.norm_eps, weights.native)
+    norm.bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    return norm
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -4193,8 +4207,8 @@ class NativeProjection(Projection):
             weight, eps = norm.weight, norm.eps
         elif norm is not None:
             x = norm(x)
-        address, num_parts, number = self.address, len(self.parts), ACT_NUMBERS[act]
-        native("linear")(x, address, num_parts, weight, eps, number, residual, out)
+        before = ACT_NUMBERS[act] or int(weight is not None)
+        native("linear", self.address, len(self.parts), x, weight, residual, out, before, eps)
         return out
 
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
@@ -4229,8 +4243,7 @@ class AdaptedProjection(Projection):
         return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(NamedTuple):
     """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
     alone, and what q is multiplied with (N, 1) where scores grow with the position."""
 
@@ -4255,7 +4268,6 @@ class Attention:
             for name, heads in (("q_norm", H), ("k_norm", Hkv))
         )
         self.norm_last = config.qk_norm == "after_rope"
-        self.fused = config.qk_norm in ("", "head")  # the native kernel norms and turns
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
@@ -4264,18 +4276,21 @@ class Attention:
             name = f"model.value_embeds.{index}"
             self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
-    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
         family does that, and rotated to their positions"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        angles = rotation.cos, rotation.sin
+        if rotation.q_scale is not None:
+            q = q * rotation.q_scale.unsqueeze(2)
         if self.norm_last:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotate(q, *angles), rotate(k, *angles)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
                 norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
                 for norm, x in ((self.q_norm, q), (self.k_norm, k))
             )
-        return (q, k, v) if self.norm_last else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return (q, k, v) if self.norm_last else (rotate(q, *angles), rotate(k, *angles), v)
 
     def __call__(
         self,
@@ -4287,15 +4302,13 @@ class Attention:
         residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        if rotation.q_scale is not None:
-            qkv[:, : self.sizes[0] * self.head_dim] *= rotation.q_scale
         if self.value_gate is not None and norm is not None:
             # each token's own value vector, as much of it as the first columns of its stream open
             columns = norm(x)[:, None, : self.value_gate.shape[1]]
             gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
             value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
             qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
-        out = cache.attend(self, qkv, rotation.cos, rotation.sin, batch)
+        out = cache.attend(self, qkv, rotation, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
 
@@ -4335,6 +4348,12 @@ class MLP:
         return y
 
 
+def native_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
+    """Where the kernels find the matrices of each, if all are theirs."""
+    found = [p.address for p in projections if isinstance(p, NativeProjection)]
+    return (ctypes.c_void_p * len(found))(*found) if len(found) == len(projections) else None
+
+
 class MoE:
     """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
     for every expert, and only those with the largest weights run, each with all its tokens."""
@@ -4348,13 +4367,14 @@ class MoE:
             for i in range(experts.count)
         ]
         self.shared_expert: MLP | None = None
+        self.shared_expert_gate: Tensor | None = None
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
             name = f"{prefix}.shared_expert_gate.weight"
             self.shared_expert_gate = weights.take(name, 1, config.n_embd)
-        both = [(mlp.gate_up_proj, mlp.down_proj) for mlp in self.experts]
-        native = all(isinstance(p, NativeProjection) for pair in both for p in pair)
-        self.row_tile = 1 if native else ROW_TILE
+        mlps = [*self.experts, *([self.shared_expert] if self.shared_expert else [])]
+        self.gate_ups = native_table([mlp.gate_up_proj for mlp in mlps])
+        self.downs = native_table([mlp.down_proj for mlp in mlps])
 
     def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
         bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
@@ -4365,6 +4385,27 @@ class MoE:
     ) -> Tensor:
         """(N, C) -> (N, C)"""
         x = x if norm is None else norm(x)
+        if self.gate_ups is not None and self.downs is not None:
+            gate_ups, downs = ctypes.addressof(self.gate_ups), ctypes.addressof(self.downs)
+            gates = self.gate.weight, self.gate.bias, self.shared_expert_gate
+            num_parts, act = len(self.experts[0].gate_up_proj.parts), self.experts[0].act
+            out = torch.empty(x.size(0), x.size(1))
+            native(
+                "experts",
+                gate_ups,
+                downs,
+                x,
+                *gates,
+                residual,
+                out,
+                num_parts,
+                len(self.experts),
+                self.config.num_used,
+                self.config.renormalized,
+                ACT_NUMBERS[act],
+                x.size(1),
+            )
+            return out
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
         weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
@@ -4372,7 +4413,7 @@ class MoE:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
-        if self.shared_expert is not None:
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
             # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
             # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
@@ -4383,7 +4424,7 @@ class MoE:
         for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
             at = torch.tensor(places[expert], device=x.device)
             rows = at // num_used
-            padded = F.pad(rows, (0, -len(rows) % self.row_tile))
+            padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
             out = self.experts[expert](x[padded])[: len(rows)]
             y.index_add_(0, rows, out * weight[at].unsqueeze(1))
         return y
@@ -4638,8 +4679,9 @@ class DecodeCalls:
                 num_blocks = strip.shape[3] // BLOCK_ROWS
                 spans[row] = strip.data_ptr(), num_blocks, positions[row], 1, row
         for name, rotation in self.decoder.rotations(batch).items():
-            batch.rotations[name].cos.copy_(rotation.cos)
-            batch.rotations[name].sin.copy_(rotation.sin)
+            for old, new in zip(batch.rotations[name], rotation):
+                if old is not None and new is not None:
+                    old.copy_(new)
         self.calls.run(num_rows)
         return self.decoder.capped(self.calls.result[:num_rows])
 
@@ -8517,7 +8559,12 @@ def sample(
     is_free: bool = True,
 ) -> int:
     """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
-    is len(history). is_free: any text may come here, see `penalize`."""
+    is len(history). is_free: any text may come here, see `penalize`. Raises LogitsError."""
+    if not np.isfinite(best := logits.max()):
+        raise LogitsError(
+            f"the model's largest logit is {best}: its weights are damaged, or too large for its "
+            "dtype; fetch the model again, or use --dtype float32"
+        )
     with np.errstate(over="ignore"):  # to infinity, which is what it should be
         logits = penalize(logits, params, history, num_prompt, seen, is_free)
         if allowed is not None:
@@ -8543,7 +8590,7 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
     if not num_top:
         return TokenLogprobs(logprob)
     values, ids = likeliest(logits, min(num_top, len(logits)))
-    return TokenLogprobs(logprob, tuple(zip(ids.tolist(), (values - log_sum).tolist())))
+    return TokenLogprobs(logprob, tuple(zip(ids.tolist(), (v - log_sum for v in values.tolist()))))
 
 
 # ==================================================================================================
@@ -9073,15 +9120,14 @@ class Engine:
         if p.max_tokens == 0:
             seq.finish_reason = "length"
             return Delta(seq.index, finish_reason="length", usage=seq.usage())
+        form, row = seq.constraint, logits.numpy()
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
         try:
-            form = seq.constraint
             allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-        except RequestError as error:
+            token_id = sample(row, p, seq.seed, *history, allowed, is_free)
+        except NanollamaError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        history = (seq.token_ids, seq.num_prompt, seq.seen)
-        row = logits.numpy()
-        token_id = sample(row, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(row, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
@@ -15224,8 +15270,11 @@ def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int 
 
 
 def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    """What the model says next; nothing when it computes no numbers."""
     params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
-    return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    with contextlib.suppress(LogitsError):
+        return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    return []
 
 
 def compare_text(llm: LLM, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +202,21 @@ def test_a_cached_decode_equals_a_full_forward_token_by_token(tiny_llm: LLM, row
             logits[len(history) - 1].numpy(), SamplingParams(), history, len(ids)
         )
         assert int(penalised.argmax()) == token_id
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {}, {"top_k": 0}], ids=str)
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_model_that_computes_no_numbers_ends_the_answer_with_an_error(
+    tiny: Callable[..., Path], weight: float, changes: dict[str, Any]
+) -> None:
+    llm = LLM(tiny("Llama"))
+    norm = llm.engine.decoder.norm
+    fine, norm.weight = norm.weight, torch.full((64,), weight)
+    with pytest.raises(nanollama.LogitsError, match="largest logit is nan: its weights are dam"):
+        llm.complete(request([5, 6], **changes))
+    norm.weight = fine
+    assert idle(llm)
+    assert llm.complete(request([5, 6], max_tokens=3)).usage.completion_tokens == 3
 
 
 # ---- cancelling, leaving, interleaving -----------------------------------------------------------

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from gguf_files import Kind, encode
 from hypothesis import strategies as st
 from serving import serving
+from test_families import ROWS
 from torch import Tensor
 
 import nanollama
@@ -38,15 +39,18 @@ from nanollama import (
     KERNEL_FLAGS,
     KERNEL_SOURCE,
     LLM,
+    QK_NORMS,
     REPACK,
     Batch,
     KernelError,
+    LayerNorm,
     NativeKVCache,
     NativeLinear,
     NativeProjection,
     PackedLinear,
     RequestError,
     RMSNorm,
+    Rotation,
     kv_group,
     quantize,
     rope_frequencies,
@@ -366,10 +370,11 @@ class Attend:
         kv_dtype: str,
         lengths: list[int],
         window: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: str = "",
         attn_softcap: float = 0.0,
         attn_scale: float | None = None,
         sinks: bool = False,
+        grows: bool = False,
         most_new: int = 0,
         fill: Callable[[Tensor], object] = lambda strip: None,
     ) -> None:
@@ -383,6 +388,7 @@ class Attend:
             n_layers=3,
             windows=(5, window, None),
             norm_eps=1e-6,
+            qk_norm=qk_norm,
             attn_softcap=attn_softcap,
             attn_scale=attn_scale,
         )
@@ -390,21 +396,25 @@ class Attend:
         for slot, length in enumerate(lengths):
             self.cache.reserve(slot, length + 20)
             fill(self.cache.strips[slot])
-        norms = [RMSNorm(torch.rand(D) + 0.5, 1e-6) if qk_norm else None for _ in "qk"]
-        self.attn = SimpleNamespace(index=1, q_norm=norms[0], k_norm=norms[1], fused=True)
+        sizes = (H * D, Hkv * D) if qk_norm == "full" else (D, D)
+        norms = [RMSNorm(torch.rand(n) + 0.5, 1e-6) if qk_norm else None for n in sizes]
+        self.attn = SimpleNamespace(index=1, q_norm=norms[0], k_norm=norms[1])
         self.attn.sinks = 3 * torch.randn(H) if sinks else None
         self.qkv = [torch.randn(length, (H + 2 * Hkv) * D) for length in lengths]
         positions = torch.arange(max(lengths)).unsqueeze(1)
         rope = {"rope_type": "default", "rope_theta": 1e4}
         angles = positions * rope_frequencies(rope, D)[0]
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.rotation = Rotation(angles.cos(), angles.sin())
+        if grows:
+            self.rotation = self.rotation._replace(q_scale=1 + positions / 1000)
 
     def __call__(self, *work: tuple[int, int, int], padding: int = 0) -> list[Tensor]:
         """Positions start .. stop of each (slot, start, stop) in one call -> [(n, H D)]"""
         batch = Batch([(slot, a, [0] * (b - a), 0) for slot, a, b in work], CPU, row_tile=1)
         qkv = torch.cat([self.qkv[slot][start:stop] for slot, start, stop in work])
         at = F.pad(batch.positions, (0, padding))
-        args = (F.pad(qkv, (0, 0, 0, padding), value=1.0), self.cos[at], self.sin[at], batch)
+        rotation = Rotation(*(part if part is None else part[at] for part in self.rotation))
+        args = (F.pad(qkv, (0, 0, 0, padding), value=1.0), rotation, batch)
         out = self.cache.attend(self.attn, *args)  # type: ignore
         assert out.shape == (len(at), self.heads[0] * self.heads[2])
         assert not out[len(qkv) :].any()
@@ -432,9 +442,20 @@ class Attend:
         H, Hkv, D = self.heads
         x = self.qkv[slot].double().unflatten(1, (-1, D))
         q, k, v = x.split((H, Hkv, Hkv), 1)
-        q, k = prepared(q, self.attn.q_norm, ""), prepared(k, self.attn.k_norm, "")
-        angles = self.cos[: len(x)].double(), self.sin[: len(x)].double()
-        return [rotate(q, *angles), rotate(k, *angles), v]
+        kind, norms = self.cache.config.qk_norm, (self.attn.q_norm, self.attn.k_norm)
+        cos, sin, q_scale = (None if p is None else p[: len(x)].double() for p in self.rotation)
+
+        def turned(x: Tensor) -> Tensor:
+            return rotate(x, cos, sin)
+
+        def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+            return prepared(x.flatten(1) if kind == "full" else x, norm, "").view(x.shape)
+
+        q, k = (
+            normed(turned(x), norm) if kind == "after_rope" else turned(normed(x, norm))
+            for x, norm in zip((q, k), norms)
+        )
+        return [q if q_scale is None else q * q_scale.unsqueeze(2), k, v]
 
     def expected(self, slot: int, start: int, stop: int) -> Tensor:
         """(n, H D) float64 over what the strip holds"""
@@ -524,7 +545,8 @@ def test_a_ring_gives_what_a_strip_gives(code_path: str, kv_dtype: str) -> None:
     head_dim=st.integers(1, 8).map(lambda n: 16 * n),
     kv_dtype=st.sampled_from(KV_DTYPES),
     window=st.one_of(st.none(), st.integers(1, 150)),
-    qk_norm=st.booleans(),
+    qk_norm=st.sampled_from(["", *QK_NORMS]),
+    grows=st.booleans(),
     cuts=st.lists(
         st.tuples(st.integers(0, 150), st.integers(1, 20), st.integers(1, 5)),
         min_size=1,
@@ -539,12 +561,14 @@ def test_sequences_of_any_lengths_in_one_call(
     head_dim: int,
     kv_dtype: str,
     window: int | None,
-    qk_norm: bool,
+    qk_norm: str,
+    grows: bool,
     cuts: list[tuple[int, int, int]],
     threads: int,
 ) -> None:
     heads = (num_kv_heads * group, num_kv_heads, head_dim)
-    attend = Attend(heads, kv_dtype, [a + b + c for a, b, c in cuts], window, qk_norm)
+    lengths = [a + b + c for a, b, c in cuts]
+    attend = Attend(heads, kv_dtype, lengths, window, qk_norm, grows=grows)
     with num_threads(threads):
         if filled := [(slot, 0, a) for slot, (a, _, _) in enumerate(cuts) if a]:
             attend(*filled)
@@ -552,11 +576,11 @@ def test_sequences_of_any_lengths_in_one_call(
         attend.check(*[(slot, a + b, a + b + c) for slot, (a, b, c) in enumerate(cuts)])
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", ["", *QK_NORMS])
 @pytest.mark.parametrize("heads", [(4, 2, 16), (6, 2, 48), (2, 1, 160)])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_strip_holds_rotated_keys_and_plain_values(
-    code_path: str, kv_dtype: str, heads: tuple[int, int, int], qk_norm: bool
+    code_path: str, kv_dtype: str, heads: tuple[int, int, int], qk_norm: str
 ) -> None:
     attend = Attend(heads, kv_dtype, [70], qk_norm=qk_norm)
     attend((0, 0, 50))
@@ -744,6 +768,56 @@ def test_exp_is_within_three_units_in_the_last_place(harness: ctypes.CDLL) -> No
     assert np.isnan(through(harness.exps, np.float32([np.nan] * 16), np.float32)).all()
 
 
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("num_cols", [16, 48, 1024])
+def test_norms_are_torchs(code_path: str, kind: type[RMSNorm | LayerNorm], num_cols: int) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 7, num_cols) * 3 + 1
+    ours, theirs = (kind(torch.rand(num_cols), 1e-5, native) for native in (True, False))
+    for bias in (None, torch.randn(num_cols)):
+        if kind is LayerNorm:
+            ours.bias, theirs.bias = bias, bias
+        theirs.weight = ours.weight
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x, residual), residual + theirs(x), rtol=1e-5, atol=1e-5)
+        for count in (1, 3):
+            with num_threads(count):
+                assert torch.equal(ours(x[3:4], residual[3:4]), ours(x, residual)[3:4])
+
+
+# ---- a mixture of experts ------------------------------------------------------------------------
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_give_what_torch_makes_of_the_same_matrices(
+    family: str, code_path: str, tiny: oracle.Tiny
+) -> None:
+    name, overrides = ROWS[family]
+    llm = LLM(tiny(name, **overrides), quantize="q8", kernels="native")
+    torch.manual_seed(0)
+    mlps = [layer.mlp for layer in llm.engine.decoder.layers]
+    mixture = next(mlp for mlp in mlps if isinstance(mlp, nanollama.MoE))
+    x, norm = torch.randn(37, llm.config.n_embd), RMSNorm(torch.rand(llm.config.n_embd), 1e-5)
+    with torch.inference_mode():
+        for residual in (None, torch.randn_like(x)):
+            ours = mixture(x, norm, residual)
+            for count in (1, 3):
+                with num_threads(count):
+                    one = mixture(x[5:6], norm, None if residual is None else residual[5:6])
+                assert torch.equal(one, ours[5:6])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(mixture, "downs", None)
+                torch.testing.assert_close(ours, mixture(x, norm, residual), rtol=1e-4, atol=1e-4)
+        mixture.gate.weight = mixture.gate.weight.clone()
+        mixture.gate.weight[1, 2] = torch.nan
+        assert mixture(x, norm).isnan().all()  # not hidden
+
+
 # ---- threads and forks ---------------------------------------------------------------------------
 
 
@@ -833,31 +907,32 @@ def test_the_operators_are_what_they_say() -> None:
     torch.manual_seed(0)
     nanollama.pick_kernels("native", CPU, torch.float32)
     run = NativeProjection([native(packed("Q4_1", 20, 64))])
+    ops, matrix = torch.ops.nanollama, (run.address, 1)
     for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
-        args = (torch.randn(3, 64), run.address, 1, norm, 1e-5, 0, residual, torch.empty(3, 20))
-        torch.library.opcheck(torch.ops.nanollama.linear, args)
-    for residual in (None, torch.randn(3, 64)):
-        args = (torch.randn(3, 64), torch.rand(64), 1e-5, residual)
-        torch.library.opcheck(torch.ops.nanollama.rms_norm, args)
-    gate_up = (torch.randn(3, 128), run.address, 1, None, 0.0, 2, None, torch.empty(3, 20))
-    torch.library.opcheck(torch.ops.nanollama.linear, gate_up)
+        args = (*matrix, torch.randn(3, 64), norm, residual, torch.empty(3, 20))
+        torch.library.opcheck(ops.linear, (*args, int(norm is not None), 1e-5))
+    args = (*matrix, torch.randn(3, 128), None, None, torch.empty(3, 20), 2, 0.0)
+    torch.library.opcheck(ops.linear, args)
+    index, rows = torch.tensor([3, 0, 19]), torch.empty(3, 64)
+    torch.library.opcheck(ops.gather, (run.address, index, rows, 2.0))
+    for is_centred, other in ((False, None), (True, torch.randn(3, 64))):
+        bias = None if other is None else torch.randn(64)
+        x, out = torch.randn(3, 64), torch.empty(3, 64)
+        args = (x, torch.rand(64), bias, other, out, 64, is_centred, 1e-5)
+        torch.library.opcheck(ops.norm, args)
+    square = NativeProjection([native(packed("Q4_1", 64, 64))])
+    table = (ctypes.c_void_p * 2)(square.address, square.address)
+    tables, gate = (ctypes.addressof(table),) * 2, torch.randn(2, 64)
+    args = (*tables, torch.randn(3, 64), gate, torch.randn(2), None, None, torch.empty(3, 64))
+    torch.library.opcheck(ops.experts, (*args, 1, 2, 1, True, 0, 64))
     strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
     spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0], [0] * 5])  # the last has no tokens
     angles = torch.randn(3, 16)
+    turned = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), None)
     norms = (None, torch.rand(32), torch.rand(4))
-    args = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), *norms, 1e-5, 0.0, 0.0, spans)
-    sizes = (
-        0,
-        1,
-        4,
-        2,
-        32,
-        0,
-        9,
-        0,
-        16 * 32 * 4,
-    )  # layer, L, H, Hkv, D, window, ring, float32, block
-    torch.library.opcheck(torch.ops.nanollama.attention, (*args, *sizes))
+    sizes = (0, 0, 1, 4, 2, 32, 0, 9, 0, 16 * 32 * 4)  # norms, layer, L, H, Hkv, D, .., block
+    args = (*turned, *norms, spans, torch.empty(3, 4 * 32), *sizes, 1e-5, 0.0, 0.0)
+    torch.library.opcheck(ops.attention, args)
 
 
 # ---- the compiled library ------------------------------------------------------------------------
@@ -1098,6 +1173,26 @@ def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[
     with serving(lambda: LLM(tiny())) as live:
         (worker,) = live.http.get("/stats").json()["workers"]
     assert worker["kernels"] == f"native ({native_path()})"
+
+
+CODE_PAGES = """
+import torch, nanollama
+
+def file_bytes():
+    status = open("/proc/self/status").read()
+    return int(status.partition("RssFile:")[2].split()[0])
+
+before = file_bytes()
+nanollama.return_unused_memory()
+assert file_bytes() < before / 2
+assert torch.arange(5).softmax(0, dtype=torch.float32).argmax() == 4
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="gives back as Linux does")
+def test_code_that_only_importing_needed_counts_no_longer() -> None:
+    done = python(CODE_PAGES)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 AWAKE = """

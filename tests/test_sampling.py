@@ -378,6 +378,8 @@ def test_logprobs_are_those_of_the_raw_distribution_best_first() -> None:
     assert [i for i, _ in found.top] == np.argsort(-expected)[:5].tolist()
     assert [p for _, p in found.top] == pytest.approx(sorted(expected)[:-6:-1], abs=1e-5)
     assert nanollama.token_logprobs(logits, 11, 0).top == ()
+    best = nanollama.token_logprobs(logits, int(logits.argmax()), 5)
+    assert best.logprob == best.top[0][1]  # which is how clients see that a token was the best
     assert len(nanollama.token_logprobs(logits[:3], 1, 20).top) == 3
 
 

@@ -94,10 +94,50 @@ static void try_linear(int format, int64_t rows, int64_t num_tokens, int before,
                     (void *)parts[0].bias, (void *)parts[1].blocks, (void *)parts[1].bias};
     for (int i = 0; i < 11; i++) free(made[i]);
 }
+static void try_norm(int64_t n, int is_centred) {
+    int64_t C = 48;
+    float *x = floats(n * C), *weight = floats(C), *bias = is_centred ? floats(C) : NULL;
+    float *residual = n % 2 ? floats(n * C) : NULL, *out = floats(n * C);
+    norm(&(norm_call){x, weight, bias, residual, out, C, is_centred, 1e-5f}, n, 3);
+    void *made[] = {x, weight, bias, residual, out};
+    for (int i = 0; i < 5; i++) free(made[i]);
+}
+static void try_experts(int format, int64_t num_tokens, int has_shared) {
+    const int64_t C = 64, E = 5, wide = 96; /* the shared expert has more hidden columns */
+    const matrix *gate_ups[6], *downs[6];
+    for (int e = 0; e < 6; e++) {
+        int64_t width = e < 5 ? 32 : wide;
+        matrix *made = malloc(3 * sizeof(matrix));
+        for (int i = 0; i < 2; i++) made[i] = any_matrix(format + e, width, C);
+        made[2] = any_matrix(format, C, width);
+        gate_ups[e] = made, downs[e] = made + 2;
+    }
+    int64_t n = num_tokens * C;
+    float *x = floats(n), *out = floats(n), *again = floats(n), *gate = floats(E * C);
+    float *bias = format % 2 ? floats(E) : NULL;
+    float *shared = has_shared ? floats(C) : NULL, *residual = has_shared ? floats(n) : NULL;
+    experts_call call = {
+        .gate_ups = gate_ups, .downs = downs, .x = x, .gate = gate, .bias = bias,
+        .shared_gate = shared, .residual = residual, .out = out, .num_parts = 2, .num_experts = E,
+        .num_used = 1 + format % 5, .is_renormalized = has_shared, .before = SWIGLU, .cols = C};
+    experts(&call, num_tokens, 1);
+    call.out = again;
+    experts(&call, num_tokens, 3);
+    check(!memcmp(out, again, n * sizeof(float)), "experts");
+    for (int e = 0; e < 6; e++) {
+        matrix *made = (matrix *)gate_ups[e];
+        for (int i = 0; i < 3; i++) free((void *)made[i].blocks), free((void *)made[i].bias);
+        free(made);
+    }
+    void *made[] = {x, gate, bias, shared, residual, out, again};
+    for (int i = 0; i < 7; i++) free(made[i]);
+}
 static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t window, int bad) {
     const int64_t starts[] = {0, 15, 127}, news[] = {3, 1, 2}, layers = 2, num_tokens = 8;
     int64_t block_bytes = kv_block_bytes(D, kind), row = 1;
-    float *qkv = floats(num_tokens * (H + 2 * Hkv) * D), *norm = window ? floats(D) : NULL;
+    int norms = H / Hkv % 3; /* EACH_HEAD, ALL_HEADS or AFTER_ROTATION */
+    float *qkv = floats(num_tokens * (H + 2 * Hkv) * D);
+    float *norm = window ? floats(norms == ALL_HEADS ? H * D : D) : NULL;
     float *sinks = window ? floats(H) : NULL;
     float *cosines = floats(num_tokens * D / 2), *sines = floats(num_tokens * D / 2);
     float *out = floats(num_tokens * H * D), *again = floats(num_tokens * H * D);
@@ -114,6 +154,7 @@ static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t w
     for (int i = 0; i < 2; i++) {
         attention_call call = {
             .qkv = qkv, .cos = cosines, .sin = sines, .q_norm = norm, .k_norm = norm,
+            .norms = norms, .q_scale = window ? cosines : NULL,
             .sinks = sinks, .spans = spans, .out = outs[i], .layer = 1, .n_layers = layers,
             .n_heads = H, .n_kv_heads = Hkv, .head_dim = D, .window = window,
             .ring = window ? 8 : 99, .kind = kind, .block_bytes = block_bytes, .eps = 1e-6f,
@@ -131,6 +172,11 @@ int main(void) {
         for (int r = 0; r < 5; r++)
             for (int n = 0; n < 8; n++)
                 try_linear(format, rows[r], tokens[n], (format + r + n) % 7, n == 4);
+    for (int format = 0; format < 6; format++)
+        for (int64_t n = 0; n < 9; n += 1 + n) {
+            try_experts(format, n, n % 2);
+            try_norm(n, format % 2);
+        }
     for (int kind = FLOAT32; kind <= Q8; kind++)
         for (int64_t heads = 1; heads <= 8; heads++)
             for (int64_t D = 16; D <= 80; D += 16)
