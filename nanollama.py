@@ -811,7 +811,7 @@ def positive(value: Any, what: str) -> float:
     """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{what} is {brief(value)}; a positive number is needed")
+        raise CheckpointError(f"{what} is {brief(value)}; a number from 1e-15 to 1e15 is needed")
     return float(value)
 
 
