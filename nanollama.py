@@ -7332,6 +7332,8 @@ class Tokenizer:
         metaspace = b'"Metaspace"' in described and b'"never"' not in described
         self.strips_space = metaspace or b'"Strip"' in described
         named = {self.control.get(name) for name in END_OF_GENERATION}
+        if "<|channel|>" in self.control:  # where gpt-oss has a thought, an answer goes on
+            named -= {self.control.get("<|end|>")}
         eos = self.control.get(text.special_tokens.get("eos_token", ""))
         self.end_ids = frozenset(i for i in {*named, *text.eos_ids, eos} if i is not None)
 
@@ -7462,7 +7464,7 @@ def held_back(text: str, words: Iterable[str]) -> int:
 #   Invariant   control tokens come from the template alone. What a caller types is text, even where
 #               it spells a control token (see `encode_chat`).
 #   Extend      what templates may call is a filter or a global of `template_environment`; another
-#               way of writing calls is a row of TOOL_FORMATS.
+#               way of writing calls is a row of TOOL_FORMATS, of marking thoughts one of THOUGHTS.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 #               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
@@ -7510,6 +7512,23 @@ def compiled_template(source: str) -> jinja2.Template:
     return template_environment().from_string(source)
 
 
+class Thoughts(NamedTuple):
+    """What a family of models writes around its thoughts, and before an answer in any case."""
+
+    open: str
+    close: str
+    answer: str = ""
+
+
+THOUGHTS = (
+    Thoughts("<think>", "</think>"),
+    Thoughts("<seed:think>", "</seed:think>"),
+    Thoughts(
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"
+    ),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """How a family of models writes calls: begin, call, between, call, .., end. `trigger` is the
@@ -7520,6 +7539,8 @@ class ToolFormat:
     between: str = ""
     end: str = ""
     trigger: str = ""
+    parameter: str = ""  # with KEY and VALUE: text as it is, the rest as JSON; "" for one object
+    mark: str = ""  # with NAME: what templates make of a call, where the model begins otherwise
 
     def head(self, name: str) -> str:
         return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
@@ -7530,8 +7551,18 @@ class ToolFormat:
 
     def spell(self, calls: Iterable[tuple[str, str]]) -> str:
         """Calls (name, arguments as JSON) as the model writes them."""
-        spelled = [self.head(name) + arguments + self.tail for name, arguments in calls]
+        spelled = [
+            self.head(name) + self._spell(arguments) + self.tail for name, arguments in calls
+        ]
         return self.begin + self.between.join(spelled) + self.end
+
+    def _spell(self, arguments: str) -> str:
+        if not self.parameter or not isinstance(pairs := _json_object(arguments), dict):
+            return arguments
+        before, after = self.parameter.split("VALUE")
+        return "".join(
+            before.replace("KEY", key) + _json_text(value) + after for key, value in pairs.items()
+        )
 
 
 _CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
@@ -7557,6 +7588,41 @@ TOOL_FORMATS = {
         "",
         "<｜tool▁calls▁end｜>",
         _DEEPSEEK[1],
+    ),
+    "qwen3-coder": ToolFormat(
+        "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
+        between="\n",
+        trigger="<tool_call>",
+        parameter="<parameter=KEY>\nVALUE\n</parameter>\n",
+    ),
+    "seed-oss": ToolFormat(
+        "<seed:tool_call>\n<function=NAME>\nARGUMENTS</function>\n</seed:tool_call>",
+        between="\n",
+        trigger="<seed:tool_call>",
+        parameter="<parameter=KEY>VALUE</parameter>\n",
+    ),
+    "glm-4.5": ToolFormat(
+        "<tool_call>NAME\nARGUMENTS</tool_call>",
+        between="\n",
+        trigger="<tool_call>",
+        parameter="<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n",
+    ),
+    "glm-4.7": ToolFormat(
+        "<tool_call>NAMEARGUMENTS</tool_call>",
+        trigger="<tool_call>",
+        parameter="<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
+    ),
+    "harmony": ToolFormat(
+        "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS",
+        between="<|call|><|start|>assistant",
+        mark=" to=functions.NAME<|channel|>commentary json<|message|>",
+    ),
+    "minimax-m2": ToolFormat(
+        '<invoke name="NAME">\nARGUMENTS</invoke>\n',
+        begin="<minimax:tool_call>\n",
+        end="</minimax:tool_call>",
+        trigger="<minimax:tool_call>",
+        parameter='<parameter name="KEY">VALUE</parameter>\n',
     ),
 }
 # What a template that cannot write calls may still say of its model; the first that is found.
@@ -7625,9 +7691,9 @@ class ChatTemplate:
         self.special_tokens = dict(text.special_tokens)
 
     @property
-    def may_think(self) -> bool:
-        """Whether the model is one that writes its thoughts first."""
-        return ThoughtSplitter.CLOSE in (self.source or "")
+    def thoughts(self) -> Thoughts | None:
+        """What is around the thoughts of a model that writes them first."""
+        return next((t for t in THOUGHTS if (t.answer or t.close) in (self.source or "")), None)
 
     def prompt(
         self,
@@ -7649,7 +7715,7 @@ class ChatTemplate:
         """Whether the template tells the model about tools, and to call them in a way we know."""
         if self._probe[0] is None:
             return False
-        tool = {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}
+        tool = {"name": PROBE, "description": PROBE}
         with contextlib.suppress(TemplateError):
             user = [{"role": "user", "content": "?"}]
             return PROBE in self.render(user, [{"type": "function", "function": tool}])
@@ -7669,11 +7735,15 @@ class ChatTemplate:
                     {"role": "tool", "tool_call_id": "probe0001", "content": "done" + PROBE},
                 ]
             )
-        squeezed = "".join(text.split())
-        for form in TOOL_FORMATS.values():
-            spelled = form.begin + form.head(PROBE)
-            if "".join(spelled.split()) in squeezed and "done" + PROBE in text:
-                return form, True
+        heads = [
+            (form.mark.replace("NAME", PROBE) or form.begin + form.head(PROBE), form)
+            for form in TOOL_FORMATS.values()
+        ]
+        squeezed = "".join(text.split())  # a space more or less is no other way
+        found = [form for head, form in heads if head in text]
+        found += [form for head, form in heads if "".join(head.split()) in squeezed]
+        if found and "done" + PROBE in text:
+            return found[0], True
         name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
         return TOOL_FORMATS.get(name), False
 
@@ -7698,15 +7768,14 @@ class ChatTemplate:
             clean[-1]["content"] = str(clean[-1].get("content", "")) + CUT_HERE
         variables = {
             **self.special_tokens,
-            "tools": tools or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
         refused: TemplateError | None = None
-        for shaped in _message_shapes(clean):
+        for shaped, listed in itertools.product(_message_shapes(clean), _tool_shapes(tools)):
             try:
-                text = compiled_template(source).render(variables, messages=shaped)
+                text = compiled_template(source).render(variables, messages=shaped, tools=listed)
                 return up_to_cut(text) if continue_final_message else text
             except TemplateError as error:
                 refused = refused or error
@@ -7766,6 +7835,15 @@ def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, A
     if not all("content" in message for message in messages):
         yield [{"content": "", **message} for message in messages]
     yield _in_turns(messages)
+
+
+def _tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
+    """The same tools as some template needs them: as they are, or nothing left out (Seed-OSS)."""
+    yield tools or None
+    functions = [tool["function"] for tool in tools or [] if isinstance(tool.get("function"), dict)]
+    if functions:
+        empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        yield [{"type": "function", "function": {**empty, **function}} for function in functions]
 
 
 def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -7879,45 +7957,52 @@ class ThoughtSplitter:
     A template may already have opened the tag at the end of the prompt. Thoughts come only first: a
     tag later in the answer is text. With `keep_tags`, the tags are emitted with the thoughts."""
 
-    OPEN, CLOSE = "<think>", "</think>"
-
     def __init__(self, prompt: str = "", keep_tags: bool = False) -> None:
-        self.thinking = prompt.rstrip().endswith(self.OPEN)
+        tail = prompt.rstrip()
+        self.tags = next((tags for tags in THOUGHTS if tail.endswith(tags.open)), None)
         self.done = False  # past the point where a thought may begin
         self.keep_tags = keep_tags
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        return self.tags is not None
+
     def push(self, text: str) -> list[tuple[bool, str]]:
-        return self._split(text, final=False)
+        return [pair for pair in self._split(text, final=False) if pair[1]]
 
     def flush(self) -> list[tuple[bool, str]]:
-        return self._split("", final=True)
+        return [pair for pair in self._split("", final=True) if pair[1]]
 
-    def _split(self, new: str, final: bool) -> list[tuple[bool, str]]:
-        text, self._held, out = self._held + new, "", []
+    def _split(self, new: str, final: bool) -> Iterator[tuple[bool, str]]:
+        text, self._held = self._held + new, ""
         if not self.thinking and not self.done:
             start = text.lstrip()
-            if start.startswith(self.OPEN):
-                self.thinking = True
-                before, _, text = text.partition(self.OPEN)
-                out.append((True, before + self.OPEN if self.keep_tags else ""))
-            elif self.OPEN.startswith(start) and not final:
+            self.tags = next((tags for tags in THOUGHTS if start.startswith(tags.open)), None)
+            if self.tags:
+                before, opening, text = text.partition(self.tags.open)
+                yield True, (before + opening) * self.keep_tags
+            elif not final and any(
+                mark.startswith(start) for tags in THOUGHTS for mark in (tags.open, tags.answer)
+            ):
                 self._held = text
-                return []
+                return
             else:
                 self.done = True
-        if self.thinking:
-            thought, close, rest = text.partition(self.CLOSE)
-            if close:
-                out.append((True, thought + close if self.keep_tags else thought))
-                self.thinking, self.done, text = False, True, rest
-            else:
-                keep = 0 if final else held_back(text, (self.CLOSE,))
-                self._held = text[len(text) - keep :]
-                out.append((True, text[: len(text) - keep]))
-                text = ""
-        out.append((False, text))
-        return [pair for pair in out if pair[1]]
+                heads = [tags.answer for tags in THOUGHTS if tags.answer]
+                text = next((start[len(h) :] for h in heads if start.startswith(h)), text)
+        if not self.tags:
+            yield False, text
+            return
+        thought, close, rest = text.partition(self.tags.close)
+        if close:
+            yield True, thought + close * self.keep_tags
+            self.done, self.tags = not self.tags.answer, None
+            yield from self._split(rest, final)
+        else:
+            keep = 0 if final else held_back(text, (self.tags.close,))
+            self._held = text[len(text) - keep :]
+            yield True, text[: len(text) - keep]
 
 
 class Piece(NamedTuple):
@@ -7928,30 +8013,161 @@ class Piece(NamedTuple):
     text: str
 
 
+_JSON_TYPES = (str, int, float, bool, types.NoneType, list, dict)
+JSON_NAMES = dict(zip(_JSON_TYPES, "string integer number boolean null array object".split()))
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as templates write these
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+MAX_LEVELS = 32  # of a schema that are looked into
+MAX_BRANCHES = 64  # of an argument's schema that are looked at
+
+
+def branches(
+    schema: Any, root: Mapping[str, Any], num_levels: int = MAX_LEVELS
+) -> Iterator[dict[str, Any]]:
+    """Schemas of one type or of any: what fits `schema`, a part of `root`, fits one of them."""
+    branch = dict(schema) if isinstance(schema, Mapping) and num_levels else {}
+    if isinstance(path := branch.pop("$ref", None), str):
+        part: Any = root
+        for key in path.split("/")[1:]:
+            part = part.get(key) if isinstance(part, Mapping) else None
+        several = [part]
+    elif keys := branch.keys() & {"anyOf", "oneOf"}:
+        several = branch.pop(min(keys))
+    elif isinstance(branch.get("type"), list):
+        several = [{"type": kind} for kind in branch["type"]]
+    else:
+        several = []
+        yield branch
+    for part in several:
+        more = part if isinstance(part, Mapping) else {}
+        yield from branches({**branch, **more}, root, num_levels - 1)
+
+
+class Argument:
+    """How an argument that stands alone is written, given its schema, a part of `root`.
+
+    listed: all that it may be, as text -> JSON. texts: schemas of strings, which are written as
+    they are. others: schemas of what is JSON. kinds: the types of JSON that text is read as, where
+    no value of that type is against the schema."""
+
+    def __init__(self, schema: Any, root: Mapping[str, Any], is_required: bool = False) -> None:
+        self.is_required, self.listed = is_required, dict[str, str]()
+        self.texts, self.others, self.kinds = list[Any](), list[Any](), set[str]()
+        for branch in itertools.islice(branches(schema, root), MAX_BRANCHES):
+            kind = branch.get("type")
+            if values := branch.get("enum", [branch["const"]] if "const" in branch else ()):
+                fit = [v for v in values if kind in (None, "number", JSON_NAMES[type(v)])]
+                self.listed |= {_json_text(value): _json_text([value])[1:-1] for value in fit}
+            else:
+                (self.texts if kind in (None, "string") else self.others).append(branch)
+        for branch in self.texts + self.others:
+            if "type" not in branch:
+                self.kinds = {*JSON_NAMES.values()} - {"string"}
+            elif branch in self.others and not (self.texts and branch.keys() & BOUNDS):
+                self.kinds |= {branch["type"], branch["type"].replace("number", "integer")}
+        self.is_text = not self.listed and not self.kinds
+
+    def read(self, text: str) -> str | None:
+        """JSON for what is written; None where it can be no value."""
+        word = text.strip(" \t\r\n")
+        word = PYTHON_WORDS.get(word, word)
+        if value := self.listed.get(text, self.listed.get(word)):
+            return value
+        with contextlib.suppress(ValueError, RecursionError):
+            if JSON_NAMES[type(json.loads(word, parse_constant=int))] in self.kinds:
+                return word  # int() refuses NaN
+        return json.dumps(text, ensure_ascii=False) if self.texts or not self.others else None
+
+
+def read_arguments(schema: Mapping[str, Any]) -> dict[str, Argument]:
+    """The arguments that a function's schema names."""
+    top = next(branches(schema, schema))
+    required = top.get("required", ())
+    named = dict.fromkeys(required, top.get("additionalProperties")) | top.get("properties", {})
+    return {key: Argument(part, schema, key in required) for key, part in named.items()}
+
+
+class JsonReader:
+    """Reads a call's arguments behind their first brace: from `read` text, how much of it are
+    arguments, and these as JSON."""
+
+    def __init__(self) -> None:
+        self.depth = 1
+        self.quoted = self.escaped = self.is_done = False
+
+    def read(self, text: str) -> tuple[int, str]:
+        for i, character in enumerate(text):
+            if self.quoted:
+                self.quoted = self.escaped or character != '"'
+                self.escaped = not self.escaped and character == "\\"
+            elif character == '"':
+                self.quoted = True
+            else:
+                self.depth += (character == "{") - (character == "}")
+            if not self.depth:
+                self.is_done = True
+                return i + 1, text[: i + 1]
+        return len(text), text
+
+
+class ParameterReader:
+    """As JsonReader, for a call whose arguments are written one by one: text comes as it is read,
+    anything else when it is complete."""
+
+    def __init__(self, form: ToolFormat, schema: Mapping[str, Any]) -> None:
+        self.arguments, self.is_done, self.comma = read_arguments(schema), False, ""
+        self.argument: Argument | None = None  # the value of which is being read
+        before, after = form.parameter.split("VALUE")
+        newline = r"(?:\n|(?=[^\n]))" if before.endswith("\n") else ""  # a second is the value's
+        self.before = re.compile(r"\s*" + loose(before) + newline)
+        self.ends = after.rstrip(), after.strip()
+        self.after = re.compile(r"\n?" * after.startswith("\n") + re.escape(self.ends[1]))
+        self.tail = re.compile(r"\s*" + loose(form.tail))
+
+    def read(self, text: str) -> tuple[int, str]:
+        if self.argument is None:
+            if match := self.before.match(text):
+                self.argument = self.arguments.get(match[1]) or Argument(None, {})
+                key = f"{self.comma}{json.dumps(match[1], ensure_ascii=False)}: "
+                self.comma = ", "
+                return match.end(), key + '"' * self.argument.is_text
+            self.is_done = bool(self.tail.match(text))
+            return 0, "}" * self.is_done
+        is_text = self.argument.is_text
+        num = is_text * (len(text) - held_back(text, self.ends))
+        for end in self.after.finditer(text):
+            value = self.argument.read(text[: end.start()])
+            if value is not None:
+                self.argument = None
+                return end.end(), value[is_text:]
+        return num, json.dumps(text[:num], ensure_ascii=False)[1:-1]
+
+
+def loose(literal: str, names: Iterable[str] = ()) -> str:
+    """A regex for `literal` with any space between its words and signs."""
+    known = {"NAME": f"({'|'.join(map(re.escape, names))})", "KEY": "(.+?)"}
+    words = re.findall(r"NAME|KEY|\w+|[^\w\s]", literal)
+    return r"\s*".join(known.get(word) or re.escape(word) for word in words)
+
+
 class ToolSplitter:
-    """Finds the calls in an answer: `push` text, get pieces. What is no call of a function in
-    `names`, spelled as in `form`, is content."""
+    """Finds the calls in an answer: `push` text, get pieces. What is no call of one of the
+    functions, of which the arguments' schemas are given, spelled as in `form`, is content."""
 
-    def __init__(self, form: ToolFormat, names: Iterable[str]) -> None:
-        names = list(names)
-
-        def loose(literal: str) -> str:
-            """A regex for `literal` with any space between its words and signs."""
-            known = "|".join(map(re.escape, names))
-            words = re.findall(r"NAME|\w+|[^\w\s]", literal)
-            return r"\s*".join(
-                f"({known})" if word == "NAME" else re.escape(word) for word in words
-            )
-
-        head = form.head("NAME")
+    def __init__(self, form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]]) -> None:
+        self.form, self.schemas, head = form, schemas, form.head("NAME")
+        known = functools.partial(loose, names=schemas)
         self.opener = form.trigger or form.call[0]
-        self.first = re.compile(loose(form.begin + head) + r"\s*(?={)")
-        self.next = re.compile(r"\s*" + loose(form.tail + form.between + head) + r"\s*(?={)")
+        inside = r"\s*{"
+        if form.parameter:
+            inside = rf"\s*(?={loose(form.parameter.partition('KEY')[0])}|{loose(form.tail)})"
+        self.first = re.compile(known(form.begin + head) + inside)
+        self.next = re.compile(r"\s*" + known(form.tail + form.between + head) + inside)
         self.last = re.compile(r"\s*" + loose(form.tail + form.end))
-        self.reach = 2 * len(form.begin + head) + max(map(len, names), default=0)
-        self.num_calls = self.depth = 0
-        self.quoted = self.escaped = self.has_content = False
-        self._held = ""
+        self.reach = 2 * len(form.begin + head) + max(map(len, schemas), default=0)
+        self.reach += 2 * len(form.parameter + form.tail)
+        self.num_calls, self.has_content, self._held = 0, False, ""
+        self.reader: JsonReader | ParameterReader | None = None  # of a call that is not complete
 
     def push(self, text: str) -> list[Piece]:
         return self._split(text, final=False)
@@ -7962,14 +8178,20 @@ class ToolSplitter:
     @property
     def has_calls(self) -> bool:
         """Whether there were calls, the last of them complete."""
-        return self.num_calls > 0 and self.depth == 0
+        return self.num_calls > 0 and self.reader is None
 
     def _split(self, new: str, final: bool) -> list[Piece]:
         self._held += new
         out: list[Piece] = []
         while self._held:
-            if self.depth:
-                out.append(Piece("arguments", self._take(self._end_of_arguments())))
+            if self.reader:
+                num, arguments = self.reader.read(self._held)
+                self._take(num)
+                out.append(Piece("arguments", arguments))
+                if self.reader.is_done:
+                    self.reader = None
+                elif not arguments:
+                    break
                 continue
             pattern = self.next if self.num_calls else self.first
             match = pattern.match(self._held) if self.num_calls else pattern.search(self._held)
@@ -7980,8 +8202,10 @@ class ToolSplitter:
             if before.strip() or self.has_content:
                 out.append(Piece("content", before))
             self._take(match.end() - match.start())
-            self.num_calls, self.depth = self.num_calls + 1, 1
-            out += [Piece("name", match[1]), Piece("arguments", self._take(1))]
+            self.num_calls += 1
+            schema, one_by_one = self.schemas[match[1]], self.form.parameter
+            self.reader = ParameterReader(self.form, schema) if one_by_one else JsonReader()
+            out += [Piece("name", match[1]), Piece("arguments", "{")]
         out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
         return out
@@ -7989,20 +8213,6 @@ class ToolSplitter:
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
         return taken
-
-    def _end_of_arguments(self) -> int:
-        """How much of what is held belongs to the arguments, one brace of which is open."""
-        for i, character in enumerate(self._held):
-            if self.quoted:
-                self.quoted = self.escaped or character != '"'
-                self.escaped = not self.escaped and character == "\\"
-            elif character == '"':
-                self.quoted = True
-            else:
-                self.depth += (character == "{") - (character == "}")
-            if not self.depth:
-                return i + 1
-        return len(self._held)
 
     def _rest(self, final: bool) -> list[Piece]:
         """Content in text where no call begins, as far as it is certain."""
@@ -8108,11 +8318,11 @@ class Calls:
     choice: ToolChoice
 
     def splitter(self) -> ToolSplitter:
-        return ToolSplitter(self.form, self.functions)
+        return ToolSplitter(self.form, {name: f.schema for name, f in self.functions.items()})
 
     def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The control tokens that calls are written with."""
-        signs = self.form.begin + self.form.call + self.form.end
+        signs = self.form.begin + self.form.call + self.form.parameter + self.form.end
         return frozenset(i for word, i in tokenizer.control.items() if word in signs)
 
 
@@ -8149,7 +8359,6 @@ JSON_OPTIONS: Any = {
     "key_separator": ":",
 }
 MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
-MAX_LEVELS = 32  # of a schema that are searched for what is wrong
 
 
 class Vocabulary:
@@ -8255,14 +8464,23 @@ def faulty_part(
     return ""
 
 
-def thought_rule(prompt: str, may_think: bool) -> tuple[str, str]:
-    """What may come before an answer to `prompt`, as the beginning of a rule, and its own rule."""
-    text, start, end = r"(.|\n)*", ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE.replace("/", r"\/")
-    if prompt.rstrip().endswith(start):
-        return "thought", f"thought[lazy]: /{text}{end}/"
-    if may_think and not prompt.rstrip().endswith(ThoughtSplitter.CLOSE):
-        return "thought?", rf"thought[lazy]: /[ \n]*{start}{text}{end}/"
-    return "", ""
+# Keywords that grammars of arguments as text cannot keep
+NOT_KEPT = frozenset(
+    "allOf anyOf oneOf not if format patternProperties propertyNames minProperties maxProperties "
+    "dependentRequired dependentSchemas dependencies".split()
+)
+
+
+def text_terminal(schema: Mapping[str, Any]) -> str:
+    """A terminal for the strings that fit a schema."""
+    length = f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+    if not (pattern := schema.get("pattern")):
+        return f"/(.|\\n){length}/"
+    start, end = ("" if pattern[:1] == "^" else r"(.|\n)*"), r"(.|\n)*"
+    if pattern.endswith("$") and not pattern.endswith(r"\$"):
+        pattern, end = pattern[:-1], ""
+    found = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
+    return f"/(.|\\n){length}/ & /{found}/"
 
 
 class Grammars:
@@ -8328,57 +8546,120 @@ class Grammars:
         except RecursionError:
             raise RequestError(f"{name} is nested too deeply", name) from None
 
+    @functools.cached_property
+    def signs(self) -> re.Pattern[str]:
+        """Finds the control tokens in a text."""
+        words = sorted(self.tokenizer.control, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
+
     def literal(self, text: str) -> str:
         """Text as an expression, its control tokens as such."""
         control = self.tokenizer.control
-        words = "|".join(re.escape(word) for word in sorted(control, key=len, reverse=True))
-        parts = re.split(f"({words})", text) if words else [text]
         return " ".join(
             f"<[{control[part]}]>" if part in control else json.dumps(part)
-            for part in parts
+            for part in self.signs.split(text)
             if part
         )
 
+    def until(self, end: str, name: str, rules: dict[str, str], text: str = "TEXT") -> str:
+        """An expression for the terminal `text` up to the first `end`."""
+        plain = self.signs.split(end)[0]
+        if plain:
+            rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
+        return f"{name if plain else text} {self.literal(end[len(plain) :])}"
+
+    def thought(self, prompt: str, tags: Thoughts | None) -> tuple[str, dict[str, str]]:
+        """What may come before an answer to `prompt`, as the beginning of a rule, and its rules."""
+        text, rules, prompt = r"(.|\n)*", dict[str, str](), prompt.rstrip()
+        opened = next((tags for tags in THOUGHTS if prompt.endswith(tags.open)), None)
+        tags = opened or tags
+        if not tags or (prompt.endswith(tags.close) and not tags.answer):
+            return "", {}
+        start, end = ("" if opened else rf"[ \n]*{tags.open}"), tags.close
+        if len(self.signs.split(tags.open)) > 1:
+            start = self.literal("" if opened else tags.open)
+            rules["thought"] = f"{start} {self.until(end, 'thoughts', rules)}"
+        else:
+            rules["thought[lazy]"] = f"/{llguidance.regex_to_lark(start + text + end)}/"
+        return "thought" + ("" if opened else "*" if tags.answer else "?"), rules
+
     def calls(self, calls: Calls, is_free: bool) -> str:
         """The rules of `calls`, behind any text where they are free. Raises RequestError."""
-        form, num_more = calls.form, calls.choice.max_calls - 1
+        form, control = calls.form, self.tokenizer.control
+        between = {control[word] for word in self.signs.findall(form.between)}
+        num_more = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
         more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
-        rules = [f"calls: first {more} {self.literal(form.end)}"]
-        if is_free and form.trigger and form.trigger not in self.tokenizer.control:
-            rules.append(f"open[lazy]: TEXT {json.dumps(form.trigger)}")
+        rules = {"calls": f"first {more} {self.literal(form.end)}"}
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = self.literal(form.begin + head)
-            if is_free and form.trigger in self.tokenizer.control:
-                opening = f"TEXT {self.literal(form.begin + head)}"
-            elif is_free and form.trigger:
-                opening = f"open {json.dumps((form.begin + head).removeprefix(form.trigger))}"
-            elif is_free:
-                rules.append(f"open_{i}[lazy]: TEXT {json.dumps(form.begin + head)}")
-                opening = f"open_{i}"
-            expression = self.schema(function.schema, function.where, function.strict)
-            rules += [f"first_{i}: {opening} {tail}", f"next_{i}: {self.literal(head)} {tail}"]
-            rules.append(f"arguments_{i}: {expression}")
+            opening = form.begin + head
+            first, open_name = self.literal(opening), "open" if form.trigger else f"open_{i}"
+            if is_free:
+                trigger = form.trigger or opening
+                first = self.until(trigger, open_name, rules)
+                first += " " + self.literal(opening.removeprefix(trigger))
+            rules |= {f"first_{i}": f"{first} {tail}", f"next_{i}": f"{self.literal(head)} {tail}"}
+            rules[f"arguments_{i}"] = self.schema(function.schema, function.where, function.strict)
+            if form.parameter:
+                self.parameters(form.parameter, f"arguments_{i}", function, rules)
         for kind in ("first", "next"):
-            rules.append(
-                f"{kind}: " + " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
-            )
-        return "\n".join(rules)
+            rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
+        return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
+
+    def parameters(self, form: str, rule: str, function: Function, rules: dict[str, str]) -> None:
+        """The rules of arguments that are written one by one, in the schema's order. Raises
+        RequestError for what such a rule cannot keep but must."""
+        before, after = form.split("VALUE")
+        root, terms, arguments = function.schema, [], read_arguments(function.schema)
+        texts = [text for argument in arguments.values() for text in argument.texts]
+        parts = root, next(branches(root, root)), *texts
+        if function.strict and (lost := NOT_KEPT & {*itertools.chain(*parts)}):
+            reason = f"calls of this model's kind cannot keep {min(lost)}"
+            raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
+        for i, (key, argument) in enumerate(arguments.items()):
+            name = f"{rule}_{i}"
+            terms.append(name if argument.is_required else f"{name}?")
+            value = self.value(argument, after, name, function, rules)
+            rules[name] = f"{self.literal(before.replace('KEY', key))} ({value})"
+        rules[rule] = " ".join(terms) or '""'
+
+    def value(
+        self, argument: Argument, after: str, name: str, function: Function, rules: dict[str, str]
+    ) -> str:
+        """An expression for an argument and what stands behind it. Text is none that ends it, nor
+        looks like JSON that may stand there."""
+        root = function.schema
+        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        ways = [self.literal(text + after) for text in argument.listed]
+        unlike = [f"(.|\n)*{re.escape(after.strip())}(.|\n)*"]
+        for other in argument.others:
+            if not argument.texts or other["type"] in ("array", "object"):
+                grammar = json_grammar({**shared, **other}, function.strict)
+                ways.append(f"{grammar} {self.literal(after)}")
+                unlike.append(r"\s*[\[{](.|\n)*")
+        if argument.texts:
+            texts = " | ".join(map(text_terminal, argument.texts))
+            others = (f"& ~/{llguidance.regex_to_lark(regex)}/" for regex in unlike)
+            rules[name.upper()] = f"({texts}) {' '.join(others)}"
+            ways.append(self.until(after, f"{name}_text", rules, name.upper()))
+        return " | ".join(ways)
 
     def constraint(
-        self, params: SamplingParams, prompt: str, may_think: bool, calls: Calls | None = None
+        self, params: SamplingParams, prompt: str, tags: Thoughts | None, calls: Calls | None = None
     ) -> Constraint | None:
         """What the answer to `prompt`, of which the end is enough, must be; None for anything.
         Raises RequestError."""
         answer, nested = self.answer(params)
         if not answer and not calls:
             return None
-        thought, rules = thought_rule(prompt, may_think)
+        thought, thought_rules = self.thought(prompt, tags)
+        rules = "\n".join(f"{name}: {rule}" for name, rule in thought_rules.items())
+        header = self.literal(tags.answer) if tags else ""
         is_required = calls is not None and calls.choice.mode == "required"
-        choices = [] if is_required else [f"{thought} answer"]
+        choices = [] if is_required else [f"{thought} {header} answer"]
         if calls:  # models like to begin a new line for them
             choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
-            rules += "\n" + self.calls(calls, is_free=not answer and not is_required)
+            rules += "\n" + self.calls(calls, is_free=not (answer or is_required or header))
         top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
@@ -9230,10 +9511,11 @@ class TextSide:
 
     def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
         """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
-        may_think = request.messages is not None and self.template.may_think
+        continues = request.template_kwargs.get("continue_final_message")
+        tags = None if request.messages is None or continues else self.template.thoughts
         # the prompt's last tokens tell whether a thought has begun
         prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, may_think, calls)
+        return self.grammars.constraint(request.params, prompt, tags, calls)
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
@@ -9362,7 +9644,10 @@ class LLM(TextSide):
         continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
         ids = self.prompt_ids(request) if ids is None else list(ids)
         constraint, calls = self.constraint(request, ids), self.calls(request)
-        shown = calls.shown(self.tokenizer) if calls else frozenset()
+        shown = calls.shown(self.tokenizer) if calls else frozenset[int]()
+        if is_chat:
+            tags = "".join(self.template.thoughts or ())
+            shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
         # what is constrained keeps the space that it begins with
         continues = continues or constraint is not None
         stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
@@ -11753,7 +12038,8 @@ def ollama_details(path: Path, modified: float) -> dict[str, Any]:
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
     words = (template.source or "") + (template.tool_source or "")
     kind = c.model_type
-    able = {"completion": True, "tools": "tools" in words, "thinking": template.may_think}
+    thinks = template.thoughts is not None
+    able = {"completion": True, "tools": "tools" in words, "thinking": thinks}
     return {
         "details": {
             "parent_model": "",
@@ -13914,7 +14200,7 @@ class AnswerPrinter:
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation."""
         thoughts = "".join(self.thoughts)
-        for tag in (ThoughtSplitter.OPEN, ThoughtSplitter.CLOSE):
+        for tag in (tag for tags in THOUGHTS for tag in tags[:2]):
             thoughts = thoughts.replace(tag, "")
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self.content)}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
@@ -13925,13 +14211,6 @@ class AnswerPrinter:
 # ---- tools: functions of a file, which the model may ask to call ---------------------------------
 
 MAX_ROUNDS = 10  # of calls for one answer
-JSON_NAMES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    types.NoneType: "null",
-}
 
 
 def hint_schema(hint: Any) -> dict[str, Any]:

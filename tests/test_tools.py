@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import openai
+import published
 import pydantic
 import pytest
 from hypothesis import given, settings
@@ -71,6 +73,10 @@ def loop(calls: str) -> str:
 
 
 EACH = "{% for c in m.tool_calls %}{% set f = c.function %}"
+VALUES = (
+    "{% for key, value in f.arguments | items %}"
+    "{% set value = value if value is string else value | tojson %}"
+)
 JSON = """{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}"""
 # as the model's own templates write them
 TEMPLATES = {
@@ -94,6 +100,34 @@ TEMPLATES = {
     "deepseek-v3.1": loop(
         "<｜tool▁calls▁begin｜>" + EACH + "<｜tool▁call▁begin｜>{{ f.name }}<｜tool▁sep｜>"
         "{{ f.arguments | tojson }}<｜tool▁call▁end｜>{% endfor %}<｜tool▁calls▁end｜>"
+    ),
+    "qwen3-coder": loop(
+        EACH + "<tool_call>\n<function={{ f.name }}>\n" + VALUES + "<parameter={{ key }}>\n"
+        "{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}"
+    ),
+    "seed-oss": loop(
+        EACH + "<seed:tool_call>\n<function={{ f.name }}>\n" + VALUES + "<parameter={{ key }}>"
+        "{{ value }}</parameter>\n{% endfor %}</function>\n</seed:tool_call>{% endfor %}"
+    ),
+    "glm-4.5": loop(
+        EACH + "<tool_call>{{ f.name }}\n" + VALUES + "<arg_key>{{ key }}</arg_key>\n"
+        "<arg_value>{{ value }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
+    ),
+    "glm-4.7": loop(
+        EACH + "<tool_call>{{ f.name }}" + VALUES + "<arg_key>{{ key }}</arg_key>"
+        "<arg_value>{{ value }}</arg_value>{% endfor %}</tool_call>{% endfor %}"
+    ),
+    "harmony": loop(
+        EACH + " to=functions.{{ f.name }}<|channel|>commentary json<|message|>"
+        "{{ f.arguments | tojson }}<|call|>{% endfor %}"
+    ),
+    "minimax-m2": loop(
+        "<minimax:tool_call>\n"
+        + EACH
+        + '<invoke name="{{ f.name }}">\n'
+        + VALUES
+        + '<parameter name="{{ key }}">'
+        "{{ value }}</parameter>\n{% endfor %}</invoke>\n{% endfor %}</minimax:tool_call>"
     ),
 }
 FORMATS = nanollama.TOOL_FORMATS
@@ -121,7 +155,10 @@ def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) 
         ("mistral-nemo", "mistral", True),
         ("deepseek-r1-distill-qwen", "deepseek", False),
         ("granite-3.3", "granite", True),
-        ("qwen3-coder", "hermes", False),  # calls in XML: ours is described instead
+        ("qwen3-coder", "qwen3-coder", True),
+        ("glm-4.6", "glm-4.5", True),
+        ("seed-oss", "seed-oss", True),
+        ("gpt-oss", "harmony", True),
         ("phi-3.5", "hermes", False),
     ],
 )
@@ -161,25 +198,46 @@ def test_what_tools_say_never_becomes_a_control_token(smollm2_llm: LLM) -> None:
 
 def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str, str]]:
     """The pieces of a text that is cut at `cuts`, neighbours of one kind joined."""
-    splitter = nanollama.ToolSplitter(FORMATS[form], SCHEMAS)
+    splitter = nanollama.ToolSplitter(FORMATS[form], dict.fromkeys(SCHEMAS, KINDS))
     at = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
     pieces = [p for a, b in itertools.pairwise(at) for p in splitter.push(text[a:b])]
     pieces += splitter.flush()
     assert splitter.has_calls == any(piece.kind == "name" for piece in pieces)
-    joined: list[tuple[str, str]] = []
+    return joined(pieces)
+
+
+def joined(pieces: list[nanollama.Piece]) -> list[tuple[str, str]]:
+    kinds: list[tuple[str, str]] = []
     for kind, new in pieces:
-        if joined and joined[-1][0] == kind != "name":
-            joined[-1] = (kind, joined[-1][1] + new)
+        if kinds and kinds[-1][0] == kind != "name":
+            kinds[-1] = (kind, kinds[-1][1] + new)
         else:
-            joined.append((kind, new))
-    return joined
+            kinds.append((kind, new))
+    return kinds
 
 
-ARGUMENTS = st.dictionaries(
-    st.text(max_size=4),
-    st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8) | st.integers(),
-    max_size=3,
+TEXTS = st.text(alphabet='{}"\\[]</tool_cal>é\n', max_size=8)
+ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "city": TEXTS,
+        'a b"}': TEXTS,
+        "days": st.integers() | st.none() | st.booleans(),
+        "where": st.lists(TEXTS, max_size=2),
+        "maybe": st.none() | st.sampled_from(["", "nul", "5", "]"]),
+    },
 )
+KINDS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        'a b"}': {"$ref": "#/$defs/text"},
+        "days": {"type": ["integer", "null", "boolean"]},
+        "where": {"type": "array", "items": {"type": "string"}},
+        "maybe": {"anyOf": [{"$ref": "#/$defs/text"}, {"type": "null"}]},
+    },
+    "$defs": {"text": {"type": "string"}},
+}
 
 
 @settings(max_examples=60)
@@ -255,11 +313,59 @@ def test_thoughts_come_first_and_may_speak_of_calls() -> None:
     assert splitter.finish_reason("length") == "length"
 
 
+SAID = {"city": "São\nPaulo", "days": 3, "where": [1, 2], "maybe": None}
+
+
+def round_trip(made: nanollama.ChatTemplate) -> list[tuple[str, str]]:
+    """The pieces of a message that talks and calls twice, as the template writes it."""
+    calls = [
+        {"id": f"call{i:05}", "type": "function", "function": {"name": name, "arguments": said}}
+        for i, (name, said) in enumerate([("weather", SAID), ("stop", {})])
+    ]
+    answer = {"role": "assistant", "content": "I look.", "tool_calls": calls}
+    prompt = made.render(USER, TOOLS)
+    text = made.render([*USER, answer], TOOLS, add_generation_prompt=False)
+    start = text.index("I look.", len(prompt) - 20)
+    end = made.tool_format.tail.strip()
+    text = text[start : text.rindex(end) + len(end)] + made.tool_format.end.strip()
+    splitter = nanollama.ToolSplitter(made.tool_format, dict.fromkeys(SCHEMAS, KINDS))
+    pieces = [p for character in text for p in splitter.push(character)] + splitter.flush()
+    return [
+        (kind, "".join(text for _, text in group))
+        for kind, group in itertools.groupby(pieces, lambda piece: piece.kind)
+    ]
+
+
+def is_right(pieces: list[tuple[str, str]]) -> bool:
+    (talk, said), (_, first), (_, arguments), *rest = pieces
+    return (
+        (talk, said.strip(), first) == ("content", "I look.", "weather")
+        and json.loads(arguments) == SAID
+        and rest == [("name", "stop"), ("arguments", "{}")]
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen3-coder", "glm-4.6", "seed-oss", "qwen2.5", "qwen3"])
+def test_what_a_template_makes_of_calls_is_read_as_the_same_calls(name: str) -> None:
+    assert is_right(round_trip(template((DATA / f"{name}.jinja").read_text(encoding="utf-8"))))
+
+
+def test_so_it_is_with_every_published_template_that_writes_no_object() -> None:
+    made = {path.stem: template(path.read_text()) for path in published.llama_cpp().glob("*.jinja")}
+    found = {name: t for name, t in made.items() if t.lists_tools and t.tool_format.parameter}
+    assert len(found) == 13
+    for name, chat_template in found.items():
+        assert is_right(round_trip(chat_template)), name
+
+
 # ---- the grammars --------------------------------------------------------------------------------
 
 CONTROL = sorted(
     {"[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|python_tag|>", "<｜tool▁calls▁begin｜>"}
     | {"<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"}
+    | {"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|call|>", "<|end|>"}
+    | {"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}
+    | {"<seed:tool_call>", "</seed:tool_call>", "<minimax:tool_call>", "</minimax:tool_call>"}
 )
 
 
@@ -273,7 +379,7 @@ def models(
     import tokenizers
 
     directory = tmp_path_factory.mktemp("tools") / "model"
-    shutil.copytree(tiny(vocab_size=340, max_position_embeddings=2048), directory)
+    shutil.copytree(tiny(vocab_size=360, max_position_embeddings=2048), directory)
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens(CONTROL)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -338,7 +444,9 @@ def test_a_free_model_may_talk_and_call_but_not_call_wrongly(
     assert seq.constraint
     end = min(llm.tokenizer.end_ids)
     assert seq.constraint.allowed()[end]  # or say nothing
-    text = before + shape.spell([("weather", '{"city":"Bern"}'), ("stop", "{}")])
+    calls = [("weather", '{"city":"Bern"}'), ("stop", "{}")]
+    calls = calls[: 1 if "<|call|>" in shape.between else 2]
+    text = before + shape.spell(calls)
     ids = llm.encode(text, False)
     assert seq.constraint.num_valid(ids) == len(ids)
     for token_id in ids:
@@ -348,7 +456,7 @@ def test_a_free_model_may_talk_and_call_but_not_call_wrongly(
     assert llm.start(request(ToolChoice())).constraint.num_valid(wrong) < len(wrong)  # type: ignore
     once = llm.start(request(ToolChoice(max_calls=1))).constraint
     assert once
-    assert once.num_valid(ids) < len(ids)
+    assert (once.num_valid(ids) == len(ids)) == (len(calls) == 1)
     llm.engine.step()
     while llm.engine.has_work:
         llm.engine.step()
@@ -374,6 +482,144 @@ def test_an_answer_of_a_given_form_and_calls_go_together(
             jsonschema.validate(json.loads(content), schema)
         kinds.add(bool(calls))
     assert kinds == {True, False} or form in ("hermes", "smollm2")
+
+
+ONE_BY_ONE = [name for name, form in FORMATS.items() if form.parameter]
+POINT = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}
+POINT["additionalProperties"] = False
+# a schema, values that fit it, and values that do not
+VALUES_OF = [
+    ({"type": "string"}, ["", "a\n", "\nb", "5", '{"x": 1}', "</b>", "null", "é🙂"], []),
+    ({"type": "string", "minLength": 1, "maxLength": 3}, ["a", "\n\n\n"], ["", "abcd"]),
+    ({"type": "string", "pattern": r"^[A-C]{2}/\d$"}, ["AB/7"], ["AB/", "xAB/7", "AB/78"]),
+    ({"type": "string", "pattern": "x[0-9]", "maxLength": 4}, ["x1", "ax1b"], ["ax", "abcx1"]),
+    ({"enum": ["a", "5", 7, None, True]}, ["a", 7, None, True], ["b", 6, False]),
+    ({"const": "</parameter"}, ["</parameter"], ["</p"]),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, ["", "nul", "5", None], []),
+    ({"type": ["string", "integer"], "maxLength": 3}, ["a", 5, -17, "1.5"], ["abcd"]),
+    ({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 3}]}, ["auto", 3], ["x", 2]),
+    ({"oneOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}, ["a", "v1", "2"], []),
+    ({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/point"}]}, ["a", {"x": 2}], [{"x": 3}]),
+    ({"$ref": "#/$defs/point"}, [{"x": 2}], ["a", {"x": 3}]),
+    ({"type": "array", "items": {"type": "string"}}, [[], ["</a", "\n"]], ["a", [5]]),
+    ({"type": "number", "maximum": 1}, [0.5, 1], ["a", 2]),
+    ({"type": "boolean"}, [True, False], ["a", None]),
+    ({"type": ["boolean", "null"]}, [True, None], [0]),
+    ({}, ["a b", 5, [None], {"a": "b"}, None], []),
+]
+
+
+@pytest.mark.parametrize("form", ONE_BY_ONE)
+@pytest.mark.parametrize(("schema", "good", "bad"), VALUES_OF, ids=str)
+def test_an_argument_is_text_or_json_as_its_schema_says(
+    models: Callable[[str], LLM], form: str, schema: dict[str, Any], good: list[Any], bad: list[Any]
+) -> None:
+    llm, shape = models(form), FORMATS[form]
+    parameters = {"type": "object", "properties": {"v": schema, "w": POINT}, "required": ["v"]}
+    parameters |= {"$defs": {"point": POINT}, "additionalProperties": False}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    wanted = dataclasses.replace(
+        request(ToolChoice("required")), tools=[{"type": "function", "function": function}]
+    )
+    for value in good + bad:
+        arguments = {"v": value}
+        text = shape.spell([("f", json.dumps(arguments))])
+        ids, seq = llm.encode(text, False), llm.start(wanted)
+        llm.engine.cancel(seq)
+        assert seq.constraint
+        assert (seq.constraint.num_valid(ids) == len(ids)) == (value in good), value
+        if value in good:
+            pieces = nanollama.ToolSplitter(shape, {"f": parameters}).push(text)
+            read = json.loads("".join(piece.text for piece in pieces if piece.kind == "arguments"))
+            assert read == arguments
+            assert type(read["v"]) is type(value)
+            jsonschema.validate(read, parameters)
+
+
+def test_what_text_in_tags_cannot_keep_is_refused_if_strict(models: Callable[[str], LLM]) -> None:
+    llm = models("qwen3-coder")
+    schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}
+    for strict in (False, True):
+        function = {"name": "f", "parameters": schema, "strict": strict}
+        tools = [{"type": "function", "function": function}]
+        wanted = dataclasses.replace(request(ToolChoice("required")), tools=tools)
+        if not strict:
+            llm.engine.cancel(llm.start(wanted))
+            continue
+        with pytest.raises(RequestError, match="cannot keep format") as caught:
+            llm.start(wanted)
+        assert caught.value.param == "tools[0].function.parameters"
+
+
+def test_a_schema_that_refers_to_itself_is_read_in_no_time() -> None:
+    one = {"$ref": "#/$defs/a"}
+    root = {"properties": {"x": one}, "$defs": {"a": {"anyOf": [one, one, {"type": "string"}]}}}
+    assert nanollama.read_arguments(root)["x"].read("a") == '"a"'
+
+
+@pytest.mark.parametrize("form", ONE_BY_ONE)
+def test_a_random_model_writes_arguments_that_fit(models: Callable[[str], LLM], form: str) -> None:
+    schemas = [
+        {**schema, "maxLength": 4} if schema.keys() & {"type", "anyOf", "oneOf"} else schema
+        for schema, _, _ in VALUES_OF[1:-1]
+        if "array" not in str(schema)
+    ]
+    properties = {f"p{i}": schema for i, schema in enumerate(schemas)}
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    parameters |= {"$defs": {"point": POINT}}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    tools = [{"type": "function", "function": function}]
+    for seed in range(3):
+        wanted = request(ToolChoice("required", max_calls=1), seed, max_tokens=1500)
+        content, calls, reason = called(models(form), dataclasses.replace(wanted, tools=tools))
+        print(models(form).complete(dataclasses.replace(wanted, tools=tools)).text)
+        assert (content, reason, calls[0][0]) == ("", "tool_calls", "f")
+        jsonschema.validate(json.loads(calls[0][1]), parameters)
+
+
+HARMONY = (
+    "<|channel|>analysis<|message|>It<|end|><|start|>assistant"
+    "<|channel|>analysis<|message|>is?<|end|><|start|>assistant"
+)
+
+
+def test_gpt_oss_thinks_then_answers_or_calls(models: Callable[[str], LLM]) -> None:
+    source = (DATA / "gpt-oss.jinja").read_text(encoding="utf-8")
+    llm = LLM(models("harmony").checkpoint.path, template=source)
+    schema = {"type": "object", "properties": {"x": {"type": "null"}}, "required": ["x"]}
+    call = FORMATS["harmony"].spell([("weather", '{"city": "Bern"}')])
+    wrong = FORMATS["harmony"].spell([("weather", '{"town": "Bern"}')])
+    called = [("name", "weather"), ("arguments", '{"city": "Bern"}')]
+    answer, thought = "<|channel|>final<|message|>", [("thought", "Itis?")]
+    for fields, choice, text, is_right, pieces in (
+        ({}, ToolChoice(), HARMONY + call, True, [*thought, *called]),
+        ({}, ToolChoice(), call, True, called),
+        ({}, ToolChoice(), HARMONY + wrong, False, None),
+        ({}, ToolChoice(), f"{HARMONY}{answer}Hi.", True, [*thought, ("content", "Hi.")]),
+        ({}, ToolChoice(), "Hi.", False, [("content", "Hi.")]),
+        ({}, ToolChoice("required"), f"{HARMONY}{answer}Hi.", False, None),
+        ({}, ToolChoice("required"), HARMONY + call, True, None),
+        ({"schema": schema}, ToolChoice("none"), answer + '{"x":null}', True, None),
+        ({"schema": schema}, ToolChoice("none"), HARMONY + answer + '{"x":null}', True, None),
+        ({"schema": schema}, ToolChoice("none"), HARMONY + answer + '{"x":1}', False, None),
+    ):
+        wanted, ids = request(choice, **fields), llm.encode(text, False)
+        seq, splitter = llm.start(wanted), llm.splitter(wanted, llm.prompt_text(wanted))
+        llm.engine.cancel(seq)
+        assert seq.constraint
+        assert (seq.constraint.num_valid(ids) == len(ids)) == is_right, text
+        shown = "".join(map(seq.text.push, ids))
+        found = [piece for character in shown for piece in splitter.push(character)]
+        found += splitter.flush()
+        assert pieces in (None, joined(found)), text
+
+
+def test_seed_oss_has_think_tags_of_its_own() -> None:
+    splitter = nanollama.AnswerSplitter("<seed:bos>assistant\n")
+    text = "<seed:think>I am</seed:think>I said </think>."
+    found = [piece for character in text for piece in splitter.push(character)]
+    found += splitter.flush()
+    assert joined(found) == [("thought", "I am"), ("content", "I said </think>.")]
 
 
 def test_a_call_that_is_cut_has_the_finish_reason_length(models: Callable[[str], LLM]) -> None:
