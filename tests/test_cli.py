@@ -280,6 +280,17 @@ def test_a_full_disk_under_stdout_is_one_line(tmp_path: Path) -> None:
     assert ran.stderr == "error: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-"])
+def test_a_closed_stream_is_an_empty_one(tiny: Callable[..., Path], closed: str) -> None:
+    flags = ("--model", str(tiny()), "--prompt", "-" if "<" in closed else "x", "--max-tokens", "1")
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, nanollama.__file__, *flags]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == ("<" in closed)
+    expected = {"0": "error: the prompt is empty", "1": "[prefill: ", "2": ""}[closed[0]]
+    assert ran.stderr.startswith(expected)
+    assert len(ran.stderr.splitlines()) <= 1
+
+
 # ---- thoughts ------------------------------------------------------------------------------------
 
 
@@ -591,6 +602,8 @@ def test_bad_input_is_one_line(
         (("--prompt", "x" * 300), b"", "the prompt has 300 tokens and the context holds 256"),
         (("--batch-file", "absent.txt"), b"", "absent.txt: cannot be read: No such file"),
         (("--batch-file", "."), b"", ".: cannot be read: "),
+        (("--batch-file", ""), b"", ": cannot be read: "),
+        (("--embed", "--prompt", ""), b"", "the prompt is empty"),
         (("--batch-file", "-", "--output", "absent/x"), b"fox", "absent/x: cannot be written: "),
     ],
 )

@@ -156,7 +156,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
-        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; a number from 1e-15 to 1e15 is needed"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0; it must be above 1"),
         ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),

@@ -277,8 +277,10 @@ def test_thinking_has_its_own_field(test_server: nanollama.TestServer) -> None:
         {"messages": [3]},
         {"messages": [{"role": "alien", "content": "a"}]},
         {"messages": [{"role": "assistant", "tool_calls": [3]}]},
+        {"messages": [{"role": "assistant", "tool_calls": 3}]},
         {"context": ["a"]},
         {"context": [10**9]},
+        {"context": [10**30]},
     ],
     ids=lambda fields: json.dumps(fields)[:40],
 )

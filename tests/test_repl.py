@@ -154,7 +154,7 @@ def test_parameters_can_be_set(talk: Callable[..., Said]) -> None:
         ("/load broken.json", "broken.json: not readable as JSON"),
         ("/load other.json", "other.json: holds no list of messages as /save writes it"),
         ("/save", "/save needs a file name"),
-        ("/save absent/x", "absent/x: cannot be written: "),
+        ("/save absent/x", "error: absent/x: cannot be written: No such file or directory"),
         ("/save ~\0", "cannot be written: "),
         ("/undo", "there is no message yet"),
         ("/retry", "there is no message yet"),
@@ -177,7 +177,8 @@ def test_show_describes_the_model(talk: Callable[..., Said], tiny: Callable[...,
     notes = talk("/show").notes
     assert re.search(rf"^path +{re.escape(str(tiny()))}$", notes, re.MULTILINE)
     assert re.search(r"^template +ChatML", notes, re.MULTILINE)
-    assert re.search(r"^  temperature +0\.0  \(now\)$", notes, re.MULTILINE)
+    assert re.search(r"^  temperature +0\.0  \(flag\)$", notes, re.MULTILINE)
+    assert re.search(r"^  top_p +0\.9  \(built-in\)$", notes, re.MULTILINE)
 
 
 def test_a_conversation_is_saved_and_loaded(talk: Callable[..., Said], tmp_path: Path) -> None:

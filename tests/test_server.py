@@ -409,7 +409,7 @@ def test_tokenize_and_back(live: Live) -> None:
     assert back == text.removesuffix("<|im_end|>")
     assert error_of(live.http.post("/tokenize", json={}), 400)["param"] == "prompt"
     assert error_of(live.http.post("/tokenize", json={"prompt": 5}), 400)["param"] == "prompt"
-    for bad in ([320], [-1], [True], ["a"], "a"):
+    for bad in ([320], [-1], [True], ["a"], [None], "a"):
         error = error_of(live.http.post("/detokenize", json={"tokens": bad}), 400)
         assert error["param"] == "tokens"
 
@@ -591,6 +591,7 @@ def test_a_signal_finishes_what_runs_and_refuses_new_work(
         assert events[-1]["timings"]["predicted_n"] == 599
         assert server.end() == 0
         assert all("secret" not in line and "Traceback" not in line for line in server.log)
+        assert any(": loaded in " in line for line in server.log)
 
 
 def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:

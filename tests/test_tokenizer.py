@@ -345,7 +345,7 @@ def test_repeated_and_empty_pieces_keep_the_first_id() -> None:
 
 
 def test_ids_that_do_not_exist_stand_for_nothing(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode([-1, 10**6, 2**40 % 2**31]) == ""
+    assert tokenizer.decode([-1, 10**6, 2**40, 10**30]) == ""
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
