@@ -8633,6 +8633,15 @@ def candidates(
         num *= 16
 
 
+def check_number(value: float, what: str) -> None:
+    """Raises LogitsError for nan and infinity, which what the model computes never is."""
+    if not math.isfinite(value):
+        raise LogitsError(
+            f"the model's {what} is {value}: its weights are damaged, or too large for its dtype; "
+            "fetch the model again, or use --dtype float32"
+        )
+
+
 def sample(
     logits: Row,
     params: SamplingParams,
@@ -8645,11 +8654,7 @@ def sample(
 ) -> int:
     """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
     is len(history). is_free: any text may come here, see `penalize`. Raises LogitsError."""
-    if not np.isfinite(best := logits.max()):
-        raise LogitsError(
-            f"the model's largest logit is {best}: its weights are damaged, or too large for its "
-            "dtype; fetch the model again, or use --dtype float32"
-        )
+    check_number(float(logits.max()), "largest logit")
     with np.errstate(over="ignore"):  # to infinity, which is what it should be
         logits = penalize(logits, params, history, num_prompt, seen, is_free)
         if allowed is not None:
@@ -8670,7 +8675,8 @@ def sample(
 def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
     best = logits.max()
-    log_sum = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
+    with np.errstate(invalid="ignore"):  # infinities, which `check_number` finds
+        log_sum = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
     logprob = float(logits[token_id]) - log_sum
     if not num_top:
         return TokenLogprobs(logprob)
@@ -9193,27 +9199,33 @@ class Engine:
             seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Tensor) -> Delta:
-        """Sample a sequence's next token from logits (V,) and decide whether it is the last."""
-        p = seq.params
-        if seq.pooling:
-            seq.finish_reason = "stop"
-            states = torch.cat(seq.states) if seq.pooling == "mean" else seq.states[-1]
-            pooled = F.normalize(states.double().mean(0), dim=0)  # whatever the chunks were
-            return Delta(
-                seq.index, finish_reason="stop", usage=seq.usage(), embedding=pooled.tolist()
-            )
-        if p.max_tokens == 0:
-            seq.finish_reason = "length"
-            return Delta(seq.index, finish_reason="length", usage=seq.usage())
-        form, row = seq.constraint, logits.numpy()
-        history = (seq.token_ids, seq.num_prompt, seq.seen)
+        """What a sequence's last logits (V,) bring: a token, or only its end."""
         try:
-            allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-            token_id = sample(row, p, seq.seed, *history, allowed, is_free)
+            return self.pool(seq) if seq.pooling else self.sample(seq, logits.numpy())
         except NanollamaError as error:
             seq.finish_reason = "error"
             return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-        logprobs = None if p.logprobs is None else token_logprobs(row, token_id, p.logprobs)
+
+    def pool(self, seq: Sequence) -> Delta:
+        """The embedding of a sequence whose states are all there. Raises LogitsError."""
+        states = torch.cat(seq.states) if seq.pooling == "mean" else seq.states[-1]
+        pooled = F.normalize(states.double().mean(0), dim=0)  # whatever the chunks were
+        check_number(float(pooled.sum()), "embedding")
+        seq.finish_reason = "stop"
+        return Delta(seq.index, finish_reason="stop", usage=seq.usage(), embedding=pooled.tolist())
+
+    def sample(self, seq: Sequence, logits: Row) -> Delta:
+        """Sample a sequence's next token and decide whether it is the last. Raises LogitsError."""
+        p, form = seq.params, seq.constraint
+        if not seq.num_generated:
+            check_number(sum(found.logprob for found in seq.prompt_logprobs), "log-probability")
+        if p.max_tokens == 0:
+            seq.finish_reason = "length"
+            return Delta(seq.index, finish_reason="length", usage=seq.usage())
+        allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
+        history = (seq.token_ids, seq.num_prompt, seq.seen)
+        token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
+        logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
 
@@ -9501,7 +9513,7 @@ class LLM(TextSide):
 
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
         """Log-probabilities of the ids from `start` on, each after all ids before it, for every
-        (ids, start) -> (index, log-probabilities), as they are done.
+        (ids, start) -> (index, log-probabilities), as they are done. Raises LogitsError.
 
         Texts run together. What neighbours share before their starts is processed once."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=True)
@@ -9519,6 +9531,8 @@ class LLM(TextSide):
                 done = [seq for seq in running if seq.finish_reason]
                 running = [seq for seq in running if not seq.finish_reason]
                 for seq in done:
+                    if error := seq.outbox[-1].error:
+                        raise error
                     yield seq.index, [found.logprob for found in seq.prompt_logprobs]
         finally:
             for seq in running:

@@ -214,6 +214,10 @@ def test_a_model_that_computes_no_numbers_ends_the_answer_with_an_error(
     fine, norm.weight = norm.weight, torch.full((64,), weight)
     with pytest.raises(nanollama.LogitsError, match="largest logit is nan: its weights are dam"):
         llm.complete(request([5, 6], **changes))
+    with pytest.raises(nanollama.LogitsError, match="log-probability is nan"):
+        list(llm.score([([5, 6, 7], 1)]))
+    with pytest.raises(nanollama.LogitsError, match="embedding is nan"):
+        llm.embed([[5, 6, 7]])
     norm.weight = fine
     assert idle(llm)
     assert llm.complete(request([5, 6], max_tokens=3)).usage.completion_tokens == 3
