@@ -1490,7 +1490,8 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
 #               of ROW_TILE, keys in multiples of KEY_TILE (masked), and decode, chunked prefill and
 #               batches then agree bit for bit.
 #   Extend      an operation that a device does better gets its own path here, behind the same
-#               signature.
+#               signature. A native kernel is a function in KERNEL_SOURCE and an entry of
+#               NATIVE_CALLS.
 # ==================================================================================================
 
 ROW_TILE = 4
@@ -2870,10 +2871,6 @@ class Matrix(ctypes.Structure):
     )
 
 
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 class KernelStep(ctypes.Structure):
     """The kernels' `step`."""
 
@@ -2928,6 +2925,10 @@ def native(name: str, *arguments: Any) -> None:
         run_kernel(name, *arguments)
 
 
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 class KernelCalls:
     """The kernel calls of a function, to be run again and again without any Python in between.
 
@@ -2944,14 +2945,14 @@ class KernelCalls:
 
         class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
             def __torch_function__(
-                self, torchs: Any, types: Any, args: Any = (), kwargs: Any = None
+                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
-                result = torchs(*args, **kwargs or {})
-                if torchs is not torch.empty and (
-                    torchs.__name__ not in KernelCalls.harmless
+                result = op(*args, **kwargs or {})
+                if op is not torch.empty and (
+                    op.__name__ not in KernelCalls.harmless
                     or (isinstance(result, torch.Tensor) and not shares_memory(result, args[0]))
                 ):
-                    raise KernelError(f"{torchs.__name__} is not a native kernel")
+                    raise KernelError(f"{op.__name__} is not a native kernel")
                 kept.append(result)
                 return result
 
@@ -4546,10 +4547,10 @@ class DecodeGraphs:
 
 class DecodeCalls:
     """Decode steps on native kernels, recorded as the list of their calls: run again from C, they
-    leave out what Python does for each layer, which takes a small model as long as the arithmetic.
+    leave out what Python does for each layer, a third of a small model's time.
 
     Recorded once, for as many rows as there are slots: the calls take fewer just as well. They hold
-    no address of a strip, as DecodeGraphs do not."""
+    no address of a strip, for these are among the inputs: strips may move and change hands."""
 
     most_rows = 16  # from there on, Python's share is small, and buffers would take room
 
