@@ -13693,7 +13693,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--seed N", "same seed, same text", int)
     add("--stop TEXT", "end before this text; may be repeated", action="append")
     add("--max-tokens -m N", "longest answer, in tokens", int)
-    add("--schema FILE", "the answer is JSON that fits this JSON Schema")
+    add("--schema FILE", "the answer is JSON that fits this JSON Schema, or the one in FILE")
     add("--regex RE", "the answer is text that this matches whole")
 
 
@@ -14079,9 +14079,10 @@ def read_input(name: str) -> bytes:
 
 
 def read_schema(name: str) -> Any:
-    """The JSON in a file. Raises RequestError."""
+    """The JSON in a file, or an object that stands there itself. Raises RequestError."""
     try:
-        return json.loads(read_input(name).decode("utf-8"))
+        is_object = name.lstrip().startswith("{")
+        return json.loads(name if is_object else read_input(name).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name}: not readable as JSON: {first_line(error)}") from None
 

@@ -638,8 +638,9 @@ def test_flags_constrain_every_mode(
     file = tmp_path / "city.json"
     file.write_text(json.dumps(CITY))
     model = ["--model", str(tiny()), "--seed", "1", "--temp", "1"]
-    assert nanollama.main([*model, "--prompt", "hello", "--schema", str(file)]) == 0
-    jsonschema.validate(json.loads(capsys.readouterr().out), CITY)
+    for schema in (str(file), " " + json.dumps(CITY)):
+        assert nanollama.main([*model, "--prompt", "hello", "--schema", schema]) == 0
+        jsonschema.validate(json.loads(capsys.readouterr().out), CITY)
     lines = tmp_path / "lines.txt"
     lines.write_text("one\ntwo\n")
     assert nanollama.main([*model, "--batch-file", str(lines), "--regex", "[xy]{3}"]) == 0
