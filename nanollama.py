@@ -2884,8 +2884,7 @@ def run_kernel(name: str, *arguments: Any) -> None:
     """Run a kernel with the arguments that NATIVE_CALLS says, all contiguous, or note the call
     where this thread's are recorded."""
     kernel, kind = getattr(load_kernels(), name), call_type(name)
-    is_tensor = [isinstance(value, torch.Tensor) for value in arguments]
-    call = kind(*(v.data_ptr() if t else v for v, t in zip(arguments, is_tensor)))
+    call = kind(*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in arguments))
     calls = getattr(_recording, "calls", None)
     if calls is not None:
         calls.append((kernel, call))
@@ -3007,7 +3006,7 @@ class NativeLinear:
         """How the kernels see it; valid as long as this object and its bias live."""
         return Matrix(
             self.blocks.data_ptr(),
-            pointer(self.bias),
+            None if self.bias is None else self.bias.data_ptr(),
             *self.shape,
             self.bits,
             self.group,
@@ -3044,10 +3043,6 @@ def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
             lanes = part.view(num_blocks, BLOCK_ROWS, num_groups).transpose(1, 2)
             blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
             at += 2 * BLOCK_ROWS
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
@@ -3943,14 +3938,7 @@ class NativeKVCache(KVCache):
         strips = self.rings if in_ring else self.strips
         spans = batch.memo.get(("spans", in_ring))
         if spans is None:
-            with_strips = ((strips[span.slot], span) for span in batch.spans)
-            spans = batch.memo["spans", in_ring] = torch.tensor(
-                [
-                    (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
-                    for strip, s in with_strips
-                ]
-                + [(0,) * 5]
-            )
+            spans = batch.memo["spans", in_ring] = self.span_table(batch.spans, in_ring)
         config = self.config
         out = torch.empty(qkv.size(0), config.n_heads * config.head_dim)
         native(
@@ -3976,6 +3964,17 @@ class NativeKVCache(KVCache):
             config.attn_softcap,
         )
         return out
+
+    def span_table(self, spans: Iterable[Span], in_ring: bool) -> Tensor:
+        """Spans as the kernel reads them (B + 1, 5): strip address, blocks in the strip, start, new
+        tokens, row; after the last one follows one without tokens."""
+        strips = self.rings if in_ring else self.strips
+        with_strips = ((strips[span.slot], span) for span in spans)
+        rows = [
+            (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
+            for strip, s in with_strips
+        ]
+        return torch.tensor([*rows, (0,) * 5])
 
 
 class Norm:
@@ -4556,7 +4555,8 @@ class DecodeCalls:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         """Raises KernelError for a decoder that computes with other operators too."""
-        self.decoder, self.cache = decoder, cache
+        # with another kind, recording fails
+        self.decoder, self.cache = decoder, cast("NativeKVCache", cache)
         self.num_rows = min(len(cache.strips), self.most_rows)
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
         batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch)
@@ -4568,16 +4568,14 @@ class DecodeCalls:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
         valid until the next step. The slots must have room."""
         batch, num_rows = self.batch, len(rows)
-        slots, positions, token_ids = zip(*rows)
+        _, positions, token_ids = zip(*rows)
         batch.token_ids.numpy()[:num_rows] = token_ids
         batch.positions.numpy()[:num_rows] = positions
         batch.lengths.numpy()[:num_rows] = [at + 1 for at in positions]
-        for in_ring, strips in ((False, self.cache.strips), (True, self.cache.rings)):
-            spans = batch.memo["spans", in_ring].numpy()
-            spans[num_rows] = 0
-            for row, strip in enumerate(strips[slot] for slot in slots):
-                num_blocks = strip.shape[3] // BLOCK_ROWS
-                spans[row] = strip.data_ptr(), num_blocks, positions[row], 1, row
+        spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
+        for in_ring in (False, True):
+            table = self.cache.span_table(spans, in_ring)
+            batch.memo["spans", in_ring][: len(table)] = table
         for name, rotation in self.decoder.rotations(batch).items():
             for old, new in zip(batch.rotations[name], rotation):
                 if old is not None and new is not None:
