@@ -163,6 +163,8 @@ __all__ = [
 # ==================================================================================================
 
 log = logging.getLogger("nanollama")
+# As a script, this module is __main__: extras that import nanollama must get the same one.
+sys.modules.setdefault("nanollama", sys.modules[__name__])
 Found = TypeVar("Found")
 
 
@@ -282,6 +284,7 @@ class NanollamaError(Exception):
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
     ├── KernelError              500  the native kernels cannot be built or loaded here
     ├── PackageError             500  a package that cannot be imported
+    ├── ExtraError               501  a module of nanollama_extras that is not installed
     ├── LogitsError              500  the model gave no numbers to sample from
     ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
@@ -328,6 +331,11 @@ class PackageError(NanollamaError):
     pass
 
 
+class ExtraError(NanollamaError):
+    status, code = 501, "extra_not_installed"
+    exit_code = 2
+
+
 class LogitsError(NanollamaError):
     pass
 
@@ -353,6 +361,23 @@ class TemplateError(RequestError):
     pass
 
 
+def extra(path: str, feature: str) -> Any:
+    """The module nanollama_extras.PATH, imported when `feature` is first used.
+
+    Raises ExtraError, naming the feature, where the folder of extras or that module is missing."""
+    name = f"nanollama_extras.{path}"
+    try:
+        with uninterrupted():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith(str(error.name)):
+            raise
+        raise ExtraError(
+            f"{feature} needs {name}, which is not installed; put the folder nanollama_extras "
+            "beside nanollama.py, or install the whole project with: pip install ."
+        ) from None
+
+
 def human_bytes(num_bytes: float) -> str:
     """1536 -> '1.5 KB'. Decimal units, as disks and download pages count."""
     for unit in ("B", "KB", "MB", "GB"):
@@ -368,7 +393,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def brief(value: object) -> str:
+def excerpt(value: object) -> str:
     """repr(value), cut short: what a damaged file holds may be a million items long."""
     cut = reprlib.Repr()
     cut.maxstring = cut.maxother = 80
@@ -721,7 +746,9 @@ class ConfigValues(dict[str, Any]):
     def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(f"{key} is {brief(value)}; an integer from 1 to {most} is needed")
+            raise CheckpointError(
+                f"{key} is {excerpt(value)}; an integer from 1 to {most} is needed"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -736,7 +763,7 @@ def positive(value: Any, what: str) -> float:
     """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{what} is {brief(value)}; a number from 1e-15 to 1e15 is needed")
+        raise CheckpointError(f"{what} is {excerpt(value)}; a number from 1e-15 to 1e15 is needed")
     return float(value)
 
 
@@ -758,7 +785,7 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     with errors_about(source):
         if model_type not in FAMILIES:
             raise CheckpointError(
-                f"model_type {brief(raw.get('model_type'))} is not supported; supported are: "
+                f"model_type {excerpt(raw.get('model_type'))} is not supported; supported are: "
                 + SUPPORTED
             )
         family = FAMILIES[model_type]
@@ -832,14 +859,14 @@ def _check_supported(values: ConfigValues) -> None:
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
     if quantized and method != "mxfp4":
         raise CheckpointError(
-            f"quantization_config {brief(quantized)} is not supported; take the float weights "
+            f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
             "(with --quantize) or a GGUF file of this model"
         )
     for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if values.get(key, only) != only:
-            raise CheckpointError(f"{key} {brief(values[key])} is not {only}")
+            raise CheckpointError(f"{key} {excerpt(values[key])} is not {only}")
     for key in filter(values.get, REFUSED):
-        raise CheckpointError(f"{key} {brief(values[key])} is not supported")
+        raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
 
 
 def _activation(values: ConfigValues) -> str:
@@ -848,7 +875,7 @@ def _activation(values: ConfigValues) -> str:
         act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
     if not isinstance(act, str) or act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise CheckpointError(f"hidden_act {brief(act)} is not supported; {known} are")
+        raise CheckpointError(f"hidden_act {excerpt(act)} is not supported; {known} are")
     return ACTIVATIONS[act]
 
 
@@ -858,7 +885,7 @@ def _experts(values: ConfigValues, n_layers: int) -> Experts:
     count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers", [])
     if not isinstance(dense, list):
-        raise CheckpointError(f"mlp_only_layers is {brief(dense)}; not a list")
+        raise CheckpointError(f"mlp_only_layers is {excerpt(dense)}; not a list")
     shared = "shared_expert_intermediate_size"
     return Experts(
         count=count,
@@ -879,7 +906,7 @@ def _ropes(
     `rope_local_base_freq` for layers with a window."""
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise CheckpointError(f"rope_parameters is {brief(found)}; an object is needed")
+        raise CheckpointError(f"rope_parameters is {excerpt(found)}; an object is needed")
     kinds = [found]
     if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
         kinds = [found.get(kind) or {} for kind in LAYER_TYPES]
@@ -891,7 +918,7 @@ def _ropes(
         for i in range(len(windows))
     ]
     if not isinstance(turned, list) or len(turned) < len(windows):
-        raise CheckpointError(f"no_rope_layers is {brief(turned)}")
+        raise CheckpointError(f"no_rope_layers is {excerpt(turned)}")
     if values.get("rope_only_in_windows") and any(windows):
         turned = windows
     local = len(kinds) - 1  # what layers with a window use
@@ -910,7 +937,7 @@ def _rope_parameters(
         kind = "ntk"
     if str(kind) not in ROPE_NEEDS:
         known = ", ".join(ROPE_NEEDS)
-        raise CheckpointError(f"rope_type {brief(kind)} is not supported; supported are: {known}")
+        raise CheckpointError(f"rope_type {excerpt(kind)} is not supported; supported are: {known}")
     # a length beside `rope_parameters` outranks the one inside; none at all means the full context
     n_old = "original_max_position_embeddings"
     defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
@@ -941,7 +968,7 @@ def _check_longrope(rope: Mapping[str, Any]) -> None:
     for key in ("short_factor", "long_factor"):
         factors, size = rope.get(key), rope["n_rot"] // 2
         if not isinstance(factors, list) or len(factors) != size:
-            raise CheckpointError(f"rope {key} is {brief(factors)}; {size} numbers are needed")
+            raise CheckpointError(f"rope {key} is {excerpt(factors)}; {size} numbers are needed")
         for factor in factors:
             positive(factor, f"rope {key}")
     if (n_old := rope["original_max_position_embeddings"]) <= 1:
@@ -959,14 +986,14 @@ def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...
     numbers = (window, first, pattern)
     if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
         raise CheckpointError(
-            f"sliding_window {brief(window)} from layer {brief(first)}, except for every "
-            f"{brief(pattern)}th"
+            f"sliding_window {excerpt(window)} from layer {excerpt(first)}, except for every "
+            f"{excerpt(pattern)}th"
         )
     slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
     kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
     if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
         raise CheckpointError(
-            f"layer_types is {brief(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
+            f"layer_types is {excerpt(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -974,7 +1001,7 @@ def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...
 def demand(fits: bool, name: str, value: object, wanted: str) -> None:
     """Raises RequestError, naming the field, for a value that does not fit."""
     if not fits:
-        raise RequestError(f"{name} is {brief(value)}; {wanted}", name)
+        raise RequestError(f"{name} is {excerpt(value)}; {wanted}", name)
 
 
 # field of SamplingParams -> type, least, most, what to say to others
@@ -3672,7 +3699,7 @@ class Weights:
         left = sorted(self.adapter.modules.keys() - self.adapted) if self.adapter else []
         if self.adapter and left:
             raise CheckpointError(
-                f"{self.adapter.path}: it changes {brief(left[0])}, which this model does not "
+                f"{self.adapter.path}: it changes {excerpt(left[0])}, which this model does not "
                 "have, or which cannot be adapted here"
             )
         extra = sorted(
@@ -3681,7 +3708,7 @@ class Weights:
         if extra:
             more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
             raise CheckpointError(
-                f"{self.source}: unexpected tensor {', '.join(map(brief, extra[:3]))}{more}; "
+                f"{self.source}: unexpected tensor {', '.join(map(excerpt, extra[:3]))}{more}; "
                 "the file holds more than its config describes"
             )
 
@@ -5084,7 +5111,7 @@ def read_gguf(path: Path) -> GGUFFile:
         cursor.part = "metadata"
         for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
             key = cursor.string()
-            cursor.part = f"metadata value {brief(key)}"
+            cursor.part = f"metadata value {excerpt(key)}"
             metadata[key] = cursor.value(cursor.scalar("I"))
         return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
 
@@ -5097,7 +5124,7 @@ def _gguf_tensors(
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
-        cursor.part = f"tensor {brief(name)}"
+        cursor.part = f"tensor {excerpt(name)}"
         if name in found:
             raise CheckpointError(f"{cursor.part} is there twice")
         num_dims = cursor.scalar("I")
@@ -5110,20 +5137,20 @@ def _gguf_tensors(
         found[name] = shape, kinds[kind], offset
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
-        raise CheckpointError(f"general.alignment is {brief(alignment)}")
+        raise CheckpointError(f"general.alignment is {excerpt(alignment)}")
     data_start = round_up(cursor.at, alignment)
     tensors: dict[str, TensorSource] = {}
     for name, (shape, kind, offset) in found.items():
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block or min(shape) < 1:
             raise CheckpointError(
-                f"tensor {brief(name)} of {kind.name} cannot have the shape {shape}"
+                f"tensor {excerpt(name)} of {kind.name} cannot have the shape {shape}"
             )
         start = data_start + offset
         num_bytes = math.prod(shape) // block * block_bytes
         if start + num_bytes > len(mapped):
             raise CheckpointError(
-                f"tensor {brief(name)} is truncated: it ends at byte {start + num_bytes}, the "
+                f"tensor {excerpt(name)} is truncated: it ends at byte {start + num_bytes}, the "
                 f"file has {len(mapped)}"
             )
         raw = mapped[start : start + num_bytes]
@@ -5212,7 +5239,7 @@ def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
     if not fitting:
         known = ", ".join(sorted({*ARCHITECTURES.values()} - {""}))
         raise CheckpointError(
-            f"general.architecture {brief(arch)} is not supported; supported are: {known}"
+            f"general.architecture {excerpt(arch)} is not supported; supported are: {known}"
         )
     keys = {name: FAMILIES[name].gguf_key for name in fitting}
     told = [name for name, key in keys.items() if key and metadata.get(f"{arch}.{key}")]
@@ -5228,7 +5255,7 @@ def _gguf_config(
     def need(name: str) -> Any:
         value = own.get(name)
         if not isinstance(value, (int, float)):
-            raise CheckpointError(f"metadata {arch}.{name} is {brief(value)}; a number is needed")
+            raise CheckpointError(f"metadata {arch}.{name} is {excerpt(value)}; a number is needed")
         return value
 
     family, arch = FAMILIES[model_type], ARCHITECTURES[model_type]
@@ -5513,11 +5540,11 @@ def open_adapter(path: Path, config: ModelConfig) -> Adapter:
     settings, tensors = read_json(path / ADAPTER_CONFIG), _safetensors_file(path / ADAPTER_FILE)
     with errors_about(path / ADAPTER_CONFIG):
         if settings.get("peft_type") != "LORA":
-            found = brief(settings.get("peft_type"))
+            found = excerpt(settings.get("peft_type"))
             raise CheckpointError(f"peft_type {found} is not supported; LORA is")
         for key in ("bias", *ADAPTER_EXTRAS):
             if settings.get(key) and (key, settings[key]) != ("bias", "none"):
-                raise CheckpointError(f"{key} {brief(settings[key])} is not supported")
+                raise CheckpointError(f"{key} {excerpt(settings[key])} is not supported")
         scale = _lora_scale(settings)
     with errors_about(path / ADAPTER_FILE):
         return Adapter(path, _low_ranks(tensors, scale, config))
@@ -5533,7 +5560,7 @@ def _low_ranks(
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         if match is None or len(tensor.shape) != 2:
-            raise CheckpointError(f"tensor {brief(name)} is not supported")
+            raise CheckpointError(f"tensor {excerpt(name)} is not supported")
         if match[2] == "A":
             module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
             a[module] = tensor, scale(match[1], tensor.shape[0])
@@ -5555,11 +5582,11 @@ def _lora_scale(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
     alpha_pattern has other alphas for some modules."""
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"alpha_pattern is {brief(patterns)}")
+        raise CheckpointError(f"alpha_pattern is {excerpt(patterns)}")
     for pattern in patterns:
         if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
             raise CheckpointError(
-                f"alpha_pattern {brief(pattern)} is not supported; plain names of modules are"
+                f"alpha_pattern {excerpt(pattern)} is not supported; plain names of modules are"
             )
     default = positive(settings.get("lora_alpha"), "lora_alpha")
     alphas = {pattern: positive(alpha, "lora_alpha") for pattern, alpha in patterns.items()}
@@ -5651,7 +5678,9 @@ def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
     tensors = {}
     for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
         if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
-            raise CheckpointError(f"{path}: {brief(key)} is {brief(tensor)}; a tensor is needed")
+            raise CheckpointError(
+                f"{path}: {excerpt(key)} is {excerpt(tensor)}; a tensor is needed"
+            )
         name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
         prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
         tensors[prefix + name] = _held(tensor)
@@ -5675,7 +5704,7 @@ def _nanochat_config(config: Mapping[str, Any], tensors: dict[str, TensorSource]
 
     Raises CheckpointError for a variant that is not known."""
     if unknown := sorted(config.keys() - NANOCHAT_KEYS):
-        raise CheckpointError(f"{brief(unknown[0])} is not known")
+        raise CheckpointError(f"{excerpt(unknown[0])} is not known")
     counts = map(ConfigValues(config).count, NANOCHAT_COUNTS)
     n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = counts
     age = _nanochat_age(config, tensors)
@@ -5689,7 +5718,7 @@ def _nanochat_config(config: Mapping[str, Any], tensors: dict[str, TensorSource]
         tensors.setdefault(name, _held(fill(layers)))
     pattern = str(config.get("window_pattern") or "L").upper()
     if set(pattern) - {"S", "L"}:
-        raise CheckpointError(f"window_pattern is {brief(pattern)}; S and L are known")
+        raise CheckpointError(f"window_pattern is {excerpt(pattern)}; S and L are known")
     short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
     parts, tile = age["short"]
     window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
@@ -5720,7 +5749,7 @@ def _nanochat_age(config: Mapping[str, Any], tensors: Mapping[str, TensorSource]
     age = NANOCHAT_AGES.get(kind)
     if age is None or len(gates) > 1:
         raise CheckpointError(
-            f"value embeddings with gates of {brief(sorted(gates))} columns, "
+            f"value embeddings with gates of {excerpt(sorted(gates))} columns, "
             f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
         )
     if "softcap" not in config and "softcap" not in age:
@@ -6245,7 +6274,7 @@ class ModelStore(HubCache):
             r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
         ):
             raise RequestError(
-                f"{brief(name)} is no name for a model; use name or name:tag", "model"
+                f"{excerpt(name)} is no name for a model; use name or name:tag", "model"
             )
         return self.root / "modelfiles" / name.replace("/", "%2F").replace(":", "%3A")
 
@@ -6767,7 +6796,7 @@ def _tekken(raw: bytes) -> dict[str, Any]:
         {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
     ]
     if not len(names) <= num_control <= len(entries):
-        raise CheckpointError(f"{brief(num_control)} control tokens; the file names {len(names)}")
+        raise CheckpointError(f"{excerpt(num_control)} control tokens; the file names {len(names)}")
     control = [f"<SPECIAL_{i}>" for i in range(num_control)]
     for token in names:
         control[token["rank"]] = token["token_str"]
@@ -6827,9 +6856,9 @@ def read_encoding(raw: bytes) -> dict[str, Any]:
         for name, (key_type, value_type) in kinds.items():
             for key, value in state[name].items():
                 if not isinstance(key, key_type) or not isinstance(value, value_type):
-                    raise ValueError(f"{name} has {brief(key)}: {brief(value)}")
+                    raise ValueError(f"{name} has {excerpt(key)}: {excerpt(value)}")
         if not isinstance(state["pat_str"], str):
-            raise ValueError(f"pat_str is {brief(state['pat_str'])}")
+            raise ValueError(f"pat_str is {excerpt(state['pat_str'])}")
         return state
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -6868,7 +6897,7 @@ def _unpickled(raw: bytes) -> dict[str, Any]:
         elif name == "STOP" and len(stack) == 1:
             return cast(dict[str, Any], stack[0])
         elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it holds {name} {brief(value)}")
+            raise ValueError(f"it holds {name} {excerpt(value)}")
     raise ValueError("it has no end")
 
 
@@ -6962,7 +6991,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         seen[tokens[i]] = i
     if kind not in ("gpt2", "llama", "gemma4"):
         raise CheckpointError(
-            f"tokenizer.ggml.model {brief(kind)} is not supported (gpt2, llama and gemma4 "
+            f"tokenizer.ggml.model {excerpt(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
@@ -6973,7 +7002,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     if metadata.get("add_bos_token", add_bos) and bos_id is not None:
         if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise CheckpointError(
-                f"bos_token_id is {brief(bos_id)}; there are {len(tokens)} tokens"
+                f"bos_token_id is {excerpt(bos_id)}; there are {len(tokens)} tokens"
             )
         bos = tokens[bos_id]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -7009,7 +7038,7 @@ def _byte_level_bpe(
     regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS.get(pre)
     if regexes is None:
         raise CheckpointError(
-            f"tokenizer.ggml.pre {brief(pre)} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {excerpt(pre)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
     scores = None if merges else metadata.get("scores")
@@ -7605,12 +7634,12 @@ def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: text parts joined, no null values, a developer as a
     system message, tool-call arguments as objects, thoughts under both of the names in use."""
     if not isinstance(message, Mapping):
-        raise TemplateError(f"a message is {brief(message)}; it must be an object", "messages")
+        raise TemplateError(f"a message is {excerpt(message)}; it must be an object", "messages")
     clean = {key: value for key, value in message.items() if value is not None}
     if isinstance(parts := clean.get("content"), list):
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
         if other := [part for part, text in zip(parts, texts) if not isinstance(text, str)]:
-            raise TemplateError(f"content holds {brief(other[0])}; only text is read", "messages")
+            raise TemplateError(f"content holds {excerpt(other[0])}; only text is read", "messages")
         clean["content"] = "".join(map(str, texts))
     if clean.get("role") == "developer":
         clean["role"] = "system"
@@ -8085,18 +8114,18 @@ def tool_functions(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> di
         where = f"tools[{i}].function"
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping):
-            raise RequestError(f"tools[{i}] is {brief(tool)}; a function is needed", where)
+            raise RequestError(f"tools[{i}] is {excerpt(tool)}; a function is needed", where)
         name, schema = function.get("name"), function.get("parameters")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
             problem = "1 to 64 letters, digits, _ and - are needed"
-            raise RequestError(f"{where}.name is {brief(name)}; {problem}", f"{where}.name")
+            raise RequestError(f"{where}.name is {excerpt(name)}; {problem}", f"{where}.name")
         if name in functions:
             raise RequestError(f"{where}.name is {name!r}, as is another's", f"{where}.name")
         schema = {"type": "object", "properties": {}} if schema in (None, {}) else schema
         if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
             problem = "a JSON Schema of type object is needed"
             raise RequestError(
-                f"{where}.parameters is {brief(schema)}; {problem}", f"{where}.parameters"
+                f"{where}.parameters is {excerpt(schema)}; {problem}", f"{where}.parameters"
             )
         closed = {"additionalProperties": False} if "properties" in schema else {}
         schema = {**closed, "type": "object", **schema}
@@ -9312,7 +9341,7 @@ class TextSide:
         try:  # NumPy's and torch's integers are as good as Python's
             return [operator.index(token_id) for token_id in request.prompt]
         except TypeError:
-            prompt = brief(request.prompt)
+            prompt = excerpt(request.prompt)
             raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
 
     def prompt_text(self, request: GenerationRequest) -> str:
@@ -9540,7 +9569,9 @@ class LLM(TextSide):
         """How embeddings are made: what the model says, or the mean. Raises RequestError."""
         pooling = self.checkpoint.pooling or "mean"
         if pooling not in ("mean", "last"):
-            raise RequestError(f"this model pools by {brief(pooling)}; mean and last are supported")
+            raise RequestError(
+                f"this model pools by {excerpt(pooling)}; mean and last are supported"
+            )
         return pooling
 
     def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
@@ -9729,7 +9760,7 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
     text = str(value).strip() if not isinstance(value, bool) else ""
     parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
     if not parts or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, parts)):
-        refuse(f"{name} is {brief(value)}; give 30s, 5m, 1h, 0 or -1", name)
+        refuse(f"{name} is {excerpt(value)}; give 30s, 5m, 1h, 0 or -1", name)
     seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
     return math.inf if text.startswith("-") else seconds
 
@@ -9752,7 +9783,7 @@ def check_type(name: str, value: Any, kind: str) -> None:
     """Refuse a value that is not of the JSON type `kind`. To JSON, true is no integer."""
     types = tuple(one for word in kind.split(" or ") for one in JSON_TYPES[word])
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        refuse(f"{name} is {brief(value)}; the JSON type needed is {kind}", name, "invalid_type")
+        refuse(f"{name} is {excerpt(value)}; the JSON type needed is {kind}", name, "invalid_type")
 
 
 def read_fields(
@@ -9843,7 +9874,7 @@ def read_tools(given: Fields) -> tuple[list[Json] | None, ToolChoice]:
         check_type(f"tools[{i}]", tool, "object")
         if tool.get("type", "function") != "function":
             where = f"tools[{i}].type"
-            refuse(f"{where} is {brief(tool['type'])}; only function can be had", where)
+            refuse(f"{where} is {excerpt(tool['type'])}; only function can be had", where)
     choice = _tool_choice(given.get("tool_choice", "auto"))
     if not given.get("parallel_tool_calls", True):
         choice = dataclasses.replace(choice, max_calls=1)
@@ -9863,7 +9894,7 @@ def _tool_choice(choice: Any) -> ToolChoice:
         if kind == "allowed_tools" and choice[kind]["mode"] in ("auto", "required"):
             names = tuple(str(tool["function"]["name"]) for tool in choice[kind]["tools"])
             return ToolChoice(choice[kind]["mode"], names)
-    refuse(f"tool_choice is {brief(choice)}; use {known}", "tool_choice")
+    refuse(f"tool_choice is {excerpt(choice)}; use {known}", "tool_choice")
 
 
 def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> WireRequest:
@@ -9949,7 +9980,7 @@ def read_format(wanted: Fields, where: str) -> tuple[str, Any, str]:
         return "json_object", True, where
     if kind != "text":
         known = "text, json_object, json_schema"
-        refuse(f"{where}.type is {brief(kind)}; use one of {known}", f"{where}.type")
+        refuse(f"{where}.type is {excerpt(kind)}; use one of {known}", f"{where}.type")
     return "", None, where
 
 
@@ -9966,7 +9997,7 @@ def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
             refuse(f"{where} is not JSON: {first_line(error)}", where)
     if kind == "choice":
         if not value or not all(isinstance(word, str) and word for word in value):
-            refuse(f"{where} is {brief(value)}; it must list non-empty strings", where)
+            refuse(f"{where} is {excerpt(value)}; it must list non-empty strings", where)
         # in capitals: one expression, however many words
         return "grammar", f"start: WORD\nWORD: {' | '.join(map(json.dumps, value))}", where
     return kind, value, where
@@ -9974,7 +10005,7 @@ def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
 
 def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
     if not re.fullmatch("[0-9]{1,9}", token_id):
-        refuse(f"logit_bias has the key {brief(token_id)}; token ids are needed", "logit_bias")
+        refuse(f"logit_bias has the key {excerpt(token_id)}; token ids are needed", "logit_bias")
     check_type("logit_bias", bias, "number")
     return int(token_id), bias
 
@@ -10017,7 +10048,7 @@ def _message(message: Any, where: str) -> Json:
     check_type(where, message, "object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        refuse(f"{where}.role is {brief(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
+        refuse(f"{where}.role is {excerpt(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
     calls = message.get("tool_calls")
     check_type(f"{where}.tool_calls", [] if calls is None else calls, "array")
     for i, call in enumerate(calls or []):
@@ -10032,7 +10063,7 @@ def _message(message: Any, where: str) -> Json:
     for i, part in enumerate(content):
         at, kind = f"{where}.content[{i}]", part.get("type") if isinstance(part, dict) else part
         if kind != "text" or not isinstance(part.get("text"), str):
-            refuse(f"{at} is of type {brief(kind)}; only text can be read here", at)
+            refuse(f"{at} is of type {excerpt(kind)}; only text can be read here", at)
     return {**message, "content": "".join(part["text"] for part in content)}
 
 
@@ -10051,7 +10082,7 @@ def parse_embed(body: Fields, strict: bool = False) -> tuple[WireRequest, Json]:
         refuse(f"input must have 1 to {MAX_INPUTS} texts, none of them empty", "input")
     form = given.get("encoding_format", "float")
     if form not in ("float", "base64"):
-        refuse(f"encoding_format is {brief(form)}; use float or base64", "encoding_format")
+        refuse(f"encoding_format is {excerpt(form)}; use float or base64", "encoding_format")
     requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
     return WireRequest(requests, given.get("model"), ignored=ignored), given
 
@@ -10353,7 +10384,9 @@ def response_input(value: Any, recall: Fields) -> list[Json]:
         check_type(f"input[{i}]", item, "object")
         if item.get("type") == "item_reference":
             if item.get("id") not in recall:
-                refuse(f"input[{i}] refers to {brief(item.get('id'))}, which is not kept", "input")
+                refuse(
+                    f"input[{i}] refers to {excerpt(item.get('id'))}, which is not kept", "input"
+                )
             item = recall[item["id"]]
         _add_item(messages, item, f"input[{i}]")
     return messages
@@ -10378,7 +10411,7 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
         text = _item_text(item.get("output"), where)
         messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
     elif kind != "reasoning":  # thoughts are not said again
-        refuse(f"{where} is of type {brief(kind)}, which is not supported", where)
+        refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
 
 
 def _item_text(content: Any, where: str) -> str:
@@ -10392,7 +10425,7 @@ def _item_text(content: Any, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text")
         known = kind in ("input_text", "output_text", "refusal", "text")
         if not (known and isinstance(text, str)):
-            refuse(f"{where} has a part of type {brief(kind)}; only text is read here", where)
+            refuse(f"{where} has a part of type {excerpt(kind)}; only text is read here", where)
         texts.append(text)
     return "".join(texts)
 
@@ -10419,7 +10452,7 @@ def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
     for i, tool in enumerate(given.get("tools", [])):
         check_type(at := f"tools[{i}]", tool, "object")
         if (kind := tool.get("type")) != "function":
-            refuse(f"{at} is of type {brief(kind)}; only functions can be called", at)
+            refuse(f"{at} is of type {excerpt(kind)}; only functions can be called", at)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
@@ -10452,7 +10485,7 @@ def parse_response(
     kept, earlier = kept or {}, []
     if (last := given.get("previous_response_id")) is not None:
         if last not in kept:
-            what = f"previous_response_id {brief(last)} is not kept (any more)"
+            what = f"previous_response_id {excerpt(last)} is not kept (any more)"
             refuse(what, "previous_response_id", "previous_response_not_found")
         earlier = kept[last].messages
     recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
@@ -10735,7 +10768,7 @@ def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, .
     elif wanted == "json":
         body["response_format"] = {"type": "json_object"}
     elif wanted is not None:
-        refuse(f"format is {brief(wanted)}; use json or a JSON Schema", "format")
+        refuse(f"format is {excerpt(wanted)}; use json or a JSON Schema", "format")
     think = given.get("think")
     if isinstance(think, str):
         body["reasoning_effort"] = think
@@ -12419,7 +12452,7 @@ class App(OpenAIHandlers, OllamaHandlers):
         n_vocab = llm.engine.n_vocab
         for i in ids:
             if type(i) is not int or not 0 <= i < n_vocab:
-                refuse(f"tokens has {brief(i)}, which is not a token id", "tokens")
+                refuse(f"tokens has {excerpt(i)}, which is not a token id", "tokens")
         return as_json({"prompt": llm.decode(ids)})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -12894,10 +12927,8 @@ def shared_test_server() -> TestServer:
     return TestServer().__enter__()
 
 
-def __getattr__(name: str) -> Any:
+def make_fixture() -> Any:
     """`test_server`, a pytest fixture: pytest is needed only where somebody asks for it."""
-    if name != "test_server":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     @pytest.fixture
     def test_server() -> TestServer:
@@ -12907,6 +12938,18 @@ def __getattr__(name: str) -> Any:
         return server
 
     return test_server
+
+
+PUBLIC_EXTRAS: dict[str, str] = {}  # public names that live in extras -> their module
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that lives in extras, imported when it is first read."""
+    if name == "test_server":
+        return make_fixture()
+    if name not in PUBLIC_EXTRAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(extra(PUBLIC_EXTRAS[name], f"nanollama.{name}"), name)
 
 
 # ---- the chat page: one document; `page_headers` knows its script and style by their hashes ------
@@ -14007,7 +14050,7 @@ class Toolbox:
                 content = result if isinstance(result, str) else json.dumps(result, default=str)
             except Exception as error:  # the model is told, as it may have caused it
                 content = f"{type(error).__name__}: {first_line(error)}"
-            log.warning(f"{shown} -> {brief(content)}")
+            log.warning(f"{shown} -> {excerpt(content)}")
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
 
 
@@ -14554,7 +14597,7 @@ def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) 
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
-        f"  {name:<18} {'-' if shown[name] in (None, [], {}) else brief(shown[name])}  ({origin})"
+        f"  {name:<18} {'-' if shown[name] in (None, [], {}) else excerpt(shown[name])}  ({origin})"
         for name, (_, origin) in rows.items()
     ]
 
@@ -14894,7 +14937,7 @@ def read_task(name: str) -> list[Question]:
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(
-                f"{name}, line {number}: {brief(line.decode('utf-8', 'replace'))} is not "
+                f"{name}, line {number}: {excerpt(line.decode('utf-8', 'replace'))} is not "
                 '{"prompt": TEXT, "choices": [TEXT, ..], "answer": INDEX}'
             ) from None
         questions.append(Question(prompt, choices, answer))
@@ -14912,8 +14955,8 @@ def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
     cut = max(0, len(ids) - llm.engine.n_ctx + 1)
     if start <= cut:
         raise RequestError(
-            f"{brief(prompt + choice)}: no token of the prompt precedes the choice in a context of "
-            f"{llm.engine.n_ctx} tokens"
+            f"{excerpt(prompt + choice)}: no token of the prompt precedes the choice in a context "
+            f"of {llm.engine.n_ctx} tokens"
         )
     return ids[cut:], start - cut
 
@@ -15321,9 +15364,9 @@ def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
     """The result as lines to read."""
     num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
     yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
-    yield from (f"               differs: {brief(text)}" for text in result["texts"])
+    yield from (f"               differs: {excerpt(text)}" for text in result["texts"])
     yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
-    yield from (f"               differs: {brief(chat)}" for chat in result["chats"])
+    yield from (f"               differs: {excerpt(chat)}" for chat in result["chats"])
     yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
     kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
     yield f"               KL divergence {kl}"

@@ -1,0 +1,1 @@
+"""What an answer may be beyond thoughts and text."""

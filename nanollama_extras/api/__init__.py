@@ -1,0 +1,1 @@
+"""Dialects of the server beyond chat and text completions."""

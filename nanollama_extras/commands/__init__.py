@@ -1,0 +1,1 @@
+"""Subcommands beyond those that manage models."""

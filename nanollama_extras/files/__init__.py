@@ -1,0 +1,1 @@
+"""Checkpoint formats and vocabularies that are rarer than those of the core."""

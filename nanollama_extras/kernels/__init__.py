@@ -1,0 +1,1 @@
+"""Backends: faster arithmetic for the decoder."""
