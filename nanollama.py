@@ -3545,26 +3545,10 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
 EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What an adapter adds to a matrix: y += scale B A x (https://arxiv.org/abs/2106.09685)."""
-
-    a: TensorSource  # (rank, cols)
-    b: TensorSource  # (rows, rank)
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """LowRank by the name of the module that it belongs to."""
-
-    path: Path
-    modules: Mapping[str, LowRank]
-
-
 class Weights:
     """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
-    device, in the compute dtype or packed. What nobody asked for is reported by `check_used`.
+    device, in the compute dtype or packed. `check_used` reports the tensors that nothing asked for.
+    `adapter`, an object with `wrap` and `check_used`, may wrap each projection.
 
     Raises CheckpointError for a tensor that is missing, misshapen, left over or unpackable."""
 
@@ -3576,10 +3560,9 @@ class Weights:
         dtype: torch.dtype,
         quantize_bits: int | None = None,
         kernels: str = "torch",
-        adapter: Adapter | None = None,
+        adapter: Any = None,
     ) -> None:
         self.tensors, self.source, self.adapter = tensors, source, adapter
-        self.adapted: set[str] = set()
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.native, self.kernels = pick_kernels(kernels, device, dtype)
         self.num_float = self.num_packed = 0  # matrices handed out
@@ -3634,31 +3617,8 @@ class Weights:
             projection = Projection(
                 [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
             )
-        updates = self._updates(outputs, num_cols)
-        return AdaptedProjection(projection, updates) if updates else projection
-
-    def _updates(
-        self, outputs: Mapping[str, int], num_cols: int
-    ) -> list[tuple[int, Tensor, Tensor]]:
-        """What the adapter adds to matrices side by side: from which row of the output on, A (rank,
-        cols) and B (rows, rank)."""
-        found, start = [], 0
-        modules = self.adapter.modules if self.adapter else {}
-        for name, num_rows in outputs.items():
-            if low_rank := modules.get(name):
-                a, b, rank = low_rank.a, low_rank.b, low_rank.b.shape[-1]
-                if (a.shape, b.shape) != ((rank, num_cols), (num_rows, rank)):
-                    raise CheckpointError(
-                        f"{self.adapter and self.adapter.path}: {name} has A {a.shape} and B "
-                        f"{b.shape}; the model's matrix is {(num_rows, num_cols)}"
-                    )
-                loaded = (cast("Tensor", source.load()) for source in (a, b))
-                down, up = (x.to(self.device, torch.float32) for x in loaded)
-                up = up * low_rank.scale
-                found.append((start, down.to(self.dtype), up.to(self.dtype)))
-                self.adapted.add(name)
-            start += num_rows
-        return found
+        adapter = self.adapter
+        return adapter.wrap(self, projection, outputs, num_cols) if adapter else projection
 
     def _matrix(
         self, name: str, shape: tuple[int, int], bias: Tensor | None
@@ -3696,12 +3656,8 @@ class Weights:
             ) from None
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
-        left = sorted(self.adapter.modules.keys() - self.adapted) if self.adapter else []
-        if self.adapter and left:
-            raise CheckpointError(
-                f"{self.adapter.path}: it changes {excerpt(left[0])}, which this model does not "
-                "have, or which cannot be adapted here"
-            )
+        if self.adapter:
+            self.adapter.check_used()
         extra = sorted(
             name for name in self.tensors if name not in self.used and not harmless(name)
         )
@@ -4140,33 +4096,6 @@ class NativeProjection(Projection):
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
         rows: Tensor = self.parts[0].rows(index, factor)
         return rows
-
-
-class AdaptedProjection(Projection):
-    """Projection with what an adapter adds."""
-
-    def __init__(self, base: Projection, updates: list[tuple[int, Tensor, Tensor]]) -> None:
-        super().__init__(base.parts)
-        self.base, self.updates = base, updates
-
-    def __call__(
-        self,
-        x: Tensor,
-        norm: Norm | None = None,
-        act: str = "",
-        residual: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        x = self.before(x, norm, act)
-        y = self.base(x, residual=residual, out=out)
-        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
-        for start, a, b in self.updates:
-            y[:, start : start + len(b)] += F.linear(F.linear(tiled, a), b)[: len(x)]
-        return y
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
 
 
 class Rotation(NamedTuple):
@@ -4901,13 +4830,13 @@ def weight_files(path: Path) -> list[str]:
 def _safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
-        tensors |= _safetensors_file(path / name)
+        tensors |= read_safetensors(path / name)
     if "embed_tokens.weight" in tensors:  # saved without its head, as models of embeddings are
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _safetensors_file(file: Path) -> dict[str, TensorSource]:
+def read_safetensors(file: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     try:
         opened = safetensors.safe_open(file, framework="pt")
@@ -5360,7 +5289,7 @@ def canonical_tensors(
     for name, tensor in tensors.items():
         if NOT_TEXT.match(name):
             continue
-        name = _canonical_name(name)
+        name = canonical_name(name)
         if sandwich:
             name = re.sub("|".join(SANDWICH_NAMES), lambda theirs: SANDWICH_NAMES[theirs[0]], name)
         found[name] = tensor
@@ -5377,7 +5306,7 @@ def canonical_tensors(
     return found
 
 
-def _canonical_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     for pattern, ours in HF_NAMES.items():
         name = re.sub(pattern, ours, name)
     return name
@@ -5514,89 +5443,6 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
     return TextFiles(source, None, metadata, templates, special, ends)
-
-
-# ---- adapters ------------------------------------------------------------------------------------
-
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Keys of adapter_config.json with which there is more to an adapter than A and B.
-ADAPTER_EXTRAS = (
-    "use_dora modules_to_save lora_bias fan_in_fan_out layer_replication target_parameters "
-    "trainable_token_indices use_qalora alora_invocation_tokens use_bdlora arrow_config "
-    "kasa_config velora_config monteclora_config".split()
-)
-
-
-def open_adapter(path: Path, config: ModelConfig) -> Adapter:
-    """Open a LoRA adapter in the layout of PEFT (https://huggingface.co/docs/peft): a directory
-    with adapter_config.json and adapter_model.safetensors. Raises CheckpointError."""
-    if not path.is_dir():
-        what = "no such directory" if not path.exists() else "not a directory"
-        raise CheckpointError(f"{path}: {what}; an adapter is one with {ADAPTER_FILE} in it")
-    if not (path / ADAPTER_FILE).exists():
-        pickled = (path / "adapter_model.bin").exists()
-        hint = "; adapter_model.bin is a pickle, which is never opened" if pickled else ""
-        raise CheckpointError(f"{path}: no {ADAPTER_FILE}{hint}")
-    settings, tensors = read_json(path / ADAPTER_CONFIG), _safetensors_file(path / ADAPTER_FILE)
-    with errors_about(path / ADAPTER_CONFIG):
-        if settings.get("peft_type") != "LORA":
-            found = excerpt(settings.get("peft_type"))
-            raise CheckpointError(f"peft_type {found} is not supported; LORA is")
-        for key in ("bias", *ADAPTER_EXTRAS):
-            if settings.get(key) and (key, settings[key]) != ("bias", "none"):
-                raise CheckpointError(f"{key} {excerpt(settings[key])} is not supported")
-        scale = _lora_scale(settings)
-    with errors_about(path / ADAPTER_FILE):
-        return Adapter(path, _low_ranks(tensors, scale, config))
-
-
-def _low_ranks(
-    tensors: Mapping[str, TensorSource], scale: Callable[[str, int], float], config: ModelConfig
-) -> dict[str, LowRank]:
-    """A and B of each module, in the decoder's names and order of rows: B goes the way of the
-    weight that it changes, and matrices that were fused share one A."""
-    a: dict[str, tuple[TensorSource, float]] = {}
-    b: dict[str, TensorSource] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-        if match is None or len(tensor.shape) != 2:
-            raise CheckpointError(f"tensor {excerpt(name)} is not supported")
-        if match[2] == "A":
-            module = _canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
-            a[module] = tensor, scale(match[1], tensor.shape[0])
-        else:
-            b[f"{match[1]}.lora_B"] = tensor
-    found = {}
-    for name, tensor in canonical_tensors(b, config).items():
-        module = name.removesuffix(".lora_B")
-        fused = re.sub(r"\.[qkv]_proj$", ".qkv_proj", module)
-        fused = re.sub(r"\.(gate|up)_proj$", ".gate_up_proj", fused)
-        if not (its_a := a.get(module) or a.get(fused)):
-            raise CheckpointError(f"{module} has a B and no A")
-        found[module] = LowRank(its_a[0], tensor, its_a[1])
-    return found
-
-
-def _lora_scale(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """How to scale a module by its name and rank: with alpha / rank, or alpha / sqrt(rank);
-    alpha_pattern has other alphas for some modules."""
-    patterns = settings.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"alpha_pattern is {excerpt(patterns)}")
-    for pattern in patterns:
-        if re.search(r"[^\w.]", pattern):  # PEFT takes it for a regular expression
-            raise CheckpointError(
-                f"alpha_pattern {excerpt(pattern)} is not supported; plain names of modules are"
-            )
-    default = positive(settings.get("lora_alpha"), "lora_alpha")
-    alphas = {pattern: positive(alpha, "lora_alpha") for pattern, alpha in patterns.items()}
-    power = 0.5 if settings.get("use_rslora") else 1.0
-
-    def scale(module: str, rank: int) -> float:
-        fitting = (alpha for end, alpha in alphas.items() if f".{module}".endswith(f".{end}"))
-        return next(fitting, default) / math.pow(max(rank, 1), power)
-
-    return scale
 
 
 # ---- nanochat's checkpoints ----------------------------------------------------------------------
@@ -9437,7 +9283,10 @@ class LLM(TextSide):
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
             kernels,
-            open_adapter(Path(adapter).expanduser(), self.config) if adapter else None,
+            adapter
+            and extra("models.lora", "--adapter").open_adapter(
+                Path(adapter).expanduser(), self.config
+            ),
         )
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
