@@ -103,7 +103,6 @@ import secrets
 import shutil
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import sys
@@ -186,25 +185,30 @@ def uninterrupted() -> Iterator[None]:
             handler(*came[0])
 
 
+def library(path: str, *submodules: str, install: str = "pip install .") -> Any:
+    """Import the module `path` and its submodules. Raises PackageError, with the command to run."""
+    try:
+        with uninterrupted():
+            module = importlib.import_module(path)
+            for name in submodules:
+                importlib.import_module(f"{path}.{name}")
+    except ImportError as error:
+        raise PackageError(
+            f"{path.partition('.')[0]} cannot be imported: {first_line(error)}; "
+            f"in the directory of nanollama.py, run: {install}"
+        ) from None
+    return module
+
+
 class LazyModule:
-    """Stands for the module `path`. When an attribute is first read, it imports the module, with
-    the submodules named, and puts it in its own place. Raises PackageError, saying what to run, for
-    a package that is not there."""
+    """A stand-in for a library: it imports the library when one of its attributes is first read,
+    and then takes itself out of the way. Raises PackageError."""
 
     def __init__(self, path: str, *submodules: str, install: str = "pip install .") -> None:
-        self.__paths = (path, *(f"{path}.{name}" for name in submodules))
-        self.__install = install
+        self.__import = functools.partial(library, path, *submodules, install=install)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            with uninterrupted():
-                module, *_ = [importlib.import_module(path) for path in self.__paths]
-        except ImportError as error:
-            package = self.__paths[0].partition(".")[0]
-            raise PackageError(
-                f"{package} cannot be imported: {first_line(error)}; where nanollama.py is, run "
-                + self.__install
-            ) from None
+        module = self.__import()
         names = globals()  # torch.compile sees through a module, not through a stand-in
         names.update({key: module for key, value in names.items() if value is self})
         return getattr(module, name)
@@ -230,7 +234,6 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
-    import transformers
     import triton
     import triton.language as tl
     import uvicorn
@@ -264,10 +267,6 @@ else:
     F = LazyModule("torch.nn.functional")
     tl = LazyModule("triton.language", install="pip install triton")
     tqdm = LazyModule("tqdm")
-    transformers = LazyModule(
-        "transformers",
-        install='pip install ".[verify]", or give --reference FILE, made where it is installed',
-    )
     triton = LazyModule("triton", install="pip install triton")
     uvicorn = LazyModule("uvicorn")
     yaml = LazyModule("yaml")
@@ -13477,7 +13476,7 @@ connect();
 #               --prompt in a loop, --batch-file runs its lines together.
 #   Invariant   stdout carries the text alone. Exit codes: 0, 1 an error, 2 usage, 130 Ctrl-C. An
 #               error is one line.
-#   Extend      a subcommand is a function in COMMANDS; a REPL command is a method `do_NAME`.
+#   Extend      a subcommand is a row of COMMANDS; a REPL command is a method `do_NAME`.
 # ==================================================================================================
 
 USAGE = """\
@@ -13485,11 +13484,29 @@ nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
        nanollama.py --interactive           [options]     a conversation in the terminal
        nanollama.py --batch-file FILE       [options]     one prompt per line, run together
        nanollama.py --serve [--model MODEL ..] [options]  OpenAI-compatible server and web chat
-       nanollama.py pull MODEL | list | show MODEL | rm MODEL
-       nanollama.py bench [--model MODEL]   [options]     how fast a model runs here
-       nanollama.py eval [--model MODEL] [--text FILE] [--task FILE]   how well it predicts
-       nanollama.py verify MODEL [--reference FILE]   is it what transformers runs"""
+       nanollama.py COMMAND ..                            a command of the list at the end"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Command(NamedTuple):
+    """A subcommand. An extra has a row here, so that its name and help are known without it."""
+
+    usage: str  # its arguments
+    help: str  # one line
+    runs: str  # the function here, or the module of nanollama_extras with `run(argv) -> exit code`
+
+
+COMMANDS = {
+    "pull": Command("MODEL", "download a model, or bring it up to date", "command_pull"),
+    "list": Command("", "list the models on this machine", "command_list"),
+    "show": Command("MODEL", "describe a model, and every setting with its origin", "command_show"),
+    "rm": Command("MODEL", "delete a model from this machine", "command_rm"),
+    "bench": Command("[--model MODEL]", "measure how fast a model runs here", "commands.bench"),
+    "eval": Command(
+        "[--text FILE] [--task FILE]", "measure how well a model predicts", "commands.eval"
+    ),
+    "verify": Command("MODEL", "compare a model with transformers", "commands.verify"),
+}
 
 
 def key_value(text: str) -> tuple[int, float]:
@@ -13616,6 +13633,10 @@ def build_parser() -> argparse.ArgumentParser:
         prog="nanollama.py",
         usage=USAGE,
         description="Run language models on this machine.",
+        epilog="\n".join(
+            ["commands:", *(f"  {n + ' ' + c.usage:<33} {c.help}" for n, c in COMMANDS.items())]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
@@ -14434,9 +14455,17 @@ def run_serve(settings: Settings) -> int:
 # ---- subcommands ---------------------------------------------------------------------------------
 
 
-def command_parser(command: Callable[[list[str]], int], **more: Any) -> argparse.ArgumentParser:
-    name, about = command.__name__.removeprefix("command_"), command.__doc__
-    return argparse.ArgumentParser(prog=f"nanollama.py {name}", description=about, **more)
+def run_command(name: str, argv: list[str]) -> int:
+    """Run a subcommand. Raises ExtraError for one whose module is not installed."""
+    runs = COMMANDS[name].runs
+    if "." in runs:
+        return int(extra(runs, f"nanollama.py {name}").run(argv))
+    return int(globals()[runs](argv))
+
+
+def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
+    prog, text = f"nanollama.py {name}", COMMANDS[name].help
+    return argparse.ArgumentParser(prog=prog, description=text.capitalize() + ".", **options)
 
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -14479,7 +14508,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = command_parser(command_show, epilog=f"Model types that can be run: {SUPPORTED}")
+    parser = command_parser("show", epilog=f"Model types that can be run: {SUPPORTED}")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -14504,7 +14533,7 @@ def command_show(argv: list[str]) -> int:
 
 def command_pull(argv: list[str]) -> int:
     """pull MODEL: download a model, or bring it up to date."""
-    parser = command_parser(command_pull)
+    parser = command_parser("pull")
     text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
     parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
@@ -14515,7 +14544,7 @@ def command_pull(argv: list[str]) -> int:
 
 def command_list(argv: list[str]) -> int:
     """list: the models on this machine."""
-    command_parser(command_list).parse_args(argv)
+    command_parser("list").parse_args(argv)
     models = ModelStore().models()
     if not models:
         log.warning("no models here yet; fetch one with: nanollama.py pull smollm2")
@@ -14530,7 +14559,7 @@ def command_list(argv: list[str]) -> int:
 
 def command_rm(argv: list[str]) -> int:
     """rm MODEL: delete a cached model."""
-    parser = command_parser(command_rm)
+    parser = command_parser("rm")
     parser.add_argument("ref", metavar="MODEL", help="an id as `list` shows it")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     args = parser.parse_args(argv)
@@ -14547,746 +14576,12 @@ def command_rm(argv: list[str]) -> int:
     return 0
 
 
-# ---- bench ---------------------------------------------------------------------------------------
-
-BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
-BANDWIDTH_S = 0.5  # to read it again and again
-GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
-
-
-def read_bandwidth(buffer: Tensor, native: bool) -> float:
-    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
-    others is not equally fast all the time, and what this is held against takes its time too."""
-    started, num_passes, seconds = time.perf_counter(), 0, 0.0
-    while seconds < BANDWIDTH_S:
-        if native:
-            load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
-        else:
-            buffer.sum().item()  # a number to wait for: some devices work on their own
-        num_passes += 1
-        seconds = time.perf_counter() - started
-    return num_passes * buffer.nbytes / seconds
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has had resident; 0 where the system does not say."""
-    with contextlib.suppress(OSError, IndexError):  # on Linux, getrusage counts the parent in
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    try:
-        import resource
-    except ImportError:  # not there on Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
-    and of experts as many as a token goes to."""
-    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    mixtures = [part for part in parts if isinstance(part, MoE)]
-    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
-    parts += [m.shared_expert for m in mixtures if m.shared_expert]
-    matrices = ((name, m) for part in parts for name, m in vars(part).items())
-    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
-    return sum(m.nbytes for m in [*found, decoder.lm_head])
-
-
-class Bench:
-    """Runs prompts of random ids through an engine and takes the time."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm, self.random = llm, torch.Generator().manual_seed(0)
-        self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
-        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
-
-    def peak_memory(self) -> int:
-        """Of the process, without the buffer, which is there all the time."""
-        buffer_bytes = self.buffer.nbytes if self.device.type == "cpu" else 0
-        return max(self.peak_before, peak_memory() - buffer_bytes)
-
-    def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
-        """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
-        params = dataclasses.replace(GREEDY, max_tokens=num_gen)
-        for ids in prompts:
-            self.llm.start(GenerationRequest(ids, params=params))
-        started, num_steps = time.perf_counter(), 0
-        while self.llm.engine.has_work:
-            self.llm.engine.step()
-            num_steps += 1
-        return time.perf_counter() - started, num_steps
-
-    def once(self, batch: int, depth: int, num_prompt: int, num_gen: int) -> tuple[float, int]:
-        """`run` of new prompts whose first `depth` tokens are in the cache already."""
-        self.llm.engine.forget()
-        shape = batch, depth + num_prompt
-        ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
-        if depth:
-            self.run(ids[:, :depth].tolist(), 0)
-        return self.run(ids.tolist(), num_gen)
-
-    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
-        """Speed of reading prompts, after one run to warm up."""
-        seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
-        rates = [batch * num_prompt / s for s in seconds[1:]]
-        return speed(f"pp{num_prompt}", batch, depth, rates)
-
-    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
-        """Speed of generating, after one run to warm up, and how much of the bandwidth found right
-        then it took: a step reads all weights, and each sequence's keys and values."""
-        decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
-        num_tokens = depth + (num_gen + 1) // 2
-        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
-        step_bytes = weight_bytes(decoder) + kv_bytes
-        for _ in range(repetitions + 1):
-            seconds, num_steps = self.once(batch, depth, 1, num_gen)
-            rates.append(batch * num_gen / seconds)
-            reads.append(step_bytes * num_steps / seconds)
-            machine.append(read_bandwidth(self.buffer, decoder.native))
-        per_s, bandwidth = statistics.mean(reads[1:]), statistics.mean(machine[1:])
-        return {
-            **speed(f"tg{num_gen}", batch, depth, rates[1:]),
-            "bytes_per_step": step_bytes,
-            "bytes_per_s": per_s,
-            "read_bandwidth": bandwidth,
-            "bandwidth_fraction": per_s / bandwidth,
-        }
-
-
-def speed(test: str, batch: int, depth: int, samples: list[float]) -> Json:
-    """A result: mean and standard deviation of tokens a second."""
-    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
-    stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
-    return {**row, "stddev": stddev, "samples": samples}
-
-
-def bench_line(row: Fields) -> str:
-    """A result as a line of the table."""
-    rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
-    line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
-    if "bytes_per_s" not in row:
-        return line
-    reads, machine = human_bytes(row["bytes_per_s"]), human_bytes(row["read_bandwidth"])
-    return f"{line}  {reads + '/s':>11}  {machine + '/s':>11}  {row['bandwidth_fraction']:>7.0%}"
-
-
-def numbers(text: str, least: int) -> list[int]:
-    """1,16 -> [1, 16]"""
-    if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        values = [int(word) for word in text.split(",")]
-        if min(values) >= least:
-            return values
-    wanted = f"whole numbers from {least} up, with commas between them"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-
-
-def bench_parser() -> argparse.ArgumentParser:
-    usage = "nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]"
-    # --dtype leaves -d to --depth
-    parser = command_parser(command_bench, usage=usage, conflict_handler="resolve")
-    add_model_options(parser)
-    add = options(parser, "bench")
-    for flags, least, default, text in (
-        ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
-        ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
-        ("-d --depth", 0, 0, "tokens that come before and are not measured"),
-        ("-b --batch", 1, 1, "sequences at once"),
-    ):
-        kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
-        add(f"{flags} N,..", shown, kind, default=[default])
-    text = "times to measure, after one to warm up (default: 3)"
-    add("-r --repetitions N", text, int, default=3)
-    add("--json", "print one JSON object instead of a table", action="store_true")
-    return parser
-
-
-def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
-    """The results, each as soon as it is there."""
-    for batch, depth in itertools.product(args.batch, args.depth):
-        for num in filter(None, args.prompt_tokens):
-            yield bench.prefill(batch, depth, num, args.repetitions)
-        for num in filter(None, args.gen_tokens):
-            yield bench.decode(batch, depth, num, args.repetitions)
-
-
-def bench_model(settings: Settings, bench: Bench) -> Json:
-    """What was measured, and with what."""
-    llm, packed = bench.llm, settings.args.quantize
-    kind = llm.checkpoint.quantization
-    return {
-        "model": settings.model,
-        "quantization": f"{kind} to {packed}" if packed else kind,
-        "device": str(bench.device),
-        "kernels": llm.engine.decoder.kernels,
-        "kv_dtype": llm.engine.decoder.kv_dtype,
-        "threads": torch.get_num_threads(),
-        "weight_bytes": weight_bytes(llm.engine.decoder),
-        "peak_memory_bytes": bench.peak_memory(),
-    }
-
-
-def command_bench(argv: list[str]) -> int:
-    """bench: how fast a model reads and writes here, and how near that is to what memory allows."""
-    parser = bench_parser()
-    args = parser.parse_args(argv)
-    if args.repetitions < 1:
-        parser.error(f"repetitions is {args.repetitions}; it must be at least 1")
-    if not any(args.prompt_tokens + args.gen_tokens):
-        parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
-    args.parallel = max(args.parallel or 0, *args.batch)
-    settings = read_settings(args, parser)
-    llm = settings.load()
-    length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
-    if length > llm.engine.n_ctx:
-        raise UsageError(f"{length} tokens are asked for; the context holds {llm.engine.n_ctx}")
-    bench, rows = Bench(llm), []
-    if not args.json:
-        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
-    for row in bench_rows(bench, args):
-        rows.append(row)
-        if not args.json:
-            print(bench_line(row), flush=True)
-    about = bench_model(settings, bench)
-    if args.json:
-        print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
-    else:
-        memory = human_bytes(about["peak_memory_bytes"])
-        where = f"{about['device']}, {about['threads']} threads, peak memory {memory}"
-        print(f"{about['model']} ({about['quantization']}), {where}")
-    return 0
-
-
-# ---- eval ----------------------------------------------------------------------------------------
-
-EVAL_WINDOW = 2048  # longest by default
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
-
-    prompt: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-def read_task(name: str) -> list[Question]:
-    """The questions of a file of JSON lines: {"prompt": .., "choices": [..], "answer": 0}; `prompt`
-    may be called `context`. Raises RequestError, naming the line."""
-    questions = []
-    for number, line in enumerate(read_input(name).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt = row["prompt"] if "prompt" in row else row["context"]
-            choices, answer = tuple(row["choices"]), row["answer"]
-            is_text = all(isinstance(text, str) and text for text in choices)
-            if not (isinstance(prompt, str) and is_text and answer in range(len(choices))):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise RequestError(
-                f"{name}, line {number}: {excerpt(line.decode('utf-8', 'replace'))} is not "
-                '{"prompt": TEXT, "choices": [TEXT, ..], "answer": INDEX}'
-            ) from None
-        questions.append(Question(prompt, choices, answer))
-    if not questions:
-        raise RequestError(f"{name}: holds no questions; write one as JSON on each line")
-    return questions
-
-
-def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
-    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
-    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
-    beginning. Raises RequestError when nothing is left of it."""
-    ids = llm.encode(prompt + choice)
-    start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
-    cut = max(0, len(ids) - llm.engine.n_ctx + 1)
-    if start <= cut:
-        raise RequestError(
-            f"{excerpt(prompt + choice)}: no token of the prompt precedes the choice in a context "
-            f"of {llm.engine.n_ctx} tokens"
-        )
-    return ids[cut:], start - cut
-
-
-def text_windows(
-    prefix: list[int], ids: list[int], window: int, stride: int
-) -> Iterator[tuple[list[int], int]]:
-    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
-    which on its tokens are scored: the first scores all it can, each further one `stride` that
-    the one before it did not reach."""
-    size = window - len(prefix)
-    yield prefix + ids[:size], max(1, len(prefix))
-    for end in range(min(size, len(ids)), len(ids), stride):
-        begin = max(0, min(end + stride, len(ids)) - size)
-        yield prefix + ids[begin : end + stride], len(prefix) + end - begin
-
-
-def interval(num_right: float, num: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson, https://doi.org/10.2307/2276774)."""
-    z, p = 1.959964, num_right / num
-    middle = (p + z * z / (2 * num)) / (1 + z * z / num)
-    width = z / (1 + z * z / num) * math.sqrt(p * (1 - p) / num + z * z / (4 * num * num))
-    return middle - width, middle + width
-
-
-def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
-    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
-    the tokenizer puts none before it; nor are its bytes counted then."""
-    try:
-        text = read_input(name).decode("utf-8")
-    except UnicodeDecodeError:
-        raise RequestError(f"{name}: not UTF-8 text") from None
-    prefix, ids = llm.encode(""), llm.encode(text, add_special_tokens=False)
-    num_bytes = len(text.encode())
-    if not prefix and ids:
-        num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
-    if num_bytes < 1 or len(prefix) + len(ids) < 2:
-        raise RequestError(f"{name}: too short to be scored")
-    windows = list(text_windows(prefix, ids, window, stride))
-    num_tokens, bits = 0, 0.0
-    for _, logprobs in with_progress(llm.score(windows), len(windows), leave=False):
-        num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
-    return {
-        "file": name,
-        "bytes": num_bytes,
-        "tokens": num_tokens,
-        "window": window,
-        "stride": stride,
-        "perplexity": 2 ** min(bits / num_tokens, 1000),
-        "bits_per_byte": bits / num_bytes,
-    }
-
-
-def eval_task(llm: LLM, name: str) -> Json:
-    """How often the right choice is the likeliest: as a whole, and per character of its text
-    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
-    questions = read_task(name)
-    texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
-    sums = [0.0] * len(texts)
-    for index, logprobs in with_progress(llm.score(texts), len(texts), leave=False):
-        sums[index] = sum(logprobs)
-    found: Json = {"file": name, "questions": len(questions)}
-    left = iter(sums)
-    scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
-    for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
-        num_right = 0
-        for q, values in scored:
-            per = [value / measure(text) for value, text in zip(values, q.choices)]
-            num_right += per.index(max(per)) == q.answer
-        low_high = interval(num_right, len(questions))
-        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
-    return found
-
-
-def eval_lines(results: Fields) -> Iterator[str]:
-    """The results as lines to read."""
-    if text := results.get("text"):
-        yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
-        yield f"  perplexity     {text['perplexity']:.3f}"
-        yield f"  bits per byte  {text['bits_per_byte']:.4f}"
-    if task := results.get("task"):
-        yield f"{task['file']}: {task['questions']} questions"
-        for key, name in (("accuracy", "accuracy"), ("accuracy_norm", "normalised")):
-            low, high = task[f"{key}_interval"]
-            yield f"  {name:<13}  {task[key]:.1%} (95 %: {low:.1%} to {high:.1%})"
-
-
-def eval_parser() -> argparse.ArgumentParser:
-    usage = "nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]"
-    parser = command_parser(command_eval, usage=usage)
-    add_model_options(parser)
-    add = options(parser, "eval")
-    add("--text FILE", "perplexity and bits per byte of this text")
-    add("--task FILE", 'JSON lines {"prompt": .., "choices": [..], "answer": 0}')
-    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
-    add("--window N", text, int)
-    add("--stride N", "tokens that each window scores after the first (default: half of it)", int)
-    add("--json", "print one JSON object", action="store_true")
-    return parser
-
-
-def command_eval(argv: list[str]) -> int:
-    """eval: how well a model predicts a text, and how often it chooses right."""
-    parser = eval_parser()
-    args = parser.parse_args(argv)
-    if not args.text and not args.task:
-        parser.error("give --text FILE, --task FILE, or both")
-    settings = read_settings(args, parser)
-    llm = settings.load()
-    longest = llm.engine.n_ctx - 1
-    window = min(longest, EVAL_WINDOW) if args.window is None else args.window
-    stride = max(1, window // 2) if args.stride is None else args.stride
-    if not 2 <= window <= longest or not 1 <= stride < window:
-        parser.error(
-            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
-            "stride is shorter"
-        )
-    results: Json = {"model": settings.model}
-    if args.text:
-        results["text"] = eval_text(llm, args.text, window, stride)
-    if args.task:
-        results["task"] = eval_task(llm, args.task)
-    if args.json:
-        print(json.dumps(results, ensure_ascii=False, indent=1))
-    else:
-        print("\n".join(eval_lines(results)))
-    return 0
-
-
-# ---- verify --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far a model may be from its reference."""
-
-    reason: str
-    error: float  # of a logit
-    divergence: float  # Kullback-Leibler, mean over tokens, in nats
-    agreement: float  # least part of the tokens with the same likeliest next one
-    layer: float  # relative error of a layer's input; a divergence is reported, not judged
-
-
-# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
-TOLERANCES = {
-    "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
-    "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
-    "packed": Tolerance("the same packed weights, 8-bit activations here", 4.0, 0.03, 0.85, 0.3),
-    "q8": Tolerance("8-bit weights here, others in the reference", 4.0, 0.05, 0.85, 0.3),
-    "q4": Tolerance("4-bit weights here, others in the reference", 10.0, 0.5, 0.6, 1.0),
-}
-VERIFY_TEXTS = (
-    "Hello, world!",
-    "  two spaces,\ttab\n\n\nlines \r\n and an end  ",
-    "I'm sure they'll say it's 1234567890 or 3.14159 (±0.5 %).",
-    "def f(x):\n    return x ** 2  # squared\n",
-    "L'été, naïveté, Übergröße, smørrebrød, żółw",
-    "Съешь же ещё этих мягких французских булок",
-    "敏捷的棕色狐狸跳过懒狗。いろはにほへと 다람쥐 헌 쳇바퀴",
-    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
-    "😀 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \ufb01 \u200b \u00a0 \x07 \x00",
-    "<s> </s> <|im_start|> <|endoftext|> [INST] <bos> <|eot_id|> <think>",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
-    '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
-)
-VERIFY_CHATS: tuple[list[Json], ...] = (
-    [{"role": "user", "content": "What is 2+2?"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
-    [
-        {"role": "user", "content": "One"},
-        {"role": "assistant", "content": "Two"},
-        {"role": "user", "content": "Three é 日本"},
-    ],
-)
-VERIFY_PROMPTS = (
-    "The history of science is the study of the development of science, including both the natural "
-    "and social sciences. In the year 1687, Isaac Newton published his Principia, in which he",
-    "import math\n\ndef area(radius):\n    return math.pi * radius ** 2\n\nprint(area(2.5))\n"
-    "# Voilà une réponse : 19.63. 日本語もどうぞ",
-)
-VERIFY_TOKENS = 48  # of a prompt, at most
-VERIFY_GREEDY = 16  # tokens to generate
-VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
-VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
-
-
-def spread(num: int, most: int) -> Tensor:
-    """At most `most` indices, evenly spread over `num`."""
-    return torch.arange(min(num, most)) * num // min(num, most)
-
-
-def reference_tokenizer(tokenizer: Any) -> Json:
-    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
-    chats: list[str | None] = []
-    for messages in VERIFY_CHATS if tokenizer.chat_template else ():
-        try:
-            chats.append(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        except Exception:  # a template can fail in any way Python can
-            chats.append(None)
-    return {
-        "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
-        "chats": chats,
-        "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
-    }
-
-
-def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
-    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
-    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
-    out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
-    top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
-    others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
-    kept = torch.cat((top, others), dim=1)
-    num_layers, _, width = streams.shape
-    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
-    tensors = {
-        "ids": kept.int(),
-        "logits": logits.gather(1, kept),
-        "total": logits.logsumexp(1),
-        "streams": streams[:, :, channels],
-    }
-    tokens, margins = list(ids), []
-    for _ in range(VERIFY_GREEDY):
-        values, best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
-        tokens.append(int(best[0]))
-        margins.append(float(values[0] - values[1]))
-    return tensors, tokens[len(ids) :], margins
-
-
-def make_reference(
-    path: Path, tokenizer_path: Path, adapter: str | None = None
-) -> tuple[Json, dict[str, Tensor]]:
-    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
-    PackageError where transformers is missing, CheckpointError where it cannot load the model."""
-
-    def load(kind: Any, source: Path, **options: Any) -> Any:
-        if source.suffix == ".pt":
-            raise CheckpointError(
-                f"{path}: transformers does not read nanochat's own files; give --reference FILE, "
-                "made from the model's Hugging Face form"
-            )
-        if source.is_file():
-            source, options = source.parent, {**options, "gguf_file": source.name}
-        try:
-            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
-            return kind.from_pretrained(source, **options)
-        except Exception as error:  # whatever it may be, there is no reference
-            raise CheckpointError(
-                f"{path}: transformers {transformers.__version__} cannot load this: "
-                f"{first_line(error)}; give --reference FILE, made from another form of the model"
-            ) from None
-
-    transformers.utils.logging.set_verbosity_error()
-    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = load(transformers.AutoModelForCausalLM, path, **options)
-    if adapter:
-        try:
-            model.load_adapter(os.path.expanduser(adapter))
-        except Exception as error:  # peft is missing, or whatever it finds wrong
-            raise CheckpointError(f"{adapter}: not loaded by PEFT: {first_line(error)}") from None
-    model.eval()
-    tensors: dict[str, Tensor] = {}
-    about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
-    about["made_by"] = f"transformers {transformers.__version__}"
-    with torch.inference_mode():
-        for number, ids in enumerate(about["prompts"]):
-            found, tokens, margins = reference_run(model, ids)
-            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
-            about["greedy"].append(tokens)
-            about["margins"].append(margins)
-    return about, tensors
-
-
-def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
-    """A reference that --save-reference wrote. Raises RequestError."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["nanollama"])
-            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
-        raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
-
-
-def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits (T, V), and the input of each layer (L, T, C)"""
-    decoder: Any = llm.engine.decoder
-    layers, streams = decoder.layers, []
-
-    def traced(layer: Any) -> Callable[..., Any]:
-        def call(x: Tensor, *rest: Any) -> Any:
-            streams.append(x[: len(ids)].float().cpu())
-            return layer(x, *rest)
-
-        return call
-
-    decoder.layers = [traced(layer) for layer in layers]
-    try:
-        return llm.logits(ids).cpu(), torch.stack(streams)
-    finally:
-        decoder.layers = layers
-
-
-def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
-    the likeliest token; and at each layer and token (L, T)."""
-
-    def chances(logits: Tensor, total: Tensor) -> Tensor:
-        """Probabilities of the likeliest tokens, and what is left for all others"""
-        p = (logits[:, :VERIFY_TOP].double() - total.double().unsqueeze(1)).exp()
-        return torch.cat((p, (1 - p.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
-
-    logits, streams = traced_logits(llm, ids)
-    kept = wanted["ids"].long()
-    found = logits.gather(1, kept)
-    p, q = chances(wanted["logits"], wanted["total"]), chances(found, logits.logsumexp(1))
-    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
-    # some families' streams are kept in other units; norms, which read them, do not see that
-    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
-    return {
-        "errors": (found - wanted["logits"]).abs().amax(1),
-        "divergences": (p * (p / q).log()).sum(1),
-        "agrees": logits.argmax(1) == kept[:, 0],
-        "layers": (ours - theirs).norm(dim=2),
-    }
-
-
-def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
-    """The first layer whose output is off, and the first token whose prediction is; None for none.
-    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
-    bad = (~(found["layers"] <= limit.layer)).any(1).nonzero()  # a NaN is bad, too
-    off = (~(found["errors"] <= limit.error) | ~found["agrees"]).nonzero()
-    return {
-        "layer": int(bad[0]) - 1 if len(bad) else None,
-        "token": int(off[0]) if len(off) else None,
-    }
-
-
-def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
-    """What the model says next; nothing when it computes no numbers."""
-    params = dataclasses.replace(GREEDY, max_tokens=VERIFY_GREEDY)
-    with contextlib.suppress(LogitsError):
-        return llm.complete(GenerationRequest(ids, params=params)).token_ids
-    return []
-
-
-def compare_text(llm: LLM, about: Fields) -> Json:
-    """Which texts become other ids, and which conversations another prompt."""
-    pairs = zip(VERIFY_TEXTS, about["texts"])
-    texts = [text for text, ids in pairs if llm.encode(text) != ids]
-    chats = []
-    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
-        with contextlib.suppress(TemplateError):
-            # what a template refuses, ours may answer in another shape
-            if wanted is not None and llm.render(messages) != wanted:
-                chats.append(messages)
-    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
-
-
-def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
-    kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
-    if kind in REPACK and kind != about["weights"]:
-        return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
-    if kind in REPACK and decoder.native:
-        return TOLERANCES["packed"]
-    exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
-    return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
-
-
-def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
-    """The model against a reference: what was found, and whether it passes."""
-    found, greedy, places = [], [], []
-    for number, ids in enumerate(about["prompts"]):
-        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
-        found.append(compare_prompt(llm, ids, wanted))
-        places.append(first_place(found[-1], limit))
-        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
-        margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
-        greedy.append({"same": num_same, "margin": margin})
-    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
-    result = {
-        **compare_text(llm, about),
-        "error": float(joined["errors"].max()),
-        "divergence": float(joined["divergences"].mean()),
-        "agreement": float(joined["agrees"].float().mean()),
-        "layer_error": float(joined["layers"].max()),
-        "first": places,
-        "greedy": greedy,
-    }
-    is_near = all(g["margin"] is None or g["margin"] <= 2 * limit.error for g in greedy)
-    result["passed"] = bool(
-        is_near
-        and not (result["texts"] or result["chats"])
-        and result["error"] <= limit.error  # which no NaN is
-        and result["divergence"] <= limit.divergence
-        and result["agreement"] >= limit.agreement
-    )
-    return result
-
-
-def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
-    """The result as lines to read."""
-    num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
-    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
-    yield from (f"               differs: {excerpt(text)}" for text in result["texts"])
-    yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
-    yield from (f"               differs: {excerpt(chat)}" for chat in result["chats"])
-    yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
-    kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
-    yield f"               KL divergence {kl}"
-    top = f"{result['agreement']:.1%} of tokens (at least {limit.agreement:.0%})"
-    yield f"               same likeliest next token at {top}"
-    yield f"layers         largest relative error {result['layer_error']:.2g}"
-    for number, place in enumerate(result["first"]):
-        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
-            yield f"               prompt {number} first differs at {', '.join(words)}"
-    same = ", ".join(str(g["same"]) for g in result["greedy"])
-    yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"
-    yield f"{'pass' if result['passed'] else 'FAIL'}           {limit.reason}"
-
-
-def command_verify(argv: list[str]) -> int:
-    """verify MODEL: is it the model that transformers runs? Exits with 0 if so, else with 1."""
-    parser = command_parser(command_verify)
-    parser.add_argument("ref", nargs="?", metavar="MODEL")
-    add_model_options(parser)
-    add = options(parser, "verify")
-    add("--save-reference FILE", "keep what transformers computes", Path)
-    add("--reference FILE", "compare with what was kept", Path)
-    add("--json", "print one JSON object", action="store_true")
-    args = parser.parse_args(argv)
-    args.model, args.prefill_chunk = args.ref or args.model, None
-    settings = read_settings(args, parser)
-    if args.save_reference and not os.access(args.save_reference.resolve().parent, os.W_OK):
-        raise UsageError(f"{args.save_reference}: its directory is not there or not writable")
-    if args.reference and not args.save_reference:
-        about, tensors = read_reference(args.reference)
-    else:
-        path = ModelStore().resolve(settings.model, args.revision)
-        other = settings.value("tokenizer")[0]
-        text = ModelStore().resolve(other) if other else path
-        about, tensors = make_reference(path, text, settings.value("adapter")[0])
-    if args.save_reference:
-        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
-        args.save_reference.write_bytes(raw)
-        log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
-        return 0
-    llm = settings.load()
-    limit = pick_tolerance(llm, args.quantize, about)
-    try:
-        result = compare(llm, about, tensors, limit)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise RequestError(f"the reference is of another model: {first_line(error)}") from None
-    if args.json:
-        print(json.dumps({"model": settings.model, "reference": about["made_by"], **result}))
-    else:
-        print(f"{settings.model} against {about['made_by']}, kernels {llm.engine.decoder.kernels}")
-        print("\n".join(verify_lines(result, limit)))
-    return 0 if result["passed"] else 1
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "bench": command_bench,
-    "eval": command_eval,
-    "list": command_list,
-    "pull": command_pull,
-    "rm": command_rm,
-    "show": command_show,
-    "verify": command_verify,
-}
-
-
 def run(argv: list[str]) -> int:
     parser = build_parser()
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
+        return run_command(argv[0], argv[1:])
     args = parser.parse_args(argv)
     if len(args.models) > 1 and not args.serve:
         parser.error("several --model go with --serve")

@@ -33,9 +33,9 @@ def test_the_docstring_of_the_errors_shows_the_tree() -> None:
     assert drawn == real
 
 
-def test_only_usage_errors_exit_with_2() -> None:
+def test_only_usage_errors_and_missing_extras_exit_with_2() -> None:
     codes = {c.__name__: c.exit_code for c in error_classes()}
-    assert {name for name, code in codes.items() if code != 1} == {"UsageError"}
+    assert {name for name, code in codes.items() if code != 1} == {"UsageError", "ExtraError"}
     assert codes["UsageError"] == 2
 
 
@@ -84,8 +84,9 @@ for lazy in [item for item in vars(nanollama).values() if type(item) is nanollam
     lines = ran.stdout.splitlines()
     assert len(lines) > 15, ran
     for line in lines:
-        assert re.fullmatch(r"(\w+) cannot be imported: no \1(\.\w+)*; where .*, run pip .*", line)
-    installs = [line.partition("run ")[2] for line in lines]
+        pattern = r"(\w+) cannot be imported: no \1(\.\w+)*; in the directory .*, run: pip .*"
+        assert re.fullmatch(pattern, line)
+    installs = [line.partition("run: ")[2] for line in lines]
     assert installs.count("pip install .") >= 14
 
 
@@ -98,7 +99,7 @@ def test_a_missing_package_is_one_line_on_the_command_line(
     assert (ran.returncode, ran.stdout) == (1, "")
     assert re.fullmatch(
         rf"error: (\S+: )?{package} cannot be imported: No module named {package}; "
-        r"where nanollama\.py is, run pip install \.",
+        r"in the directory of nanollama\.py, run: pip install \.",
         ran.stderr.splitlines()[-1],  # without numpy, torch warns
     )
     assert "Traceback" not in ran.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import safetensors.torch
 import torch
 
 import nanollama
+from nanollama_extras.commands import verify as verify_command
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
@@ -78,7 +80,7 @@ def test_a_saved_reference_is_small_and_needs_no_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert reference.stat().st_size < 500_000
-    monkeypatch.setattr(nanollama, "transformers", nanollama.LazyModule("not_there", install="X"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
     assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == [
@@ -87,7 +89,9 @@ def test_a_saved_reference_is_small_and_needs_no_transformers(
     ]
     assert lines[-1].startswith("pass ")
     assert nanollama.main(["verify", str(model)]) == 1
-    assert capsys.readouterr().err.endswith("where nanollama.py is, run X\n")
+    assert capsys.readouterr().err.endswith(
+        'run: pip install ".[verify]", or give --reference FILE, made where it is installed\n'
+    )
 
 
 @pytest.mark.parametrize("kernels", ["native", "torch"])
@@ -117,7 +121,7 @@ def test_a_model_of_nans_fails(
 def test_an_embedding_that_differs_is_layer_minus_one_and_one_token_is_named(
     model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    about, _ = nanollama.read_reference(reference)
+    about, _ = verify_command.read_reference(reference)
     ids = about["prompts"][0]
     rare = max(set(ids), key=ids.index)  # the id that comes latest
 
@@ -159,7 +163,7 @@ def test_each_precision_has_its_own_tolerance(
     flags: list[str], name: str, model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nanollama.main(["verify", str(model), "--reference", str(reference), *flags])
-    assert capsys.readouterr().out.splitlines()[-1].endswith(nanollama.TOLERANCES[name].reason)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(verify_command.TOLERANCES[name].reason)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("F32", "float32"), ("Q8_0", "q8"), ("Q4_1", "q4")])
@@ -172,7 +176,7 @@ def test_a_gguf_file_is_compared_with_the_reference_of_its_original(
     assert (found["error"] < 1e-3) == (kind == "F32")
     assert code == (kind == "Q4_1")  # random weights are not worth much in 4 bits
     nanollama.main(["verify", str(file), "--reference", str(reference)])
-    assert nanollama.TOLERANCES[name].reason in capsys.readouterr().out
+    assert verify_command.TOLERANCES[name].reason in capsys.readouterr().out
 
 
 def test_a_gguf_file_is_compared_with_what_transformers_makes_of_it(
@@ -184,7 +188,7 @@ def test_a_gguf_file_is_compared_with_what_transformers_makes_of_it(
     assert code == 0
     assert found["error"] < 1e-3
     code, found = verify(capsys, *flags)
-    assert 1e-3 < found["error"] < nanollama.TOLERANCES["packed"].error
+    assert 1e-3 < found["error"] < verify_command.TOLERANCES["packed"].error
 
 
 def test_what_is_no_reference_is_one_line(

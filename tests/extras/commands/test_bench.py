@@ -16,11 +16,12 @@ import torch
 
 import nanollama
 from nanollama import LLM
+from nanollama_extras.commands import bench as bench_command
 
 
 @pytest.fixture(autouse=True)
 def _small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nanollama, "BANDWIDTH_BYTES", 1 << 22)
+    monkeypatch.setattr(bench_command, "BANDWIDTH_BYTES", 1 << 22)
 
 
 def bench(capsys: pytest.CaptureFixture[str], *flags: Any) -> str:
@@ -76,14 +77,14 @@ def test_a_step_reads_every_matrix_but_a_table_of_its_own(
     decoder = LLM(tiny("Llama", tie_word_embeddings=tied), quantize="q8").engine.decoder
     matrices = {id(matrix): matrix for matrix in oracle.matrices(decoder)}
     table = 0 if tied else decoder.embed_tokens.nbytes
-    assert nanollama.weight_bytes(decoder) == sum(m.nbytes for m in matrices.values()) - table
+    assert bench_command.weight_bytes(decoder) == sum(m.nbytes for m in matrices.values()) - table
 
 
 def test_prompts_are_new_each_time_and_their_depth_is_there_before(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(tiny("Llama"), parallel=3)
-    measured = nanollama.Bench(llm)
+    measured = bench_command.Bench(llm)
     runs: list[tuple[list[list[int]], int, int, int]] = []
     run = measured.run
 
@@ -110,9 +111,9 @@ def test_the_bytes_of_a_step_are_weights_and_the_keys_and_values_at_that_depth(
     tiny: Callable[..., Path],
 ) -> None:
     llm = LLM(tiny("Llama"), parallel=2)
-    row = nanollama.Bench(llm).decode(2, 100, 9, 1)
+    row = bench_command.Bench(llm).decode(2, 100, 9, 1)
     kv_bytes = 2 * 2 * 2 * 16 * 4 * (100 + 5)  # keys and values, layers, heads, width, float32
-    assert row["bytes_per_step"] == nanollama.weight_bytes(llm.engine.decoder) + 2 * kv_bytes
+    assert row["bytes_per_step"] == bench_command.weight_bytes(llm.engine.decoder) + 2 * kv_bytes
 
 
 def test_zero_leaves_a_kind_of_test_out(
@@ -166,11 +167,11 @@ def test_the_peak_of_memory_is_the_systems_without_the_buffer(
 ) -> None:
     unit = 1 if sys.platform == "darwin" else 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # on Linux, parents' too
-    assert 1 << 26 < nanollama.peak_memory() < most + (1 << 24)  # kernels count loosely
+    assert 1 << 26 < bench_command.peak_memory() < most + (1 << 24)  # kernels count loosely
     for before, after, expected in ((500, 900, 500), (500, 5_000_000, 5_000_000 - (1 << 22))):
         peaks = iter([before, after])
-        monkeypatch.setattr(nanollama, "peak_memory", lambda peaks=peaks: next(peaks))
-        assert nanollama.Bench(tiny_llm).peak_memory() == expected
+        monkeypatch.setattr(bench_command, "peak_memory", lambda peaks=peaks: next(peaks))
+        assert bench_command.Bench(tiny_llm).peak_memory() == expected
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -179,5 +180,5 @@ def test_read_bandwidth_is_bytes_over_time_for_as_long_as_it_takes(
 ) -> None:
     nanollama.load_kernels()
     times = iter([10.0, 10.2, 10.4, 10.8])
-    monkeypatch.setattr(nanollama.time, "perf_counter", lambda: next(times))
-    assert nanollama.read_bandwidth(torch.ones(250), native) == pytest.approx(3 * 1000 / 0.8)
+    monkeypatch.setattr(bench_command.time, "perf_counter", lambda: next(times))
+    assert bench_command.read_bandwidth(torch.ones(250), native) == pytest.approx(3 * 1000 / 0.8)

@@ -21,8 +21,9 @@ from serving import serving
 
 import nanollama
 from nanollama import LLM
+from nanollama_extras.commands import eval as eval_command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TEXT = "the quick brown fox jumps over the lazy dog, and the café 日本 too\n" * 6
 
 
@@ -113,7 +114,7 @@ def test_a_longer_text_is_scored_in_windows_that_overlap(
 def test_windows_score_every_token_once_and_begin_with_bos(num: int) -> None:
     ids = list(range(1, num + 1))
     seen: list[int] = []
-    for window, start in nanollama.text_windows([0], ids, 10, 4):
+    for window, start in eval_command.text_windows([0], ids, 10, 4):
         assert window[0] == 0
         assert len(window) <= 10
         assert window[1:] == list(range(window[1], window[-1] + 1))
@@ -147,8 +148,8 @@ def test_choices_are_the_likeliest_by_transformers(
 
 def test_the_interval_is_wilsons() -> None:
     """Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0"""
-    assert nanollama.interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert nanollama.interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert eval_command.interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert eval_command.interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs lm-eval, 600 MB")

@@ -1,0 +1,252 @@
+"""`nanollama bench`: how fast a model runs here, and how near that is to what memory allows.
+
+Seam: Command (the row "bench" of COMMANDS in nanollama.py). To remove it, delete this
+module and that row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nanollama import (
+    GenerationRequest,
+    MoE,
+    Projection,
+    SamplingParams,
+    UsageError,
+    add_model_options,
+    command_parser,
+    human_bytes,
+    load_kernels,
+    options,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanollama import LLM, Decoder, Fields, Json, Settings
+
+
+BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+
+
+BANDWIDTH_S = 0.5  # to read it again and again
+
+
+GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
+
+
+def read_bandwidth(buffer: Tensor, native: bool) -> float:
+    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
+    others is not equally fast all the time, and what this is held against takes its time too."""
+    started, num_passes, seconds = time.perf_counter(), 0, 0.0
+    while seconds < BANDWIDTH_S:
+        if native:
+            load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
+        else:
+            buffer.sum().item()  # a number to wait for: some devices work on their own
+        num_passes += 1
+        seconds = time.perf_counter() - started
+    return num_passes * buffer.nbytes / seconds
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had resident; 0 where the system does not say."""
+    with contextlib.suppress(OSError, IndexError):  # on Linux, getrusage counts the parent in
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    try:
+        import resource
+    except ImportError:  # not there on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
+    and of experts as many as a token goes to."""
+    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
+    mixtures = [part for part in parts if isinstance(part, MoE)]
+    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    parts += [m.shared_expert for m in mixtures if m.shared_expert]
+    matrices = ((name, m) for part in parts for name, m in vars(part).items())
+    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
+    return sum(m.nbytes for m in [*found, decoder.lm_head])
+
+
+class Bench:
+    """Runs prompts of random ids through an engine and takes the time."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.random = llm, torch.Generator().manual_seed(0)
+        self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
+        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+
+    def peak_memory(self) -> int:
+        """Of the process, without the buffer, which is there all the time."""
+        buffer_bytes = self.buffer.nbytes if self.device.type == "cpu" else 0
+        return max(self.peak_before, peak_memory() - buffer_bytes)
+
+    def run(self, prompts: list[list[int]], num_gen: int) -> tuple[float, int]:
+        """Read prompts together and generate `num_gen` tokens for each -> seconds, steps"""
+        params = dataclasses.replace(GREEDY, max_tokens=num_gen)
+        for ids in prompts:
+            self.llm.start(GenerationRequest(ids, params=params))
+        started, num_steps = time.perf_counter(), 0
+        while self.llm.engine.has_work:
+            self.llm.engine.step()
+            num_steps += 1
+        return time.perf_counter() - started, num_steps
+
+    def once(self, batch: int, depth: int, num_prompt: int, num_gen: int) -> tuple[float, int]:
+        """`run` of new prompts whose first `depth` tokens are in the cache already."""
+        self.llm.engine.forget()
+        shape = batch, depth + num_prompt
+        ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
+        if depth:
+            self.run(ids[:, :depth].tolist(), 0)
+        return self.run(ids.tolist(), num_gen)
+
+    def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
+        """Speed of reading prompts, after one run to warm up."""
+        seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
+        rates = [batch * num_prompt / s for s in seconds[1:]]
+        return speed(f"pp{num_prompt}", batch, depth, rates)
+
+    def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
+        """Speed of generating, after one run to warm up, and how much of the bandwidth found right
+        then it took: a step reads all weights, and each sequence's keys and values."""
+        decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
+        num_tokens = depth + (num_gen + 1) // 2
+        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
+        step_bytes = weight_bytes(decoder) + kv_bytes
+        for _ in range(repetitions + 1):
+            seconds, num_steps = self.once(batch, depth, 1, num_gen)
+            rates.append(batch * num_gen / seconds)
+            reads.append(step_bytes * num_steps / seconds)
+            machine.append(read_bandwidth(self.buffer, decoder.native))
+        per_s, bandwidth = statistics.mean(reads[1:]), statistics.mean(machine[1:])
+        return {
+            **speed(f"tg{num_gen}", batch, depth, rates[1:]),
+            "bytes_per_step": step_bytes,
+            "bytes_per_s": per_s,
+            "read_bandwidth": bandwidth,
+            "bandwidth_fraction": per_s / bandwidth,
+        }
+
+
+def speed(test: str, batch: int, depth: int, samples: list[float]) -> Json:
+    """A result: mean and standard deviation of tokens a second."""
+    row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
+    stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
+    return {**row, "stddev": stddev, "samples": samples}
+
+
+def bench_line(row: Fields) -> str:
+    """A result as a line of the table."""
+    rate = f"{row['tokens_per_s']:.1f} ± {row['stddev']:.1f}"
+    line = f"{row['test']:<8}  {row['batch']:>5}  {row['depth']:>6}  {rate:>17}"
+    if "bytes_per_s" not in row:
+        return line
+    reads, machine = human_bytes(row["bytes_per_s"]), human_bytes(row["read_bandwidth"])
+    return f"{line}  {reads + '/s':>11}  {machine + '/s':>11}  {row['bandwidth_fraction']:>7.0%}"
+
+
+def numbers(text: str, least: int) -> list[int]:
+    """1,16 -> [1, 16]"""
+    if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        values = [int(word) for word in text.split(",")]
+        if min(values) >= least:
+            return values
+    wanted = f"whole numbers from {least} up, with commas between them"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    usage = "nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]"
+    # --dtype leaves -d to --depth
+    parser = command_parser("bench", usage=usage, conflict_handler="resolve")
+    add_model_options(parser)
+    add = options(parser, "bench")
+    for flags, least, default, text in (
+        ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
+        ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
+        ("-d --depth", 0, 0, "tokens that come before and are not measured"),
+        ("-b --batch", 1, 1, "sequences at once"),
+    ):
+        kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
+        add(f"{flags} N,..", shown, kind, default=[default])
+    text = "times to measure, after one to warm up (default: 3)"
+    add("-r --repetitions N", text, int, default=3)
+    add("--json", "print one JSON object instead of a table", action="store_true")
+    return parser
+
+
+def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
+    """The results, each as soon as it is there."""
+    for batch, depth in itertools.product(args.batch, args.depth):
+        for num in filter(None, args.prompt_tokens):
+            yield bench.prefill(batch, depth, num, args.repetitions)
+        for num in filter(None, args.gen_tokens):
+            yield bench.decode(batch, depth, num, args.repetitions)
+
+
+def bench_model(settings: Settings, bench: Bench) -> Json:
+    """What was measured, and with what."""
+    llm, packed = bench.llm, settings.args.quantize
+    kind = llm.checkpoint.quantization
+    return {
+        "model": settings.model,
+        "quantization": f"{kind} to {packed}" if packed else kind,
+        "device": str(bench.device),
+        "kernels": llm.engine.decoder.kernels,
+        "kv_dtype": llm.engine.decoder.kv_dtype,
+        "threads": torch.get_num_threads(),
+        "weight_bytes": weight_bytes(llm.engine.decoder),
+        "peak_memory_bytes": bench.peak_memory(),
+    }
+
+
+def run(argv: list[str]) -> int:
+    """The command. Returns the exit code."""
+    parser = bench_parser()
+    args = parser.parse_args(argv)
+    if args.repetitions < 1:
+        parser.error(f"repetitions is {args.repetitions}; it must be at least 1")
+    if not any(args.prompt_tokens + args.gen_tokens):
+        parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
+    args.parallel = max(args.parallel or 0, *args.batch)
+    settings = read_settings(args, parser)
+    llm = settings.load()
+    length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
+    if length > llm.engine.n_ctx:
+        raise UsageError(f"{length} tokens are asked for; the context holds {llm.engine.n_ctx}")
+    bench, rows = Bench(llm), []
+    if not args.json:
+        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
+    for row in bench_rows(bench, args):
+        rows.append(row)
+        if not args.json:
+            print(bench_line(row), flush=True)
+    about = bench_model(settings, bench)
+    if args.json:
+        print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
+    else:
+        memory = human_bytes(about["peak_memory_bytes"])
+        where = f"{about['device']}, {about['threads']} threads, peak memory {memory}"
+        print(f"{about['model']} ({about['quantization']}), {where}")
+    return 0

@@ -1,0 +1,403 @@
+"""`nanollama verify`: whether a model computes what transformers computes for the same files.
+
+The reference is made here, where transformers is installed, or read from a file that
+--save-reference wrote elsewhere.
+
+Seam: Command (the row "verify" of COMMANDS in nanollama.py). To remove it, delete this
+module and that row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from nanollama import (
+    REPACK,
+    CheckpointError,
+    GenerationRequest,
+    LogitsError,
+    ModelStore,
+    RequestError,
+    SamplingParams,
+    TemplateError,
+    UsageError,
+    add_model_options,
+    command_parser,
+    common_prefix,
+    excerpt,
+    first_line,
+    human_bytes,
+    library,
+    log,
+    open_checkpoint,
+    options,
+    read_settings,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanollama import LLM, Fields, Json
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a model may be from its reference."""
+
+    reason: str
+    error: float  # of a logit
+    divergence: float  # Kullback-Leibler, mean over tokens, in nats
+    agreement: float  # least part of the tokens with the same likeliest next one
+    layer: float  # relative error of a layer's input; a divergence is reported, not judged
+
+
+# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
+TOLERANCES = {
+    "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
+    "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
+    "packed": Tolerance("the same packed weights, 8-bit activations here", 4.0, 0.03, 0.85, 0.3),
+    "q8": Tolerance("8-bit weights here, others in the reference", 4.0, 0.05, 0.85, 0.3),
+    "q4": Tolerance("4-bit weights here, others in the reference", 10.0, 0.5, 0.6, 1.0),
+}
+
+
+VERIFY_TEXTS = (
+    "Hello, world!",
+    "  two spaces,\ttab\n\n\nlines \r\n and an end  ",
+    "I'm sure they'll say it's 1234567890 or 3.14159 (±0.5 %).",
+    "def f(x):\n    return x ** 2  # squared\n",
+    "L'été, naïveté, Übergröße, smørrebrød, żółw",
+    "Съешь же ещё этих мягких французских булок",
+    "敏捷的棕色狐狸跳过懒狗。いろはにほへと 다람쥐 헌 쳇바퀴",
+    "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
+    "😀 👩‍👩‍👧‍👦 🇫🇷 e\u0301 \ufb01 \u200b \u00a0 \x07 \x00",
+    "<s> </s> <|im_start|> <|endoftext|> [INST] <bos> <|eot_id|> <think>",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa        ........----____====",
+    '{"a": [1, 2.5e-3, null], "b": "\\u00e9\\n"} https://example.org/?q=a%20b&c=d#e',
+)
+
+
+VERIFY_CHATS: tuple[list[Json], ...] = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi \n"}],
+    [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three é 日本"},
+    ],
+)
+
+
+VERIFY_PROMPTS = (
+    "The history of science is the study of the development of science, including both the natural "
+    "and social sciences. In the year 1687, Isaac Newton published his Principia, in which he",
+    "import math\n\ndef area(radius):\n    return math.pi * radius ** 2\n\nprint(area(2.5))\n"
+    "# Voilà une réponse : 19.63. 日本語もどうぞ",
+)
+
+
+VERIFY_TOKENS = 48  # of a prompt, at most
+
+
+VERIFY_GREEDY = 16  # tokens to generate
+
+
+VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
+
+
+VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
+
+
+def spread(num: int, most: int) -> Tensor:
+    """At most `most` indices, evenly spread over `num`."""
+    return torch.arange(min(num, most)) * num // min(num, most)
+
+
+def reference_tokenizer(tokenizer: Any) -> Json:
+    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
+    chats: list[str | None] = []
+    for messages in VERIFY_CHATS if tokenizer.chat_template else ():
+        try:
+            chats.append(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception:  # a template can fail in any way Python can
+            chats.append(None)
+    return {
+        "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
+        "chats": chats,
+        "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
+    }
+
+
+def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
+    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
+    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
+    out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
+    top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
+    others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
+    kept = torch.cat((top, others), dim=1)
+    num_layers, _, width = streams.shape
+    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
+    tensors = {
+        "ids": kept.int(),
+        "logits": logits.gather(1, kept),
+        "total": logits.logsumexp(1),
+        "streams": streams[:, :, channels],
+    }
+    tokens, margins = list(ids), []
+    for _ in range(VERIFY_GREEDY):
+        values, best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(best[0]))
+        margins.append(float(values[0] - values[1]))
+    return tensors, tokens[len(ids) :], margins
+
+
+def make_reference(
+    path: Path, tokenizer_path: Path, adapter: str | None = None
+) -> tuple[Json, dict[str, Tensor]]:
+    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
+    PackageError where transformers is missing, CheckpointError where it cannot load the model."""
+
+    transformers = library(
+        "transformers",
+        install='pip install ".[verify]", or give --reference FILE, made where it is installed',
+    )
+
+    def load(kind: Any, source: Path, **options: Any) -> Any:
+        if source.suffix == ".pt":
+            raise CheckpointError(
+                f"{path}: transformers does not read nanochat's own files; give --reference FILE, "
+                "made from the model's Hugging Face form"
+            )
+        if source.is_file():
+            source, options = source.parent, {**options, "gguf_file": source.name}
+        try:
+            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            return kind.from_pretrained(source, **options)
+        except Exception as error:  # whatever it may be, there is no reference
+            raise CheckpointError(
+                f"{path}: transformers {transformers.__version__} cannot load this: "
+                f"{first_line(error)}; give --reference FILE, made from another form of the model"
+            ) from None
+
+    transformers.utils.logging.set_verbosity_error()
+    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = load(transformers.AutoModelForCausalLM, path, **options)
+    if adapter:
+        try:
+            model.load_adapter(os.path.expanduser(adapter))
+        except Exception as error:  # peft is missing, or whatever it finds wrong
+            raise CheckpointError(f"{adapter}: not loaded by PEFT: {first_line(error)}") from None
+    model.eval()
+    tensors: dict[str, Tensor] = {}
+    about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
+    about["made_by"] = f"transformers {transformers.__version__}"
+    with torch.inference_mode():
+        for number, ids in enumerate(about["prompts"]):
+            found, tokens, margins = reference_run(model, ids)
+            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
+            about["greedy"].append(tokens)
+            about["margins"].append(margins)
+    return about, tensors
+
+
+def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
+    """A reference that --save-reference wrote. Raises RequestError."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["nanollama"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
+        raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
+
+
+def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits (T, V), and the input of each layer (L, T, C)"""
+    decoder: Any = llm.engine.decoder
+    layers, streams = decoder.layers, []
+
+    def traced(layer: Any) -> Callable[..., Any]:
+        def call(x: Tensor, *rest: Any) -> Any:
+            streams.append(x[: len(ids)].float().cpu())
+            return layer(x, *rest)
+
+        return call
+
+    decoder.layers = [traced(layer) for layer in layers]
+    try:
+        return llm.logits(ids).cpu(), torch.stack(streams)
+    finally:
+        decoder.layers = layers
+
+
+def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
+    the likeliest token; and at each layer and token (L, T)."""
+
+    def chances(logits: Tensor, total: Tensor) -> Tensor:
+        """Probabilities of the likeliest tokens, and what is left for all others"""
+        p = (logits[:, :VERIFY_TOP].double() - total.double().unsqueeze(1)).exp()
+        return torch.cat((p, (1 - p.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
+
+    logits, streams = traced_logits(llm, ids)
+    kept = wanted["ids"].long()
+    found = logits.gather(1, kept)
+    p, q = chances(wanted["logits"], wanted["total"]), chances(found, logits.logsumexp(1))
+    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
+    # some families' streams are kept in other units; norms, which read them, do not see that
+    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
+    return {
+        "errors": (found - wanted["logits"]).abs().amax(1),
+        "divergences": (p * (p / q).log()).sum(1),
+        "agrees": logits.argmax(1) == kept[:, 0],
+        "layers": (ours - theirs).norm(dim=2),
+    }
+
+
+def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
+    """The first layer whose output is off, and the first token whose prediction is; None for none.
+    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
+    bad = (~(found["layers"] <= limit.layer)).any(1).nonzero()  # a NaN is bad, too
+    off = (~(found["errors"] <= limit.error) | ~found["agrees"]).nonzero()
+    return {
+        "layer": int(bad[0]) - 1 if len(bad) else None,
+        "token": int(off[0]) if len(off) else None,
+    }
+
+
+def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
+    """What the model says next; nothing when it computes no numbers."""
+    params = SamplingParams(
+        temperature=0, repeat_penalty=1, ignore_eos=True, max_tokens=VERIFY_GREEDY
+    )
+    with contextlib.suppress(LogitsError):
+        return llm.complete(GenerationRequest(ids, params=params)).token_ids
+    return []
+
+
+def compare_text(llm: LLM, about: Fields) -> Json:
+    """Which texts become other ids, and which conversations another prompt."""
+    pairs = zip(VERIFY_TEXTS, about["texts"])
+    texts = [text for text, ids in pairs if llm.encode(text) != ids]
+    chats = []
+    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
+        with contextlib.suppress(TemplateError):
+            # what a template refuses, ours may answer in another shape
+            if wanted is not None and llm.render(messages) != wanted:
+                chats.append(messages)
+    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
+
+
+def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
+    kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
+    if kind in REPACK and kind != about["weights"]:
+        return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
+    if kind in REPACK and decoder.native:
+        return TOLERANCES["packed"]
+    exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
+    return TOLERANCES[quantize or ("float32" if exact else "16 bits")]
+
+
+def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
+    """The model against a reference: what was found, and whether it passes."""
+    found, greedy, places = [], [], []
+    for number, ids in enumerate(about["prompts"]):
+        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
+        found.append(compare_prompt(llm, ids, wanted))
+        places.append(first_place(found[-1], limit))
+        num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
+        margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
+        greedy.append({"same": num_same, "margin": margin})
+    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
+    result = {
+        **compare_text(llm, about),
+        "error": float(joined["errors"].max()),
+        "divergence": float(joined["divergences"].mean()),
+        "agreement": float(joined["agrees"].float().mean()),
+        "layer_error": float(joined["layers"].max()),
+        "first": places,
+        "greedy": greedy,
+    }
+    is_near = all(g["margin"] is None or g["margin"] <= 2 * limit.error for g in greedy)
+    result["passed"] = bool(
+        is_near
+        and not (result["texts"] or result["chats"])
+        and result["error"] <= limit.error  # which no NaN is
+        and result["divergence"] <= limit.divergence
+        and result["agreement"] >= limit.agreement
+    )
+    return result
+
+
+def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
+    """The result as lines to read."""
+    num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
+    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
+    yield from (f"               differs: {excerpt(text)}" for text in result["texts"])
+    yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
+    yield from (f"               differs: {excerpt(chat)}" for chat in result["chats"])
+    yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"
+    kl = f"{result['divergence']:.2g} nats (at most {limit.divergence:g})"
+    yield f"               KL divergence {kl}"
+    top = f"{result['agreement']:.1%} of tokens (at least {limit.agreement:.0%})"
+    yield f"               same likeliest next token at {top}"
+    yield f"layers         largest relative error {result['layer_error']:.2g}"
+    for number, place in enumerate(result["first"]):
+        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
+            yield f"               prompt {number} first differs at {', '.join(words)}"
+    same = ", ".join(str(g["same"]) for g in result["greedy"])
+    yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"
+    yield f"{'pass' if result['passed'] else 'FAIL'}           {limit.reason}"
+
+
+def run(argv: list[str]) -> int:
+    """The command. Returns the exit code."""
+    parser = command_parser("verify")
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    add_model_options(parser)
+    add = options(parser, "verify")
+    add("--save-reference FILE", "keep what transformers computes", Path)
+    add("--reference FILE", "compare with what was kept", Path)
+    add("--json", "print one JSON object", action="store_true")
+    args = parser.parse_args(argv)
+    args.model, args.prefill_chunk = args.ref or args.model, None
+    settings = read_settings(args, parser)
+    if args.save_reference and not os.access(args.save_reference.resolve().parent, os.W_OK):
+        raise UsageError(f"{args.save_reference}: its directory is not there or not writable")
+    if args.reference and not args.save_reference:
+        about, tensors = read_reference(args.reference)
+    else:
+        path = ModelStore().resolve(settings.model, args.revision)
+        other = settings.value("tokenizer")[0]
+        text = ModelStore().resolve(other) if other else path
+        about, tensors = make_reference(path, text, settings.value("adapter")[0])
+    if args.save_reference:
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        args.save_reference.write_bytes(raw)
+        log.warning(f"{args.save_reference}: {human_bytes(args.save_reference.stat().st_size)}")
+        return 0
+    llm = settings.load()
+    limit = pick_tolerance(llm, args.quantize, about)
+    try:
+        result = compare(llm, about, tensors, limit)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"the reference is of another model: {first_line(error)}") from None
+    if args.json:
+        print(json.dumps({"model": settings.model, "reference": about["made_by"], **result}))
+    else:
+        print(f"{settings.model} against {about['made_by']}, kernels {llm.engine.decoder.kernels}")
+        print("\n".join(verify_lines(result, limit)))
+    return 0 if result["passed"] else 1
