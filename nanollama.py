@@ -93,7 +93,6 @@ import mmap
 import operator
 import os
 import pickle
-import pickletools
 import platform
 import queue
 import random
@@ -238,7 +237,6 @@ if TYPE_CHECKING:
     import triton.language as tl
     import uvicorn
     import yaml
-    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
@@ -256,9 +254,6 @@ else:
     prometheus_client = LazyModule("prometheus_client")
     pytest = LazyModule("pytest", install="pip install pytest")
     safetensors = LazyModule("safetensors", "torch")
-    sentencepiece_model = LazyModule(
-        "sentencepiece.sentencepiece_model_pb2", install='pip install ".[sentencepiece]"'
-    )
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
     )
@@ -4563,14 +4558,15 @@ END_OF_GENERATION = frozenset(
     "_<EOT> <|assistant_end|>".split()
 )
 
-# Where a model directory keeps its tokenizer, as glob patterns: the first that is there counts.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tekken.json",
-    "tokenizer.model*",
-    "*.tiktoken",
-    "tokenizer.pkl",
-)
+# File of a model directory that holds its tokenizer, as a glob pattern -> the extra that reads it;
+# "" for the core. The first pattern that fits a file decides.
+VOCABULARIES = {
+    "tokenizer.json": "",
+    "tekken.json": "files.vocabularies",
+    "tokenizer.model*": "files.vocabularies",
+    "*.tiktoken": "files.vocabularies",
+    "tokenizer.pkl": "files.vocabularies",
+}
 
 # Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
 # an answer that comes back, nanochat's template makes the tokens again.
@@ -4681,7 +4677,7 @@ FILE_SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What the tokenizer and the chat template are made from: one of TOKENIZER_FILES, or GGUF
+    """What the tokenizer and the chat template are made from: one of VOCABULARIES, or GGUF
     metadata.
 
     templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
@@ -4868,7 +4864,14 @@ def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
 def tokenizer_file(names: Iterable[str]) -> str | None:
     """Which of a directory's files holds the tokenizer."""
     flat = sorted(name for name in names if "/" not in name)
-    return next((n for pattern in TOKENIZER_FILES for n in fnmatch.filter(flat, pattern)), None)
+    return next((n for pattern in VOCABULARIES for n in fnmatch.filter(flat, pattern)), None)
+
+
+def vocabulary_extra(file: Path) -> Any:
+    """The module that reads a file of VOCABULARIES; None for a tokenizer.json, which the core
+    reads. Raises ExtraError."""
+    path = next(path for name, path in VOCABULARIES.items() if fnmatch.fnmatchcase(file.name, name))
+    return extra(path, f"a vocabulary in {file.name}") if path else None
 
 
 def _directory_text(path: Path) -> TextFiles:
@@ -4888,7 +4891,7 @@ def _directory_text(path: Path) -> TextFiles:
         eos_ids |= {i for i in listed if isinstance(i, int)}
     file, templates = tokenizer_file(os.listdir(path)), None
     if file == "tekken.json":
-        templates = {"default": _mistral_template(path / file)}
+        templates = {"default": vocabulary_extra(path / file).mistral_template(path / file)}
     return TextFiles(
         source=str(path),
         tokenizer_file=path / file if file else None,
@@ -4896,34 +4899,6 @@ def _directory_text(path: Path) -> TextFiles:
         special_tokens=special_tokens,
         eos_ids=frozenset(eos_ids),
     )
-
-
-# What Mistral's library writes, without tools. From version 7 on a system message has a place of
-# its own; before that it goes before the last question.
-# https://github.com/mistralai/mistral-common (integrations/chat_templates)
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
-    "{% if message.role == 'system' and old %}"
-    "{% set ns.system = ns.system + message.content + '\n\n' %}"
-    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn + 1 %}{% endif %}{% endfor %}"
-    "{% for message in messages %}"
-    "{% if message.role != 'system' and message.role == (loop.previtem or {}).role %}"
-    "{{ raise_exception('roles must alternate between user and assistant') }}"
-    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn - 1 %}"
-    "[INST]{{ '' if ns.turn else ns.system }}{{ message.content }}[/INST]"
-    "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
-    "{% elif message.role != 'system' %}"
-    "{{ raise_exception('only system, user and assistant messages are supported') }}"
-    "{% elif not old %}[SYSTEM_PROMPT]{{ message.content }}[/SYSTEM_PROMPT]{% endif %}{% endfor %}"
-)
-
-
-def _mistral_template(tekken: Path) -> str:
-    config = read_json(tekken).get("config")
-    version = config.get("version") if isinstance(config, Mapping) else None
-    found = re.fullmatch(r"v(\d{1,4})\w*", str(version))
-    old = "true" if found and int(found[1]) < 7 else "false"
-    return f"{{% set old = {old} %}}{MISTRAL_TEMPLATE}"
 
 
 def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
@@ -6476,8 +6451,8 @@ def split_word(text: str) -> tuple[str, str]:
 # ==================================================================================================
 # 8 TOKENIZER: text <-> ids, and ids -> text as they come
 #
-#   In          TextFiles: a tokenizer.json, or a vocabulary (GGUF metadata, and three kinds of
-#               file that `read_vocabulary` brings into the same terms)
+#   In          TextFiles: a tokenizer.json, the metadata of a GGUF file, or another file whose
+#               row in VOCABULARIES names the extra that turns it into such metadata
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
 #   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
 #               character yet turns them into text, one token at a time or all at once:
@@ -6486,8 +6461,8 @@ def split_word(text: str) -> tuple[str, str]:
 #
 #   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
 #               halves, and nothing that may still become a stop string is emitted.
-#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, a vocabulary
-#               in a tiktoken file one of TIKTOKEN.
+#   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, another
+#               vocabulary file one row of VOCABULARIES.
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
@@ -6591,230 +6566,6 @@ PHI3_KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
 )
-
-
-# Control tokens behind the ranks of a tiktoken file, which holds none, and how its text is split;
-# by the number of ranks. https://github.com/meta-llama/llama-models (llama3/tokenizer.py),
-# https://huggingface.co/Qwen/Qwen-7B (tokenization_qwen.py)
-_LLAMA3 = (
-    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
-).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
-_QWEN1 = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
-TIKTOKEN = {
-    128000: ("llama-bpe", [f"<|{name}|>" for name in _LLAMA3], "<|begin_of_text|>", "<|eot_id|>"),
-    151643: ("qwen2", [f"<|{name}|>" for name in _QWEN1], None, "<|im_end|>"),
-}
-# The first ids of a tekken.json that does not name its control tokens
-# https://github.com/mistralai/mistral-common (tokens/tokenizers/tekken.py)
-TEKKEN = (
-    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
-    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
-    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
-).split()
-
-
-def read_vocabulary(text: TextFiles) -> TextFiles:
-    """The text files with `gguf` saying what the metadata of a GGUF file would: read from a
-    tekken.json, a tiktoken file or a SentencePiece model, and the settings beside it."""
-    path = text.tokenizer_file
-    assert path is not None
-    raw = path.read_bytes()
-    by_text = _tiktoken if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw) else _sentencepiece
-    metadata = {".json": _tekken, ".pkl": _nanochat}.get(path.suffix, by_text)(raw)
-    _name_added_tokens(metadata, path.parent)
-    found = _gguf_text(metadata, text.source)
-    return dataclasses.replace(
-        text,
-        gguf=metadata,
-        templates={**found.templates, **text.templates},
-        special_tokens={**found.special_tokens, **text.special_tokens},
-        eos_ids=found.eos_ids | text.eos_ids,
-    )
-
-
-def _tekken(raw: bytes) -> dict[str, Any]:
-    read = json.loads(raw)
-    config, entries = read["config"], read["vocab"]
-    num_control, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
-    names = read.get("special_tokens") or [
-        {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
-    ]
-    if not len(names) <= num_control <= len(entries):
-        raise CheckpointError(f"{excerpt(num_control)} control tokens; the file names {len(names)}")
-    control = [f"<SPECIAL_{i}>" for i in range(num_control)]
-    for token in names:
-        control[token["rank"]] = token["token_str"]
-    ranks = {
-        base64.b64decode(entry["token_bytes"]): entry["rank"]
-        for entry in entries[: num_tokens - num_control]
-    }
-    metadata = _ranked(ranks, control, [], "<s>", "</s>")
-    return metadata | {"pattern": config["pattern"], "add_bos_token": True}
-
-
-def _tiktoken(raw: bytes) -> dict[str, Any]:
-    lines = map(bytes.split, raw.splitlines())
-    ranks = {base64.b64decode(line[0]): int(line[1]) for line in lines if line}
-    if len(ranks) not in TIKTOKEN:
-        known = ", ".join(map(str, TIKTOKEN))
-        raise CheckpointError(
-            f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
-            "--tokenizer with a model directory or hub id"
-        )
-    pre, control, bos, eos = TIKTOKEN[len(ranks)]
-    return _ranked(ranks, [], control, bos, eos) | {"pre": pre}
-
-
-def _nanochat(raw: bytes) -> dict[str, Any]:
-    state = read_encoding(raw)
-    ranks, control = state["mergeable_ranks"], state["special_tokens"]
-    names = sorted(control, key=control.__getitem__)
-    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
-        raise CheckpointError("the control tokens do not follow the others")
-    metadata = _ranked(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>")
-    return metadata | {
-        "pattern": state["pat_str"],
-        "add_bos_token": True,
-        "eot_token_id": control[NANOCHAT_BOS],  # it ends an answer too
-        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
-    }
-
-
-# What a pickle may push: what it spells out, and what is empty at first; ... marks a place.
-PICKLED = frozenset(
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BININT BININT1 BININT2".split()
-)
-PICKLED_NEW: dict[str, Callable[[], Any]] = {
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: ...,
-}
-
-
-def read_encoding(raw: bytes) -> dict[str, Any]:
-    """What a pickled tiktoken.Encoding holds: pat_str, mergeable_ranks, special_tokens. Raises
-    CheckpointError for any other pickle."""
-    try:
-        state = _unpickled(raw)
-        kinds = {"mergeable_ranks": (bytes, int), "special_tokens": (str, int)}
-        for name, (key_type, value_type) in kinds.items():
-            for key, value in state[name].items():
-                if not isinstance(key, key_type) or not isinstance(value, value_type):
-                    raise ValueError(f"{name} has {excerpt(key)}: {excerpt(value)}")
-        if not isinstance(state["pat_str"], str):
-            raise ValueError(f"pat_str is {excerpt(state['pat_str'])}")
-        return state
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"not the tiktoken encoding that nanochat saves, and no other pickle is read: {error}"
-        ) from None
-
-
-def _unpickled(raw: bytes) -> dict[str, Any]:
-    """A pickle is a program for a small machine, which may call anything. This machine only puts
-    dictionaries of text, bytes and numbers together, and one object whose class it does not look
-    up. https://github.com/python/cpython/blob/main/Lib/pickletools.py has the instructions."""
-    stack: list[Any] = []
-    memo: list[Any] = []
-    encoding = ["tiktoken.core", "Encoding"]
-    for instruction, value, _ in pickletools.genops(raw):
-        name = instruction.name
-        if name in PICKLED:
-            stack.append(value)
-        elif name in PICKLED_NEW:
-            stack.append(PICKLED_NEW[name]())
-        elif name == "MEMOIZE":
-            memo.append(stack[-1])
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[cast(int, value)])
-        elif name in ("SETITEM", "SETITEMS"):
-            num = 2 if name == "SETITEM" else stack[::-1].index(...)
-            items = stack[len(stack) - num :]
-            del stack[len(stack) - num - (name == "SETITEMS") :]
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-        elif name == "STACK_GLOBAL" and stack[-2:] == encoding:
-            stack[-2:] = [encoding]
-        elif name == "NEWOBJ" and stack == [encoding, ()]:
-            stack.pop()
-        elif name == "BUILD" and len(stack) == 2 and stack[0] == encoding:
-            stack.pop(0)
-        elif name == "STOP" and len(stack) == 1:
-            return cast(dict[str, Any], stack[0])
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it holds {name} {excerpt(value)}")
-    raise ValueError("it has no end")
-
-
-def _ranked(
-    ranks: Mapping[bytes, int], before: list[str], behind: list[str], bos: str | None, eos: str
-) -> dict[str, Any]:
-    """Byte strings in the order in which they merge, between control tokens."""
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise CheckpointError("the ranks are not 0, 1, 2 and so on")
-    alphabet = {byte: character for character, byte in byte_alphabet().items()}
-    pieces = [p.decode("latin-1").translate(alphabet) for p in sorted(ranks, key=ranks.__getitem__)]
-    tokens = [*before, *pieces, *behind]
-    normal = range(len(before), len(before) + len(pieces))
-    types = [TOKEN_NORMAL if i in normal else TOKEN_CONTROL for i in range(len(tokens))]
-    return {
-        "model": "gpt2",
-        "tokens": tokens,
-        "token_type": types,
-        "scores": [-i for i in range(len(tokens))],
-        "bos_token_id": tokens.index(bos) if bos else None,
-        "eos_token_id": tokens.index(eos),
-    }
-
-
-def _sentencepiece(raw: bytes) -> dict[str, Any]:
-    model = sentencepiece_model.ModelProto.FromString(raw)
-    trained, normalized = model.trainer_spec, model.normalizer_spec
-    if not model.pieces:
-        raise CheckpointError("the file holds no vocabulary")
-    if trained.model_type != trained.BPE:
-        kind = trained.ModelType.Name(trained.model_type)
-        raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
-    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
-        raise CheckpointError(
-            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
-            "is not supported"
-        )
-    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
-    return {
-        "model": "llama",
-        "tokens": [piece.piece for piece in model.pieces],
-        "token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
-        "scores": [piece.score for piece in model.pieces],
-        "add_space_prefix": normalized.add_dummy_prefix,
-        **{f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
-    }
-
-
-def _name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
-    """Put the tokens into the vocabulary that tokenizer_config.json and added_tokens.json name, and
-    what else they say of them into `added_tokens`."""
-    settings = read_json(directory / "tokenizer_config.json", required=False)
-    beside = read_json(directory / "added_tokens.json", required=False)
-    named = {i: {"content": token} for token, i in beside.items()}
-    named |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
-    tokens, types, scores = map(metadata.__getitem__, ("tokens", "token_type", "scores"))
-    if named and not 0 <= min(named) <= max(named) < len(tokens) + 2**16:
-        raise CheckpointError(f"added tokens have the ids {min(named)} to {max(named)}")
-    for i in range(len(tokens), max(named, default=0) + 1):
-        tokens.append(f"[PAD{i}]")
-        types.append(TOKEN_UNUSED)
-        scores.append(-1e4)
-    for i, token in named.items():
-        tokens[i] = token["content"]
-        types[i] = TOKEN_CONTROL if token.get("special") else TOKEN_USER_DEFINED
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    metadata["added_tokens"] = {
-        i: {flag: token[flag] for flag in flags if flag in token} for i, token in named.items()
-    }
-    metadata["legacy"] = settings.get("legacy")
-    if isinstance(add_bos := settings.get("add_bos_token"), bool):
-        metadata["add_bos_token"] = add_bos
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -6988,15 +6739,17 @@ class Tokenizer:
         file = None if text.gguf else text.tokenizer_file
         if not text.gguf and not (file and file.exists()):
             raise CheckpointError(
-                f"{text.source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give "
+                f"{text.source}: holds no tokenizer ({', '.join(VOCABULARIES)}); give "
                 "--tokenizer with a model directory or hub id that does"
             )
         with errors_about(file or text.source), library_errors("cannot be built"):
-            if file is not None and file.name == "tokenizer.json":
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            else:
-                text = read_vocabulary(text) if file else text
-                self._tokenizer = gguf_tokenizer(text.gguf or {})
+            if file and (vocabulary := vocabulary_extra(file)):
+                text = vocabulary.read_vocabulary(text)
+            self._tokenizer = (
+                gguf_tokenizer(text.gguf)
+                if text.gguf
+                else tokenizers.Tokenizer.from_file(str(file))
+            )
         self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
         self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         self._lock = threading.Lock()

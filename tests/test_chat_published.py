@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import published
@@ -143,27 +141,6 @@ def test_mistrals_own_templates_render_as_in_transformers(hugging_face: Callable
     assert len(templates) > 8
     for source in templates:
         check(source, hugging_face)
-
-
-@pytest.mark.parametrize("version", ["v3", "v7", "v11", "v13"])
-def test_a_directory_with_mistrals_vocabulary_and_no_template_has_mistrals(
-    version: str, tmp_path: Path, hugging_face: Callable[..., str]
-) -> None:
-    (tmp_path / "tekken.json").write_text(json.dumps({"config": {"version": version}}))
-    ours = nanollama.ChatTemplate(nanollama.open_text(tmp_path))
-    ours.special_tokens = chat_template("").special_tokens
-    theirs = generate_chat_template(
-        False, TokenizerVersion(version), False, False, False, None, False, True, None, None, None
-    )
-    for messages in (
-        [USER],
-        [SYSTEM, USER],
-        [SYSTEM, USER, ANSWER, USER],
-        [SYSTEM, USER, USER, ANSWER, ANSWER, USER],
-    ):
-        assert ours.render(messages) == hugging_face(theirs, messages)
-    (tmp_path / "chat_template.jinja").write_text("mine")
-    assert nanollama.open_text(tmp_path).templates == {"default": "mine"}
 
 
 @pytest.mark.node

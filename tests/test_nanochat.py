@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -290,67 +289,7 @@ def test_no_pickle_is_run(base: Path, tmp_path: Path) -> None:
     assert not sprung.exists()
 
 
-def good_state() -> dict[str, Any]:
-    return {"name": "rustbpe", "pat_str": "a", "mergeable_ranks": {b"a": 0}, "special_tokens": {}}
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {},
-        [],
-        "text",
-        {**good_state(), "mergeable_ranks": {"a": 0}},
-        {**good_state(), "mergeable_ranks": {b"a": "0"}},
-        {**good_state(), "special_tokens": {b"a": 1}},
-        {**good_state(), "pat_str": b"a"},
-        set(),
-        print,
-    ],
-    ids=repr,
-)
-def test_other_pickles_are_refused(value: Any) -> None:
-    with pytest.raises(nanollama.CheckpointError, match="no other pickle is read"):
-        nanollama.read_encoding(pickle.dumps(value))
-
-
-@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
-def test_a_damaged_pickle_is_one_error() -> None:
-    whole = pickle.dumps(files.ENCODING)
-    assert nanollama.read_encoding(whole)["pat_str"] == files.PATTERN
-    pick, errors = random.Random(0), []
-    for _ in range(1500):
-        raw = bytearray(whole)
-        for _ in range(pick.randint(1, 3)):
-            raw[pick.randrange(min(len(raw), pick.choice((60, len(raw)))))] = pick.randrange(256)
-        raw = raw[: pick.choice((len(raw), pick.randrange(len(raw))))]
-        try:
-            nanollama.read_encoding(bytes(raw))
-        except nanollama.CheckpointError as error:
-            errors.append(str(error))
-    assert len(errors) > 1000
-    assert not any("\n" in error for error in errors)
-
-
 # ---- text and conversations ----------------------------------------------------------------------
-
-
-def test_tokens_are_tiktokens(base: Path) -> None:
-    files.save_tokenizer(base)
-    tokenizer = nanollama.Tokenizer(nanollama.open_text(base / "tokenizer"))
-    pick, bos = random.Random(1), files.NUM_RANKS
-    pieces = (
-        "the |then| in| 12345|'ll|don't|\n|\r\n\n| \t |é|日本|😀|!?!|<|bos|>|<|user_end|>".split(
-            "|"
-        )
-    )
-    for _ in range(500):
-        text = "".join(pick.choices(pieces, k=pick.randint(1, 12))) + chr(pick.randrange(32, 9999))
-        expected = files.ENCODING.encode_ordinary(text)
-        assert tokenizer.encode(text, False, parse_special=False) == expected
-        assert tokenizer.encode(text, parse_special=False) == [bos, *expected]
-        assert tokenizer.decode(expected) == text
-    assert tokenizer.end_ids == {bos, bos + CONTROL["<|assistant_end|>"]}
 
 
 CONTROL = {name: i for i, name in enumerate(files.CONTROL)}

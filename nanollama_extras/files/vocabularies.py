@@ -1,0 +1,297 @@
+"""Vocabularies in other files than tokenizer.json and GGUF: Mistral's tekken.json, tiktoken's ranks
+(Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat.
+
+Seam: Vocabulary. The rows of `nanollama.VOCABULARIES` that name this module; the core then calls
+`read_vocabulary`, and `mistral_template` for a tekken.json. Each reader puts a file into the terms
+of GGUF metadata, from which `nanollama.gguf_tokenizer` builds the tokenizer.
+To remove it: delete this file, its rows in VOCABULARIES, and its tests.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nanollama
+from nanollama import CheckpointError, TextFiles, excerpt
+
+# The library reads SentencePiece's own format; it is imported when a tokenizer.model is opened.
+sentencepiece_model: Any = nanollama.LazyModule(
+    "sentencepiece.sentencepiece_model_pb2", install='pip install ".[sentencepiece]"'
+)
+
+
+def read_vocabulary(text: TextFiles) -> TextFiles:
+    """`text` with the vocabulary of its tokenizer file as GGUF metadata.
+
+    tokenizer_config.json and added_tokens.json beside the file are read, too. Raises
+    CheckpointError, and PackageError where a SentencePiece model lacks its library."""
+    path = text.tokenizer_file
+    assert path is not None
+    raw = path.read_bytes()
+    is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
+    readers = {".json": read_tekken, ".pkl": read_nanochat}
+    read = readers.get(path.suffix, read_tiktoken if is_tiktoken else read_sentencepiece)
+    metadata = read(raw)
+    name_added_tokens(metadata, path.parent)
+    described = nanollama._gguf_text(metadata, text.source)
+    return dataclasses.replace(
+        text,
+        gguf=metadata,
+        templates={**described.templates, **text.templates},
+        special_tokens={**described.special_tokens, **text.special_tokens},
+        eos_ids=described.eos_ids | text.eos_ids,
+    )
+
+
+def name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
+    """Add the tokens of tokenizer_config.json and added_tokens.json to the vocabulary, and put
+    their flags under `added_tokens`. Raises CheckpointError for an id far beyond the vocabulary."""
+    settings = nanollama.read_json(directory / "tokenizer_config.json", required=False)
+    ids_by_token = nanollama.read_json(directory / "added_tokens.json", required=False)
+    added: dict[int, Any] = {i: {"content": token} for token, i in ids_by_token.items()}
+    added |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    tokens, types, scores = map(metadata.__getitem__, ("tokens", "token_type", "scores"))
+    if added and not 0 <= min(added) <= max(added) < len(tokens) + 2**16:
+        raise CheckpointError(f"added tokens have the ids {min(added)} to {max(added)}")
+    for i in range(len(tokens), max(added, default=0) + 1):
+        tokens.append(f"[PAD{i}]")
+        types.append(nanollama.TOKEN_UNUSED)
+        scores.append(-1e4)
+    for i, token in added.items():
+        is_special = token.get("special")
+        tokens[i] = token["content"]
+        types[i] = nanollama.TOKEN_CONTROL if is_special else nanollama.TOKEN_USER_DEFINED
+    flags = ("lstrip", "rstrip", "single_word", "normalized")
+    metadata["added_tokens"] = {
+        i: {flag: token[flag] for flag in flags if flag in token} for i, token in added.items()
+    }
+    metadata["legacy"] = settings.get("legacy")
+    if isinstance(add_bos := settings.get("add_bos_token"), bool):
+        metadata["add_bos_token"] = add_bos
+
+
+def ranked_metadata(
+    ranks: Mapping[bytes, int], before: list[str], behind: list[str], bos: str | None, eos: str
+) -> dict[str, Any]:
+    """Metadata of a byte-level BPE whose pieces merge in the order of their ranks; `before` and
+    `behind` are the control tokens around them. Raises CheckpointError for ranks with gaps."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError("the ranks are not 0, 1, 2 and so on")
+    alphabet = {byte: character for character, byte in nanollama.byte_alphabet().items()}
+    pieces = [p.decode("latin-1").translate(alphabet) for p in sorted(ranks, key=ranks.__getitem__)]
+    tokens = [*before, *pieces, *behind]
+    control, normal = [nanollama.TOKEN_CONTROL], [nanollama.TOKEN_NORMAL]
+    return {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": control * len(before) + normal * len(pieces) + control * len(behind),
+        "scores": [-i for i in range(len(tokens))],
+        "bos_token_id": tokens.index(bos) if bos else None,
+        "eos_token_id": tokens.index(eos),
+    }
+
+
+# ---- Mistral's tekken.json -----------------------------------------------------------------------
+
+# Control tokens from id 0 on, for a tekken.json that does not list them
+# https://github.com/mistralai/mistral-common (tokens/tokenizers/tekken.py)
+TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+    "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+).split()
+
+# The prompt that Mistral's library writes for a chat without tools. From version 7 on, a system
+# message stands where it is in the chat; older versions put it before the last question (`old`).
+# https://github.com/mistralai/mistral-common (integrations/chat_templates)
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and old %}"
+    "{% set ns.system = ns.system + message.content + '\n\n' %}"
+    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn + 1 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message.role != 'system' and message.role == (loop.previtem or {}).role %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% elif message.role == 'user' %}{% set ns.turn = ns.turn - 1 %}"
+    "[INST]{{ '' if ns.turn else ns.system }}{{ message.content }}[/INST]"
+    "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% elif message.role != 'system' %}"
+    "{{ raise_exception('only system, user and assistant messages are supported') }}"
+    "{% elif not old %}[SYSTEM_PROMPT]{{ message.content }}[/SYSTEM_PROMPT]{% endif %}{% endfor %}"
+)
+
+
+def mistral_template(tekken: Path) -> str:
+    """Jinja template for chats with the model of a tekken.json, which holds its version."""
+    config = nanollama.read_json(tekken).get("config")
+    version = config.get("version") if isinstance(config, Mapping) else None
+    match = re.fullmatch(r"v(\d{1,4})\w*", str(version))
+    old = "true" if match and int(match[1]) < 7 else "false"
+    return f"{{% set old = {old} %}}{MISTRAL_TEMPLATE}"
+
+
+def read_tekken(raw: bytes) -> dict[str, Any]:
+    """A tekken.json: control tokens first, then pieces by rank, and the expression that splits
+    text."""
+    vocabulary = json.loads(raw)
+    config, entries = vocabulary["config"], vocabulary["vocab"]
+    num_control, num_tokens = config["default_num_special_tokens"], config["default_vocab_size"]
+    named = vocabulary.get("special_tokens") or [
+        {"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)
+    ]
+    if not len(named) <= num_control <= len(entries):
+        raise CheckpointError(f"{excerpt(num_control)} control tokens; the file names {len(named)}")
+    control = [f"<SPECIAL_{i}>" for i in range(num_control)]
+    for token in named:
+        control[token["rank"]] = token["token_str"]
+    ranks = {
+        base64.b64decode(entry["token_bytes"]): entry["rank"]
+        for entry in entries[: num_tokens - num_control]
+    }
+    metadata = ranked_metadata(ranks, control, [], "<s>", "</s>")
+    return metadata | {"pattern": config["pattern"], "add_bos_token": True}
+
+
+# ---- tiktoken's ranks ----------------------------------------------------------------------------
+
+# A tiktoken file holds ranks only. The number of ranks tells the model: the name of its
+# pre-tokenizer, the control tokens behind the ranks, and the first and last token of a text.
+# https://github.com/meta-llama/llama-models (llama3/tokenizer.py),
+# https://huggingface.co/Qwen/Qwen-7B (tokenization_qwen.py)
+_LLAMA3 = (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
+).split() + [f"reserved_special_token_{i}" for i in range(2, 246)]
+_QWEN1 = ["endoftext", "im_start", "im_end", *(f"extra_{i}" for i in range(205))]
+TIKTOKEN = {
+    128000: ("llama-bpe", [f"<|{name}|>" for name in _LLAMA3], "<|begin_of_text|>", "<|eot_id|>"),
+    151643: ("qwen2", [f"<|{name}|>" for name in _QWEN1], None, "<|im_end|>"),
+}
+
+
+def read_tiktoken(raw: bytes) -> dict[str, Any]:
+    """Lines of a piece in base64 and its rank. Raises CheckpointError for an unknown number of
+    ranks (https://github.com/openai/tiktoken, load.py)."""
+    lines = map(bytes.split, raw.splitlines())
+    ranks = {base64.b64decode(line[0]): int(line[1]) for line in lines if line}
+    if len(ranks) not in TIKTOKEN:
+        known = ", ".join(map(str, TIKTOKEN))
+        raise CheckpointError(
+            f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
+            "--tokenizer with a model directory or hub id"
+        )
+    pre_tokenizer, control, bos, eos = TIKTOKEN[len(ranks)]
+    return ranked_metadata(ranks, [], control, bos, eos) | {"pre": pre_tokenizer}
+
+
+# ---- SentencePiece models ------------------------------------------------------------------------
+
+
+def read_sentencepiece(raw: bytes) -> dict[str, Any]:
+    """A SentencePiece model of the kind BPE that leaves text as it is. Raises CheckpointError for
+    any other (https://github.com/google/sentencepiece, src/sentencepiece_model.proto)."""
+    model = sentencepiece_model.ModelProto.FromString(raw)
+    trained, normalized = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
+        raise CheckpointError("the file holds no vocabulary")
+    if trained.model_type != trained.BPE:
+        kind = trained.ModelType.Name(trained.model_type)
+        raise CheckpointError(f"SentencePiece models of the kind {kind} are not supported; BPE is")
+    if normalized.precompiled_charsmap or normalized.remove_extra_whitespaces:
+        raise CheckpointError(
+            f"the SentencePiece model normalises text ({normalized.name or 'its spaces'}), which "
+            "is not supported"
+        )
+    ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
+    return {
+        "model": "llama",
+        "tokens": [piece.piece for piece in model.pieces],
+        "token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
+        "scores": [piece.score for piece in model.pieces],
+        "add_space_prefix": normalized.add_dummy_prefix,
+        **{f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
+    }
+
+
+# ---- nanochat's tokenizer.pkl --------------------------------------------------------------------
+
+
+def read_nanochat(raw: bytes) -> dict[str, Any]:
+    """A pickled tiktoken.Encoding, as nanochat saves it: pieces by rank, then control tokens."""
+    encoding = read_encoding(raw)
+    ranks, control = encoding["mergeable_ranks"], encoding["special_tokens"]
+    names = sorted(control, key=control.__getitem__)
+    if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+        raise CheckpointError("the control tokens do not follow the other tokens")
+    bos = nanollama.NANOCHAT_BOS
+    return ranked_metadata(ranks, [], names, bos, "<|assistant_end|>") | {
+        "pattern": encoding["pat_str"],
+        "add_bos_token": True,
+        "eot_token_id": control[bos],  # the beginning of another text ends an answer, too
+        "tokenizer.chat_template": nanollama.NANOCHAT_TEMPLATE,
+    }
+
+
+def read_encoding(raw: bytes) -> dict[str, Any]:
+    """The pat_str, mergeable_ranks and special_tokens of a pickled tiktoken.Encoding.
+
+    Raises CheckpointError for any other pickle, of which nothing is run."""
+    try:
+        state = EncodingUnpickler(io.BytesIO(raw)).load().state
+        key_types = {"mergeable_ranks": bytes, "special_tokens": str}
+        for name, key_type in key_types.items():
+            for key, value in state[name].items():
+                if not isinstance(key, key_type) or not isinstance(value, int):
+                    raise ValueError(f"{name} has {excerpt(key)}: {excerpt(value)}")
+        if not isinstance(state["pat_str"], str):
+            raise ValueError(f"pat_str is {excerpt(state['pat_str'])}")
+        return dict(state)
+    except (ValueError, LookupError, TypeError, AttributeError, *PICKLE_ERRORS) as error:
+        raise CheckpointError(
+            "not a tiktoken encoding as nanochat saves it, and no other pickle is read: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
+
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, struct.error)
+ENCODING_INSTRUCTIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.MARK, pickle.STOP),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2),
+    *(pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.BUILD),
+)
+
+
+class PickledEncoding:
+    """Stands for tiktoken.Encoding while a pickle is read; it keeps the state and does nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class EncodingUnpickler(pickle._Unpickler):
+    """Reads the pickle of one tiktoken.Encoding. Raises KeyError for an instruction that is not
+    listed (none that is listed calls a function), and UnpicklingError for another class.
+
+    Only the unpickler in Python has a table of instructions
+    (https://github.com/python/cpython/blob/main/Lib/pickle.py)."""
+
+    dispatch: ClassVar = {
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in ENCODING_INSTRUCTIONS
+    }
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"it holds a {excerpt(f'{module}.{name}')}")
+        return PickledEncoding
