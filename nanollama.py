@@ -7334,8 +7334,9 @@ def encode_chat(
     messages: Iterable[Mapping[str, Any]],
     tools: list[dict[str, Any]] | None = None,
     **template_kwargs: Any,
-) -> list[int]:
-    """Messages -> prompt ids in which every control token comes from the template.
+) -> tuple[list[int], str]:
+    """Messages -> the prompt's ids, in which every control token comes from the template, and its
+    text.
 
     Where a message spells a control token, marks are put around it before rendering, so that it
     can be told from the template's own and be encoded as plain text:
@@ -7370,12 +7371,13 @@ def encode_chat(
     )
     # text, marked word, text, .., text; a template may have torn a pair of marks: drop those
     pieces = re.split(f"{PLAIN_START}({control.pattern}){PLAIN_END}|{marks}", text)
-    return [
+    ids = [
         token_id
         for i, piece in enumerate(pieces)
         if piece
         for token_id in encode(piece, i == 0, parse_special=i % 2 == 0)
     ]
+    return ids, "".join(filter(None, pieces))
 
 
 class ThoughtSplitter:
@@ -7831,6 +7833,9 @@ class Constraint:
         self.is_free = int(np.count_nonzero(allowed)) >= self.num_free
         return allowed
 
+    def copy(self) -> Constraint:
+        return Constraint(self.matcher.deep_copy(), self.n_vocab, self.num_free)
+
     def push(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
 
@@ -8097,7 +8102,7 @@ class Grammars:
             forms = ("schema", "regex", "grammar")
             error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
             raise
-        return Constraint(matcher.deep_copy(), self.n_vocab, self.num_free)
+        return Constraint(matcher, self.n_vocab, self.num_free)
 
 
 # ==================================================================================================
@@ -8871,6 +8876,40 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """What an answer may call and must be: None for no calls, and for any text."""
+
+    calls: Calls | None = None
+    start: Constraint | None = None  # before the first token; each answer begins with a copy
+
+    def constraint(self) -> Constraint | None:
+        """The state of one answer."""
+        return self.start.copy() if self.start else None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is ready to run: its prompt as ids and as text, and the form of its answer.
+    Made once, by the caller's thread; `LLM.start` hands it to the engine."""
+
+    request: GenerationRequest
+    ids: list[int]
+    prompt_text: str
+    form: AnswerForm
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on where the prompt's text ends, not in a turn of its own."""
+        kwargs = self.request.template_kwargs
+        return self.request.messages is None or bool(kwargs.get("continue_final_message"))
+
+    def splitter(self, keep_tags: bool = False) -> AnswerSplitter:
+        """Takes one answer apart."""
+        calls = self.form.calls
+        return AnswerSplitter(self.prompt_text, calls.splitter() if calls else None, keep_tags)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer: what the deltas of a request add up to."""
 
@@ -8923,39 +8962,54 @@ class TextSide:
         template_kwargs["add_generation_prompt"] = add_generation_prompt
         return self.template.prompt(messages, tools, **template_kwargs)
 
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The ids that a request starts from."""
+    def encode_request(self, request: GenerationRequest) -> tuple[list[int], str]:
+        """The prompt of a request as ids and as text. Raises RequestError."""
+        prompt = request.prompt
         if request.messages is not None:
-            return encode_chat(
-                self.tokenizer,
-                self.template,
-                request.messages,
-                request.tools,
-                **request.template_kwargs,
-            )
-        assert request.prompt is not None
-        if isinstance(request.prompt, str):
-            return self.encode(request.prompt)
+            chat, kwargs = (request.messages, request.tools), request.template_kwargs
+            return encode_chat(self.tokenizer, self.template, *chat, **kwargs)
+        assert prompt is not None
+        if isinstance(prompt, str):
+            return self.encode(prompt), prompt
         try:  # NumPy's and torch's integers are as good as Python's
-            return [operator.index(token_id) for token_id in request.prompt]
+            ids = [operator.index(token_id) for token_id in prompt]
         except TypeError:
-            prompt = excerpt(request.prompt)
-            raise RequestError(f"a prompt is {prompt}; it must be text or ids", "prompt") from None
+            given = excerpt(prompt)
+            raise RequestError(f"a prompt is {given}; it must be text or ids", "prompt") from None
+        return ids, self.decode(ids)
 
-    def prompt_text(self, request: GenerationRequest) -> str:
-        """The text that a request's answer continues."""
-        if request.messages is not None:
-            return self.render(request.messages, request.tools, **request.template_kwargs)
-        prompt = request.prompt or ""
-        return prompt if isinstance(prompt, str) else self.decode(prompt)
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids of a request's prompt. Raises RequestError."""
+        return self.encode_request(request)[0]
 
-    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
-        """What the answer to a request must be, given its prompt's ids. Raises RequestError."""
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """Encode a request and compile what its answer must be; any thread may do so. Raises
+        RequestError."""
+        calls = self.calls(request)
+        ids, text = self.encode_request(request)
+        return Prepared(request, ids, text, self.answer_form(request, ids, calls))
+
+    def prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Prepared]:
+        """Prepare the choices of one body: choices of the same prompt differ in their seeds only,
+        and share everything else. Raises RequestError."""
+        first: dict[int, Prepared] = {}
+        prepared = []
+        for request in requests:
+            key = id(request.messages or request.prompt)
+            if key not in first:
+                first[key] = self.prepare(request)
+            prepared.append(dataclasses.replace(first[key], request=request))
+        return prepared
+
+    def answer_form(
+        self, request: GenerationRequest, ids: list[int], calls: Calls | None
+    ) -> AnswerForm:
+        """What the answer to a prompt must be. Raises RequestError."""
         continues = request.template_kwargs.get("continue_final_message")
         tags = None if request.messages is None or continues else self.template.thoughts
         # the prompt's last tokens tell whether a thought has begun
-        prompt, calls = self.decode(ids[-16:]), self.calls(request)
-        return self.grammars.constraint(request.params, prompt, tags, calls)
+        tail = self.decode(ids[-16:])
+        return AnswerForm(calls, self.grammars.constraint(request.params, tail, tags, calls))
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
@@ -8964,13 +9018,6 @@ class TextSide:
         form, p = self.template.tool_format, request.params
         is_free = p.schema is None and p.regex is None and p.grammar is None
         return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
-
-    def splitter(
-        self, request: GenerationRequest, prompt: str, keep_tags: bool = False
-    ) -> AnswerSplitter:
-        """For the answer to a request, given its prompt's text."""
-        calls = self.calls(request)
-        return AnswerSplitter(prompt, calls.splitter() if calls else None, keep_tags)
 
 
 class LLM(TextSide):
@@ -9074,45 +9121,47 @@ class LLM(TextSide):
         return torch.cat(parts)
 
     def start(
-        self,
-        request: GenerationRequest,
-        index: int = 0,
-        ids: Iterable[int] | None = None,
-        logprobs_from: int = 1,
+        self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
     ) -> Sequence:
-        """Hand a request to the engine; `engine.step()` then works on it. `ids` are its prompt's
-        where they are known; prompt_logprobs, if asked for, start with `logprobs_from` and so leave
-        the tokens before to the cache. Raises RequestError."""
-        is_chat = request.messages is not None
-        continues = not is_chat or bool(request.template_kwargs.get("continue_final_message"))
-        ids = self.prompt_ids(request) if ids is None else list(ids)
-        constraint, calls = self.constraint(request, ids), self.calls(request)
-        shown = calls.shown(self.tokenizer) if calls else frozenset[int]()
-        if is_chat:
+        """Hand a request to the engine; `engine.step()` then works on it. prompt_logprobs, if asked
+        for, start with `logprobs_from` and so leave the tokens before to the cache. Raises
+        RequestError."""
+        prepared = request if isinstance(request, Prepared) else self.prepare(request)
+        request, form = prepared.request, prepared.form
+        shown = form.calls.shown(self.tokenizer) if form.calls else frozenset[int]()
+        if request.messages is not None:
             tags = "".join(self.template.thoughts or ())
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
+        constraint = form.constraint()
         # what is constrained keeps the space that it begins with
-        continues = continues or constraint is not None
-        stream = TextStream(self.tokenizer, request.params.stop, continues, shown)
+        continues = prepared.continues or constraint is not None
         seq = Sequence(
-            index, ids, request.params, stream, constraint=constraint, logprobs_from=logprobs_from
+            index,
+            list(prepared.ids),
+            request.params,
+            TextStream(self.tokenizer, request.params.stop, continues, shown),
+            constraint=constraint,
+            logprobs_from=logprobs_from,
+            pooling=self.pooling if request.embed else None,
         )
-        seq.pooling = self.pooling if request.embed else None
         try:
             self.engine.add(seq)
         except RequestError as error:
-            error.param = "messages" if is_chat and error.param == "prompt" else error.param
+            if request.messages is not None and error.param == "prompt":
+                error.param = "messages"
             raise
         return seq
 
     def stream(
-        self, requests: Iterable[GenerationRequest] | GenerationRequest, raise_errors: bool = True
+        self,
+        requests: Iterable[GenerationRequest | Prepared] | GenerationRequest | Prepared,
+        raise_errors: bool = True,
     ) -> Iterator[Delta]:
         """Run requests together; their deltas come as they are made, `delta.index` says whose.
 
         A request that cannot be run raises, or yields a Delta with `error` when `raise_errors` is
         false. Leaving the loop early cancels what still runs."""
-        if isinstance(requests, GenerationRequest):
+        if isinstance(requests, (GenerationRequest, Prepared)):
             requests = [requests]
         sequences: list[Sequence] = []
         try:
@@ -9151,7 +9200,7 @@ class LLM(TextSide):
                 num_wanted = len(scheduler.contents) - len(scheduler.waiting)
                 for index, (ids, start) in itertools.islice(pending, num_wanted):
                     request = GenerationRequest(ids, params=params)
-                    running.append(self.start(request, index, ids, start))
+                    running.append(self.start(request, index, start))
                 if not running:
                     return
                 self.engine.step()
@@ -9218,7 +9267,7 @@ class LLM(TextSide):
                     digest.update(opened.read(1 << 16))
         return f"fp_{digest.hexdigest()[:12]}"
 
-    def complete(self, request: GenerationRequest) -> Completion:
+    def complete(self, request: GenerationRequest | Prepared) -> Completion:
         """The whole answer to one request: a fold over `stream`."""
         deltas = list(self.stream(request))
         usage, reason = deltas[-1].usage, deltas[-1].finish_reason
@@ -10678,13 +10727,18 @@ class Job:
     at_end: Callable[[], None]
     # empty once all has started; then deltas, or what ended the job early
     events: asyncio.Queue[list[Delta] | NanollamaError] = field(default_factory=asyncio.Queue)
+    prepared: list[Prepared] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
-    splitters: list[AnswerSplitter] = field(default_factory=list)  # of each choice
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.started_s = self.loop.time()
         self.worker.num_sequences += len(self.requests)
+
+    @property
+    def splitters(self) -> list[AnswerSplitter]:
+        """One for each answer."""
+        return [prepared.splitter() for prepared in self.prepared]
 
     def finish(self) -> None:
         """Stop what still runs, and take the load off the worker."""
@@ -10753,24 +10807,15 @@ class EngineWorker(threading.Thread):
     async def submit(self, job: Job) -> None:
         """Start a job. Raises RequestError if one of its requests cannot be run."""
 
-        def read() -> dict[int, tuple[list[int], str]]:
-            """Ids and text of each prompt, which several choices may share."""
-            assert self.llm is not None
-            llm, prompts = self.llm, {id(r.messages or r.prompt): r for r in job.requests}
-            found = {key: (llm.prompt_ids(r), llm.prompt_text(r)) for key, r in prompts.items()}
-            for key, request in prompts.items():  # a grammar compiled here is there for `start`
-                llm.constraint(request, found[key][0])
-            return found
-
-        prompts = await asyncio.to_thread(read)  # a long text must not hold up the engine
+        assert self.llm is not None
+        # a long text must not hold up the engine
+        job.prepared = await asyncio.to_thread(self.llm.prepare_all, job.requests)
 
         def start(llm: LLM) -> None:
             self.jobs.append(job)
             try:
-                for index, request in enumerate(job.requests):
-                    ids, text = prompts[id(request.messages or request.prompt)]
-                    job.sequences.append(llm.start(request, index, ids))
-                    job.splitters.append(llm.splitter(request, text))
+                for index, prepared in enumerate(job.prepared):
+                    job.sequences.append(llm.start(prepared, index))
                 job.post([])
             except Exception as error:
                 job.post(told(error))
@@ -12068,9 +12113,9 @@ class App(OpenAIHandlers, OllamaHandlers):
         body, pool = await self.asked_model(request)
         llm = pool.llm()
         chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
-        ids = await asyncio.to_thread(llm.prompt_ids, chat)
+        ids, text = await asyncio.to_thread(llm.encode_request, chat)
         pieces = [llm.tokenizer.piece(i) for i in ids]
-        return as_json({"prompt": llm.prompt_text(chat), "tokens": ids, "pieces": pieces})
+        return as_json({"prompt": text, "tokens": ids, "pieces": pieces})
 
 
 @dataclass(frozen=True, slots=True)
@@ -12438,18 +12483,18 @@ class ScriptLLM(LLM):
         """Of the code alone"""
         return f"fp_{__version__}"
 
-    def constraint(self, request: GenerationRequest, ids: list[int]) -> Constraint | None:
-        """None: an answer is what the script says, whatever was asked for."""
-        return None
+    def answer_form(
+        self, request: GenerationRequest, ids: list[int], calls: Calls | None
+    ) -> AnswerForm:
+        """Any text: an answer is what the script says, whatever was asked for."""
+        return AnswerForm(calls)
 
     def start(
-        self,
-        request: GenerationRequest,
-        index: int = 0,
-        ids: Iterable[int] | None = None,
-        logprobs_from: int = 1,
+        self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
     ) -> Sequence:
         """Take the next answer of the script. Raises the error that it asks for."""
+        prepared = request if isinstance(request, Prepared) else self.prepare(request)
+        request = prepared.request
         if request.embed:
             raise RequestError("a script has no embeddings; --model tiny-random has", "input")
         asked = (request.messages or [{"content": request.prompt}])[-1].get("content")
@@ -12457,7 +12502,7 @@ class ScriptLLM(LLM):
         if status := answer.get("error"):
             code = "rate_limit_exceeded" if status == 429 else "scripted"
             raise WireError(status, code, answer.get("message", "the script says so"))
-        seq = super().start(request, index, ids, logprobs_from)
+        seq = super().start(prepared, index, logprobs_from)
         calls = [
             (c["name"], json.dumps(c.get("arguments", {}))) for c in answer.get("tool_calls", [])
         ]
@@ -13690,9 +13735,9 @@ def confirmed(question: str) -> bool:
 
 def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> AnswerPrinter:
     """Print an answer as it comes. If `catch`, Ctrl-C only ends it."""
-    splitter = llm.splitter(request, llm.prompt_text(request), keep_tags=True)
-    printer, is_started = AnswerPrinter(splitter, hide_thinking), False
-    deltas = llm.stream(request)
+    prepared = llm.prepare(request)
+    printer, is_started = AnswerPrinter(prepared.splitter(keep_tags=True), hide_thinking), False
+    deltas = llm.stream(prepared)
     try:
         for delta in deltas:
             is_started = True
@@ -13788,13 +13833,13 @@ class BatchRow:
     def is_done(self) -> bool:
         return bool(self.error or (self.last and self.last.finish_reason))
 
-    def push(self, delta: Delta, llm: LLM, request: GenerationRequest, hide_thinking: bool) -> None:
-        """Take a part of the answer to `request`."""
+    def push(self, delta: Delta, prepared: Prepared, hide_thinking: bool) -> None:
+        """Take a part of the answer."""
         self.error, self.last = delta.error, delta
         if delta.error:
             return
         if self.printer is None:
-            splitter = AnswerSplitter(llm.prompt_text(request), keep_tags=True)
+            splitter = prepared.splitter(keep_tags=True)
             self.printer = AnswerPrinter(splitter, hide_thinking, self.out)
         self.printer.push(delta)
 
@@ -13832,13 +13877,19 @@ def answered(
 ) -> Iterator[BatchRow]:
     """The rows in their order, each as soon as it is done; all run together. `request` makes one of
     a prompt."""
-    runnable = [row for row in rows if row.error is None]
-    requests = [request(row.prompt or "") for row in runnable]
-    deltas = llm.stream(requests, raise_errors=False)
+    runnable, prompts = list[BatchRow](), list[Prepared]()
+    for row in rows:
+        try:
+            if row.error is None:
+                prompts.append(llm.prepare(request(row.prompt or "")))
+                runnable.append(row)
+        except NanollamaError as error:
+            row.error = error
+    deltas = llm.stream(prompts, raise_errors=False)
     for row in rows:
         while not row.is_done:
             delta = next(deltas)
-            runnable[delta.index].push(delta, llm, requests[delta.index], hide_thinking)
+            runnable[delta.index].push(delta, prompts[delta.index], hide_thinking)
         yield row
 
 

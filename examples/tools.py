@@ -33,8 +33,9 @@ if __name__ == "__main__":
         tools=[function_tool(population), function_tool(add)],
         tool_choice=ToolChoice("required", max_calls=1),
     )
-    splitter = llm.splitter(request, llm.prompt_text(request))
-    pieces = splitter.push(llm.complete(request).text) + splitter.flush()
+    prepared = llm.prepare(request)
+    splitter = prepared.splitter()
+    pieces = splitter.push(llm.complete(prepared).text) + splitter.flush()
     name = next(text for kind, text in pieces if kind == "name")
     arguments = "".join(text for kind, text in pieces if kind == "arguments")
     result = {"population": population, "add": add}[name](**json.loads(arguments))

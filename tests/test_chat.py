@@ -343,10 +343,10 @@ NASTY = [
 def test_a_typed_control_token_is_text(smol: tuple[Tokenizer, ChatTemplate]) -> None:
     tokenizer, template = smol
     control = set(tokenizer.control.values())
-    empty = nanollama.encode_chat(tokenizer, template, [{"role": "user", "content": ""}])
+    empty, _ = nanollama.encode_chat(tokenizer, template, [{"role": "user", "content": ""}])
     expected = [i for i in empty if i in control]
     for words in NASTY:
-        ids = nanollama.encode_chat(tokenizer, template, [{"role": "user", "content": words}])
+        ids, _ = nanollama.encode_chat(tokenizer, template, [{"role": "user", "content": words}])
         assert [i for i in ids if i in control] == expected, words
         shown = words.replace("\ufdd0", "").replace("\ufdd1", "")
         assert shown in tokenizer.decode(ids)
@@ -361,7 +361,7 @@ def test_ids_with_typed_control_tokens_equal_transformers_sanitized_ones(
         if "\ufdd0" in words:  # a character that each of the two drops in its own way
             continue
         messages = [SYSTEM, {"role": "user", "content": words}, ANSWER, USER]
-        ids = nanollama.encode_chat(tokenizer, template, messages)
+        ids, _ = nanollama.encode_chat(tokenizer, template, messages)
         tokenizer._tokenizer.encode_special_tokens = False
         assert ids == theirs(messages), words
 
@@ -393,7 +393,7 @@ def test_sentencepiece_prompts_with_typed_control_tokens_equal_transformers(
     theirs = by_hugging_face(tokenizer._tokenizer, CHATML)
     for words in ["plain", "a<|im_end|>b", "<|im_end|> is", " the <s> end "]:
         messages = [{"role": "user", "content": words}]
-        ids = nanollama.encode_chat(tokenizer, template, messages)
+        ids, _ = nanollama.encode_chat(tokenizer, template, messages)
         tokenizer._tokenizer.encode_special_tokens = False
         assert ids == theirs(messages), words
 
@@ -408,7 +408,7 @@ def test_ids_equal_the_encoded_prompt_where_no_control_token_is_typed(
     words = data.draw(st.text(unmarked, max_size=40))
     messages = [{"role": "user", "content": words + "<|im_"}]
     text = template.render(messages)
-    ids = nanollama.encode_chat(tokenizer, template, messages)
+    ids, _ = nanollama.encode_chat(tokenizer, template, messages)
     assert ids == tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -421,7 +421,7 @@ def test_parts_tools_and_template_variables_cannot_smuggle_one_in(
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
     tools = [{"type": "function", "function": {"name": "<|im_end|>", "<|im_end|>": ["<|im_end|>"]}}]
     messages = [{"role": "user", "content": parts}]
-    ids = nanollama.encode_chat(tokenizer, template, messages, tools, date="<|im_end|>")
+    ids, _ = nanollama.encode_chat(tokenizer, template, messages, tools, date="<|im_end|>")
     assert ids.count(tokenizer.control["<|im_end|>"]) == 1
     assert tokenizer.decode(ids).count("<|im_end|>") == 5
 
@@ -434,7 +434,7 @@ def test_a_final_message_is_continued_whatever_it_says(
         messages = [USER, {"role": "assistant", "content": words}]
         text = template.render(messages, continue_final_message=True)
         assert text.endswith("<|im_start|>assistant\n" + words)
-        ids = nanollama.encode_chat(tokenizer, template, messages, continue_final_message=True)
+        ids, _ = nanollama.encode_chat(tokenizer, template, messages, continue_final_message=True)
         assert tokenizer.decode(ids[-20:]).endswith(words)
         assert ids.count(tokenizer.control["<|im_end|>"]) == 2
 

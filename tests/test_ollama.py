@@ -234,10 +234,13 @@ def test_thoughts_are_apart_and_may_be_left_out(tiny: Callable[..., Path]) -> No
             body = {"model": "t", "messages": USER, "stream": False, "think": think}
             with pytest.MonkeyPatch.context() as patch:
                 seen: list[str] = []
-                text = live.pool.llm().prompt_text
-                patch.setattr(
-                    live.pool.llm(), "prompt_text", lambda r: seen.append(text(r)) or seen[-1]
-                )
+                llm, prepare = live.pool.llm(), live.pool.llm().prepare
+
+                def watched(request: nanollama.GenerationRequest) -> nanollama.Prepared:
+                    seen.append((prepared := prepare(request)).prompt_text)
+                    return prepared
+
+                patch.setattr(llm, "prepare", watched)
                 live.http.post("/api/chat", json={**body, "options": {"num_predict": 1}})
             return seen[0].partition("<|im_start|>")[0].strip()
 

@@ -271,14 +271,14 @@ def test_a_long_text_is_read_while_others_are_answered(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, go = live.pool.llm(), threading.Event()
-    prompt_ids = llm.prompt_ids
+    prepare = llm.prepare
 
-    def slow(request: nanollama.GenerationRequest) -> list[int]:
+    def slow(request: nanollama.GenerationRequest) -> nanollama.Prepared:
         if request.prompt == "long":
             go.wait()
-        return prompt_ids(request)
+        return prepare(request)
 
-    monkeypatch.setattr(llm, "prompt_ids", slow)
+    monkeypatch.setattr(llm, "prepare", slow)
     with ThreadPoolExecutor() as threads:
         long = threads.submit(live.text, "long", max_tokens=1)
         wait_until(lambda: live.pool.workers[0].num_sequences == 1)

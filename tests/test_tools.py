@@ -396,7 +396,8 @@ def models(
 
 def called(llm: LLM, request: GenerationRequest) -> tuple[str, list[tuple[str, str]], str]:
     """Content, calls and finish_reason of an answer."""
-    answer, splitter = llm.complete(request), llm.splitter(request, llm.prompt_text(request))
+    prepared = llm.prepare(request)
+    answer, splitter = llm.complete(prepared), prepared.splitter()
     pieces = splitter.push(answer.text) + splitter.flush()
     calls: list[tuple[str, str]] = []
     for kind, text in pieces:
@@ -604,7 +605,8 @@ def test_gpt_oss_thinks_then_answers_or_calls(models: Callable[[str], LLM]) -> N
         ({"schema": schema}, ToolChoice("none"), HARMONY + answer + '{"x":1}', False, None),
     ):
         wanted, ids = request(choice, **fields), llm.encode(text, False)
-        seq, splitter = llm.start(wanted), llm.splitter(wanted, llm.prompt_text(wanted))
+        prepared = llm.prepare(wanted)
+        seq, splitter = llm.start(prepared), prepared.splitter()
         llm.engine.cancel(seq)
         assert seq.constraint
         assert (seq.constraint.num_valid(ids) == len(ids)) == is_right, text
