@@ -5790,55 +5790,27 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
 
 
-# Where nanochat keeps what it trained, under NANOCHAT_BASE_DIR or ~/.cache/nanochat
 NANOCHAT = "nanochat"
-NANOCHAT_SOURCES = {
-    "sft": ("chatsft_checkpoints", "sft_checkpoints"),
-    "rl": ("chatrl_checkpoints", "rl_checkpoints"),
-    "mid": ("mid_checkpoints",),
-    "base": ("base_checkpoints",),
+# Folder in a directory of nanochat -> the value of --source that chooses it
+NANOCHAT_FOLDERS = {
+    **dict.fromkeys(("chatsft_checkpoints", "sft_checkpoints"), "sft"),
+    **dict.fromkeys(("chatrl_checkpoints", "rl_checkpoints"), "rl"),
+    "mid_checkpoints": "mid",
+    "base_checkpoints": "base",
 }
 
 
-def nanochat_base(reference: str) -> Path | None:
-    """The base directory that a reference means: nanochat, or its path. None for others."""
-    base = local_path(reference)
-    names = itertools.chain(*NANOCHAT_SOURCES.values())
-    if base and any((base / name).is_dir() for name in names):
-        return base
-    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    return Path(default).expanduser() if reference == NANOCHAT else None
+def is_nanochat_directory(path: Path) -> bool:
+    return any((path / name).is_dir() for name in NANOCHAT_FOLDERS)
 
 
-def nanochat_model(
-    base: Path, source: str | None = None, tag: str | None = None, step: int | None = None
-) -> Path:
-    """The model_NNNNNN.pt of a source (sft), a tag (the deepest dNN, else the one written last) and
-    a step (the last). Raises ModelNotFoundError, listing what there is."""
+def nanochat_store(reference: str) -> Any:
+    """The extra that chooses a checkpoint of nanochat; None for a reference to other models.
 
-    def choose(what: str, there: Mapping[Any, Path], wanted: Any, default: Any) -> Path:
-        if there and (wanted in there or wanted is None):
-            return there[default(there) if wanted is None else wanted]
-        known = ", ".join(map(str, sorted(there))) or "nothing"
-        missing = "" if wanted is None else f" {wanted}"
-        raise ModelNotFoundError(f"{where}: no {what}{missing}; there is: {known}")
-
-    def largest(tags: Mapping[str, Path]) -> str:
-        depth = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
-        return max(depth or tags, key=lambda tag: depth.get(tag) or tags[tag].stat().st_mtime)
-
-    where = base
-    sources = {
-        name: path
-        for name, places in NANOCHAT_SOURCES.items()
-        for place in reversed(places)
-        if (path := base / place).is_dir()
-    }
-    where = choose("checkpoints of source", sources, source or "sft", None)
-    tags = {path.name: path for path in where.iterdir() if path.is_dir()}
-    where = choose("model tag", tags, tag, largest)
-    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in where.iterdir())
-    return choose("step", {int(m[1]): path for path, m in found if m}, step, max)
+    Raises ExtraError."""
+    path = local_path(reference)
+    is_nanochat = reference == NANOCHAT or (path and is_nanochat_directory(path))
+    return extra("files.nanochat_store", "nanochat's directory") if is_nanochat else None
 
 
 # Hears of a file's name, how many bytes are there, how many there will be; what it raises ends the
@@ -5980,11 +5952,11 @@ class ModelStore(HubCache):
         """The path of a model that is on this machine, complete; None when it has to be pulled.
 
         Raises ModelNotFoundError for a reference that means nothing."""
-        path, base = local_path(reference), nanochat_base(reference)
-        if revision and (path or base or reference in ALIASES):
+        path, nanochat = local_path(reference), nanochat_store(reference)
+        if revision and (path or nanochat or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
-        if base:
-            return nanochat_model(base)
+        if nanochat:
+            return cast(Path, nanochat.find_model(reference))
         if reference not in (*ALIASES, TINY_RANDOM):
             if path:
                 return path
@@ -13358,8 +13330,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model MODEL", text, action=ModelAction)
     parser.set_defaults(models=())
     add("--revision REV", "branch, tag or commit of a hub model")
-    text = f"of {NANOCHAT}'s models: {', '.join(NANOCHAT_SOURCES)} (default: sft)"
-    add("--source -i NAME", text, choices=NANOCHAT_SOURCES)
+    sources = tuple(dict.fromkeys(NANOCHAT_FOLDERS.values()))
+    text = f"of {NANOCHAT}'s models: {', '.join(sources)} (default: sft)"
+    add("--source -i NAME", text, choices=sources)
     add("--model-tag -g TAG", "and of these, as in d20 (default: the largest)")
     add("--step -s N", "and of these (default: the last)", int)
     add("--tokenizer MODEL", "take tokenizer and chat template from another model")
@@ -13482,13 +13455,14 @@ class Settings:
         choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
         if all(chosen is None for chosen in choice):
             return str(reference)
-        base = nanochat_base(NANOCHAT if origin == "built-in" else reference)
-        if base is None:
+        reference = NANOCHAT if origin == "built-in" else reference
+        nanochat = nanochat_store(reference)
+        if nanochat is None:
             raise UsageError(
                 f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
                 f"neither {NANOCHAT} nor a directory of these"
             )
-        return str(nanochat_model(base, *choice))
+        return str(nanochat.find_model(reference, *choice))
 
     def value(self, name: str) -> tuple[Any, str]:
         """model, tokenizer, adapter, system, ctx or threads, and its origin."""

@@ -1,0 +1,63 @@
+"""Models in nanochat's own directory: the choice of a checkpoint by source, tag and step.
+
+Seam: names of models. The core calls `find_model` for the name "nanochat", for a directory with
+one of NANOCHAT_FOLDERS in it, and for --source, --model-tag and --step.
+To remove it: delete this file and its test, and the lines of the core that name it.
+Source: https://github.com/karpathy/nanochat (nanochat/checkpoint_manager.py)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanollama import NANOCHAT_FOLDERS, ModelNotFoundError, is_nanochat_directory, local_path
+
+
+def find_model(
+    reference: str, source: str | None = None, tag: str | None = None, step: int | None = None
+) -> Path:
+    """The model_NNNNNN.pt in a directory of nanochat, or in NANOCHAT_BASE_DIR (~/.cache/nanochat)
+    where `reference` is not a path.
+
+    By default: the source sft, the deepest model named dNN, else the model written last, and its
+    last step. Raises ModelNotFoundError, listing the choices."""
+    path = local_path(reference)
+    default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+    base = path if path and is_nanochat_directory(path) else Path(default).expanduser()
+    sources = {
+        name: folder
+        for place, name in reversed(NANOCHAT_FOLDERS.items())
+        if (folder := base / place).is_dir()
+    }
+    folder = choose(base, "checkpoints of source", sources, source or "sft", max)
+    tags = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    model = choose(folder, "model tag", tags, tag, deepest_or_latest)
+    files = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in model.iterdir())
+    return choose(model, "step", {int(m[1]): path for path, m in files if m}, step, max)
+
+
+def choose(
+    directory: Path,
+    kind: str,
+    choices: Mapping[Any, Path],
+    wanted: Any,
+    default: Callable[[Mapping[Any, Path]], Any],
+) -> Path:
+    """The choice that is wanted; for None, the default one. Raises ModelNotFoundError."""
+    if choices and wanted is None:
+        wanted = default(choices)
+    if wanted in choices:
+        return choices[wanted]
+    known = ", ".join(map(str, sorted(choices))) or "nothing"
+    name = "" if wanted is None else f" {wanted}"
+    raise ModelNotFoundError(f"{directory}: no {kind}{name}; there is: {known}")
+
+
+def deepest_or_latest(tags: Mapping[str, Path]) -> str:
+    """The tag of the deepest model, or of the directory written last where no tag tells a depth."""
+    depths = {tag: int(m[1]) for tag in tags if (m := re.match(r"d(\d+)", tag))}
+    return max(depths or tags, key=lambda tag: depths.get(tag) or tags[tag].stat().st_mtime)
