@@ -2,8 +2,8 @@
 
 python examples/batch.py
 
-All of them share every forward pass of the model. Rows of a batch do not influence each other: with
-a seed, each text is the one that its request would get alone.
+All prompts share every forward pass of the model. Rows of a batch do not influence each other: with
+a seed, each request gets the text that it would get alone.
 """
 
 from nanollama import LLM, GenerationRequest, SamplingParams

@@ -1,9 +1,9 @@
-"""Drive the engine by hand: one call of `step` is one forward pass for everything that runs.
+"""Run the engine by hand: one call of `step` is one forward pass for all running requests.
 
 python examples/engine_loop.py
 
-A second request joins while the first one is being answered (continuous batching): in one step, the
-model processes a token of the first and the whole prompt of the second.
+A second request joins while the engine answers the first one (continuous batching): in one step,
+the model processes one token of the first request and the whole prompt of the second.
 """
 
 from nanollama import LLM, GenerationRequest, SamplingParams

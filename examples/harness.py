@@ -1,11 +1,12 @@
-"""Let EleutherAI's lm-evaluation-harness ask a running server, and print what it found.
+"""Let EleutherAI's lm-evaluation-harness ask a running server, and print its figures.
 
 pip install "lm-eval[api]"
-python nanollama.py --serve --model smollm2 &
+nanollama --serve --model smollm2 &
 python examples/harness.py http://127.0.0.1:8000 QUESTIONS.jsonl
 
-The file is one that `nanollama.py eval --task` reads, and the figures are the same. The harness's
-own tasks go the same way: put their names into `tasks`, say ["hellaswag"]; it fetches questions.
+The script reads the same file as `nanollama eval --task` and finds the same figures. To run the
+harness's own tasks, put their names into `tasks`, such as ["hellaswag"]; the harness downloads the
+questions.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def ask(path, body=None):
         return json.load(response)
 
 
-# the harness adds no BOS to the ids that it sends: where the model wants one, prompts spell it out
+# The harness sends ids without BOS. If the model needs BOS, the prompts contain it as text.
 wants_bos = ask("/tokenize", {"prompt": ""})["tokens"]
 bos = ask("/tokenizer_info")["bos_token"] if wants_bos else ""
 task = {
@@ -39,21 +40,21 @@ task = {
     "doc_to_text": bos + "{{prompt}}",
     "doc_to_choice": "choices",
     "doc_to_target": "answer",
-    "target_delimiter": "",  # the choices begin with a space where one belongs
+    "target_delimiter": "",  # the choices bring their own leading space
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
-found = lm_eval.simple_evaluate(
+results = lm_eval.simple_evaluate(
     model="local-completions",
     model_args={
         "model": ask("/v1/models")["data"][0]["id"],
         "base_url": f"{args.url}/v1/completions",
-        "tokenizer_backend": "remote",  # the server's own: nothing else to download
+        "tokenizer_backend": "remote",  # the server tokenizes, so there is nothing to download
         "num_concurrent": 4,
         "max_retries": 1,
     },
     tasks=[task],
     bootstrap_iters=0,
 )
-figures = found["results"]["questions"]
+figures = results["results"]["questions"]
 for name in ("acc", "acc_norm"):
     print(f"{name:<8}  {figures[name + ',none']:.4f}")

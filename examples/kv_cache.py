@@ -1,10 +1,10 @@
-"""What a KV cache buys: the same tokens generated with it and without, and the time of each.
+"""Time the same generation with a cache of keys and values and without one.
 
 python examples/kv_cache.py [NUM_TOKENS]
 
-Without a cache, every step runs the whole text so far through the model, though only its last token
-is new; the keys and values of all the others come out as they did before. With T tokens that is
-1 + 2 + .. + T of them instead of T, and a step takes the longer, the longer the text is.
+Without a cache, every step runs the whole text so far through the model. Only the last token is
+new; the keys and values of all earlier tokens are the same as in the step before. For T tokens, the
+model processes 1 + 2 + .. + T tokens instead of T, and each step takes longer than the one before.
 """
 
 import sys
@@ -27,7 +27,7 @@ for delta in llm.stream(GenerationRequest(prompt, params=greedy)):
 
 ids, naive_s, num_processed, started = list(prompt), [], 0, time.perf_counter()
 for _ in range(num_tokens):
-    logits = llm.logits(ids)[-1]  # (V,), from a pass over everything
+    logits = llm.logits(ids)[-1]  # (V,), from a pass over the whole text
     num_processed += len(ids)
     ids.append(int(logits.argmax()))
     naive_s.append(time.perf_counter() - started)

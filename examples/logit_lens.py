@@ -1,4 +1,4 @@
-"""Look inside: what would the model say if it stopped after each layer?
+"""Print the token that the model would predict if it stopped after each layer.
 
 python examples/logit_lens.py
 
@@ -13,7 +13,7 @@ decoder = llm.engine.decoder
 
 
 def spy(layer, number):
-    """`layer`, saying what the last token's stream (C,) decodes to once it has run."""
+    """Wrap `layer` so that it prints the token that the last position's stream (C,) decodes to."""
 
     def call(x, *rest):
         x = layer(x, *rest)

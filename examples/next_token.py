@@ -1,4 +1,4 @@
-"""What the model expects after a sentence, and how well it predicts a text (its perplexity).
+"""Print the likeliest next tokens after a sentence, and the perplexity of a text.
 
 python examples/next_token.py
 """
@@ -21,5 +21,5 @@ for text in (
     ids = llm.encode(text)
     logprobs = llm.logits(ids).log_softmax(-1)
     # row t predicts token t + 1
-    told = [float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)]
-    print(f"perplexity {math.exp(-sum(told) / len(told)):7.1f}  {text}")
+    picked = [float(logprobs[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+    print(f"perplexity {math.exp(-sum(picked) / len(picked)):7.1f}  {text}")

@@ -1,10 +1,11 @@
-"""Measure OpenAI servers under load: tokens per second, time to first token, time between tokens.
+"""Measure OpenAI-compatible servers under load: tokens per second and latencies.
 
-python nanollama.py --serve --model smollm2 --parallel 16 &
+nanollama --serve --model smollm2 --parallel 16 &
 python examples/serve_bench.py http://127.0.0.1:8000/v1 [URL ..] [--clients 1 4 16 32]
 
-Every client sends one request after the other, each with a prompt that no cache has seen, and reads
-the stream. Servers take turns at each number of clients, so two can be compared in one run.
+Prints the time to the first token and the time between tokens, too. Every client sends one request
+after another, each with a prompt that is new to every cache, and reads the stream. Servers take
+turns at each number of clients, so that one run compares them.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("urls", nargs="+", metavar="URL", help="base URL, usually ending in /v1")
 parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
-parser.add_argument("--requests", type=int, default=3, help="of each client")
+parser.add_argument("--requests", type=int, default=3, help="requests per client")
 parser.add_argument("--prompt-words", type=int, default=100)
 parser.add_argument("--max-tokens", type=int, default=64)
 parser.add_argument("--api-key", default="none")
@@ -39,7 +40,7 @@ def stream(url, model, number):
         "max_tokens": args.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "ignore_eos": True,  # where a server knows it, all answers have the same length
+        "ignore_eos": True,  # servers that know this field give answers of equal length
     }
     times, usage, started = [], None, time.perf_counter()
     with post(url, "/chat/completions", body) as response:
@@ -47,8 +48,8 @@ def stream(url, model, number):
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 usage = event.get("usage") or usage
-                said = [choice["delta"] for choice in event["choices"]]
-                if any(delta.get("content") or delta.get("reasoning_content") for delta in said):
+                deltas = [choice["delta"] for choice in event["choices"]]
+                if any(delta.get("content") or delta.get("reasoning_content") for delta in deltas):
                     times.append(time.perf_counter())
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return usage["completion_tokens"], times[0] - started, gaps
@@ -64,7 +65,7 @@ try:
     models = {url: json.load(post(url, "/models"))["data"][0]["id"] for url in args.urls}
 except OSError as error:
     parser.error(f"a server does not answer: {error}")
-number = time.time_ns() % 10**9  # so that a second run is new to the caches too
+number = time.time_ns() % 10**9  # a second run uses new prompts
 print(" " * 30 + "  first token, ms".ljust(29) + "  between tokens, ms")
 columns = "      p50      p90      p99   "
 print("clients  tokens/s  failed     " + columns + columns + "server")

@@ -2,10 +2,10 @@
 
 python examples/speed_vs_llama_cpp.py [NUM_PROMPT NUM_DECODE ROUNDS [MODEL]]
 
-llama.cpp comes from the package xllamacpp (`pip install xllamacpp`); without it only nanollama is
-measured. Single figures depend on the machine and the hour; what counts is the ratio of two figures
-taken moments apart. llama.cpp runs in a process of its own: two pools of threads in one would slow
-each other down.
+llama.cpp comes from the package xllamacpp (`pip install xllamacpp`); without it, the script
+measures nanollama alone. Single figures depend on the machine and the hour; compare only ratios of
+figures taken moments apart. llama.cpp runs in a process of its own, because two thread pools in one
+process would slow each other down.
 """
 
 import importlib.util
@@ -30,13 +30,13 @@ def load_peer(path, num_ctx, num_threads):
     print("llama.cpp:", xllamacpp.get_system_info(), flush=True)
 
 
-def theirs(prompt, num_decode):
+def peer_speeds(prompt, num_decode):
     options = {"n_predict": num_decode, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
     timings = server.handle_completions({"prompt": prompt, **options})["timings"]
     return timings["prompt_per_second"], timings["predicted_per_second"]
 
 
-def ours(prompt, num_decode):
+def own_speeds(prompt, num_decode):
     params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=num_decode, ignore_eos=True)
     usage = llm.complete(GenerationRequest(prompt=prompt, params=params)).usage
     return len(prompt) / usage.prefill_s, (num_decode - 1) / usage.decode_s
@@ -51,8 +51,8 @@ if __name__ == "__main__":
     rounds = []
     for n in range(num_rounds + 1):
         prompt = [1000 * n + 100 + i % 900 for i in range(num_prompt)]  # new to every cache
-        a, b = peer.apply(theirs, (prompt, num_decode)) if peer else (math.nan, math.nan)
-        x, y = ours(prompt, num_decode)
+        a, b = peer.apply(peer_speeds, (prompt, num_decode)) if peer else (math.nan, math.nan)
+        x, y = own_speeds(prompt, num_decode)
         if n > 0:  # the first round warms both up
             rounds.append((x / a, y / b))
             print(f"nanollama {x:6.0f} {y:6.1f}   llama.cpp {a:6.0f} {b:6.1f}   tokens/s")

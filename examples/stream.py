@@ -1,4 +1,4 @@
-"""Print a chat answer token by token as the model makes it.
+"""Print a chat answer while the model writes it.
 
 python examples/stream.py
 """
@@ -15,5 +15,5 @@ request = GenerationRequest(
 )
 for delta in llm.stream(request):
     print(delta.text, end="", flush=True)
-    if delta.usage:  # the last delta says why it is the last, and what the answer took
+    if delta.usage:  # only the last delta has usage and a finish reason
         print(f"\n{delta.finish_reason}: {delta.usage.completion_tokens} tokens")

@@ -1,9 +1,9 @@
-"""Functions that a model may call, and a call that it must make.
+"""Define functions that a model may call, and make the model call one.
 
 python examples/tools.py
 
-In a conversation the model decides, and you are asked before each call:
-python nanollama.py --model MODEL --interactive --tools examples/tools.py
+In a conversation the model decides whether to call one, and nanollama asks you before each call:
+nanollama --model MODEL --interactive --tools examples/tools.py
 """
 
 import json
@@ -12,7 +12,7 @@ from nanollama import LLM, GenerationRequest, SamplingParams, ToolChoice, functi
 
 
 def population(city: str) -> int:
-    """How many people live in a city.
+    """Return the number of people who live in a city.
 
     Args:
         city: its name, in English
@@ -21,7 +21,7 @@ def population(city: str) -> int:
 
 
 def add(numbers: list[float]) -> float:
-    """Adds numbers up."""
+    """Add numbers."""
     return sum(numbers)
 
 

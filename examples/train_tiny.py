@@ -1,12 +1,12 @@
 """Train a small chat model from nothing, on a CPU, in a few minutes: tokenizer, pretraining,
-fine-tuning, evaluation. What comes out is a Hugging Face directory that nanollama runs.
+fine-tuning, evaluation. The result is a Hugging Face directory that nanollama runs.
 
 python examples/train_tiny.py [DIRECTORY] [--steps 400] [--sft-steps 150] [--seed 0]
-python nanollama.py --model DIRECTORY --interactive
+nanollama --model DIRECTORY --interactive
 
-Run the command again to go on where it stopped: the same seed leads to the same model. It reads
-Lincoln's four messages to Congress (examples/lincoln.txt, public domain), then learns to answer. It
-is a Llama of 0.9 M parameters, written out below in plain torch.
+Run the command again to continue where it stopped: the same seed gives the same model. The model
+reads Lincoln's four messages to Congress (examples/lincoln.txt, public domain), then learns to
+answer. It is a Llama of 0.9 M parameters, written out below in plain torch.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The names of its parameters are Hugging Face's."""
+    """A Llama whose parameters have Hugging Face's names."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class Llama(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, ids, targets):
-        """The mean loss of ids (B, T); targets are -100 where nothing is to be learned."""
+        """The mean loss of ids (B, T); targets are -100 at positions without a loss."""
         angles = torch.outer(torch.arange(ids.size(1)), 1e4 ** -(torch.arange(0, D, 2) / D))
         cos, sin = (torch.cat((t, t), -1) for t in (angles.cos(), angles.sin()))
         x = self.model.embed_tokens(ids)
@@ -119,23 +119,23 @@ def text_batch(ids, random):
 
 
 def chat_batch(tokenizer, pairs, random):
-    """Conversations in the chat format, of which only the answers are to be learned."""
+    """Conversations in the chat format, with a loss on the answers only."""
     rows = []
     for i in torch.randint(len(pairs), (2 * BATCH,), generator=random).tolist():
         texts = BOS + USER + pairs[i][0] + USER_END + ASSISTANT, pairs[i][1] + END
-        asked, said = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-        rows.append((asked + said[:-1], [-100] * (len(asked) - 1) + said))
+        question, answer = (tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+        rows.append((question + answer[:-1], [-100] * (len(question) - 1) + answer))
     size = max(len(ids) for ids, _ in rows)
     padded = [(i + [0] * (size - len(i)), t + [-100] * (size - len(t))) for i, t in rows]
     return torch.tensor([i for i, _ in padded]), torch.tensor([t for _, t in padded])
 
 
 def train(stage, batch, last, lr, state, model, optimizer):
-    """A stage's steps, from where `state` says on."""
+    """Run the steps of a stage, from the step that `state` holds."""
     begun, first = time.perf_counter(), state[stage]
     while (step := state[stage]) < last:
         if step == args.stop_at:
-            raise SystemExit(f"stopped at step {step}; run the command again to go on")
+            raise SystemExit(f"stopped at step {step}; run the command again to continue")
         started = time.perf_counter()
         multiplier = min((step + 1) / (0.05 * last + 1), (last - step) / (0.4 * last), 1.0)
         for group in optimizer.param_groups:
@@ -170,7 +170,7 @@ def bits_per_byte(model, tokenizer, text):
 
 
 def save(model, tokenizer):
-    """A directory as Hugging Face has it."""
+    """Write a Hugging Face directory."""
     tokenizer.save(str(args.directory / "tokenizer.json"))
     save_file(model.state_dict(), args.directory / "model.safetensors", {"format": "pt"})
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": V}
@@ -187,7 +187,7 @@ def save(model, tokenizer):
 
 
 def multiple_choice(llm):
-    """How often the right capital is likelier than three others, asked in new words."""
+    """Count how often the right capital is likelier than three others, asked in new words."""
     names, texts = list(CAPITALS), []
     for i, country in enumerate(names):
         question = [{"role": "user", "content": TESTED.format(country)}]
@@ -230,9 +230,9 @@ def main():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("tiny-model"))
-    parser.add_argument("--steps", type=int, default=400, help="of pretraining")
-    parser.add_argument("--sft-steps", type=int, default=150, help="of fine-tuning")
-    parser.add_argument("--stop-at", type=int, default=-1, help="step of either to stop at")
+    parser.add_argument("--steps", type=int, default=400, help="pretraining steps")
+    parser.add_argument("--sft-steps", type=int, default=150, help="fine-tuning steps")
+    parser.add_argument("--stop-at", type=int, default=-1, help="step at which either stage stops")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     main()

@@ -1,4 +1,4 @@
-"""README's comparison with other servers: each row says of ours what is so."""
+"""The comparison with other servers in docs/serving.md: each row is true of this one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from pages import codes, table
 from serving import Live, serving
-from test_docs import codes, table
 
 import nanollama
 
@@ -239,7 +239,7 @@ def test_a_row_is_true_of_this_server(live: Live, row: str) -> None:
 
 
 def names(heading: str) -> set[str]:
-    """The fields of a table of README, without places inside them."""
+    """The fields that a table of the documentation lists, without places inside them."""
     found = {code for row in table(heading) for code in codes(row[0])}
     return {code.partition(".")[0] for code in found if "/" not in code and "*" not in code}
 

@@ -1,4 +1,4 @@
-"""README.md is true: commands run, transcripts are what is printed, tables are the code's."""
+"""The documentation is true: commands run, transcripts match, tables equal the code, links work."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
+from pages import ROOT, TEXTS, anchor, blocks, codes, headings, lines, prose, table
 from serving import serving
 from test_layout import SECTIONS, tomllib
 
 import nanollama
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
-SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+SHELL = lines("sh")
 # Cannot run here: installs into this environment, the tests themselves, tools that are not ours.
 NOT_RUN = {
-    'pip install . && python nanollama.py --model smollm2 --chat --prompt "Name the capital of'
-    ' France." --temp 0',
+    'pip install . && nanollama --model smollm2 --chat --prompt "Name the capital of France."'
+    " --temp 0",
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu && pip install .",
+    "uv venv && . .venv/bin/activate && uv pip install . --torch-backend cpu",
     'uv run nanollama.py --model smollm2 --chat --prompt "Name the capital of France." --temp 0',
     'pip install -e ".[test]" && python -m pytest',
     "ruff check && ruff format --check && mypy",
-    "python nanollama.py --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
-    "python nanollama.py --serve --model smollm2 --model Qwen/Qwen3-0.6B --keep-alive 10m",
-    "python nanollama.py --serve",
+    "nanollama --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
+    "nanollama --serve --model smollm2 --model Qwen/Qwen3-0.6B --keep-alive 10m",
+    "nanollama --serve",
 }
 
 
@@ -54,14 +54,17 @@ def desk(tmp_path: Path, smollm2: Path) -> Path:
     except OSError:  # another file system
         shutil.copyfile(smollm2, model)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    for name, script in {"python": "", "nanollama": ROOT / "nanollama.py"}.items():
+        command = tmp_path / "bin" / name  # `nanollama` as `pip install .` makes it
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {script} "$@"\n')
+        command.chmod(0o755)
     return tmp_path
 
 
 def environment(desk: Path) -> dict[str, str]:
     return {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{desk / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{desk / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "NANOLLAMA_CACHE": str(desk / "cache"),
         "HF_HOME": str(desk / "hub"),
         "PYTHONPATH": str(ROOT),
@@ -116,24 +119,23 @@ def normal(text: str, desk: Path) -> str:
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c not in NOT_RUN and not downloads(c)])
-def test_a_command_of_the_readme_runs(command: str, desk: Path) -> None:
+def test_a_command_runs(command: str, desk: Path) -> None:
     assert shell(desk, command).strip()
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c in NOT_RUN or downloads(c)])
 def test_a_command_that_cannot_run_here_is_understood(command: str) -> None:
     for part in command.split(" && "):
-        if "nanollama.py " in part:
-            words = shlex.split(part)[shlex.split(part).index("nanollama.py") + 1 :]
-            if words[0] not in nanollama.COMMANDS:
-                nanollama.build_parser().parse_args(words)
+        match = re.match(r"(?:python |uv run )?nanollama(?:\.py)? (.*)", part)
+        if match and (words := shlex.split(match[1]))[0] not in nanollama.COMMANDS:
+            nanollama.build_parser().parse_args(words)
 
 
 def test_the_list_of_commands_that_do_not_run_is_current() -> None:
     assert set(SHELL) >= NOT_RUN
 
 
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "console"])
+@pytest.mark.parametrize("block", blocks("console"))
 def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None:
     is_native, reason = nanollama.pick_kernels("auto", torch.device("cpu"), torch.float32)
     if "native (" in block and not is_native:
@@ -148,7 +150,7 @@ def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None
         assert normal(shown, desk) == normal(expected, desk)
 
 
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
+@pytest.mark.parametrize("block", blocks("python"))
 def test_a_python_block_prints_what_its_comments_say(block: str, desk: Path) -> None:
     (desk / "block.py").write_text(block, encoding="utf-8")
     shown = shell(desk, "python block.py").splitlines()
@@ -162,17 +164,15 @@ def server_url(smollm2: Path) -> Iterator[str]:
         yield live.url
 
 
-@pytest.mark.parametrize(
-    "command", [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-)
-def test_a_request_of_the_readme_is_answered(command: str, desk: Path, server_url: str) -> None:
+@pytest.mark.parametrize("command", lines("bash"))
+def test_a_request_is_answered(command: str, desk: Path, server_url: str) -> None:
     command = command.replace("http://127.0.0.1:8000", server_url)
     answer = shell(desk, command.replace("curl ", "curl -sS --fail-with-body "))
     assert answer.strip()
     assert not re.search('"error": ["{]', answer)
 
 
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "py"])
+@pytest.mark.parametrize("block", blocks("py"))
 def test_an_sdk_block_prints_what_its_comments_say(block: str, desk: Path, server_url: str) -> None:
     source = block.replace("http://127.0.0.1:8000", server_url)
     (desk / "block.py").write_text(source, encoding="utf-8")
@@ -181,8 +181,8 @@ def test_an_sdk_block_prints_what_its_comments_say(block: str, desk: Path, serve
     assert "".join(shown[1:]).strip()  # then a stream
 
 
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "modelfile"])
-def test_a_modelfile_of_the_readme_is_one(block: str) -> None:
+@pytest.mark.parametrize("block", blocks("modelfile"))
+def test_a_modelfile_is_one(block: str) -> None:
     modelfile = nanollama.parse_modelfile(block, Path("Modelfile"))
     assert modelfile.model
     assert modelfile.parameters
@@ -190,21 +190,6 @@ def test_a_modelfile_of_the_readme_is_one(block: str) -> None:
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
-
-def table(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its first two lines."""
-    section = re.split(rf"(?m)^#+ {re.escape(heading)}$", README)[1]
-    rows = re.search(r"(?m)(?:^\|.*\|\n)+", section)
-    assert rows
-    return [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        for line in rows[0].splitlines()[2:]
-    ]
-
-
-def codes(cell: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", cell)
 
 
 def default_of(action: argparse.Action) -> object:
@@ -232,8 +217,9 @@ def test_the_table_of_families_is_the_codes() -> None:
 
 
 def test_the_gguf_types_that_stay_packed_are_the_codes() -> None:
-    packed = re.search(r"These stay packed in memory:\s+(.*?)\.", README, re.DOTALL)
-    assert packed
+    (packed,) = filter(
+        None, (re.search(r"stay packed in memory:\s+(.*?)\.", t, re.DOTALL) for t in TEXTS.values())
+    )
     assert codes(packed[1]) == list(nanollama.REPACK)
 
 
@@ -258,16 +244,25 @@ def test_the_table_of_sections_is_the_files() -> None:
 
 def test_the_commands_of_the_repl_are_listed() -> None:
     commands = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
-    listed = {code.split()[0][1:] for row in table("In a conversation") for code in codes(row[0])}
+    listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
     assert commands <= listed
 
 
-def test_names_and_files_that_the_readme_mentions_exist() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
-    for name in codes(README.partition("## How it works")[2]):
+@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose(TEXTS[page])):
+        if "://" in link:
+            continue
+        name, _, fragment = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if fragment:
+            assert fragment in map(anchor, headings(TEXTS[target])), link
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)
+def test_names_of_the_code_exist(page: Path) -> None:
+    for name in codes(prose(TEXTS[page])):
         if re.fullmatch(r"[A-Z][A-Za-z]+[a-z][A-Z]\w*", name):
             assert hasattr(nanollama, name), name
 

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 import torch
+from pages import blocks
 from serving import serving, wait_until
 from test_server import Process
 
@@ -203,13 +204,7 @@ def test_a_script_file_is_yaml_or_json(tmp_path: Path) -> None:
         read_script(tmp_path / "none")
 
 
-def blocks(kind: str) -> list[str]:
-    """README's blocks of a kind."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```$", text)
-
-
-def test_the_script_of_the_readme_is_one(tmp_path: Path) -> None:
+def test_the_documented_script_is_one(tmp_path: Path) -> None:
     (block,) = blocks("yaml")
     (tmp_path / "script.yaml").write_text(block)
     script = read_script(tmp_path / "script.yaml")
