@@ -95,7 +95,6 @@ import os
 import pickle
 import platform
 import queue
-import random
 import re
 import reprlib
 import secrets
@@ -5589,76 +5588,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-# ---- a model for tests ---------------------------------------------------------------------------
-
-TINY_RANDOM = "tiny-random"
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-
-
-TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
-
-
-def write_tiny_random(directory: Path) -> None:
-    """A Llama of random weights, always the same, with a byte-level tokenizer. Raises OSError."""
-    shapes = _tiny_shapes().items()
-    tensors = {name: torch.tensor(_tiny_values(name, shape)).view(shape) for name, shape in shapes}
-    (directory / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {word: 256 + i for i, word in enumerate(TINY_SPECIAL)}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": w, "special": True, **flags} for w, i in special.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": byte_alphabet() | special, "merges": []},
-    }
-    for file, value in {
-        "config.json": {**TINY_CONFIG, "eos_token_id": special["<|im_end|>"]},
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {"eos_token": "<|im_end|>"},
-    }.items():
-        (directory / file).write_text(json.dumps(value), encoding="utf-8")
-
-
-def _tiny_shapes() -> dict[str, tuple[int, ...]]:
-    V, C, F, kv = 260, 64, 96, 32
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (V, C), "norm": (C,)}
-    for layer in ("layers.0", "layers.1"):
-        shapes |= {f"{layer}.{n}_layernorm": (C,) for n in ("input", "post_attention")}
-        rows = {"q": C, "k": kv, "v": kv, "o": C}
-        shapes |= {f"{layer}.self_attn.{n}_proj": (num, C) for n, num in rows.items()}
-        shapes |= {f"{layer}.mlp.{n}_proj": (F, C) for n in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj"] = (C, F)
-    names = {f"model.{name}.weight": shape for name, shape in shapes.items()}
-    return {**names, "lm_head.weight": (V, C)}
-
-
-def _tiny_values(name: str, shape: tuple[int, ...]) -> list[float]:
-    """Random numbers, except that channel 0 is always there, and only printable ASCII and the end
-    like it: so answers are of these."""
-    rng = random.Random(name)
-    values = [rng.gauss(float("norm" in name), 0.2) for _ in range(math.prod(shape))]
-    if "embed" in name:
-        values[::64] = [16.0] * 260
-    if "lm_head" in name:
-        values[::64] = [2.0 if 31 < i < 127 or i == 258 else -2.0 for i in range(260)]
-    return values
+TINY_RANDOM = "tiny-random"  # a model for tests, written by nanollama_extras.files.tiny_random
 
 
 # ==================================================================================================
@@ -6000,7 +5930,7 @@ class ModelStore(HubCache):
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 made = Path(scratch) / "made"
                 made.mkdir()
-                write_tiny_random(made)
+                extra("files.tiny_random", f"the model {TINY_RANDOM}").write_tiny_random(made)
                 with contextlib.suppress(OSError):  # another process was faster
                     made.rename(target)
         return target

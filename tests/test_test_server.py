@@ -20,6 +20,7 @@ from test_server import Process
 
 import nanollama
 from nanollama import LLM, Script, TestServer, UsageError, read_script
+from nanollama_extras.files import tiny_random
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -295,7 +296,7 @@ def test_tiny_random_is_the_same_everywhere_and_writes_ascii(
 def test_tiny_random_is_what_transformers_makes_of_its_files(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    nanollama.write_tiny_random(tmp_path)
+    tiny_random.write_tiny_random(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = list(b"hello world")
     with torch.inference_mode():

@@ -163,7 +163,7 @@ def test_files_that_are_no_adapter_are_refused(made: Made, tiny: Tiny, tmp_path:
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle, which is never"):
         LLM(path, adapter=adapter)
     shutil.rmtree(adapter)
-    with pytest.raises(CheckpointError, match="no such directory; an adapter is one with"):
+    with pytest.raises(CheckpointError, match="no such directory; an adapter is a directory with"):
         LLM(path, adapter=adapter)
     with pytest.raises(CheckpointError, match="not a directory"):
         LLM(path, adapter=path / "config.json")
