@@ -1,0 +1,312 @@
+"""nanollama.py copied alone into an empty folder: the core works there, and each feature that needs
+nanollama_extras says so in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import httpx
+import openai
+import oracle
+import pytest
+from hub_server import HubServer
+from oracle import Tiny
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("alone")
+# The project may be installed where the tests run, so that its extras could be imported anywhere.
+WITHOUT_EXTRAS = """
+import sys
+
+
+class WithoutExtras:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "nanollama_extras":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, WithoutExtras())
+"""
+QUESTION = "Name the capital of France."
+ANSWER = "The capital of France is Paris."
+SPEED = re.compile(r"\[prefill: \d+ tok @ \d+ t/s \| decode: \d+ tok @ \d+\.\d t/s\]")
+SMOLLM2 = ("--model", "smollm2", "--temp", 0)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nanollama.py and nothing else."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copy(ROOT / "nanollama.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of programs that cannot import nanollama_extras."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
+    return {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(alone: Path, environment: dict[str, str]) -> Run:
+    """run(*argv, stdin="", NAME=value) runs the script to its end."""
+
+    def run_script(
+        *argv: object, stdin: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "nanollama.py", *map(str, argv)],
+            cwd=alone,
+            env={**environment, **variables},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_script
+
+
+@contextlib.contextmanager
+def serving_alone(alone: Path, environment: dict[str, str], *argv: str) -> Iterator[str]:
+    """--serve, until the block ends -> the server's address"""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "nanollama.py", "--serve", "--port", str(port), *argv]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, cwd=alone, env=environment) as server:
+        try:
+            end = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health").is_success:
+                        break
+                assert server.poll() is None, "the server has ended"
+                assert time.monotonic() < end, "the server did not start"
+                time.sleep(0.05)
+            yield url
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def url(smollm2: Path, alone: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A server of SmolLM2."""
+    with serving_alone(alone, environment, "--model", "smollm2") as url:
+        yield url
+
+
+# ---- the modes -----------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_one_file(alone: Path, environment: dict[str, str]) -> None:
+    code = "import nanollama; print(nanollama.__file__); import nanollama_extras"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=alone, env=environment, capture_output=True, text=True
+    )
+    assert ran.stdout == f"{alone / 'nanollama.py'}\n"
+    assert "ModuleNotFoundError" in ran.stderr
+    assert [path.name for path in alone.iterdir()] == ["nanollama.py"]
+
+
+def test_one_prompt(run: Run, smollm2: Path) -> None:
+    chat = run(*SMOLLM2, "--chat", "--prompt", QUESTION)
+    assert (chat.returncode, chat.stdout) == (0, ANSWER + "\n")
+    assert SPEED.fullmatch(chat.stderr.splitlines()[-1])
+    raw = run(*SMOLLM2, "--prompt", "-", "--max-tokens", 6, stdin="The capital of France is")
+    assert raw.returncode == 0
+    assert "Paris" in raw.stdout
+
+
+def test_a_conversation(run: Run, smollm2: Path) -> None:
+    talk = f"{QUESTION}\n/set max_tokens 3\nAnd of Italy?\n/undo\n/show\n/quit\n"
+    ran = run(*SMOLLM2, "--interactive", stdin=talk)
+    assert ran.returncode == 0
+    assert ANSWER in ran.stdout
+
+
+def test_many_prompts_at_once(run: Run, smollm2: Path, tmp_path: Path) -> None:
+    prompts, answers = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text(f"{QUESTION}\nWhat is the capital of Egypt?\n")
+    batch = (*SMOLLM2, "--chat", "--batch-file", prompts)
+    assert run(*batch).stdout.splitlines() == [ANSWER, "The capital of Egypt is Cairo."]
+    ran = run(*batch, "--output", answers)
+    assert ran.returncode == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["text"] for row in rows] == [ANSWER, "The capital of Egypt is Cairo."]
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+
+
+def test_a_modelfile(run: Run, smollm2: Path, tmp_path: Path) -> None:
+    path = tmp_path / "Modelfile"
+    path.write_text("FROM smollm2\nPARAMETER temperature 0\nPARAMETER stop Paris\n")
+    ran = run("--modelfile", path, "--chat", "--prompt", QUESTION)
+    assert ran.stdout == "The capital of France is \n"
+
+
+def test_openais_client(url: str) -> None:
+    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+    chat = {"model": "smollm2", "messages": [{"role": "user", "content": QUESTION}]}
+    whole = client.chat.completions.create(**chat, temperature=0)
+    assert whole.choices[0].message.content == ANSWER
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = list(client.chat.completions.create(**chat, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
+    several = client.chat.completions.create(**chat, n=2, seed=1, max_tokens=4, logprobs=True)
+    assert [choice.index for choice in several.choices] == [0, 1]
+    assert len(several.choices[0].logprobs.content) == several.usage.completion_tokens // 2
+    text = {"model": "smollm2", "prompt": "The capital of France is", "max_tokens": 5}
+    completed = client.completions.create(**text, temperature=0, echo=True)
+    assert completed.choices[0].text.startswith("The capital of France is Paris")
+    streamed = list(client.completions.create(**text, temperature=0, stream=True))
+    joined = "".join(chunk.choices[0].text for chunk in streamed)
+    assert text["prompt"] + joined == completed.choices[0].text
+
+
+# ---- the models ----------------------------------------------------------------------------------
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rope_parameters": oracle.LLAMA3}),
+    "qwen2": ("Qwen2", {"use_sliding_window": False}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 96}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**EXPERTS, "num_experts": 5, "head_dim": 16, "norm_topk_prob": True},
+    ),
+}
+GREEDY_IDS = """
+import json, sys
+import torch
+from nanollama import LLM, GenerationRequest, SamplingParams
+torch.set_num_threads(1)
+params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=16, ignore_eos=True)
+for line in sys.stdin:
+    path, quantize, ids = json.loads(line)
+    llm = LLM(path, quantize=quantize)
+    first = llm.logits(ids)[-1].topk(5).indices.tolist()
+    answer = llm.complete(GenerationRequest(prompt=ids, params=params)).token_ids
+    print(json.dumps([first, answer]), flush=True)
+"""
+
+
+def test_models_are_those_of_transformers(
+    alone: Path, environment: dict[str, str], tiny: Tiny, tmp_path: Path
+) -> None:
+    ids, jobs, expected = oracle.random_ids(70), [], []
+    for label, (name, overrides) in MODELS.items():
+        path = tiny(name, **overrides)
+        model = oracle.load(path)
+        greedy, top = oracle.greedy(model, ids), oracle.logits(model, ids)[-1].topk(5).indices
+        file, _ = gguf_files.convert(path, tmp_path / f"{label}.gguf", "F32")
+        packed, _ = gguf_files.convert(path, tmp_path / f"{label}-q8.gguf", "Q8_0")
+        jobs += [(path, None), (file, None), (packed, None), (path, "q8"), (path, "q4")]
+        expected += [(top.tolist(), greedy)] * 2 + [(top.tolist(), None)] * 2 + [(None, None)]
+    ran = subprocess.run(
+        [sys.executable, "-c", GREEDY_IDS],
+        cwd=alone,
+        env=environment,
+        input="\n".join(json.dumps([str(path), quantize, ids]) for path, quantize in jobs),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    answers = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(answers) == len(jobs)
+    for job, (first, answer), (top_ids, greedy_ids) in zip(jobs, answers, expected):
+        assert len(answer) == 16
+        assert greedy_ids is None or answer == greedy_ids, job
+        assert top_ids is None or first[0] in top_ids, job
+
+
+def test_quantize(run: Run, tiny: Tiny) -> None:
+    for kind in ("q8", "q4"):
+        command = ("--model", tiny("Qwen3"), "--quantize", kind, "--prompt", "x", "--max-tokens", 4)
+        ran = run(*command, "--seed", 1)
+        assert (ran.returncode, ran.stdout != "") == (0, True), ran.stderr
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def test_models_are_pulled_listed_shown_and_removed(run: Run, tiny: Tiny, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in tiny().iterdir() if file.is_file()}
+    with HubServer() as hub:
+        hub.add("org/tiny", files)
+        place = {
+            "NANOLLAMA_CACHE": str(tmp_path / "own"),
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "",
+        }
+        pulled = run("pull", "org/tiny", **place)
+    assert pulled.returncode == 0, pulled.stderr
+    assert (Path(pulled.stdout.strip()) / "model.safetensors").exists()
+    place["HF_HUB_OFFLINE"] = "1"
+    assert "org/tiny" in run("list", **place).stdout
+    assert "org/tiny" in run("show", "org/tiny", **place).stdout
+    ran = run("--model", "org/tiny", "--prompt", "x", "--max-tokens", "2", **place)
+    assert ran.returncode == 0, ran.stderr
+    assert run("rm", "org/tiny", "--yes", **place).returncode == 0
+    assert "org/tiny" not in run("list", **place).stdout
+
+
+def test_help_and_version(run: Run) -> None:
+    for flag in ("--help", "--version"):
+        ran = run(flag)
+        assert (ran.returncode, ran.stderr, ran.stdout != "") == (0, "", True)
+
+
+# ---- the features that need an extra -------------------------------------------------------------
+
+NEEDS = (
+    r"needs nanollama_extras\.{}, which is not installed; put the folder nanollama_extras beside "
+)
+COMMANDS = {  # module of nanollama_extras -> a command line that needs it
+    "commands.bench": "bench --model smollm2",
+    "commands.eval": "eval --model smollm2",
+    "commands.verify": "verify smollm2",
+    "models.lora": "--model {tiny} --adapter . --prompt x",
+}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_a_command_line_that_needs_an_extra_says_so(run: Run, tiny: Tiny, module: str) -> None:
+    ran = run(*COMMANDS[module].format(tiny=tiny()).split())
+    assert (ran.returncode, ran.stdout) == (2, "")
+    (line,) = ran.stderr.splitlines()
+    assert re.search(NEEDS.format(re.escape(module)), line), line
+
+
+ROUTES: dict[str, tuple[str, str, dict[str, Any] | None]] = {}
+"""Module of nanollama_extras -> method, path and body of a request that needs it."""
+
+
+@pytest.mark.parametrize("module", ROUTES)
+def test_a_request_that_needs_an_extra_is_answered_with_501(url: str, module: str) -> None:
+    method, path, body = ROUTES[module]
+    answer = httpx.request(method, url + path, json=body)
+    assert answer.status_code == 501, answer.text
+    error = answer.json()["error"]
+    assert re.search(NEEDS.format(re.escape(module)), error["message"])
+    assert error["code"] == "extra_not_installed"
+    assert "\n" not in error["message"]
