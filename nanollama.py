@@ -75,7 +75,6 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import decimal
 import difflib
 import fnmatch
 import functools
@@ -120,7 +119,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -217,7 +216,6 @@ if TYPE_CHECKING:
     import huggingface_hub
     import jinja2.ext
     import jinja2.sandbox
-    import llguidance
     import numpy as np
     import numpy.typing as npt
     import prometheus_client
@@ -247,7 +245,6 @@ else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
-    llguidance = LazyModule("llguidance", "gbnf_to_lark")
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
@@ -1037,6 +1034,12 @@ class SamplingParams:
     schema: Mapping[str, Any] | None = None  # the answer is JSON that this JSON Schema accepts
     regex: str | None = None  # the answer is text that this matches from end to end
     grammar: str | None = None  # the answer is text of this grammar, in Lark's or llama.cpp's words
+
+    @property
+    def answer_field(self) -> str | None:
+        """The field that says what an answer must be."""
+        names = ("schema", "regex", "grammar")
+        return next((name for name in names if getattr(self, name) is not None), None)
 
     def __post_init__(self) -> None:
         for name, (kind, low, high, wanted) in SAMPLING_LIMITS.items():
@@ -6780,23 +6783,18 @@ def held_back(text: str, words: Iterable[str]) -> int:
 # ==================================================================================================
 # 9 CHAT: messages -> prompt text, answer text -> thoughts and content
 #
-#   In          messages as OpenAI spells them, the model's own Jinja template
-#   Out         the prompt just as Hugging Face renders it; AnswerSplitter: an answer in thoughts,
-#               content and calls; Constraint: which tokens keep it what it must be
+#   In          messages in OpenAI's format, the model's own Jinja template
+#   Out         the prompt's text and ids as Hugging Face renders them; AnswerSplitter: an answer in
+#               thoughts, content and calls
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
-#               disagree on how a message without text and the arguments of a tool call are spelled;
-#               what one of them refuses is spelled the other way (`_message_shapes`). What an
-#               answer must be is one grammar, which also says where thoughts and calls may stand:
-#
-#                   schema | regex | grammar ─┐
-#                   tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
-#
-#   Invariant   control tokens come from the template alone. What a caller types is text, even where
-#               it spells a control token (see `encode_chat`).
-#   Extend      what templates may call is a filter or a global of `template_environment`; another
-#               way of writing calls is a row of TOOL_FORMATS, of marking thoughts one of THOUGHTS.
+#               disagree on the spelling of some messages, for example those without text: when a
+#               template refuses one spelling, the next one is tried (`message_shapes`).
+#   Invariant   control tokens come from the template alone. A caller's message is plain text, even
+#               where it spells a control token (see `encode_chat`).
+#   Extend      a function that templates may call is a filter or global of `template_environment`;
+#               another pair of tags around thoughts is a row of THOUGHTS. Tools and calls are an
+#               extra: nanollama_extras/answers/tools.py.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
-#               https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 # ==================================================================================================
 
 CHATML = (
@@ -6859,152 +6857,10 @@ THOUGHTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """How a family of models writes calls: begin, call, between, call, .., end. `trigger` is the
-    first of it; where there is none, a call is known by its whole head."""
-
-    call: str  # with NAME and ARGUMENTS
-    begin: str = ""
-    between: str = ""
-    end: str = ""
-    trigger: str = ""
-    parameter: str = ""  # with KEY and VALUE: text as it is, the rest as JSON; "" for one object
-    mark: str = ""  # with NAME: what templates make of a call, where the model begins otherwise
-
-    def head(self, name: str) -> str:
-        return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
-
-    @property
-    def tail(self) -> str:
-        return self.call.partition("ARGUMENTS")[2]
-
-    def spell(self, calls: Iterable[tuple[str, str]]) -> str:
-        """Calls (name, arguments as JSON) as the model writes them."""
-        spelled = [
-            self.head(name) + self._spell(arguments) + self.tail for name, arguments in calls
-        ]
-        return self.begin + self.between.join(spelled) + self.end
-
-    def _spell(self, arguments: str) -> str:
-        if not self.parameter or not isinstance(pairs := _json_object(arguments), dict):
-            return arguments
-        before, after = self.parameter.split("VALUE")
-        return "".join(
-            before.replace("KEY", key) + _json_text(value) + after for key, value in pairs.items()
-        )
-
-
-_CALL = '{"name": "NAME", "arguments": ARGUMENTS}'
-_DEEPSEEK = "<｜tool▁call▁begin｜>{}ARGUMENTS{}<｜tool▁call▁end｜>", "<｜tool▁calls▁begin｜>"
-# Found by what a template makes of a call. JSON in Hermes' tags serves where that is not known.
-TOOL_FORMATS = {
-    "hermes": ToolFormat(f"<tool_call>\n{_CALL}\n</tool_call>", "", "\n", "", "<tool_call>"),
-    "smollm2": ToolFormat(_CALL, "<tool_call>[\n", ",\n", "\n]</tool_call>", "<tool_call>"),
-    "llama": ToolFormat('{"name": "NAME", "parameters": ARGUMENTS}', "", "; "),
-    "mistral": ToolFormat(_CALL, "[TOOL_CALLS][", ", ", "]", "[TOOL_CALLS]"),
-    "mistral-args": ToolFormat("[TOOL_CALLS]NAME[ARGS]ARGUMENTS", trigger="[TOOL_CALLS]"),
-    "granite": ToolFormat(_CALL, "<|tool_call|>[", ", ", "]", "<|tool_call|>"),
-    "deepseek": ToolFormat(
-        _DEEPSEEK[0].format("function<｜tool▁sep｜>NAME\n```json\n", "\n```"),
-        _DEEPSEEK[1],
-        "\n",
-        "<｜tool▁calls▁end｜>",
-        _DEEPSEEK[1],
-    ),
-    "deepseek-v3.1": ToolFormat(
-        _DEEPSEEK[0].format("NAME<｜tool▁sep｜>", ""),
-        _DEEPSEEK[1],
-        "",
-        "<｜tool▁calls▁end｜>",
-        _DEEPSEEK[1],
-    ),
-    "qwen3-coder": ToolFormat(
-        "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
-        between="\n",
-        trigger="<tool_call>",
-        parameter="<parameter=KEY>\nVALUE\n</parameter>\n",
-    ),
-    "seed-oss": ToolFormat(
-        "<seed:tool_call>\n<function=NAME>\nARGUMENTS</function>\n</seed:tool_call>",
-        between="\n",
-        trigger="<seed:tool_call>",
-        parameter="<parameter=KEY>VALUE</parameter>\n",
-    ),
-    "glm-4.5": ToolFormat(
-        "<tool_call>NAME\nARGUMENTS</tool_call>",
-        between="\n",
-        trigger="<tool_call>",
-        parameter="<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n",
-    ),
-    "glm-4.7": ToolFormat(
-        "<tool_call>NAMEARGUMENTS</tool_call>",
-        trigger="<tool_call>",
-        parameter="<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
-    ),
-    "harmony": ToolFormat(
-        "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS",
-        between="<|call|><|start|>assistant",
-        mark=" to=functions.NAME<|channel|>commentary json<|message|>",
-    ),
-    "minimax-m2": ToolFormat(
-        '<invoke name="NAME">\nARGUMENTS</invoke>\n',
-        begin="<minimax:tool_call>\n",
-        end="</minimax:tool_call>",
-        trigger="<minimax:tool_call>",
-        parameter='<parameter name="KEY">VALUE</parameter>\n',
-    ),
-}
-# What a template that cannot write calls may still say of its model; the first that is found.
-TOOL_MARKS = {
-    "[ARGS]": "mistral-args",
-    "[TOOL_CALLS]": "mistral",
-    "<|tool_call|>": "granite",
-    "<|start_header_id|>": "llama",
-    "tool▁call▁begin": "deepseek",
-    "/no_think": "hermes",
-    "named SmolLM": "smollm2",
-}
-PROBE = "probe_function"
-MAX_CALLS = 16  # in one answer
-TOOLS_PROMPT = """You can call these functions:
-{tools}
-To call one, answer with this alone, its name and its arguments filled in, and wait for the result:
-{example}"""
-
-
-def introduce_tools(
-    messages: list[Mapping[str, Any]], tools: list[dict[str, Any]], form: ToolFormat
-) -> list[Mapping[str, Any]]:
-    """The messages with a system prompt that describes the tools."""
-    lines = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
-    example = form.spell([("function_name", '{"argument": "value"}')])
-    text = TOOLS_PROMPT.format(tools="\n".join(lines), example=example)
-    first = messages[0] if messages else {}
-    if first.get("role") in ("system", "developer"):
-        content = _template_message(first).get("content", "")
-        return [{**first, "content": f"{content}\n\n{text}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
-
-
-def _is_about_calls(message: Mapping[str, Any]) -> bool:
+def is_about_calls(message: Mapping[str, Any]) -> bool:
     return isinstance(message, Mapping) and (
         bool(message.get("tool_calls")) or message.get("role") == "tool"
     )
-
-
-def _plain_call(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str, Any]:
-    """A message whose calls are its content; a tool's result as a user's message."""
-    if message.get("role") == "tool":
-        content = _template_message(message).get("content", "")
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    if not message.get("tool_calls"):
-        return message
-    functions = [call["function"] for call in message["tool_calls"]]
-    calls = [(str(f["name"]), _json_text(_json_object(f.get("arguments", {})))) for f in functions]
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    content = _template_message(rest).get("content", "")
-    return {**rest, "content": content + form.spell(calls)}
 
 
 class ChatTemplate:
@@ -7031,55 +6887,20 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """As `render`; but where the template has no place for tools or calls, or spells calls in a
-        way that is not known here, they are written into messages."""
+        """As `render`. What the template cannot say of tools and calls is written into messages.
+
+        Raises TemplateError, and ExtraError for tools where the extra that knows them is missing:
+        alone, this renders calls of earlier turns with templates that write them."""
         messages = list(messages)
-        if tools and not self.lists_tools:
-            messages, tools = introduce_tools(messages, tools, self.tool_format), None
-        if any(map(_is_about_calls, messages)) and not self._probe[1]:
-            messages = [_plain_call(message, self.tool_format) for message in messages]
+        if tools or any(map(is_about_calls, messages)):
+            try:
+                tool_calls = extra("answers.tools", "a conversation with tools")
+            except ExtraError:
+                if tools or "tool_calls" not in (self.source or ""):
+                    raise
+            else:
+                messages, tools = tool_calls.fit_to_template(self, messages, tools)
         return self.render(messages, tools, **template_kwargs)
-
-    @functools.cached_property
-    def lists_tools(self) -> bool:
-        """Whether the template tells the model about tools, and to call them in a way we know."""
-        if self._probe[0] is None:
-            return False
-        tool = {"name": PROBE, "description": PROBE}
-        with contextlib.suppress(TemplateError):
-            user = [{"role": "user", "content": "?"}]
-            return PROBE in self.render(user, [{"type": "function", "function": tool}])
-        return False
-
-    @functools.cached_property
-    def _probe(self) -> tuple[ToolFormat | None, bool]:
-        """How the model calls functions, None where that is not known; and whether the template can
-        write calls and results."""
-        function = {"name": PROBE, "arguments": "{}"}
-        text, call = "", {"id": "probe0001", "type": "function", "function": function}
-        with contextlib.suppress(TemplateError):
-            text = self.render(
-                [
-                    {"role": "user", "content": "?"},
-                    {"role": "assistant", "content": "", "tool_calls": [call]},
-                    {"role": "tool", "tool_call_id": "probe0001", "content": "done" + PROBE},
-                ]
-            )
-        heads = [
-            (form.mark.replace("NAME", PROBE) or form.begin + form.head(PROBE), form)
-            for form in TOOL_FORMATS.values()
-        ]
-        squeezed = "".join(text.split())  # a space more or less is no other way
-        found = [form for head, form in heads if head in text]
-        found += [form for head, form in heads if "".join(head.split()) in squeezed]
-        if found and "done" + PROBE in text:
-            return found[0], True
-        name = next((n for mark, n in TOOL_MARKS.items() if mark in (self.source or "")), "")
-        return TOOL_FORMATS.get(name), False
-
-    @property
-    def tool_format(self) -> ToolFormat:
-        return self._probe[0] or TOOL_FORMATS["hermes"]
 
     def render(
         self,
@@ -7091,7 +6912,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt text, as `apply_chat_template(tokenize=False)` gives it."""
         source = (self.tool_source if tools else None) or self.source or CHATML
-        clean = [_template_message(message) for message in messages]
+        clean = [clean_message(message) for message in messages]
         if not clean:
             raise TemplateError("there are no messages to render", "messages")
         if continue_final_message:
@@ -7103,7 +6924,7 @@ class ChatTemplate:
             **template_kwargs,
         }
         refused: NanollamaError | None = None
-        for shaped, listed in itertools.product(_message_shapes(clean), _tool_shapes(tools)):
+        for shaped, listed in itertools.product(message_shapes(clean), tool_shapes(tools)):
             try:
                 text = compiled_template(source).render(variables, messages=shaped, tools=listed)
                 return up_to_cut(text) if continue_final_message else text
@@ -7130,7 +6951,7 @@ def up_to_cut(text: str) -> str:
     return kept if text.startswith(CUT_HERE, len(kept)) else kept.rstrip()
 
 
-def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: text parts joined, no null values, a developer as a
     system message, tool-call arguments as objects, thoughts under both of the names in use."""
     if not isinstance(message, Mapping):
@@ -7147,18 +6968,18 @@ def _template_message(message: Mapping[str, Any]) -> dict[str, Any]:
         if name in clean:
             clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
             break
-    return _with_arguments(clean, _json_object)
+    return _with_arguments(clean, parsed_object)
 
 
-def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The same messages as some template needs them, the usual shape first: ids of calls with nine
     characters (Mistral), tool-call arguments as text (Functionary), a null content beside the calls
     (DeepSeek), an empty content (Qwen3), one system message first and then roles that alternate
     (Mistral)."""
     yield messages
-    if any(map(_is_about_calls, messages)):
+    if any(map(is_about_calls, messages)):
         yield (messages := _with_short_ids(messages))
-        texts = [_with_arguments(message, _json_text) for message in messages]
+        texts = [_with_arguments(message, json_text) for message in messages]
         yield texts
         yield [{"content": None, **message} for message in messages]
         yield [{"content": None, **message} for message in texts]
@@ -7167,7 +6988,7 @@ def _message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, A
     yield _in_turns(messages)
 
 
-def _tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
+def tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
     """The same tools as some template needs them: as they are, or nothing left out (Seed-OSS)."""
     yield tools or None
     functions = [tool["function"] for tool in tools or [] if isinstance(tool.get("function"), dict)]
@@ -7219,14 +7040,14 @@ def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> d
     return _with_calls(message, converted)
 
 
-def _json_object(value: Any) -> Any:
+def parsed_object(value: Any) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
             return parsed
     return value
 
 
-def _json_text(value: Any) -> Any:
+def json_text(value: Any) -> Any:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -7267,7 +7088,7 @@ def encode_chat(
 
     # parts of a message are joined before their words are looked at
     text = template.prompt(
-        defuse([_template_message(message) for message in messages]),
+        defuse([clean_message(message) for message in messages]),
         defuse(tools),
         **defuse(template_kwargs),
     )
@@ -7344,228 +7165,22 @@ class Piece(NamedTuple):
     text: str
 
 
-_JSON_TYPES = (str, int, float, bool, types.NoneType, list, dict)
-JSON_NAMES = dict(zip(_JSON_TYPES, "string integer number boolean null array object".split()))
-PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as templates write these
-BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-MAX_LEVELS = 32  # of a schema that are looked into
-MAX_BRANCHES = 64  # of an argument's schema that are looked at
-
-
-def branches(
-    schema: Any, root: Mapping[str, Any], num_levels: int = MAX_LEVELS
-) -> Iterator[dict[str, Any]]:
-    """Schemas of one type or of any: what fits `schema`, a part of `root`, fits one of them."""
-    branch = dict(schema) if isinstance(schema, Mapping) and num_levels else {}
-    if isinstance(path := branch.pop("$ref", None), str):
-        part: Any = root
-        for key in path.split("/")[1:]:
-            part = part.get(key) if isinstance(part, Mapping) else None
-        several = [part]
-    elif keys := branch.keys() & {"anyOf", "oneOf"}:
-        several = branch.pop(min(keys))
-    elif isinstance(branch.get("type"), list):
-        several = [{"type": kind} for kind in branch["type"]]
-    else:
-        several = []
-        yield branch
-    for part in several:
-        more = part if isinstance(part, Mapping) else {}
-        yield from branches({**branch, **more}, root, num_levels - 1)
-
-
-class Argument:
-    """How an argument that stands alone is written, given its schema, a part of `root`.
-
-    listed: all that it may be, as text -> JSON. texts: schemas of strings, which are written as
-    they are. others: schemas of what is JSON. kinds: the types of JSON that text is read as, where
-    no value of that type is against the schema."""
-
-    def __init__(self, schema: Any, root: Mapping[str, Any], is_required: bool = False) -> None:
-        self.is_required, self.listed = is_required, dict[str, str]()
-        self.texts, self.others, self.kinds = list[Any](), list[Any](), set[str]()
-        for branch in itertools.islice(branches(schema, root), MAX_BRANCHES):
-            kind = branch.get("type")
-            if values := branch.get("enum", [branch["const"]] if "const" in branch else ()):
-                fit = [v for v in values if kind in (None, "number", JSON_NAMES[type(v)])]
-                self.listed |= {_json_text(value): _json_text([value])[1:-1] for value in fit}
-            else:
-                (self.texts if kind in (None, "string") else self.others).append(branch)
-        for branch in self.texts + self.others:
-            if "type" not in branch:
-                self.kinds = {*JSON_NAMES.values()} - {"string"}
-            elif branch in self.others and not (self.texts and branch.keys() & BOUNDS):
-                self.kinds |= {branch["type"], branch["type"].replace("number", "integer")}
-        self.is_text = not self.listed and not self.kinds
-
-    def read(self, text: str) -> str | None:
-        """JSON for what is written; None where it can be no value."""
-        word = text.strip(" \t\r\n")
-        word = PYTHON_WORDS.get(word, word)
-        if value := self.listed.get(text, self.listed.get(word)):
-            return value
-        with contextlib.suppress(ValueError, RecursionError):
-            if JSON_NAMES[type(json.loads(word, parse_constant=int))] in self.kinds:
-                return word  # int() refuses NaN
-        return json.dumps(text, ensure_ascii=False) if self.texts or not self.others else None
-
-
-def read_arguments(schema: Mapping[str, Any]) -> dict[str, Argument]:
-    """The arguments that a function's schema names."""
-    top = next(branches(schema, schema))
-    required = top.get("required", ())
-    named = dict.fromkeys(required, top.get("additionalProperties")) | top.get("properties", {})
-    return {key: Argument(part, schema, key in required) for key, part in named.items()}
-
-
-class JsonReader:
-    """Reads a call's arguments behind their first brace: from `read` text, how much of it are
-    arguments, and these as JSON."""
-
-    def __init__(self) -> None:
-        self.depth = 1
-        self.quoted = self.escaped = self.is_done = False
-
-    def read(self, text: str) -> tuple[int, str]:
-        for i, character in enumerate(text):
-            if self.quoted:
-                self.quoted = self.escaped or character != '"'
-                self.escaped = not self.escaped and character == "\\"
-            elif character == '"':
-                self.quoted = True
-            else:
-                self.depth += (character == "{") - (character == "}")
-            if not self.depth:
-                self.is_done = True
-                return i + 1, text[: i + 1]
-        return len(text), text
-
-
-class ParameterReader:
-    """As JsonReader, for a call whose arguments are written one by one: text comes as it is read,
-    anything else when it is complete."""
-
-    def __init__(self, form: ToolFormat, schema: Mapping[str, Any]) -> None:
-        self.arguments, self.is_done, self.comma = read_arguments(schema), False, ""
-        self.argument: Argument | None = None  # the value of which is being read
-        before, after = form.parameter.split("VALUE")
-        newline = r"(?:\n|(?=[^\n]))" if before.endswith("\n") else ""  # a second is the value's
-        self.before = re.compile(r"\s*" + loose(before) + newline)
-        self.ends = after.rstrip(), after.strip()
-        self.after = re.compile(r"\n?" * after.startswith("\n") + re.escape(self.ends[1]))
-        self.tail = re.compile(r"\s*" + loose(form.tail))
-
-    def read(self, text: str) -> tuple[int, str]:
-        if self.argument is None:
-            if match := self.before.match(text):
-                self.argument = self.arguments.get(match[1]) or Argument(None, {})
-                key = f"{self.comma}{json.dumps(match[1], ensure_ascii=False)}: "
-                self.comma = ", "
-                return match.end(), key + '"' * self.argument.is_text
-            self.is_done = bool(self.tail.match(text))
-            return 0, "}" * self.is_done
-        is_text = self.argument.is_text
-        num = is_text * (len(text) - held_back(text, self.ends))
-        for end in self.after.finditer(text):
-            value = self.argument.read(text[: end.start()])
-            if value is not None:
-                self.argument = None
-                return end.end(), value[is_text:]
-        return num, json.dumps(text[:num], ensure_ascii=False)[1:-1]
-
-
-def loose(literal: str, names: Iterable[str] = ()) -> str:
-    """A regex for `literal` with any space between its words and signs."""
-    known = {"NAME": f"({'|'.join(map(re.escape, names))})", "KEY": "(.+?)"}
-    words = re.findall(r"NAME|KEY|\w+|[^\w\s]", literal)
-    return r"\s*".join(known.get(word) or re.escape(word) for word in words)
-
-
-class ToolSplitter:
-    """Finds the calls in an answer: `push` text, get pieces. What is no call of one of the
-    functions, of which the arguments' schemas are given, spelled as in `form`, is content."""
-
-    def __init__(self, form: ToolFormat, schemas: Mapping[str, Mapping[str, Any]]) -> None:
-        self.form, self.schemas, head = form, schemas, form.head("NAME")
-        known = functools.partial(loose, names=schemas)
-        self.opener = form.trigger or form.call[0]
-        inside = r"\s*{"
-        if form.parameter:
-            inside = rf"\s*(?={loose(form.parameter.partition('KEY')[0])}|{loose(form.tail)})"
-        self.first = re.compile(known(form.begin + head) + inside)
-        self.next = re.compile(r"\s*" + known(form.tail + form.between + head) + inside)
-        self.last = re.compile(r"\s*" + loose(form.tail + form.end))
-        self.reach = 2 * len(form.begin + head) + max(map(len, schemas), default=0)
-        self.reach += 2 * len(form.parameter + form.tail)
-        self.num_calls, self.has_content, self._held = 0, False, ""
-        self.reader: JsonReader | ParameterReader | None = None  # of a call that is not complete
-
-    def push(self, text: str) -> list[Piece]:
-        return self._split(text, final=False)
-
-    def flush(self) -> list[Piece]:
-        return self._split("", final=True)
+class CallSplitter(Protocol):
+    """Finds the calls in an answer: `push` text, get pieces."""
 
     @property
-    def has_calls(self) -> bool:
-        """Whether there were calls, the last of them complete."""
-        return self.num_calls > 0 and self.reader is None
+    def has_calls(self) -> bool: ...  # and the last of them is complete
 
-    def _split(self, new: str, final: bool) -> list[Piece]:
-        self._held += new
-        out: list[Piece] = []
-        while self._held:
-            if self.reader:
-                num, arguments = self.reader.read(self._held)
-                self._take(num)
-                out.append(Piece("arguments", arguments))
-                if self.reader.is_done:
-                    self.reader = None
-                elif not arguments:
-                    break
-                continue
-            pattern = self.next if self.num_calls else self.first
-            match = pattern.match(self._held) if self.num_calls else pattern.search(self._held)
-            if match is None:
-                out += self._rest(final)
-                break
-            before = self._take(match.start())
-            if before.strip() or self.has_content:
-                out.append(Piece("content", before))
-            self._take(match.end() - match.start())
-            self.num_calls += 1
-            schema, one_by_one = self.schemas[match[1]], self.form.parameter
-            self.reader = ParameterReader(self.form, schema) if one_by_one else JsonReader()
-            out += [Piece("name", match[1]), Piece("arguments", "{")]
-        out = [piece for piece in out if piece.text]
-        self.has_content |= any(piece.kind == "content" for piece in out)
-        return out
+    def push(self, text: str) -> list[Piece]: ...
 
-    def _take(self, num: int) -> str:
-        taken, self._held = self._held[:num], self._held[num:]
-        return taken
-
-    def _rest(self, final: bool) -> list[Piece]:
-        """Content in text where no call begins, as far as it is certain."""
-        if self.num_calls:  # what ends the calls is not content; what follows it can wait
-            text = self.last.sub("", self._take(len(self._held)), count=1) if final else ""
-            return [Piece("content", text)] if text.strip() else []
-        text, at = self._held, self._held.find(self.opener)
-        while 0 <= at < len(text) - self.reach - len(self.opener):
-            at = text.find(self.opener, at + 1)
-        num = at if at >= 0 else len(text) - held_back(text, (self.opener,))
-        if final:
-            num = len(text)
-        elif not text[:num].strip() and not self.has_content:
-            num = 0  # space before a call is not content
-        return [Piece("content", self._take(num))]
+    def flush(self) -> list[Piece]: ...
 
 
 class AnswerSplitter:
     """Splits an answer to `prompt` into thoughts, content and calls: `push` text, get pieces."""
 
     def __init__(
-        self, prompt: str = "", tools: ToolSplitter | None = None, keep_tags: bool = False
+        self, prompt: str = "", tools: CallSplitter | None = None, keep_tags: bool = False
     ) -> None:
         self.prompt, self.tools = prompt, tools
         self.thoughts = ThoughtSplitter(prompt, keep_tags)
@@ -7591,420 +7206,25 @@ class AnswerSplitter:
         return "tool_calls" if reason == "stop" and self.tools and self.tools.has_calls else reason
 
 
+class Calls(Protocol):
+    """The functions that an answer may call."""
+
+    def splitter(self) -> CallSplitter: ...
+
+    def control_ids(self, tokenizer: Tokenizer) -> frozenset[int]: ...  # that calls are written in
+
+
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
     """Whether and what an answer calls."""
 
     mode: str = "auto"  # none, auto, required
     names: tuple[str, ...] | None = None  # the functions that may be called; None for all
-    max_calls: int = MAX_CALLS
-
-
-class Function(NamedTuple):
-    """What may be called: the schema of its arguments, whether they must keep all of it, and where
-    in a request that stands."""
-
-    schema: Mapping[str, Any]
-    strict: bool
-    where: str
-
-
-def tool_functions(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> dict[str, Function]:
-    """The functions that may be called, by name. Raises RequestError, naming the tool."""
-    functions: dict[str, Function] = {}
-    for i, tool in enumerate(tools or []):
-        where = f"tools[{i}].function"
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping):
-            raise RequestError(f"tools[{i}] is {excerpt(tool)}; a function is needed", where)
-        name, schema = function.get("name"), function.get("parameters")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name):
-            problem = "1 to 64 letters, digits, _ and - are needed"
-            raise RequestError(f"{where}.name is {excerpt(name)}; {problem}", f"{where}.name")
-        if name in functions:
-            raise RequestError(f"{where}.name is {name!r}, as is another's", f"{where}.name")
-        schema = {"type": "object", "properties": {}} if schema in (None, {}) else schema
-        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
-            problem = "a JSON Schema of type object is needed"
-            raise RequestError(
-                f"{where}.parameters is {excerpt(schema)}; {problem}", f"{where}.parameters"
-            )
-        closed = {"additionalProperties": False} if "properties" in schema else {}
-        schema = {**closed, "type": "object", **schema}
-        functions[name] = Function(schema, bool(function.get("strict")), f"{where}.parameters")
-    if unknown := [name for name in choice.names or () if name not in functions]:
-        raise RequestError(f"tool_choice names {unknown[0]!r}, which no tool has", "tool_choice")
-    if choice.mode == "required" and not functions:
-        raise RequestError("tool_choice needs tools", "tool_choice")
-    names = functions if choice.names is None else choice.names
-    return {name: functions[name] for name in names if choice.mode != "none"}
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """What an answer may or must call, and how that is written."""
-
-    form: ToolFormat
-    functions: Mapping[str, Function]
-    choice: ToolChoice
-
-    def splitter(self) -> ToolSplitter:
-        return ToolSplitter(self.form, {name: f.schema for name, f in self.functions.items()})
-
-    def shown(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """The control tokens that calls are written with."""
-        signs = self.form.begin + self.form.call + self.form.parameter + self.form.end
-        return frozenset(i for word, i in tokenizer.control.items() if word in signs)
-
-
-PYTHON_TAG = "<|python_tag|>"  # before calls of Llama 3
-
-
-def find_calls(
-    tools: list[dict[str, Any]] | None,
-    choice: ToolChoice,
-    form: ToolFormat,
-    tokenizer: Tokenizer,
-    is_free: bool,
-) -> Calls | None:
-    """What an answer may call; None for nothing. If what is no call `is_free`, it may be any text.
-    Raises RequestError."""
-    functions = tool_functions(tools, choice)
-    if not functions:
-        return None
-    if choice.mode == "auto" and not is_free and (form.begin + form.call).startswith("{"):
-        if PYTHON_TAG not in tokenizer.control:  # JSON either way: nothing would tell which
-            raise RequestError("this model's calls look like answers in JSON: not both", "tools")
-        form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
-    return Calls(form, functions, choice)
-
-
-# ---- what an answer must be ----------------------------------------------------------------------
-
-# JSON as models write it: on one line, or indented. Space without a limit is where small ones stay.
-JSON_OPTIONS: Any = {
-    "whitespace_pattern": r" ?|\n[ \t]{0,16}",
-    "lenient": False,  # what cannot be kept is refused
-    "coerce_one_of": False,
-    "item_separator": ",",
-    "key_separator": ":",
-}
-MAX_MULTIPLE = 10_000  # sum of a schema's multipleOf, without points: so many states they need
-
-
-class Vocabulary:
-    """A tokenizer as llguidance wants it: the bytes of each of V tokens. Control tokens have their
-    names instead, and one more token ends answers where the model has none that does."""
-
-    is_tokenizer_wrapper = True
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
-        self.tokenizer = tokenizer
-        names = {i: name.encode() for name, i in tokenizer.control.items() if i < n_vocab}
-        pieces = [names.get(i) or tokenizer.token_bytes(i) for i in range(n_vocab)]
-        self.tokens, self.special_token_ids = [*pieces, b"<end>"], [*names, n_vocab]
-        self.eos_token_id = n_vocab
-
-    def __call__(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, False, False)
-
-
-class Constraint:
-    """What may come next in one answer: `allowed` says, and `push` takes what was chosen.
-
-    num_free: how many tokens may come where any text may. is_free: whether as many could at the
-    last call of `allowed`: before a call, say, or in a thought."""
-
-    def __init__(self, matcher: llguidance.LLMatcher, n_vocab: int, num_free: int) -> None:
-        self.matcher, self.n_vocab, self.num_free = matcher, n_vocab, num_free
-        self.is_free = False
+    max_calls: int = 16
 
     @property
-    def is_done(self) -> bool:
-        """Nothing can follow any more."""
-        return bool(self.matcher.is_stopped() and not self.matcher.is_error())
-
-    def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next (V,). Raises RequestError when none may."""
-        mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(mask, count=self.n_vocab, bitorder="little").view(np.bool_)
-        if self.matcher.is_error() or not allowed.any():
-            reason = error_line(self.matcher.get_error()) or "no token can follow"
-            raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
-        self.is_free = int(np.count_nonzero(allowed)) >= self.num_free
-        return allowed
-
-    def copy(self) -> Constraint:
-        return Constraint(self.matcher.deep_copy(), self.n_vocab, self.num_free)
-
-    def push(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
-
-    def num_valid(self, token_ids: list[int]) -> int:
-        """How many of these tokens could come next, one after the other."""
-        return int(self.matcher.validate_tokens(token_ids))
-
-
-def error_line(text: str) -> str:
-    """The first line of llguidance's message, and what its regex compiler adds further down."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
-    head = head.replace("NoExtensionBias", "no token can follow")
-    reason = re.search(r"(?m)^error: (.+)$", text)
-    return f"{head} {reason[1]}" if reason else head
-
-
-def json_grammar(schema: Mapping[str, Any], strict: bool = True) -> str:
-    """A JSON Schema as an expression of llguidance's Lark; if not strict, keywords that it cannot
-    keep are left out."""
-    options = JSON_OPTIONS if strict else {**JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
-    return "%json " + json.dumps({**schema, "x-guidance": options})
-
-
-def parts(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """What a JSON value holds, down to a depth, with the path to each."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in pairs if depth else ():
-        yield f"/{key}", item
-        if isinstance(item, (dict, list)):
-            yield from ((f"/{key}{path}", inner) for path, inner in parts(item, depth - 1))
-
-
-def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
-    """Why a JSON Schema cannot be compiled; '' where it can."""
-    total = 0
-    for path, value in parts(schema, sys.maxsize):
-        if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
-            if total > MAX_MULTIPLE:
-                return f"multipleOf {value} has too many digits"
-    grammar = f"start: {json_grammar(schema, strict)}"
-    error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
-    return error.rpartition("failed to compile JSON schema: ")[2]
-
-
-def faulty_part(
-    schema: Mapping[str, Any],
-    error: str,
-    shared: Mapping[str, Any],
-    strict: bool,
-    num_levels: int = MAX_LEVELS,
-) -> str:
-    """The path to the innermost part of a schema that has this error; `shared` is what `$ref`s in
-    it refer to."""
-    for path, part in parts(schema, 2) if num_levels else ():
-        if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict, num_levels - 1)
-    return ""
-
-
-# Keywords that grammars of arguments as text cannot keep
-NOT_KEPT = frozenset(
-    "allOf anyOf oneOf not if format patternProperties propertyNames minProperties maxProperties "
-    "dependentRequired dependentSchemas dependencies".split()
-)
-
-
-def text_terminal(schema: Mapping[str, Any]) -> str:
-    """A terminal for the strings that fit a schema."""
-    length = f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
-    if not (pattern := schema.get("pattern")):
-        return f"/(.|\\n){length}/"
-    start, end = ("" if pattern[:1] == "^" else r"(.|\n)*"), r"(.|\n)*"
-    if pattern.endswith("$") and not pattern.endswith(r"\$"):
-        pattern, end = pattern[:-1], ""
-    found = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
-    return f"/(.|\\n){length}/ & /{found}/"
-
-
-class Grammars:
-    """Compiles what answers must be for the vocabulary of one model. Safe to use from threads."""
-
-    def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
-        self.tokenizer, self.n_vocab = tokenizer, n_vocab
-        self.compiled = cached(self, Grammars.compile, 64)
-
-    @functools.cached_property
-    def vocabulary(self) -> llguidance.LLTokenizer:
-        ends = sorted(i for i in self.tokenizer.end_ids if i < self.n_vocab) or [self.n_vocab]
-        words: Any = Vocabulary(self.tokenizer, self.n_vocab)
-        return llguidance.LLTokenizer(words, eos_token=ends)
-
-    @functools.cached_property
-    def num_free(self) -> int:
-        """How many tokens may come where any text may."""
-        anything = self.compile(llguidance.LLMatcher.grammar_from_lark(r"start: /(.|\n)+/"))
-        return int(np.count_nonzero(Constraint(anything, self.n_vocab, 0).allowed()))
-
-    def compile(self, grammar: str) -> llguidance.LLMatcher:
-        """A grammar in llguidance's own words -> its matcher. Raises RequestError."""
-        matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
-        try:
-            Constraint(matcher, self.n_vocab, 0).allowed()
-        except RequestError:
-            reason = error_line(matcher.get_error()) or "no token of this model does"
-            raise RequestError(f"there is nothing that fits: {reason}") from None
-        return matcher
-
-    def check(self, name: str, grammar: str) -> None:
-        """Raises RequestError, naming the field, for a grammar that does not compile."""
-        if error := llguidance.LLMatcher.validate_grammar(grammar, self.vocabulary):
-            raise RequestError(f"the {name} cannot be used: {error_line(error)}", name)
-
-    def answer(self, params: SamplingParams) -> tuple[str, str]:
-        """What an answer must be as an expression, '' for anything, and the grammar that it refers
-        to as @answer. Raises RequestError."""
-        if params.schema is not None:
-            return self.schema(params.schema, "schema"), ""
-        if params.regex is not None:
-            self.check("regex", llguidance.LLMatcher.grammar_from_regex(params.regex))
-            return f"/{llguidance.regex_to_lark(params.regex)}/", ""
-        if params.grammar is not None:
-            try:
-                lark: str = llguidance.gbnf_to_lark.any_to_lark(params.grammar)
-            except Exception as error:  # a parser that raises what it likes
-                reason = f"the grammar cannot be used: {first_line(error)}"
-                raise RequestError(reason, "grammar") from None
-            self.check("grammar", lark)
-            return "@answer", lark
-        return "", ""
-
-    def schema(self, schema: Mapping[str, Any], name: str, strict: bool = True) -> str:
-        """A JSON Schema as an expression. Raises RequestError that says where and why not."""
-        try:
-            if error := schema_error(schema, strict):
-                shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-                where = faulty_part(schema, error, shared, strict) or "/"
-                raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
-            return json_grammar(schema, strict)
-        except RecursionError:
-            raise RequestError(f"{name} is nested too deeply", name) from None
-
-    @functools.cached_property
-    def signs(self) -> re.Pattern[str]:
-        """Finds the control tokens in a text."""
-        words = sorted(self.tokenizer.control, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
-
-    def literal(self, text: str) -> str:
-        """Text as an expression, its control tokens as such."""
-        control = self.tokenizer.control
-        return " ".join(
-            f"<[{control[part]}]>" if part in control else json.dumps(part)
-            for part in self.signs.split(text)
-            if part
-        )
-
-    def until(self, end: str, name: str, rules: dict[str, str], text: str = "TEXT") -> str:
-        """An expression for the terminal `text` up to the first `end`."""
-        plain = self.signs.split(end)[0]
-        if plain:
-            rules[f"{name}[lazy]"] = f"{text} {json.dumps(plain)}"
-        return f"{name if plain else text} {self.literal(end[len(plain) :])}"
-
-    def thought(self, prompt: str, tags: Thoughts | None) -> tuple[str, dict[str, str]]:
-        """What may come before an answer to `prompt`, as the beginning of a rule, and its rules."""
-        text, rules, prompt = r"(.|\n)*", dict[str, str](), prompt.rstrip()
-        opened = next((tags for tags in THOUGHTS if prompt.endswith(tags.open)), None)
-        tags = opened or tags
-        if not tags or (prompt.endswith(tags.close) and not tags.answer):
-            return "", {}
-        start, end = ("" if opened else rf"[ \n]*{tags.open}"), tags.close
-        if len(self.signs.split(tags.open)) > 1:
-            start = self.literal("" if opened else tags.open)
-            rules["thought"] = f"{start} {self.until(end, 'thoughts', rules)}"
-        else:
-            rules["thought[lazy]"] = f"/{llguidance.regex_to_lark(start + text + end)}/"
-        return "thought" + ("" if opened else "*" if tags.answer else "?"), rules
-
-    def calls(self, calls: Calls, is_free: bool) -> str:
-        """The rules of `calls`, behind any text where they are free. Raises RequestError."""
-        form, control = calls.form, self.tokenizer.control
-        between = {control[word] for word in self.signs.findall(form.between)}
-        num_more = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
-        more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
-        rules = {"calls": f"first {more} {self.literal(form.end)}"}
-        for i, (name, function) in enumerate(calls.functions.items()):
-            head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
-            opening = form.begin + head
-            first, open_name = self.literal(opening), "open" if form.trigger else f"open_{i}"
-            if is_free:
-                trigger = form.trigger or opening
-                first = self.until(trigger, open_name, rules)
-                first += " " + self.literal(opening.removeprefix(trigger))
-            rules |= {f"first_{i}": f"{first} {tail}", f"next_{i}": f"{self.literal(head)} {tail}"}
-            rules[f"arguments_{i}"] = self.schema(function.schema, function.where, function.strict)
-            if form.parameter:
-                self.parameters(form.parameter, f"arguments_{i}", function, rules)
-        for kind in ("first", "next"):
-            rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
-        return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
-
-    def parameters(self, form: str, rule: str, function: Function, rules: dict[str, str]) -> None:
-        """The rules of arguments that are written one by one, in the schema's order. Raises
-        RequestError for what such a rule cannot keep but must."""
-        before, after = form.split("VALUE")
-        root, terms, arguments = function.schema, [], read_arguments(function.schema)
-        texts = [text for argument in arguments.values() for text in argument.texts]
-        parts = root, next(branches(root, root)), *texts
-        if function.strict and (lost := NOT_KEPT & {*itertools.chain(*parts)}):
-            reason = f"calls of this model's kind cannot keep {min(lost)}"
-            raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
-        for i, (key, argument) in enumerate(arguments.items()):
-            name = f"{rule}_{i}"
-            terms.append(name if argument.is_required else f"{name}?")
-            value = self.value(argument, after, name, function, rules)
-            rules[name] = f"{self.literal(before.replace('KEY', key))} ({value})"
-        rules[rule] = " ".join(terms) or '""'
-
-    def value(
-        self, argument: Argument, after: str, name: str, function: Function, rules: dict[str, str]
-    ) -> str:
-        """An expression for an argument and what stands behind it. Text is none that ends it, nor
-        looks like JSON that may stand there."""
-        root = function.schema
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        ways = [self.literal(text + after) for text in argument.listed]
-        unlike = [f"(.|\n)*{re.escape(after.strip())}(.|\n)*"]
-        for other in argument.others:
-            if not argument.texts or other["type"] in ("array", "object"):
-                grammar = json_grammar({**shared, **other}, function.strict)
-                ways.append(f"{grammar} {self.literal(after)}")
-                unlike.append(r"\s*[\[{](.|\n)*")
-        if argument.texts:
-            texts = " | ".join(map(text_terminal, argument.texts))
-            others = (f"& ~/{llguidance.regex_to_lark(regex)}/" for regex in unlike)
-            rules[name.upper()] = f"({texts}) {' '.join(others)}"
-            ways.append(self.until(after, f"{name}_text", rules, name.upper()))
-        return " | ".join(ways)
-
-    def constraint(
-        self, params: SamplingParams, prompt: str, tags: Thoughts | None, calls: Calls | None = None
-    ) -> Constraint | None:
-        """What the answer to `prompt`, of which the end is enough, must be; None for anything.
-        Raises RequestError."""
-        answer, nested = self.answer(params)
-        if not answer and not calls:
-            return None
-        thought, thought_rules = self.thought(prompt, tags)
-        rules = "\n".join(f"{name}: {rule}" for name, rule in thought_rules.items())
-        header = self.literal(tags.answer) if tags else ""
-        is_required = calls is not None and calls.choice.mode == "required"
-        choices = [] if is_required else [f"{thought} {header} answer"]
-        if calls:  # models like to begin a new line for them
-            choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
-            rules += "\n" + self.calls(calls, is_free=not (answer or is_required or header))
-        top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
-        top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
-        named = {"top": top, "answer": nested} if nested else {"top": top}
-        grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
-        try:
-            matcher = self.compiled(json.dumps({"grammars": grammars}))
-        except RequestError as error:
-            forms = ("schema", "regex", "grammar")
-            error.param = next((f for f in forms if getattr(params, f) is not None), "tools")
-            raise
-        return Constraint(matcher, self.n_vocab, self.num_free)
+    def needs_tools(self) -> bool:
+        return self.mode == "required" or bool(self.names)
 
 
 # ==================================================================================================
@@ -8039,6 +7259,23 @@ class TokenLogprobs:
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Constraint(Protocol):
+    """Says which tokens may come next in one answer, and takes those that were chosen."""
+
+    is_free: bool  # any text was possible at the last call of `allowed`
+
+    @property
+    def is_done(self) -> bool: ...  # nothing can follow
+
+    def copy(self) -> Constraint: ...
+
+    def allowed(self) -> npt.NDArray[np.bool_]: ...  # (V,)
+
+    def push(self, token_id: int) -> None: ...
+
+    def num_valid(self, token_ids: list[int]) -> int: ...  # leading ones that could come next
 
 
 def uniform(seed: int, position: int) -> float:
@@ -8779,7 +8016,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """What an answer may call and must be: None for no calls, and for any text."""
+    """What an answer may call and must be; with neither, it is thoughts and any text."""
 
     calls: Calls | None = None
     start: Constraint | None = None  # before the first token; each answer begins with a copy
@@ -8843,7 +8080,13 @@ class TextSide:
 
     tokenizer: Tokenizer
     template: ChatTemplate
-    grammars: Grammars
+    config: ModelConfig
+
+    @functools.cached_property
+    def grammars(self) -> Any:
+        """Compiles what answers must be. Raises ExtraError."""
+        grammars = extra("answers.grammars", "an answer with a schema, regex, grammar or tools")
+        return grammars.Grammars(self.tokenizer, self.config.n_vocab)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids, with BOS and the like where the tokenizer adds them."""
@@ -8889,7 +8132,8 @@ class TextSide:
         RequestError."""
         calls = self.calls(request)
         ids, text = self.encode_request(request)
-        return Prepared(request, ids, text, self.answer_form(request, ids, calls))
+        form = AnswerForm(calls, self.constraint(request, ids, calls))
+        return Prepared(request, ids, text, form)
 
     def prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Prepared]:
         """Prepare the choices of one body: choices of the same prompt differ in their seeds only,
@@ -8903,23 +8147,26 @@ class TextSide:
             prepared.append(dataclasses.replace(first[key], request=request))
         return prepared
 
-    def answer_form(
+    def constraint(
         self, request: GenerationRequest, ids: list[int], calls: Calls | None
-    ) -> AnswerForm:
-        """What the answer to a prompt must be. Raises RequestError."""
+    ) -> Constraint | None:
+        """What the answer to a prompt must be; None for any text. Raises RequestError."""
+        if request.params.answer_field is None and calls is None:
+            return None
         continues = request.template_kwargs.get("continue_final_message")
         tags = None if request.messages is None or continues else self.template.thoughts
         # the prompt's last tokens tell whether a thought has begun
         tail = self.decode(ids[-16:])
-        return AnswerForm(calls, self.grammars.constraint(request.params, tail, tags, calls))
+        form: Constraint | None = self.grammars.constraint(request.params, tail, tags, calls)
+        return form
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """What the answer to a request may call; None for nothing. Raises RequestError."""
-        if request.messages is None:
+        choice = request.tool_choice
+        if request.messages is None or not (request.tools or choice.needs_tools):
             return None
-        form, p = self.template.tool_format, request.params
-        is_free = p.schema is None and p.regex is None and p.grammar is None
-        return find_calls(request.tools, request.tool_choice, form, self.tokenizer, is_free)
+        find_calls = extra("answers.tools", "an answer with tools").find_calls
+        return cast("Calls | None", find_calls(request, self.template, self.tokenizer))
 
 
 class LLM(TextSide):
@@ -8992,7 +8239,6 @@ class LLM(TextSide):
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
-        self.grammars = Grammars(self.tokenizer, self.config.n_vocab)
         if isinstance(self.engine.decode_steps, DecodeGraphs):
             try:
                 with torch.inference_mode():
@@ -9030,7 +8276,7 @@ class LLM(TextSide):
         RequestError."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         request, form = prepared.request, prepared.form
-        shown = form.calls.shown(self.tokenizer) if form.calls else frozenset[int]()
+        shown = form.calls.control_ids(self.tokenizer) if form.calls else frozenset[int]()
         if request.messages is not None:
             tags = "".join(self.template.thoughts or ())
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
@@ -9430,7 +8676,8 @@ def read_tools(given: Fields) -> tuple[list[Json] | None, ToolChoice]:
     choice = _tool_choice(given.get("tool_choice", "auto"))
     if not given.get("parallel_tool_calls", True):
         choice = dataclasses.replace(choice, max_calls=1)
-    tool_functions(tools, choice)
+    if tools or choice.needs_tools:
+        extra("answers.tools", "a request with tools").tool_functions(tools, choice)
     return (None if choice.mode == "none" else tools), choice
 
 
@@ -12371,6 +11618,12 @@ class ScriptEngine(Engine):
         self.plays.pop(seq, None)
 
 
+def spelled_calls(template: ChatTemplate, calls: list[tuple[str, str]]) -> str:
+    """Calls, a name and JSON each, as a model with this template writes them."""
+    style = extra("answers.tools", "a scripted tool call").tool_style(template)
+    return str(style.form.spell(calls))
+
+
 class ScriptLLM(LLM):
     """What a server for tests has in place of a model."""
 
@@ -12385,11 +11638,11 @@ class ScriptLLM(LLM):
         """Of the code alone"""
         return f"fp_{__version__}"
 
-    def answer_form(
+    def constraint(
         self, request: GenerationRequest, ids: list[int], calls: Calls | None
-    ) -> AnswerForm:
-        """Any text: an answer is what the script says, whatever was asked for."""
-        return AnswerForm(calls)
+    ) -> Constraint | None:
+        """None: an answer is what the script says, whatever was asked for."""
+        return None
 
     def start(
         self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
@@ -12409,7 +11662,7 @@ class ScriptLLM(LLM):
             (c["name"], json.dumps(c.get("arguments", {}))) for c in answer.get("tool_calls", [])
         ]
         thought = f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else ""
-        spelled = self.template.tool_format.spell(calls) if calls else ""
+        spelled = spelled_calls(self.template, calls) if calls else ""
         text = thought + answer.get("text", "") + spelled
         self.plays[seq] = answer, deque(self.tokenizer.encode(text))
         return seq
@@ -13559,7 +12812,8 @@ def hint_schema(hint: Any) -> Json:
     if (kind or hint) is dict:
         values = {"additionalProperties": hint_schema(inner[1])} if inner else {}
         return {"type": "object", **values}
-    return {} if hint is Any else {"type": JSON_NAMES[hint]}
+    names = extra("answers.tools", "a tool").JSON_NAMES
+    return {} if hint is Any else {"type": names[hint]}
 
 
 def function_tool(function: Callable[..., Any]) -> Json:

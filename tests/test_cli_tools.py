@@ -12,6 +12,7 @@ import pytest
 
 import nanollama
 from nanollama import Delta, GenerationRequest, UsageError
+from nanollama_extras.answers.tools import TOOL_FORMATS
 
 pexpect: Any = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.xdist_group("tools")
@@ -128,7 +129,7 @@ def test_a_file_that_cannot_be_used_is_one_line(
 
 
 def spelled(name: str, **arguments: Any) -> str:
-    return nanollama.TOOL_FORMATS["hermes"].spell([(name, json.dumps(arguments))])
+    return TOOL_FORMATS["hermes"].spell([(name, json.dumps(arguments))])
 
 
 @pytest.fixture

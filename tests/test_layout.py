@@ -233,8 +233,7 @@ def test_a_section_uses_only_itself_and_the_sections_above_it() -> None:
 TENSOR_SECTIONS = {"QUANT", "KERNELS", "MODEL", "FORMATS", "SAMPLING", "ENGINE", "CLI"}
 ALLOWED = {
     **dict.fromkeys(("torch", "F", "Tensor"), TENSOR_SECTIONS),
-    "np": {"FORMATS", "MODEL", "CHAT", "SAMPLING"},
-    "llguidance": {"CHAT"},
+    "np": {"FORMATS", "MODEL", "SAMPLING"},
     "gguf": {"FORMATS"},
     "safetensors": {"FORMATS", "MODEL", "CLI"},
     "huggingface_hub": {"STORE"},

@@ -20,6 +20,7 @@ from serving import Live, serving
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, ToolChoice, parse_chat
+from nanollama_extras.answers.tools import TOOL_FORMATS, ToolSplitter, read_arguments, tool_style
 
 pytestmark = pytest.mark.xdist_group("tools")
 USER = [{"role": "user", "content": "What is the weather in Bern?"}]
@@ -54,7 +55,7 @@ TALK = [
     {"role": "assistant", "content": None, "tool_calls": [CALLED]},
     {"role": "tool", "tool_call_id": CALLED["id"], "content": "sunny spells"},
 ]
-DATA = Path(__file__).parent / "data" / "chat_templates"
+DATA = Path(__file__).parents[2] / "data" / "chat_templates"
 
 
 def template(source: str) -> nanollama.ChatTemplate:
@@ -130,7 +131,7 @@ TEMPLATES = {
         "{{ value }}</parameter>\n{% endfor %}</invoke>\n{% endfor %}</minimax:tool_call>"
     ),
 }
-FORMATS = nanollama.TOOL_FORMATS
+FORMATS = TOOL_FORMATS
 
 
 # ---- which format --------------------------------------------------------------------------------
@@ -143,8 +144,8 @@ def test_every_format_has_a_template_here() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) -> None:
     made = template(TEMPLATES[name])
-    assert made.tool_format is FORMATS[name]
-    assert made.lists_tools
+    assert tool_style(made).form is FORMATS[name]
+    assert tool_style(made).lists_tools
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def test_a_format_is_recognised_by_what_the_template_makes_of_a_call(name: str) 
 )
 def test_published_templates_are_recognised(name: str, form: str, lists: bool) -> None:
     made = template((DATA / f"{name}.jinja").read_text(encoding="utf-8"))
-    assert made.tool_format is FORMATS[form]
-    assert made.lists_tools == lists
+    assert tool_style(made).form is FORMATS[form]
+    assert tool_style(made).lists_tools == lists
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.jinja")), ids=lambda path: path.stem)
@@ -179,7 +180,7 @@ def test_tools_calls_and_results_reach_the_prompt_of_every_template(path: Path) 
 
 
 def test_smollm2_is_known_by_its_name(smollm2_llm: LLM) -> None:
-    assert smollm2_llm.template.tool_format is FORMATS["smollm2"]
+    assert tool_style(smollm2_llm.template).form is FORMATS["smollm2"]
     text = smollm2_llm.render([{"role": "system", "content": "Be kind."}, *TALK], TOOLS)
     assert text.count("<|im_start|>system") == 1
     assert "Be kind.\n\nYou can call" in text
@@ -198,7 +199,7 @@ def test_what_tools_say_never_becomes_a_control_token(smollm2_llm: LLM) -> None:
 
 def split(form: str, text: str, cuts: list[int] | None = None) -> list[tuple[str, str]]:
     """The pieces of a text that is cut at `cuts`, neighbours of one kind joined."""
-    splitter = nanollama.ToolSplitter(FORMATS[form], dict.fromkeys(SCHEMAS, KINDS))
+    splitter = ToolSplitter(FORMATS[form], dict.fromkeys(SCHEMAS, KINDS))
     at = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
     pieces = [p for a, b in itertools.pairwise(at) for p in splitter.push(text[a:b])]
     pieces += splitter.flush()
@@ -283,7 +284,7 @@ def test_what_is_no_call_is_content_to_the_last_character(
 
 
 def test_content_comes_as_soon_as_it_can_be_no_call() -> None:
-    splitter = nanollama.ToolSplitter(FORMATS["hermes"], SCHEMAS)
+    splitter = ToolSplitter(FORMATS["hermes"], SCHEMAS)
     assert splitter.push("Hello <b") == [("content", "Hello <b")]
     assert splitter.push(" <tool_c") == [("content", " ")]
     assert splitter.push("ake") == [("content", "<tool_cake")]
@@ -304,7 +305,7 @@ def test_text_behind_the_calls_is_content() -> None:
 
 
 def test_thoughts_come_first_and_may_speak_of_calls() -> None:
-    tools = nanollama.ToolSplitter(FORMATS["hermes"], SCHEMAS)
+    tools = ToolSplitter(FORMATS["hermes"], SCHEMAS)
     splitter = nanollama.AnswerSplitter("<think>\n", tools)
     call = FORMATS["hermes"].spell([("stop", "{}")])
     pieces = splitter.push(f"{call}</think>\n\n{call}") + splitter.flush()
@@ -326,9 +327,9 @@ def round_trip(made: nanollama.ChatTemplate) -> list[tuple[str, str]]:
     prompt = made.render(USER, TOOLS)
     text = made.render([*USER, answer], TOOLS, add_generation_prompt=False)
     start = text.index("I look.", len(prompt) - 20)
-    end = made.tool_format.tail.strip()
-    text = text[start : text.rindex(end) + len(end)] + made.tool_format.end.strip()
-    splitter = nanollama.ToolSplitter(made.tool_format, dict.fromkeys(SCHEMAS, KINDS))
+    end = tool_style(made).form.tail.strip()
+    text = text[start : text.rindex(end) + len(end)] + tool_style(made).form.end.strip()
+    splitter = ToolSplitter(tool_style(made).form, dict.fromkeys(SCHEMAS, KINDS))
     pieces = [p for character in text for p in splitter.push(character)] + splitter.flush()
     return [
         (kind, "".join(text for _, text in group))
@@ -352,7 +353,11 @@ def test_what_a_template_makes_of_calls_is_read_as_the_same_calls(name: str) -> 
 
 def test_so_it_is_with_every_published_template_that_writes_no_object() -> None:
     made = {path.stem: template(path.read_text()) for path in published.llama_cpp().glob("*.jinja")}
-    found = {name: t for name, t in made.items() if t.lists_tools and t.tool_format.parameter}
+    found = {
+        name: t
+        for name, t in made.items()
+        if tool_style(t).lists_tools and tool_style(t).form.parameter
+    }
     assert len(found) == 13
     for name, chat_template in found.items():
         assert is_right(round_trip(chat_template)), name
@@ -530,7 +535,7 @@ def test_an_argument_is_text_or_json_as_its_schema_says(
         assert seq.constraint
         assert (seq.constraint.num_valid(ids) == len(ids)) == (value in good), value
         if value in good:
-            pieces = nanollama.ToolSplitter(shape, {"f": parameters}).push(text)
+            pieces = ToolSplitter(shape, {"f": parameters}).push(text)
             read = json.loads("".join(piece.text for piece in pieces if piece.kind == "arguments"))
             assert read == arguments
             assert type(read["v"]) is type(value)
@@ -555,7 +560,7 @@ def test_what_text_in_tags_cannot_keep_is_refused_if_strict(models: Callable[[st
 def test_a_schema_that_refers_to_itself_is_read_in_no_time() -> None:
     one = {"$ref": "#/$defs/a"}
     root = {"properties": {"x": one}, "$defs": {"a": {"anyOf": [one, one, {"type": "string"}]}}}
-    assert nanollama.read_arguments(root)["x"].read("a") == '"a"'
+    assert read_arguments(root)["x"].read("a") == '"a"'
 
 
 @pytest.mark.parametrize("form", ONE_BY_ONE)

@@ -22,6 +22,7 @@ from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, parse_chat, parse_text
+from nanollama_extras.answers.grammars import Constraint, Grammars
 
 pytestmark = pytest.mark.xdist_group("constraint")
 USER = [{"role": "user", "content": "hello"}]
@@ -197,9 +198,9 @@ def spellings(value: Any) -> Iterator[str]:
 def test_the_official_suite_agrees_about_every_schema_that_compiles(
     suite: dict[str, list[dict[str, Any]]],
 ) -> None:
-    grammars = nanollama.Grammars(Bytes(), 256)  # type: ignore[arg-type]
+    grammars = Grammars(Bytes(), 256)  # type: ignore[arg-type]
 
-    def accepts(constraint: nanollama.Constraint, text: str) -> bool:
+    def accepts(constraint: Constraint, text: str) -> bool:
         ids, matcher = list(text.encode()), constraint.matcher.deep_copy()
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
@@ -669,14 +670,14 @@ def _nothing() -> Any:
 def test_a_constraint_that_fails_halfway_is_an_error_to_its_client_only(
     live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    allowed, calls = nanollama.Constraint.allowed, itertools.count()
+    allowed, calls = Constraint.allowed, itertools.count()
 
-    def failing(self: nanollama.Constraint) -> Any:
+    def failing(self: Constraint) -> Any:
         if next(calls) > 3:
             raise RequestError("the answer cannot go on as it must: too complex", "grammar")
         return allowed(self)
 
-    monkeypatch.setattr(nanollama.Constraint, "allowed", failing)
+    monkeypatch.setattr(Constraint, "allowed", failing)
     answer = live.chat(guided_regex="[a-z]{50}", stream=stream, max_tokens=50)
     if stream:
         assert answer.text.rstrip().endswith("data: [DONE]")
