@@ -6359,114 +6359,59 @@ def split_word(text: str) -> tuple[str, str]:
 #   In          TextFiles: a tokenizer.json, the metadata of a GGUF file, or another file whose
 #               row in VOCABULARIES names the extra that turns it into such metadata
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
-#   Idea        a token stands for some bytes. A UTF-8 decoder that holds back what is not a whole
-#               character yet turns them into text, one token at a time or all at once:
+#   Idea        a token stands for some bytes. An incremental UTF-8 decoder keeps the bytes of an
+#               unfinished character and turns the others into text:
 #
 #                   ids  2481  34820  242  13     bytes  F0 9F | 98 | 80 | 21     text  -  -  😀  !
 #
-#   Invariant   what a stream emits, joined, is what decode gives; a character is never emitted in
-#               halves, and nothing that may still become a stop string is emitted.
+#   Invariant   the parts of a stream, joined, equal decode's text; a stream emits whole characters,
+#               and keeps back text that may still become a stop string.
 #   Extend      a pre-tokenizer of a new GGUF vocabulary is one row of PRE_TOKENIZERS, another
 #               vocabulary file one row of VOCABULARIES.
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
-# tokenizer.ggml.pre -> the regexes that split text before BPE, in order; several names share a row.
-# Taken from llama.cpp's table (llama-vocab.cpp). Characters that an editor might normalise are
-# written as \u escapes.
+# tokenizer.ggml.pre -> the regular expressions that split text before BPE, one after another, from
+# llama.cpp's table (llama-vocab.cpp). The extra files.pre_tokenizers has the rarer ones.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PRE_ROWS: dict[str, tuple[str, ...]] = {
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx "
-    "smaug-bpe chatglm-bpe glm4 glm5": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N"
-        r"}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+["
-        r"\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "qwen35": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p"
-        r"{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
-    "mpt olmo jais trillion granite-docling exaone4": (_GPT2,),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
-    "tekken": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^"
-        r"\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "gpt-4o llama4 kanana2 talkie minimax-m2": (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:"
-        r"'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{"
-        r"Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]"
-        r"+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "deepseek-v3 hunyuan-dense joyai-llm hy_v4": (
-        r"\p{N}{1,3}",
-        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\\r\\n\\p{L}\\p{P}\\p{S}"
-        "]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-    ),
-    "deepseek-coder": (
-        r"[\r\n]",
-        r"\s?\p{L}+",
-        r"\s?\p{P}+",
-        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-        r"\p{N}",
-    ),
-    "deepseek-llm": (
-        r"[\r\n]",
-        "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-"
-        "\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-"
-        "\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556"
-        "\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b"
-        "\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d"
-        "\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe"
-        "\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4"
-        "\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128"
-        "\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184"
-        "\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b"
-        "\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17"
-        "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-"
-        "\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
-        "\U0001e900-\U0001e943]+",
-        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        r"\s+$",
-        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-        r"\p{N}+",
-    ),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
-    "seed-coder": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}"
-        r"\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "bailingmoe bailingmoe2 llada-moe": (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-        r"|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
-    "minicpm5": (
-        r"\p{N}{1,3}",
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+["
-        r"\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    "exaone-moe": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+PRE_TOKENIZERS = {
+    name: patterns
+    for names, patterns in (
+        (
+            "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx "
+            "smaug-bpe chatglm-bpe glm4 glm5",
+            ("|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _SYMBOLS, _SPACES)),),
+        ),
+        (
+            "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
+            ("|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _SYMBOLS, _SPACES)),),
+        ),
+        (
+            "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+            "mpt olmo jais trillion granite-docling exaone4",
+            (_GPT2,),
+        ),
+        (
+            "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+            (r"\p{N}", _GPT2),
+        ),
+        ("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    )
+    for name in names.split()
 }
-PRE_TOKENIZERS = {name: row for names, row in _PRE_ROWS.items() for name in names.split()}
-# Vocabularies that add BOS by default, whose whole words are taken without merging, or that
-# normalise to NFC.
+# Pre-tokenizers of vocabularies that put BOS before a text unless the file says otherwise; that
+# take a whole word of the vocabulary without merging; that normalise text to NFC
 ADD_BOS = frozenset(
     "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral tekken".split()
 )
 IGNORE_MERGES = ADD_BOS | {"glm4", "glm5", "minicpm5"}
 NFC = frozenset({"qwen2", "qwen35", "command-r"})
-# Of Phi-3's control tokens, those that leave the spaces behind them alone (llama-vocab.cpp)
-PHI3_KEPT = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+# Phi-3's control tokens that leave the spaces behind them in the text (llama-vocab.cpp)
+PHI3_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
@@ -6474,33 +6419,33 @@ TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TO
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Rebuild a tokenizer from a GGUF file's own metadata. Raises CheckpointError.
+    """Tokenizer made of a GGUF file's metadata. Raises CheckpointError.
 
-    What GGUF does not say may be there too: the flags of `added_tokens` by id, the `pattern` that
-    splits text, whether spaces are put as SentencePiece's `legacy` code in transformers did."""
+    The readers of other vocabularies add keys that GGUF lacks: `added_tokens` (flags by id), the
+    `pattern` that splits text, and SentencePiece's `legacy` treatment of spaces."""
     metadata = without_prefix(metadata)
     kind = metadata.get("model")
     tokens = [str(token) for token in metadata["tokens"]]
     types = list(metadata.get("token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
-    seen: dict[str, int] = {}
+    vocab: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
-            token = "▁" * len(token)  # Gemma's runs of spaces, which converters spell out
-        # empty and repeated pieces get a name that no text has
-        tokens[i] = token if token and token not in seen else f"[EMPTY_{i}]"
-        seen[tokens[i]] = i
+            token = "▁" * len(token)  # Gemma's runs of spaces, which converters write as spaces
+        # an empty or repeated piece gets a name that occurs in no text
+        tokens[i] = token if token and token not in vocab else f"[EMPTY_{i}]"
+        vocab[tokens[i]] = i
     if kind not in ("gpt2", "llama", "gemma4"):
         raise CheckpointError(
             f"tokenizer.ggml.model {excerpt(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
     build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
-    tokenizer = build(metadata, seen, types)
-    _add_tokens(tokenizer, metadata, tokens, types)
+    tokenizer = build(metadata, vocab, types)
+    _add_control_tokens(tokenizer, metadata, tokens, types)
+    adds_bos = kind != "gpt2" or metadata.get("pre") in ADD_BOS
     bos_id = metadata.get("bos_token_id", 1 if kind == "llama" else None)
-    add_bos = kind != "gpt2" or metadata.get("pre") in ADD_BOS
-    if metadata.get("add_bos_token", add_bos) and bos_id is not None:
+    if metadata.get("add_bos_token", adds_bos) and bos_id is not None:
         if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise CheckpointError(
                 f"bos_token_id is {excerpt(bos_id)}; there are {len(tokens)} tokens"
@@ -6512,49 +6457,60 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _add_tokens(
+def _add_control_tokens(
     tokenizer: tokenizers.Tokenizer,
     metadata: Mapping[str, Any],
     tokens: list[str],
     types: list[int],
 ) -> None:
-    """Make control and user-defined tokens whole words that no merging takes apart."""
+    """Make each control and user-defined token one unit that is matched before any merge."""
     flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
     # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
     is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
-    for wanted in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
-        special, added = wanted != TOKEN_USER_DEFINED, []
+    for kind in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
+        special, added = kind != TOKEN_USER_DEFINED, []
         for i, token in enumerate(tokens):
-            if types[i] == wanted:
-                rstrip = bool(is_phi3 and special and token not in PHI3_KEPT)
-                how = {"normalized": False, "rstrip": rstrip, **flags.get(i, {})}
-                added.append(tokenizers.AddedToken(token, special=special, **how))
+            if types[i] == kind:
+                rstrip = bool(is_phi3 and special and token not in PHI3_KEEPS_SPACES)
+                options = {"normalized": False, "rstrip": rstrip, **flags.get(i, {})}
+                added.append(tokenizers.AddedToken(token, special=special, **options))
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 
-def _byte_level_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
-) -> tokenizers.Tokenizer:
-    pre, merges = metadata.get("pre", "default"), _file_merges(metadata, vocab)
-    regexes = (metadata["pattern"],) if "pattern" in metadata else PRE_TOKENIZERS.get(pre)
-    if regexes is None:
+def _split_patterns(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Expressions that split text before BPE. Raises CheckpointError for an unknown name."""
+    if "pattern" in metadata:
+        return (metadata["pattern"],)
+    name = metadata.get("pre", "default")
+    if patterns := PRE_TOKENIZERS.get(name):
+        return patterns
+    rarer = extra("files.pre_tokenizers", f"the pre-tokenizer {excerpt(name)}").PRE_TOKENIZERS
+    if name not in rarer:
         raise CheckpointError(
-            f"tokenizer.ggml.pre {excerpt(pre)} is not known; give --tokenizer with a model "
+            f"tokenizer.ggml.pre {excerpt(name)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    scores = None if merges else metadata.get("scores")
-    if scores:  # tiktoken's ranks, by which pieces merge, and whole words are taken as they are
+    return cast("tuple[str, ...]", rarer[name])
+
+
+def _byte_level_bpe(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
+) -> tokenizers.Tokenizer:
+    """BPE over bytes, each written as a character of `byte_alphabet`."""
+    name, merges = metadata.get("pre"), _file_merges(metadata, vocab)
+    scores = None if merges else metadata.get("scores")  # tiktoken's ranks
+    if scores:
         merges = _scored_merges(scores, vocab, types)
-    whole = bool(scores) or pre in IGNORE_MERGES
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(dict(vocab), merges, ignore_merges=whole)
+        tokenizers.models.BPE(vocab, merges, ignore_merges=bool(scores) or name in IGNORE_MERGES)
     )
     split = tokenizers.pre_tokenizers
-    words = [split.Split(tokenizers.Regex(regex), "isolated") for regex in regexes]
+    patterns = map(tokenizers.Regex, _split_patterns(metadata))
+    words = [split.Split(pattern, "isolated") for pattern in patterns]
     byte_level = split.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = split.Sequence([*words, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    if pre in NFC:
+    if name in NFC:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     return tokenizer
 
@@ -6572,15 +6528,16 @@ def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[
 def _scored_merges(
     scores: list[float], vocab: Mapping[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
-    """SentencePiece and tiktoken have scores instead of merges: a merge is any split of a piece
-    into two pieces, and the better its score, the earlier it applies; pieces that a user defined
-    come first, whatever score a converter gave them."""
+    """Merges of a vocabulary that has scores instead: each way to split a piece into two pieces.
+
+    A merge into a piece with a better score applies earlier; user-defined pieces come first,
+    because converters give them any score. Raises CheckpointError where scores are missing."""
     if len(scores) < len(types):
         raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = TOKEN_USER_DEFINED
     order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
-    usable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in usable}
+    mergeable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in mergeable}
     merges = [
         (order[i], i, pieces[left], pieces[right], left, right)
         for piece, i in pieces.items()
@@ -6592,53 +6549,64 @@ def _scored_merges(
 
 
 def _sentencepiece_bpe(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: list[int]
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
-    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks."""
+    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks
+    (https://github.com/google/sentencepiece)."""
     is_gemma4 = metadata["model"] == "gemma4"
     scores = metadata.get("scores") or [0.0] * len(vocab)
     merges = _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types)
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(
-            dict(vocab), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
-        )
+        tokenizers.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.get("add_space_prefix", not is_gemma4)
-    every_time = prefix and metadata.get("legacy") is not False  # behind a control token, too
+    has_prefix = metadata.get("add_space_prefix", not is_gemma4)
+    # the legacy code puts the prefix behind each control token, too
+    is_legacy = has_prefix and metadata.get("legacy") is not False
     split, normalizers = tokenizers.pre_tokenizers, tokenizers.normalizers
-    marks = [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), *marks] if every_time else marks
-    )
+    prefix = [normalizers.Prepend("▁")] if is_legacy else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     if is_gemma4:
         tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
-    elif prefix and not every_time:
+    elif has_prefix and not is_legacy:
         tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
     decoders = tokenizers.decoders
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer
 
 
 @contextlib.contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """tokenizers raises plain Exception, and what is not even that when its Rust code panics."""
+def library_errors(problem: str) -> Iterator[None]:
+    """Turn errors of the tokenizers library, panics of its Rust code included, into
+    CheckpointErrors."""
     try:
         yield
     except NanollamaError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        is_panic = type(error).__module__ == "pyo3_runtime"  # derived from BaseException
+        if not isinstance(error, Exception) and not is_panic:
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"the tokenizer {what}: {reason}") from None
+        raise CheckpointError(f"the tokenizer {problem}: {reason}") from None
+
+
+def end_token_ids(control: Mapping[str, int], text: TextFiles) -> frozenset[int]:
+    """Ids that end an answer: declared by the files, or known by name."""
+    names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
+    if "<|channel|>" in control and text.special_tokens.get("eos_token") != "<|end|>":
+        names -= {"<|end|>"}  # gpt-oss ends a thought with it, and goes on
+    return text.eos_ids | {control[name] for name in names & control.keys()}
 
 
 class Tokenizer:
     """text <-> token ids. Ids equal Hugging Face's for the same files.
 
-    Raises CheckpointError when the files hold no tokenizer that can be read."""
+    Raises CheckpointError when the files hold no readable tokenizer, ExtraError for a vocabulary
+    whose extra is not installed."""
 
     def __init__(self, text: TextFiles) -> None:
         file = None if text.gguf else text.tokenizer_file
@@ -6655,13 +6623,14 @@ class Tokenizer:
                 if text.gguf
                 else tokenizers.Tokenizer.from_file(str(file))
             )
-        self.text = dataclasses.replace(text, gguf=None)  # a list of tokens is long
-        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
-        self._lock = threading.Lock()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._lock = threading.Lock()
+        self.text = dataclasses.replace(text, gguf=None)  # frees the list of tokens
+        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         added = self._tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
+        self.end_ids = end_token_ids(self.control, text)
         self._control_bytes = {
             i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
         }
@@ -6671,11 +6640,6 @@ class Tokenizer:
         self._byte_fallback = b"ByteFallback" in described
         metaspace = b'"Metaspace"' in described and b'"never"' not in described
         self.strips_space = metaspace or b'"Strip"' in described
-        named = {self.control.get(name) for name in END_OF_GENERATION}
-        if "<|channel|>" in self.control:  # where gpt-oss has a thought, an answer goes on
-            named -= {self.control.get("<|end|>")}
-        eos = self.control.get(text.special_tokens.get("eos_token", ""))
-        self.end_ids = frozenset(i for i in {*named, *text.eos_ids, eos} if i is not None)
 
     @property
     def num_tokens(self) -> int:
@@ -6684,8 +6648,10 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, parse_special: bool = True
     ) -> list[int]:
-        """Text to ids. `add_special_tokens` adds what the tokenizer puts around a text (often BOS);
-        without `parse_special`, control tokens spelled out in the text are plain text."""
+        """Text to ids. `add_special_tokens` adds the tokenizer's tokens around a text, such as BOS;
+        without `parse_special`, control tokens spelled out in the text are plain text.
+
+        Raises RequestError for a lone surrogate, CheckpointError where the library fails."""
         with errors_about(self.text.source), library_errors("fails"):
             try:
                 with self._lock:  # the server encodes in several threads
@@ -6696,12 +6662,13 @@ class Tokenizer:
                 raise RequestError(problem) from None
 
     def piece(self, token_id: int) -> str:
-        """The token as the vocabulary spells it; '' for an id that it does not have."""
+        """The token as the vocabulary spells it; '' for an id outside the vocabulary."""
         fits = 0 <= token_id < 1 << 32  # the library's ids are 32 bits wide
         return self._tokenizer.id_to_token(token_id) or "" if fits else ""
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """The bytes of text a token stands for; none for control tokens but SHOWN_CONTROL."""
+        """Bytes of text that a token stands for: for control tokens, those of SHOWN_CONTROL or
+        none."""
         piece = self.piece(token_id)
         if token_id in self._control_bytes:
             return self._control_bytes[token_id]
@@ -6720,13 +6687,12 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns one sequence's ids into text as they come: `push` each id, `flush` at the end.
+    """Turns the ids of one sequence into text: `push` each id, `flush` at the end.
 
-    Holds back bytes that are not a whole character, and text that may begin a stop string. Control
-    tokens are no text, but for those in `shown`.
-    `stopped` turns true at the stop string that is complete first, which is not emitted. What
-    continues a text keeps the space that SentencePiece puts before a first word; `decode` drops
-    it."""
+    Keeps back the bytes of an unfinished character, and text that may begin a stop string. Control
+    tokens are left out, except those in `shown`. `stopped` turns true when a stop string is
+    complete; the text ends before it. A text that `continues` another one keeps the space that
+    SentencePiece puts before a first word, which `decode` drops."""
 
     def __init__(
         self,
@@ -6743,13 +6709,13 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is now certain."""
+        """Add a token -> the text that has become certain."""
         piece = self.tokenizer.piece(token_id).encode() if token_id in self.shown else b""
         raw = piece or self.tokenizer.token_bytes(token_id)
         return self._emit(self._utf8.decode(raw), final=False)
 
     def flush(self) -> str:
-        """What was held back, once no more ids will come."""
+        """End the sequence -> the text that was kept back."""
         return self._emit(self._utf8.decode(b"", final=True), final=True)
 
     def _emit(self, new: str, final: bool) -> str:
@@ -6758,17 +6724,17 @@ class TextStream:
         if self._drop_space and new:
             self._drop_space, new = False, new.removeprefix(" ")
         text = self._held + new
-        found = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
+        matches = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if matches:
             self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        keep = 0 if final else held_back(text, self.stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(matches)[1]]
+        num_certain = len(text) - (0 if final else held_back(text, self.stop))
+        self._held = text[num_certain:]
+        return text[:num_certain]
 
 
 def held_back(text: str, words: Iterable[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `words`."""
+    """Number of characters at the end of `text` that may begin one of `words`."""
     return max(
         (
             n

@@ -99,8 +99,7 @@ def trained(parts: Mapping[str, Any]) -> tokenizers.Tokenizer:
 PUBLISHED = json.loads((DATA / "pre_tokenizers.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("pre", PUBLISHED)
-def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: str) -> None:
+def check_published_pre_tokenizer(pre: str) -> None:
     theirs = trained(PUBLISHED[pre])
     ours = Tokenizer(TextFiles("memory", gguf=gguf_metadata(theirs, pre)))
     texts = [*STRINGS, *(a + b for a, b in zip(STRINGS, reversed(STRINGS)))]
@@ -109,6 +108,11 @@ def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: 
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False) == expected, text
         assert ours.decode(expected) == theirs.decode(expected), text
+
+
+@pytest.mark.parametrize("pre", sorted(PUBLISHED.keys() & nanollama.PRE_TOKENIZERS))
+def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: str) -> None:
+    check_published_pre_tokenizer(pre)
 
 
 def smollm2_as_published(path: Path) -> tokenizers.Tokenizer:

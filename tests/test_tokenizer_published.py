@@ -1,16 +1,16 @@
-"""Section 8: published vocabularies as tokenizer.json, GGUF metadata, SentencePiece model, tiktoken
-file and tekken.json give the ids of Hugging Face's and the publishers' own libraries."""
+"""Section 8: published vocabularies as tokenizer.json and GGUF metadata give the ids of Hugging
+Face's library and of llama.cpp."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import mistral_common.tokens.tokenizers
 import published
 import pytest
 import tokenizers
@@ -19,8 +19,6 @@ from test_tokenizer import STRINGS, streamed
 
 import nanollama
 from nanollama import TextFiles, TextStream, Tokenizer
-
-MISTRAL = Path(mistral_common.tokens.tokenizers.__file__).parents[2] / "data"
 
 
 def texts_for(theirs: tokenizers.Tokenizer) -> list[str]:
@@ -127,16 +125,18 @@ def merges_of(model: dict[str, Any]) -> list[tuple[str, str]]:
     return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
 
 
-NOT_IN_GGUF = {"claude": "no GGUF file has this vocabulary"}
+NOT_IN_GGUF = {"claude"}
+COMMON = [
+    name
+    for name, pre in published.NPM.items()
+    if name not in NOT_IN_GGUF and (not pre or pre in nanollama.PRE_TOKENIZERS)
+]
 
 
-@pytest.mark.node
-def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(
-    directory: Path, theirs: tokenizers.Tokenizer, tmp_path: Path
-) -> None:
-    if (name := name_of(directory)) in NOT_IN_GGUF:
-        pytest.skip(NOT_IN_GGUF[name])
-    pre = published.NPM[name]
+def check_gguf_of_published_tokenizer(name: str, tmp_path: Path) -> None:
+    directory, pre = published.npm_tokenizer(name), published.NPM[name]
+    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    theirs.no_truncation()
     write_gguf(directory, tmp_path / "x.gguf", pre)
     metadata = nanollama.read_gguf(tmp_path / "x.gguf").metadata
     ours = Tokenizer(TextFiles("x.gguf", gguf=metadata))
@@ -153,16 +153,16 @@ def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(
     assert ours.encode("a") == expected + ours.encode("a", False)
 
 
+@pytest.mark.node
+@pytest.mark.parametrize("name", COMMON)
+def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(name: str, tmp_path: Path) -> None:
+    check_gguf_of_published_tokenizer(name, tmp_path)
+
+
 # ---- llama.cpp's own tests of vocabularies -------------------------------------------------------
 
-# those of the other files there are in npm's packages too
-VOCABULARIES = (
-    "deepseek-coder deepseek-llm falcon gemma-4 llama-spm mpt phi-3 qwen35 refact starcoder"
-).split()
 
-
-@pytest.mark.parametrize("name", VOCABULARIES)
-def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> None:
+def check_vocabulary_of_llama_cpp(name: str) -> None:
     path = published.llama_cpp() / f"ggml-vocab-{name}.gguf"
     metadata = nanollama.read_gguf(path).metadata
     ours = Tokenizer(TextFiles(path.name, gguf=metadata))
@@ -177,6 +177,12 @@ def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> 
         assert ours.encode(text, False, parse_special=False) == ids, text
 
 
+# its other files have the vocabularies of npm's packages
+@pytest.mark.parametrize("name", "gemma-4 llama-spm mpt phi-3 refact starcoder".split())
+def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> None:
+    check_vocabulary_of_llama_cpp(name)
+
+
 def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
     metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf").metadata
     for name, swallowed in (("Phi-3-mini-4k-instruct", True), ("phi3", True), ("TinyLlama", False)):
@@ -186,9 +192,7 @@ def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
         assert ours.encode("<s> hi") != ours.encode("<s>hi")
 
 
-@pytest.mark.parametrize("row", sorted(set(nanollama.PRE_TOKENIZERS.values())))
-def test_every_pre_tokenizer_splits_and_joins(row: tuple[str, ...]) -> None:
-    names = [name for name, regexes in nanollama.PRE_TOKENIZERS.items() if regexes == row]
+def check_splits_and_joins(names: list[str]) -> None:
     assert all(re.fullmatch(r"[a-z0-9._-]+[a-z0-9]", name) for name in names)
     alphabet = list(nanollama.byte_alphabet())
     metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": alphabet}
@@ -196,3 +200,15 @@ def test_every_pre_tokenizer_splits_and_joins(row: tuple[str, ...]) -> None:
     for text in STRINGS:
         same = unicodedata.normalize("NFC", text) if names[0] in nanollama.NFC else text
         assert ours.decode(ours.encode(text)) == same
+
+
+def names_by_patterns(table: Mapping[str, tuple[str, ...]]) -> list[list[str]]:
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, patterns in table.items():
+        rows.setdefault(patterns, []).append(name)
+    return list(rows.values())
+
+
+@pytest.mark.parametrize("names", names_by_patterns(nanollama.PRE_TOKENIZERS))
+def test_every_pre_tokenizer_splits_and_joins(names: list[str]) -> None:
+    check_splits_and_joins(names)
