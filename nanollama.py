@@ -161,6 +161,9 @@ __all__ = [
 log = logging.getLogger("nanollama")
 # As a script, this module is __main__: extras that import nanollama must get the same one.
 sys.modules.setdefault("nanollama", sys.modules[__name__])
+# In MKL's strict mode, a row of a matrix product does not depend on how many rows there are
+# (oneMKL Developer Guide, "Conditional Numerical Reproducibility"). MKL reads this on first use.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 Found = TypeVar("Found")
 
 
