@@ -53,6 +53,9 @@ def desk(tmp_path: Path, smollm2: Path) -> Path:
         os.link(smollm2.resolve(), model)
     except OSError:  # another file system
         shutil.copyfile(smollm2, model)
+    kernels = nanollama.cache_root() / "kernels"  # compiled once for all tests
+    kernels.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache" / "kernels").symlink_to(kernels)
     (tmp_path / "bin").mkdir()
     for name, script in {"python": "", "nanollama": ROOT / "nanollama.py"}.items():
         command = tmp_path / "bin" / name  # `nanollama` as `pip install .` makes it
@@ -135,11 +138,8 @@ def test_the_list_of_commands_that_do_not_run_is_current() -> None:
     assert set(SHELL) >= NOT_RUN
 
 
-@pytest.mark.parametrize("block", blocks("console"))
-def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None:
-    is_native, reason = nanollama.pick_kernels("auto", torch.device("cpu"), torch.float32)
-    if "native (" in block and not is_native:
-        pytest.skip(reason)
+def run_transcript(block: str, desk: Path) -> None:
+    """Run the commands of a transcript, and compare what they print with what it shows."""
     for part in re.split(r"(?m)^\$ ", block)[1:]:
         command, _, expected = part.partition("\n")
         if "--interactive" in command:
@@ -148,6 +148,14 @@ def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None
         else:
             shown = shell(desk, command)
         assert normal(shown, desk) == normal(expected, desk)
+
+
+@pytest.mark.parametrize("block", blocks("console"))
+def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None:
+    is_native, reason = nanollama.pick_kernels("auto", torch.device("cpu"), torch.float32)
+    if "native (" in block and not is_native:
+        pytest.skip(reason)
+    run_transcript(block, desk)
 
 
 @pytest.mark.parametrize("block", blocks("python"))
@@ -275,3 +283,14 @@ def test_ci_runs_the_readmes_own_test_command() -> None:
     )
     assert found.stdout.strip() in SHELL
     assert "pytest" in found.stdout
+
+
+def test_the_front_page_is_short_and_links_to_every_other_page() -> None:
+    readme = TEXTS[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 250
+    assert all(f"(docs/{page.name})" in readme for page in TEXTS if page.parent != ROOT)
+
+
+def test_every_command_is_documented() -> None:
+    for name in nanollama.COMMANDS:
+        assert any(f"nanollama {name}" in text for text in TEXTS.values()), name
