@@ -89,6 +89,7 @@ import json
 import logging
 import math
 import mmap
+import numbers
 import operator
 import os
 import pickle
@@ -991,52 +992,154 @@ def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def demand(fits: bool, name: str, value: object, wanted: str) -> None:
-    """Raises RequestError, naming the field, for a value that does not fit."""
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The values that a field of SamplingParams, EngineConfig or ServerConfig may have, and its
+    names: on the command line, in request bodies and in a Modelfile."""
+
+    default: Any
+    flags: str  # "--top-k -k N", where N stands for the value; "" for a field without a flag
+    help: str
+    kind: Callable[[str], Any]  # text -> value: float, int, bool, str or a function
+    limits: tuple[float, float] | None = None  # least and most
+    choices: tuple[str, ...] = ()
+    bare: int | None = None  # value of the flag when it is given alone
+    optional: bool = False  # None is a value
+    on_wire: bool = True  # in SamplingParams: request bodies have this field
+    also: str = ""  # other names in a Modelfile and after /set
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether a Modelfile and /set accept the field, if it is one of SamplingParams."""
+        return bool(self.flags) and (self.limits is not None or self.default == ())
+
+    @property
+    def json_type(self) -> str:
+        if isinstance(self.default, (tuple, dict)):
+            return "string or array" if isinstance(self.default, tuple) else "object"
+        return {float: "number", int: "integer", bool: "boolean"}[self.kind]  # type: ignore[index]
+
+    @property
+    def wanted(self) -> str:
+        """The end of an error message."""
+        if self.choices:
+            return f"choose one of {', '.join(self.choices)}"
+        if self.limits is None:
+            return "use True or False"
+        least, most = self.limits
+        kind = "an integer" if self.kind is int else "a number"
+        return f"it must be {kind} " + (
+            f"between {least} and {most}" if most < 2**31 else f"of at least {least}"
+        )
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.choices:
+            return value in self.choices
+        if self.kind is bool or isinstance(value, bool):
+            return self.kind is bool and isinstance(value, bool)
+        if self.limits is None:
+            return True
+        is_number = isinstance(value, numbers.Integral if self.kind is int else numbers.Real)
+        return is_number and bool(self.limits[0] <= value <= self.limits[1])
+
+
+def option(
+    default: Any, text: str = "", limits: tuple[float, float] | None = None, **rest: Any
+) -> Any:
+    """A dataclass field with an Option; `text` holds its flags, a colon and its help."""
+    flags, _, help_text = text.partition(": ")
+    rest = {"kind": str if default is None else type(default), "optional": default is None, **rest}
+    metadata = {"option": Option(default, flags, help_text, limits=limits, **rest)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@functools.cache
+def options_of(settings: type) -> dict[str, Option]:
+    """Field name -> Option of a settings class."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(settings) if f.metadata}
+
+
+def check_options(settings: Any, error: type[NanollamaError] = RequestError) -> None:
+    """Raises `error`, naming the field, for a value that its Option does not accept."""
+    for name, row in options_of(type(settings)).items():  # type: ignore[arg-type]
+        value = getattr(settings, name)
+        if not row.accepts(value):
+            raise error(f"{name} is {excerpt(value)}; {row.wanted}", name)
+
+
+def require(fits: bool, name: str, value: object, wanted: str) -> None:
+    """Raises RequestError, naming the field, unless its value fits."""
     if not fits:
         raise RequestError(f"{name} is {excerpt(value)}; {wanted}", name)
 
 
-# field of SamplingParams -> type, least, most, what to say to others
-SAMPLING_LIMITS: dict[str, tuple[type, float, float, str]] = {
-    "temperature": (float, 0, 100, "it must be between 0 (greedy) and 100"),
-    "top_k": (int, 0, 2**31, "it must be 0 (off) or a positive integer"),
-    "top_p": (float, 0, 1, "it must be between 0 and 1"),
-    "min_p": (float, 0, 1, "it must be between 0 and 1"),
-    "repeat_penalty": (float, 0.01, 100, "it must be between 0.01 and 100 (1 is off)"),
-    "repeat_last_n": (int, -1, 2**31, "it must be -1 (all) or at least 0"),
-    "presence_penalty": (float, -2, 2, "it must be between -2 and 2"),
-    "frequency_penalty": (float, -2, 2, "it must be between -2 and 2"),
-    "seed": (int, -(2**63), 2**64 - 1, "it must be a 64-bit integer"),
-    "max_tokens": (int, 0, 2**31, "it must be 0 (only read the prompt) or positive"),
-    "logprobs": (int, 0, 20, "it must be between 0 and 20"),
-}
+def parse_bias(text: str) -> tuple[int, float]:
+    """ID=BIAS of --logit-bias. Raises RequestError."""
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise RequestError(f"{text!r} is not ID=BIAS, as in 42=-100", "logit_bias") from None
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence picks its tokens. Section 10 documents the order in which these apply.
+    """How one sequence picks its tokens; section 10 gives the order in which the fields apply.
 
-    Raises RequestError, naming the field, for a value that makes no sense."""
+    Raises RequestError, naming the field, for a value outside its limits."""
 
-    temperature: float = 0.7  # 0 is greedy
-    top_k: int = 50  # 0 keeps the whole vocabulary
-    top_p: float = 0.9  # 1 keeps the whole vocabulary
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest
-    repeat_penalty: float = 1.1  # 1 is off
-    repeat_last_n: int = -1  # how many of the latest tokens it looks at; -1 for all of them
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None  # None draws one
-    stop: tuple[str, ...] = ()
-    max_tokens: int | None = 200  # None runs to the end of the context
-    ignore_eos: bool = False
-    logprobs: int | None = None  # how many alternatives to report with each token
-    prompt_logprobs: bool = False  # report them for the prompt's tokens too
-    schema: Mapping[str, Any] | None = None  # the answer is JSON that this JSON Schema accepts
-    regex: str | None = None  # the answer is text that this matches from end to end
-    grammar: str | None = None  # the answer is text of this grammar, in Lark's or llama.cpp's words
+    temperature: float = option(
+        0.7, "--temp --temperature -t X: 0 is greedy, higher is more random", (0, 100), also="temp"
+    )
+    top_k: int = option(50, "--top-k -k N: keep the k likeliest tokens; 0 is off", (0, 2**31))
+    top_p: float = option(
+        0.9, "--top-p X: keep the likeliest tokens that together reach X; 1 is off", (0, 1)
+    )
+    min_p: float = option(
+        0.0, "--min-p X: drop tokens less likely than X times the likeliest; 0 is off", (0, 1)
+    )
+    repeat_penalty: float = option(
+        1.1, "--repeat-penalty X: weaken tokens seen before; 1 is off", (0.01, 100)
+    )
+    repeat_last_n: int = option(
+        -1, "--repeat-last-n N: tokens that --repeat-penalty looks back at; -1 is all", (-1, 2**31)
+    )
+    presence_penalty: float = option(
+        0.0, "--presence-penalty X: subtract X from the logit of each generated token", (-2, 2)
+    )
+    frequency_penalty: float = option(
+        0.0, "--frequency-penalty X: subtract X for each time a token was generated", (-2, 2)
+    )
+    logit_bias: Mapping[int, float] = option(
+        {}, "--logit-bias ID=BIAS: add BIAS to the logit of token ID; repeatable", kind=parse_bias
+    )
+    seed: int | None = option(
+        None, "--seed N: the same seed gives the same text", (-(2**63), 2**64 - 1), kind=int
+    )
+    stop: tuple[str, ...] = option((), "--stop TEXT: end before this text; repeatable", kind=str)
+    max_tokens: int | None = option(  # None: up to the end of the context
+        200,
+        "--max-tokens -m N: longest answer, in tokens",
+        (0, 2**31),
+        optional=True,
+        also="num_predict",
+    )
+    ignore_eos: bool = option(False)
+    logprobs: int | None = option(None, limits=(0, 20), kind=int, on_wire=False)  # alternatives
+    prompt_logprobs: bool = option(False, on_wire=False)  # logprobs of the prompt's tokens, too
+    schema: Mapping[str, Any] | None = option(
+        None,
+        "--schema FILE: answer in JSON that fits a JSON Schema (FILE, or itself)",
+        on_wire=False,
+    )
+    regex: str | None = option(
+        None, "--regex RE: answer with text that RE matches as a whole", on_wire=False
+    )
+    grammar: str | None = option(None, on_wire=False)  # in Lark's syntax or llama.cpp's GBNF
 
     @property
     def answer_field(self) -> str | None:
@@ -1045,17 +1148,10 @@ class SamplingParams:
         return next((name for name in names if getattr(self, name) is not None), None)
 
     def __post_init__(self) -> None:
-        for name, (kind, low, high, wanted) in SAMPLING_LIMITS.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("seed", "max_tokens", "logprobs"):
-                is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-                demand(is_number and low <= value <= high, name, value, wanted)
-        for name in ("ignore_eos", "prompt_logprobs"):
-            value = getattr(self, name)
-            demand(isinstance(value, bool), name, value, "use True or False")
+        check_options(self)
         is_list = isinstance(self.stop, (list, tuple))
         are_words = is_list and all(isinstance(s, str) and s for s in self.stop)
-        demand(are_words, "stop", self.stop, "it must list non-empty strings")
+        require(are_words, "stop", self.stop, "it must list non-empty strings")
         forms = {"schema": Mapping, "regex": str, "grammar": str}
         given = [name for name in forms if getattr(self, name) is not None]
         if len(given) > 1:
@@ -1063,68 +1159,71 @@ class SamplingParams:
             raise RequestError(f"an answer cannot have both a {both}", given[1])
         for name in given:
             value, wanted = getattr(self, name), "an object" if name == "schema" else "a string"
-            demand(isinstance(value, forms[name]), name, value, f"it must be {wanted}")
+            require(isinstance(value, forms[name]), name, value, f"it must be {wanted}")
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         biases = self.logit_bias
-        demand(isinstance(biases, Mapping), "logit_bias", biases, "it must be a map")
+        require(isinstance(biases, Mapping), "logit_bias", biases, "it must be a map")
         for token_id, bias in biases.items():
             is_pair = isinstance(token_id, int) and isinstance(bias, (int, float))
             is_bias = is_pair and token_id >= 0 and -100 <= bias <= 100
-            demand(is_bias, "logit_bias", {token_id: bias}, "token ids map to -100..100")
+            require(is_bias, "logit_bias", {token_id: bias}, "token ids map to -100..100")
 
 
 DTYPES = ("float32", "float16", "bfloat16")
-QUANTIZE = ("q8", "q4")
-KERNELS = ("auto", "native", "torch")
-KV_DTYPES = ("auto", *DTYPES, "q8")
-ENGINE_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "dtype": DTYPES,
-    "quantize": (None, *QUANTIZE),
-    "kernels": KERNELS,
-    "kv_dtype": KV_DTYPES,
-}
-ENGINE_LIMITS = {
-    "ctx": (1, 2**31),
-    "parallel": (1, 4096),
-    "prefill_chunk": (1, 2**20),
-    "threads": (1, 1024),
-    "lookup": (0, 64),
-}
+DEFAULT_LOOKUP = 8  # of --lookup without a number
+MAX_PARALLEL = 16  # sequences, unless --parallel says more
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How a model is run on this machine. Raises RequestError for values that make no sense."""
+    """How a model runs on this machine. Raises RequestError for a value outside its limits."""
 
-    device: str | None = None  # None picks cuda > mps > cpu
-    dtype: str = "float32"
-    quantize: str | None = None  # q8 or q4: pack float weights after loading
-    compile: bool = False
-    ctx: int | None = None  # cap of the context; None means the model's own
-    parallel: int | None = None  # sequences that run at once, each with its own KV strip; None
-    # takes as many as memory surely holds, up to MAX_PARALLEL
-    prefill_chunk: int = 512  # most prompt tokens in one step
-    threads: int | None = None  # CPU threads; None leaves torch's choice
-    kernels: str = "auto"  # native: compiled C, on the CPU in float32; torch: its operations
-    kv_dtype: str = "auto"  # keys and values: float16 where native kernels read packed weights,
-    # else `dtype`
-    lookup: int = 0  # most tokens to draft from the context and verify in one step; 0 is off
+    device: str | None = option(
+        None, "--device --device-type DEVICE: cpu, cuda or mps (default: the best)"
+    )
+    dtype: str = option("float32", f"--dtype -d TYPE: {', '.join(DTYPES)}", choices=DTYPES)
+    quantize: str | None = option(
+        None, "--quantize: pack float weights to 8 or 4 bits", choices=("q8", "q4")
+    )
+    compile: bool = option(False, "--compile: record decode steps as CUDA graphs")
+    ctx: int | None = option(
+        None, "--ctx N: cap the context at N tokens", (1, 2**31), kind=int, also="num_ctx"
+    )
+    threads: int | None = option(  # None: torch's choice
+        None, "--threads N: CPU threads", (1, 1024), kind=int, also="num_thread"
+    )
+    parallel: int | None = option(  # each has a strip of keys and values of its own
+        None,
+        f"--parallel N: sequences at once (default: from memory, up to {MAX_PARALLEL})",
+        (1, 4096),
+        kind=int,
+    )
+    prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
+    lookup: int = option(
+        0,
+        "--lookup N: draft up to N tokens from the context, verify them in one step; "
+        f"N is {DEFAULT_LOOKUP} unless given",
+        (0, 64),
+        bare=DEFAULT_LOOKUP,
+    )
+    kernels: str = option(
+        "auto",
+        "--kernels: native: compiled C for the CPU; torch: its operators; auto: native if possible",
+        choices=("auto", "native", "torch"),
+    )
+    kv_dtype: str = option(  # auto: float16 where native kernels read packed weights, else `dtype`
+        "auto",
+        "--kv-dtype: type of keys and values; auto: by the weights",
+        choices=("auto", *DTYPES, "q8"),
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in ENGINE_CHOICES.items():
-            value, known = getattr(self, name), ", ".join(filter(None, choices))
-            demand(value in choices, name, value, f"choose one of {known}")
-        for name, (least, most) in ENGINE_LIMITS.items():
-            value = getattr(self, name)
-            fits = value is None or least <= value <= most
-            demand(fits, name, value, f"it must be between {least} and {most}")
+        check_options(self)
 
 
 ENGINE_DEFAULTS = EngineConfig()
-MAX_PARALLEL = 16
-DEFAULT_LOOKUP = 8  # of --lookup without a number
-SLOT_TOKENS = 8192  # context that the default number of slots reckons with
+SLOT_TOKENS = 8192  # context for which memory must suffice in the default number of slots
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
 
@@ -6205,40 +6304,32 @@ def check_alias(alias: Alias, path: Path) -> None:
 
 # -- Modelfile -------------------------------------------------------------------------------------
 
-# What PARAMETER and `/set` accept: fields of SamplingParams; ctx and threads are EngineConfig's.
-PARAMETERS: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repeat_penalty"), float),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
-    **dict.fromkeys(("top_k", "repeat_last_n", "seed", "max_tokens", "ctx", "threads"), int),
-    "stop": lambda text: (text,),
-}
-OTHER_NAMES = {  # the flag's, and Ollama's
-    "temp": "temperature",
-    "num_predict": "max_tokens",
-    "num_ctx": "ctx",
-    "num_thread": "threads",
+# Names that PARAMETER and `/set` accept -> the settings class, its field, and that field's Option
+PARAMETERS: dict[str, tuple[Callable[..., Any], str, Option]] = {
+    name: (settings, field_name, row)
+    for settings in (SamplingParams, EngineConfig)
+    for field_name, row in options_of(settings).items()
+    if (row.is_parameter if settings is SamplingParams else row.also)
+    for name in (field_name, *row.also.split())
 }
 
 
 def parse_parameter(name: str, text: str) -> tuple[str, Any]:
     """One PARAMETER or `/set` pair as (field, value). Raises RequestError with what is accepted."""
     key = name.lower().replace("-", "_")
-    key = OTHER_NAMES.get(key, key)
     if key not in PARAMETERS:
-        known = [*PARAMETERS, *OTHER_NAMES]
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
+        close = difflib.get_close_matches(key, PARAMETERS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(PARAMETERS)
         raise RequestError(f"unknown parameter {name!r}; {hint}", name)
+    settings, field_name, row = PARAMETERS[key]
     try:
-        value = PARAMETERS[key](text)
+        value: Any = (text,) if row.default == () else row.kind(text)
     except ValueError:
-        kind = "a number" if PARAMETERS[key] is float else "an integer"
-        raise RequestError(f"{name} is {text!r}; it must be {kind}", name) from None
-    if key == "max_tokens" and value < 0:  # Ollama's way to say: no limit
+        raise RequestError(f"{name} is {text!r}; {row.wanted}", name) from None
+    if field_name == "max_tokens" and value < 0:  # Ollama's way to say: no limit
         value = None
-    check: Callable[..., Any] = EngineConfig if key in ("ctx", "threads") else SamplingParams
-    check(**{key: value})
-    return key, value
+    settings(**{field_name: value})
+    return field_name, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -8168,17 +8259,17 @@ class LLM(TextSide):
         template: str | None = None,
     ) -> None:
         config = EngineConfig(
-            device,
-            dtype,
-            quantize,
-            compile,
-            ctx,
-            parallel,
-            prefill_chunk,
-            threads,
-            kernels,
-            kv_dtype,
-            lookup,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            compile=compile,
+            ctx=ctx,
+            parallel=parallel,
+            prefill_chunk=prefill_chunk,
+            threads=threads,
+            kernels=kernels,
+            kv_dtype=kv_dtype,
+            lookup=lookup,
         )
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
@@ -8441,16 +8532,10 @@ def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
     return fields
 
 
-# The fields we honour. Those of the first table are SamplingParams fields.
-SAMPLING_FIELDS = table(
-    number="temperature top_p presence_penalty frequency_penalty",
-    integer="seed max_tokens",
-    string_or_array="stop",
-    object="logit_bias",
-)
-SAMPLING_FIELDS |= table(  # beyond OpenAI's
-    number="min_p repeat_penalty", integer="top_k repeat_last_n", boolean="ignore_eos"
-)
+# The fields of SamplingParams that request bodies have, under the same names
+SAMPLING_FIELDS = {
+    name: row.json_type for name, row in options_of(SamplingParams).items() if row.on_wire
+}
 # What an answer must be: as vLLM's clients and llama.cpp's say it
 GUIDES = {
     "guided_json": "schema",
@@ -9783,29 +9868,40 @@ WEB_CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens
 class ServerConfig:
     """How the server behaves. Raises UsageError for values that make no sense."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0 picks a free one
-    api_keys: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()  # beside loopback origins; * for all
-    max_queue: int = 64  # sequences that wait for a slot; more get a 429
-    timeout_s: float | None = None  # for a whole request
+    host: str = option("127.0.0.1", "--host ADDRESS: address to listen on")
+    port: int = option(8000, "--port N: port to listen on; 0 picks a free one", (0, 65535))
+    num_gpus: int = option(1, "--num-gpus N: replicas of the model, one on each GPU", (1, 4096))
+    api_keys: tuple[str, ...] = option(
+        (), "--api-key KEY: key that clients send (or NANOLLAMA_API_KEY); repeatable", kind=str
+    )
+    cors_origins: tuple[str, ...] = option(
+        (), "--cors-origin ORIGIN: web origin to allow beside loopback; * for all", kind=str
+    )
+    max_queue: int = option(
+        64, "--max-queue N: sequences that may wait; more get a 429", (0, math.inf)
+    )
+    keep_alive_s: float | None = option(
+        None,
+        "--keep-alive TIME: how long an idle model stays in memory: 5m, 30s, 0, -1 for ever "
+        "(default: 5m; for ever where one model is named)",
+        kind=parse_duration,
+    )
+    timeout_s: float | None = option(
+        None, "--timeout SECONDS: longest time for a request", (1e-3, math.inf), kind=float
+    )
+    any_model: bool = option(False, "--any-model: answer for every model name")
+    strict: bool = option(False, "--strict: refuse unknown fields in requests")
+    log_prompts: bool = option(False, "--log-prompts: write request bodies to the log")
+    reasoning_name: str = option(
+        "reasoning_content",
+        "--reasoning-name NAME: field for thoughts in answers",
+        choices=("reasoning_content", "reasoning"),
+    )
     max_body_bytes: int = 32 << 20
-    any_model: bool = False  # answer whatever model a client asks for
-    strict: bool = False  # refuse fields that nobody defines
-    log_prompts: bool = False
-    reasoning_name: str = "reasoning_content"
-    num_gpus: int = 1
     keeps_requests: bool = False  # a server for tests: GET /_test/requests shows what was asked
-    keep_alive_s: float | None = None  # how long an idle model stays; negative is for ever. None:
-    # for ever where one model is named, else KEEP_ALIVE_S
 
     def __post_init__(self) -> None:
-        seconds = math.inf if self.timeout_s is None else self.timeout_s
-        if self.num_gpus < 1 or self.max_queue < 0 or not seconds > 0:
-            raise UsageError(
-                f"--num-gpus is {self.num_gpus}, --max-queue {self.max_queue}, --timeout "
-                f"{self.timeout_s}; they must be at least 1, at least 0, and above 0"
-            )
+        check_options(self, UsageError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -12431,15 +12527,6 @@ COMMANDS = {
 }
 
 
-def key_value(text: str) -> tuple[int, float]:
-    """ID=BIAS of --logit-bias"""
-    token_id, _, bias = text.partition("=")
-    try:
-        return int(token_id), float(bias)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, as in 42=-100") from None
-
-
 class ModelAction(argparse.Action):
     """--model: the last one given is `model`, all of them are `models`."""
 
@@ -12447,108 +12534,77 @@ class ModelAction(argparse.Action):
         namespace.model, namespace.models = values, (*namespace.models, values)
 
 
-def duration(text: str) -> float:
-    """5m, 30s, 0, -1 of --keep-alive"""
-    try:
-        return parse_duration(text)
-    except RequestError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def options(
-    parser: argparse.ArgumentParser, title: str, defaults: object = None
-) -> Callable[..., None]:
-    """A group of options -> what adds one: `--flag -f METAVAR`, its help and its type. The default,
-    which a field of `defaults` has, is told in the help."""
+def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """A group of options -> a function that adds one: flags and placeholder, help, type."""
     group = parser.add_argument_group(title)
 
-    def add(spelled: str, text: str, kind: Callable[[str], Any] | None = None, **more: Any) -> None:
-        words = spelled.split()
-        flags = [word for word in words if word.startswith("-")]
-        name = more.get("dest") or flags[0].lstrip("-").replace("-", "_")
-        default = getattr(defaults, name, None)
-        if default is not False and default not in (None, (), {}):
-            text += f" (default: {default})"
-        if len(words) > len(flags):
-            more["metavar"] = words[-1]
-        group.add_argument(*flags, help=text, **more | ({"type": kind} if kind else {}))
+    def add(flags: str, text: str, kind: Callable[[str], Any] | None = None, **rest: Any) -> None:
+        words = flags.split()
+        if not words[-1].startswith("-"):
+            rest["metavar"] = words.pop()
+        group.add_argument(*words, help=text, **rest | ({"type": kind} if kind else {}))
 
     return add
 
 
+def argument_type(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same function, whose RequestError is a usage error."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except RequestError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return kind if isinstance(kind, type) else parse
+
+
+def add_settings(add: Callable[..., None], settings: type) -> None:
+    """An option for each field that has flags; None where it is not given."""
+    for name, row in options_of(settings).items():
+        rest: Json = {"dest": name}
+        if row.kind is bool:
+            rest["action"] = "store_true"
+        else:
+            rest["kind"] = str.lower if row.choices else argument_type(row.kind)
+        if row.choices:
+            rest["choices"] = row.choices
+        if isinstance(row.default, (tuple, dict)):
+            rest["action"] = "append"
+        if row.bare is not None:
+            rest |= {"nargs": "?", "const": row.bare}
+        is_shown = row.default is not False and row.default not in (None, (), {})
+        text = f"{row.help} (default: {row.default})" if is_shown else row.help
+        if row.flags:
+            add(row.flags, text, **rest)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    add = options(parser, "model")
+    add = option_group(parser, "model")
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
     add("--model MODEL", text, action=ModelAction)
     parser.set_defaults(models=())
     add("--revision REV", "branch, tag or commit of a hub model")
     sources = tuple(dict.fromkeys(NANOCHAT_FOLDERS.values()))
-    text = f"of {NANOCHAT}'s models: {', '.join(sources)} (default: sft)"
+    text = f"kind of {NANOCHAT}'s models: {', '.join(sources)} (default: sft)"
     add("--source -i NAME", text, choices=sources)
-    add("--model-tag -g TAG", "and of these, as in d20 (default: the largest)")
-    add("--step -s N", "and of these (default: the last)", int)
+    add("--model-tag -g TAG", "the model with this tag, as in d20 (default: the largest)")
+    add("--step -s N", "the model after N steps (default: the last)", int)
     add("--tokenizer MODEL", "take tokenizer and chat template from another model")
     add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
     add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
-    add("--device --device-type DEVICE", "cpu, cuda or mps (default: the best)")
-    text = f"{', '.join(DTYPES)} (default: {ENGINE_DEFAULTS.dtype})"
-    add("--dtype -d TYPE", text, choices=DTYPES)
-    add("--quantize", "pack float weights to 8 or 4 bits", str.lower, choices=QUANTIZE)
-    add("--compile", "record decode steps as CUDA graphs", action="store_true")
-    add("--ctx N", "cap the context at N tokens", int)
-    add("--threads N", "CPU threads", int)
-    add("--parallel N", f"sequences at once (default: from memory, up to {MAX_PARALLEL})", int)
-    add("--prefill-chunk N", f"prompt tokens a step ({ENGINE_DEFAULTS.prefill_chunk})", int)
-    text = f"guess up to N tokens from the context ({DEFAULT_LOOKUP}), verify them in one step"
-    add("--lookup N", text, int, nargs="?", const=DEFAULT_LOOKUP)
-    text = "native: compiled C; torch: its operations (default: native where it can be had)"
-    add("--kernels", text, str.lower, choices=KERNELS)
-    text = f"keys and values: {', '.join(KV_DTYPES[1:])} (default: by the weights)"
-    add("--kv-dtype", text, str.lower, choices=KV_DTYPES)
+    add_settings(add, EngineConfig)
     add("--verbose", "say more on stderr", action="store_true")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    add = options(parser, "sampling", SamplingParams())
-    text = "0 is greedy, higher is more random"
-    add("--temp --temperature -t X", text, float, dest="temperature")
-    add("--top-k -k N", "keep the k likeliest tokens; 0 is off", int)
-    add("--top-p X", "keep the smallest set with this probability; 1 is off", float)
-    add("--min-p X", "drop tokens less likely than X times the likeliest; 0 is off", float)
-    add("--repeat-penalty X", "weaken tokens seen before; 1 is off", float)
-    add("--repeat-last-n N", "how many of the latest tokens that looks at; -1 is all", int)
-    add("--presence-penalty X", "subtracted from the logits of tokens already generated", float)
-    add("--frequency-penalty X", "the same, once for each time they were", float)
-    add("--logit-bias ID=BIAS", "added to a token's logit", key_value, action="append")
-    add("--seed N", "same seed, same text", int)
-    add("--stop TEXT", "end before this text; may be repeated", action="append")
-    add("--max-tokens -m N", "longest answer, in tokens", int)
-    add("--schema FILE", "the answer is JSON that fits this JSON Schema, or the one in FILE")
-    add("--regex RE", "the answer is text that this matches whole")
+    add_settings(option_group(parser, "sampling"), SamplingParams)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
-    add = options(parser, "server", ServerConfig())
-    add("--host ADDRESS", "address to listen on")
-    add("--port N", "port to listen on; 0 picks one", int)
+    add = option_group(parser, "server")
     add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
-    add("--num-gpus N", "replicas of the model, one for each GPU", int)
-    text = "key that clients must send (or NANOLLAMA_API_KEY); may be repeated"
-    add("--api-key KEY", text, action="append")
-    text = "web origin to allow beside loopback ones; * for all"
-    add("--cors-origin ORIGIN", text, action="append")
-    add("--max-queue N", "sequences that may wait; more get a 429", int)
-    text = (
-        "how long an idle model stays in memory: 5m, 30s, 0, -1 for ever (default: 5m; for ever "
-        "where one model is named)"
-    )
-    add("--keep-alive TIME", text, duration, dest="keep_alive_s")
-    add("--timeout SECONDS", "longest a request may take", float, dest="timeout_s")
-    add("--any-model", "answer for every model name", action="store_true")
-    add("--strict", "refuse fields that are not known", action="store_true")
-    add("--log-prompts", "write request bodies to the log", action="store_true")
-    names = ("reasoning_content", "reasoning")
-    add("--reasoning-name NAME", "field for thoughts in answers", choices=names)
+    add_settings(add, ServerConfig)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -12569,7 +12625,7 @@ def build_parser() -> argparse.ArgumentParser:
     choose("--interactive", action="store_true", help="a conversation; implies --chat")
     choose("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
     choose("--serve", action="store_true", help=text)
-    add = options(parser, "chat and output")
+    add = option_group(parser, "chat and output")
     add("--chat", "wrap the prompt in the chat template", action="store_true")
     add("--system TEXT", "system prompt, with --chat or --interactive")
     add("--hide-thinking", "leave out what is in think tags", action="store_true")
@@ -12586,10 +12642,14 @@ def build_parser() -> argparse.ArgumentParser:
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
 
 
-def given_flags(args: argparse.Namespace, kind: type) -> Json:
-    """Those fields of a dataclass that were given as flags."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
+def given_flags(args: argparse.Namespace, settings: type) -> Json:
+    """The fields of a settings class that were given as flags."""
+    flags: Json = {}
+    for name, row in options_of(settings).items():
+        value = getattr(args, name, None)
+        if value is not None:
+            flags[name] = type(row.default)(value) if isinstance(value, list) else value
+    return flags
 
 
 @dataclass(slots=True)
@@ -12681,10 +12741,6 @@ class Settings:
 def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
     """Check the flags (a bad value is a usage error) and read the Modelfile."""
     flags = given_flags(args, SamplingParams)
-    if "stop" in flags:
-        flags["stop"] = tuple(flags["stop"])
-    if "logit_bias" in flags:
-        flags["logit_bias"] = dict(flags["logit_bias"])
     if "schema" in flags:
         flags["schema"] = read_schema(flags["schema"])
     try:
@@ -13365,14 +13421,14 @@ def serve_catalog(settings: Settings) -> Catalog:
 def run_serve(settings: Settings) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
-    keys = args.api_key or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
+    keys = args.api_keys or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
     is_test = bool(args.script) or settings.model == TINY_RANDOM
-    config = ServerConfig(
-        **{**given_flags(args, ServerConfig), "any_model": args.any_model or is_test},
-        keeps_requests=is_test,
-        api_keys=tuple(key.strip() for key in keys if key.strip()),
-        cors_origins=tuple(args.cors_origin or ()),
-    )
+    own = {
+        "any_model": args.any_model or is_test,
+        "keeps_requests": is_test,
+        "api_keys": tuple(key.strip() for key in keys if key.strip()),
+    }
+    config = ServerConfig(**{**given_flags(args, ServerConfig), **own})
     if config.num_gpus > 1 and config.num_gpus > (num_there := torch.cuda.device_count()):
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):

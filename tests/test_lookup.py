@@ -461,7 +461,9 @@ def test_a_bad_number_is_a_usage_error(value: str, capsys: pytest.CaptureFixture
     assert caught.value.code == 2
     assert "lookup" in capsys.readouterr().err.splitlines()[-1]
     if value != "x":
-        with pytest.raises(RequestError, match=f"lookup is {value}; it must be between 0 and 64"):
+        with pytest.raises(
+            RequestError, match=f"lookup is {value}; it must be an integer between 0 and 64"
+        ):
             LLM(lookup=int(value))
 
 

@@ -86,7 +86,7 @@ def test_parameters_have_our_names_and_ollamas(line: str, field: str, value: Any
         ("PARAMETER mirostat 1", 1, "unknown parameter 'mirostat'; known: temperature, "),
         ("PARAMETER temperature hot", 1, "temperature is 'hot'; it must be a number"),
         ("PARAMETER top_k 1.5", 1, "top_k is '1.5'; it must be an integer"),
-        ("PARAMETER temperature -1", 1, "it must be between 0 (greedy) and 100"),
+        ("PARAMETER temperature -1", 1, "it must be a number between 0 and 100"),
         ("PARAMETER temperature nan", 1, "temperature is nan"),
         ("PARAMETER num_ctx 0", 1, "ctx is 0"),
         ("PARAMETER temperature", 1, "PARAMETER temperature needs a value"),

@@ -31,7 +31,7 @@ from nanollama import (
     command_parser,
     human_bytes,
     load_kernels,
-    options,
+    option_group,
     read_settings,
 )
 
@@ -181,7 +181,7 @@ def bench_parser() -> argparse.ArgumentParser:
     # --dtype leaves -d to --depth
     parser = command_parser("bench", usage=usage, conflict_handler="resolve")
     add_model_options(parser)
-    add = options(parser, "bench")
+    add = option_group(parser, "bench")
     for flags, least, default, text in (
         ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
         ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),

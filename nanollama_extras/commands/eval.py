@@ -19,7 +19,7 @@ from nanollama import (
     add_model_options,
     command_parser,
     excerpt,
-    options,
+    option_group,
     read_input,
     read_settings,
     with_progress,
@@ -168,7 +168,7 @@ def eval_parser() -> argparse.ArgumentParser:
     usage = "nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]"
     parser = command_parser("eval", usage=usage)
     add_model_options(parser)
-    add = options(parser, "eval")
+    add = option_group(parser, "eval")
     add("--text FILE", "perplexity and bits per byte of this text")
     add("--task FILE", 'JSON lines {"prompt": .., "choices": [..], "answer": 0}')
     text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"

@@ -40,7 +40,7 @@ from nanollama import (
     library,
     log,
     open_checkpoint,
-    options,
+    option_group,
     read_settings,
 )
 
@@ -368,7 +368,7 @@ def run(argv: list[str]) -> int:
     parser = command_parser("verify")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
-    add = options(parser, "verify")
+    add = option_group(parser, "verify")
     add("--save-reference FILE", "keep what transformers computes", Path)
     add("--reference FILE", "compare with what was kept", Path)
     add("--json", "print one JSON object", action="store_true")

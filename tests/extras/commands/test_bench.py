@@ -134,7 +134,7 @@ def test_zero_leaves_a_kind_of_test_out(
         ("-d 1.5", "argument -d/--depth: '1.5' is not whole numbers"),
         ("-b 0", "argument -b/--batch: '0' is not whole numbers from 1 up"),
         ("-b 4,0", "argument -b/--batch: '4,0' is not whole numbers from 1 up"),
-        ("-b 5000", "parallel is 5000; it must be between 1 and 4096"),
+        ("-b 5000", "parallel is 5000; it must be an integer between 1 and 4096"),
         ("-r 0", "repetitions is 0; it must be at least 1"),
         ("-r x", "argument -r/--repetitions: invalid int value: 'x'"),
         ("-p 0 -n 0", "leave nothing to measure"),
