@@ -6,7 +6,7 @@ One grammar says what the whole answer must be, where thoughts and calls may sta
     tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
 
 Seam       Answer form. The core asks `Grammars.constraint` for a Constraint; the engine asks that
-           one which tokens may come next. Imports answers.tools, for the calls of an answer.
+           one which tokens may come next. For the calls of an answer it asks for answers.tools.
 Remove     delete this file; requests with a schema, regex, grammar or tools are then refused.
 Source     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 """
@@ -26,7 +26,6 @@ import numpy as np
 
 import nanollama
 from nanollama import THOUGHTS, RequestError, cached, first_line
-from nanollama_extras.answers.tools import MAX_LEVELS, branches, read_arguments
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -47,6 +46,7 @@ JSON_OPTIONS: Any = {
 }
 # The largest sum of a schema's multipleOf, read without decimal points: each needs so many states.
 MAX_MULTIPLE = 10_000
+MAX_LEVELS = 32  # levels of a schema that are searched for a fault
 
 
 class Vocabulary:
@@ -302,9 +302,10 @@ class Grammars:
         """Add the rules of arguments that are written one by one, in the schema's order. Raises
         RequestError for a strict function with a keyword that they cannot enforce."""
         before, after = form.split("VALUE")
-        root, terms, arguments = function.schema, [], read_arguments(function.schema)
+        tools = nanollama.extra("answers.tools", "a tool call")
+        root, terms, arguments = function.schema, [], tools.read_arguments(function.schema)
         texts = [text for argument in arguments.values() for text in argument.texts]
-        schemas = root, next(branches(root, root)), *texts
+        schemas = root, next(tools.branches(root, root)), *texts
         if function.strict and (lost := UNENFORCED & {*itertools.chain(*schemas)}):
             reason = f"calls of this model's kind cannot keep {min(lost)}"
             raise RequestError(f"{function.where} cannot be used: {reason}", function.where)
