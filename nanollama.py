@@ -93,7 +93,6 @@ import numbers
 import operator
 import os
 import pickle
-import platform
 import queue
 import re
 import reprlib
@@ -234,8 +233,6 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
     import tqdm
-    import triton
-    import triton.language as tl
     import uvicorn
     import yaml
     from starlette.middleware import cors
@@ -245,6 +242,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Row = npt.NDArray[np.float32]
+    Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -260,9 +258,7 @@ else:
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
-    tl = LazyModule("triton.language", install="pip install triton")
     tqdm = LazyModule("tqdm")
-    triton = LazyModule("triton", install="pip install triton")
     uvicorn = LazyModule("uvicorn")
     yaml = LazyModule("yaml")
 
@@ -1265,7 +1261,6 @@ GRIDS: dict[int, list[tuple[float, float]]] = {
 LEAST_WEIGHT, MOST_WEIGHT = 2.0**-14, 2.0**15  # what the largest weight of a matrix may be
 SEARCH_WEIGHTS = 1 << 19  # weights that one core searches at a time
 DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
-FAST_LINEAR: dict[str, Callable[[Tensor, PackedLinear], Tensor | None]] = {}  # by device; section 4
 
 
 class Linear:
@@ -1327,17 +1322,6 @@ class PackedLinear:
         q, scale = self.q[rows], self.scale[rows]
         return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
-    def padded(self, num_rows: int) -> PackedLinear:
-        """The same weight with rows of zeros up to `num_rows`."""
-        more = num_rows - len(self.q)
-        q, scale, offset = (
-            None if part is None else torch.cat((part, part.new_zeros(more, *part.shape[1:])))
-            for part in (self.q, self.scale, self.offset)
-        )
-        assert q is not None
-        assert scale is not None
-        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
-
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
         """On `device`, computing in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device)
@@ -1361,9 +1345,6 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
-        fast = FAST_LINEAR.get(x.device.type)
-        if fast is not None and (y := fast(x, self)) is not None:
-            return y
         num_rows, num_cols = self.shape
         step = max(1, DEQUANT_WEIGHTS // num_cols)
         parts = [
@@ -1614,9 +1595,7 @@ REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
 #               blocks of 512 keys in another order when one is not full; so rows come in multiples
 #               of ROW_TILE, keys in multiples of KEY_TILE (masked), and decode, chunked prefill and
 #               batches then agree bit for bit.
-#   Extend      an operation that a device does better gets its own path here, behind the same
-#               signature. A native kernel is a function in KERNEL_SOURCE and an entry of
-#               NATIVE_CALLS.
+#   Extend      an operation that a device does better is a method of a Backend (section 5).
 # ==================================================================================================
 
 ROW_TILE = 4
@@ -1626,8 +1605,6 @@ KEY_TILE = 512
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., C) / rms(x) * weight, in float32 (https://arxiv.org/abs/1910.07467)"""
-    if uses_triton(x):
-        return triton_rms_norm(x, weight, eps)
     x32 = x.float()
     x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
     return weight * x32.to(x.dtype)
@@ -1704,8 +1681,6 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): the pair of
     column i is column i + D/2."""
-    if uses_triton(x):
-        return triton_rotate(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -1789,1817 +1764,6 @@ def _attention_in_blocks(
     return (out / total).to(q.dtype)
 
 
-# ---- native kernels ------------------------------------------------------------------------------
-#
-# A PackedLinear's rows, 16 at a time, become blocks that the kernels read from front to back:
-#
-#   block   [ 16 rows x one group of columns | 16 scales | 16 offsets, if any ]    float16 scales
-#
-#   4 bits  word i of row r holds columns 4i .. 4i+3 in its low nibbles, and half a group on in its
-#           high ones; 8 bits: columns 4i .. 4i+3, 128 added
-#
-#           [ row 0 word 0 | row 1 word 0 | .. | row 15 word 0 ]  64 bytes: one vector register,
-#           [ row 0 word 1 | row 1 word 1 | .. | row 15 word 1 ]  a lane for each row
-#
-# One instruction multiplies 16 rows by 4 activations, which are int8 with a scale for each group of
-# 32 and the same for all lanes, so no sum ever runs across lanes. A token's arithmetic is the same
-# whatever else is in the call: tiles only repeat it.
-
-KERNEL_SOURCE = r"""
-#include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* ---- vectors: LANES floats, as wide as the machine's registers ---- */
-
-#if defined(__AVX512VNNI__)
-#define LANES 16
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE vec splat(float x) { return x - (vec){0}; }
-INLINE vec load(const float *p) { return *(const vec *)p; }
-INLINE void store(float *p, vec x) { *(vec *)p = x; }
-INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
-INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
-
-INLINE int32_t four_bytes(const int8_t *a) {
-    int32_t bytes;
-    memcpy(&bytes, a, 4);
-    return bytes;
-}
-
-/* What machines do in different ways:
- *   madd         a * b + c, always in one rounding or always in two
- *   from_half    float16 at p -> floats; to_half is the way back
- *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
- *   look_up      the bytes of a table (16) at the places that the bytes of q name
- *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
- *                activations (signed bytes) at `a`, the same for all lanes */
-#if LANES == 16
-#define PATH "AVX-512 VNNI"
-#define TILE 4   /* tokens and */
-#define BLOCKS 2 /* blocks of 16 rows whose sums fit into registers together */
-#define ROWS 8   /* queries that share a pass over keys and values */
-INLINE vec madd(vec a, vec b, vec c) {
-    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
-INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
-INLINE vec from_bytes(const void *p) {
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-}
-INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
-INLINE ivec look_up(const void *table, ivec q) {
-    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), (__m512i)q);
-}
-INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    (void)bits;
-    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
-}
-
-#elif LANES == 8
-#define PATH "AVX2"
-#define TILE 2
-#define BLOCKS 1
-#define ROWS 4
-INLINE vec madd(vec a, vec b, vec c) {
-    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
-INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
-INLINE vec from_bytes(const void *p) {
-    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
-}
-INLINE ivec look_up(const void *table, ivec q) {
-    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
-    return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
-}
-INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
-    if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
-        return sum + (ivec)_mm256_madd_epi16(_mm256_maddubs_epi16(q, acts), _mm256_set1_epi16(1));
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
-    sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
-    return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
-}
-
-#else
-#define TILE 4
-#define BLOCKS 1
-#define ROWS 4
-INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
-INLINE vec from_bytes(const int8_t *p) {
-    vec x;
-    for (int i = 0; i < LANES; i++) x[i] = p[i];
-    return x;
-}
-#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
-#define PATH "NEON dot product"
-INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
-INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
-INLINE ivec look_up(const void *table, ivec q) {
-    return (ivec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)q);
-}
-INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
-    if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
-    /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
-    sum += 128 * (a[0] + a[1] + a[2] + a[3]);
-    return (ivec)vdotq_s32((int32x4_t)sum, veorq_s8(q, vdupq_n_s8(-128)), acts);
-}
-#else
-#define PATH "portable C"
-INLINE vec from_half(const void *p) {
-    ivec h;
-    for (int i = 0; i < LANES; i++) h[i] = ((const uint16_t *)p)[i];
-    vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* the exponent's bias becomes 127, not 15 */
-    x = pick((h & 0x7c00) == 0x7c00, (vec)((ivec)x | 0x7f800000), x); /* infinity, NaN */
-    return (vec)((ivec)x | (h & 0x8000) << 16);
-}
-INLINE void to_half(void *p, vec x) {
-    ivec rest = (ivec)x & 0x7fffffff;
-    ivec h = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-    /* below 2^-14, adding 0.5 rounds at 2^-24, the last place of a subnormal */
-    h = (ivec)pick(rest < 0x38800000, (vec)((ivec)((vec)rest + 0.5f) - 0x3f000000), (vec)h);
-    h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
-    h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
-    for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
-}
-INLINE ivec look_up(const void *table, ivec q) {
-    uint8_t *at = (uint8_t *)&q;
-    for (int i = 0; i < (int)sizeof q; i++) at[i] = ((const uint8_t *)table)[at[i]];
-    return q;
-}
-INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
-    (void)bits;
-    for (int j = 0; j < 4; j++) sum += ((w >> (8 * j)) & 255) * a[j];
-    return sum;
-}
-#endif
-#endif
-
-#if LANES < 16
-INLINE void to_bytes(int8_t *p, ivec x) {
-    for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
-}
-#endif
-
-const char *path(void) { return PATH; }
-
-/* ---- threads ---- */
-
-/* A job is cut into pieces, which the caller and the workers claim one by one. The caller takes all
- * that nobody else claims and waits only for pieces in work, never for a worker to wake up or to be
- * given a core: on a busy machine a job is as fast as one thread, where a barrier would stall.
- *
- *   ticket   [ how many pieces : 32 bits | the next one : 32 bits ]   one atomic add claims a piece
- */
-typedef void piece(const void *job, int64_t index);
-static struct pool {
-    pthread_mutex_t owner, bed;
-    pthread_cond_t alarm;
-    uint64_t ticket;
-    piece *run;
-    const void *job;
-    int64_t num_done, num_workers, num_wanted, num_asleep;
-} pool;
-
-#define SPINS 4000 /* about 0.1 ms before a worker goes to sleep */
-#if defined(__x86_64__) || defined(__i386__)
-#define PAUSE() _mm_pause()
-#elif defined(__aarch64__)
-#define PAUSE() __asm__ volatile("yield")
-#else
-#define PAUSE() (void)0
-#endif
-
-static int is_open(void) {
-    uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST);
-    return (uint32_t)ticket < ticket >> 32;
-}
-
-static int work(void) {
-    if (!is_open()) return 0;
-    uint64_t ticket = __atomic_fetch_add(&pool.ticket, 1, __ATOMIC_SEQ_CST);
-    if ((uint32_t)ticket >= ticket >> 32) return 0;
-    pool.run(pool.job, (uint32_t)ticket); /* stays this job until the piece is done */
-    __atomic_fetch_add(&pool.num_done, 1, __ATOMIC_SEQ_CST);
-    return 1;
-}
-
-static void *worker(void *index) {
-    for (int64_t spins = 0;; spins++) {
-        int wanted = (intptr_t)index < __atomic_load_n(&pool.num_wanted, __ATOMIC_SEQ_CST);
-        if (wanted && work()) spins = 0;
-        PAUSE();
-        if (spins < SPINS) continue;
-        pthread_mutex_lock(&pool.bed);
-        __atomic_fetch_add(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
-        if (!is_open()) pthread_cond_wait(&pool.alarm, &pool.bed);
-        __atomic_fetch_sub(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
-        pthread_mutex_unlock(&pool.bed);
-        spins = 0;
-    }
-    return NULL;
-}
-
-static void start_anew(void) {
-    pool = (struct pool){PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER,
-                         PTHREAD_COND_INITIALIZER, 0, NULL, NULL, 0, 0, 0, 0};
-}
-__attribute__((constructor)) static void on_load(void) {
-    start_anew();
-    pthread_atfork(NULL, NULL, start_anew); /* a fork has none of its parent's workers */
-}
-
-/* run(job, 0 .. num_pieces - 1) on up to num_threads threads, or alone while others have them */
-static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t num_threads) {
-    if (num_threads < 2 || num_pieces < 2 || pthread_mutex_trylock(&pool.owner)) {
-        for (int64_t i = 0; i < num_pieces; i++) run(job, i);
-        return;
-    }
-    pthread_t thread;
-    while (pool.num_workers < num_threads - 1 &&
-           !pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.num_workers)) {
-        pthread_detach(thread);
-        pool.num_workers++;
-    }
-    pool.run = run, pool.job = job;
-    __atomic_store_n(&pool.num_done, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pool.num_wanted, num_threads - 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pool.ticket, (uint64_t)num_pieces << 32, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&pool.num_asleep, __ATOMIC_SEQ_CST)) {
-        pthread_mutex_lock(&pool.bed);
-        pthread_cond_broadcast(&pool.alarm);
-        pthread_mutex_unlock(&pool.bed);
-    }
-    while (work()) {}
-    for (int64_t i = 0; __atomic_load_n(&pool.num_done, __ATOMIC_SEQ_CST) < num_pieces; i++)
-        if (i < SPINS) PAUSE();
-        else sched_yield();
-    pthread_mutex_unlock(&pool.owner);
-}
-
-typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
-INLINE float sum_of(vec x) {
-    four sum = *(four *)&x;
-    for (int i = 1; i < LANES / 4; i++) sum += ((four *)&x)[i];
-    return sum[0] + sum[1] + (sum[2] + sum[3]);
-}
-INLINE float largest_of(vec x) {
-    four most = *(four *)&x;
-    for (int i = 1; i < LANES / 4; i++) {
-        four other = ((four *)&x)[i];
-        four_ints mask = most > other;
-        most = (four)((mask & (four_ints)most) | (~mask & (four_ints)other));
-    }
-    return MAX(MAX(most[0], most[1]), MAX(most[2], most[3]));
-}
-
-/* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
-#define ROUNDER 12582912.0f
-
-/* exp(x) within 3 units in the last place, 0 below -87 and exp(88) above 88, NaN for NaN:
- * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
-INLINE vec exp_of(vec x) {
-    vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
-    vec shifted = madd(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
-    vec r = madd(n, splat(-1.42860677e-6f), madd(n, splat(-0.693145752f), bounded));
-    vec p = splat(1.0f / 720);
-    p = madd(p, r, splat(1.0f / 120));
-    p = madd(p, r, splat(1.0f / 24));
-    p = madd(p, r, splat(1.0f / 6));
-    p = madd(p, r, splat(0.5f));
-    p = madd(p, r, splat(1.0f));
-    p = madd(p, r, splat(1.0f));
-    return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
-}
-
-/* 1 / rms of x (n), n a multiple of 16 */
-INLINE float rms_factor(const float *x, int64_t n, float eps) {
-    vec sum = {0};
-    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(x + i), sum);
-    return 1.0f / sqrtf(sum_of(sum) / n + eps);
-}
-
-/* ---- linear: y = W before(x) + bias + residual ---- */
-
-typedef struct {
-    const uint8_t *blocks;
-    const float *bias; /* (rows), or NULL */
-    int64_t rows, cols;
-    int32_t bits, group, has_offset, is_float, block_bytes;
-} matrix;
-
-/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
-enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
-
-typedef struct {
-    const matrix *parts; /* they read the same input; their outputs stand side by side */
-    int64_t num_parts;
-    const float *x, *norm, *residual; /* (N, cols), or (N, 2 cols) of gate and up; (cols); as out */
-    float *out;                       /* (N, rows of all parts) */
-    int64_t before;
-    float eps;
-    int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* found by `linear` */
-    uint8_t *acts;
-} linear_call;
-
-/* Activations as int8, each group of 32 columns with a scale of its own. Tokens go in tiles of T,
- * and a tile's groups follow each other:
- *
- *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
- */
-#define GROUP_BYTES 52 /* a token */
-
-INLINE int tile_size(int64_t tokens_left) {
-    return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
-}
-
-/* x, 32 columns of token t of a tile, to its group */
-INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
-    vec sizes = {0};
-    for (int i = 0; i < 32 / LANES; i++) sizes = larger((vec)((ivec)x[i] & 0x7fffffff), sizes);
-    float most = largest_of(sizes), inverse = most > 1e-35f ? 127.0f / most : 0, sums[2] = {0};
-    int8_t *a = (int8_t *)group + 32 * t;
-    for (int i = 0; i < 32 / LANES; i++) {
-        vec q = x[i] * inverse + ROUNDER;
-        to_bytes(a + i * LANES, (ivec)q - (ivec)splat(ROUNDER));
-        sums[i * LANES / 16] += sum_of(q - ROUNDER);
-    }
-    float sum = sums[0] + sums[1]; /* NaN where any x is NaN or infinite: not to be hidden */
-    float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
-    s[0] = scale;
-    s[T] = scale * sum;
-    s[2 * T] = scale * sums[0];
-    s[3 * T] = scale * sums[1];
-    ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
-}
-
-/* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
-INLINE vec gelu(vec x) {
-    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
-}
-
-/* LANES columns of one token's input, ready for the matrix */
-INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
-    int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
-    const float *at = in->x + token * (in->cols << gated) + col;
-    vec x = load(at), up = load(at + (gated ? in->cols : 0));
-    switch (in->before) {
-    case NORM: return x * factor * load(in->norm + col);
-    case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
-    case GEGLU: return gelu(x) * up;
-    case CLAMPED_SWIGLU: /* as in gpt-oss */
-        x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
-        return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
-    case RELU2: return larger((vec){0}, x) * x;
-    case GELU: return gelu(x);
-    default: return x;
-    }
-}
-
-/* quantizes a piece of all tokens' groups */
-static void quantize_piece(const void *job, int64_t piece) {
-    const linear_call *in = job;
-    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
-    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
-    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
-        int64_t start = token / TILE * TILE, T;
-        for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
-        float factor = 1;
-        if (in->before == NORM)
-            factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
-        for (; g < num_groups && i < stop; g++, i++) {
-            vec x[32 / LANES];
-            for (int c = 0; c < 32 / LANES; c++)
-                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
-            uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
-            quantize_group(x, group, T, token - start);
-        }
-    }
-}
-
-#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
-
-/* the values of 4-bit floats, doubled, and 12 more */
-static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-#define VECS (16 / LANES) /* that hold a block's rows */
-
-/* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
- * constants wherever this lands. A register of weights meets all tokens before the next one is
- * loaded: all sums grow side by side, and none waits for itself. */
-INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
-                     int T, int bits, int group, int has_offset, int is_float) {
-    const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
-    const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
-    const int64_t next_block = num_groups * block_bytes;
-    vec y[BLOCKS * VECS][TILE];
-    for (int v = 0; v < B * VECS; v++)
-        for (int t = 0; t < T; t++) y[v][t] = (vec){0};
-    for (int64_t g = 0; g < num_groups; g++, block += block_bytes) {
-        const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
-        const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
-        ivec dot[BLOCKS * VECS][TILE];
-        for (int t = 0; t < T; t++)
-            for (int v = 0; v < B * VECS; v++)
-                dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
-        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
-            for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
-        for (int b = 0; b < B; b++)
-            for (int i = 0; i < block_bytes; i += 64)
-                __builtin_prefetch(block + b * next_block + AHEAD + i);
-        a += g * group % 32; /* where in its group of activations a short one begins */
-        for (int i = 0; i < num_words; i++) {
-            ivec w[BLOCKS * VECS];
-            for (int v = 0; v < B * VECS; v++)
-                w[v] = ((const ivec *)(block + v / VECS * next_block + 64 * i))[v % VECS];
-            for (int half = 0; half < (bits == 4 ? 2 : 1); half++)
-                for (int t = 0; t < T; t++)
-                    for (int v = 0; v < B * VECS; v++) {
-                        ivec q = w[v];
-                        if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
-                        if (is_float) q = look_up(float4, q);
-                        dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
-                    }
-        }
-        for (int v = 0; v < B * VECS; v++) {
-            const uint8_t *scales = block + v / VECS * next_block + 2 * group * bits;
-            scales += v % VECS * LANES * 2;
-            vec scale = from_half(scales), offset = {0};
-            if (has_offset) offset = from_half(scales + 32);
-            if (bits == 8) offset = madd(scale, splat(-128), offset);
-            for (int t = 0; t < T; t++) {
-                y[v][t] = madd(__builtin_convertvector(dot[v][t], vec), scale * s[t], y[v][t]);
-                if (!centred) y[v][t] = madd(offset, splat(sums[t]), y[v][t]);
-            }
-        }
-    }
-    for (int v = 0; v < B * VECS; v++)
-        for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
-}
-
-#define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
-    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
-        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
-#define FORMATS(B, T) \
-    if (num_blocks == B && num_tokens == T) { \
-        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
-        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
-        return; \
-    }
-static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
-                          int num_blocks, int num_tokens) {
-    FORMATS(1, 1) FORMATS(1, 2)
-#if TILE > 2
-    FORMATS(1, TILE)
-#endif
-#if BLOCKS == 2
-    FORMATS(2, 1) FORMATS(2, 2) FORMATS(2, TILE)
-#endif
-}
-
-/* LANES rows from `row` on of one token, to place `at` of the output */
-INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residual, float *out) {
-    if (row + LANES <= m->rows) {
-        if (m->bias) y += load(m->bias + row);
-        if (residual) y = load(residual) + y;
-        store(out, y);
-    } else {
-        for (int64_t i = 0; row + i < m->rows; i++) {
-            float one = y[i] + (m->bias ? m->bias[row + i] : 0);
-            out[i] = residual ? residual[i] + one : one;
-        }
-    }
-}
-
-/* A piece is a run of blocks. It goes through all tokens, as many at a time as a cache holds. */
-static void multiply_piece(const void *job, int64_t piece) {
-    const linear_call *c = job;
-    int64_t token_bytes = c->cols / 32 * GROUP_BYTES, last = c->num_blocks * (piece + 1);
-    int64_t chunk = MAX(TILE, (512 << 10) / token_bytes / TILE * TILE);
-    for (int64_t from = 0; from < c->num_tokens; from += chunk) {
-        const matrix *m = c->parts;
-        int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk), B;
-        for (int64_t i = c->num_blocks * piece / c->num_pieces; i < last / c->num_pieces; i += B) {
-            for (; (i - first_block) * 16 >= m->rows; m++) {
-                first_block += (m->rows + 15) / 16;
-                first_row += m->rows;
-            }
-            int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
-            const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
-            B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
-            if (c->num_tokens == 1) B = 1; /* memory likes one stream better than two */
-            for (int64_t start = from, T; start < stop; start += T) {
-                vec y[BLOCKS * VECS * TILE];
-                T = tile_size(c->num_tokens - start);
-                multiply_tile(m, block, c->acts + start * token_bytes, y, B, T);
-                for (int64_t n = 0; n < B * VECS * T; n++) {
-                    int64_t r = row + n / T * LANES, token = start + n % T;
-                    int64_t at = token * c->num_rows + first_row + r;
-                    finish_rows(m, r, y[n], c->residual ? c->residual + at : NULL, c->out + at);
-                }
-            }
-        }
-    }
-}
-
-#define PIECES 4 /* for each thread: who is held up leaves the rest to others */
-
-void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
-    linear_call c = *(const linear_call *)call;
-    c.num_tokens = num_tokens, c.cols = c.parts->cols;
-    for (const matrix *m = c.parts; m < c.parts + c.num_parts; m++) {
-        c.num_rows += m->rows;
-        c.num_blocks += (m->rows + 15) / 16;
-    }
-    int64_t num_groups = num_tokens * c.cols / 32;
-    c.acts = malloc(num_groups * GROUP_BYTES);
-    c.num_pieces = num_groups < 128 ? 1 : MIN(num_groups / 64, PIECES * num_threads);
-    share_out(quantize_piece, &c, c.num_pieces, num_threads);
-    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
-    share_out(multiply_piece, &c, c.num_pieces, num_threads);
-    free(c.acts);
-}
-
-typedef struct { const matrix *m; const int64_t *ids; float *out, factor; } gather_call;
-
-/* rows `ids` (n) of a matrix times the factor -> out (n, cols) */
-void gather(const void *call, int64_t n, int64_t num_threads) {
-    (void)num_threads;
-    const gather_call *c = call;
-    const matrix *m = c->m;
-    int64_t num_groups = m->cols / m->group, half = m->group / 2;
-    int64_t num_bytes = m->group * m->bits / 8;
-    for (int64_t i = 0; i < n * num_groups; i++) {
-        int64_t id = c->ids[i / num_groups], lane = id % 16;
-        const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
-        const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
-        float scale = from_half(scales)[lane % LANES], offset = 0, *y = c->out + i * m->group;
-        if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
-        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
-        for (int64_t j = 0; j < num_bytes; j++) {
-            uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
-            int low = m->bits == 8 ? q : q & 15, high = q >> 4;
-            if (m->is_float) low = float4[low], high = float4[high];
-            y[j] = ((low - zero) * scale + offset) * c->factor;
-            if (m->bits == 4) y[j + half] = ((high - zero) * scale + offset) * c->factor;
-        }
-    }
-}
-
-typedef struct {
-    const float *x, *weight, *bias, *residual;
-    float *out;
-    int64_t cols, is_centred; /* a multiple of 16; whether the mean is taken off: LayerNorm */
-    float eps;
-} norm_call;
-
-static void norm_piece(const void *job, int64_t token) {
-    const norm_call *c = job;
-    const float *x = c->x + token * c->cols;
-    vec sum = {0}, squares = {0}, mean = {0};
-    for (int64_t i = 0; i < c->cols && c->is_centred; i += LANES) sum += load(x + i);
-    if (c->is_centred) mean = splat(sum_of(sum) / c->cols);
-    for (int64_t i = 0; i < c->cols; i += LANES) {
-        vec centred = load(x + i) - mean;
-        squares = madd(centred, centred, squares);
-    }
-    float factor = 1.0f / sqrtf(sum_of(squares) / c->cols + c->eps);
-    for (int64_t i = 0; i < c->cols; i += LANES) {
-        vec y = (load(x + i) - mean) * factor * load(c->weight + i);
-        if (c->bias) y += load(c->bias + i);
-        if (c->residual) y = load(c->residual + token * c->cols + i) + y;
-        store(c->out + token * c->cols + i, y);
-    }
-}
-
-/* out = norm(x) + residual, (n, cols) all */
-void norm(const void *call, int64_t n, int64_t num_threads) {
-    share_out(norm_piece, call, n, num_threads);
-}
-
-/* ---- a mixture of experts ---- */
-
-typedef struct {
-    const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
-    const float *x, *gate, *bias, *shared_gate, *residual; /* (N, C); (E, C); (E) or NULL; .. */
-    float *out;                                            /* (N, C) */
-    int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
-    float *weights; /* (N, E + 1), found by `experts`: of each token for each expert, mostly 0 */
-} experts_call;
-
-INLINE float dot(const float *x, const float *y, int64_t n) {
-    vec sum = {0};
-    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(y + i), sum);
-    return sum_of(sum);
-}
-
-#define ROUTES 4 /* pieces of a token's experts */
-static void route_piece(const void *job, int64_t piece) {
-    const experts_call *c = job;
-    int64_t token = piece / ROUTES, E = c->num_experts;
-    const float *x = c->x + token * c->cols;
-    for (int64_t e = E * (piece % ROUTES) / ROUTES; e < E * (piece % ROUTES + 1) / ROUTES; e++)
-        c->weights[token * (E + 1) + e] =
-            dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
-}
-
-/* scores -> softmax, of which the largest stay; of equal ones the first */
-static void choose_experts(const experts_call *c, float *weights, const float *x) {
-    int64_t E = c->num_experts;
-    float most = weights[0], sum = 0, kept = 0;
-    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
-    for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
-    for (int64_t i = 0; i < c->num_used; i++) { /* those chosen wait as negative numbers */
-        int64_t best = 0;
-        for (int64_t e = 1; e < E; e++)
-            if (weights[e] > weights[best]) best = e;
-        kept += weights[best];
-        weights[best] = -weights[best];
-    }
-    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
-    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
-    weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
-}
-
-/* out = residual + what each token's experts give, weighted, always in the order of the experts */
-void experts(const void *call, int64_t n, int64_t num_threads) {
-    experts_call c = *(const experts_call *)call;
-    int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
-    for (int64_t e = 0; e < num_all; e++)
-        width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
-    float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
-    float *hidden = malloc(n * width * sizeof(float));
-    int64_t *tokens = malloc(n * sizeof(int64_t));
-    c.weights = malloc(n * (E + 1) * sizeof(float));
-    share_out(route_piece, &c, n * ROUTES, num_threads);
-    for (int64_t t = 0; t < n; t++)
-        choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
-    if (c.residual) memcpy(c.out, c.residual, n * C * sizeof(float));
-    else memset(c.out, 0, n * C * sizeof(float));
-    for (int64_t e = 0; e < num_all; e++) {
-        int64_t num = 0;
-        for (int64_t t = 0; t < n; t++)
-            if (c.weights[t * (E + 1) + e] != 0) {
-                memcpy(x + num * C, c.x + t * C, C * sizeof(float));
-                tokens[num++] = t;
-            }
-        linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
-        linear_call down = {.parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y,
-                            .before = c.before};
-        if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
-        for (int64_t i = 0; i < num; i++) {
-            float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
-            for (int64_t d = 0; d < C; d += LANES)
-                store(out + d, load(out + d) + load(y + i * C + d) * weight);
-        }
-    }
-    free(x), free(y), free(hidden), free(tokens), free(c.weights);
-}
-
-/* ---- attention ---- */
-
-/* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
- *
- *   keys     (D, 16) elements, so that a lane is a position
- *   values   (16, D) elements
- *
- * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
- * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
- */
-enum { FLOAT32, FLOAT16, Q8 };
-#define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
-#define MAX_D 512
-#define NOTHING -1e30f /* the largest of no scores */
-
-typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
-enum { EACH_HEAD, ALL_HEADS, AFTER_ROTATION }; /* the norms of queries and keys, if any */
-
-typedef struct {
-    const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
-    const span *spans; /* after the last one follows one without tokens */
-    float *out;        /* (N, H D) */
-    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
-    float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
-    /* found by `attention`: */
-    float *q;           /* (N, H, D), rotated and scaled */
-    float *partials;    /* of each task's chunks, when these are shared out */
-    int64_t num_chunks; /* that a task is cut into, or 1 */
-} attention_call;
-
-INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
-
-INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value, int64_t head) {
-    int64_t strip = (is_value * c->n_layers + c->layer) * c->n_kv_heads + head;
-    return s->strip + strip * s->num_blocks * c->block_bytes;
-}
-
-/* y = head h of those at x (.., D), normed if the family does that, with the factor of all heads if
- * there is one, rotated to its token's position, scaled */
-INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, const float *norm,
-                        float factor, int64_t token, float scale, float *restrict y) {
-    int64_t D = c->head_dim, half = D / 2;
-    const float *cos = c->cos + token * half, *sin = c->sin + token * half;
-    x += h * D;
-    if (norm && c->norms == ALL_HEADS) norm += h * D;
-    if (!factor) factor = norm ? rms_factor(x, D, c->eps) : 1;
-    for (int64_t d = 0; d < half; d++) {
-        float a = x[d] * factor, b = x[d + half] * factor;
-        if (norm && c->norms != AFTER_ROTATION) a *= norm[d], b *= norm[d + half];
-        y[d] = (a * cos[d] - b * sin[d]) * scale;
-        y[d + half] = (b * cos[d] + a * sin[d]) * scale;
-    }
-    for (int64_t d = 0; d < D && norm && c->norms == AFTER_ROTATION; d++) y[d] *= norm[d];
-}
-
-/* keeps x (D) of one position in its block */
-INLINE void keep(const attention_call *c, const float *x, char *block, int64_t lane, int is_value) {
-    int64_t D = c->head_dim, group = scale_group(D), step = is_value ? 1 : 16;
-    int64_t first = is_value ? lane * D : lane;
-    uint16_t half[LANES];
-    for (int64_t d = 0; d < D; d += LANES) {
-        vec part = load(x + d);
-        if (c->kind == FLOAT16) to_half(half, part);
-        for (int64_t i = 0; i < LANES && c->kind != Q8; i++)
-            if (c->kind == FLOAT16) ((uint16_t *)block)[first + (d + i) * step] = half[i];
-            else ((float *)block)[first + (d + i) * step] = part[i];
-    }
-    for (int64_t g = 0; g < D / group && c->kind == Q8; g++) {
-        float most = 0;
-        for (int64_t d = g * group; d < (g + 1) * group; d++) most = MAX(most, fabsf(x[d]));
-        float inverse = most > 0 ? 127.0f / most : 0;
-        to_half(half, splat(most / 127.0f));
-        ((uint16_t *)(block + 16 * D))[g * 16 + lane] = half[0];
-        for (int64_t d = g * group; d < (g + 1) * group; d++)
-            ((int8_t *)block)[first + d * step] = (int8_t)lrintf(x[d] * inverse);
-    }
-}
-
-/* LANES elements of a block from element `at` on */
-INLINE vec elements(const char *block, int64_t at, int kind) {
-    if (kind == FLOAT32) return load((const float *)block + at);
-    if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
-    return from_bytes((const int8_t *)block + at);
-}
-
-/* Up to ROWS queries of one sequence that share a key/value head, and the keys each may see */
-typedef struct {
-    const span *s;
-    int64_t head, first_row, num_rows, first_chunk, end;
-    struct { int32_t from, to; } sees[ROWS];
-} task;
-
-/* What R queries q (R, D) make of some keys: the largest score m, the sum l of exp(score - m), and
- * y, the values weighted with these: m (ROWS) | l (ROWS) | y (ROWS, D) */
-#define PARTIAL(D) (ROWS * (2 + (D)))
-
-/* numerators of the softmax over keys first..last, p (R, CHUNK); m and l */
-INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
-                  int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
-    int64_t D = c->head_dim, num_keys = last - first, group = kind == Q8 ? scale_group(D) : D;
-    vec most[ROWS], sum[ROWS];
-    ivec lanes;
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
-    for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
-    for (int64_t k = 0; k < num_keys; k += LANES) {
-        const char *block = keys + k / 16 * c->block_bytes;
-        vec dot[ROWS], part[ROWS];
-        for (int r = 0; r < R; r++) dot[r] = (vec){0};
-        for (int64_t g = 0; g < D; g += group) {
-            for (int r = 0; r < R; r++) part[r] = (vec){0};
-            for (int64_t d = g; d < g + group; d++) {
-                vec key = elements(block, 16 * d + k % 16, kind);
-                for (int r = 0; r < R; r++) part[r] = madd(splat(q[r * D + d]), key, part[r]);
-            }
-            vec scale = splat(1);
-            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
-            for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
-        }
-        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
-            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
-        ivec place = lanes + (int32_t)(first + k);
-        for (int r = 0; r < R; r++) {
-            ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
-            dot[r] = pick(seen, dot[r], splat(-INFINITY));
-            most[r] = larger(most[r], dot[r]);
-            store(p + r * CHUNK + k, dot[r]);
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        m[r] = largest_of(most[r]);
-        for (float *at = p + r * CHUNK; at < p + r * CHUNK + num_keys; at += LANES) {
-            vec weight = exp_of(load(at) - m[r]);
-            store(at, weight);
-            sum[r] += weight;
-        }
-        l[r] = sum_of(sum[r]);
-    }
-}
-
-/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors at a time */
-INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
-                  float *y, int R, int kind) {
-    int64_t D = c->head_dim;
-    for (int64_t d = 0; d < D; d += 2 * LANES) {
-        const int two = d + 2 * LANES <= D;
-        vec sum[ROWS][2];
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
-        for (int64_t first = 0; first < num_keys; first += 16) {
-            const char *block = values + first / 16 * c->block_bytes;
-            float scaled[ROWS * 16];
-            const float *weight = p + first;
-            int64_t step = CHUNK;
-            if (kind == Q8) {
-                const char *scales = block + 16 * D + d / scale_group(D) * 32;
-                for (int r = 0; r < R; r++)
-                    for (int i = 0; i < 16; i += LANES) {
-                        vec w = load(weight + r * CHUNK + i);
-                        store(scaled + 16 * r + i, w * from_half(scales + 2 * i));
-                    }
-                weight = scaled, step = 16;
-            }
-            for (int64_t k = 0; k < MIN(16, num_keys - first); k++) {
-                vec v = elements(block, k * D + d, kind), v2 = {0};
-                if (two) v2 = elements(block, k * D + d + LANES, kind);
-                for (int r = 0; r < R; r++) {
-                    sum[r][0] = madd(splat(weight[r * step + k]), v, sum[r][0]);
-                    sum[r][1] = madd(splat(weight[r * step + k]), v2, sum[r][1]);
-                }
-            }
-        }
-        for (int r = 0; r < R; r++) {
-            store(y + r * D + d, sum[r][0]);
-            if (two) store(y + r * D + d + LANES, sum[r][1]);
-        }
-    }
-}
-
-#define WITH(R, KIND) \
-    case R: \
-        score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
-        weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
-        break;
-#if ROWS == 8
-#define MORE_ROWS(KIND) WITH(6, KIND) WITH(8, KIND)
-#else
-#define MORE_ROWS(KIND)
-#endif
-#define BY_ROWS(KIND) \
-    switch (R) { \
-        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) MORE_ROWS(KIND) \
-    }
-static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
-                         float *out) {
-    float p[ROWS * CHUNK];
-    int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
-    int64_t at = first / 16 % c->ring * c->block_bytes;
-    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
-    const char *values = blocks_of(c, t->s, 1, t->head) + at;
-    int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
-    if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
-    else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
-    else BY_ROWS(Q8)
-}
-
-/* nothing yet, or a sink's score with a value of zeros */
-INLINE void clear(const attention_call *c, const task *t, float *sum) {
-    int64_t heads = c->n_heads / c->n_kv_heads;
-    memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
-    for (int r = 0; r < ROWS; r++) {
-        sum[r] = c->sinks ? c->sinks[t->head * heads + (t->first_row + r) % heads] : NOTHING;
-        if (c->sinks) sum[ROWS + r] = 1;
-    }
-}
-
-/* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
-INLINE void merge(const task *t, float *sum, const float *chunk, int64_t D) {
-    for (int r = 0; r < t->num_rows; r++) {
-        float m = MAX(sum[r], chunk[r]), *y = sum + 2 * ROWS + r * D;
-        float old = exp_of(splat(sum[r] - m))[0], new = exp_of(splat(chunk[r] - m))[0];
-        sum[r] = m;
-        sum[ROWS + r] = sum[ROWS + r] * old + chunk[ROWS + r] * new;
-        for (int64_t d = 0; d < D; d += LANES)
-            store(y + d, load(y + d) * old + load(chunk + 2 * ROWS + r * D + d) * new);
-    }
-}
-
-static task find_task(const attention_call *c, int64_t index) {
-    int64_t heads = c->n_heads / c->n_kv_heads, num_tiles;
-    task t = {.s = c->spans};
-    for (;; t.s++) {
-        num_tiles = (t.s->num_new * heads + ROWS - 1) / ROWS;
-        if (index < num_tiles * c->n_kv_heads) break;
-        index -= num_tiles * c->n_kv_heads;
-    }
-    t.head = index / num_tiles;
-    t.first_row = index % num_tiles * ROWS;
-    t.num_rows = MIN(ROWS, t.s->num_new * heads - t.first_row);
-    for (int r = 0; r < ROWS; r++) {
-        t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
-        t.sees[r].from = c->window ? MAX(0, t.end - c->window) : 0;
-        t.sees[r].to = t.end;
-    }
-    t.first_chunk = t.sees[0].from / CHUNK;
-    return t;
-}
-
-/* where row r of a task lies in (N, H, D) */
-INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
-    int64_t heads = c->n_heads / c->n_kv_heads, row = t->first_row + r;
-    int64_t token = t->s->row + row / heads;
-    return (token * c->n_heads + t->head * heads + row % heads) * c->head_dim;
-}
-
-INLINE void finish(const attention_call *c, const task *t, const float *sum) {
-    int64_t D = c->head_dim;
-    for (int64_t r = 0; r < t->num_rows; r++) {
-        float *out = c->out + place(c, t, r);
-        for (int64_t d = 0; d < D; d += LANES)
-            store(out + d, load(sum + 2 * ROWS + r * D + d) / sum[ROWS + r]);
-    }
-}
-
-/* a piece is a token: its queries go to q, its keys and values to the strip */
-static void place_piece(const void *job, int64_t piece) {
-    const attention_call *c = job;
-    int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
-    const span *s = c->spans;
-    for (; piece >= s->num_new; s++) piece -= s->num_new;
-    int64_t token = s->row + piece, at = s->start + piece;
-    int64_t block = at / 16 % c->ring * c->block_bytes;
-    const float *x = c->qkv + token * (H + 2 * Hkv) * D;
-    const float *keys = x + H * D;
-    float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
-    if (c->norms == ALL_HEADS)
-        of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
-    for (int64_t h = 0; h < H; h++)
-        rotate_head(c, x, h, c->q_norm, of_q, token, scale, c->q + (token * H + h) * D);
-    for (int64_t h = 0; h < Hkv; h++) {
-        float key[MAX_D];
-        rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
-        keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
-        keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
-    }
-}
-
-/* a piece is a task, or one chunk of a task */
-static void attend_piece(const void *job, int64_t piece) {
-    const attention_call *c = job;
-    float tile[ROWS * MAX_D], sum[PARTIAL(MAX_D)], one[PARTIAL(MAX_D)];
-    int64_t D = c->head_dim, chunk = piece % c->num_chunks;
-    task t = find_task(c, piece / c->num_chunks);
-    for (int64_t r = 0; r < ROWS; r++) /* the last query fills up the tile */
-        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)), D * sizeof(float));
-    if (c->num_chunks > 1) {
-        if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
-            attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
-        return;
-    }
-    clear(c, &t, sum);
-    for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
-        attend_chunk(c, &t, tile, chunk, one);
-        merge(&t, sum, one, D);
-    }
-    finish(c, &t, sum);
-}
-
-static void merge_piece(const void *job, int64_t piece) {
-    const attention_call *c = job;
-    float sum[PARTIAL(MAX_D)];
-    task t = find_task(c, piece);
-    clear(c, &t, sum);
-    for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
-        merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
-              c->head_dim);
-    finish(c, &t, sum);
-}
-
-/* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
- * chunks are shared out among threads; the arithmetic is the same. */
-void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
-    attention_call c = *(const attention_call *)call;
-    if (!c.scale) c.scale = 1.0f / sqrtf(c.head_dim);
-    c.num_chunks = 1;
-    int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
-    for (const span *s = c.spans; s->num_new; s++) {
-        num_new += s->num_new;
-        num_tasks += (s->num_new * (c.n_heads / c.n_kv_heads) + ROWS - 1) / ROWS * c.n_kv_heads;
-        num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
-    }
-    if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
-    int64_t row_bytes = c.n_heads * c.head_dim * sizeof(float);
-    for (int64_t row = num_new; row < num_tokens; row++) /* rows that only pad the batch */
-        memset((char *)c.out + row * row_bytes, 0, row_bytes);
-    c.q = malloc(num_tokens * row_bytes);
-    if (c.num_chunks > 1)
-        c.partials = malloc(num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
-    share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
-    share_out(attend_piece, &c, num_tasks * c.num_chunks, num_threads);
-    if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
-    free(c.q);
-    free(c.partials);
-}
-
-/* ---- a step ---- */
-
-/* All kernels take a structure that says what to do and, apart, to how many rows: so a step of the
- * model can be kept as a list of calls, and run again when the tensors hold other rows. */
-typedef struct {
-    void (*kernel)(const void *call, int64_t num_tokens, int64_t num_threads);
-    const void *call;
-} step;
-
-void replay(const step *steps, int64_t num_steps, int64_t num_tokens, int64_t num_threads) {
-    for (const step *s = steps; s < steps + num_steps; s++)
-        s->kernel(s->call, num_tokens, num_threads);
-}
-
-typedef struct { const uint8_t *bytes; int64_t num_bytes, num_pieces, total; } read_call;
-
-static void read_piece(const void *job, int64_t piece) {
-    read_call *c = (read_call *)job;
-    ivec sum[4] = {{0}};
-    int64_t lines = c->num_bytes / 256;
-    for (int64_t i = lines * piece / c->num_pieces; i < lines * (piece + 1) / c->num_pieces; i++)
-        for (int j = 0; j < 64 / LANES; j++)
-            sum[j % 4] += ((const ivec *)(c->bytes + 256 * i))[j];
-    sum[0] += sum[1] + sum[2] + sum[3];
-    int64_t total = 0;
-    for (int j = 0; j < LANES; j++) total += sum[0][j];
-    __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
-}
-
-/* reads a buffer once; the sum is there so that it must be read */
-int64_t read_all(const uint8_t *bytes, int64_t num_bytes, int64_t num_threads) {
-    read_call c = {bytes, num_bytes, PIECES * num_threads, 0};
-    share_out(read_piece, &c, c.num_pieces, num_threads);
-    return c.total;
-}
-"""
-
-THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-KERNEL_FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", THIS_CPU)
-BLOCK_ROWS = 16
-
-
-def cpu_features() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    words = ("model name", "flags", "CPU part", "Features")
-    return "\n".join(sorted({line for line in lines if line.startswith(words)}))
-
-
-def find_compiler() -> str:
-    """The system's C compiler. Raises KernelError."""
-    names = (os.environ.get("CC", ""), "gcc", "cc", "clang")
-    for found in filter(None, map(shutil.which, filter(None, names))):
-        return found
-    raise KernelError("no C compiler was found (the environment's CC, gcc, cc or clang)")
-
-
-def compile_kernels(target: Path, flags: tuple[str, ...]) -> None:
-    """KERNEL_SOURCE -> a shared library. Raises KernelError with what the compiler said first."""
-    compiler = find_compiler()
-    source = target.with_suffix(".c")
-    source.write_text(KERNEL_SOURCE, encoding="utf-8")
-    command = (compiler, *flags, "-w", str(source), "-o", str(target), "-lm", "-lpthread")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"{compiler} does not run: {first_line(error)}") from None
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-        said = (errors or done.stderr.splitlines() or [f"exit code {done.returncode}"])[0]
-        raise KernelError(f"{compiler} cannot compile the kernels: {said}")
-
-
-def short_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels. Raises KernelError."""
-    return _load_kernels(KERNEL_FLAGS)
-
-
-@functools.cache
-def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled kernels, from the cache or compiled now.
-
-    The file's name is a hash of all it depends on, and one of its content: loading a damaged file
-    would crash. It appears in the cache in one move, so that processes which start at once never
-    see half a file; where the cache cannot be written, it is loaded from a temporary directory."""
-    compiler = find_compiler()
-    stamp = os.stat(compiler)
-    made_of = (KERNEL_SOURCE, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
-    key = short_hash(repr(made_of).encode())
-    with contextlib.suppress(OSError, AttributeError):  # what does not load is made anew
-        for cached in (cache_root() / "kernels").glob(f"{key}-*.so"):
-            if cached.stem == f"{key}-{short_hash(cached.read_bytes())}":
-                return declare_kernels(ctypes.CDLL(str(cached)))
-    with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
-        built = Path(folder) / f"{key}.so"
-        compile_kernels(built, flags)
-        try:
-            library = declare_kernels(ctypes.CDLL(str(built)))
-        except (OSError, AttributeError) as error:
-            raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
-        with contextlib.suppress(OSError):
-            cached = cache_root() / "kernels" / f"{key}-{short_hash(built.read_bytes())}.so"
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            try:
-                shutil.copyfile(built, partial)
-                os.replace(partial, cached)
-            finally:  # a full disk leaves half a file
-                partial.unlink(missing_ok=True)
-    return library
-
-
-# What the kernels take, as torch spells it, in the order of their structures, which say more. Each
-# writes to `out`, whose rows are the tokens; an address that is not a tensor's is an int.
-NATIVE_CALLS = {
-    "gather": "int matrix, Tensor ids, Tensor(a!) out, float factor",
-    "linear": "int parts, int num_parts, Tensor x, Tensor? norm, Tensor? residual, Tensor(a!) out, "
-    "int before, float eps",
-    "norm": "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) out, int cols, "
-    "bool is_centred, float eps",
-    "experts": "int gate_ups, int downs, Tensor x, Tensor gate, Tensor? bias, Tensor? shared_gate, "
-    "Tensor? residual, Tensor(a!) out, int num_parts, int num_experts, int num_used, "
-    "bool is_renormalized, int before, int cols",
-    "attention": "Tensor qkv, Tensor cos, Tensor sin, Tensor? q_scale, Tensor? q_norm, "
-    "Tensor? k_norm, Tensor? sinks, Tensor spans, Tensor(a!) out, int norms, int layer, "
-    "int n_layers, int n_heads, int n_kv_heads, int head_dim, int window, int ring, int kind, "
-    "int block_bytes, float eps, float scale, float softcap",
-}
-C_TYPES = {
-    **dict.fromkeys(("Tensor", "Tensor?", "Tensor(a!)"), ctypes.c_void_p),
-    **dict.fromkeys(("int", "bool"), ctypes.c_int64),
-    "int32": ctypes.c_int32,
-    "float": ctypes.c_float,
-}
-
-
-def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the arguments: a structure's address, and how many rows and threads."""
-    for name in (*NATIVE_CALLS, "read_all", "replay"):
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * (2 + (name == "replay"))
-        function.restype = ctypes.c_int64 if name == "read_all" else None
-    library.path.restype = ctypes.c_char_p
-    return library
-
-
-def c_fields(schema: str) -> list[tuple[str, Any]]:
-    """The fields of a C structure that is spelled as in NATIVE_CALLS."""
-    return [(name, C_TYPES[kind]) for kind, name in map(str.split, schema.split(", "))]
-
-
-@functools.cache
-def call_type(kernel: str) -> type[ctypes.Structure]:
-    """The structure that a kernel takes, with room for what it finds out by itself."""
-    fields = [*c_fields(NATIVE_CALLS[kernel]), ("own", ctypes.c_int64 * 8)]
-    return type(kernel, (ctypes.Structure,), {"_fields_": fields})
-
-
-class Matrix(ctypes.Structure):
-    """The kernels' `matrix`."""
-
-    _fields_ = c_fields(
-        "int blocks, Tensor? bias, int rows, int cols, int32 bits, int32 group, int32 has_offset, "
-        "int32 is_float, int32 block_bytes"
-    )
-
-
-class KernelStep(ctypes.Structure):
-    """The kernels' `step`."""
-
-    _fields_ = c_fields("int kernel, int call")
-
-
-_recording = threading.local()
-
-
-def run_kernel(name: str, *arguments: Any) -> None:
-    """Run a kernel with the arguments that NATIVE_CALLS says, all contiguous, or note the call
-    where this thread's are recorded."""
-    kernel, kind = getattr(load_kernels(), name), call_type(name)
-    call = kind(*(v.data_ptr() if isinstance(v, torch.Tensor) else v for v in arguments))
-    calls = getattr(_recording, "calls", None)
-    if calls is not None:
-        calls.append((kernel, call))
-        return
-    out = arguments[OUTPUTS[name]]
-    kernel(ctypes.byref(call), out.numel() // out.size(-1), torch.get_num_threads())
-
-
-OUTPUTS = {
-    name: [argument.startswith("Tensor(a!)") for argument in schema.split(", ")].index(True)
-    for name, schema in NATIVE_CALLS.items()
-}
-
-
-@functools.cache
-def register_operators() -> Any:
-    """Make the kernels operators of torch: torch.ops.nanollama.linear, .attention and so on."""
-    library = torch.library.Library("nanollama", "DEF")
-    for name, schema in NATIVE_CALLS.items():
-        library.define(f"{name}({schema}) -> ()")
-        library.impl(name, functools.partial(run_kernel, name), "CPU")
-        torch.library.register_fake(f"nanollama::{name}", lambda *arguments: None, lib=library)
-    return library
-
-
-def is_watched() -> bool:
-    """Whether somebody looks at torch's operators: torch.compile or a profiler."""
-    return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
-
-
-def native(name: str, *arguments: Any) -> None:
-    """Run a kernel, through torch's operator where somebody looks: a call of that takes several
-    times as long as the kernel's own work on a small matrix."""
-    if is_watched():
-        getattr(torch.ops.nanollama, name)(*arguments)
-    else:
-        run_kernel(name, *arguments)
-
-
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-class KernelCalls:
-    """The kernel calls of a function, to be run again and again without any Python in between.
-
-    They read and write the same tensors each time, of which they take as many rows as they are
-    told; those of the result are in `result`."""
-
-    # what looks at a tensor, or at a part of it, without computing anything
-    harmless = tuple("__get__ __getitem__ __len__ contiguous data_ptr float numel size".split())
-
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        """Note what `function` calls; nothing is run. Raises KernelError when it computes anything
-        else: that would be missing afterwards."""
-        kept: list[Any] = []  # tensors whose addresses are in the calls
-
-        class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
-            def __torch_function__(
-                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                result = op(*args, **kwargs or {})
-                if op is not torch.empty and (
-                    op.__name__ not in KernelCalls.harmless
-                    or (isinstance(result, torch.Tensor) and not shares_memory(result, args[0]))
-                ):
-                    raise KernelError(f"{op.__name__} is not a native kernel")
-                kept.append(result)
-                return result
-
-        calls: list[tuple[Any, ctypes.Structure]] = []
-        _recording.calls = calls
-        try:
-            with Watch():
-                self.result = function()
-        finally:
-            del _recording.calls
-        self.kept = kept, calls
-        self.steps = (KernelStep * len(calls))()
-        for step, (kernel, call) in zip(self.steps, calls):
-            step.kernel = ctypes.cast(kernel, ctypes.c_void_p).value
-            step.call = ctypes.addressof(call)
-
-    def run(self, num_rows: int) -> None:
-        steps, num_threads = self.steps, torch.get_num_threads()
-        load_kernels().replay(ctypes.byref(steps), len(steps), num_rows, num_threads)
-
-
-class NativeLinear:
-    """A packed weight (rows, cols) in the kernels' layout; filled from PackedLinears, some rows at
-    a time, so that a file's bytes and the blocks are never in memory together as a whole.
-
-    blocks (rows / 16, G, block_bytes) uint8, the last rows padded with zeros"""
-
-    def __init__(
-        self, shape: tuple[int, int], read: Callable[[slice], PackedLinear], bias: Tensor | None
-    ) -> None:
-        """`read(rows)` gives the rows asked for."""
-        self.shape, self.bias = shape, bias
-        num_rows, num_cols = shape
-        step = round_up(max(1, LOAD_WEIGHTS // num_cols), BLOCK_ROWS)
-        for start in range(0, num_rows, step):
-            packed = read(slice(start, min(start + step, num_rows)))
-            if start == 0:
-                self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
-                self.has_offset, self.float4 = packed.offset is not None, packed.float4
-                num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
-                num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
-                shape3 = (num_blocks, packed.q.shape[1], num_bytes)
-                self.blocks = torch.empty(shape3, dtype=torch.uint8)
-            fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
-
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.nbytes
-
-    @functools.cached_property
-    def matrix(self) -> Matrix:
-        """How the kernels see it; valid as long as this object and its bias live."""
-        return Matrix(
-            self.blocks.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            *self.shape,
-            self.bits,
-            self.group,
-            self.has_offset,
-            self.float4,
-            self.blocks.shape[-1],
-        )
-
-    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
-        """The weight's rows at `index` (N,), times `factor` -> (N, cols)"""
-        out = torch.empty(len(index), self.shape[1])
-        native("gather", ctypes.addressof(self.matrix), index, out, factor)
-        return out
-
-    def dequantize(self) -> Tensor:
-        """The float weight (rows, cols)"""
-        return self.rows(torch.arange(self.shape[0]))
-
-
-LOAD_WEIGHTS = 1 << 19  # weights repacked at a time
-
-
-def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
-    """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
-    num_blocks, num_groups, _ = blocks.shape
-    if len(packed.q) % BLOCK_ROWS:
-        packed = packed.padded(num_blocks * BLOCK_ROWS)  # rows that do not exist have scale 0
-    q = packed.q if packed.bits == 4 else packed.q.view(torch.uint8) ^ 128
-    words = q.view(torch.int32).view(num_blocks, BLOCK_ROWS, num_groups, -1).permute(0, 2, 3, 1)
-    at = words[0, 0].numel() * 4
-    blocks[..., :at].view(torch.int32).view(words.shape).copy_(words)
-    for part in (packed.scale, packed.offset):
-        if part is not None:
-            lanes = part.view(num_blocks, BLOCK_ROWS, num_groups).transpose(1, 2)
-            blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
-            at += 2 * BLOCK_ROWS
-
-
-def pick_kv_dtype(wanted: str, dtype: str, native_packed: bool) -> str:
-    """What `auto` keeps keys and values in: beside weights of few bits and activations of 8, half
-    precision is exact enough."""
-    if wanted != "auto":
-        return wanted
-    return "float16" if native_packed else dtype
-
-
-def pick_kernels(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether native kernels run, and what to tell the user: which, or why not.
-
-    Raises RequestError when they were asked for and cannot be had."""
-    if wanted == "torch":
-        return False, "torch"
-    if device.type != "cpu" or dtype != torch.float32:
-        why = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
-    else:
-        try:
-            library = load_kernels()
-            register_operators()
-            return True, f"native ({library.path().decode()})"
-        except KernelError as error:
-            why = str(error)
-            if wanted == "auto":
-                log.warning(
-                    "warning: torch's slower kernels are used (fastest with --dtype bfloat16), "
-                    f"native ones cannot be had: {why}"
-                )
-    if wanted == "native":
-        raise RequestError(f"native kernels cannot be had: {why}", "kernels")
-    return False, f"torch ({why})"
-
-
-# ---- the same on CUDA, as Triton kernels (https://triton-lang.org) -------------------------------
-#
-#   A kernel is a function over blocks of numbers, run by many programs at once: `kernel[grid](..)`
-#   starts one for each point of the grid. Block sizes (capital constexpr names) are powers of two;
-#   masks cut off what sticks out.
-
-
-class Kernel:
-    """Decorates a Triton kernel. Nothing is imported or compiled before the first launch."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    @functools.cached_property
-    def jit(self) -> Any:
-        assert tl.load  # now `tl` is the module itself: Triton accepts nothing that stands for it
-        varying = ("num_x", "layer", "window", "ring", "num_programs")  # not to be compiled in
-        return triton.jit(self.function, do_not_specialize=varying)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.jit[grid]  # type: ignore[no-any-return]
-
-
-@Kernel
-def linear_kernel(
-    y: tl.tensor,
-    x: tl.tensor,
-    q: tl.tensor,
-    scale: tl.tensor,
-    offset: tl.tensor,
-    bias: tl.tensor,
-    num_x: tl.tensor,
-    num_rows: tl.tensor,
-    num_groups: tl.tensor,
-    one: tl.tensor,
-    bits: tl.constexpr,
-    zero: tl.constexpr,
-    width: tl.constexpr,
-    NUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SLICES: tl.constexpr,
-) -> None:
-    """y (N, rows) = x W^T: a program makes ROWS x NUM numbers. Each of its SLICES (warps) sums up
-    other columns, in an order that neither N nor NUM changes. `width` bytes hold a group.
-
-    GPUs are slow at converting integers. A nibble becomes a float without it: or-ed into the bits
-    of 1.0, which `one` holds, a nibble u makes 1 + u / 256, or 1 + u / 16 if it is the high one."""
-    n = tl.program_id(0) * NUM + tl.arange(0, NUM)[None, :, None]
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :, None].to(tl.int64)
-    byte = tl.arange(0, width)[None, None, None, :]
-    slices = tl.arange(0, SLICES)[:, None, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
-    total = tl.zeros((SLICES, ROWS, NUM), tl.float32)
-    for start in range(0, num_groups, SLICES * GROUPS):
-        g = start + slices  # (SLICES, 1, GROUPS)
-        inside = (row < num_rows) & (g < num_groups)
-        at = row * num_groups + g
-        packed = tl.load(q + (at[:, :, :, None] * width + byte), inside[:, :, :, None], 0)
-        s = tl.load(scale + at, inside, 0).to(tl.float32)[:, :, :, None]
-        o = -zero * s
-        if offset is not None:
-            o += tl.load(offset + at, inside, 0).to(tl.float32)[:, :, :, None]
-        x_at = (n * num_groups + g)[:, :, :, None] * (width * 8 // bits) + byte
-        x_inside = ((n < num_x) & (g < num_groups))[:, :, :, None]
-        for part in tl.static_range(0, 8 // bits):
-            if bits == 8:
-                w = packed.to(tl.float32) * s + o
-            else:
-                u = (packed.to(tl.int32) << 15) & (0x78000 << (4 * part))
-                unit = s * (256 >> (4 * part))
-                w = (u | one).to(tl.float32, bitcast=True) * unit + (o - unit)
-            w = tl.reshape(w.to(x.dtype.element_ty), (SLICES, ROWS, GROUPS * width))
-            xs = tl.load(x + x_at + part * width, x_inside, 0)
-            xs = tl.permute(tl.reshape(xs, (SLICES, NUM, GROUPS * width)), (0, 2, 1))
-            total = tl.dot(w, xs, total, input_precision="tf32x3")
-    out = tl.sum(total, 0)  # (ROWS, NUM)
-    n = tl.program_id(0) * NUM + tl.arange(0, NUM)[None, :]
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    if bias is not None:
-        out += tl.load(bias + row, row < num_rows, 0)
-    tl.store(y + n * num_rows + row, out.to(y.dtype.element_ty), (n < num_x) & (row < num_rows))
-
-
-def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor | None:
-    """x (N, cols) -> (N, rows), weights unpacked on the way. None for 4-bit floats, and where
-    Triton does not work."""
-    if not uses_triton(x) or packed.float4:
-        return None
-    num_rows, num_groups, width = packed.q.shape
-    y = x.new_empty(len(x), num_rows)
-    num = 32 if len(x) > 16 and x.itemsize == 2 else 16
-    linear_kernel[triton.cdiv(len(x), num), triton.cdiv(num_rows, 16)](
-        y,
-        x.contiguous(),
-        packed.q,
-        packed.scale,
-        packed.offset,
-        packed.bias,
-        len(x),
-        num_rows,
-        num_groups,
-        0x3F800000,
-        bits=packed.bits,
-        zero=8 if packed.bits == 4 and packed.offset is None else 0,
-        width=width,
-        NUM=num,
-        ROWS=16,
-        GROUPS=4,
-        SLICES=4,
-        num_stages=3 if num == 16 and x.itemsize == 2 else 2,
-    )
-    return y
-
-
-FAST_LINEAR["cuda"] = triton_linear
-
-
-@Kernel
-def rms_norm_kernel(
-    y: tl.tensor,
-    x: tl.tensor,
-    weight: tl.tensor,
-    num_cols: tl.tensor,
-    eps: tl.tensor,
-    COLS: tl.constexpr,
-) -> None:
-    """A program normalizes one row."""
-    col = tl.arange(0, COLS)
-    at = tl.program_id(0) * num_cols + col
-    x32 = tl.load(x + at, col < num_cols, 0).to(tl.float32)
-    normed = x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / num_cols + eps)
-    w = tl.load(weight + col, col < num_cols, 0)
-    normed = normed.to(w.dtype).to(tl.float32) * w.to(tl.float32)
-    tl.store(y + at, normed.to(w.dtype), col < num_cols)
-
-
-def triton_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.contiguous()
-    y, num_cols = torch.empty_like(x), x.shape[-1]
-    rms_norm_kernel[(x.numel() // num_cols,)](
-        y, x, weight, num_cols, eps, COLS=triton.next_power_of_2(num_cols)
-    )
-    return y
-
-
-@Kernel
-def rotate_kernel(
-    y: tl.tensor,
-    x: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    x_stride: tl.tensor,
-    num_heads: tl.tensor,
-    half: tl.tensor,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-) -> None:
-    """A program turns the heads of one token."""
-    n = tl.program_id(0)
-    h, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
-    at, inside = h * 2 * half + i, (h < num_heads) & (i < half)
-    c = tl.load(cos + n * half + i, i < half, 0).to(tl.float32)
-    s = tl.load(sin + n * half + i, i < half, 0).to(tl.float32)
-    a = tl.load(x + n * x_stride + at, inside, 0).to(tl.float32)
-    b = tl.load(x + n * x_stride + at + half, inside, 0).to(tl.float32)
-    y += n * num_heads * 2 * half + at
-    tl.store(y, (a * c - b * s).to(x.dtype.element_ty), inside)
-    tl.store(y + half, (b * c + a * s).to(x.dtype.element_ty), inside)
-
-
-def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    N, H, D = x.shape
-    y = x.new_empty(N, H, D)
-    heads, half = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
-    rotate_kernel[(N,)](y, x, cos, sin, x.stride(0), H, D // 2, HEADS=heads, HALF=half)
-    return y
-
-
-SHORT_SPAN = 8  # rows of one sequence that read its strip one by one: decoding, and drafts
-STRIP_KEYS = 64  # keys in a block
-STRIP_PARTS = 16  # a strip's blocks are dealt out to so many parts, which are summed up apart
-STRIP_PROGRAMS = 512  # enough to keep a large GPU busy
-
-
-@dataclass(frozen=True, slots=True)
-class StripRows:
-    """Rows of a batch, each with the strip it belongs to: (R,) int64 each."""
-
-    rows: Tensor  # in the batch
-    positions: Tensor  # of their tokens
-    addresses: Tensor  # of the strips' first elements
-    capacities: Tensor  # tokens the strips have room for
-
-
-@Kernel
-def store_kernel(
-    k: tl.tensor,
-    v: tl.tensor,
-    k_stride: tl.tensor,
-    v_stride: tl.tensor,
-    rows: tl.tensor,
-    positions: tl.tensor,
-    addresses: tl.tensor,
-    capacities: tl.tensor,
-    layer: tl.tensor,
-    n_layers: tl.tensor,
-    ring: tl.tensor,
-    Hkv: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLS: tl.constexpr,
-) -> None:
-    """A program writes one row's keys and values into its strip (2, L, Hkv, capacity, D)."""
-    r = tl.program_id(0)
-    h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
-    inside = (h < Hkv) & (d < D)
-    capacity = tl.load(capacities + r)
-    keys = tl.load(addresses + r).to(tl.pointer_type(k.dtype.element_ty))
-    at = ((layer * Hkv + h) * capacity + tl.load(positions + r) % ring) * D + d
-    row = tl.load(rows + r)
-    tl.store(keys + at, tl.load(k + row * k_stride + h * D + d, inside, 0), inside)
-    at += n_layers * Hkv * capacity * D
-    tl.store(keys + at, tl.load(v + row * v_stride + h * D + d, inside, 0), inside)
-
-
-@Kernel
-def part_kernel(
-    sums: tl.tensor,
-    stats: tl.tensor,
-    q: tl.tensor,
-    rows: tl.tensor,
-    positions: tl.tensor,
-    addresses: tl.tensor,
-    capacities: tl.tensor,
-    layer: tl.tensor,
-    n_layers: tl.tensor,
-    window: tl.tensor,
-    ring: tl.tensor,
-    num_programs: tl.tensor,
-    factor: tl.tensor,
-    softcap: tl.tensor,
-    H: tl.constexpr,
-    Hkv: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLS: tl.constexpr,
-    KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
-    CAPPED: tl.constexpr,
-) -> None:
-    """A program attends with the H/Hkv queries of one row and one key/value head to some parts of
-    the strip: its blocks of KEYS keys are dealt out to PARTS parts. Softmax as in
-    https://arxiv.org/abs/2205.14135: the largest score so far, the sum of exp(score - largest), and
-    the values weighted with it."""
-    r, kv = tl.program_id(0), tl.program_id(1)
-    h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, COLS)[None, :]
-    inside = (h < H // Hkv) & (d < D)
-    head = kv * (H // Hkv) + h
-    queries = tl.load(q + (tl.load(rows + r) * H + head) * D + d, inside, 0)
-    position, capacity = tl.load(positions + r), tl.load(capacities + r)
-    address = tl.multiple_of(tl.load(addresses + r), 16)
-    keys = address.to(tl.pointer_type(q.dtype.element_ty))
-    keys += (layer * Hkv + kv) * capacity * D
-    first = tl.maximum(position + 1 - window, 0)
-    for part in range(tl.program_id(2), PARTS, num_programs):
-        largest = tl.full((HEADS, 1), -1e30, tl.float32)
-        weight = tl.zeros((HEADS, 1), tl.float32)
-        total = tl.zeros((HEADS, COLS), tl.float32)
-        for start in range((first // KEYS + part) * KEYS, position + 1, PARTS * KEYS):
-            s = start + tl.arange(0, KEYS)
-            seen = (s >= first) & (s <= position)
-            at, there = (s % ring)[:, None] * D + d, seen[:, None] & (d < D)
-            scores = tl.dot(queries, tl.trans(tl.load(keys + at, there, 0)), input_precision="ieee")
-            scores = scores * factor
-            if CAPPED:  # c tanh(x / c)
-                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-            scores = tl.where(seen[None, :], scores, -1e30)
-            top = tl.maximum(largest, tl.max(scores, 1)[:, None])
-            shrink, scores = tl.exp(largest - top), tl.exp(scores - top)
-            values = tl.load(keys + n_layers * Hkv * capacity * D + at, there, 0)
-            total = total * shrink
-            total += tl.dot(scores.to(values.dtype), values, input_precision="ieee")
-            weight = weight * shrink + tl.sum(scores, 1)[:, None]
-            largest = top
-        at = (r * H + head) * PARTS + part
-        tl.store(sums + at * D + d, total, inside & (weight > 0))
-        tl.store(stats + at * 2, largest, h < H // Hkv)
-        tl.store(stats + at * 2 + 1, weight, h < H // Hkv)
-
-
-@Kernel
-def join_kernel(
-    out: tl.tensor,
-    sums: tl.tensor,
-    stats: tl.tensor,
-    rows: tl.tensor,
-    sinks: tl.tensor,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    COLS: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> None:
-    """A program adds up the parts of one head of one row, and its sink, which weighs nothing."""
-    r, head = tl.program_id(0), tl.program_id(1)
-    at = (r * H + head) * PARTS + tl.arange(0, PARTS)
-    largest, weight = tl.load(stats + at * 2), tl.load(stats + at * 2 + 1)
-    top, rest = tl.max(largest, 0), 0.0
-    if sinks is not None:
-        sink = tl.load(sinks + head)
-        top = tl.maximum(top, sink)
-        rest = tl.exp(sink - top)
-    factor = tl.exp(largest - top)
-    d = tl.arange(0, COLS)[None, :]
-    values = tl.load(sums + at[:, None] * D + d, (d < D) & (weight > 0)[:, None], 0)
-    total = tl.sum(values * factor[:, None], 0) / (tl.sum(weight * factor, 0) + rest)
-    d = tl.arange(0, COLS)
-    to = out + (tl.load(rows + r) * H + head) * D + d
-    tl.store(to, total.to(out.dtype.element_ty), d < D)
-
-
-def strip_attention(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    strips: StripRows,
-    layer: int,
-    n_layers: int,
-    window: int | None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    ring: int = 0,
-) -> None:
-    """Write keys and values of the rows in `strips` to their strips, then attend with each row to
-    all of its strip up to its position, or to the last `window` keys. A row's result does not
-    depend on the others. `scale`, `softcap` and `sinks` as in `attention`; in strips of `ring`
-    positions, later ones take the place of earlier ones.
-
-    out, q (N, H, D); k, v (N, Hkv, D); every row's strip is one of KVCache's."""
-    (_, H, D), Hkv = q.shape, k.shape[1]
-    table = (strips.rows, strips.positions, strips.addresses, strips.capacities)
-    shape = {"Hkv": Hkv, "D": D, "COLS": max(triton.next_power_of_2(D), 16)}
-    num_rows, ring = len(strips.rows), ring or 2**31 - 1
-    heads = triton.next_power_of_2(Hkv)
-    store_kernel[(num_rows,)](
-        k, v, k.stride(0), v.stride(0), *table, layer, n_layers, ring, HEADS=heads, **shape
-    )
-    sums = q.new_empty((num_rows, H, STRIP_PARTS, D), dtype=torch.float32)
-    stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
-    num_programs = max(1, min(STRIP_PARTS, STRIP_PROGRAMS // (num_rows * Hkv)))
-    heads = max(triton.next_power_of_2(H // Hkv), 16)
-    part_kernel[num_rows, Hkv, num_programs](
-        sums,
-        stats,
-        q.contiguous(),
-        *table,
-        layer,
-        n_layers,
-        window or 2**31 - 1,
-        ring,
-        num_programs,
-        scale or D**-0.5,
-        softcap or 1.0,
-        H=H,
-        CAPPED=softcap > 0,
-        HEADS=heads,
-        KEYS=STRIP_KEYS,
-        PARTS=STRIP_PARTS,
-        num_stages=2 if D * q.itemsize <= 256 else 1,  # what fits into a small GPU's shared memory
-        **shape,
-    )
-    join_kernel[num_rows, H](
-        out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
-    )
-
-
-def uses_triton(x: Tensor) -> bool:
-    """Whether what is computed from x goes through the kernels above."""
-    return x.is_cuda and triton_works()
-
-
-@functools.cache
-def triton_works() -> bool:
-    """Try a kernel. If Triton or the C compiler that it needs is missing, say so once."""
-    try:
-        ones = torch.ones(2, 32, device="cuda")
-        y = triton_rms_norm(ones, ones[0], 0.0)
-        works = torch.equal(y, ones)
-        reason = "its results are wrong"
-    except Exception as error:  # whatever: torch's own operations do the same
-        works, reason = False, first_line(error)
-    if not works:
-        log.warning(f"Triton does not work here, CUDA will be slower: {reason}")
-    return works
-
-
 # ==================================================================================================
 # 5 MODEL: one decoder for every family
 #
@@ -3662,7 +1826,7 @@ class Weights:
     ) -> None:
         self.tensors, self.source, self.adapter = tensors, source, adapter
         self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
-        self.native, self.kernels = pick_kernels(kernels, device, dtype)
+        self.backend = pick_backend(kernels, device, dtype)
         self.num_float = self.num_packed = 0  # matrices handed out
         self.used: set[str] = set()
         self.sensitive = keep_8_bits(tensors)
@@ -3709,40 +1873,25 @@ class Weights:
         for name, num_rows in outputs.items():
             b = self.take(f"{name}.bias", num_rows) if bias else None
             parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
-        if all(isinstance(part, NativeLinear) for part in parts):
-            projection: Projection = NativeProjection(parts)
-        else:
-            projection = Projection(
-                [NativeProjection([p]) if isinstance(p, NativeLinear) else p for p in parts]
-            )
+        projection = self.backend.linear(parts)
         adapter = self.adapter
         return adapter.wrap(self, projection, outputs, num_cols) if adapter else projection
 
-    def _matrix(
-        self, name: str, shape: tuple[int, int], bias: Tensor | None
-    ) -> Linear | PackedLinear | Int4Linear | NativeLinear:
-        packed_on_disk = self._find(name, shape).kind in REPACK
-        bits = 0 if packed_on_disk or shape[1] % GROUP else self.quantize_bits or 0
+    def _matrix(self, name: str, shape: tuple[int, int], bias: Tensor | None) -> Matrix:
+        """A weight (rows, cols) as the backend wants it: packed on disk, packed now, or float."""
+        is_packed = self._find(name, shape).kind in REPACK
+        bits = 0 if is_packed or shape[1] % GROUP else self.quantize_bits or 0
         if bits and name in self.sensitive:
             bits = 8
-
-        if not packed_on_disk and not bits:
+        if not is_packed and not bits:
             self.num_float += 1
             return Linear(self.take(name, *shape), bias)
         self.num_packed += 1
-        if self.native and packed_on_disk:
-            read = functools.partial(self._read, name)
-            return NativeLinear(shape, cast(Callable[[slice], PackedLinear], read), bias)
-        weight = self._read(name)
-        if isinstance(weight, torch.Tensor):
-            weight = self._quantize(name, weight.to(self.device), bits)
-        if self.native:
-            return NativeLinear(shape, weight.select, bias)
-        packed = weight.to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and not name.startswith(EMBEDDINGS):
-            return Int4Linear(packed, bias)
-        packed.bias = bias
-        return packed
+        read_rows = cast("Callable[[slice], PackedLinear]", functools.partial(self._read, name))
+        if not is_packed:
+            weight = cast("Tensor", self._read(name)).to(self.device)
+            read_rows = self._quantize(name, weight, bits).select
+        return self.backend.pack(shape, read_rows, bias, name.startswith(EMBEDDINGS))
 
     def _quantize(self, name: str, weight: Tensor, bits: int) -> PackedLinear:
         try:
@@ -3814,42 +1963,11 @@ class Batch:
         self.lengths = torch.tensor(whole + pad, device=device)
         pad = [0] * (-len(rows) % row_tile)
         self.logit_rows: Tensor | slice = torch.tensor(rows + pad, device=device)
-        self.memo: dict[Any, Tensor] = {}  # what attention makes once for all layers
+        self.memo: dict[Any, Any] = {}  # what a KVCache computes once for all layers
         self.rotations: dict[int | None, Rotation] = {}  # where they are known before the step
-        self.strips: dict[bool, StripRows] = {}  # made by the first layer that needs them
 
 
-class DecodeBatch(Batch):
-    """One new token for each of up to `num_rows` sequences, in tensors that stay where they are
-    from step to step, so that a step can be recorded. Needs kernels that take StripRows.
-
-    Rows without a sequence write to a strip of their own."""
-
-    def __init__(self, num_rows: int, cache: KVCache) -> None:
-        device = cache.strips[0].device
-        self.num_logits, self.logit_rows = num_rows, slice(None)
-        self.spans, self.memo, self.rotations = [], {}, {}
-        self.nobody = [
-            like.new_zeros((*like.shape[:3], 1, like.shape[4]))
-            for like in (cache.strips[0], cache.rings[0])
-        ]
-        self.inputs = torch.zeros((6, num_rows), dtype=torch.int64, device=device)
-        self.token_ids, self.positions, *places = self.inputs
-        at = torch.arange(num_rows, device=device), self.positions
-        self.strips = {False: StripRows(*at, *places[:2]), True: StripRows(*at, *places[2:])}
-
-    @property
-    def lengths(self) -> Tensor:  # type: ignore[override]
-        return self.positions + 1
-
-    def load(self, rows: Iterable[tuple[int, int, Iterable[Tensor]]]) -> None:
-        """Put in (token id, position, strip and ring) for each sequence."""
-        nobody = [(0, 0, self.nobody)] * self.num_logits
-        table = [
-            (token_id, at, *(n for strip in strips for n in (strip.data_ptr(), strip.shape[3])))
-            for token_id, at, strips in [*rows, *nobody][: self.num_logits]
-        ]
-        self.inputs.copy_(torch.tensor(table).T)
+KV_BLOCK = 16  # positions that a backend's cache may interleave
 
 
 class KVCache:
@@ -3922,7 +2040,7 @@ class KVCache:
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Give slot `target` the first `num_tokens` positions of slot `source`."""
-        num_tokens = round_up(num_tokens, BLOCK_ROWS)  # positions may lie interleaved in blocks
+        num_tokens = round_up(num_tokens, KV_BLOCK)
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
         self.rings[target] = self.rings[source].clone()
@@ -3932,56 +2050,43 @@ class KVCache:
         """Store the new keys and values of every span, then let its queries see its strip.
 
         qkv (N, (H + 2 Hkv) D) -> (N, H D)"""
-        q, k, v = attn.heads(qkv, rotation)
-        out = torch.zeros_like(q)  # rows that only pad the batch stay zero
-        window, num_groups = self.config.windows[attn.index], q.shape[1] // k.shape[1]
-        in_ring, index = self.places[attn.index]
-        ring = self.ring if in_ring else 0
-        direct = uses_triton(q) and q.dtype == getattr(torch, self.kv_dtype, None)
-        spans = self.attend_rows(attn, q, k, v, batch, out) if direct else batch.spans
-        for span in spans:
-            rows = slice(span.row, span.row + span.num_new)
-            end = span.start + span.num_new
-            strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
-            new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-            encoded = encode_kv(new, self.kv_dtype)
-            if end <= (ring or end):
-                strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
-            else:
-                strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
-            bias = batch.memo.get((span.row, window))
-            if bias is None:
-                bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
-                batch.memo[span.row, window] = bias
-            seen, config = strips[:, :, : bias.shape[1]], self.config
-            keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
-            how = config.attn_scale, config.attn_softcap, attn.sinks
-            out[rows] = attention(q[rows], keys, values, bias, *how)
+        heads = attn.heads(qkv, rotation)
+        out = torch.zeros_like(heads[0])  # rows that only pad the batch stay zero
+        for span in batch.spans:
+            self.attend_span(attn, heads, batch, span, out)
         return out.flatten(1)
 
-    def attend_rows(
-        self, attn: Attention, q: Tensor, k: Tensor, v: Tensor, batch: Batch, out: Tensor
-    ) -> list[Span]:
-        """Do what `attend` does for all short spans with one call -> the spans that are left."""
+    def attend_span(
+        self,
+        attn: Attention,
+        heads: tuple[Tensor, Tensor, Tensor],
+        batch: Batch,
+        span: Span,
+        out: Tensor,
+    ) -> None:
+        """`attend` for one span: heads are q (N, H, D), k and v (N, Hkv, D); out (N, H, D)"""
+        (q, k, v), config = heads, self.config
+        window, num_groups = config.windows[attn.index], q.shape[1] // k.shape[1]
         in_ring, index = self.places[attn.index]
-        strips = self.rings if in_ring else self.strips
-        if in_ring not in batch.strips:
-            short = [s for s in batch.spans if s.num_new <= SHORT_SPAN]
-            flat = [(s, s.row + i, s.start + i) for s in short for i in range(s.num_new)]
-            its_strips = [strips[span.slot] for span, _, _ in flat]
-            table = [
-                [row for _, row, _ in flat],
-                [position for _, _, position in flat],
-                [strip.data_ptr() for strip in its_strips],
-                [strip.shape[3] for strip in its_strips],
-            ]
-            batch.strips[in_ring] = StripRows(*torch.tensor(table, device=q.device))
-        rows = batch.strips[in_ring]
-        if len(rows.rows):
-            window, config = self.config.windows[attn.index], self.config
-            how = config.attn_scale, config.attn_softcap, attn.sinks, self.ring if in_ring else 0
-            strip_attention(out, q, k, v, rows, index, strips[0].shape[1], window, *how)
-        return [s for s in batch.spans if s.num_new > SHORT_SPAN]
+        ring = self.ring if in_ring else 0
+        rows = slice(span.row, span.row + span.num_new)
+        end = span.start + span.num_new
+        strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
+        new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
+        encoded = encode_kv(new, self.kv_dtype)
+        if end <= (ring or end):
+            strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
+        else:
+            strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
+        bias = batch.memo.get((span.row, window))
+        if bias is None:
+            bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
+            batch.memo[span.row, window] = bias
+        seen = strips[:, :, : bias.shape[1]]
+        keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
+        out[rows] = attention(
+            q[rows], keys, values, bias, config.attn_scale, config.attn_softcap, attn.sinks
+        )
 
 
 def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
@@ -4005,107 +2110,34 @@ def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Te
     return y.flatten(-2)
 
 
-QK_NORMS = ("head", "full", "after_rope")  # in the order of the kernels' numbers
-
-
-class NativeKVCache(KVCache):
-    """KVCache in the layout that the native kernel reads; 16 positions make a block."""
-
-    tile = BLOCK_ROWS
-    kinds = ("float32", "float16", "q8")
-
-    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
-        in_ring, index = self.places[attn.index]
-        strips = self.rings if in_ring else self.strips
-        spans = batch.memo.get(("spans", in_ring))
-        if spans is None:
-            spans = batch.memo["spans", in_ring] = self.span_table(batch.spans, in_ring)
-        config = self.config
-        out = torch.empty(qkv.size(0), config.n_heads * config.head_dim)
-        native(
-            "attention",
-            qkv,
-            *rotation,
-            *(norm and norm.weight for norm in (attn.q_norm, attn.k_norm)),
-            attn.sinks,
-            spans,
-            out,
-            QK_NORMS.index(config.qk_norm or "head"),
-            index,
-            strips[0].shape[1],
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-            config.windows[attn.index] or 0,
-            self.ring // BLOCK_ROWS if in_ring else 2**62,
-            self.kinds.index(self.kv_dtype),
-            BLOCK_ROWS * strips[0].shape[4],
-            config.norm_eps,
-            config.attn_scale or 0.0,
-            config.attn_softcap,
-        )
-        return out
-
-    def span_table(self, spans: Iterable[Span], in_ring: bool) -> Tensor:
-        """Spans as the kernel reads them (B + 1, 5): strip address, blocks in the strip, start, new
-        tokens, row; after the last one follows one without tokens."""
-        strips = self.rings if in_ring else self.strips
-        with_strips = ((strips[span.slot], span) for span in spans)
-        rows = [
-            (strip.data_ptr(), strip.shape[3] // BLOCK_ROWS, s.start, s.num_new, s.row)
-            for strip, s in with_strips
-        ]
-        return torch.tensor([*rows, (0,) * 5])
-
-
 class Norm:
-    """norm(x) + residual, (.., C) all"""
+    """RMSNorm, or LayerNorm (https://arxiv.org/abs/1607.06450) where the mean is subtracted."""
 
-    is_centred = False
-    bias: Tensor | None = None
-
-    def __init__(self, weight: Tensor, eps: float, native: bool = False) -> None:
-        self.weight, self.eps = weight, eps
-        self.native = native and len(weight) % 16 == 0
+    def __init__(
+        self,
+        backend: Backend,
+        weight: Tensor,
+        eps: float,
+        is_centred: bool = False,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.backend, self.weight, self.eps = backend, weight, eps
+        self.is_centred, self.bias = is_centred, bias
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.native:
-            x, out, num_cols = x.contiguous(), torch.empty(x.shape), len(self.weight)
-            weights, how = (self.weight, self.bias), (num_cols, self.is_centred, self.eps)
-            native("norm", x, *weights, residual, out, *how)
-            return out
-        y = self.by_torch(x)
-        return y if residual is None else residual + y
-
-    def by_torch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class RMSNorm(Norm):
-    def by_torch(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(Norm):
-    """https://arxiv.org/abs/1607.06450"""
-
-    is_centred = True
-
-    def by_torch(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        """norm(x) + residual, (.., C) all"""
+        return self.backend.norm(self, x, residual)
 
 
 def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
     """The family's kind of norm, with the weights called `name`."""
     if config.norm == "weightless":
         weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
-        return RMSNorm(weight, config.norm_eps, weights.native)
-    weight = weights.take(f"{name}.weight", width)
-    if config.norm == "rms":
-        return RMSNorm(weight, config.norm_eps, weights.native)
-    norm = LayerNorm(weight, config.norm_eps, weights.native)
-    norm.bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
-    return norm
+    else:
+        weight = weights.take(f"{name}.weight", width)
+    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
+    is_centred = config.norm in ("layer", "layer_bias")
+    return Norm(weights.backend, weight, config.norm_eps, is_centred, bias)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -4114,7 +2146,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
 
 
-# What comes before a matrix, in the order of the kernels' numbers. The first three take gate | up.
+# What a matrix may be applied to instead of x; those in GATED take gate | up.
 ACTS: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
@@ -4122,13 +2154,27 @@ ACTS: dict[str, Callable[..., Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
 }
-ACT_NUMBERS = {name: number for number, name in enumerate(ACTS, 2)} | {"": 0}
+
+
+class Operand(NamedTuple):
+    """What matrices are multiplied with: x, norm(x), or one of ACTS, of gate and up where
+    x = gate | up. A backend may compute it in one go with the product."""
+
+    x: Tensor
+    norm: Norm | None
+    act: str
+
+    def tensor(self) -> Tensor:
+        """(N, cols)"""
+        x = self.x if self.norm is None else self.norm(self.x)
+        if not self.act:
+            return x
+        return ACTS[self.act](*(x.chunk(2, dim=-1) if self.act in GATED else (x,)))
 
 
 class Projection:
-    """Matrices that read the same input, side by side: y = concat(W_i before(x) + b_i) + residual.
-
-    before(x) is x, norm(x), or one of ACTS, of gate and up where x = gate | up."""
+    """Matrices that read the same operand, side by side:
+    y = concat(W_i operand + b_i) + residual."""
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
@@ -4143,16 +2189,15 @@ class Projection:
     ) -> Tensor:
         """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows), in `out` if
         that is given"""
-        x = self.before(x, norm, act)
+        return self.multiply(Operand(x, norm, act), residual, out)
+
+    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        """`__call__` with its input as one object; other kinds of Projection override this."""
+        x = operand.tensor()
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         y = y if residual is None else residual + y
         return y if out is None else out.copy_(y)
-
-    def before(self, x: Tensor, norm: Norm | None, act: str) -> Tensor:
-        if norm is not None:
-            x = norm(x)
-        return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,))) if act else x
 
     @property
     def nbytes(self) -> int:
@@ -4164,36 +2209,128 @@ class Projection:
         return rows if factor == 1 else rows * factor
 
 
-class NativeProjection(Projection):
-    """Projection in one kernel call."""
+class DecodeSteps(Protocol):
+    """Decode steps that a backend recorded, for up to `num_rows` sequences at a time."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        super().__init__(parts)
-        self.matrices = (Matrix * len(parts))(*(part.matrix for part in parts))
-        self.address = ctypes.addressof(self.matrices)
-        self.num_rows = sum(part.shape[0] for part in parts)
+    num_rows: int
 
-    def __call__(
+    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
+        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
+        valid until the next step. The slots must have room."""
+
+
+class Backend:
+    """How a model's arithmetic is done: here by torch's own operations, on any device.
+
+    `pick_backend` chooses one for each model, Weights hands it down. What a device does better is
+    a subclass in nanollama_extras/kernels."""
+
+    arrays: Any = None  # the library of the small tables made at each step: torch unless said
+    rounds_activations = False  # whether packed weights are multiplied with activations of 8 bits
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, description: str) -> None:
+        self.device, self.dtype, self.description = device, dtype, description
+
+    def describe(self) -> str:
+        """What `show`, --verbose and /stats print."""
+        return self.description
+
+    def row_tile(self, has_float_weights: bool) -> int:
+        """Rows of a batch come in multiples of this, so that their results never depend on how
+        many there are."""
+        return ROW_TILE
+
+    def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
+        """The type of keys and values; what `auto` means is the backend's choice."""
+        return str(self.dtype).removeprefix("torch.") if wanted == "auto" else wanted
+
+    def pack(
         self,
-        x: Tensor,
-        norm: Norm | None = None,
-        act: str = "",
-        residual: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        out = torch.empty(x.size(0), self.num_rows) if out is None else out
-        weight, eps = None, 0.0
-        if isinstance(norm, RMSNorm):
-            weight, eps = norm.weight, norm.eps
-        elif norm is not None:
-            x = norm(x)
-        before = ACT_NUMBERS[act] or int(weight is not None)
-        native("linear", self.address, len(self.parts), x, weight, residual, out, before, eps)
-        return out
+        shape: tuple[int, int],
+        read_rows: Callable[[slice], PackedLinear],
+        bias: Tensor | None,
+        is_table: bool,
+    ) -> Matrix:
+        """A packed weight (rows, cols) in the backend's layout; `is_table` if single rows are
+        taken from it."""
+        packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
+        if Int4Linear.fits(packed) and not is_table:
+            return Int4Linear(packed, bias)
+        packed.bias = bias
+        return packed
 
-    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
-        rows: Tensor = self.parts[0].rows(index, factor)
-        return rows
+    def linear(self, parts: list[Matrix]) -> Projection:
+        return Projection(parts)
+
+    def experts(self, config: ModelConfig, weights: Weights, prefix: str) -> MoE:
+        return MoE(config, weights, prefix)
+
+    def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
+        """norm(x) + residual, (.., C) all"""
+        if norm.is_centred:
+            y = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        else:
+            y = rms_norm(x, norm.weight, norm.eps)
+        return y if residual is None else residual + y
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate` of section 4"""
+        return rotate(x, cos, sin)
+
+    def new_cache(
+        self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
+    ) -> KVCache:
+        """A KVCache, whose `attend` is the attention over it."""
+        return KVCache(config, num_slots, kv_dtype, self.device, most_new)
+
+    def array(self, x: Tensor) -> Any:
+        """A small tensor for functions of `arrays`."""
+        return x
+
+    def capped(self, scores: Tensor, scale: float, cap: float) -> Tensor:
+        """The head's scores (R, V) -> logits: c tanh(x / c) of scaled ones where there is a cap"""
+        logits = scores * scale
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
+        """Decode steps that run without Python between their kernels, if they can be had."""
+        if compile:
+            log.warning(f"compile has nothing to gain on {self.device}: it is left off")
+        return None
+
+    def read_all(self, buffer: Tensor) -> None:
+        """Read all bytes of a tensor and wait for it, as fast as a step reads its weights."""
+        buffer.sum().item()
+
+
+BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # of each device, with `make_backend`
+
+
+def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a model that is to run on kernels of the kind `wanted`: auto, native, torch.
+
+    Raises RequestError for native kernels that this machine cannot have."""
+    reason = ""
+    if wanted != "torch" and (device.type != "cpu" or dtype != torch.float32):
+        reason = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
+    if wanted == "native" and reason:
+        raise RequestError(f"native kernels cannot be had: {reason}", "kernels")
+    if device.type == "cuda" or (wanted != "torch" and not reason):
+        try:
+            kernels = extra(BACKENDS[device.type], f"fast arithmetic on {device.type}")
+            backend: Backend = kernels.make_backend(device, dtype, reason)
+            return backend
+        except (KernelError, ExtraError, ImportError) as error:
+            if wanted == "native" and isinstance(error, ExtraError):
+                raise
+            reason = first_line(error)
+            if wanted == "native":
+                raise RequestError(f"native kernels cannot be had: {reason}", "kernels") from None
+            log.warning(
+                "warning: torch's slower kernels are used (fastest with --dtype bfloat16), "
+                f"native ones cannot be had: {reason}"
+            )
+    return Backend(device, dtype, f"torch ({reason})" if reason else "torch")
 
 
 class Rotation(NamedTuple):
@@ -4208,6 +2345,7 @@ class Rotation(NamedTuple):
 class Attention:
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
         C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
+        self.backend = weights.backend
         self.index, self.head_dim, self.sizes = index, D, (H, Hkv, Hkv)
         rows = {"q_proj": H * D, "k_proj": Hkv * D, "v_proj": Hkv * D}
         rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
@@ -4236,6 +2374,7 @@ class Attention:
         angles = rotation.cos, rotation.sin
         if rotation.q_scale is not None:
             q = q * rotation.q_scale.unsqueeze(2)
+        rotate = self.backend.rotate
         if self.norm_last:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if self.q_norm is not None and self.k_norm is not None:
@@ -4301,12 +2440,6 @@ class MLP:
         return y
 
 
-def native_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
-    """Where the kernels find the matrices of each, if all are theirs."""
-    found = [p.address for p in projections if isinstance(p, NativeProjection)]
-    return (ctypes.c_void_p * len(found))(*found) if len(found) == len(projections) else None
-
-
 class MoE:
     """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
     for every expert, and only those with the largest weights run, each with all its tokens."""
@@ -4325,9 +2458,6 @@ class MoE:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
             name = f"{prefix}.shared_expert_gate.weight"
             self.shared_expert_gate = weights.take(name, 1, config.n_embd)
-        mlps = [*self.experts, *([self.shared_expert] if self.shared_expert else [])]
-        self.gate_ups = native_table([mlp.gate_up_proj for mlp in mlps])
-        self.downs = native_table([mlp.down_proj for mlp in mlps])
 
     def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
         bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
@@ -4337,28 +2467,10 @@ class MoE:
         self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """(N, C) -> (N, C)"""
-        x = x if norm is None else norm(x)
-        if self.gate_ups is not None and self.downs is not None:
-            gate_ups, downs = ctypes.addressof(self.gate_ups), ctypes.addressof(self.downs)
-            gates = self.gate.weight, self.gate.bias, self.shared_expert_gate
-            num_parts, act = len(self.experts[0].gate_up_proj.parts), self.experts[0].act
-            out = torch.empty(x.size(0), x.size(1))
-            native(
-                "experts",
-                gate_ups,
-                downs,
-                x,
-                *gates,
-                residual,
-                out,
-                num_parts,
-                len(self.experts),
-                self.config.num_used,
-                self.config.renormalized,
-                ACT_NUMBERS[act],
-                x.size(1),
-            )
-            return out
+        return self.mix(x if norm is None else norm(x), residual)
+
+    def mix(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """What each token's experts give, weighted, + residual, (N, C) all"""
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
         weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
@@ -4390,7 +2502,7 @@ class DecoderLayer:
         self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
-            self.mlp = MoE(config, weights, f"{prefix}.mlp")
+            self.mlp = weights.backend.experts(config, weights, f"{prefix}.mlp")
         else:
             self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
         norms = {name: make_norm(config, weights, f"{prefix}.{name}", C) for name in config.norms}
@@ -4414,7 +2526,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
-        self.native, self.kernels = weights.native, weights.kernels
+        self.backend = weights.backend
         V, C = config.n_vocab, config.n_embd
         divisors = torch.tensor(1.0)
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
@@ -4449,9 +2561,8 @@ class Decoder:
                 or (config.tie_embeddings and name == "lm_head.weight")
             )
         )
-        self.row_tile = ROW_TILE if weights.num_float or not self.native else 1
-        packed = self.native and weights.num_packed > 0
-        self.kv_dtype = pick_kv_dtype(kv_dtype, str(self.dtype).removeprefix("torch."), packed)
+        self.row_tile = self.backend.row_tile(weights.num_float > 0)
+        self.kv_dtype = self.backend.kv_dtype(kv_dtype, weights.num_packed > 0)
 
     @property
     def n_short(self) -> int:
@@ -4462,26 +2573,18 @@ class Decoder:
         return int(rope["original_max_position_embeddings"])
 
     @property
-    def can_be_recorded(self) -> bool:
-        """Whether a step only launches kernels on a GPU: one that looks at results cannot be."""
-        c = self.config
-        is_plain = not c.experts and self.smear_gate is None
-        return self.kv_dtype != "q8" and is_plain
+    def kernels(self) -> str:
+        """The backend's description."""
+        return self.backend.describe()
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
         """A KVCache for sequences that this decoder runs; `most_new` as there."""
-        D = self.config.head_dim
-        native = self.native and D % 16 == 0 and D <= 512 and self.kv_dtype in NativeKVCache.kinds
-        kind = NativeKVCache if native else KVCache
-        return kind(self.config, num_slots, self.kv_dtype, self.device, most_new)
+        return self.backend.new_cache(self.config, num_slots, self.kv_dtype, most_new)
 
     def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
-        lib: Any = np if self.native else torch  # torch would wake its threads, and wait for them
-
-        def inner(x: Tensor) -> Any:
-            return x.numpy() if self.native else x
+        lib, inner = self.backend.arrays or torch, self.backend.array
 
         def tensor(x: Any) -> Tensor:
             return torch.as_tensor(x).to(self.dtype)
@@ -4547,95 +2650,7 @@ class Decoder:
         scale, cap = self.config.logit_scale, self.config.logit_softcap
         if scale == 1 and not cap:
             return scores
-        if self.native:  # by NumPy: torch would wake its threads, which then take a core
-            logits = scores.numpy() * np.float32(scale)
-            return torch.from_numpy(cap * np.tanh(logits / cap) if cap else logits)
-        logits = scores * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-
-class DecodeGraphs:
-    """Decode steps recorded as CUDA graphs: replaying one starts its hundreds of kernels at once
-    (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs). A graph is recorded when
-    first needed, for 1, 2, 4, 8, .. sequences. It holds no address of a strip, for these are among
-    its inputs: strips may grow, move and change hands."""
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self.decoder, self.cache, self.num_rows = decoder, cache, len(cache.strips)
-        self.recorded: dict[int, tuple[DecodeBatch, Callable[[], Tensor]]] = {}
-        self.pool: Any = None  # memory that all graphs share: only one runs at a time
-
-    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
-        valid until the next step. The slots must have room."""
-        size = 1 << (len(rows) - 1).bit_length()
-        strips, rings = self.cache.strips, self.cache.rings
-        inputs = [(token_id, at, (strips[slot], rings[slot])) for slot, at, token_id in rows]
-        if size not in self.recorded:
-            batch = DecodeBatch(size, self.cache)
-            batch.load(inputs)
-            self.recorded[size] = batch, self.record(batch)
-        batch, replay = self.recorded[size]
-        batch.load(inputs)
-        return replay()[: len(rows)]
-
-    def record(self, batch: DecodeBatch) -> Callable[[], Tensor]:
-        """-> a function that runs the decoder on what the batch's tensors hold then."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.decoder(batch, self.cache)  # compiles the kernels; a second time changes nothing
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.decoder(batch, self.cache)
-        self.pool = graph.pool()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
-
-
-class DecodeCalls:
-    """Decode steps on native kernels, recorded as the list of their calls: run again from C, they
-    leave out what Python does for each layer, a third of a small model's time.
-
-    Recorded once, for as many rows as there are slots: the calls take fewer just as well. They hold
-    no address of a strip, for these are among the inputs: strips may move and change hands."""
-
-    most_rows = 16  # from there on, Python's share is small, and buffers would take room
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        """Raises KernelError for a decoder that computes with other operators too."""
-        # with another kind, recording fails
-        self.decoder, self.cache = decoder, cast("NativeKVCache", cache)
-        self.num_rows = min(len(cache.strips), self.most_rows)
-        self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
-        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch)
-        for in_ring in (False, True):  # the last span has no tokens
-            batch.memo["spans", in_ring] = torch.zeros((self.num_rows + 1, 5), dtype=torch.int64)
-        self.calls = KernelCalls(lambda: decoder.scores(decoder.hidden(batch, cache), batch))
-
-    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
-        valid until the next step. The slots must have room."""
-        batch, num_rows = self.batch, len(rows)
-        _, positions, token_ids = zip(*rows)
-        batch.token_ids.numpy()[:num_rows] = token_ids
-        batch.positions.numpy()[:num_rows] = positions
-        batch.lengths.numpy()[:num_rows] = [at + 1 for at in positions]
-        spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
-        for in_ring in (False, True):
-            table = self.cache.span_table(spans, in_ring)
-            batch.memo["spans", in_ring][: len(table)] = table
-        for name, rotation in self.decoder.rotations(batch).items():
-            for old, new in zip(batch.rotations[name], rotation):
-                if old is not None and new is not None:
-                    old.copy_(new)
-        self.calls.run(num_rows)
-        return self.decoder.capped(self.calls.result[:num_rows])
+        return self.backend.capped(scores, scale, cap)
 
 
 # ==================================================================================================
@@ -7883,17 +5898,8 @@ class Engine:
             self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
         )
         self.stats = EngineStats()
-        self.decode_steps: DecodeGraphs | DecodeCalls | None = None
-        if decoder.native:
-            try:
-                with torch.inference_mode():
-                    self.decode_steps = DecodeCalls(decoder, self.cache)
-            except KernelError as error:
-                log.debug(f"decode steps are not recorded: {error}")
-        if config.compile and uses_triton(decoder.ropes[0][1]) and decoder.can_be_recorded:
-            self.decode_steps = DecodeGraphs(decoder, self.cache)
-        elif config.compile:
-            log.warning(f"compile has nothing to gain on {decoder.device}: it is left off")
+        with torch.inference_mode():
+            self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
 
     @property
     def has_work(self) -> bool:
@@ -7984,8 +5990,8 @@ class Engine:
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
         pools = any(seq.pooling for seq, _ in work)
         is_decode = not pools and all(len(new) == 1 for _, _, new, _ in parts)
-        steps = None if is_watched() or not is_decode else self.decode_steps
-        if steps and len(parts) <= steps.num_rows:
+        steps = self.decode_steps
+        if steps and is_decode and len(parts) <= steps.num_rows:
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(steps(rows).cpu(), num_rows)
         lengths = [len(seq.token_ids) for seq, _ in work]
@@ -8305,15 +6311,6 @@ class LLM(TextSide):
         with torch.inference_mode():
             decoder = Decoder(self.config, weights, kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
-        if isinstance(self.engine.decode_steps, DecodeGraphs):
-            try:
-                with torch.inference_mode():
-                    self.engine.cache.reserve(0, 1)
-                    self.engine.decode_steps([(0, 0, 0)])
-            except RuntimeError as error:
-                raise RequestError(
-                    f"compile does not work on this machine: {first_line(error)}", "compile"
-                ) from None
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
@@ -13353,9 +11350,9 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str
     """Which kernels run a model, and the type of its keys and values."""
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
-    native, kernels = pick_kernels(engine.kernels, device, dtype)
-    packed = native and bool(checkpoint.quantization in REPACK or engine.quantize)
-    return kernels, pick_kv_dtype(engine.kv_dtype, engine.dtype, packed)
+    backend = pick_backend(engine.kernels, device, dtype)
+    is_packed = bool(checkpoint.quantization in REPACK or engine.quantize)
+    return backend.describe(), backend.kv_dtype(engine.kv_dtype, is_packed)
 
 
 def memory_needed(

@@ -152,9 +152,9 @@ def run_transcript(block: str, desk: Path) -> None:
 
 @pytest.mark.parametrize("block", blocks("console"))
 def test_a_transcript_is_what_the_commands_print(block: str, desk: Path) -> None:
-    is_native, reason = nanollama.pick_kernels("auto", torch.device("cpu"), torch.float32)
-    if "native (" in block and not is_native:
-        pytest.skip(reason)
+    kernels = nanollama.pick_backend("auto", torch.device("cpu"), torch.float32).describe()
+    if "native (" in block and not kernels.startswith("native"):
+        pytest.skip(kernels)
     run_transcript(block, desk)
 
 

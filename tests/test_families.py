@@ -20,6 +20,7 @@ from oracle import KINDS, LLAMA3, YARN, Tiny, rewritten
 
 import nanollama
 from nanollama import LLM, Batch, CheckpointError, GenerationRequest, SamplingParams
+from nanollama_extras.kernels.native import NativeLinear
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
@@ -521,7 +522,7 @@ def test_packed_weights_are_those_that_they_unpack_to(
     torch.testing.assert_close(llm.logits(ids), expected, rtol=0, atol=2e-4)
     native = LLM(packed, kernels="native")
     assert (native.logits(ids) - expected).std() < 0.15 * expected.std()
-    for each, kind in ((llm, nanollama.PackedLinear), (native, nanollama.NativeLinear)):
+    for each, kind in ((llm, nanollama.PackedLinear), (native, NativeLinear)):
         found = oracle.matrices(each.engine.decoder)
         assert len(found) > 8
         assert all(isinstance(matrix, kind) for matrix in found)

@@ -24,6 +24,7 @@ from oracle import LLAMA3, VARIANTS, Tiny, matrices
 
 import nanollama
 from nanollama import LLM, CheckpointError, Decoder, NanollamaError, Weights, open_checkpoint
+from nanollama_extras.kernels.native import NativeLinear
 
 SPEECH = Path(__file__).parent / "data" / "jefferson-1801.txt"
 
@@ -102,7 +103,7 @@ def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels
     path, _ = gguf_files.convert(directory, tmp_path / "model.gguf", kind)
     llm = LLM(path, kernels=kernels)
     weights = matrices(llm.engine.decoder)
-    kinds = {"native": nanollama.NativeLinear, "torch": nanollama.PackedLinear}
+    kinds = {"native": NativeLinear, "torch": nanollama.PackedLinear}
     assert all(isinstance(weight, kinds[kernels]) for weight in weights)
     # five bits take eight: the most that is added to what the file holds
     num_matrix_bytes = sum(t.nbytes for t in llm.checkpoint.tensors.values() if len(t.shape) == 2)

@@ -30,7 +30,6 @@ from nanollama import (
     add_model_options,
     command_parser,
     human_bytes,
-    load_kernels,
     option_group,
     read_settings,
 )
@@ -38,7 +37,7 @@ from nanollama import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanollama import LLM, Decoder, Fields, Json, Settings
+    from nanollama import LLM, Backend, Decoder, Fields, Json, Settings
 
 
 BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
@@ -50,15 +49,12 @@ BANDWIDTH_S = 0.5  # to read it again and again
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
 
 
-def read_bandwidth(buffer: Tensor, native: bool) -> float:
+def read_bandwidth(buffer: Tensor, backend: Backend) -> float:
     """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
     others is not equally fast all the time, and what this is held against takes its time too."""
     started, num_passes, seconds = time.perf_counter(), 0, 0.0
     while seconds < BANDWIDTH_S:
-        if native:
-            load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
-        else:
-            buffer.sum().item()  # a number to wait for: some devices work on their own
+        backend.read_all(buffer)
         num_passes += 1
         seconds = time.perf_counter() - started
     return num_passes * buffer.nbytes / seconds
@@ -138,7 +134,7 @@ class Bench:
             seconds, num_steps = self.once(batch, depth, 1, num_gen)
             rates.append(batch * num_gen / seconds)
             reads.append(step_bytes * num_steps / seconds)
-            machine.append(read_bandwidth(self.buffer, decoder.native))
+            machine.append(read_bandwidth(self.buffer, decoder.backend))
         per_s, bandwidth = statistics.mean(reads[1:]), statistics.mean(machine[1:])
         return {
             **speed(f"tg{num_gen}", batch, depth, rates[1:]),

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nanollama
-from nanollama import CheckpointError, ModelConfig, Projection, TensorSource, Weights
+from nanollama import CheckpointError, ModelConfig, Operand, Projection, TensorSource, Weights
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Keys of adapter_config.json by which an adapter is more than pairs of A and B.
@@ -87,15 +87,8 @@ class AdaptedProjection(Projection):
         super().__init__(base.parts)
         self.base, self.updates = base, updates
 
-    def __call__(
-        self,
-        x: Tensor,
-        norm: nanollama.Norm | None = None,
-        act: str = "",
-        residual: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        x = self.before(x, norm, act)
+    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        x = operand.tensor()
         y = self.base(x, residual=residual, out=out)
         tiled = F.pad(x, (0, 0, 0, -len(x) % nanollama.ROW_TILE))
         for start, a, b in self.updates:

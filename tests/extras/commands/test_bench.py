@@ -174,11 +174,11 @@ def test_the_peak_of_memory_is_the_systems_without_the_buffer(
         assert bench_command.Bench(tiny_llm).peak_memory() == expected
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_read_bandwidth_is_bytes_over_time_for_as_long_as_it_takes(
-    native: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nanollama.load_kernels()
+    backend = nanollama.pick_backend(kernels, torch.device("cpu"), torch.float32)
     times = iter([10.0, 10.2, 10.4, 10.8])
     monkeypatch.setattr(bench_command.time, "perf_counter", lambda: next(times))
-    assert bench_command.read_bandwidth(torch.ones(250), native) == pytest.approx(3 * 1000 / 0.8)
+    assert bench_command.read_bandwidth(torch.ones(250), backend) == pytest.approx(3 * 1000 / 0.8)

@@ -1,4 +1,4 @@
-"""Sections 4 and 5 on CUDA. Without a GPU, Triton's interpreter runs the kernels on the CPU and its
+"""The CUDA backend. Without a GPU, Triton's interpreter runs the kernels on the CPU and its
 compiler shows that they compile; what only a GPU can tell is skipped then.
 
 The interpreter knows no bfloat16, which is therefore tested on a GPU only."""
@@ -22,24 +22,30 @@ from nanollama import (
     KEY_TILE,
     LLM,
     Batch,
-    DecodeGraphs,
     GenerationRequest,
     PackedLinear,
     SamplingParams,
-    StripRows,
     attention,
     attention_bias,
     pack_nibbles,
     rms_norm,
     rotate,
     round_up,
+)
+
+pytest.importorskip("triton")
+from nanollama_extras.kernels import cuda
+from nanollama_extras.kernels.cuda import (
+    CudaBackend,
+    DecodeGraphs,
+    StripRows,
+    TritonLinear,
     strip_attention,
     triton_linear,
     triton_rms_norm,
     triton_rotate,
 )
 
-pytest.importorskip("triton")
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_CUDA else [])]
@@ -55,11 +61,12 @@ def _seeded() -> None:
 @pytest.fixture
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels compute whatever they can, on the CPU too."""
-    monkeypatch.setattr(nanollama, "uses_triton", lambda x: True)
-    monkeypatch.setitem(nanollama.FAST_LINEAR, "cpu", triton_linear)
+    monkeypatch.setattr(
+        nanollama, "pick_backend", lambda wanted, device, dtype: CudaBackend(device, dtype, wanted)
+    )
     if not HAS_CUDA:  # one program after the other: the fewer the faster
-        monkeypatch.setattr(nanollama, "STRIP_PROGRAMS", 1)
-        monkeypatch.setattr(nanollama, "STRIP_PARTS", 2)
+        monkeypatch.setattr(cuda, "STRIP_PROGRAMS", 1)
+        monkeypatch.setattr(cuda, "STRIP_PARTS", 2)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,9 +83,8 @@ def random_packed(
         q = torch.randint(-128, 128, shape, dtype=torch.int8)
     scale = torch.randn(shape[:2]).half() / 2**bits
     packed = PackedLinear(q, scale, torch.randn(shape[:2]).half() if offset else None)
-    packed = packed.to(DEVICE, dtype)
-    packed.bias = random(num_rows, dtype=dtype)
-    return packed
+    packed, bias = packed.to(DEVICE, dtype), random(num_rows, dtype=dtype)
+    return TritonLinear(packed.q, packed.scale, packed.offset, bias, dtype)
 
 
 def close(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> bool:
@@ -203,7 +209,7 @@ def test_an_attention_row_does_not_depend_on_how_many_others_there_are(
         return out[:1]
 
     alone = attend(1)  # 16 programs for each row
-    monkeypatch.setattr(nanollama, "STRIP_PROGRAMS", 15)  # 5, as if there were many rows
+    monkeypatch.setattr(cuda, "STRIP_PROGRAMS", 15)  # 5, as if there were many rows
     assert torch.equal(attend(3), alone)
 
 
@@ -270,7 +276,7 @@ def test_a_model_on_the_kernels_is_the_model_on_torch(
 class Eager(DecodeGraphs):
     """Runs a step each time instead of recording it."""
 
-    def record(self, batch: nanollama.DecodeBatch) -> Callable[[], Tensor]:
+    def record(self, batch: cuda.DecodeBatch) -> Callable[[], Tensor]:
         return lambda: self.decoder(batch, self.cache)
 
 
@@ -333,9 +339,9 @@ def test_compile_is_left_off_where_it_has_nothing_to_gain(
 
 @pytest.mark.skipif(HAS_CUDA, reason="Triton works here")
 def test_it_is_said_once_when_triton_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
-    nanollama.triton_works.cache_clear()
-    assert not nanollama.triton_works()
-    assert not nanollama.triton_works()
+    cuda.triton_works.cache_clear()
+    assert not cuda.triton_works()
+    assert not cuda.triton_works()
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith("Triton does not work here, CUDA will be slower: ")
 
@@ -343,7 +349,7 @@ def test_it_is_said_once_when_triton_does_not_work(caplog: pytest.LogCaptureFixt
 def run(script: str) -> str:
     """Output of a fresh Python, where Triton is not interpreted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True
     )
@@ -358,7 +364,8 @@ def test_triton_is_not_imported_before_it_is_needed() -> None:
 COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
-import nanollama as n
+import nanollama
+import nanollama_extras.kernels.cuda as n
 
 class Driver:  # of a GPU that is not there
     get_current_target = lambda self: GPUTarget("cuda", {arch}, 32)
@@ -370,11 +377,11 @@ def compiled(kernel, grid):
 
 made = []
 triton.runtime.driver.set_active(Driver())
-n.Kernel.__getitem__, n.uses_triton = compiled, lambda x: True
+n.Kernel.__getitem__ = compiled
 dtype = torch.{dtype}
 for x in torch.zeros(1, 256, dtype=dtype), torch.zeros(20, 256, dtype=dtype):
     for bits in 4, 8:
-        n.triton_linear(x, n.quantize(torch.zeros(64, 256), bits))
+        n.triton_linear(x, nanollama.quantize(torch.zeros(64, 256), bits))
 n.triton_rms_norm(x, x[0], 1e-5)
 q, k, cos = torch.zeros(2, 28, {D}), torch.zeros(2, 4, {D}), torch.zeros(2, {D} // 2)
 q, k, cos = q.to(dtype), k.to(dtype), cos.to(dtype)

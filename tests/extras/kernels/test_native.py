@@ -1,4 +1,4 @@
-"""Section 4's native kernels: every format, shape and code path against float64, rows that do not
+"""The native kernels: every format, shape and code path against float64, rows that do not
 depend on what else is in the call, and what happens where no compiler helps."""
 
 from __future__ import annotations
@@ -36,20 +36,14 @@ import nanollama
 from nanollama import (
     ACTS,
     GATED,
-    KERNEL_FLAGS,
-    KERNEL_SOURCE,
     LLM,
-    QK_NORMS,
     REPACK,
+    Backend,
     Batch,
     KernelError,
-    LayerNorm,
-    NativeKVCache,
-    NativeLinear,
-    NativeProjection,
+    Norm,
     PackedLinear,
     RequestError,
-    RMSNorm,
     Rotation,
     kv_group,
     quantize,
@@ -57,14 +51,26 @@ from nanollama import (
     rotate,
     round_up,
 )
+from nanollama_extras.kernels import native as kernels
+from nanollama_extras.kernels.native import (
+    KERNEL_FLAGS,
+    SOURCE,
+    NativeBackend,
+    NativeKVCache,
+    NativeLinear,
+    NativeProjection,
+)
 
 try:
-    nanollama.find_compiler()
+    kernels.find_compiler()
 except KernelError:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
 pytestmark = pytest.mark.xdist_group("native")  # each code path is compiled once
 CPU = torch.device("cpu")
+TORCH = Backend(CPU, torch.float32, "torch")
+NATIVE = NativeBackend(CPU, torch.float32, "native")
+QK_NORMS = ("head", "full", "after_rope")
 
 # ---- code paths ----------------------------------------------------------------------------------
 
@@ -88,17 +94,17 @@ def code_path(
 ) -> str:
     """The kernels of one code path take the place of this CPU's own."""
     flags, features, name = PATHS[request.param]
-    if not set(features) <= set(nanollama.cpu_features().split()):
+    if not set(features) <= set(kernels.cpu_features().split()):
         pytest.skip(f"this CPU lacks one of {' '.join(features)}")
-    monkeypatch.setattr(nanollama, "KERNEL_FLAGS", flags)
+    monkeypatch.setattr(kernels, "KERNEL_FLAGS", flags)
     monkeypatch.setenv("NANOLLAMA_CACHE", str(kernel_folder))
-    assert nanollama.load_kernels().path().decode() == (name or native_path())
+    assert kernels.load_kernels().path().decode() == (name or native_path())
     return request.param
 
 
 def native_path() -> str:
     """What the kernels should call themselves on this CPU."""
-    features = set(nanollama.cpu_features().split())
+    features = set(kernels.cpu_features().split())
     if "avx512_vnni" in features:
         return "AVX-512 VNNI"
     if X86:
@@ -172,7 +178,7 @@ def test_blocks_are_filled_a_few_rows_at_a_time(kind: str, monkeypatch: pytest.M
         reads.append((rows.start, rows.stop))
         return weight.select(rows)
 
-    monkeypatch.setattr(nanollama, "LOAD_WEIGHTS", 20 * 256)
+    monkeypatch.setattr(kernels, "LOAD_WEIGHTS", 20 * 256)
     blocks = NativeLinear(weight.shape, read, None)
     assert reads == [(0, 32), (32, 64), (64, 77)]
     assert torch.equal(blocks.dequantize(), weight.dequantize())
@@ -192,7 +198,7 @@ def activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return (q * scale).flatten(-2), unsure.flatten(-2)
 
 
-def prepared(x: Tensor, norm: RMSNorm | None, act: str) -> Tensor:
+def prepared(x: Tensor, norm: Norm | None, act: str) -> Tensor:
     """What goes into the matrix, float64"""
     x = x.double()
     if act:
@@ -206,7 +212,7 @@ def prepared(x: Tensor, norm: RMSNorm | None, act: str) -> Tensor:
 def check_linear(
     parts: list[NativeLinear],
     x: Tensor,
-    norm: RMSNorm | None = None,
+    norm: Norm | None = None,
     act: str = "",
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -268,7 +274,7 @@ def test_matrices_side_by_side_of_any_kinds_and_sizes(
         for kind, n in zip(kinds, sizes)
     ]
     x = torch.randn(num_tokens, num_cols * (1 + (before in GATED))) * torch.rand(num_tokens, 1)
-    norm = RMSNorm(torch.rand(num_cols) + 0.5, 1e-5) if before == "norm" else None
+    norm = Norm(TORCH, torch.rand(num_cols) + 0.5, 1e-5) if before == "norm" else None
     rest = torch.randn(num_tokens, sum(part.shape[0] for part in parts)) if residual else None
     with num_threads(threads):
         check_linear(parts, x, norm, before if before in ACTS else "", rest)
@@ -284,7 +290,7 @@ def test_a_token_is_bit_for_bit_the_same_in_any_batch_on_any_number_of_threads(
 ) -> None:
     torch.manual_seed(0)
     run = NativeProjection([native(packed(kind, 40, 256), torch.randn(40)) for kind in kinds])
-    norm = RMSNorm(torch.rand(256), 1e-5) if before == "norm" else None
+    norm = Norm(TORCH, torch.rand(256), 1e-5) if before == "norm" else None
     x = torch.randn(33, 512 if before in GATED else 256)
     residual = torch.randn(33, run.num_rows)
 
@@ -334,7 +340,7 @@ def test_a_broken_token_is_not_hidden_and_harms_no_other(
 ) -> None:
     torch.manual_seed(0)
     run = NativeProjection([native(packed(kind, 20, 64)) for kind in ("Q4_0", "Q4_1", "Q8_0")])
-    norm = RMSNorm(torch.ones(64), 1e-5) if before == "norm" else None
+    norm = Norm(TORCH, torch.ones(64), 1e-5) if before == "norm" else None
     for column in range(64):
         x = torch.randn(5, 128 if before in GATED else 64)
         fine = run(x, norm, before if before in ACTS else "")
@@ -397,7 +403,7 @@ class Attend:
             self.cache.reserve(slot, length + 20)
             fill(self.cache.strips[slot])
         sizes = (H * D, Hkv * D) if qk_norm == "full" else (D, D)
-        norms = [RMSNorm(torch.rand(n) + 0.5, 1e-6) if qk_norm else None for n in sizes]
+        norms = [Norm(TORCH, torch.rand(n) + 0.5, 1e-6) if qk_norm else None for n in sizes]
         self.attn = SimpleNamespace(index=1, q_norm=norms[0], k_norm=norms[1])
         self.attn.sinks = 3 * torch.randn(H) if sinks else None
         self.qkv = [torch.randn(length, (H + 2 * Hkv) * D) for length in lengths]
@@ -448,7 +454,7 @@ class Attend:
         def turned(x: Tensor) -> Tensor:
             return rotate(x, cos, sin)
 
-        def normed(x: Tensor, norm: RMSNorm | None) -> Tensor:
+        def normed(x: Tensor, norm: Norm | None) -> Tensor:
             return prepared(x.flatten(1) if kind == "full" else x, norm, "").view(x.shape)
 
         q, k = (
@@ -678,12 +684,12 @@ def test_a_broken_key_is_not_hidden_from_those_who_see_it(code_path: str, kv_dty
 
 
 def test_the_code_paths_agree(kernel_folder: Path) -> None:
-    features = set(nanollama.cpu_features().split())
+    features = set(kernels.cpu_features().split())
     found = []
     for flags, needed, _ in PATHS.values():
         if set(needed) <= features:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(nanollama, "KERNEL_FLAGS", flags)
+                patch.setattr(kernels, "KERNEL_FLAGS", flags)
                 patch.setenv("NANOLLAMA_CACHE", str(kernel_folder))
                 torch.manual_seed(0)
                 parts = [native(packed(kind, 30, 256)) for kind in ("Q4_K", "Q6_K", "Q4_0")]
@@ -714,10 +720,10 @@ void exps(const float *x, float *y, int64_t n) {
 @pytest.fixture
 def harness(code_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The kernels' arithmetic on vectors, open to calls."""
-    lanes = KERNEL_SOURCE[: KERNEL_SOURCE.index("/* ---- linear:")]
-    monkeypatch.setattr(nanollama, "KERNEL_SOURCE", lanes + HARNESS)
-    nanollama.compile_kernels(tmp_path / "harness.so", nanollama.KERNEL_FLAGS)
-    return ctypes.CDLL(str(tmp_path / "harness.so"))
+    lanes = SOURCE[: SOURCE.index("/* ---- linear:")]
+    library = tmp_path / "harness.so"
+    kernels.compile_kernels(library, kernels.KERNEL_FLAGS, lanes + HARNESS)
+    return ctypes.CDLL(str(library))
 
 
 def through(function: Any, x: np.ndarray, dtype: type) -> np.ndarray:
@@ -771,16 +777,15 @@ def test_exp_is_within_three_units_in_the_last_place(harness: ctypes.CDLL) -> No
 # ---- norms ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("is_centred", [False, True])
 @pytest.mark.parametrize("num_cols", [16, 48, 1024])
-def test_norms_are_torchs(code_path: str, kind: type[RMSNorm | LayerNorm], num_cols: int) -> None:
+def test_norms_are_torchs(code_path: str, is_centred: bool, num_cols: int) -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(2, 7, num_cols) * 3 + 1
-    ours, theirs = (kind(torch.rand(num_cols), 1e-5, native) for native in (True, False))
+    weight = torch.rand(num_cols)
     for bias in (None, torch.randn(num_cols)):
-        if kind is LayerNorm:
-            ours.bias, theirs.bias = bias, bias
-        theirs.weight = ours.weight
+        bias = bias if is_centred else None
+        ours, theirs = (Norm(by, weight, 1e-5, is_centred, bias) for by in (NATIVE, TORCH))
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours(x, residual), residual + theirs(x), rtol=1e-5, atol=1e-5)
         for count in (1, 3):
@@ -802,7 +807,7 @@ def test_experts_give_what_torch_makes_of_the_same_matrices(
     torch.manual_seed(0)
     mlps = [layer.mlp for layer in llm.engine.decoder.layers]
     mixture = next(mlp for mlp in mlps if isinstance(mlp, nanollama.MoE))
-    x, norm = torch.randn(37, llm.config.n_embd), RMSNorm(torch.rand(llm.config.n_embd), 1e-5)
+    x, norm = torch.randn(37, llm.config.n_embd), Norm(TORCH, torch.rand(llm.config.n_embd), 1e-5)
     with torch.inference_mode():
         for residual in (None, torch.randn_like(x)):
             ours = mixture(x, norm, residual)
@@ -846,8 +851,9 @@ def test_python_threads_that_share_weights_get_the_same_bits() -> None:
 
 
 FORK = """
-import ctypes, os, signal, sys, nanollama
-kernels, data = nanollama.load_kernels(), bytes([1, 0, 0, 0]) * 2**18
+import ctypes, os, signal, sys
+from nanollama_extras.kernels import native
+kernels, data = native.load_kernels(), bytes([1, 0, 0, 0]) * 2**18
 def read(num_threads): return kernels.read_all(data, len(data), num_threads)
 expected, total = [1, 1, 2, 4, 4], 2**18
 def num_tasks(n): return read(n) == total and len(os.listdir("/proc/self/task"))
@@ -869,76 +875,10 @@ def test_a_fork_has_threads_of_its_own() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# ---- operators of torch --------------------------------------------------------------------------
-
-
-def test_a_profiler_sees_the_kernels(tiny: oracle.Tiny) -> None:
-    llm, ids = LLM(tiny(), quantize="q8", kernels="native"), oracle.random_ids(20)
-    plain = llm.logits(ids)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        profiled = llm.logits(ids)
-    calls = {event.key: event.count for event in profile.key_averages()}
-    layers = llm.config.n_layers
-    assert calls["nanollama::attention"] == layers
-    assert calls["nanollama::linear"] == 4 * layers + 1
-    assert torch.equal(profiled, plain)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_torch_compile_sees_one_graph(backend: str) -> None:
-    torch.manual_seed(0)
-    nanollama.pick_kernels("native", CPU, torch.float32)
-    first, second = (NativeProjection([native(packed("Q4_0", 64, 64))]) for _ in "ab")
-    norm = RMSNorm(torch.rand(64), 1e-5)
-
-    def block(x: Tensor) -> Tensor:
-        y = first(x, norm=norm)
-        return second(torch.cat((y, y + x), 1), act="swiglu", residual=x).relu()
-
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
-    for num_tokens in (3, 1, 8):
-        x = torch.randn(num_tokens, 64)
-        with torch.inference_mode():
-            assert torch.equal(compiled(x), block(x))
-    torch._dynamo.reset()
-
-
-def test_the_operators_are_what_they_say() -> None:
-    torch.manual_seed(0)
-    nanollama.pick_kernels("native", CPU, torch.float32)
-    run = NativeProjection([native(packed("Q4_1", 20, 64))])
-    ops, matrix = torch.ops.nanollama, (run.address, 1)
-    for norm, residual in ((None, None), (torch.rand(64), torch.randn(3, 20))):
-        args = (*matrix, torch.randn(3, 64), norm, residual, torch.empty(3, 20))
-        torch.library.opcheck(ops.linear, (*args, int(norm is not None), 1e-5))
-    args = (*matrix, torch.randn(3, 128), None, None, torch.empty(3, 20), 2, 0.0)
-    torch.library.opcheck(ops.linear, args)
-    index, rows = torch.tensor([3, 0, 19]), torch.empty(3, 64)
-    torch.library.opcheck(ops.gather, (run.address, index, rows, 2.0))
-    for is_centred, other in ((False, None), (True, torch.randn(3, 64))):
-        bias = None if other is None else torch.randn(64)
-        x, out = torch.randn(3, 64), torch.empty(3, 64)
-        args = (x, torch.rand(64), bias, other, out, 64, is_centred, 1e-5)
-        torch.library.opcheck(ops.norm, args)
-    square = NativeProjection([native(packed("Q4_1", 64, 64))])
-    table = (ctypes.c_void_p * 2)(square.address, square.address)
-    tables, gate = (ctypes.addressof(table),) * 2, torch.randn(2, 64)
-    args = (*tables, torch.randn(3, 64), gate, torch.randn(2), None, None, torch.empty(3, 64))
-    torch.library.opcheck(ops.experts, (*args, 1, 2, 1, True, 0, 64))
-    strip = torch.zeros(2, 1, 2, 16, 32 * 4, dtype=torch.uint8)
-    spans = torch.tensor([[strip.data_ptr(), 1, 0, 3, 0], [0] * 5])  # the last has no tokens
-    angles = torch.randn(3, 16)
-    turned = (torch.randn(3, 8 * 32), angles.cos(), angles.sin(), None)
-    norms = (None, torch.rand(32), torch.rand(4))
-    sizes = (0, 0, 1, 4, 2, 32, 0, 9, 0, 16 * 32 * 4)  # norms, layer, L, H, Hkv, D, .., block
-    args = (*turned, *norms, spans, torch.empty(3, 4 * 32), *sizes, 1e-5, 0.0, 0.0)
-    torch.library.opcheck(ops.attention, args)
-
-
 # ---- the compiled library ------------------------------------------------------------------------
 
 ROOT = Path(nanollama.__file__).parent
-LOAD = "print(nanollama.load_kernels().path().decode())"
+LOAD = "print(native.load_kernels().path().decode())"
 
 
 def python(program: str, **variables: object) -> subprocess.CompletedProcess[str]:
@@ -965,13 +905,13 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         self.cache, self.temporary, self.runs = folder / "cache", folder / "tmp", folder / "runs"
         self.temporary.mkdir()
-        quick = f'echo run >> "{self.runs}"; exec {nanollama.find_compiler()} "$@" -O0'
+        quick = f'echo run >> "{self.runs}"; exec {kernels.find_compiler()} "$@" -O0'
         self.compiler = executable(folder / "compiler", f"#!/bin/sh\n{quick}\n")
 
     def load(self, before: str = "") -> str:
         """What the kernels call themselves in a new process."""
         places = {"NANOLLAMA_CACHE": self.cache, "TMPDIR": self.temporary, "CC": self.compiler}
-        done = python(f"import nanollama\n{before}\n{LOAD}", **places)
+        done = python(f"from nanollama_extras.kernels import native\n{before}\n{LOAD}", **places)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout.strip()
 
@@ -1005,7 +945,7 @@ def test_another_compiler_or_source_makes_another_library(desk: Desk) -> None:
         file.write("# another version\n")
     desk.load()
     assert desk.num_runs == len(desk.files) == 2
-    desk.load("nanollama.KERNEL_SOURCE += ' '")
+    desk.load("native.SOURCE += ' '")
     assert desk.num_runs == len(desk.files) == 3
 
 
@@ -1060,7 +1000,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(
 
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "copyfile", full)
-    library = nanollama._load_kernels((*KERNEL_FLAGS, "-O0", "-DFULL"))
+    library = kernels._load_kernels((*KERNEL_FLAGS, "-O0", "-DDISK_FULL"))
     assert library.path().decode() == native_path()
     assert len(copies) == 1
     assert list(copies[0].parent.iterdir()) == []
@@ -1071,7 +1011,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(
 SH = "#!/bin/sh\n"
 TO_TARGET = SH + 'while [ "$1" != -o ]; do shift; done; '
 FAILS = "echo said >&2; echo 'x.c:1: error: no vectors here' >&2; echo more >&2; exit 1"
-OTHER = f"echo 'int other;' | {nanollama.find_compiler()} -x c -shared -fPIC -o \"$2\" -"
+OTHER = f"echo 'int other;' | {kernels.find_compiler()} -x c -shared -fPIC -o \"$2\" -"
 BAD_COMPILERS: dict[str, tuple[str | None, str]] = {  # the file, and what is said of it
     "missing": (None, "no C compiler was found"),
     "fails": (SH + FAILS, "cannot compile the kernels: x.c:1: error: no vectors here"),
@@ -1088,7 +1028,7 @@ def said(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """What is said of the bad compiler that stands in for the system's."""
     program, said = BAD_COMPILERS[request.param]
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(nanollama, "KERNEL_FLAGS", (*KERNEL_FLAGS, f"-D{tmp_path.name}"))
+    monkeypatch.setattr(kernels, "KERNEL_FLAGS", (*KERNEL_FLAGS, f"-D{tmp_path.name}"))
     if program is None:
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -1147,16 +1087,16 @@ def test_the_command_answers_without_a_compiler(said: str, tiny: oracle.Tiny) ->
 def test_the_choice_of_kernels_comes_with_its_reason(
     wanted: str, device: str, dtype: torch.dtype, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found, said = nanollama.pick_kernels(wanted, torch.device(device), dtype)
-    assert found == why.startswith("native")
-    assert said.startswith(why)
+    backend = nanollama.pick_backend(wanted, torch.device(device), dtype)
+    assert isinstance(backend, NativeBackend) == why.startswith("native")
+    assert backend.describe().startswith(why)
     assert caplog.records == []  # nothing is wrong with any of these
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.bfloat16)])
 def test_native_kernels_where_there_are_none_are_refused(device: str, dtype: torch.dtype) -> None:
     with pytest.raises(RequestError, match=f"float32 on the CPU, not in {dtype} on {device}"):
-        nanollama.pick_kernels("native", torch.device(device), dtype)
+        nanollama.pick_backend("native", torch.device(device), dtype)
 
 
 def test_the_kernels_are_shown(tiny: oracle.Tiny, capsys: pytest.CaptureFixture[str]) -> None:

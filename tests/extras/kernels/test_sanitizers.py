@@ -1,4 +1,4 @@
-"""The C of section 4 under the compiler's sanitizers: no byte beyond a buffer, no undefined
+"""native.c under the compiler's sanitizers: no byte beyond a buffer, no undefined
 arithmetic, no race between threads."""
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import nanollama
+from nanollama import KernelError
+from nanollama_extras.kernels import native
 
 try:
-    COMPILER = nanollama.find_compiler()
-except nanollama.KernelError:
+    COMPILER = native.find_compiler()
+except KernelError:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
 pytestmark = pytest.mark.xdist_group("sanitizers")
@@ -135,9 +136,9 @@ static void try_experts(int format, int64_t num_tokens, int has_shared) {
 static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t window, int bad) {
     const int64_t starts[] = {0, 15, 127}, news[] = {3, 1, 2}, layers = 2, num_tokens = 8;
     int64_t block_bytes = kv_block_bytes(D, kind), row = 1;
-    int norms = H / Hkv % 3; /* EACH_HEAD, ALL_HEADS or AFTER_ROTATION */
+    int norms = H / Hkv % 3; /* HEAD, FULL or AFTER_ROPE */
     float *qkv = floats(num_tokens * (H + 2 * Hkv) * D);
-    float *norm = window ? floats(norms == ALL_HEADS ? H * D : D) : NULL;
+    float *norm = window ? floats(norms == FULL ? H * D : D) : NULL;
     float *sinks = window ? floats(H) : NULL;
     float *cosines = floats(num_tokens * D / 2), *sines = floats(num_tokens * D / 2);
     float *out = floats(num_tokens * H * D), *again = floats(num_tokens * H * D);
@@ -259,18 +260,18 @@ def checked(folder: Path, main: str, *flags: str) -> None:
     probe = run(folder, "#include <stdlib.h>\nint main() { free(malloc(3)); return 0; }", *flags)
     if probe.returncode:
         pytest.skip(f"{COMPILER} {' '.join(flags)} does not work: {probe.stderr[:200]}")
-    done = run(folder, nanollama.KERNEL_SOURCE + DATA + main, *flags)
+    done = run(folder, native.SOURCE + DATA + main, *flags)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("cpu", [nanollama.THIS_CPU, "-march=haswell", "-march=x86-64"])
+@pytest.mark.parametrize("cpu", [native.THIS_CPU, "-march=haswell", "-march=x86-64"])
 def test_no_kernel_leaves_its_buffers_or_computes_what_is_undefined(
     tmp_path: Path, cpu: str
 ) -> None:
-    if cpu == "-march=haswell" and "avx2" not in nanollama.cpu_features():
+    if cpu == "-march=haswell" and "avx2" not in native.cpu_features():
         pytest.skip("this CPU lacks AVX2")
     checked(tmp_path, MEMORY_MAIN, *MEMORY, cpu)  # unoptimized: far quicker to compile
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    checked(tmp_path, THREADS_MAIN, "-fsanitize=thread", "-O1", nanollama.THIS_CPU)
+    checked(tmp_path, THREADS_MAIN, "-fsanitize=thread", "-O1", native.THIS_CPU)

@@ -1,0 +1,1052 @@
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* ---- vectors: LANES floats, as wide as the machine's registers ---- */
+
+#if defined(__AVX512VNNI__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
+INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
+INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
+
+INLINE int32_t four_bytes(const int8_t *a) {
+    int32_t bytes;
+    memcpy(&bytes, a, 4);
+    return bytes;
+}
+
+/* What machines do in different ways:
+ *   madd         a * b + c, always in one rounding or always in two
+ *   from_half    float16 at p -> floats; to_half is the way back
+ *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
+ *   look_up      the bytes of a table (16) at the places that the bytes of q name
+ *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
+ *                activations (signed bytes) at `a`, the same for all lanes */
+#if LANES == 16
+#define PATH "AVX-512 VNNI"
+#define TILE 4   /* tokens and */
+#define BLOCKS 2 /* blocks of 16 rows whose sums fit into registers together */
+#define ROWS 8   /* queries that share a pass over keys and values */
+INLINE vec madd(vec a, vec b, vec c) {
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
+INLINE vec from_bytes(const void *p) {
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
+INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(table)), (__m512i)q);
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    (void)bits;
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
+}
+
+#elif LANES == 8
+#define PATH "AVX2"
+#define TILE 2
+#define BLOCKS 1
+#define ROWS 4
+INLINE vec madd(vec a, vec b, vec c) {
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
+INLINE vec from_bytes(const void *p) {
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
+    if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
+        return sum + (ivec)_mm256_madd_epi16(_mm256_maddubs_epi16(q, acts), _mm256_set1_epi16(1));
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
+    sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
+    return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
+}
+
+#else
+#define TILE 4
+#define BLOCKS 1
+#define ROWS 4
+INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec from_bytes(const int8_t *p) {
+    vec x;
+    for (int i = 0; i < LANES; i++) x[i] = p[i];
+    return x;
+}
+#if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define PATH "NEON dot product"
+INLINE vec from_half(const void *p) { return (vec)vcvt_f32_f16(vld1_f16(p)); }
+INLINE void to_half(void *p, vec x) { vst1_f16(p, vcvt_f16_f32((float32x4_t)x)); }
+INLINE ivec look_up(const void *table, ivec q) {
+    return (ivec)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)q);
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
+    if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
+    /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
+    sum += 128 * (a[0] + a[1] + a[2] + a[3]);
+    return (ivec)vdotq_s32((int32x4_t)sum, veorq_s8(q, vdupq_n_s8(-128)), acts);
+}
+#else
+#define PATH "portable C"
+INLINE vec from_half(const void *p) {
+    ivec h;
+    for (int i = 0; i < LANES; i++) h[i] = ((const uint16_t *)p)[i];
+    vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* the exponent's bias becomes 127, not 15 */
+    x = pick((h & 0x7c00) == 0x7c00, (vec)((ivec)x | 0x7f800000), x); /* infinity, NaN */
+    return (vec)((ivec)x | (h & 0x8000) << 16);
+}
+INLINE void to_half(void *p, vec x) {
+    ivec rest = (ivec)x & 0x7fffffff;
+    ivec h = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+    /* below 2^-14, adding 0.5 rounds at 2^-24, the last place of a subnormal */
+    h = (ivec)pick(rest < 0x38800000, (vec)((ivec)((vec)rest + 0.5f) - 0x3f000000), (vec)h);
+    h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
+    h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
+    for (int i = 0; i < LANES; i++) ((uint16_t *)p)[i] = h[i] | (((ivec)x)[i] >> 16 & 0x8000);
+}
+INLINE ivec look_up(const void *table, ivec q) {
+    uint8_t *at = (uint8_t *)&q;
+    for (int i = 0; i < (int)sizeof q; i++) at[i] = ((const uint8_t *)table)[at[i]];
+    return q;
+}
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    (void)bits;
+    for (int j = 0; j < 4; j++) sum += ((w >> (8 * j)) & 255) * a[j];
+    return sum;
+}
+#endif
+#endif
+
+#if LANES < 16
+INLINE void to_bytes(int8_t *p, ivec x) {
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
+}
+#endif
+
+const char *path(void) { return PATH; }
+
+/* ---- threads ---- */
+
+/* A job is cut into pieces, which the caller and the workers claim one by one. The caller takes all
+ * that nobody else claims and waits only for pieces in work, never for a worker to wake up or to be
+ * given a core: on a busy machine a job is as fast as one thread, where a barrier would stall.
+ *
+ *   ticket   [ how many pieces : 32 bits | the next one : 32 bits ]   one atomic add claims a piece
+ */
+typedef void piece(const void *job, int64_t index);
+static struct pool {
+    pthread_mutex_t owner, bed;
+    pthread_cond_t alarm;
+    uint64_t ticket;
+    piece *run;
+    const void *job;
+    int64_t num_done, num_workers, num_wanted, num_asleep;
+} pool;
+
+#define SPINS 4000 /* about 0.1 ms before a worker goes to sleep */
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() _mm_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() (void)0
+#endif
+
+static int is_open(void) {
+    uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST);
+    return (uint32_t)ticket < ticket >> 32;
+}
+
+static int work(void) {
+    if (!is_open()) return 0;
+    uint64_t ticket = __atomic_fetch_add(&pool.ticket, 1, __ATOMIC_SEQ_CST);
+    if ((uint32_t)ticket >= ticket >> 32) return 0;
+    pool.run(pool.job, (uint32_t)ticket); /* stays this job until the piece is done */
+    __atomic_fetch_add(&pool.num_done, 1, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
+static void *worker(void *index) {
+    for (int64_t spins = 0;; spins++) {
+        int wanted = (intptr_t)index < __atomic_load_n(&pool.num_wanted, __ATOMIC_SEQ_CST);
+        if (wanted && work()) spins = 0;
+        PAUSE();
+        if (spins < SPINS) continue;
+        pthread_mutex_lock(&pool.bed);
+        __atomic_fetch_add(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
+        if (!is_open()) pthread_cond_wait(&pool.alarm, &pool.bed);
+        __atomic_fetch_sub(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
+        pthread_mutex_unlock(&pool.bed);
+        spins = 0;
+    }
+    return NULL;
+}
+
+static void start_anew(void) {
+    pool = (struct pool){PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER,
+                         PTHREAD_COND_INITIALIZER, 0, NULL, NULL, 0, 0, 0, 0};
+}
+__attribute__((constructor)) static void on_load(void) {
+    start_anew();
+    pthread_atfork(NULL, NULL, start_anew); /* a fork has none of its parent's workers */
+}
+
+/* run(job, 0 .. num_pieces - 1) on up to num_threads threads, or alone while others have them */
+static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t num_threads) {
+    if (num_threads < 2 || num_pieces < 2 || pthread_mutex_trylock(&pool.owner)) {
+        for (int64_t i = 0; i < num_pieces; i++) run(job, i);
+        return;
+    }
+    pthread_t thread;
+    while (pool.num_workers < num_threads - 1 &&
+           !pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.num_workers)) {
+        pthread_detach(thread);
+        pool.num_workers++;
+    }
+    pool.run = run, pool.job = job;
+    __atomic_store_n(&pool.num_done, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pool.num_wanted, num_threads - 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&pool.ticket, (uint64_t)num_pieces << 32, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&pool.num_asleep, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&pool.bed);
+        pthread_cond_broadcast(&pool.alarm);
+        pthread_mutex_unlock(&pool.bed);
+    }
+    while (work()) {}
+    for (int64_t i = 0; __atomic_load_n(&pool.num_done, __ATOMIC_SEQ_CST) < num_pieces; i++)
+        if (i < SPINS) PAUSE();
+        else sched_yield();
+    pthread_mutex_unlock(&pool.owner);
+}
+
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t four_ints __attribute__((vector_size(16), aligned(4), may_alias));
+INLINE float sum_of(vec x) {
+    four sum = *(four *)&x;
+    for (int i = 1; i < LANES / 4; i++) sum += ((four *)&x)[i];
+    return sum[0] + sum[1] + (sum[2] + sum[3]);
+}
+INLINE float largest_of(vec x) {
+    four most = *(four *)&x;
+    for (int i = 1; i < LANES / 4; i++) {
+        four other = ((four *)&x)[i];
+        four_ints mask = most > other;
+        most = (four)((mask & (four_ints)most) | (~mask & (four_ints)other));
+    }
+    return MAX(MAX(most[0], most[1]), MAX(most[2], most[3]));
+}
+
+/* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
+#define ROUNDER 12582912.0f
+
+/* exp(x) within 3 units in the last place, 0 below -87 and exp(88) above 88, NaN for NaN:
+ * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
+INLINE vec exp_of(vec x) {
+    vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
+    vec shifted = madd(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
+    vec r = madd(n, splat(-1.42860677e-6f), madd(n, splat(-0.693145752f), bounded));
+    vec p = splat(1.0f / 720);
+    p = madd(p, r, splat(1.0f / 120));
+    p = madd(p, r, splat(1.0f / 24));
+    p = madd(p, r, splat(1.0f / 6));
+    p = madd(p, r, splat(0.5f));
+    p = madd(p, r, splat(1.0f));
+    p = madd(p, r, splat(1.0f));
+    return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
+}
+
+/* 1 / rms of x (n), n a multiple of 16 */
+INLINE float rms_factor(const float *x, int64_t n, float eps) {
+    vec sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(x + i), sum);
+    return 1.0f / sqrtf(sum_of(sum) / n + eps);
+}
+
+/* ---- linear: y = W before(x) + bias + residual ---- */
+
+typedef struct {
+    const uint8_t *blocks;
+    const float *bias; /* (rows), or NULL */
+    int64_t rows, cols;
+    int32_t bits, group, has_offset, is_float, block_bytes;
+} matrix;
+
+/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
+enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
+
+typedef struct {
+    const matrix *parts; /* they read the same input; their outputs stand side by side */
+    int64_t num_parts;
+    const float *x, *norm, *residual; /* (N, cols), or (N, 2 cols) of gate and up; (cols); as out */
+    float *out;                       /* (N, rows of all parts) */
+    int64_t before;
+    float eps;
+    int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* found by `linear` */
+    uint8_t *acts;
+} linear_call;
+
+/* Activations as int8, each group of 32 columns with a scale of its own. Tokens go in tiles of T,
+ * and a tile's groups follow each other:
+ *
+ *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
+ */
+#define GROUP_BYTES 52 /* a token */
+
+INLINE int tile_size(int64_t tokens_left) {
+    return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
+}
+
+/* x, 32 columns of token t of a tile, to its group */
+INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
+    vec sizes = {0};
+    for (int i = 0; i < 32 / LANES; i++) sizes = larger((vec)((ivec)x[i] & 0x7fffffff), sizes);
+    float most = largest_of(sizes), inverse = most > 1e-35f ? 127.0f / most : 0, sums[2] = {0};
+    int8_t *a = (int8_t *)group + 32 * t;
+    for (int i = 0; i < 32 / LANES; i++) {
+        vec q = x[i] * inverse + ROUNDER;
+        to_bytes(a + i * LANES, (ivec)q - (ivec)splat(ROUNDER));
+        sums[i * LANES / 16] += sum_of(q - ROUNDER);
+    }
+    float sum = sums[0] + sums[1]; /* NaN where any x is NaN or infinite: not to be hidden */
+    float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
+    s[0] = scale;
+    s[T] = scale * sum;
+    s[2 * T] = scale * sums[0];
+    s[3 * T] = scale * sums[1];
+    ((int32_t *)s)[4 * T] = isnan(sum) ? 0 : -8 * (int32_t)sum;
+}
+
+/* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE vec gelu(vec x) {
+    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
+}
+
+/* LANES columns of one token's input, ready for the matrix */
+INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
+    int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
+    const float *at = in->x + token * (in->cols << gated) + col;
+    vec x = load(at), up = load(at + (gated ? in->cols : 0));
+    switch (in->before) {
+    case NORM: return x * factor * load(in->norm + col);
+    case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
+    case GEGLU: return gelu(x) * up;
+    case CLAMPED_SWIGLU: /* as in gpt-oss */
+        x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
+        return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
+    case RELU2: return larger((vec){0}, x) * x;
+    case GELU: return gelu(x);
+    default: return x;
+    }
+}
+
+/* quantizes a piece of all tokens' groups */
+static void quantize_piece(const void *job, int64_t piece) {
+    const linear_call *in = job;
+    int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
+    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
+    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
+        int64_t start = token / TILE * TILE, T;
+        for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
+        float factor = 1;
+        if (in->before == NORM)
+            factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
+        for (; g < num_groups && i < stop; g++, i++) {
+            vec x[32 / LANES];
+            for (int c = 0; c < 32 / LANES; c++)
+                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+            uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
+            quantize_group(x, group, T, token - start);
+        }
+    }
+}
+
+#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
+
+/* the values of 4-bit floats, doubled, and 12 more */
+static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+#define VECS (16 / LANES) /* that hold a block's rows */
+
+/* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
+ * constants wherever this lands. A register of weights meets all tokens before the next one is
+ * loaded: all sums grow side by side, and none waits for itself. */
+INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
+                     int T, int bits, int group, int has_offset, int is_float) {
+    const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
+    const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
+    const int64_t next_block = num_groups * block_bytes;
+    vec y[BLOCKS * VECS][TILE];
+    for (int v = 0; v < B * VECS; v++)
+        for (int t = 0; t < T; t++) y[v][t] = (vec){0};
+    for (int64_t g = 0; g < num_groups; g++, block += block_bytes) {
+        const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
+        const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
+        ivec dot[BLOCKS * VECS][TILE];
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < B * VECS; v++)
+                dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
+        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
+            for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
+        for (int b = 0; b < B; b++)
+            for (int i = 0; i < block_bytes; i += 64)
+                __builtin_prefetch(block + b * next_block + AHEAD + i);
+        a += g * group % 32; /* where in its group of activations a short one begins */
+        for (int i = 0; i < num_words; i++) {
+            ivec w[BLOCKS * VECS];
+            for (int v = 0; v < B * VECS; v++)
+                w[v] = ((const ivec *)(block + v / VECS * next_block + 64 * i))[v % VECS];
+            for (int half = 0; half < (bits == 4 ? 2 : 1); half++)
+                for (int t = 0; t < T; t++)
+                    for (int v = 0; v < B * VECS; v++) {
+                        ivec q = w[v];
+                        if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
+                        if (is_float) q = look_up(float4, q);
+                        dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
+                    }
+        }
+        for (int v = 0; v < B * VECS; v++) {
+            const uint8_t *scales = block + v / VECS * next_block + 2 * group * bits;
+            scales += v % VECS * LANES * 2;
+            vec scale = from_half(scales), offset = {0};
+            if (has_offset) offset = from_half(scales + 32);
+            if (bits == 8) offset = madd(scale, splat(-128), offset);
+            for (int t = 0; t < T; t++) {
+                y[v][t] = madd(__builtin_convertvector(dot[v][t], vec), scale * s[t], y[v][t]);
+                if (!centred) y[v][t] = madd(offset, splat(sums[t]), y[v][t]);
+            }
+        }
+    }
+    for (int v = 0; v < B * VECS; v++)
+        for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
+}
+
+#define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
+    if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
+        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
+#define FORMATS(B, T) \
+    if (num_blocks == B && num_tokens == T) { \
+        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
+        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
+        return; \
+    }
+static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
+                          int num_blocks, int num_tokens) {
+    FORMATS(1, 1) FORMATS(1, 2)
+#if TILE > 2
+    FORMATS(1, TILE)
+#endif
+#if BLOCKS == 2
+    FORMATS(2, 1) FORMATS(2, 2) FORMATS(2, TILE)
+#endif
+}
+
+/* LANES rows from `row` on of one token, to place `at` of the output */
+INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residual, float *out) {
+    if (row + LANES <= m->rows) {
+        if (m->bias) y += load(m->bias + row);
+        if (residual) y = load(residual) + y;
+        store(out, y);
+    } else {
+        for (int64_t i = 0; row + i < m->rows; i++) {
+            float one = y[i] + (m->bias ? m->bias[row + i] : 0);
+            out[i] = residual ? residual[i] + one : one;
+        }
+    }
+}
+
+/* A piece is a run of blocks. It goes through all tokens, as many at a time as a cache holds. */
+static void multiply_piece(const void *job, int64_t piece) {
+    const linear_call *c = job;
+    int64_t token_bytes = c->cols / 32 * GROUP_BYTES, last = c->num_blocks * (piece + 1);
+    int64_t chunk = MAX(TILE, (512 << 10) / token_bytes / TILE * TILE);
+    for (int64_t from = 0; from < c->num_tokens; from += chunk) {
+        const matrix *m = c->parts;
+        int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk), B;
+        for (int64_t i = c->num_blocks * piece / c->num_pieces; i < last / c->num_pieces; i += B) {
+            for (; (i - first_block) * 16 >= m->rows; m++) {
+                first_block += (m->rows + 15) / 16;
+                first_row += m->rows;
+            }
+            int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
+            const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
+            B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
+            if (c->num_tokens == 1) B = 1; /* memory likes one stream better than two */
+            for (int64_t start = from, T; start < stop; start += T) {
+                vec y[BLOCKS * VECS * TILE];
+                T = tile_size(c->num_tokens - start);
+                multiply_tile(m, block, c->acts + start * token_bytes, y, B, T);
+                for (int64_t n = 0; n < B * VECS * T; n++) {
+                    int64_t r = row + n / T * LANES, token = start + n % T;
+                    int64_t at = token * c->num_rows + first_row + r;
+                    finish_rows(m, r, y[n], c->residual ? c->residual + at : NULL, c->out + at);
+                }
+            }
+        }
+    }
+}
+
+#define PIECES 4 /* for each thread: who is held up leaves the rest to others */
+
+void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
+    linear_call c = *(const linear_call *)call;
+    c.num_tokens = num_tokens, c.cols = c.parts->cols;
+    for (const matrix *m = c.parts; m < c.parts + c.num_parts; m++) {
+        c.num_rows += m->rows;
+        c.num_blocks += (m->rows + 15) / 16;
+    }
+    int64_t num_groups = num_tokens * c.cols / 32;
+    c.acts = malloc(num_groups * GROUP_BYTES);
+    c.num_pieces = num_groups < 128 ? 1 : MIN(num_groups / 64, PIECES * num_threads);
+    share_out(quantize_piece, &c, c.num_pieces, num_threads);
+    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
+    share_out(multiply_piece, &c, c.num_pieces, num_threads);
+    free(c.acts);
+}
+
+typedef struct { const matrix *m; const int64_t *ids; float *out, factor; } gather_call;
+
+/* rows `ids` (n) of a matrix times the factor -> out (n, cols) */
+void gather(const void *call, int64_t n, int64_t num_threads) {
+    (void)num_threads;
+    const gather_call *c = call;
+    const matrix *m = c->m;
+    int64_t num_groups = m->cols / m->group, half = m->group / 2;
+    int64_t num_bytes = m->group * m->bits / 8;
+    for (int64_t i = 0; i < n * num_groups; i++) {
+        int64_t id = c->ids[i / num_groups], lane = id % 16;
+        const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
+        const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
+        float scale = from_half(scales)[lane % LANES], offset = 0, *y = c->out + i * m->group;
+        if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];
+        int zero = m->bits == 8 ? 128 : m->has_offset ? 0 : m->is_float ? 12 : 8;
+        for (int64_t j = 0; j < num_bytes; j++) {
+            uint8_t q = block[j / 4 * 64 + 4 * lane + j % 4];
+            int low = m->bits == 8 ? q : q & 15, high = q >> 4;
+            if (m->is_float) low = float4[low], high = float4[high];
+            y[j] = ((low - zero) * scale + offset) * c->factor;
+            if (m->bits == 4) y[j + half] = ((high - zero) * scale + offset) * c->factor;
+        }
+    }
+}
+
+typedef struct {
+    const float *x, *weight, *bias, *residual;
+    float *out;
+    int64_t cols, is_centred; /* a multiple of 16; whether the mean is taken off: LayerNorm */
+    float eps;
+} norm_call;
+
+static void norm_piece(const void *job, int64_t token) {
+    const norm_call *c = job;
+    const float *x = c->x + token * c->cols;
+    vec sum = {0}, squares = {0}, mean = {0};
+    for (int64_t i = 0; i < c->cols && c->is_centred; i += LANES) sum += load(x + i);
+    if (c->is_centred) mean = splat(sum_of(sum) / c->cols);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec centred = load(x + i) - mean;
+        squares = madd(centred, centred, squares);
+    }
+    float factor = 1.0f / sqrtf(sum_of(squares) / c->cols + c->eps);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = (load(x + i) - mean) * factor * load(c->weight + i);
+        if (c->bias) y += load(c->bias + i);
+        if (c->residual) y = load(c->residual + token * c->cols + i) + y;
+        store(c->out + token * c->cols + i, y);
+    }
+}
+
+/* out = norm(x) + residual, (n, cols) all */
+void norm(const void *call, int64_t n, int64_t num_threads) {
+    share_out(norm_piece, call, n, num_threads);
+}
+
+/* ---- a mixture of experts ---- */
+
+typedef struct {
+    const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
+    const float *x, *gate, *bias, *shared_gate, *residual; /* (N, C); (E, C); (E) or NULL; .. */
+    float *out;                                            /* (N, C) */
+    int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
+    float *weights; /* (N, E + 1), found by `experts`: of each token for each expert, mostly 0 */
+} experts_call;
+
+INLINE float dot(const float *x, const float *y, int64_t n) {
+    vec sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(y + i), sum);
+    return sum_of(sum);
+}
+
+#define ROUTES 4 /* pieces of a token's experts */
+static void route_piece(const void *job, int64_t piece) {
+    const experts_call *c = job;
+    int64_t token = piece / ROUTES, E = c->num_experts;
+    const float *x = c->x + token * c->cols;
+    for (int64_t e = E * (piece % ROUTES) / ROUTES; e < E * (piece % ROUTES + 1) / ROUTES; e++)
+        c->weights[token * (E + 1) + e] =
+            dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
+}
+
+/* scores -> softmax, of which the largest stay; of equal ones the first */
+static void choose_experts(const experts_call *c, float *weights, const float *x) {
+    int64_t E = c->num_experts;
+    float most = weights[0], sum = 0, kept = 0;
+    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
+    for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
+    for (int64_t i = 0; i < c->num_used; i++) { /* those chosen wait as negative numbers */
+        int64_t best = 0;
+        for (int64_t e = 1; e < E; e++)
+            if (weights[e] > weights[best]) best = e;
+        kept += weights[best];
+        weights[best] = -weights[best];
+    }
+    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
+    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
+    weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
+}
+
+/* out = residual + what each token's experts give, weighted, always in the order of the experts */
+void experts(const void *call, int64_t n, int64_t num_threads) {
+    experts_call c = *(const experts_call *)call;
+    int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
+    for (int64_t e = 0; e < num_all; e++)
+        width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
+    float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
+    float *hidden = malloc(n * width * sizeof(float));
+    int64_t *tokens = malloc(n * sizeof(int64_t));
+    c.weights = malloc(n * (E + 1) * sizeof(float));
+    share_out(route_piece, &c, n * ROUTES, num_threads);
+    for (int64_t t = 0; t < n; t++)
+        choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
+    if (c.residual) memcpy(c.out, c.residual, n * C * sizeof(float));
+    else memset(c.out, 0, n * C * sizeof(float));
+    for (int64_t e = 0; e < num_all; e++) {
+        int64_t num = 0;
+        for (int64_t t = 0; t < n; t++)
+            if (c.weights[t * (E + 1) + e] != 0) {
+                memcpy(x + num * C, c.x + t * C, C * sizeof(float));
+                tokens[num++] = t;
+            }
+        linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
+        linear_call down = {.parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y,
+                            .before = c.before};
+        if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
+        for (int64_t i = 0; i < num; i++) {
+            float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
+            for (int64_t d = 0; d < C; d += LANES)
+                store(out + d, load(out + d) + load(y + i * C + d) * weight);
+        }
+    }
+    free(x), free(y), free(hidden), free(tokens), free(c.weights);
+}
+
+/* ---- attention ---- */
+
+/* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
+ *
+ *   keys     (D, 16) elements, so that a lane is a position
+ *   values   (16, D) elements
+ *
+ * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
+ * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
+ */
+enum { FLOAT32, FLOAT16, Q8 };
+#define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
+#define MAX_D 512
+#define NOTHING -1e30f /* the largest of no scores */
+
+typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
+enum { HEAD, FULL, AFTER_ROPE }; /* the norms of queries and keys, if any */
+
+typedef struct {
+    const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
+    const span *spans; /* after the last one follows one without tokens */
+    float *out;        /* (N, H D) */
+    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
+    /* found by `attention`: */
+    float *q;           /* (N, H, D), rotated and scaled */
+    float *partials;    /* of each task's chunks, when these are shared out */
+    int64_t num_chunks; /* that a task is cut into, or 1 */
+} attention_call;
+
+INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
+
+INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value, int64_t head) {
+    int64_t strip = (is_value * c->n_layers + c->layer) * c->n_kv_heads + head;
+    return s->strip + strip * s->num_blocks * c->block_bytes;
+}
+
+/* y = head h of those at x (.., D), normed if the family does that, with the factor of all heads if
+ * there is one, rotated to its token's position, scaled */
+INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, const float *norm,
+                        float factor, int64_t token, float scale, float *restrict y) {
+    int64_t D = c->head_dim, half = D / 2;
+    const float *cos = c->cos + token * half, *sin = c->sin + token * half;
+    x += h * D;
+    if (norm && c->norms == FULL) norm += h * D;
+    if (!factor) factor = norm ? rms_factor(x, D, c->eps) : 1;
+    for (int64_t d = 0; d < half; d++) {
+        float a = x[d] * factor, b = x[d + half] * factor;
+        if (norm && c->norms != AFTER_ROPE) a *= norm[d], b *= norm[d + half];
+        y[d] = (a * cos[d] - b * sin[d]) * scale;
+        y[d + half] = (b * cos[d] + a * sin[d]) * scale;
+    }
+    for (int64_t d = 0; d < D && norm && c->norms == AFTER_ROPE; d++) y[d] *= norm[d];
+}
+
+/* keeps x (D) of one position in its block */
+INLINE void keep(const attention_call *c, const float *x, char *block, int64_t lane, int is_value) {
+    int64_t D = c->head_dim, group = scale_group(D), step = is_value ? 1 : 16;
+    int64_t first = is_value ? lane * D : lane;
+    uint16_t half[LANES];
+    for (int64_t d = 0; d < D; d += LANES) {
+        vec part = load(x + d);
+        if (c->kind == FLOAT16) to_half(half, part);
+        for (int64_t i = 0; i < LANES && c->kind != Q8; i++)
+            if (c->kind == FLOAT16) ((uint16_t *)block)[first + (d + i) * step] = half[i];
+            else ((float *)block)[first + (d + i) * step] = part[i];
+    }
+    for (int64_t g = 0; g < D / group && c->kind == Q8; g++) {
+        float most = 0;
+        for (int64_t d = g * group; d < (g + 1) * group; d++) most = MAX(most, fabsf(x[d]));
+        float inverse = most > 0 ? 127.0f / most : 0;
+        to_half(half, splat(most / 127.0f));
+        ((uint16_t *)(block + 16 * D))[g * 16 + lane] = half[0];
+        for (int64_t d = g * group; d < (g + 1) * group; d++)
+            ((int8_t *)block)[first + d * step] = (int8_t)lrintf(x[d] * inverse);
+    }
+}
+
+/* LANES elements of a block from element `at` on */
+INLINE vec elements(const char *block, int64_t at, int kind) {
+    if (kind == FLOAT32) return load((const float *)block + at);
+    if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
+    return from_bytes((const int8_t *)block + at);
+}
+
+/* Up to ROWS queries of one sequence that share a key/value head, and the keys each may see */
+typedef struct {
+    const span *s;
+    int64_t head, first_row, num_rows, first_chunk, end;
+    struct { int32_t from, to; } sees[ROWS];
+} task;
+
+/* What R queries q (R, D) make of some keys: the largest score m, the sum l of exp(score - m), and
+ * y, the values weighted with these: m (ROWS) | l (ROWS) | y (ROWS, D) */
+#define PARTIAL(D) (ROWS * (2 + (D)))
+
+/* numerators of the softmax over keys first..last, p (R, CHUNK); m and l */
+INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
+                  int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
+    int64_t D = c->head_dim, num_keys = last - first, group = kind == Q8 ? scale_group(D) : D;
+    vec most[ROWS], sum[ROWS];
+    ivec lanes;
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
+    for (int64_t k = 0; k < num_keys; k += LANES) {
+        const char *block = keys + k / 16 * c->block_bytes;
+        vec dot[ROWS], part[ROWS];
+        for (int r = 0; r < R; r++) dot[r] = (vec){0};
+        for (int64_t g = 0; g < D; g += group) {
+            for (int r = 0; r < R; r++) part[r] = (vec){0};
+            for (int64_t d = g; d < g + group; d++) {
+                vec key = elements(block, 16 * d + k % 16, kind);
+                for (int r = 0; r < R; r++) part[r] = madd(splat(q[r * D + d]), key, part[r]);
+            }
+            vec scale = splat(1);
+            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
+            for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
+        }
+        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
+            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
+        ivec place = lanes + (int32_t)(first + k);
+        for (int r = 0; r < R; r++) {
+            ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
+            dot[r] = pick(seen, dot[r], splat(-INFINITY));
+            most[r] = larger(most[r], dot[r]);
+            store(p + r * CHUNK + k, dot[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        m[r] = largest_of(most[r]);
+        for (float *at = p + r * CHUNK; at < p + r * CHUNK + num_keys; at += LANES) {
+            vec weight = exp_of(load(at) - m[r]);
+            store(at, weight);
+            sum[r] += weight;
+        }
+        l[r] = sum_of(sum[r]);
+    }
+}
+
+/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors at a time */
+INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
+                  float *y, int R, int kind) {
+    int64_t D = c->head_dim;
+    for (int64_t d = 0; d < D; d += 2 * LANES) {
+        const int two = d + 2 * LANES <= D;
+        vec sum[ROWS][2];
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
+        for (int64_t first = 0; first < num_keys; first += 16) {
+            const char *block = values + first / 16 * c->block_bytes;
+            float scaled[ROWS * 16];
+            const float *weight = p + first;
+            int64_t step = CHUNK;
+            if (kind == Q8) {
+                const char *scales = block + 16 * D + d / scale_group(D) * 32;
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < 16; i += LANES) {
+                        vec w = load(weight + r * CHUNK + i);
+                        store(scaled + 16 * r + i, w * from_half(scales + 2 * i));
+                    }
+                weight = scaled, step = 16;
+            }
+            for (int64_t k = 0; k < MIN(16, num_keys - first); k++) {
+                vec v = elements(block, k * D + d, kind), v2 = {0};
+                if (two) v2 = elements(block, k * D + d + LANES, kind);
+                for (int r = 0; r < R; r++) {
+                    sum[r][0] = madd(splat(weight[r * step + k]), v, sum[r][0]);
+                    sum[r][1] = madd(splat(weight[r * step + k]), v2, sum[r][1]);
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(y + r * D + d, sum[r][0]);
+            if (two) store(y + r * D + d + LANES, sum[r][1]);
+        }
+    }
+}
+
+#define WITH(R, KIND) \
+    case R: \
+        score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
+        weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
+        break;
+#if ROWS == 8
+#define MORE_ROWS(KIND) WITH(6, KIND) WITH(8, KIND)
+#else
+#define MORE_ROWS(KIND)
+#endif
+#define BY_ROWS(KIND) \
+    switch (R) { \
+        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) MORE_ROWS(KIND) \
+    }
+static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
+                         float *out) {
+    float p[ROWS * CHUNK];
+    int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
+    int64_t at = first / 16 % c->ring * c->block_bytes;
+    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
+    const char *values = blocks_of(c, t->s, 1, t->head) + at;
+    int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
+    if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
+    else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
+    else BY_ROWS(Q8)
+}
+
+/* nothing yet, or a sink's score with a value of zeros */
+INLINE void clear(const attention_call *c, const task *t, float *sum) {
+    int64_t heads = c->n_heads / c->n_kv_heads;
+    memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
+    for (int r = 0; r < ROWS; r++) {
+        sum[r] = c->sinks ? c->sinks[t->head * heads + (t->first_row + r) % heads] : NOTHING;
+        if (c->sinks) sum[ROWS + r] = 1;
+    }
+}
+
+/* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
+INLINE void merge(const task *t, float *sum, const float *chunk, int64_t D) {
+    for (int r = 0; r < t->num_rows; r++) {
+        float m = MAX(sum[r], chunk[r]), *y = sum + 2 * ROWS + r * D;
+        float old = exp_of(splat(sum[r] - m))[0], new = exp_of(splat(chunk[r] - m))[0];
+        sum[r] = m;
+        sum[ROWS + r] = sum[ROWS + r] * old + chunk[ROWS + r] * new;
+        for (int64_t d = 0; d < D; d += LANES)
+            store(y + d, load(y + d) * old + load(chunk + 2 * ROWS + r * D + d) * new);
+    }
+}
+
+static task find_task(const attention_call *c, int64_t index) {
+    int64_t heads = c->n_heads / c->n_kv_heads, num_tiles;
+    task t = {.s = c->spans};
+    for (;; t.s++) {
+        num_tiles = (t.s->num_new * heads + ROWS - 1) / ROWS;
+        if (index < num_tiles * c->n_kv_heads) break;
+        index -= num_tiles * c->n_kv_heads;
+    }
+    t.head = index / num_tiles;
+    t.first_row = index % num_tiles * ROWS;
+    t.num_rows = MIN(ROWS, t.s->num_new * heads - t.first_row);
+    for (int r = 0; r < ROWS; r++) {
+        t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
+        t.sees[r].from = c->window ? MAX(0, t.end - c->window) : 0;
+        t.sees[r].to = t.end;
+    }
+    t.first_chunk = t.sees[0].from / CHUNK;
+    return t;
+}
+
+/* where row r of a task lies in (N, H, D) */
+INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
+    int64_t heads = c->n_heads / c->n_kv_heads, row = t->first_row + r;
+    int64_t token = t->s->row + row / heads;
+    return (token * c->n_heads + t->head * heads + row % heads) * c->head_dim;
+}
+
+INLINE void finish(const attention_call *c, const task *t, const float *sum) {
+    int64_t D = c->head_dim;
+    for (int64_t r = 0; r < t->num_rows; r++) {
+        float *out = c->out + place(c, t, r);
+        for (int64_t d = 0; d < D; d += LANES)
+            store(out + d, load(sum + 2 * ROWS + r * D + d) / sum[ROWS + r]);
+    }
+}
+
+/* a piece is a token: its queries go to q, its keys and values to the strip */
+static void place_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
+    const span *s = c->spans;
+    for (; piece >= s->num_new; s++) piece -= s->num_new;
+    int64_t token = s->row + piece, at = s->start + piece;
+    int64_t block = at / 16 % c->ring * c->block_bytes;
+    const float *x = c->qkv + token * (H + 2 * Hkv) * D;
+    const float *keys = x + H * D;
+    float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
+    if (c->norms == FULL)
+        of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
+    for (int64_t h = 0; h < H; h++)
+        rotate_head(c, x, h, c->q_norm, of_q, token, scale, c->q + (token * H + h) * D);
+    for (int64_t h = 0; h < Hkv; h++) {
+        float key[MAX_D];
+        rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
+        keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
+        keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
+    }
+}
+
+/* a piece is a task, or one chunk of a task */
+static void attend_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    float tile[ROWS * MAX_D], sum[PARTIAL(MAX_D)], one[PARTIAL(MAX_D)];
+    int64_t D = c->head_dim, chunk = piece % c->num_chunks;
+    task t = find_task(c, piece / c->num_chunks);
+    for (int64_t r = 0; r < ROWS; r++) /* the last query fills up the tile */
+        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)), D * sizeof(float));
+    if (c->num_chunks > 1) {
+        if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
+            attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
+        return;
+    }
+    clear(c, &t, sum);
+    for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
+        attend_chunk(c, &t, tile, chunk, one);
+        merge(&t, sum, one, D);
+    }
+    finish(c, &t, sum);
+}
+
+static void merge_piece(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    float sum[PARTIAL(MAX_D)];
+    task t = find_task(c, piece);
+    clear(c, &t, sum);
+    for (int64_t chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++)
+        merge(&t, sum, c->partials + (piece * c->num_chunks + chunk) * PARTIAL(c->head_dim),
+              c->head_dim);
+    finish(c, &t, sum);
+}
+
+/* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
+ * chunks are shared out among threads; the arithmetic is the same. */
+void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
+    attention_call c = *(const attention_call *)call;
+    if (!c.scale) c.scale = 1.0f / sqrtf(c.head_dim);
+    c.num_chunks = 1;
+    int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
+    for (const span *s = c.spans; s->num_new; s++) {
+        num_new += s->num_new;
+        num_tasks += (s->num_new * (c.n_heads / c.n_kv_heads) + ROWS - 1) / ROWS * c.n_kv_heads;
+        num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
+    }
+    if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
+    int64_t row_bytes = c.n_heads * c.head_dim * sizeof(float);
+    for (int64_t row = num_new; row < num_tokens; row++) /* rows that only pad the batch */
+        memset((char *)c.out + row * row_bytes, 0, row_bytes);
+    c.q = malloc(num_tokens * row_bytes);
+    if (c.num_chunks > 1)
+        c.partials = malloc(num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
+    share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
+    share_out(attend_piece, &c, num_tasks * c.num_chunks, num_threads);
+    if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
+    free(c.q);
+    free(c.partials);
+}
+
+/* ---- a step ---- */
+
+/* All kernels take a structure that says what to do and, apart, to how many rows: so a step of the
+ * model can be kept as a list of calls, and run again when the tensors hold other rows. */
+typedef void kernel(const void *call, int64_t num_tokens, int64_t num_threads);
+typedef struct {
+    kernel *run;
+    const void *call;
+} step;
+
+void replay(const step *steps, int64_t num_steps, int64_t num_tokens, int64_t num_threads) {
+    for (const step *s = steps; s < steps + num_steps; s++)
+        s->run(s->call, num_tokens, num_threads);
+}
+
+typedef struct { const uint8_t *bytes; int64_t num_bytes, num_pieces, total; } read_job;
+
+static void read_piece(const void *job, int64_t piece) {
+    read_job *c = (read_job *)job;
+    ivec sum[4] = {{0}};
+    int64_t lines = c->num_bytes / 256;
+    for (int64_t i = lines * piece / c->num_pieces; i < lines * (piece + 1) / c->num_pieces; i++)
+        for (int j = 0; j < 64 / LANES; j++)
+            sum[j % 4] += ((const ivec *)(c->bytes + 256 * i))[j];
+    sum[0] += sum[1] + sum[2] + sum[3];
+    int64_t total = 0;
+    for (int j = 0; j < LANES; j++) total += sum[0][j];
+    __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
+}
+
+/* reads a buffer once; the sum is there so that it must be read */
+int64_t read_all(const uint8_t *bytes, int64_t num_bytes, int64_t num_threads) {
+    read_job c = {bytes, num_bytes, PIECES * num_threads, 0};
+    share_out(read_piece, &c, c.num_pieces, num_threads);
+    return c.total;
+}

@@ -1,0 +1,624 @@
+"""The CPU backend: packed weights, norms, attention and mixtures of experts by kernels in C.
+
+Seam: `Backend` of nanollama.py. `pick_backend` calls `make_backend` here for float32 on the CPU.
+native.c is compiled once for the machine it runs on; the library stays in nanollama's cache.
+To remove the feature, delete native.py and native.c: models then run on torch's own operations.
+
+A PackedLinear's rows, 16 at a time, become blocks that the kernels read from front to back:
+
+  block   [ 16 rows x one group of columns | 16 scales | 16 offsets, if any ]    float16 scales
+
+  4 bits  word i of row r holds columns 4i .. 4i+3 in its low nibbles, and half a group on in its
+          high ones; 8 bits: columns 4i .. 4i+3, 128 added
+
+          [ row 0 word 0 | row 1 word 0 | .. | row 15 word 0 ]  64 bytes: one vector register,
+          [ row 0 word 1 | row 1 word 1 | .. | row 15 word 1 ]  a lane for each row
+
+One instruction multiplies 16 rows by 4 activations, which are int8 with a scale for each group of
+32 and the same for all lanes, so no sum ever runs across lanes. A token's arithmetic is the same
+whatever else is in the call: tiles only repeat it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanollama import (
+    KV_BLOCK,
+    Backend,
+    Batch,
+    KernelError,
+    KVCache,
+    MoE,
+    Norm,
+    Operand,
+    PackedLinear,
+    Projection,
+    Rotation,
+    Span,
+    cache_root,
+    first_line,
+    log,
+    round_up,
+)
+
+if TYPE_CHECKING:
+    from nanollama import Attention, Decoder, ModelConfig, Weights
+
+SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
+THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+KERNEL_FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", THIS_CPU)
+BLOCK_ROWS = 16
+LOAD_WEIGHTS = 1 << 19  # weights repacked at a time
+
+# ---- the C interface -----------------------------------------------------------------------------
+#
+#   native.c declares the structures that its kernels take; their ctypes twins are made from those
+#   declarations, and calls name each field. When the library is compiled, the sizes and offsets
+#   that ctypes computes are asserted in C.
+
+C_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float}
+
+
+def c_fields(declarations: str) -> list[tuple[str, Any]]:
+    """`const float *x, eps;` -> [("x", c_void_p), ("eps", c_float)]"""
+    fields: list[tuple[str, Any]] = []
+    for declaration in filter(None, map(str.strip, declarations.split(";"))):
+        kind, names = declaration.removeprefix("const ").split(maxsplit=1)
+        for name in names.split(","):
+            word = name.split("*")[-1].strip()
+            fields.append((word, ctypes.c_void_p if "*" in name else C_TYPES[kind]))
+    return fields
+
+
+def read_structures(source: str) -> dict[str, Any]:
+    """A ctypes twin for each structure `typedef struct { .. } NAME;` without structures in it.
+    __slots__ makes an unknown keyword an error."""
+    plain = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    return {
+        name: type(name, (ctypes.Structure,), {"_fields_": c_fields(declarations), "__slots__": ()})
+        for declarations, name in re.findall(r"typedef struct \{([^{}]*)\} (\w+);", plain)
+    }
+
+
+def read_numbers(source: str) -> dict[str, int]:
+    """The value of each name in `enum { .. }`"""
+    lists = re.findall(r"enum \{([^{}]*)\}", source)
+    return {name.strip(): i for names in lists for i, name in enumerate(names.split(","))}
+
+
+STRUCTURES, NUMBERS = read_structures(SOURCE), read_numbers(SOURCE)
+KERNELS = tuple(name.removesuffix("_call") for name in STRUCTURES if name.endswith("_call"))
+
+
+def layout_assertions() -> str:
+    """C that does not compile unless it lays out its structures as ctypes does."""
+    lines = ["\n#include <stddef.h>"]
+    for name, twin in STRUCTURES.items():
+        sizes = {f"sizeof({name})": ctypes.sizeof(twin)}
+        sizes |= {
+            f"offsetof({name}, {field})": getattr(twin, field).offset for field, _ in twin._fields_
+        }
+        lines += [f'_Static_assert({c} == {size}, "{c}");' for c, size in sizes.items()]
+    return "\n".join(lines) + "\n"
+
+
+# ---- compiling and loading -----------------------------------------------------------------------
+
+
+def cpu_features() -> str:
+    """The lines of /proc/cpuinfo that `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    words = ("model name", "flags", "CPU part", "Features")
+    return "\n".join(sorted({line for line in lines if line.startswith(words)}))
+
+
+def find_compiler() -> str:
+    """The system's C compiler. Raises KernelError."""
+    names = (os.environ.get("CC", ""), "gcc", "cc", "clang")
+    for path in filter(None, map(shutil.which, filter(None, names))):
+        return path
+    raise KernelError("no C compiler was found (the environment's CC, gcc, cc or clang)")
+
+
+def compile_kernels(target: Path, flags: tuple[str, ...], source: str | None = None) -> None:
+    """C -> a shared library. Raises KernelError with the compiler's first error."""
+    compiler = find_compiler()
+    c_file = target.with_suffix(".c")
+    c_file.write_text(source or SOURCE + layout_assertions(), encoding="utf-8")
+    command = (compiler, *flags, "-w", str(c_file), "-o", str(target), "-lm", "-lpthread")
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"{compiler} does not run: {first_line(error)}") from None
+    if ran.returncode:
+        errors = [line for line in ran.stderr.splitlines() if "error" in line.lower()]
+        message = (errors or ran.stderr.splitlines() or [f"exit code {ran.returncode}"])[0]
+        raise KernelError(f"{compiler} cannot compile the kernels: {message}")
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernels. Raises KernelError."""
+    return _load_kernels(KERNEL_FLAGS)
+
+
+@functools.cache
+def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The compiled kernels, from the cache or compiled now.
+
+    The file's name holds a hash of all that the library depends on, and one of its content, since
+    loading a damaged file would crash. It appears in the cache in one move, so that processes that
+    start together never see half a file. If the cache cannot be written, the library is loaded from
+    a temporary directory."""
+    compiler = find_compiler()
+    stamp = os.stat(compiler)
+    source = SOURCE + layout_assertions()
+    origin = (source, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
+    key = short_hash(repr(origin).encode())
+    with contextlib.suppress(OSError, AttributeError):  # a file that does not load is built again
+        for cached in (cache_root() / "kernels").glob(f"{key}-*.so"):
+            if cached.stem == f"{key}-{short_hash(cached.read_bytes())}":
+                return declare_kernels(ctypes.CDLL(str(cached)))
+    with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
+        built = Path(folder) / f"{key}.so"
+        compile_kernels(built, flags)
+        try:
+            library = declare_kernels(ctypes.CDLL(str(built)))
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
+        with contextlib.suppress(OSError):
+            cached = cache_root() / "kernels" / f"{key}-{short_hash(built.read_bytes())}.so"
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            try:
+                shutil.copyfile(built, partial)
+                os.replace(partial, cached)
+            finally:  # a full disk leaves half a file
+                partial.unlink(missing_ok=True)
+    return library
+
+
+def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the arguments: an address, and how many rows and threads."""
+    for name in (*KERNELS, "read_all", "replay"):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * (2 + (name == "replay"))
+        function.restype = ctypes.c_int64 if name == "read_all" else None
+    library.path.restype = ctypes.c_char_p
+    return library
+
+
+# ---- calls, and recorded lists of calls ----------------------------------------------------------
+
+_recording = threading.local()
+
+
+def run_kernel(name: str, out: Tensor, **fields: Any) -> Tensor:
+    """Run a kernel with the fields of its structure NAME_call, or note the call if this thread
+    records calls. Tensors must be contiguous; the rows of `out` are the tokens -> out"""
+    addresses = {
+        key: value.data_ptr() if isinstance(value, torch.Tensor) else value
+        for key, value in fields.items()
+    }
+    call = STRUCTURES[f"{name}_call"](out=out.data_ptr(), **addresses)
+    kernel, recorded = getattr(load_kernels(), name), getattr(_recording, "calls", None)
+    if recorded is None:
+        kernel(ctypes.byref(call), out.numel() // out.size(-1), torch.get_num_threads())
+    else:
+        recorded.append((kernel, call))
+    return out
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+class KernelCalls:
+    """The kernel calls of a function, to be run again and again without any Python in between.
+
+    They read and write the same tensors each time, as many rows of them as `run` is given; those of
+    the result are in `result`."""
+
+    # functions that look at a tensor, or at a part of it, without computing anything
+    harmless = tuple("__get__ __getitem__ __len__ contiguous data_ptr float numel size".split())
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        """Note the kernels that `function` calls; none is run. Raises KernelError if it computes
+        anything by torch, since that would be missing afterwards."""
+        live: list[Any] = []  # tensors whose addresses are in the calls
+
+        class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
+            def __torch_function__(
+                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                result = op(*args, **kwargs or {})
+                if op is not torch.empty and (
+                    op.__name__ not in KernelCalls.harmless
+                    or (isinstance(result, torch.Tensor) and not shares_memory(result, args[0]))
+                ):
+                    raise KernelError(f"{op.__name__} is not a native kernel")
+                live.append(result)
+                return result
+
+        calls: list[tuple[Any, ctypes.Structure]] = []
+        _recording.calls = calls
+        try:
+            with Watch():
+                self.result = function()
+        finally:
+            del _recording.calls
+        self.live = live, calls
+        step = STRUCTURES["step"]
+        steps = [
+            step(run=ctypes.cast(kernel, ctypes.c_void_p).value, call=ctypes.addressof(call))
+            for kernel, call in calls
+        ]
+        self.steps = (step * len(steps))(*steps)
+
+    def run(self, num_rows: int) -> None:
+        steps, num_threads = self.steps, torch.get_num_threads()
+        load_kernels().replay(ctypes.byref(steps), len(steps), num_rows, num_threads)
+
+
+class DecodeCalls:
+    """Decode steps recorded as the list of their kernel calls: run again from C, they leave out
+    what Python does for each layer, a third of a small model's time.
+
+    They are recorded once, for as many rows as there are slots, and take fewer just as well. They
+    hold no address of a strip, since these are inputs: strips may move and change hands."""
+
+    most_rows = 16  # from there on, Python's share is small, and buffers would take room
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        """Raises KernelError for a decoder that computes with other operators too."""
+        if not isinstance(cache, NativeKVCache):
+            raise KernelError("attention is not a native kernel")
+        self.decoder, self.cache = decoder, cache
+        self.num_rows = min(len(cache.strips), self.most_rows)
+        self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
+        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch)
+        for in_ring in (False, True):
+            batch.memo["spans", in_ring] = (STRUCTURES["span"] * (self.num_rows + 1))()
+        self.calls = KernelCalls(lambda: decoder.scores(decoder.hidden(batch, cache), batch))
+
+    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
+        """As in DecodeSteps."""
+        batch, num_rows = self.batch, len(rows)
+        _, positions, token_ids = zip(*rows)
+        batch.token_ids.numpy()[:num_rows] = token_ids
+        batch.positions.numpy()[:num_rows] = positions
+        batch.lengths.numpy()[:num_rows] = [at + 1 for at in positions]
+        spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
+        for in_ring in (False, True):
+            self.cache.fill_spans(batch.memo["spans", in_ring], spans, in_ring)
+        for name, rotation in self.decoder.rotations(batch).items():
+            for old, new in zip(batch.rotations[name], rotation):
+                if old is not None and new is not None:
+                    old.copy_(new)
+        self.calls.run(num_rows)
+        return self.decoder.capped(self.calls.result[:num_rows])
+
+
+# ---- matrices ------------------------------------------------------------------------------------
+
+
+class NativeLinear:
+    """A packed weight (rows, cols) in the kernels' layout; filled from PackedLinears, some rows at
+    a time, so that a file's bytes and the blocks are never in memory together as a whole.
+
+    blocks (rows / 16, G, block_bytes) uint8, the last rows padded with zeros"""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        read_rows: Callable[[slice], PackedLinear],
+        bias: Tensor | None,
+    ) -> None:
+        self.shape, self.bias = shape, bias
+        num_rows, num_cols = shape
+        step = round_up(max(1, LOAD_WEIGHTS // num_cols), BLOCK_ROWS)
+        for start in range(0, num_rows, step):
+            packed = read_rows(slice(start, min(start + step, num_rows)))
+            if start == 0:
+                self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
+                self.has_offset, self.float4 = packed.offset is not None, packed.float4
+                num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
+                num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
+                blocks_shape = (num_blocks, packed.q.shape[1], num_bytes)
+                self.blocks = torch.empty(blocks_shape, dtype=torch.uint8)
+            fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    @functools.cached_property
+    def matrix(self) -> Any:
+        """The C structure; valid as long as this object and its bias live."""
+        return STRUCTURES["matrix"](
+            blocks=self.blocks.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            rows=self.shape[0],
+            cols=self.shape[1],
+            bits=self.bits,
+            group=self.group,
+            has_offset=self.has_offset,
+            is_float=self.float4,
+            block_bytes=self.blocks.shape[-1],
+        )
+
+    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
+        """The weight's rows at `index` (N,), times `factor` -> (N, cols)"""
+        out = torch.empty(len(index), self.shape[1])
+        return run_kernel("gather", out, m=ctypes.addressof(self.matrix), ids=index, factor=factor)
+
+    def dequantize(self) -> Tensor:
+        """The float weight (rows, cols)"""
+        return self.rows(torch.arange(self.shape[0]))
+
+
+def padded(packed: PackedLinear, num_rows: int) -> PackedLinear:
+    """The same weight with rows of zeros up to `num_rows`."""
+    num_missing = num_rows - len(packed.q)
+    q, scale, offset = (
+        None if part is None else torch.cat((part, part.new_zeros(num_missing, *part.shape[1:])))
+        for part in (packed.q, packed.scale, packed.offset)
+    )
+    assert q is not None
+    assert scale is not None
+    return PackedLinear(q, scale, offset, dtype=packed.dtype, float4=packed.float4)
+
+
+def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
+    """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
+    num_blocks, num_groups, _ = blocks.shape
+    if len(packed.q) % BLOCK_ROWS:
+        packed = padded(packed, num_blocks * BLOCK_ROWS)  # rows that do not exist have scale 0
+    q = packed.q if packed.bits == 4 else packed.q.view(torch.uint8) ^ 128
+    words = q.view(torch.int32).view(num_blocks, BLOCK_ROWS, num_groups, -1).permute(0, 2, 3, 1)
+    at = words[0, 0].numel() * 4
+    blocks[..., :at].view(torch.int32).view(words.shape).copy_(words)
+    for part in (packed.scale, packed.offset):
+        if part is not None:
+            lanes = part.view(num_blocks, BLOCK_ROWS, num_groups).transpose(1, 2)
+            blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
+            at += 2 * BLOCK_ROWS
+
+
+class NativeProjection(Projection):
+    """Projection in one kernel call."""
+
+    def __init__(self, parts: list[NativeLinear]) -> None:
+        super().__init__(parts)
+        self.matrices = (STRUCTURES["matrix"] * len(parts))(*(part.matrix for part in parts))
+        self.address = ctypes.addressof(self.matrices)
+        self.num_rows = sum(part.shape[0] for part in parts)
+
+    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        x, norm, act = operand
+        fused = norm if norm is not None and not norm.is_centred else None
+        if norm is not None and fused is None:
+            x = norm(x)
+        return run_kernel(
+            "linear",
+            torch.empty(x.size(0), self.num_rows) if out is None else out,
+            parts=self.address,
+            num_parts=len(self.parts),
+            x=x,
+            norm=fused and fused.weight,
+            residual=residual,
+            before=NUMBERS[act.upper() or ("NORM" if fused else "PLAIN")],
+            eps=fused.eps if fused else 0.0,
+        )
+
+    def rows(self, index: Tensor, factor: float = 1) -> Tensor:
+        rows: Tensor = self.parts[0].rows(index, factor)
+        return rows
+
+
+class NativeMoE(MoE):
+    """MoE in one kernel call, if all of its matrices are native."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        super().__init__(config, weights, prefix)
+        mlps = [*self.experts, *([self.shared_expert] if self.shared_expert else [])]
+        self.gate_ups = address_table([mlp.gate_up_proj for mlp in mlps])
+        self.downs = address_table([mlp.down_proj for mlp in mlps])
+
+    def mix(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.gate_ups is None or self.downs is None:
+            return super().mix(x, residual)
+        mlp = self.experts[0]
+        return run_kernel(
+            "experts",
+            torch.empty(x.size(0), x.size(1)),
+            gate_ups=ctypes.addressof(self.gate_ups),
+            downs=ctypes.addressof(self.downs),
+            x=x,
+            gate=self.gate.weight,
+            bias=self.gate.bias,
+            shared_gate=self.shared_expert_gate,
+            residual=residual,
+            num_parts=len(mlp.gate_up_proj.parts),
+            num_experts=len(self.experts),
+            num_used=self.config.num_used,
+            is_renormalized=self.config.renormalized,
+            before=NUMBERS[mlp.act.upper()],
+            cols=x.size(1),
+        )
+
+
+def address_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
+    """The addresses of each projection's matrices, if all are native."""
+    addresses = [p.address for p in projections if isinstance(p, NativeProjection)]
+    all_native = len(addresses) == len(projections)
+    return (ctypes.c_void_p * len(addresses))(*addresses) if all_native else None
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+class NativeKVCache(KVCache):
+    """KVCache in the layout that the kernel reads; 16 positions make a block."""
+
+    tile = KV_BLOCK
+    kinds = ("float32", "float16", "q8")
+
+    def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
+        in_ring, index = self.places[attn.index]
+        strips = self.rings if in_ring else self.strips
+        spans = batch.memo.get(("spans", in_ring))
+        if spans is None:
+            spans = (STRUCTURES["span"] * (len(batch.spans) + 1))()
+            self.fill_spans(spans, batch.spans, in_ring)
+            batch.memo["spans", in_ring] = spans
+        config = self.config
+        return run_kernel(
+            "attention",
+            torch.empty(qkv.size(0), config.n_heads * config.head_dim),
+            qkv=qkv,
+            cos=rotation.cos,
+            sin=rotation.sin,
+            q_scale=rotation.q_scale,
+            q_norm=attn.q_norm and attn.q_norm.weight,
+            k_norm=attn.k_norm and attn.k_norm.weight,
+            sinks=attn.sinks,
+            spans=ctypes.addressof(spans),
+            norms=NUMBERS[(config.qk_norm or "head").upper()],
+            layer=index,
+            n_layers=strips[0].shape[1],
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            window=config.windows[attn.index] or 0,
+            ring=self.ring // KV_BLOCK if in_ring else 2**62,
+            kind=NUMBERS[self.kv_dtype.upper()],
+            block_bytes=KV_BLOCK * strips[0].shape[4],
+            eps=config.norm_eps,
+            scale=config.attn_scale or 0.0,
+            softcap=config.attn_softcap,
+        )
+
+    def fill_spans(self, table: Any, spans: Iterable[Span], in_ring: bool) -> None:
+        """Write spans as the kernel reads them; after the last one follows one without tokens."""
+        strips, row = self.rings if in_ring else self.strips, -1
+        for row, span in enumerate(spans):
+            strip = strips[span.slot]
+            table[row] = STRUCTURES["span"](
+                strip=strip.data_ptr(),
+                num_blocks=strip.shape[3] // KV_BLOCK,
+                start=span.start,
+                num_new=span.num_new,
+                row=span.row,
+            )
+        table[row + 1] = STRUCTURES["span"]()
+
+
+# ---- the backend ---------------------------------------------------------------------------------
+
+
+class NativeBackend(Backend):
+    """Packed weights, norms, attention and experts by kernels in C; the rest by torch."""
+
+    arrays = np  # torch would wake its threads, which then take a core from the kernels
+    rounds_activations = True
+
+    def row_tile(self, has_float_weights: bool) -> int:
+        return super().row_tile(has_float_weights) if has_float_weights else 1
+
+    def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
+        """Beside weights of few bits and activations of 8, half precision is exact enough."""
+        if wanted == "auto" and has_packed_weights:
+            return "float16"
+        return super().kv_dtype(wanted, has_packed_weights)
+
+    def pack(
+        self,
+        shape: tuple[int, int],
+        read_rows: Callable[[slice], PackedLinear],
+        bias: Tensor | None,
+        is_table: bool,
+    ) -> NativeLinear:
+        return NativeLinear(shape, read_rows, bias)
+
+    def linear(self, parts: list[Any]) -> Projection:
+        is_native = [isinstance(part, NativeLinear) for part in parts]
+        if all(is_native):
+            return NativeProjection(parts)
+        return Projection(
+            [NativeProjection([p]) if native else p for p, native in zip(parts, is_native)]
+        )
+
+    def experts(self, config: ModelConfig, weights: Weights, prefix: str) -> MoE:
+        return NativeMoE(config, weights, prefix)
+
+    def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
+        num_cols = len(norm.weight)
+        if num_cols % 16:
+            return super().norm(norm, x, residual)
+        return run_kernel(
+            "norm",
+            torch.empty(x.shape),
+            x=x.contiguous(),
+            weight=norm.weight,
+            bias=norm.bias,
+            residual=residual,
+            cols=num_cols,
+            is_centred=norm.is_centred,
+            eps=norm.eps,
+        )
+
+    def new_cache(
+        self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
+    ) -> KVCache:
+        D = config.head_dim
+        if D % 16 or D > 512 or kv_dtype not in NativeKVCache.kinds:
+            return super().new_cache(config, num_slots, kv_dtype, most_new)
+        return NativeKVCache(config, num_slots, kv_dtype, self.device, most_new)
+
+    def array(self, x: Tensor) -> Any:
+        return x.numpy()
+
+    def capped(self, scores: Tensor, scale: float, cap: float) -> Tensor:
+        logits = scores.numpy() * np.float32(scale)
+        return torch.from_numpy(cap * np.tanh(logits / cap) if cap else logits)
+
+    def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeCalls | None:
+        super().record(decoder, cache, compile)
+        try:
+            return DecodeCalls(decoder, cache)
+        except KernelError as error:
+            log.debug(f"decode steps are not recorded: {error}")
+            return None
+
+    def read_all(self, buffer: Tensor) -> None:
+        load_kernels().read_all(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
+
+
+def make_backend(device: torch.device, dtype: torch.dtype, reason: str = "") -> NativeBackend:
+    """Raises KernelError where the kernels cannot be compiled or loaded."""
+    return NativeBackend(device, dtype, f"native ({load_kernels().path().decode()})")
