@@ -119,7 +119,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypeVar,
+    cast,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -222,7 +232,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import prometheus_client
-    import pytest
     import safetensors.torch
     import starlette.applications
     import starlette.exceptions
@@ -234,12 +243,13 @@ if TYPE_CHECKING:
     import torch.nn.functional as F
     import tqdm
     import uvicorn
-    import yaml
     from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
+
+    from nanollama_extras.testing import TestServer
 
     Row = npt.NDArray[np.float32]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
@@ -250,7 +260,6 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     prometheus_client = LazyModule("prometheus_client")
-    pytest = LazyModule("pytest", install="pip install pytest")
     safetensors = LazyModule("safetensors", "torch")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
@@ -260,7 +269,6 @@ else:
     F = LazyModule("torch.nn.functional")
     tqdm = LazyModule("tqdm")
     uvicorn = LazyModule("uvicorn")
-    yaml = LazyModule("yaml")
 
 
 class NanollamaError(Exception):
@@ -276,7 +284,6 @@ class NanollamaError(Exception):
     ├── PackageError             500  a package that cannot be imported
     ├── ExtraError               501  a module of nanollama_extras that is not installed
     ├── LogitsError              500  the model gave no numbers to sample from
-    ├── Fault                    500  a scripted answer ends here, broken: for tests of clients
     ├── WireError                500  unless told otherwise: what only the server refuses
     └── RequestError             400  a request that cannot be run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
@@ -330,15 +337,6 @@ class LogitsError(NanollamaError):
     pass
 
 
-class Fault(NanollamaError):
-    """What a script asks for in the middle of an answer: bytes that are no event, or the end of
-    the connection."""
-
-    def __init__(self, is_cut: bool) -> None:
-        super().__init__("the script breaks this answer off")
-        self.is_cut = is_cut
-
-
 class RequestError(NanollamaError):
     status, code = 400, "invalid_value"
 
@@ -366,6 +364,19 @@ def extra(path: str, feature: str) -> Any:
             f"{feature} needs {name}, which is not installed; put the folder nanollama_extras "
             "beside nanollama.py, or install the whole project with: pip install ."
         ) from None
+
+
+PUBLIC_EXTRAS = {  # public names that live in extras -> their module
+    "TestServer": "testing",
+    "test_server": "testing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that lives in extras, imported when it is first read."""
+    if name not in PUBLIC_EXTRAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(extra(PUBLIC_EXTRAS[name], f"nanollama.{name}"), name)
 
 
 def human_bytes(num_bytes: float) -> str:
@@ -7857,14 +7868,9 @@ class ChoicesReply(Reply):
 LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
-MAX_KEPT_REQUESTS, MAX_KEPT_BYTES = 256, 1 << 20  # of a server for tests; bytes of each body
 EMBED_TOGETHER = 32  # texts
 MAX_KEPT_RESPONSES, MAX_KEPT_CHARS = 1000, 1 << 26  # of /v1/responses
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
-
-# The web chat's own route, `chat_stream`: limits, and (least, most, default) of what is clamped.
-WEB_MAX_MESSAGES, WEB_MAX_MESSAGE_CHARS, WEB_MAX_CHARS = 500, 8000, 32000
-WEB_CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens": (1, 4096, 512)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -7901,7 +7907,6 @@ class ServerConfig:
         choices=("reasoning_content", "reasoning"),
     )
     max_body_bytes: int = 32 << 20
-    keeps_requests: bool = False  # a server for tests: GET /_test/requests shows what was asked
 
     def __post_init__(self) -> None:
         check_options(self, UsageError)
@@ -8458,20 +8463,6 @@ def told(error: BaseException) -> NanollamaError:
     return WireError(500, "internal_error", "internal error; see the server's log")
 
 
-async def send_torn(send: Send, is_cut: bool) -> None:
-    """A whole answer as a script breaks it: no JSON, and the connection may end before its end."""
-    body = b'{"torn": "'
-    length = str(999 if is_cut else len(body)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", length)]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": is_cut})
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Not what uvicorn says when a script ends a connection."""
-    return "without completing response" not in record.getMessage()
-
-
 class Gate:
     """ASGI middleware around everything: keys, request ids, the access log, the last resort."""
 
@@ -8499,9 +8490,7 @@ class Gate:
             self.check_origin(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, Fault) and not status:
-                await send_torn(note_status, error.is_cut)
-            elif not status:  # nothing has been sent yet
+            if not status:  # nothing has been sent yet
                 await error_response(error, scope["path"])(scope, receive, note_status)
         finally:
             seconds = time.perf_counter() - started
@@ -8573,7 +8562,6 @@ def sse(value: Fields) -> bytes:
 
 
 SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
-WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
 NAMED_SSE = dataclasses.replace(
     SSE, encode=lambda value: f"event: {value['type']}\n".encode() + sse(value), last=b""
 )
@@ -8594,10 +8582,6 @@ def stream_response(
             async for event in events:
                 if data := encoding.ping if event is None else encoding.encode(event):
                     yield data
-        except Fault as fault:
-            if fault.is_cut:
-                raise
-            yield encoding.encode({"torn": ""}).replace(b'""}', b'"')
         except (Exception, asyncio.CancelledError) as error:
             yield encoding.encode(encoding.error(told(error)))
         if encoding.last:
@@ -8644,16 +8628,6 @@ async def unless_disconnected(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-@dataclass
-class WebReply(Reply):
-    """An answer on the web chat's own route; nothing but its stream is wanted."""
-
-    gpu: int
-
-    def push(self, delta: Delta) -> list[Json]:
-        return [{"token": delta.text, "gpu": self.gpu}] if delta.text else []
 
 
 Report = Callable[[Json], None]  # takes a line of progress
@@ -8831,15 +8805,37 @@ def cached_models(name: str) -> list[CachedModel]:
     return store.cached(name)
 
 
+Handler = Callable[[Any, "Request"], Coroutine[Any, Any, "Response"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One handler: the methods and paths that it answers, and the fields of its body with their
+    JSON types. The handler's docstring describes it."""
+
+    handler: Handler
+    names: tuple[str, ...]
+    fields: Mapping[str, str] | None = None
+    required: tuple[str, ...] = ()
+
+
 class Handlers:
     """What all handlers share: a request's body, and the ways to answer."""
 
-    def __init__(self, models: Models, config: ServerConfig) -> None:
-        self.models, self.config = models, config
-        self.metrics = Metrics()
+    routes: ClassVar[tuple[Route, ...]] = ()
+
+    def __init__(self, models: Models, config: ServerConfig, metrics: Metrics) -> None:
+        self.models, self.config, self.metrics = models, config, metrics
         self.created = int(time.time())
         self.kept: dict[str, KeptResponse] = {}
-        self.asked: deque[Json] = deque(maxlen=MAX_KEPT_REQUESTS)
+
+    def starlette_routes(self) -> list[starlette.routing.Route]:
+        """Each row of `routes`, as Starlette wants it."""
+        return [
+            starlette.routing.Route(path, route.handler.__get__(self), methods=[method])
+            for route in self.routes
+            for method, path in (name.split() for name in route.names)
+        ]
 
     async def body(self, request: Request) -> Json:
         """The JSON object of a request, whatever its content type says. Raises RequestError, or
@@ -8850,15 +8846,10 @@ class Handlers:
             data += chunk
             if len(data) > limit:
                 raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
-        entry = {"method": request.method, "path": request.url.path, "body": None}
-        if self.config.keeps_requests:
-            self.asked.append({**entry, "headers": dict(request.headers)})
         try:
             value = json.loads(data.decode("utf-8"), parse_constant=not_json)
         except ValueError as error:
             raise RequestError(f"the body is not JSON: {first_line(error)}") from None
-        if self.config.keeps_requests and len(data) <= MAX_KEPT_BYTES:
-            self.asked[-1]["body"] = value
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object")
         if self.config.log_prompts:
@@ -9183,47 +9174,9 @@ DETOKENIZE_FIELDS = table(array="tokens", string="model")
 
 
 class App(OpenAIHandlers, OllamaHandlers):
-    """Every handler: also the web chat's own route, and what looks in."""
-
-    # -- the web chat's own route ------------------------------------------------------------------
-
-    async def chat_stream(self, request: Request) -> Response:
-        """POST /chat/completions: {token, gpu} events, then {done}. Values out of range are
-        clamped, conversations over the limits refused."""
-        given, _ = read_fields(await self.body(request), CHAT_FIELDS)
-        pool = await self.models.pool(given.get("model"))
-        messages = parse_messages(given, pool.source.opening)
-        sizes = [len(message.get("content") or "") for message in messages]
-        if len(messages) > WEB_MAX_MESSAGES:
-            refuse(f"{len(messages)} messages; at most {WEB_MAX_MESSAGES} are taken", "messages")
-        if max(sizes) > WEB_MAX_MESSAGE_CHARS or sum(sizes) > WEB_MAX_CHARS:
-            refuse(
-                f"a message may have {WEB_MAX_MESSAGE_CHARS} characters, a conversation "
-                f"{WEB_MAX_CHARS}; these have {max(sizes)} and {sum(sizes)}",
-                "messages",
-            )
-        values = pool.sampling
-        for name, (least, most, default) in WEB_CLAMPS.items():
-            wanted = given.get(name, values.get(name, default))
-            values[name] = most if wanted is None else min(max(wanted, least), most)
-        params = SamplingParams(**values)
-        job = await pool.start((GenerationRequest(messages=messages, params=params),))
-        return await self.answer(request, job, WebReply(job.worker.index), WEB_SSE)
-
-    async def requests(self, request: Request) -> Response:
-        """GET, DELETE /_test/requests: what a server for tests was asked; or forget it"""
-        if not self.config.keeps_requests:
-            raise WireError(404, "not_found", "only a server for tests keeps requests")
-        body = {"requests": list(self.asked)}
-        if request.method == "DELETE":
-            self.asked.clear()
-        return as_json(body)
+    """Every handler of the core: also what looks in."""
 
     # -- looking in --------------------------------------------------------------------------------
-
-    async def page(self, request: Request) -> Response:
-        """GET /: the chat"""
-        return starlette.responses.HTMLResponse(PAGE, headers=page_headers())
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 when requests can be taken"""
@@ -9286,7 +9239,7 @@ class App(OpenAIHandlers, OllamaHandlers):
     async def capabilities(self, request: Request) -> Response:
         """GET /v1/capabilities: what happens to each field, with its JSON type"""
         body = {
-            **{name.split()[1]: r.fields for r in ROUTES for name in r.names if r.fields},
+            **{name.split()[1]: r.fields for r in all_routes() for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
             "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
             "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
@@ -9335,19 +9288,7 @@ class App(OpenAIHandlers, OllamaHandlers):
         return as_json({"prompt": text, "tokens": ids, "pieces": pieces})
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One handler: the methods and paths it answers, and the fields of its body, with JSON types;
-    the handler's own docstring says what it is."""
-
-    handler: Callable[[App, Request], Coroutine[Any, Any, Response]]
-    names: tuple[str, ...]
-    fields: Mapping[str, str] | None = None
-    required: tuple[str, ...] = ()
-
-
-ROUTES = (
-    Route(App.page, ("GET /",)),
+App.routes = (
     Route(App.health, ("GET /health",)),
     Route(App.stats, ("GET /stats",)),
     Route(App.prometheus, ("GET /metrics",)),
@@ -9360,7 +9301,6 @@ ROUTES = (
     Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
     Route(App.list_models, ("GET /v1/models", "GET /models")),
     Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
-    Route(App.chat_stream, ("POST /chat/completions",), CHAT_FIELDS, ("messages",)),
     Route(App.tokenize, ("POST /tokenize",), table(TOKENIZE_FIELDS, CHAT_FIELDS)),
     Route(App.detokenize, ("POST /detokenize",), DETOKENIZE_FIELDS),
     Route(App.tokenizer_info, ("GET /tokenizer_info",)),
@@ -9377,15 +9317,64 @@ ROUTES = (
     Route(App.ollama_copy, ("POST /api/copy",), OLLAMA_COPY, ("source", "destination")),
     Route(App.ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
     Route(App.ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
-    Route(App.requests, ("GET /_test/requests", "DELETE /_test/requests")),
     Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """An API that a module of extras adds: the paths under which it answers are known without the
+    module. The module's class `API` has the routes.
+
+    module: its path in nanollama_extras. title: what an error calls it. paths: how its own begin"""
+
+    module: str
+    title: str
+    paths: tuple[str, ...]
+
+    def covers(self, path: str) -> bool:
+        """Whether a request to `path` is the dialect's to answer."""
+        return any(path == own or path.startswith(own + "/") for own in self.paths)
+
+    def load(self) -> type[Handlers]:
+        """The handlers of the dialect. Raises ExtraError where the module is not installed."""
+        return cast("type[Handlers]", extra(self.module, self.title).API)
+
+
+DIALECTS = (Dialect("api.page", "the web chat", ("/", "/chat/completions")),)
+
+
+class DialectRouter:
+    """The ASGI application for the paths that no core route answers: it imports the dialect that
+    covers a path when the first request for it comes."""
+
+    def __init__(self, core: App) -> None:
+        self.core = core
+        self.routers: dict[str, starlette.routing.Router] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        dialect = next((one for one in DIALECTS if one.covers(scope["path"])), None)
+        router = self.router(dialect) if dialect else starlette.routing.Router()
+        await router(scope, receive, send)
+
+    def router(self, dialect: Dialect) -> starlette.routing.Router:
+        """The router of a dialect, made once. Raises ExtraError."""
+        if dialect.module not in self.routers:
+            core = self.core
+            handlers = dialect.load()(core.models, core.config, core.metrics)
+            self.routers[dialect.module] = starlette.routing.Router(handlers.starlette_routes())
+        return self.routers[dialect.module]
+
+
+def all_routes() -> list[Route]:
+    """The routes of the core and of every dialect. Raises ExtraError."""
+    return [*App.routes, *(route for dialect in DIALECTS for route in dialect.load().routes)]
+
+
 def openapi_body() -> Json:
-    """ROUTES as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
+    """The routes as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
     paths: dict[str, Json] = {}
-    for route in ROUTES:
+    for route in all_routes():
         for method, path in (name.split() for name in route.names):
             place = paths.setdefault(path.replace(":path", ""), {})
             place[method.lower()] = openapi_operation(route, method, path)
@@ -9416,27 +9405,6 @@ def openapi_operation(route: Route, method: str, path: str) -> Json:
     return {**body, "responses": answers}
 
 
-@lru_cache(maxsize=1)
-def page_headers() -> dict[str, str]:
-    """A policy that lets the page run its own script and style, by their hashes, and no other."""
-
-    def digest(tag: str) -> str:
-        found = re.search(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
-        assert found is not None
-        return base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()
-
-    return {
-        "content-security-policy": (
-            f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src "
-            f"'sha256-{digest('style')}'; connect-src 'self'; img-src data:; base-uri 'none'; "
-            "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-            "trusted-types 'none'"
-        ),
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
-
-
 def layers(config: ServerConfig, metrics: Metrics) -> list[starlette.middleware.Middleware]:
     """What is around every handler: the origins of web pages, and the gate."""
     everyone = "*" in config.cors_origins
@@ -9458,16 +9426,16 @@ def create_app(
     config: ServerConfig | None = None,
     on_failure: Callable[[BaseException], None] = lambda error: None,
     free_bytes: Callable[[], float] = lambda: math.inf,
+    middleware: Iterable[starlette.middleware.Middleware] = (),
 ) -> starlette.applications.Starlette:
     """The ASGI application. A single model that is named is loaded at once and stays.
 
     on_failure is called, in any thread, when the server has to give up, mostly because its only
-    model cannot be loaded. free_bytes says how much memory there is for more models."""
+    model cannot be loaded. free_bytes says how much memory there is for more models.
+    middleware goes around the routes, inside the gate."""
     config = config or ServerConfig()
-    if config.keeps_requests:
-        logging.getLogger("uvicorn.error").addFilter(is_news)
     models = Models(catalog, config, free_bytes, on_failure)
-    app = App(models, config)
+    app = App(models, config, Metrics())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -9480,16 +9448,13 @@ def create_app(
         return error_response(error, request.url.path)
 
     application = starlette.applications.Starlette(
-        routes=[
-            starlette.routing.Route(path, getattr(app, route.handler.__name__), methods=[method])
-            for route in ROUTES
-            for method, path in (name.split() for name in route.names)
-        ],
+        routes=app.starlette_routes(),
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=layers(config, app.metrics),
+        middleware=[*layers(config, app.metrics), *middleware],
     )
-    application.state.models, application.state.asked = models, app.asked
+    application.router.default = DialectRouter(app)
+    application.state.models = models
     return application
 
 
@@ -9511,9 +9476,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    catalog: Catalog, config: ServerConfig, free_bytes: Callable[[], float] = lambda: math.inf
+    catalog: Catalog,
+    config: ServerConfig,
+    free_bytes: Callable[[], float] = lambda: math.inf,
+    middleware: Iterable[starlette.middleware.Middleware] = (),
 ) -> None:
-    """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S).
+    """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S). For
+    the arguments see `create_app`.
 
     Raises what made the server give up, or UsageError when the address cannot be bound."""
     failures: list[BaseException] = []
@@ -9523,7 +9492,7 @@ def serve(
         server.should_exit = True
 
     listener = listen(config.host, config.port)
-    app = create_app(catalog, config, failed, free_bytes)
+    app = create_app(catalog, config, failed, free_bytes, middleware)
     settings = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
     )
@@ -9543,949 +9512,6 @@ def serve(
     pools = app.state.models.pools.values()
     if any(worker.is_alive() for pool in pools for worker in pool.workers):
         os._exit(0)  # one still loads: Python's own end, while it is inside torch, is an abort
-
-
-# ---- a server for other people's tests -----------------------------------------------------------
-
-SCRIPT_FIELDS = {  # of an answer, with JSON types
-    "match": "string",  # answers whatever asks for this; the others are taken in order
-    "text": "string",
-    "reasoning": "string",
-    "tool_calls": "array",  # of {name, arguments}
-    "finish_reason": "string",
-    "delay": "number",  # seconds before the first token
-    "token_delay": "number",  # seconds before each of the others
-    "error": "integer",  # an HTTP status, with `message`
-    "message": "string",
-    "malformed_after": "integer",  # tokens; what follows is torn
-    "cut_after": "integer",  # tokens; then the connection ends
-}
-
-
-class Script:
-    """The answers of a server for tests: one after the other, and the last one from then on.
-
-    Raises UsageError for an answer that means nothing."""
-
-    def __init__(self, answers: Any) -> None:
-        given = answers if isinstance(answers, list) else [answers]
-        answers = [{"text": one} if isinstance(one, str) else one for one in given]
-        for number, answer in enumerate(answers, 1):
-            try:
-                check_type("it", answer, "object")
-                _, unknown = read_fields(answer, SCRIPT_FIELDS)
-                if unknown:
-                    refuse(f"{unknown[0]} is not known; known: {', '.join(SCRIPT_FIELDS)}", "it")
-                for call in answer.get("tool_calls", []):
-                    check_type("a tool call", call, "object")
-                    check_type("a tool call's name", call.get("name"), "string")
-                for name in ("delay", "token_delay"):
-                    if not 0 <= answer.get(name, 0) <= threading.TIMEOUT_MAX:
-                        refuse(f"{name} is {answer[name]}; it must be at least 0", "it")
-                if not 400 <= answer.get("error", 400) <= 599:
-                    refuse(f"error is {answer['error']}; it must be from 400 to 599", "it")
-            except RequestError as error:
-                raise UsageError(f"answer {number} of the script: {error}") from None
-        self.matching: list[Json] = [a for a in answers if "match" in a]
-        self.others: deque[Json] = deque(a for a in answers if "match" not in a)
-
-    def next(self, asked: str) -> Json:
-        """The answer to a text"""
-        found = next((answer for answer in self.matching if answer["match"] in asked), None)
-        if found is None and not self.others:
-            raise WireError(500, "no_answer", "the script has no answer to this request")
-        return found or (self.others[0] if len(self.others) == 1 else self.others.popleft())
-
-
-def read_script(path: Path) -> Script:
-    """A script from a YAML or JSON file. Raises UsageError."""
-    try:
-        return Script(yaml.safe_load(path.read_text(encoding="utf-8")) or [])
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: is neither YAML nor JSON: {reason}") from None
-
-
-class WordTokenizer:
-    """A Tokenizer without a vocabulary: a token is a word and the space before it."""
-
-    control: Mapping[str, int] = {}
-    end_ids: frozenset[int] = frozenset()
-    strips_space = False
-    MAX_WORDS = 1 << 16  # beyond, words share an id
-
-    def __init__(self) -> None:
-        self.ids: dict[str, int] = {"": 0}
-        self.words = [""]
-
-    def encode(self, text: str, *_: bool, **__: bool) -> list[int]:
-        for word in (found := re.findall(r"\s?[^\s]+|\s", text)):
-            if word not in self.ids and len(self.words) < self.MAX_WORDS:
-                self.ids[word] = len(self.words)
-                self.words.append(word)
-        return [self.ids.get(word, 0) for word in found]
-
-    def piece(self, token_id: int) -> str:
-        return self.words[token_id] if 0 <= token_id < len(self.words) else ""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.piece(token_id).encode("utf-8", errors="replace")
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(map(self.piece, ids))
-
-
-class ScriptEngine(Engine):
-    """An Engine that reads its tokens from a script. No model, no tensors."""
-
-    def __init__(self) -> None:
-        self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
-        self.num_slots, self.stats = 64, EngineStats()
-        self.scheduler = Scheduler(self.num_slots, 1)
-        self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}
-
-    def state(self) -> Json:
-        return {"device": "none", "kernels": "script", "slots": self.num_slots}
-
-    def step(self) -> None:
-        """A token for each sequence whose time has come; the time until then is slept."""
-        while admitted := self.scheduler.admit():
-            admitted[0].num_cached = 0
-        now = time.perf_counter()
-        due = {seq: self.due_s(seq) for seq in self.scheduler.running}
-        if due and min(due.values()) > now:
-            time.sleep(min(0.005, min(due.values()) - now))  # others may come meanwhile
-        for seq in [seq for seq, at in due.items() if at <= now]:
-            seq.outbox.append(self.play(seq))
-            self.stats.decode_tokens += 1
-            if seq.finish_reason:
-                self.cancel(seq)
-
-    def due_s(self, seq: Sequence) -> float:
-        """When the next token is to come."""
-        answer, num = self.plays[seq][0], seq.num_generated
-        return float(seq.started_s + answer.get("delay", 0) + num * answer.get("token_delay", 0))
-
-    def play(self, seq: Sequence) -> Delta:
-        answer, ids = self.plays[seq]
-        for name in ("cut_after", "malformed_after"):
-            if answer.get(name) == seq.num_generated:
-                seq.finish_reason = "error"
-                return Delta(seq.index, finish_reason="error", error=Fault(name == "cut_after"))
-        certain = None if seq.params.logprobs is None else TokenLogprobs(0.0)
-        is_end = not ids
-        delta = seq.append(0 if is_end else ids.popleft(), certain, is_end)
-        reason = answer.get("finish_reason")
-        seq.finish_reason = reason if reason and delta.finish_reason else delta.finish_reason
-        return dataclasses.replace(delta, finish_reason=seq.finish_reason)
-
-    def cancel(self, seq: Sequence) -> None:
-        super().cancel(seq)
-        self.plays.pop(seq, None)
-
-
-def spelled_calls(template: ChatTemplate, calls: list[tuple[str, str]]) -> str:
-    """Calls, a name and JSON each, as a model with this template writes them."""
-    style = extra("answers.tools", "a scripted tool call").tool_style(template)
-    return str(style.form.spell(calls))
-
-
-class ScriptLLM(LLM):
-    """What a server for tests has in place of a model."""
-
-    def __init__(self, script: Script) -> None:
-        self.script, self.engine = script, ScriptEngine()
-        self.plays = self.engine.plays
-        self.tokenizer = cast("Tokenizer", WordTokenizer())
-        self.template = ChatTemplate(TextFiles("script"))
-        self.sampling = {}
-
-    def fingerprint(self) -> str:
-        """Of the code alone"""
-        return f"fp_{__version__}"
-
-    def constraint(
-        self, request: GenerationRequest, ids: list[int], calls: Calls | None
-    ) -> Constraint | None:
-        """None: an answer is what the script says, whatever was asked for."""
-        return None
-
-    def start(
-        self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
-    ) -> Sequence:
-        """Take the next answer of the script. Raises the error that it asks for."""
-        prepared = request if isinstance(request, Prepared) else self.prepare(request)
-        request = prepared.request
-        if request.embed:
-            raise RequestError("a script has no embeddings; --model tiny-random has", "input")
-        asked = (request.messages or [{"content": request.prompt}])[-1].get("content")
-        answer = self.script.next(str(asked or ""))
-        if status := answer.get("error"):
-            code = "rate_limit_exceeded" if status == 429 else "scripted"
-            raise WireError(status, code, answer.get("message", "the script says so"))
-        seq = super().start(prepared, index, logprobs_from)
-        calls = [
-            (c["name"], json.dumps(c.get("arguments", {}))) for c in answer.get("tool_calls", [])
-        ]
-        thought = f"<think>{answer['reasoning']}</think>" if "reasoning" in answer else ""
-        spelled = spelled_calls(self.template, calls) if calls else ""
-        text = thought + answer.get("text", "") + spelled
-        self.plays[seq] = answer, deque(self.tokenizer.encode(text))
-        return seq
-
-
-class TestServer:
-    """A scripted server in a thread of this process, for the tests of programs that call one.
-
-        with TestServer("Hello!", {"error": 429}) as server:
-            client = openai.OpenAI(base_url=server.base_url, api_key="any")
-
-    `answers` replaces the script, `requests` are the bodies that came in. `from nanollama import
-    test_server` gives the same as a pytest fixture. Raises UsageError for a script that means
-    nothing."""
-
-    __test__ = False  # not a test itself
-
-    def __init__(self, *answers: str | Json) -> None:
-        self.script = Script(list(answers) or ["Hello!"])
-        self._llm: ScriptLLM | None = None
-        source = ModelSource("test-model", (self._load,))
-        config = ServerConfig(any_model=True, keeps_requests=True)
-        self._app = create_app(Catalog({source.name: source}), config)
-
-    def _load(self) -> LLM:
-        self._llm = ScriptLLM(self.script)
-        return self._llm
-
-    def answers(self, *answers: str | Json) -> None:
-        """What to answer from now on, and forget what was asked."""
-        self.script = Script(list(answers))
-        if self._llm is not None:
-            self._llm.script = self.script
-        self.requests.clear()
-
-    @property
-    def requests(self) -> deque[Json]:
-        asked: deque[Json] = self._app.state.asked
-        return asked
-
-    def __enter__(self) -> TestServer:
-        listener = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.base_url = f"{self.url}/v1"
-        settings = uvicorn.Config(self._app, log_config=None, timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(settings)
-        run = functools.partial(self._server.run, sockets=[listener])
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-        models = self._app.state.models
-        while not (self._server.started and models.ready) and self._thread.is_alive():
-            time.sleep(0.001)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-
-@lru_cache(maxsize=1)
-def shared_test_server() -> TestServer:
-    """One for all tests of a process."""
-    return TestServer().__enter__()
-
-
-def make_fixture() -> Any:
-    """`test_server`, a pytest fixture: pytest is needed only where somebody asks for it."""
-
-    @pytest.fixture
-    def test_server() -> TestServer:
-        """A TestServer that answers "Hello!" until its `answers` are given."""
-        server = shared_test_server()
-        server.answers("Hello!")
-        return server
-
-    return test_server
-
-
-PUBLIC_EXTRAS: dict[str, str] = {}  # public names that live in extras -> their module
-
-
-def __getattr__(name: str) -> Any:
-    """A public name that lives in extras, imported when it is first read."""
-    if name == "test_server":
-        return make_fixture()
-    if name not in PUBLIC_EXTRAS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(extra(PUBLIC_EXTRAS[name], f"nanollama.{name}"), name)
-
-
-# ---- the chat page: one document; `page_headers` knows its script and style by their hashes ------
-
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nanollama</title>
-<link id="logo" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
- viewBox='1 0 24 24'%3E%3Cpath fill='%230f9488' d='M7 22V9.5Q7 7 8 6L7.5 2q2.5.6 2.8 3h1.4L12
- 2q2 1 2 3.8l4 1.7q1.5.7 1.5 2.2 0 1.8-2 1.8h-3V22z'/%3E%3C/svg%3E">
-<style>
-:root { color-scheme: light dark; font: 16px/1.6 system-ui, sans-serif;
-  --bg: light-dark(#fff, #16181b); --side: light-dark(#f4f6f5, #1d2023);
-  --text: light-dark(#1d2124, #e4e6e5); --dim: light-dark(#596167, #9aa3a9);
-  --line: light-dark(#dce1df, #34393e); --mine: light-dark(#e6f1ef, #22312f);
-  --tint: light-dark(#0000000d, #ffffff14); --accent: light-dark(#0f766e, #3cc9b8);
-  --bad: light-dark(#b3261e, #ff8f86); --edge: 1px solid var(--line) }
-:root[data-theme=light] { color-scheme: light } :root[data-theme=dark] { color-scheme: dark }
-* { box-sizing: border-box; overflow-wrap: anywhere }
-body { margin: 0; height: 100dvh; overflow: hidden; color: var(--text); background: var(--bg);
-  display: grid; grid-template: minmax(0, 1fr) / 17rem minmax(0, 1fr) }
-button, input, textarea, select { font: inherit; color: inherit; border-radius: .5rem; border: 0 }
-input, textarea, select { font-size: 1rem; width: 100%; min-height: 2.5rem; padding: .4rem .6rem;
-  background: var(--bg); border: var(--edge) }
-textarea { field-sizing: content; max-height: 40dvh; resize: none; display: block }
-button { cursor: pointer; padding: .3rem .7rem; background: none; white-space: nowrap;
-  color: var(--dim) }
-button:hover { background: var(--tint); color: var(--text) }
-.primary, .primary:hover { background: var(--accent); color: var(--bg) } a { color: var(--accent) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-:user-invalid { border-color: var(--bad) }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-header, .actions, .box, #status, #chats li, .edit div, .code div { display: flex;
-  align-items: center }
-@keyframes pulse { 50% { opacity: .25 } }
-
-#drawer { display: flex; flex-direction: column; gap: .5rem; position: static; width: auto;
-  height: auto; margin: 0; border: 0; padding: .75rem; color: inherit; background: var(--side) }
-h1 { font-size: 1.15rem; margin: .1rem .5rem }
-#drawer a { color: inherit; text-decoration: none; padding: .35rem .6rem; border-radius: .5rem }
-#new { border: var(--edge); background: var(--bg) }
-#chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1 }
-#chats li { border-radius: .5rem }
-#chats li:is(:hover, :has([aria-current])) { background: var(--tint) }
-#chats a { flex: 1; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-#chats .live::before, .live .text:empty::after { content: "● "; color: var(--accent);
-  animation: pulse 1.2s infinite }
-
-main { display: flex; flex-direction: column }
-header { padding: .5rem .75rem; border-bottom: var(--edge) }
-#title { border-color: #0000; background: none; font-weight: 600; text-overflow: ellipsis }
-#title:hover { border-color: var(--line) }
-#log { flex: 1; overflow-y: auto; overscroll-behavior: contain; position: relative; padding: 1rem }
-#log > * { max-width: 46rem; margin: 0 auto 1.2rem }
-.welcome { text-align: center; color: var(--dim); padding-top: 18vh }
-.welcome img { width: 6rem; display: block; margin: auto }
-.user { display: flex; flex-flow: row-reverse wrap; align-items: center }
-.user .text { max-width: 85%; padding: .6rem 1rem; border-radius: 1.1rem; background: var(--mine) }
-.actions { color: var(--dim); font-size: .85rem; margin-top: .2rem; flex-wrap: wrap }
-.assistant .actions { margin-left: -.7rem } .actions span { padding-left: .7rem }
-.live .actions button, .assistant:not(:last-child) .again, .error + div .again { display: none }
-.edit div { justify-content: flex-end; gap: .5rem; margin-top: .4rem; color: var(--dim) }
-details, blockquote { margin: .6rem 0; border-left: 3px solid var(--line); padding-left: .9rem;
-  color: var(--dim) }
-summary { cursor: pointer; width: fit-content }
-.error { border: 1px solid var(--bad); border-radius: .6rem; padding: .6rem .9rem; margin: .5rem 0 }
-b:is(.error *, #refused) { color: var(--bad) }
-.error button { border: var(--edge); margin: .4rem .4rem 0 0 }
-
-.md :where(p, ul, ol, .code, .table) { margin: .6rem 0 }
-.md li > :is(p, ul, ol) { margin: .2rem 0 } .md > :first-child { margin-top: 0 }
-.md > :last-child { margin-bottom: 0 }
-.user .text, .md :is(p, td, th, h3, h4, h5, h6) { white-space: pre-wrap;
-  unicode-bidi: plaintext }
-.md :is(h3, h4, h5, h6) { margin: 1.2rem 0 .4rem; line-height: 1.3; font-size: 1.05rem }
-.md h3 { font-size: 1.3rem } .md h4 { font-size: 1.15rem } .md :is(ul, ol) { padding-left: 1.6rem }
-hr { border: 0; border-top: var(--edge); margin: 1.2rem 0 }
-pre, code { font: .88rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
-code { background: var(--tint); padding: .1em .3em; border-radius: .3em }
-.code { border: var(--edge); border-radius: .6rem; background: var(--side); overflow: hidden }
-.code div { justify-content: space-between; padding: .2rem .3rem 0 1rem; color: var(--dim);
-  font-size: .8rem }
-pre { overflow-x: auto; margin: 0; padding: .2rem 1rem .8rem }
-pre code { background: none; padding: 0; overflow-wrap: normal } .table { overflow-x: auto }
-table { border-collapse: collapse }
-td, th { border: var(--edge); padding: .3rem .7rem; text-align: left; overflow-wrap: normal }
-
-#composer { padding: .3rem 1rem; width: 100%; max-width: 48rem; margin: 0 auto; position: relative }
-.box { align-items: flex-end; padding: .4rem; border-radius: 1.4rem; border: var(--edge);
-  box-shadow: 0 2px 12px #0000000f }
-.box:focus-within { border-color: var(--accent) }
-#input { border: 0; outline: 0; background: none }
-#send, #down { border-radius: 50%; width: 2.5rem; height: 2.5rem; padding: 0; flex: none }
-#down { position: absolute; bottom: 100%; left: calc(50% - 1.2rem); background: var(--bg);
-  border: var(--edge) }
-#status { font-size: .8rem; color: var(--dim); padding: .3rem .6rem; gap: .5rem }
-#pick { width: auto; min-height: 0; padding: 0 .3rem; font-size: inherit; max-width: 60% }
-#model { flex: 1 } meter { width: 4rem }
-dialog { border: var(--edge); border-radius: 1rem; padding: 0; color: inherit;
-  background: var(--bg); width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 1.5rem) }
-::backdrop { background: #0007 }
-dialog form { padding: 1.2rem; display: grid; gap: .8rem; align-items: end;
-  grid-template-columns: repeat(6, 1fr) }
-dialog form > * { grid-column: 1 / -1; margin: 0; font-size: .9rem; color: var(--dim) }
-dialog h2 { font-size: 1.2rem; color: var(--text) } dialog textarea { min-height: 4.5rem }
-dialog :is([type=number], select) { min-width: 0 }
-dialog label:has([type=number], select) { grid-column: span 2 }
-dialog form button { grid-column: span 3 }
-[type=checkbox] { width: auto; min-height: 0; accent-color: var(--accent) }
-@media (width >= 50rem) { [popovertarget] { display: none } }
-@media (width < 50rem) {
-  body { grid-template-columns: minmax(0, 1fr) }
-  #drawer { position: fixed; inset: 0 auto 0 0; width: min(20rem, 85vw); height: 100dvh }
-  #drawer:not(:popover-open) { display: none } }
-@media (hover) { :is(#chats li, .user):not(:hover, :focus-within) button { opacity: 0 } }
-@media (prefers-reduced-motion) { * { animation: none !important } }
-</style>
-<nav id="drawer" popover aria-label="Conversations">
-  <h1>nanollama</h1>
-  <a id="new" href="#">+ New chat</a>
-  <ul id="chats"></ul>
-</nav>
-<main>
-  <header>
-    <button popovertarget="drawer" aria-label="Conversations">☰</button>
-    <input id="title" aria-label="Title of the conversation" placeholder="New chat" maxlength="80">
-    <button id="configure">Settings</button>
-  </header>
-  <div id="log" role="log" aria-live="off" aria-label="Messages" tabindex="0"></div>
-  <form id="composer">
-    <button type="button" id="down" aria-label="To the end" hidden>↓</button>
-    <div class="box">
-      <textarea id="input" rows="2" dir="auto" aria-label="Message" placeholder="Message">
-</textarea>
-      <button id="send" class="primary"></button>
-    </div>
-    <div id="status"><select id="pick" aria-label="Model" hidden></select>
-      <span id="model" role="status"></span><span id="used"></span>
-      <meter id="context" aria-label="Context used"></meter></div>
-  </form>
-</main>
-<dialog id="settings" aria-labelledby="heading">
-  <form method="dialog" autocomplete="off">
-    <h2 id="heading">Settings</h2>
-    <label>System prompt<textarea name="system" rows="3" dir="auto"></textarea></label>
-    <label>Temperature<input name="temperature" type="number" min="0" max="2" step="any"></label>
-    <label>Top-p<input name="top_p" type="number" min="0" max="1" step="any"></label>
-    <label>Top-k<input name="top_k" type="number" min="0"></label>
-    <label>Max tokens<input name="max_tokens" type="number" min="1"></label>
-    <label>Seed<input name="seed" type="number"></label>
-    <label>Theme<select name="theme"><option value="">System<option value="light">Light
-      <option value="dark">Dark</select></label>
-    <p>An empty field leaves the choice to the server. Changes hold from the next message on.</p>
-    <label>API key <b id="refused"></b>
-      <input name="key" type="password" pattern="[!-~]*" autocomplete="off"></label>
-    <label><input name="remember" type="checkbox"> Remember the key when the tab is closed</label>
-    <button type="button" id="defaults">Server's defaults</button>
-    <button class="primary">Done</button>
-  </form>
-</dialog>
-<div id="spoken" class="sr" aria-live="polite"></div>
-<noscript>This page needs JavaScript.</noscript>
-<script>
-'use strict';
-// A client of POST v1/chat/completions which keeps its conversations in this browser.
-// What a model writes reaches the document as text nodes only: nothing here parses HTML.
-const $ = (id) => document.getElementById(id);
-function el(tag, props, ...children) {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...children);
-  return node;
-}
-const button = (textContent, onclick, className = '', ariaLabel = textContent) =>
-  el('button', {type: 'button', className, textContent, ariaLabel, onclick});
-function copyButton(ariaLabel, text) {
-  const node = button('Copy', async () => {
-    try {
-      await navigator.clipboard.writeText(text());
-    } catch {  // plain http from another machine has no clipboard API
-      const area = document.body.appendChild(el('textarea', {value: text(), className: 'sr'}));
-      area.select();
-      document.execCommand('copy');
-      area.remove();
-      node.focus();
-    }
-    $('spoken').textContent = node.textContent = 'Copied';
-    setTimeout(() => { node.textContent = 'Copy'; }, 1500);
-  }, '', ariaLabel);
-  return node;
-}
-// A browser may refuse to store (private, full, blocked), and what is there may be anything.
-function load(name, area = 'localStorage') {
-  try { return JSON.parse(window[area].getItem(`nanollama.${name}`)); } catch { return null; }
-}
-function save(name, value, area = 'localStorage') {
-  try {
-    if (value) window[area].setItem(`nanollama.${name}`, JSON.stringify(value));
-    else window[area].removeItem(`nanollama.${name}`);
-  } catch {
-    trouble = 'The browser refuses to store more: what is new is lost with this tab.';
-  }
-}
-
-// ---- markdown: lines -> blocks -> nodes --------------------------------------------------------
-const FENCE = /^( *)(`{3,}|~{3,})\s*([^\s`]*)[^`]*$/, HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
-const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/, QUOTE = /^\s*> ?/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s{1,4}|$)/, INTERRUPTS = /^\s*([-*+]|\d\d?[.)])\s+\S/;
-const MAX_DEPTH = 8;  // of nesting: an answer of a thousand ">" must not exhaust the stack
-const INLINE = new RegExp([  // spans are bounded: unclosed markers must not cost quadratic time
-  /(?<tick>`+)(?!`)(?<code>[^]{0,999}?[^`])\k<tick>(?!`)/, /\\(?<escaped>[*_`~#|])/,
-  /(?<two>\*\*|~~|(?<!\w)__)(?=\S)(?<strong>[^]{0,999}?\S)\k<two>(?!\*)(?:(?<!_)|(?!\w))/,
-  /(?<one>\*|(?<!\w)_)(?![\s*_])(?<em>(?:\*\*[^*]{1,999}\*\*|[^*]){0,999}?(?<!\s))\k<one>(?!\*)/,
-  /!?\[(?<label>(?:[^[\]]|\[[^[\]]{0,99}\]){1,999})\]\(<?(?<link>[^\s<>]{1,999}?)>?( "[^"]*")?\)/,
-  /(?<url>https?:\/\/[^\s<>`]{0,999}[^\s<>`.,:;!?'")\]}*_])/,
-].map((part) => part.source).join('|'), 'g');
-
-function inline(parent, text, depth = 0) {
-  let at = 0;
-  for (const match of depth < MAX_DEPTH ? text.matchAll(INLINE) : []) {
-    const {code, escaped, two, strong, em, label, url, link: href = url} = match.groups;
-    parent.append(text.slice(at, match.index));
-    at = match.index + match[0].length;
-    if (code) parent.append(el('code', {}, code.replace(/^ (.+) $/s, '$1')));
-    else if (escaped) parent.append(escaped);
-    else if (strong) parent.append(inline(el(two === '~~' ? 'del' : 'strong'), strong, depth + 1));
-    else if (em) parent.append(inline(el('em'), em, depth + 1));
-    else if (!/^https?:\/\//i.test(href)) parent.append(match[0]);  // no javascript: or data:
-    else {
-      const anchor = el('a', {href, title: href, target: '_blank', rel: 'noopener noreferrer'});
-      parent.append(inline(anchor, label ?? url, label ? depth + 1 : MAX_DEPTH));
-    }
-  }
-  parent.append(text.slice(at));
-  return parent;
-}
-function list(lines, at, depth) {
-  const [, pad, marker] = ITEM.exec(lines[at]), ordered = /\d/.test(marker);
-  const node = ordered ? el('ol', {start: parseInt(marker)}) : el('ul');
-  for (let item; (item = ITEM.exec(lines[at] ?? '')) && /\d/.test(item[2]) === ordered;) {
-    const body = [lines[at].slice(item[0].length)];
-    for (at++; at < lines.length; at++) {
-      const line = lines[at].replace(/^\t/, '    '), indent = line.search(/\S/);
-      const lazy = body.at(-1).trim() && !ITEM.test(line) && !interrupts(lines, at);
-      if (indent >= 0 && indent < pad.length + 2 && !lazy) break;
-      body.push(line.slice(Math.min(Math.max(indent, 0), item[0].length)));
-    }
-    node.append(nested(el('li'), body, depth));
-  }
-  return [node, at];
-}
-const cells = (row) => row.trim().replace(/^\||\|$/g, '').split(/(?<!\\)\|/);
-const isTable = ([head, rule]) => head.includes('|') && /^[\s|:-]*-[\s|:-]*$/.test(rule ?? '')
-  && cells(head).length === cells(rule).length;
-function table(lines, at) {
-  const sides = cells(lines[at + 1]).map((cell) => /^\s*-+:/.test(cell) ? 'right' : '');
-  const row = (line, tag) => el('tr', {}, ...cells(line).slice(0, sides.length).map((cell, i) => {
-    const node = inline(el(tag), cell.trim().replace(/<br ?\/?>/gi, '\n'));
-    node.style.textAlign = sides[i];
-    return node;
-  }));
-  const node = el('table', {}, row(lines[at], 'th'));
-  for (at += 2; lines[at]?.includes('|'); at++) node.append(row(lines[at], 'td'));
-  return [el('div', {className: 'table', tabIndex: 0}, node), at];
-}
-const interrupts = (lines, at) => isTable(lines.slice(at, at + 2))
-  || [FENCE, HEADING, RULE, QUOTE, INTERRUPTS].some((start) => start.test(lines[at]));
-
-function block(lines, at, depth) {  // the block at a line that is not blank, and the line after it
-  let match, end = at + 1;
-  if ((match = FENCE.exec(lines[at]))) {
-    const [, pad, fence, language] = match, margin = RegExp(`^ {0,${pad.length}}`);
-    const closes = (line) => line.length >= fence.length && line === fence[0].repeat(line.length);
-    while (end < lines.length && !closes(lines[end].trim())) end++;
-    const text = lines.slice(at + 1, end).map((line) => line.replace(margin, '')).join('\n');
-    const code = el('code', {}, text), copy = copyButton('Copy code', () => code.textContent);
-    return [el('div', {className: 'code'}, el('div', {}, language, copy),
-      el('pre', {tabIndex: 0}, code)), end + 1];
-  }
-  if ((match = HEADING.exec(lines[at]))) {  // h1 and h2 belong to the page
-    const node = el(`h${Math.min(match[1].length + 2, 6)}`);
-    return [inline(node, match[2].replace(/\s#+\s*$/, '')), end];
-  }
-  if (RULE.test(lines[at])) return [el('hr'), end];
-  if (QUOTE.test(lines[at]) && depth < MAX_DEPTH) {
-    while (QUOTE.test(lines[end] ?? '')) end++;
-    const body = lines.slice(at, end).map((line) => line.replace(QUOTE, ''));
-    return [nested(el('blockquote'), body, depth), end];
-  }
-  if (ITEM.test(lines[at]) && depth < MAX_DEPTH) return list(lines, at, depth);
-  if (isTable(lines.slice(at, at + 2))) return table(lines, at);
-  while (end < lines.length && lines[end].trim() && !interrupts(lines, end)) end++;
-  return [inline(el('p'), lines.slice(at, end).join('\n')), end];
-}
-const nested = (root, lines, depth) => new Markdown(root, depth + 1).update(lines.join('\n'));
-class Markdown {  // text that grows: blocks which more text cannot change are built once
-  constructor(root, depth = 0) { Object.assign(this, {root, depth, start: 0, done: 0}); }
-  update(text) {
-    const lines = text.slice(this.start).split('\n');
-    let count = this.done, first = 0;
-    for (let at = 0, node; at < lines.length;) {
-      if (!lines[at].trim()) { at++; continue; }
-      // Two whole lines fix where a block begins (a table shows in its second): all before is done.
-      if (at <= lines.length - 3) [first, this.done] = [at, count];
-      [node, at] = block(lines, at, this.depth);
-      this.put(count++, node);
-    }
-    while (this.root.childNodes.length > count) this.root.lastChild.remove();
-    for (const line of lines.slice(0, first)) this.start += line.length + 1;
-    return this.root;
-  }
-  put(index, node) {  // an equal block stays, with its selection; a code block keeps its scroll
-    const old = this.root.childNodes[index];
-    if (!old) this.root.append(node);
-    else if (node.className === 'code' && old.firstChild.isEqualNode(node.firstChild)) {
-      old.querySelector('code').textContent = node.querySelector('code').textContent;
-    } else if (!old.isEqualNode(node)) old.replaceWith(node);
-  }
-}
-
-// ---- the wire ----------------------------------------------------------------------------------
-const SAMPLING = ['temperature', 'top_p', 'top_k', 'max_tokens', 'seed'];
-const settings = {...Object(load('settings'))};
-let key = load('key', 'sessionStorage') ?? load('key') ?? '';
-let model = null, trouble = 'Connecting…', reconnect;
-
-function lost(error) {
-  throw error.name === 'AbortError' ? error
-    : Error('No connection: the server has stopped, or the network is down.');
-}
-async function call(path, options) {
-  const headers = {'Content-Type': 'application/json', ...key && {Authorization: `Bearer ${key}`}};
-  const response = await fetch(path, {headers, ...options}).catch(lost);
-  if (response.ok) return response;
-  let message = (await response.text().catch(lost)).slice(0, 9999) || response.statusText;
-  const wait = response.headers.get('retry-after');
-  try { ({message} = JSON.parse(message).error); } catch { /* a proxy's own page */ }
-  if (wait) message += ` Try again in ${wait} s.`;
-  throw Object.assign(Error(message), {status: response.status});
-}
-async function* events(body) {  // the data of each server-sent event
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let buffer = ''; ;) {
-    const {value, done} = await reader.read().catch(lost);
-    if (done) return;
-    const parts = (buffer + value).split(/(?:\r\n|\n|\r(?!\n)){2}/);
-    buffer = parts.pop();
-    for (const part of parts) {
-      const lines = part.split(/[\r\n]+/).filter((line) => line.startsWith('data:'));
-      if (lines.length) yield lines.map((line) => line.slice(5).replace(/^ /, '')).join('\n');
-    }
-  }
-}
-async function connect() {
-  clearTimeout(reconnect);
-  try {
-    const models = (await (await call('v1/models')).json()).data, pick = $('pick');
-    model = models.find(({id}) => id === settings.model) ?? models[0];
-    pick.replaceChildren(...models.map(({id}) => el('option', {selected: id === model.id}, id)));
-    pick.hidden = models.length < 2;
-    trouble = !model ? 'no model here yet' : model.state === 'loading' ? 'loading…' : '';
-    if (trouble) reconnect = setTimeout(connect, 2000);
-  } catch (error) {
-    trouble = error.message;
-    if (error.status === 401) askKey(trouble);
-    else reconnect = setTimeout(connect, 5000);
-  }
-  refresh();
-}
-
-// ---- conversations: {id, title, updated, messages: [{role, content, ..}]} ----------------------
-const chats = new Map(), runs = new Map();  // by id; a run is an answer that is being written
-let current;
-
-function read(name) {  // an item of the storage; what is being written here goes before it
-  const id = name?.split('nanollama.chat.')[1], chat = id && load(`chat.${id}`);
-  const sound = (message) => typeof message?.content === 'string';
-  if (runs.has(id)) return;
-  chats.delete(id);
-  if (chat?.id === id && Array.isArray(chat?.messages) && chat.messages.every(sound)) {
-    chats.set(id, chat);
-  }
-}
-const write = ({id}) => save(`chat.${id}`, chats.get(id));
-function keep(chat) {
-  chats.set(chat.id, chat);
-  write(chat);
-  refresh();
-}
-function remove(chat) {
-  if (!confirm(`Delete “${chat.title}”?`)) return;
-  stop(chat);
-  chats.delete(chat.id);
-  write(chat);
-  if (chat === current) location.hash = '';
-  refresh();
-  ready();
-}
-const stop = (chat) => runs.get(chat.id)?.controller.abort();
-function ask(chat, content) {
-  chat.title ||= content.trim().split('\n')[0].slice(0, 60);
-  chat.messages.push({role: 'user', content});
-  answer(chat);
-}
-function answerAgain(chat) {
-  chat.messages.pop();
-  answer(chat);
-}
-async function answer(chat) {
-  stop(chat);
-  const messages = chat.messages.filter(({content}) => content)  // one that failed may have none
-    .map(({role, content}) => ({role, content}));
-  if (settings.system?.trim()) messages.unshift({role: 'system', content: settings.system});
-  const request = {model: model?.id, messages, stream: true, stream_options: {include_usage: true}};
-  for (const name of SAMPLING) if (settings[name]) request[name] = Number(settings[name]);
-
-  const message = {role: 'assistant', content: '', reasoning: ''};
-  const run = {chat, message, controller: new AbortController(), chunks: 0, cost: 0, saved: 0};
-  chat.messages.push(message);
-  chat.updated = Date.now();
-  runs.set(chat.id, run);
-  history.replaceState(null, '', `#${chat.id}`);
-  keep(chat);
-  show();
-  ready();
-  try {
-    const body = JSON.stringify(request), {signal} = run.controller;
-    const response = await call('v1/chat/completions', {method: 'POST', body, signal});
-    for await (const data of events(response.body)) {
-      if (data === '[DONE]') break;
-      take(run, JSON.parse(data));
-      paintSoon(run);
-    }
-    if (!message.finish) throw Error('The connection was closed before the answer was complete.');
-  } catch (error) {
-    if (error.name === 'AbortError') message.finish = 'stopped';
-    else message.error = {text: error.message, status: error.status};
-    if (message.error && !error.status) connect();
-  }
-  if (!message.error && !model?.max_model_len) connect();  // the answer has loaded the model
-  if (runs.get(chat.id) === run) runs.delete(chat.id);
-  if (chats.get(chat.id) === chat) keep(chat);
-  paint(run);
-}
-function take(run, {error, choices: [choice] = [], usage, timings}) {
-  if (error) throw Error(error.message);
-  const {message} = run, delta = choice?.delta ?? {}, now = performance.now();
-  const reasoning = delta.reasoning_content ?? delta.reasoning ?? '', content = delta.content ?? '';
-  if (reasoning + content) {
-    const seconds = (now - (run.since ??= now)) / 1000;
-    if (seconds > 1) message.note = `≈ ${(run.chunks / seconds).toFixed(1)} tokens/s`;
-    if (message.reasoning && content) message.thought ??= Math.ceil(seconds) || 1;
-    run.chunks++;
-  }
-  message.reasoning += reasoning;
-  message.content += content;
-  message.finish = choice?.finish_reason ?? message.finish;
-  run.rate = timings?.predicted_per_second ?? run.rate;
-  if (usage) {
-    const cached = usage.prompt_tokens_details?.cached_tokens;
-    message.used = usage.total_tokens;
-    message.note = (run.rate ? `${run.rate.toFixed(1)} tokens/s · ` : '')
-      + `${usage.completion_tokens} tokens · prompt ${usage.prompt_tokens}`
-      + (cached ? ` (${cached} cached)` : '');
-  }
-}
-
-// ---- the view ----------------------------------------------------------------------------------
-const log = $('log'), input = $('input'), dialog = $('settings'), form = dialog.firstElementChild;
-const touch = matchMedia('(hover: none)');  // there is no Shift+Enter, and focus opens a keyboard
-const ready = () => { if (!touch.matches) input.focus(); };
-const ENDINGS = {stop: '', length: 'cut off at the token limit', stopped: 'stopped'};
-const nodes = new WeakMap();  // message -> its article
-let atEnd = true;  // the log follows an answer only while its end is in sight
-
-function article(chat, message) {
-  const mine = message.role === 'user', text = el('div', {className: 'text'});
-  const actions = el('div', {className: 'actions'}, copyButton('Copy', () => message.content));
-  const node = el('article', {className: mine ? 'user' : 'assistant'},
-    el('h2', {className: 'sr'}, mine ? 'You' : 'Answer'), text, actions);
-  nodes.set(message, node);
-  if (mine) {
-    text.textContent = message.content;
-    actions.prepend(button('Edit', () => edit(chat, message, node)));
-    return node;
-  }
-  const summary = el('summary'), thoughts = el('div', {className: 'md'}), note = el('span');
-  const details = el('details', {}, summary, thoughts);
-  const thinking = new Markdown(thoughts), writing = new Markdown(text);
-  text.className = 'md text';
-  actions.append(button('Regenerate', () => answerAgain(chat), 'again'), note);
-  node.update = () => {  // returns the blocks that have become final
-    const live = runs.get(chat.id)?.message === message, said = writing.done;
-    node.classList.toggle('live', live);
-    if (message.reasoning) text.before(details);
-    summary.textContent = live && !message.content ? 'Thinking…'
-      : message.thought ? `Thought for ${message.thought} s` : 'Thoughts';
-    thinking.update(message.reasoning ?? '');
-    writing.update(message.content);
-    if (message.error && text.nextSibling === actions) text.after(failure(chat, message.error));
-    const ending = live || message.error ? '' : ENDINGS[message.finish] ?? 'interrupted';
-    note.textContent = [message.note, ending].filter(Boolean).join(' · ');
-    return [...text.childNodes].slice(said, live ? writing.done : undefined);
-  };
-  node.update();
-  return node;
-}
-function failure(chat, {text, status}) {
-  const node = el('div', {className: 'error', role: 'alert'},
-    el('b', {}, status ? `Error ${status}: ` : 'Error: '), text, el('br'));
-  if (status === 401) node.append(button('Enter the API key', () => askKey(text)));
-  node.append(button('Try again', () => answerAgain(chat), 'again'));
-  return node;
-}
-function edit(chat, message, node) {
-  const area = el('textarea', {value: message.content, ariaLabel: 'Edit the message', dir: 'auto'});
-  const cancel = () => { box.replaceWith(node); ready(); };
-  const send = () => {
-    if (!area.value.trim()) return;
-    stop(chat);
-    chat.messages.length = chat.messages.indexOf(message);
-    ask(chat, area.value);
-  };
-  const box = el('div', {className: 'edit'}, area, el('div', {}, 'Replaces all that follows.',
-    button('Cancel', cancel), button('Send', send, 'primary')));
-  box.onkeydown = (event) => {
-    if (event.key === 'Escape') { event.stopPropagation(); cancel(); }
-    if (event.target === area && sends(event)) send();
-  };
-  node.replaceWith(box);
-  area.focus();
-}
-function paintSoon(run) {  // painting takes a fifth of the time at most, however long the answer
-  run.timer ??= setTimeout(() => requestAnimationFrame((start) => {
-    run.timer = null;
-    if (runs.get(run.chat.id) !== run) return;
-    paint(run);
-    if (start > run.saved + 1000) { run.saved = start; write(run.chat); }
-    run.cost = performance.now() - start;
-  }), 4 * run.cost);
-}
-function paint({message}) {
-  const node = nodes.get(message), fresh = node.update();
-  if (!node.isConnected) return;
-  $('spoken').append(...fresh.map(({textContent}) => el('p', {textContent})));
-  follow();
-}
-const follow = () => { if (atEnd) log.scrollTop = log.scrollHeight; };
-function show() {
-  log.replaceChildren(...current.messages.map((one) => nodes.get(one) ?? article(current, one)));
-  if (!current.messages.length) {
-    const hint = touch.matches ? '' : 'Enter sends, Shift+Enter is a new line, Esc stops.';
-    log.append(el('div', {className: 'welcome'}, el('img', {src: $('logo').href, alt: ''}), hint));
-  }
-  $('spoken').replaceChildren();
-  $('title').value = current.title;
-  $('down').hidden = atEnd = true;
-  follow();
-  refresh();
-}
-function refresh() {  // what surrounds the messages
-  const running = runs.has(current.id), label = running ? 'Stop (Esc)' : 'Send (Enter)';
-  const used = current.messages.findLast((message) => message.used)?.used ?? 0;
-  const size = model?.max_model_len, focused = document.activeElement.id;
-  Object.assign($('send'), {textContent: running ? '■' : '↑', title: label, ariaLabel: label});
-  Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
-  $('model').textContent = [$('pick').hidden && model?.id, trouble].filter(Boolean).join(' · ');
-  $('used').textContent = used.toLocaleString('en')
-    + (size ? ` of ${size.toLocaleString('en')} tokens` : ' tokens');
-  document.title = (current.title ? `${current.title} · ` : '') + 'nanollama';
-  const newest = [...chats.values()].sort((a, b) => b.updated - a.updated);
-  $('chats').replaceChildren(...newest.map((chat) => {
-    const link = el('a', {id: `open-${chat.id}`, href: `#${chat.id}`, title: chat.title,
-      className: runs.has(chat.id) ? 'live' : ''}, chat.title);
-    if (chat === current) link.ariaCurrent = 'page';
-    return el('li', {}, link, button('×', () => remove(chat), '', `Delete ${chat.title}`));
-  }));
-  $(focused)?.focus();
-}
-function go() {  // to the conversation that the address names
-  const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 6);
-  current = chats.get(location.hash.slice(1)) ?? {id, title: '', updated: 0, messages: []};
-  $('drawer').hidePopover();
-  show();
-  ready();
-}
-function askKey(why = '') {
-  $('refused').textContent = why;
-  if (!dialog.open) dialog.showModal();
-  form.elements.key.focus();
-}
-
-// ---- wiring ------------------------------------------------------------------------------------
-function sends(event) {  // 229: an input method took the key (Safari)
-  const yes = event.key === 'Enter' && !event.shiftKey && !touch.matches && !event.isComposing
-    && event.keyCode !== 229;
-  if (yes) event.preventDefault();
-  return yes;
-}
-log.onscroll = () => {
-  $('down').hidden = atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 8;
-};
-new ResizeObserver(follow).observe(log);
-$('down').onclick = () => { atEnd = true; follow(); };
-$('new').onclick = go;
-$('title').onchange = ({target}) => {
-  current.title = target.value.trim();
-  if (chats.has(current.id)) keep(current);
-};
-$('composer').onsubmit = (event) => {
-  event.preventDefault();
-  const text = input.value;
-  if (runs.has(current.id)) return stop(current);
-  if (text.trim()) { input.value = ''; ask(current, text); }
-};
-input.onkeydown = (event) => {
-  if (event.key === 'ArrowUp' && !input.value) {
-    [...log.querySelectorAll('.user .actions')].at(-1)?.firstChild.click();
-  }
-  if (sends(event) && !runs.has(current.id)) $('composer').requestSubmit();
-};
-document.onkeydown = ({key, isComposing}) => {
-  const busy = isComposing || document.querySelector('dialog[open], :popover-open');
-  if (key === 'Escape' && !busy) stop(current);
-};
-$('configure').onclick = () => dialog.showModal();
-dialog.onclick = ({target}) => { if (target === dialog) dialog.close(); };
-form.onsubmit = (event) => { event.preventDefault(); dialog.close(); };
-form.oninput = ({target: {name, value, validity}}) => {
-  const {key: field, remember} = form.elements;
-  if (field.validity.valid) key = field.value;
-  if (validity.valid && name !== 'key' && name !== 'remember') settings[name] = value;
-  save('settings', settings);
-  save('key', key, 'sessionStorage');
-  save('key', remember.checked && key);
-  document.documentElement.dataset.theme = settings.theme;
-};
-form.elements.key.onchange = connect;
-$('pick').onchange = ({target}) => {
-  settings.model = target.value;
-  save('settings', settings);
-  connect();
-};
-$('defaults').onclick = () => {
-  for (const name of SAMPLING) settings[name] = form.elements[name].value = '';
-  save('settings', settings);
-};
-for (const field of form.elements) if (field.name in settings) field.value = settings[field.name];
-form.elements.key.value = key;
-form.elements.remember.checked = load('key');
-document.documentElement.dataset.theme = settings.theme;
-
-onbeforeunload = onpagehide = () => { runs.forEach(({chat}) => { stop(chat); write(chat); }); };
-onhashchange = go;
-onstorage = ({key: name}) => {  // another tab wrote
-  read(name);
-  if (name === `nanollama.chat.${current.id}`) go();
-  else refresh();
-};
-matchMedia('(width >= 50rem)').onchange = () => $('drawer').hidePopover();
-try { Object.keys(localStorage).forEach(read); } catch { /* blocked storage holds nothing */ }
-go();
-connect();
-</script>
-</html>
-"""
 
 
 # ==================================================================================================
@@ -11401,8 +10427,8 @@ def serve_catalog(settings: Settings) -> Catalog:
     """The models named by --model or the Modelfile; where there are none, those on this machine."""
     args, store = settings.args, ModelStore()
     if args.script:
-        script = read_script(args.script)
-        return Catalog({"script": ModelSource("script", (lambda: ScriptLLM(script),))})
+        source = extra("testing", "--script").script_source(args.script)
+        return Catalog({source.name: source})
     if args.modelfile and not args.models:
         return Catalog({settings.model: model_source(settings, settings.model)})
     if args.models:
@@ -11428,7 +10454,6 @@ def run_serve(settings: Settings) -> int:
     is_test = bool(args.script) or settings.model == TINY_RANDOM
     own = {
         "any_model": args.any_model or is_test,
-        "keeps_requests": is_test,
         "api_keys": tuple(key.strip() for key in keys if key.strip()),
     }
     config = ServerConfig(**{**given_flags(args, ServerConfig), **own})
@@ -11436,8 +10461,14 @@ def run_serve(settings: Settings) -> int:
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
+    middleware: list[Any] = []
+    with contextlib.suppress(*([] if args.script else [ExtraError])):
+        middleware = extra("testing", "--script").middleware() if is_test else []
     serve(
-        serve_catalog(settings), config, lambda: available_memory(pick_device(settings.args.device))
+        serve_catalog(settings),
+        config,
+        lambda: available_memory(pick_device(settings.args.device)),
+        middleware,
     )
     return 0
 

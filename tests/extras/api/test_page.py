@@ -15,6 +15,7 @@ import pytest
 from serving import Live, serving, wait_until
 
 import nanollama
+from nanollama_extras.api.page import PAGE, page_headers
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -127,8 +128,8 @@ class ScriptedServer:
 
     def get(self, handler: Any) -> None:
         if handler.path == "/":
-            headers = {"Content_Type": "text/html", **nanollama.page_headers()}
-            self.reply(handler, 200, nanollama.PAGE.encode(), **headers)
+            headers = {"Content_Type": "text/html", **page_headers()}
+            self.reply(handler, 200, PAGE.encode(), **headers)
         elif handler.path == "/v1/models" and self.allowed(handler):
             more = {"object": "model", "created": 1, "max_model_len": 2048}
             models = [{"id": name, **more} for name in self.models]

@@ -14,13 +14,15 @@ import httpx
 import openai
 import pytest
 import torch
+import yaml
 from pages import blocks
 from serving import serving, wait_until
 from test_server import Process
 
 import nanollama
-from nanollama import LLM, Script, TestServer, UsageError, read_script
+from nanollama import LLM, TestServer, UsageError
 from nanollama_extras.files import tiny_random
+from nanollama_extras.testing import MAX_RECORDED_REQUESTS, SCRIPT_FIELDS, Script, read_script
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -156,7 +158,7 @@ def test_what_was_asked_is_kept_within_bounds(test_server: TestServer) -> None:
     assert test_server.requests[0]["body"] == asked["body"]
     for i in range(300):
         httpx.post(f"{test_server.base_url}/completions", content=f"no json {i}")
-    assert len(httpx.delete(url).json()["requests"]) == nanollama.MAX_KEPT_REQUESTS
+    assert len(httpx.delete(url).json()["requests"]) == MAX_RECORDED_REQUESTS
     assert httpx.get(url).json() == {"requests": []}
 
 
@@ -213,13 +215,8 @@ def test_the_documented_script_is_one(tmp_path: Path) -> None:
     assert [script.next("hi").get("text") for _ in range(8)][-2:] == [
         "The last answer, from then on."
     ] * 2
-    used = {
-        name
-        for answer in nanollama.yaml.safe_load(block)
-        if isinstance(answer, dict)
-        for name in answer
-    }
-    assert set(nanollama.SCRIPT_FIELDS) - used == {"finish_reason"}
+    used = {name for answer in yaml.safe_load(block) if isinstance(answer, dict) for name in answer}
+    assert set(SCRIPT_FIELDS) - used == {"finish_reason"}
 
 
 def test_a_scripted_server_starts_without_torch(tmp_path: Path) -> None:
