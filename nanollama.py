@@ -5602,57 +5602,20 @@ class Delta:
     embedding: list[float] | None = None  # (C,), of unit length
 
 
-class Drafter:
-    """Guesses how a text goes on from what followed its latest tokens before (prompt lookup,
-    https://github.com/apoorvumang/prompt-lookup-decoding). No model, no tensors.
+class Drafter(Protocol):
+    """Guesses the next tokens of one text, for the engine to verify (see `--lookup`)."""
 
-    It guesses far while it is right, hardly farther than it was right the last time, and more and
-    more rarely while it is wrong."""
+    def draft(self, tokens: list[int], most: int) -> list[int]: ...
 
-    MAX_PLACES = 16  # earlier ones that are compared
-    MAX_MATCH = 8  # tokens in common that are as good as more
-    MAX_PAUSE = 5  # longest pause after wrong guesses: 2**5 - 1 tokens
+    def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None: ...
 
-    def __init__(self) -> None:
-        self.latest: dict[tuple[int, int], int] = {}  # a pair -> the position after its last place
-        self.earlier = [0, 0]  # position after a pair -> that after its place before; 0 for none
-        self.reach = 2**31  # most tokens to guess the next time
-        self.num_wrong = 0  # guesses in a row of which nothing came
-        self.resume = 0  # length of the text from which on to guess again
 
-    def draft(self, tokens: list[int], most: int) -> list[int]:
-        """At most `most` tokens that may follow `tokens`, which begin as in the last call"""
-        num = min(most, self.reach)
-        if num < 1 or len(tokens) < max(self.resume, 3):
-            return []
-        for at in range(len(self.earlier), len(tokens)):
-            pair = tokens[at - 2], tokens[at - 1]
-            self.earlier.append(self.latest.get(pair, 0))
-            self.latest[pair] = at
-        start = self.longest_match(tokens)
-        # a text that repeats itself goes on past its end: the guess then is its own source
-        return [tokens[start + i % (len(tokens) - start)] for i in range(num)] if start else []
+class Pooler(Protocol):
+    """Makes the embedding of one text from the hidden states of its tokens."""
 
-    def longest_match(self, tokens: list[int]) -> int:
-        """The position after the place that shares most tokens with the end; 0 for none"""
-        best = longest = 0
-        at = self.latest.get((tokens[-2], tokens[-1]), 0)
-        for _ in range(self.MAX_PLACES):
-            if not at or longest == self.MAX_MATCH:
-                break
-            num = 2
-            while num < min(self.MAX_MATCH, at) and tokens[at - 1 - num] == tokens[-1 - num]:
-                num += 1
-            if num > longest:
-                best, longest = at, num
-            at = self.earlier[at]
-        return best
+    def take(self, states: Tensor) -> None: ...  # (n, C) of the next n tokens
 
-    def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        """What became of a draft, and how long the text is now."""
-        self.reach = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
-        self.num_wrong = 0 if num_accepted else min(self.num_wrong + 1, self.MAX_PAUSE + 1)
-        self.resume = num_tokens + 2 ** max(self.num_wrong - 1, 0) - 1
+    def embedding(self) -> list[float]: ...  # (C,)
 
 
 @dataclass(slots=True, eq=False)
@@ -5678,9 +5641,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     seen: Seen = field(default_factory=Seen)
     constraint: Constraint | None = None  # what the answer must be
-    pooling: str | None = None  # mean or last: the answer is an embedding of the prompt
-    states: list[Tensor] = field(default_factory=list)  # (n, C) each, that it is made of
-    drafter: Drafter = field(default_factory=Drafter)
+    pooler: Pooler | None = None  # the answer is an embedding of the prompt
+    drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
     num_accepted: int = 0
@@ -5726,6 +5688,11 @@ class Sequence:
             return Delta(self.index, text, token_id, logprobs)
         text += self.text.flush()
         return Delta(self.index, text, token_id, logprobs, self.finish_reason, self.usage())
+
+    def end(self, reason: str, **fields: Any) -> Delta:
+        """Finish without another token."""
+        self.finish_reason = reason
+        return Delta(self.index, finish_reason=reason, usage=self.usage(), **fields)
 
     def take(self) -> list[Delta]:
         """The deltas made since the last call."""
@@ -5786,7 +5753,7 @@ class Scheduler:
             return None
         seq = self.waiting[0]
         end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
-        wanted = [] if seq.pooling else seq.token_ids[:end]
+        wanted = [] if seq.pooler else seq.token_ids[:end]
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
@@ -5822,7 +5789,7 @@ class Scheduler:
             num_left = len(seq.token_ids) - seq.num_computed
             num_new = num_left if num_left == 1 else min(num_left, budget)
             seq.draft = []
-            if num_left == 1 and seq.num_generated:
+            if num_left == 1 and seq.drafter and seq.num_generated:
                 room = seq.max_length - len(seq.token_ids) - 1
                 seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most, room))
                 if seq.draft and seq.constraint:
@@ -5897,6 +5864,8 @@ def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
 class Engine:
     """Runs sequences to their end: `add` them, then `step` while there is work."""
 
+    new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
+
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         self.decoder, self.end_ids = decoder, end_ids
         self.n_vocab = decoder.config.n_vocab
@@ -5909,6 +5878,8 @@ class Engine:
             self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
         )
         self.stats = EngineStats()
+        if config.lookup:
+            self.new_drafter = extra("answers.lookup", "--lookup").PromptLookup
         with torch.inference_mode():
             self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
 
@@ -5923,7 +5894,7 @@ class Engine:
         self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
             raise RequestError("the prompt is empty: there is no token to continue", "prompt")
-        if seq.num_prompt >= self.n_ctx + bool(seq.pooling):  # an embedding needs no room
+        if seq.num_prompt >= self.n_ctx + bool(seq.pooler):  # an embedding needs no room
             raise ContextLengthError(
                 f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
                 "answer included; shorten the prompt"
@@ -5932,6 +5903,7 @@ class Engine:
             )
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
+        seq.drafter = self.new_drafter() if self.new_drafter else None
         self.scheduler.waiting.append(seq)
 
     def state(self) -> dict[str, Any]:
@@ -5978,8 +5950,6 @@ class Engine:
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
-                if seq.pooling:
-                    seq.states.append(rows)
                 if seq.params.prompt_logprobs and not seq.num_generated:
                     seq.note_prompt(num_new, rows)
                 seq.num_computed += num_new
@@ -5992,39 +5962,26 @@ class Engine:
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Gather the new tokens and the draft of each sequence and run the decoder -> each
         sequence's logits (rows, V): of its last new token and its draft, and of those before that
-        prompt_logprobs wants. For an embedding, the states (n, C) that it pools."""
+        prompt_logprobs wants. An embedding takes its states instead."""
         num_rows, parts = [], []
         for seq, num_new in work:
-            num_rows.append(0 if seq.pooling else len(seq.draft) + seq.num_rows(num_new))
+            num_rows.append(0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
-        pools = any(seq.pooling for seq, _ in work)
-        is_decode = not pools and all(len(new) == 1 for _, _, new, _ in parts)
+        is_decode = all(len(new) == 1 == rows for _, _, new, rows in parts)
         steps = self.decode_steps
         if steps and is_decode and len(parts) <= steps.num_rows:
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(steps(rows).cpu(), num_rows)
         lengths = [len(seq.token_ids) for seq, _ in work]
         batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
-        if pools:
-            return self.forward_states(batch, work, num_rows)
-        logits = self.decoder(batch, self.cache).cpu()
-        return torch.split(logits, num_rows)
-
-    def forward_states(
-        self, batch: Batch, work: list[tuple[Sequence, int]], num_rows: list[int]
-    ) -> tuple[Tensor, ...]:
-        """`forward` where some want states."""
         x = self.decoder.hidden(batch, self.cache)
-        states = self.decoder.norm(x).float().cpu()
-        logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else states[:0]
-        rows = list(torch.split(logits, num_rows))
-        for i, ((seq, num_new), span) in enumerate(zip(work, batch.spans)):
-            if seq.pooling:
-                rows[i] = states[span.row : span.row + num_new]
-                rows[i] = (rows[i] if seq.pooling == "mean" else rows[i][-1:]).clone()
-        return tuple(rows)
+        for (seq, num_new), span in zip(work, batch.spans):
+            if seq.pooler:
+                seq.pooler.take(self.decoder.norm(x[span.row :][:num_new]).float().cpu())
+        logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
+        return torch.split(logits, num_rows)
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
         """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
@@ -6032,13 +5989,13 @@ class Engine:
         num_drafted, num_before = len(seq.draft), seq.num_accepted
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
-            seq.outbox.append(self.extend(seq, logits[row]))
+            self.extend(seq, None if seq.pooler else logits[row].numpy())
             is_crossing = len(seq.token_ids) == self.decoder.n_short + 1
             if seq.finish_reason or seq.token_ids[-1] != guess or is_crossing:
                 break
             seq.num_computed += 1
             seq.num_accepted += 1
-        if num_drafted:
+        if seq.drafter and num_drafted:
             num_accepted = seq.num_accepted - num_before
             self.stats.drafted_tokens += num_drafted
             self.stats.accepted_tokens += num_accepted
@@ -6049,21 +6006,17 @@ class Engine:
             self.cache.start(seq.slot, seq.slot, 0)
             seq.num_computed = 0
 
-    def extend(self, seq: Sequence, logits: Tensor) -> Delta:
-        """What a sequence's last logits (V,) bring: a token, or only its end."""
+    def extend(self, seq: Sequence, logits: Row | None) -> None:
+        """Add the Delta of a sequence's next token or, without logits (V,), of its embedding."""
         try:
-            return self.pool(seq) if seq.pooling else self.sample(seq, logits.numpy())
+            if seq.pooler:
+                delta = seq.end("stop", embedding=seq.pooler.embedding())
+            else:
+                assert logits is not None
+                delta = self.sample(seq, logits)
         except NanollamaError as error:
-            seq.finish_reason = "error"
-            return Delta(seq.index, finish_reason="error", usage=seq.usage(), error=error)
-
-    def pool(self, seq: Sequence) -> Delta:
-        """The embedding of a sequence whose states are all there. Raises LogitsError."""
-        states = torch.cat(seq.states) if seq.pooling == "mean" else seq.states[-1]
-        pooled = F.normalize(states.double().mean(0), dim=0)  # whatever the chunks were
-        check_number(float(pooled.sum()), "embedding")
-        seq.finish_reason = "stop"
-        return Delta(seq.index, finish_reason="stop", usage=seq.usage(), embedding=pooled.tolist())
+            delta = seq.end("error", error=error)
+        seq.outbox.append(delta)
 
     def sample(self, seq: Sequence, logits: Row) -> Delta:
         """Sample a sequence's next token and decide whether it is the last. Raises LogitsError."""
@@ -6071,8 +6024,7 @@ class Engine:
         if not seq.num_generated:
             check_number(sum(found.logprob for found in seq.prompt_logprobs), "log-probability")
         if p.max_tokens == 0:
-            seq.finish_reason = "length"
-            return Delta(seq.index, finish_reason="length", usage=seq.usage())
+            return seq.end("length")
         allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
         history = (seq.token_ids, seq.num_prompt, seq.seen)
         token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
@@ -6268,32 +6220,13 @@ class LLM(TextSide):
         dtype: str = "float32",
         quantize: str | None = None,
         *,
-        compile: bool = False,
-        ctx: int | None = None,
-        parallel: int | None = None,
-        prefill_chunk: int = ENGINE_DEFAULTS.prefill_chunk,
-        threads: int | None = None,
-        kernels: str = ENGINE_DEFAULTS.kernels,
-        kv_dtype: str = ENGINE_DEFAULTS.kv_dtype,
-        lookup: int = ENGINE_DEFAULTS.lookup,
         revision: str | None = None,
         tokenizer: str | None = None,
         adapter: str | Path | None = None,
         template: str | None = None,
+        **options: Any,
     ) -> None:
-        config = EngineConfig(
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            compile=compile,
-            ctx=ctx,
-            parallel=parallel,
-            prefill_chunk=prefill_chunk,
-            threads=threads,
-            kernels=kernels,
-            kv_dtype=kv_dtype,
-            lookup=lookup,
-        )
+        config = EngineConfig(device=device, dtype=dtype, quantize=quantize, **options)
         used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
         store = ModelStore()
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
@@ -6305,22 +6238,22 @@ class LLM(TextSide):
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
         return_unused_memory()
-        if threads:
-            torch.set_num_threads(threads)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         weights = Weights(
             self.checkpoint.tensors,
             str(self.checkpoint.path),
             used_device,
             getattr(torch, dtype),
             {"q8": 8, "q4": 4}.get(quantize or ""),
-            kernels,
+            config.kernels,
             adapter
             and extra("models.lora", "--adapter").open_adapter(
                 Path(adapter).expanduser(), self.config
             ),
         )
         with torch.inference_mode():
-            decoder = Decoder(self.config, weights, kv_dtype)
+            decoder = Decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -6364,7 +6297,7 @@ class LLM(TextSide):
             TextStream(self.tokenizer, request.params.stop, continues, shown),
             constraint=constraint,
             logprobs_from=logprobs_from,
-            pooling=self.pooling if request.embed else None,
+            pooler=self.new_pooler() if request.embed else None,
         )
         try:
             self.engine.add(seq)
@@ -6411,46 +6344,20 @@ class LLM(TextSide):
 
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
         """Log-probabilities of the ids from `start` on, each after all ids before it, for every
-        (ids, start) -> (index, log-probabilities), as they are done. Raises LogitsError.
+        (ids, start) -> (index, log-probabilities), as they are done. Raises LogitsError."""
+        scores = extra("answers.scores", "LLM.score").score(self, texts)
+        return cast("Iterator[tuple[int, list[float]]]", scores)
 
-        Texts run together. What neighbours share before their starts is processed once."""
-        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
-        pending = enumerate(texts)
-        scheduler, running = self.engine.scheduler, list[Sequence]()
-        try:
-            while True:
-                num_wanted = len(scheduler.contents) - len(scheduler.waiting)
-                for index, (ids, start) in itertools.islice(pending, num_wanted):
-                    request = GenerationRequest(ids, params=params)
-                    running.append(self.start(request, index, start))
-                if not running:
-                    return
-                self.engine.step()
-                done = [seq for seq in running if seq.finish_reason]
-                running = [seq for seq in running if not seq.finish_reason]
-                for seq in done:
-                    if error := seq.outbox[-1].error:
-                        raise error
-                    yield seq.index, [found.logprob for found in seq.prompt_logprobs]
-        finally:
-            for seq in running:
-                self.engine.cancel(seq)
-
-    @property
-    def pooling(self) -> str:
-        """How embeddings are made: what the model says, or the mean. Raises RequestError."""
-        pooling = self.checkpoint.pooling or "mean"
-        if pooling not in ("mean", "last"):
-            raise RequestError(
-                f"this model pools by {excerpt(pooling)}; mean and last are supported"
-            )
-        return pooling
+    def new_pooler(self) -> Pooler:
+        """Pools states as the model says, or by their mean. Raises RequestError."""
+        pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint.pooling)
+        return cast("Pooler", pooler)
 
     def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
         """An embedding of unit length for each text. Raises RequestError."""
         requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
-        found = {d.index: d.embedding for d in self.stream(requests) if d.embedding is not None}
-        return [found[i] for i in range(len(requests))]
+        embeddings = {d.index: d.embedding for d in self.stream(requests) if d.embedding}
+        return [embeddings[i] for i in range(len(requests))]
 
     def fit_context(
         self,

@@ -21,7 +21,6 @@ import nanollama
 from nanollama import (
     LLM,
     Delta,
-    Drafter,
     EngineStats,
     GenerationRequest,
     RequestError,
@@ -30,6 +29,7 @@ from nanollama import (
     Sequence,
     TextStream,
 )
+from nanollama_extras.answers.lookup import PromptLookup
 
 FEW = dict.fromkeys((70, 71, 72), 100.0)  # a text of three tokens repeats itself all the time
 KINDS: dict[str, dict[str, Any]] = {
@@ -176,6 +176,7 @@ def test_a_real_packed_model_copies_with_lookup_as_it_does_without(
     expected, before = alone(smollm2_llm, requests), accepted(smollm2_llm)
     assert accepted(smollm2_llm) == before
     monkeypatch.setattr(smollm2_llm.engine.scheduler, "lookup", 8)
+    monkeypatch.setattr(smollm2_llm.engine, "new_drafter", PromptLookup)
     assert alone(smollm2_llm, requests) == expected
     assert accepted(smollm2_llm) > before + 10
 
@@ -326,6 +327,7 @@ def decoding(num: int, lookup: int, max_length: int = 1000) -> Scheduler:
     for index in range(num):
         text = TextStream.__new__(TextStream)
         seq = Sequence(index, [1, 2, 3] * 9, SamplingParams(), text, max_length=max_length)
+        seq.drafter = PromptLookup()
         scheduler.waiting.append(seq)
         scheduler.admit()
         seq.token_ids.append(1)
@@ -369,17 +371,17 @@ def test_without_lookup_nothing_is_drafted() -> None:
 
 def test_the_longest_match_is_continued_and_of_equals_the_latest() -> None:
     long, short = [1, 2, 3, 4, 50], [3, 4, 60]
-    assert Drafter().draft([*long, 9, *short, 9, 1, 2, 3, 4], 1) == [50]
-    assert Drafter().draft([*short, 9, *long, 9, 8, 3, 4], 1) == [50]
-    assert Drafter().draft([*long, 9, *short, 9, 8, 3, 4], 1) == [60]
-    assert Drafter().draft([*long, 9, *short, 9, 8, 3, 4], 9) == [60, 9, 8, 3, 4, 60, 9, 8, 3]
+    assert PromptLookup().draft([*long, 9, *short, 9, 1, 2, 3, 4], 1) == [50]
+    assert PromptLookup().draft([*short, 9, *long, 9, 8, 3, 4], 1) == [50]
+    assert PromptLookup().draft([*long, 9, *short, 9, 8, 3, 4], 1) == [60]
+    assert PromptLookup().draft([*long, 9, *short, 9, 8, 3, 4], 9) == [60, 9, 8, 3, 4, 60, 9, 8, 3]
 
 
 def test_nothing_is_guessed_without_two_tokens_seen_before() -> None:
     for tokens in ([], [1], [1, 1], [1, 2, 3, 4], [1, 2, 9, 2], [2, 1, 9, 1, 2]):
-        assert Drafter().draft(tokens, 8) == []
-    assert Drafter().draft([1, 1, 1], 3) == [1, 1, 1]
-    assert Drafter().draft([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+        assert PromptLookup().draft(tokens, 8) == []
+    assert PromptLookup().draft([1, 1, 1], 3) == [1, 1, 1]
+    assert PromptLookup().draft([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
 
 
 def longest_match(tokens: list[int]) -> int:
@@ -396,11 +398,11 @@ def longest_match(tokens: list[int]) -> int:
 def test_a_guess_continues_the_longest_match_however_the_text_came(
     tokens: list[int], most: int, data: st.DataObject
 ) -> None:
-    drafter, length = Drafter(), 0
+    drafter, length = PromptLookup(), 0
     while length < len(tokens):
         length = data.draw(st.integers(length + 1, len(tokens)))
         draft = drafter.draft(tokens[:length], most)
-    whole = Drafter().draft(tokens, most)
+    whole = PromptLookup().draft(tokens, most)
     assert not tokens or draft == whole
     num = longest_match(tokens)
     assert len(whole) == (most if num else 0)
@@ -410,7 +412,7 @@ def test_a_guess_continues_the_longest_match_however_the_text_came(
 
 
 def test_wrong_guesses_make_a_drafter_rare_and_right_ones_eager() -> None:
-    drafter, tokens, asked = Drafter(), [1] * 10, []
+    drafter, tokens, asked = PromptLookup(), [1] * 10, []
     for _ in range(300):
         tokens.append(1)
         if draft := drafter.draft(tokens, 8):
