@@ -3832,17 +3832,14 @@ def mark_used(path: Path) -> None:
         os.utime(file, (time.time(), file.stat().st_mtime))
 
 
-def is_nanochat_directory(path: Path) -> bool:
-    return any((path / name).is_dir() for name in NANOCHAT_FOLDERS)
-
-
 def nanochat_store(reference: str) -> Any:
     """The extra that chooses a checkpoint of nanochat; None for a reference to other models.
 
     Raises ExtraError."""
     path = local_path(reference)
-    is_nanochat = reference == NANOCHAT or (path and is_nanochat_directory(path))
-    return extra("files.nanochat_store", "nanochat's directory") if is_nanochat else None
+    if reference == NANOCHAT or (path and any((path / n).is_dir() for n in NANOCHAT_FOLDERS)):
+        return extra("files.nanochat_store", "nanochat's directory")
+    return None
 
 
 # -- files of a model ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanollama import NANOCHAT_FOLDERS, ModelNotFoundError, is_nanochat_directory, local_path
+from nanollama import NANOCHAT_FOLDERS, ModelNotFoundError, local_path
 
 
 def find_model(
@@ -25,9 +25,10 @@ def find_model(
 
     By default: the source sft, the deepest model named dNN, else the model written last, and its
     last step. Raises ModelNotFoundError, listing the choices."""
-    path = local_path(reference)
     default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-    base = path if path and is_nanochat_directory(path) else Path(default).expanduser()
+    base = local_path(reference)
+    if not base or not any((base / name).is_dir() for name in NANOCHAT_FOLDERS):
+        base = Path(default).expanduser()
     sources = {
         name: folder
         for place, name in reversed(NANOCHAT_FOLDERS.items())
