@@ -82,7 +82,6 @@ import hashlib
 import hmac
 import importlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -107,8 +106,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
-import typing
 import weakref
 import zipfile
 import zlib
@@ -148,12 +145,12 @@ __all__ = [
     "NanollamaError",
     "PackedLinear",
     "SamplingParams",
-    "TestServer",
+    "TestServer",  # noqa: F822 (see PUBLIC_EXTRAS)
     "TextStream",
     "Tokenizer",
     "ToolChoice",
     "Usage",
-    "function_tool",
+    "function_tool",  # noqa: F822 (see PUBLIC_EXTRAS)
     "main",
 ]
 
@@ -248,8 +245,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
-
-    from nanollama_extras.testing import TestServer
 
     Row = npt.NDArray[np.float32]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
@@ -368,6 +363,7 @@ def extra(path: str, feature: str) -> Any:
 
 PUBLIC_EXTRAS = {  # public names that live in extras -> their module
     "TestServer": "testing",
+    "function_tool": "answers.toolbox",
     "test_server": "testing",
 }
 
@@ -9753,93 +9749,12 @@ class AnswerPrinter:
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
 
 
-# ---- tools: functions of a file, which the model may ask to call ---------------------------------
-
 MAX_ROUNDS = 10  # of calls for one answer
 
 
-def hint_schema(hint: Any) -> Json:
-    """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind is typing.Literal:
-        return {"enum": list(inner)}
-    if kind in (typing.Union, types.UnionType):
-        return {"anyOf": [hint_schema(part) for part in inner]}
-    if (kind or hint) is list:
-        return {"type": "array", **({"items": hint_schema(inner[0])} if inner else {})}
-    if (kind or hint) is dict:
-        values = {"additionalProperties": hint_schema(inner[1])} if inner else {}
-        return {"type": "object", **values}
-    names = extra("answers.tools", "a tool").JSON_NAMES
-    return {} if hint is Any else {"type": names[hint]}
-
-
-def function_tool(function: Callable[..., Any]) -> Json:
-    """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
-    does, and below, in lines `name: text`, what they mean. Raises UsageError."""
-    name, text = function.__name__, inspect.getdoc(function) or ""
-    description, _, rest = text.partition("Args:")
-    about = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
-    hints, properties, required = typing.get_type_hints(function), {}, []
-    for parameter in inspect.signature(function).parameters.values():
-        try:
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise KeyError
-            schema = hint_schema(hints[parameter.name])
-        except KeyError:
-            problem = "a hint is needed: str, int, float, bool, list, dict, Literal or a union"
-            raise UsageError(f"{name}: argument {parameter}: {problem}") from None
-        told = {"description": about[parameter.name]} if parameter.name in about else {}
-        properties[parameter.name] = {**schema, **told}
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-    parameters = {"type": "object", "properties": properties, "required": required}
-    body = {"name": name, "description": description.strip(), "parameters": parameters}
-    return {"type": "function", "function": body}
-
-
-class Toolbox:
-    """The functions of a Python file, which the model may call when the user says yes. Raises
-    UsageError for a file that cannot be loaded."""
-
-    def __init__(self, path: str, asks: bool = True) -> None:
-        self.asks, own = asks, "nanollama_tools"
-        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look themselves up there
-        module.__file__ = path
-        try:
-            exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
-            found = [f for f in vars(module).values() if inspect.isfunction(f)]
-            public = [f for f in found if f.__module__ == own and not f.__name__.startswith("_")]
-            self.functions = {f.__name__: f for f in public}
-            self.tools = [function_tool(function) for function in self.functions.values()]
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        except (Exception, SystemExit) as error:  # it is the user's program
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UsageError(f"{path}: cannot be loaded: {reason}") from None
-        if not self.tools:
-            raise UsageError(f"{path}: holds no functions")
-
-    def call(self, call: Fields) -> Json:
-        """The message that answers a call of the model."""
-        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
-        shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
-        if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
-            log.warning(f"{shown} was not run" + ("" if sys.stdin.isatty() else ": nobody to ask"))
-            content = "The user did not allow this call."
-        else:
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-                    result = self.functions[name](**arguments)
-                content = result if isinstance(result, str) else json.dumps(result, default=str)
-            except Exception as error:  # the model is told, as it may have caused it
-                content = f"{type(error).__name__}: {first_line(error)}"
-            log.warning(f"{shown} -> {excerpt(content)}")
-        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
-
-
-def read_toolbox(args: argparse.Namespace) -> Toolbox | None:
-    return Toolbox(args.tools, not args.yes_tools) if args.tools else None
+def read_toolbox(args: argparse.Namespace) -> Any:
+    """The functions of --tools, which answer calls; None without it."""
+    return extra("answers.toolbox", "--tools").open_toolbox(args) if args.tools else None
 
 
 def confirmed(question: str) -> bool:
@@ -9871,11 +9786,7 @@ def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) 
 
 
 def converse(
-    llm: LLM,
-    request: GenerationRequest,
-    toolbox: Toolbox | None,
-    hide_thinking: bool,
-    catch: bool = False,
+    llm: LLM, request: GenerationRequest, toolbox: Any, hide_thinking: bool, catch: bool = False
 ) -> list[Json]:
     """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
     that came to be."""
@@ -10009,20 +9920,6 @@ def answered(
         yield row
 
 
-def run_embed(settings: Settings) -> int:
-    """--embed: the embedding of the prompt, or of each line of the batch file, as a JSON array."""
-    args = settings.args
-    is_batch = args.batch_file is not None
-    rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
-    for row in answered(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
-        if row.error and not is_batch:
-            raise row.error
-        if row.error:
-            log.error(f"line {row.line}: {row.error}")
-        print(json.dumps(row.last.embedding if row.last else None))
-    return 1 if any(row.error for row in rows) else 0
-
-
 def with_progress(items: Iterable[Found], total: int, **more: Any) -> Iterable[Found]:
     """The items as they come, counted by a bar where stderr is a terminal."""
     return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **more)
@@ -10061,7 +9958,7 @@ class Repl:
     """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
     engine finds the ones it has seen in its slot and processes only the new."""
 
-    def __init__(self, settings: Settings, llm: LLM, toolbox: Toolbox | None = None) -> None:
+    def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
@@ -10522,7 +10419,7 @@ def run(argv: list[str]) -> int:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
     if args.embed:
-        return run_embed(settings)
+        return int(extra("commands.embed", "--embed").run(settings))
     if args.interactive:
         return run_interactive(settings)
     if args.serve:

@@ -12,6 +12,7 @@ import pytest
 
 import nanollama
 from nanollama import Delta, GenerationRequest, UsageError
+from nanollama_extras.answers.toolbox import Toolbox
 from nanollama_extras.answers.tools import TOOL_FORMATS
 
 pexpect: Any = pytest.importorskip("pexpect")
@@ -92,7 +93,7 @@ def test_hints_and_docstrings_become_a_schema() -> None:
 
 
 def test_a_file_gives_its_own_public_functions(file: Path) -> None:
-    box = nanollama.Toolbox(str(file))
+    box = Toolbox(str(file))
     assert list(box.functions) == ["weather", "divide"]
     weather = box.tools[0]["function"]["parameters"]
     assert weather["properties"]["days"] == {"type": "integer", "description": "how many"}
@@ -119,7 +120,7 @@ def test_a_file_that_cannot_be_used_is_one_line(
     if source is not None:
         path.write_text(source)
     with pytest.raises(UsageError) as caught:
-        nanollama.Toolbox(str(path))
+        Toolbox(str(path))
     assert reason in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -139,8 +140,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GenerationRequ
     def install(*answers: str) -> list[GenerationRequest]:
         left, asked = list(answers), []
 
-        def stream(self: nanollama.LLM, request: GenerationRequest) -> Iterator[Delta]:
-            asked.append(request)
+        def stream(self: nanollama.LLM, prepared: nanollama.Prepared) -> Iterator[Delta]:
+            asked.append(prepared.request)
             text = left.pop(0) if len(left) > 1 else left[0]
             yield Delta(0, text[:9])
             yield Delta(0, text[9:], finish_reason="stop")
