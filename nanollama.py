@@ -91,7 +91,6 @@ import mmap
 import numbers
 import operator
 import os
-import pickle
 import queue
 import re
 import reprlib
@@ -440,205 +439,105 @@ def round_up(n: int, multiple: int) -> int:
 # ==================================================================================================
 # 2 CONFIG: what a model is, how to sample, how to run
 #
-#   In          a config.json dict (either spelling; GGUF metadata is brought into the same shape)
+#   In          a config.json dict of transformers 4 or 5, or one made from GGUF metadata
 #   Out         ModelConfig, SamplingParams, EngineConfig: frozen values
-#   Idea        families differ by data. A row of FAMILIES and a few switches with neutral defaults
-#               describe each; nothing downstream asks for the architecture's name.
+#   Idea        families differ by data. A row of FAMILIES and switches with neutral defaults
+#               describe a family; the code after this section never asks for its name.
 #   Invariant   every default of the program exists once, here.
-#   Extend      a family without new arithmetic is one row of FAMILIES.
+#   Extend      a family without new arithmetic is a row of nanollama_extras.models.families; a
+#               family with new arithmetic also names its decoder there.
 #   Spec        https://huggingface.co/docs/transformers/main_classes/configuration
 # ==================================================================================================
+
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one `model_type` departs from Llama."""
+    """The differences of one `model_type` from Llama."""
 
-    defaults: Mapping[str, Any]  # for keys absent from config.json
+    defaults: Mapping[str, Any]  # values of keys that config.json leaves out
     gguf: str | None = None  # general.architecture in GGUF files; None is the model_type
-    gguf_key: str = ""  # metadata that tells it from another family of that architecture
+    gguf_key: str = ""  # metadata that only this family of the architecture has
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
-    plus_one: bool = False  # norms multiply with 1 + weight (which GGUF has added already)
+    plus_one: bool = False  # norms multiply with 1 + weight (GGUF files have the sum)
     experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
-    gguf_values: Mapping[str, Any] = field(default_factory=dict)  # config keys that GGUF leaves out
+    gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
+    names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
+    check: Callable[[Json], None] | None = None  # corrects a config.json, or refuses it
+    # completes a config made from GGUF metadata, which it gets with {arch} cut off
+    from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
+    decoder: str = ""  # "module:class" of extras that replaces Decoder
 
 
-Values = dict[str, Any]
-
-
-def _keys(n_ctx: int | None = None, **values: Any) -> Values:
-    """Keys of config.json, of which KEYS has shorter names"""
-    if n_ctx:
-        values["n_ctx"] = n_ctx
-    return {KEYS.get(name, name): value for name, value in values.items()}
-
-
-def _yarn(factor: float, n_old: int, **others: Any) -> Values:
-    stretch = {"factor": factor, "original_max_position_embeddings": n_old}
-    return {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, **stretch, **others}
-
-
-KEYS = {
-    "n_ctx": "max_position_embeddings",
-    "eps": "rms_norm_eps",
-    "n_kv_heads": "num_key_value_heads",
-    "theta": "rope_theta",
-    "window": "sliding_window",
-    "pattern": "sliding_window_pattern",
-    "n_experts": "num_experts",
-    "n_used": "num_experts_per_tok",
-    "n_ff": "moe_intermediate_size",
-    "n_ff_shared": "shared_expert_intermediate_size",
-    "rope": "rope_parameters",
-    "tied": "tie_word_embeddings",
-}
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
-POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of what these two give
-_SANDWICH = {"norms": PRE_NORMS + POST_NORMS}
-_NO_WINDOW: Values = {"use_sliding_window": False}
-_QWEN: Values = {**_NO_WINDOW, "window": 4096, "max_window_layers": 28}
-_EXPERTS: Values = {"norm_topk_prob": True, "n_experts": 8, "n_used": 2}
-_GEMMA: Values = {"tied": True, "head_dim": 256}
-_GEMMA2: Values = {**_GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 4096}
-_GEMMA2 |= {"query_pre_attn_scalar": 256}
-_GEGLU: Values = {"act": "geglu", "embed_root": True}
-_MINISTRAL3_ROPE = _yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
-_MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
+POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of the outputs of both
+NO_WINDOW: Json = {"use_sliding_window": False}
+DEFAULTS = {"max_position_embeddings": 2048}  # of every family
+_QWEN: Json = {**NO_WINDOW, "max_position_embeddings": 32768, "sliding_window": 4096}
+_QWEN |= {"max_window_layers": 28, "num_key_value_heads": 32}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_keys(**_NO_WINDOW), permuted=True),
-    "mistral": Family(_keys(131072, n_kv_heads=8, window=4096), gguf="llama", permuted=True),
-    "ministral": Family(_keys(131072, n_kv_heads=8, window=4096), gguf=""),
-    "ministral3": Family(
-        _keys(262144, n_kv_heads=8, head_dim=128, eps=1e-5, rope=_MINISTRAL3_ROPE),
-        gguf="mistral3",
-        permuted=True,
-    ),
-    "mixtral": Family(
-        _keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, **_EXPERTS),
+    "llama": Family(NO_WINDOW, permuted=True),
+    "mistral": Family(
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         gguf="llama",
-        gguf_key="expert_count",
         permuted=True,
-        switches={"experts": True},
     ),
-    "qwen2": Family(
-        _keys(32768, n_kv_heads=32, **_QWEN), switches={"qkv_bias": True, "o_bias": False}
-    ),
+    "qwen2": Family(_QWEN, switches={"qkv_bias": True, "o_bias": False}),
     "qwen2_moe": Family(
-        _keys(32768, n_kv_heads=16, qkv_bias=True, **_QWEN)
-        | _keys(n_experts=60, n_used=4, n_ff=1408, n_ff_shared=5632),
+        {**_QWEN, "num_key_value_heads": 16, "qkv_bias": True, "num_experts": 60}
+        | {"num_experts_per_tok": 4, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632},
         gguf="qwen2moe",
         switches={"experts": True, "o_bias": False},
     ),
-    "qwen3": Family(
-        _keys(32768, n_kv_heads=32, head_dim=128, **_QWEN), switches={"qk_norm": "head"}
-    ),
+    "qwen3": Family({**_QWEN, "head_dim": 128}, switches={"qk_norm": "head"}),
     "qwen3_moe": Family(
-        _keys(32768, n_kv_heads=4, window=4096, n_experts=128, n_used=8, n_ff=768, **_NO_WINDOW),
+        {**_QWEN, "max_window_layers": 0, "num_key_value_heads": 4, "num_experts": 128}
+        | {"num_experts_per_tok": 8, "moe_intermediate_size": 768},
         gguf="qwen3moe",
         gguf_values={"norm_topk_prob": True},
         switches={"experts": True, "qk_norm": "head"},
     ),
-    "smollm3": Family(
-        _keys(32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **_NO_WINDOW),
-        permuted=True,
-    ),
-    "phi3": Family(_keys(4096, eps=1e-5)),
-    "gemma": Family(_keys(8192, n_kv_heads=16, **_GEMMA), plus_one=True, switches=_GEGLU),
-    "gemma2": Family(
-        _keys(8192, pattern=2, vocab_size=256000, **_GEMMA2)
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        plus_one=True,
-        switches={**_GEGLU, **_SANDWICH},
-    ),
-    "gemma3_text": Family(
-        _keys(131072, pattern=6, vocab_size=262208, theta=1e6, rope_local_base_freq=1e4, **_GEMMA2),
-        gguf="gemma3",
-        plus_one=True,
-        switches={**_GEGLU, **_SANDWICH, "qk_norm": "head"},
-    ),
-    "olmo2": Family(_keys(eps=1e-5), switches={"norms": POST_NORMS, "qk_norm": "full"}),
-    "olmo3": Family(
-        _keys(eps=1e-5, theta=5e5, rope_local_base_freq=5e5, window=4096, pattern=4),
-        gguf="olmo2",
-        gguf_key="attention.sliding_window",
-        switches={"norms": POST_NORMS, "qk_norm": "full"},
-    ),
-    "olmoe": Family(
-        _keys(4096, eps=1e-5, n_experts=64, n_used=8), switches={"experts": True, "qk_norm": "full"}
-    ),
-    "granite": Family(_keys(attention_multiplier=1.0), permuted=True),
-    "granitemoe": Family(
-        _keys(attention_multiplier=1.0, **_EXPERTS), permuted=True, switches={"experts": True}
-    ),
-    "gpt_oss": Family(
-        _keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)
-        | _keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
-        | _keys(attention_bias=True, rope=_yarn(32.0, 4096, truncate=False)),
-        gguf="gpt-oss",
-        experts_last=True,
-        gguf_values={"rope_parameters": {"truncate": False}},
-        switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
-    ),
-    "nanochat": Family(
-        _keys(hidden_act="relu2", final_logit_softcapping=15.0, rope_backwards=True),
-        gguf="",
-        switches={"norm": "weightless", "embed_norm": True, "qk_norm": "head"},
-    ),
-    "seed_oss": Family(
-        _keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False)
-    ),
-    "arcee": Family(_keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
-    "hunyuan_v1_dense": Family(
-        _keys(eps=1e-5), gguf="hunyuan-dense", switches={"qk_norm": "after_rope"}
-    ),
-    "exaone4": Family(
-        _keys(eps=1e-5, n_kv_heads=32, window=4096, pattern=4, rope_only_in_windows=True),
-        switches={"norms": POST_NORMS, "qk_norm": "head"},
-    ),
-    "glm4": Family(
-        _keys(131072, n_kv_heads=2, head_dim=128, eps=1.5625e-7, attention_bias=True)
-        | {"partial_rotary_factor": 0.5},
-        interleaved=True,
-        switches={**_SANDWICH, "o_bias": False},
-    ),
-    "cohere2": Family(
-        _keys(8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4)
-        | {"rope_only_in_windows": True},
-        interleaved=True,
-        switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
-    ),
-    "starcoder2": Family(
-        _keys(4096, n_kv_heads=2, tied=True, norm_epsilon=1e-5, use_bias=True)
-        | {"hidden_act": "gelu_pytorch_tanh"},
-        switches={"norm": "layer_bias", "act": "gelu"},
-    ),
-    "stablelm": Family(
-        _keys(4096, n_kv_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25),
-        switches={"norm": "layer_bias", "o_bias": False},
-    ),
 }
-# model_type -> general.architecture in GGUF files
-ARCHITECTURES = {name: name if row.gguf is None else row.gguf for name, row in FAMILIES.items()}
-DEFAULTS = _keys(2048)  # of every family
-SUPPORTED = ", ".join(FAMILIES)
-# rope_type -> the numbers that it needs; numbers that any may have
-ROPE_NEEDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
-    "ntk": ("alpha",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": (),
-}
-ROPE_OPTIONS = (
-    "beta_fast beta_slow attention_factor mscale mscale_all_dim llama_4_scaling_beta factor"
-).split()
-ROPE_ALIASES = {"su": "longrope", "none": "default"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
-GATED = ("swiglu", "geglu", "clamped_swiglu")  # these have a gate_proj beside up_proj
-REFUSED = ("clip_qkv", "qk_layernorm", "use_parallel_residual", "use_bidirectional_attention")
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # activations of gate_proj and up_proj
+REFUSED = (
+    "clip_qkv qk_layernorm use_parallel_residual use_bidirectional_attention swiglu_limit "
+    "swiglu_alpha"
+).split()
+# rope_type -> numbers that it needs; nanollama_extras.models.ropes has further types
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+ROPE_OPTIONS = (  # numbers that any type may have
+    "beta_fast beta_slow attention_factor mscale mscale_all_dim llama_4_scaling_beta factor"
+).split()
+
+
+def all_families() -> dict[str, Family]:
+    """FAMILIES and, where it is installed, those of nanollama_extras.models.families."""
+    with contextlib.suppress(ExtraError):
+        return {**FAMILIES, **extra("models.families", "").FAMILIES}
+    return FAMILIES
+
+
+def find_family(model_type: object) -> Family:
+    """The family of a model_type. Raises CheckpointError for an unknown one, and ExtraError where
+    only nanollama_extras.models.families may know it."""
+    rows, shown = FAMILIES, excerpt(model_type)
+    if str(model_type) not in rows:
+        rows = extra("models.families", f"model_type {shown}").FAMILIES
+    if str(model_type) not in rows:
+        supported = ", ".join((*FAMILIES, *rows))
+        raise CheckpointError(f"model_type {shown} is not supported; supported are: {supported}")
+    return rows[str(model_type)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -648,17 +547,19 @@ class Experts:
     count: int
     num_used: int
     n_ff: int
-    layers: frozenset[int]  # the others have one MLP
-    renormalized: bool  # the weights of those used add up to 1
+    layers: frozenset[int]  # layers with experts; the others have one MLP
+    renormalized: bool  # the weights of the experts in use add up to 1
     bias: bool
     n_ff_shared: int = 0  # width of an expert that every token goes to
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder. `ropes` hold Hugging Face's rope_parameters, always with rope_type
-    and rope_theta, the main one first; `layer_ropes` says which one each layer uses, None for a
-    layer without positions. `windows` gives each layer's attention window, None for all keys."""
+    """The shape of a decoder.
+
+    ropes are Hugging Face's rope_parameters, always with rope_type and rope_theta, the main one
+    first; layer_ropes has the index of each layer's, None for a layer without positions; windows
+    has each layer's attention window, None for all keys."""
 
     model_type: str
     n_vocab: int  # V
@@ -668,7 +569,7 @@ class ModelConfig:
     n_heads: int  # H
     n_kv_heads: int  # Hkv
     head_dim: int  # D
-    n_ctx: int  # longest context the model was made for
+    n_ctx: int  # longest context that the model was trained for
     norm_eps: float
     ropes: tuple[Mapping[str, Any], ...]
     layer_ropes: tuple[int | None, ...]
@@ -677,13 +578,12 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: str = ""  # of q and k before RoPE: each "head", the "full" projection; "after_rope"
+    qk_norm: str = ""  # of q and k: each "head" or the "full" projection, or heads "after_rope"
     norm: str = "rms"  # or "weightless", "layer" (LayerNorm), "layer_bias"
-    norms: tuple[str, ...] = PRE_NORMS  # which ones a layer has
-    parallel: bool = False  # the MLP reads what attention reads
+    norms: tuple[str, ...] = PRE_NORMS  # of each layer
+    parallel: bool = False  # the MLP has the same input as attention
     act: str = "swiglu"  # a key of section 5's ACTS
     experts: Experts | None = None
-    embed_norm: bool = False  # the final norm also follows the embedding
     embed_scale: float = 1.0
     attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
     attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
@@ -697,27 +597,27 @@ class ModelConfig:
 
     @property
     def n_rot(self) -> int:
-        """How many columns of a head RoPE turns."""
+        """Number of columns of a head that RoPE turns."""
         return int(self.rope["n_rot"])
 
     def ring_tokens(self, most_new: int) -> int:
-        """How many positions a layer with a window keeps, so that each of `most_new` tokens of one
-        step finds all that it sees."""
+        """Number of positions that a layer with a window keeps, so that each of `most_new` tokens
+        of a step finds all keys that it sees."""
         window = max((window for window in self.windows if window), default=0)
         return round_up(window + most_new, RING_TILE)
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
         """Bytes of keys and values for `num_tokens` positions, with `most_new` in a step."""
         in_ring = min(num_tokens, self.ring_tokens(most_new))
-        num_kept = sum(in_ring if window else num_tokens for window in self.windows)
-        return 2 * self.n_kv_heads * num_kept * head_bytes(self.head_dim, kv_dtype)
+        num_positions = sum(in_ring if window else num_tokens for window in self.windows)
+        return 2 * self.n_kv_heads * num_positions * head_bytes(self.head_dim, kv_dtype)
 
 
-RING_TILE = 512  # a multiple of what any kernel takes at a time
+RING_TILE = 512  # a multiple of the tiles of every kernel
 
 
 def kv_group(head_dim: int) -> int:
-    """How many elements of a key or value share a scale in an 8-bit cache."""
+    """Number of elements of a key or value that share a scale in an 8-bit cache."""
     return head_dim if head_dim % 32 else 32
 
 
@@ -728,25 +628,30 @@ def head_bytes(head_dim: int, kv_dtype: str) -> int:
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
+def check_value(is_valid: bool, name: str, value: object, needed: str) -> None:
+    """Raises CheckpointError, naming the value, unless it is valid."""
+    if not is_valid:
+        raise CheckpointError(f"{name} is {excerpt(value)}; {needed} is needed")
+
+
+def positive(value: Any, name: str) -> float:
+    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    check_value(is_number and 1e-15 < value < 1e15, name, value, "a number from 1e-15 to 1e15")
+    return float(value)
+
+
 class ConfigValues(dict[str, Any]):
-    """A config.json with its family's defaults, read key by key.
-
-    Raises CheckpointError for a value that cannot be."""
-
-    def first(self, *keys: str, default: Any = None) -> Any:
-        """The value of the first of several spellings that is there."""
-        return next((self[key] for key in keys if key in self), default)
+    """A config.json with its family's defaults. Its methods raise CheckpointError."""
 
     def any(self, *keys: str) -> bool:
         return any(map(self.get, keys))
 
     def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-            raise CheckpointError(
-                f"{key} is {excerpt(value)}; an integer from 1 to {most} is needed"
-            )
-        return value
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        check_value(is_count, key, value, f"an integer from 1 to {most}")
+        return cast(int, value)
 
     def number(self, key: str, default: float | None = None) -> float:
         return positive(self.get(key, default), key)
@@ -754,14 +659,6 @@ class ConfigValues(dict[str, Any]):
     def number_or(self, default: Found, key: str) -> float | Found:
         """A number; `default` where there is none, or 0."""
         return self.number(key) if self.get(key) else default
-
-
-def positive(value: Any, what: str) -> float:
-    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 1e-15 < value < 1e15:
-        raise CheckpointError(f"{what} is {excerpt(value)}; a number from 1e-15 to 1e15 is needed")
-    return float(value)
 
 
 def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -774,25 +671,21 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """ModelConfig from a config.json dict, in the 4.x or the 5.x spelling.
+    """The ModelConfig of a config.json dict of transformers 4 or 5.
 
-    Raises CheckpointError, naming `source`, for a family or a value that cannot be run."""
+    Raises CheckpointError, naming `source`, for a family or a value that is not supported."""
     raw = text_config(raw)
-    model_type = str(raw.get("model_type"))
     with errors_about(source):
-        if model_type not in FAMILIES:
-            raise CheckpointError(
-                f"model_type {excerpt(raw.get('model_type'))} is not supported; supported are: "
-                + SUPPORTED
-            )
-        family = FAMILIES[model_type]
-        # a null takes the family's default away: no window, as many key/value heads as heads
+        family = find_family(raw.get("model_type"))
+        # null removes the family's default: no window, as many key/value heads as heads
         merged = {k: v for k, v in {**DEFAULTS, **family.defaults, **raw}.items() if v is not None}
-        return ModelConfig(model_type=model_type, **_fields(ConfigValues(merged), family))
+        if family.check:
+            family.check(merged)
+        return ModelConfig(str(raw["model_type"]), **_shape(ConfigValues(merged), family))
 
 
-def _fields(values: ConfigValues, family: Family) -> dict[str, Any]:
-    """The fields of ModelConfig"""
+def _shape(values: ConfigValues, family: Family) -> Json:
+    """The fields of ModelConfig but the first."""
     n_embd, n_heads = values.count("hidden_size"), values.count("num_attention_heads")
     n_layers = values.count("num_hidden_layers", most=2**16)
     n_kv_heads = values.count("num_key_value_heads", n_heads)
@@ -802,12 +695,8 @@ def _fields(values: ConfigValues, family: Family) -> dict[str, Any]:
             f"{n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: the width "
             "must be even and the heads must divide evenly"
         )
-    _check_supported(values)
     windows = _layer_windows(values, n_layers)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
-    n_ctx = values.count("max_position_embeddings")
-    if ropes[0]["rope_type"] == "dynamic":
-        n_ctx = min(int(n_ctx * ropes[0]["factor"]), 2**31 - 1) or 1
     switches = {**_switches(values), **family.switches}
     switches["embed_scale"] *= n_embd**0.5 if switches.pop("embed_root", False) else 1
     if switches.get("experts"):
@@ -820,7 +709,7 @@ def _fields(values: ConfigValues, family: Family) -> dict[str, Any]:
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "head_dim": head_dim,
-        "n_ctx": n_ctx,
+        "n_ctx": ropes[0].get("n_ctx") or values.count("max_position_embeddings"),
         "ropes": ropes,
         "layer_ropes": layer_ropes,
         "windows": windows,
@@ -828,10 +717,22 @@ def _fields(values: ConfigValues, family: Family) -> dict[str, Any]:
     }
 
 
-def _switches(values: ConfigValues) -> dict[str, Any]:
-    """The fields of ModelConfig that any config.json may set, whatever its family."""
+def _switches(values: ConfigValues) -> Json:
+    """The fields of ModelConfig that any config.json may set. Raises CheckpointError for keys whose
+    arithmetic is not supported."""
+    quantized = values.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+    if quantized and method != "mxfp4":
+        raise CheckpointError(
+            f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
+            "(with --quantize) or a GGUF file of this model"
+        )
+    for key in filter(values.get, REFUSED):
+        raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
+    act = values.get("hidden_activation", values.get("hidden_act", "silu"))
+    check_value(str(act) in ACTIVATIONS, "hidden_act", act, " or ".join(ACTIVATIONS))
     bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    # x + m f(norm(x)) in units of m: what each layer adds needs no factor, and norms take none
+    # x + m f(norm(x)) in units of m: a layer's output needs no factor, and norms do not see it
     residual = values.number("residual_multiplier", 1.0)
     eps_keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     eps_key = next(filter(values.get, eps_keys), eps_keys[0])
@@ -841,7 +742,7 @@ def _switches(values: ConfigValues) -> dict[str, Any]:
         "qkv_bias": bias,
         "o_bias": bool(values.get("attention_out_bias", bias)),
         "mlp_bias": values.any("mlp_bias", "use_bias"),
-        "act": _activation(values),
+        "act": ACTIVATIONS[act],
         "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
         "norm_eps": values.number(eps_key, 1e-6) / residual**2,
         "attn_scale": values.number_or(width and width**-0.5, "attention_multiplier"),
@@ -851,38 +752,12 @@ def _switches(values: ConfigValues) -> dict[str, Any]:
     }
 
 
-def _check_supported(values: ConfigValues) -> None:
-    quantized = values.get("quantization_config")
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-    if quantized and method != "mxfp4":
-        raise CheckpointError(
-            f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
-            "(with --quantize) or a GGUF file of this model"
-        )
-    for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
-        if values.get(key, only) != only:
-            raise CheckpointError(f"{key} {excerpt(values[key])} is not {only}")
-    for key in filter(values.get, REFUSED):
-        raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
-
-
-def _activation(values: ConfigValues) -> str:
-    act = values.first("hidden_activation", "hidden_act", default="silu")
-    if act == "gelu" and values.get("model_type") == "gemma":
-        act = "gelu_pytorch_tanh"  # what Gemma 1's files mean
-    if not isinstance(act, str) or act not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise CheckpointError(f"hidden_act {excerpt(act)} is not supported; {known} are")
-    return ACTIVATIONS[act]
-
-
 def _experts(values: ConfigValues, n_layers: int) -> Experts:
-    """Which layers have experts, and which have one MLP, is Qwen's to say; otherwise all have."""
+    """The experts of a model. Only Qwen's configs list layers without experts."""
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
     count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers", [])
-    if not isinstance(dense, list):
-        raise CheckpointError(f"mlp_only_layers is {excerpt(dense)}; not a list")
+    check_value(isinstance(dense, list), "mlp_only_layers", dense, "a list")
     shared = "shared_expert_intermediate_size"
     return Experts(
         count=count,
@@ -897,45 +772,38 @@ def _experts(values: ConfigValues, n_layers: int) -> Experts:
 
 def _ropes(
     values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
-) -> tuple[tuple[Mapping[str, Any], ...], tuple[int | None, ...]]:
-    """The RoPEs of a model, and which one each layer uses. 5.x writes `rope_parameters`, for each
-    layer type where these differ; 4.x writes `rope_theta` beside `rope_scaling`, and
+) -> tuple[tuple[Json, ...], tuple[int | None, ...]]:
+    """The RoPEs of a model, and the index of each layer's. Version 5 writes `rope_parameters`, one
+    for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`, and
     `rope_local_base_freq` for layers with a window."""
-    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"rope_parameters is {excerpt(found)}; an object is needed")
-    kinds = [found]
-    if any(isinstance(found.get(kind), Mapping) for kind in LAYER_TYPES):
-        kinds = [found.get(kind) or {} for kind in LAYER_TYPES]
+    written = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    check_value(isinstance(written, Mapping), "rope_parameters", written, "an object")
+    ropes = [written]
+    if any(isinstance(written.get(kind), Mapping) for kind in LAYER_TYPES):
+        ropes = [written.get(kind) or {} for kind in LAYER_TYPES]
     elif "rope_local_base_freq" in values:
-        kinds = [found, {"rope_theta": values["rope_local_base_freq"]}]
+        ropes = [written, {"rope_theta": values["rope_local_base_freq"]}]
     interval = values.get("no_rope_layer_interval")
-    turned = values.get("no_rope_layers") or [
+    is_turned = values.get("no_rope_layers") or [
         (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
         for i in range(len(windows))
     ]
-    if not isinstance(turned, list) or len(turned) < len(windows):
-        raise CheckpointError(f"no_rope_layers is {excerpt(turned)}")
+    is_valid = isinstance(is_turned, list) and len(is_turned) >= len(windows)
+    check_value(is_valid, "no_rope_layers", is_turned, f"a list of {len(windows)} numbers")
     if values.get("rope_only_in_windows") and any(windows):
-        turned = windows
-    local = len(kinds) - 1  # what layers with a window use
-    uses = [local * (w is not None) if has else None for has, w in zip(turned, windows)]
-    return tuple(_rope_parameters(rope, values, head_dim) for rope in kinds), tuple(uses)
+        is_turned = windows
+    in_window = len(ropes) - 1  # index of the RoPE of layers with a window
+    indices = [
+        in_window * (w is not None) if turns else None for turns, w in zip(is_turned, windows)
+    ]
+    return tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes), tuple(indices)
 
 
-def _rope_parameters(
-    found: Mapping[str, Any], values: ConfigValues, head_dim: int
-) -> dict[str, Any]:
-    """One set of rope_parameters, whose kind is `rope_type` or, older, `type`."""
-    rope = dict(found)
+def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
+    """rope_parameters, complete; their kind is `rope_type` or, in older files, `type`."""
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
-    kind = ROPE_ALIASES.get(str(kind), kind)
-    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files say so, but the stretch is fixed
-        kind = "ntk"
-    if str(kind) not in ROPE_NEEDS:
-        known = ", ".join(ROPE_NEEDS)
-        raise CheckpointError(f"rope_type {excerpt(kind)} is not supported; supported are: {known}")
-    # a length beside `rope_parameters` outranks the one inside; none at all means the full context
+    kind = "default" if kind == "none" else kind
+    # a length beside `rope_parameters` outranks one inside; without any, it is the full context
     n_old = "original_max_position_embeddings"
     defaults = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     rope = {
@@ -943,42 +811,29 @@ def _rope_parameters(
         **rope,
         "rope_type": kind,
         n_old: values.get(n_old) or rope.get(n_old) or values.get("max_position_embeddings"),
-        "backwards": bool(values.get("rope_backwards", False)),
     }
-    for key in (*defaults, n_old, *ROPE_NEEDS[kind], *filter(rope.get, ROPE_OPTIONS)):
+    needed = ROPE_NUMBERS.get(str(kind), ())
+    for key in (*defaults, n_old, *needed, *filter(rope.get, ROPE_OPTIONS)):
         positive(rope.get(key), f"rope: {key}")
     rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
-    if n_rot % 2 or not 0 < n_rot <= head_dim or (kind in ("dynamic", "ntk") and n_rot < 4):
+    if n_rot % 2 or not 0 < n_rot <= head_dim:
         raise CheckpointError(f"rope turns {n_rot} of the {head_dim} columns of a head")
-    if rope["rope_theta"] <= 1:
-        raise CheckpointError(f"rope_theta is {rope['rope_theta']}; it must be above 1")
+    check_value(rope["rope_theta"] > 1, "rope_theta", rope["rope_theta"], "a number above 1")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise CheckpointError("rope low_freq_factor must be below high_freq_factor")
-    if kind == "longrope":
-        _check_longrope(rope)
-        rope["factor"] = rope.get("factor") or values.count("max_position_embeddings") / rope[n_old]
+    if str(kind) not in ROPE_NUMBERS:
+        extra("models.ropes", f"rope_type {excerpt(kind)}").check_rope(rope, values)
     return rope
 
 
-def _check_longrope(rope: Mapping[str, Any]) -> None:
-    """Long and short factors are lists of divisors; the context says how far they stretch it."""
-    for key in ("short_factor", "long_factor"):
-        factors, size = rope.get(key), rope["n_rot"] // 2
-        if not isinstance(factors, list) or len(factors) != size:
-            raise CheckpointError(f"rope {key} is {excerpt(factors)}; {size} numbers are needed")
-        for factor in factors:
-            positive(factor, f"rope {key}")
-    if (n_old := rope["original_max_position_embeddings"]) <= 1:
-        raise CheckpointError(f"rope original_max_position_embeddings is {n_old}")
-
-
 def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` (5.x) lists the layers; before that, every n-th
-    layer had none (Gemma), or those from the n-th on had one (Qwen2), or all of them (Mistral)."""
+    """Each layer's sliding window. `layer_types` (version 5) lists the layers; before, every n-th
+    layer had none (Gemma), or the layers from the n-th on had one (Qwen2), or all (Mistral)."""
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    pattern = values.first("sliding_window_pattern", "_sliding_window_pattern", default=0)
+    keys = "sliding_window_pattern", "_sliding_window_pattern"
+    pattern = next((values[key] for key in keys if key in values), 0)
     pattern = len(pattern) if isinstance(pattern, str) else pattern
     numbers = (window, first, pattern)
     if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
@@ -988,10 +843,8 @@ def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...
         )
     slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
     kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
-    if not isinstance(kinds, list) or [kind in LAYER_TYPES for kind in kinds] != [True] * n_layers:
-        raise CheckpointError(
-            f"layer_types is {excerpt(kinds)}; {n_layers} of {LAYER_TYPES} are needed"
-        )
+    is_valid = isinstance(kinds, list) and [k in LAYER_TYPES for k in kinds] == [True] * n_layers
+    check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {LAYER_TYPES}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -1617,32 +1470,69 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x32.to(x.dtype)
 
 
-def rope_frequencies(
-    rope: Mapping[str, Any], head_dim: int, long: bool = False
-) -> tuple[Tensor, float]:
-    """Inverse wavelengths (n_rot/2,) float32 of rotary embeddings, stretched as `rope_type` says
-    for a context within the old one, or a `long` one, and the factor on cos and sin.
+def inverse_wavelengths(theta: float, n_rot: int) -> Tensor:
+    """1 / theta^(2i / n_rot) for each pair i of columns (n_rot/2,) float32."""
+    inverse: Tensor = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
+    return inverse
 
-    rotary:   https://arxiv.org/abs/2104.09864; dynamic: see `dynamic_stretch`
+
+class Rope:
+    """Rotary embeddings (https://arxiv.org/abs/2104.09864): angles by which heads are turned.
+
+    freqs (D/2,) is a pair's angle per position, 0 for columns that stay; scales (D/2,) multiply cos
+    and sin. Both are whatever `array` makes of a tensor: Backend.array."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        head_dim: int,
+        divisors: Tensor | None = None,
+        array: Callable[[Tensor], Any] = lambda x: x,
+    ) -> None:
+        self.parameters = parameters
+        self.n_rot: int = parameters.get("n_rot", head_dim)
+        freqs, scale = self.frequencies()
+        still = (head_dim - self.n_rot) // 2
+        scales = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
+        freqs = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
+        self.freqs, self.scales = array(freqs), array(scales)
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        """Angles per position (n_rot/2,) float32, and the factor on cos and sin."""
+        return rope_frequencies(self.parameters, self.n_rot)
+
+    def angles(self, positions: Any, batch: Any, cache: Any) -> Any:
+        """The angles (N, D/2) of a Batch's positions (N, 1), which are NumPy's or torch's like
+        `freqs`; `cache` is the KVCache."""
+        return positions * self.freqs
+
+    def regime(self, num_tokens: int) -> int:
+        """A number that differs between texts whose keys are turned by different frequencies."""
+        return 0
+
+
+def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
+    """The Rope of rope_parameters, which are checked."""
+    kind = str(parameters["rope_type"])
+    is_own = kind in ROPE_NUMBERS
+    rope: Rope = (Rope if is_own else extra("models.ropes", kind).ROPES[kind])(parameters, *args)
+    return rope
+
+
+def rope_frequencies(rope: Mapping[str, Any], n_rot: int) -> tuple[Tensor, float]:
+    """Angles per position (n_rot/2,) float32, stretched as `rope_type` says, and the factor on cos
+    and sin.
+
     llama3:   https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    yarn:     https://arxiv.org/abs/2309.00071
-    longrope: https://arxiv.org/abs/2402.13753"""
+    yarn:     https://arxiv.org/abs/2309.00071"""
     theta, kind = float(rope["rope_theta"]), rope["rope_type"]
-    n_rot: int = rope.get("n_rot", head_dim)
-    if kind == "ntk":
-        theta *= rope["alpha"] ** (n_rot / (n_rot - 2))
-    inv_freq = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
-    inv_freq *= -1 if rope.get("backwards") else 1
-    if kind in ("default", "dynamic", "ntk"):
+    inv_freq = inverse_wavelengths(theta, n_rot)
+    if kind == "default":
         return inv_freq, 1.0
     factor = float(rope["factor"])
     if kind == "linear":
         return inv_freq / factor, 1.0
     n_old = rope["original_max_position_embeddings"]
-    if kind == "longrope":
-        scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
-        divisors = torch.tensor(rope["long_factor" if long else "short_factor"])
-        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
     if kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
@@ -1658,19 +1548,6 @@ def rope_frequencies(
     first, last = max(first, 0), min(last, n_rot - 1)
     ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
     return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
-
-
-def dynamic_stretch(rope: Mapping[str, Any], positions: Any, num_pairs: int) -> Any:
-    """What dynamic NTK multiplies the angles with (N, num_pairs): theta grows with the length once
-    it exceeds the old context. A token is turned as if it were the text's last one, so that neither
-    chunks nor cached prefixes change anything; a transformers model that decodes with a cache,
-    token by token, does the same. `positions` (N, 1) may be numpy's or torch's, as the result.
-    https://huggingface.co/docs/transformers/internal/rope_utils"""
-    n_rot, factor = rope["n_rot"], rope["factor"]
-    longer = factor * (positions + 1.0) / rope["original_max_position_embeddings"] - (factor - 1)
-    powers = -torch.arange(0, 2 * num_pairs, 2) / (n_rot - 2)
-    is_torch = isinstance(positions, torch.Tensor)
-    return longer.clip(min=1) ** (powers.to(positions.device) if is_torch else powers.numpy())
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
@@ -1811,9 +1688,6 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
     return set(filter(sensitive.search, names))
 
 
-EMBEDDINGS = ("model.embed_tokens.", "model.value_embeds.")  # matrices that rows are taken from
-
-
 class Weights:
     """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
     device, in the compute dtype or packed. `check_used` reports the tensors that nothing asked for.
@@ -1867,24 +1741,22 @@ class Weights:
             tensor = tensor.dequantize()
         return tensor.to(self.device, dtype or self.dtype)
 
-    def optional(self, name: str, *shape: int) -> Tensor | None:
-        """A float tensor that not every model has; 0 in its shape stands for any size."""
-        if (found := self.tensors.get(name)) is None:
-            return None
-        return self.take(name, *(n or there for n, there in zip(shape, found.shape)))
-
-    def linear(self, outputs: Mapping[str, int], num_cols: int, bias: bool = False) -> Projection:
+    def linear(
+        self, outputs: Mapping[str, int], num_cols: int, bias: bool = False, is_table: bool = False
+    ) -> Projection:
         """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
-        biases where the family has them."""
+        biases where the family has them. `is_table` if single rows are taken, too."""
         parts: list[Any] = []
         for name, num_rows in outputs.items():
             b = self.take(f"{name}.bias", num_rows) if bias else None
-            parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b))
+            parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b, is_table))
         projection = self.backend.linear(parts)
         adapter = self.adapter
         return adapter.wrap(self, projection, outputs, num_cols) if adapter else projection
 
-    def _matrix(self, name: str, shape: tuple[int, int], bias: Tensor | None) -> Matrix:
+    def _matrix(
+        self, name: str, shape: tuple[int, int], bias: Tensor | None, is_table: bool
+    ) -> Matrix:
         """A weight (rows, cols) as the backend wants it: packed on disk, packed now, or float."""
         is_packed = self._find(name, shape).kind in REPACK
         bits = 0 if is_packed or shape[1] % GROUP else self.quantize_bits or 0
@@ -1898,7 +1770,7 @@ class Weights:
         if not is_packed:
             weight = cast("Tensor", self._read(name)).to(self.device)
             read_rows = self._quantize(name, weight, bits).select
-        return self.backend.pack(shape, read_rows, bias, name.startswith(EMBEDDINGS))
+        return self.backend.pack(shape, read_rows, bias, is_table)
 
     def _quantize(self, name: str, weight: Tensor, bits: int) -> PackedLinear:
         try:
@@ -1938,7 +1810,6 @@ class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
     token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
-    lengths               (N,): how long the text is that a row belongs to, as far as it is known
     spans                 whose rows are whose
     logit_rows            rows whose logits are wanted, padded likewise
     num_logits            R: how many of them are real"""
@@ -1948,26 +1819,21 @@ class Batch:
         work: Iterable[tuple[int, int, list[int], int]],
         device: torch.device,
         row_tile: int = ROW_TILE,
-        lengths: Iterable[int] = (),
     ) -> None:
-        """`work` lists (slot, start, new token ids, how many of the last rows need logits);
-        `lengths` says for each how long its text is, where more of it is known than this."""
+        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
-        whole: list[int] = []
         self.spans: list[Span] = []
-        for (slot, start, new, num_rows), length in itertools.zip_longest(work, lengths):
+        for slot, start, new, num_rows in work:
             self.spans.append(Span(slot, start, len(new), len(ids)))
             ids += new
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
-            whole += [length or start + len(new)] * len(new)
         self.num_logits = len(rows)
         pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
-        self.lengths = torch.tensor(whole + pad, device=device)
         pad = [0] * (-len(rows) % row_tile)
         self.logit_rows: Tensor | slice = torch.tensor(rows + pad, device=device)
         self.memo: dict[Any, Any] = {}  # what a KVCache computes once for all layers
@@ -2017,7 +1883,8 @@ class KVCache:
             ]
             for ring in (False, True)
         )
-        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]  # where the decoder asks
+        self.regime_of: Callable[[int], int] = lambda num_tokens: 0  # Rope.regime
+        self.regimes: list[int | None] = [None] * num_slots  # of the text in each slot
 
     @property
     def nbytes(self) -> int:
@@ -2025,6 +1892,8 @@ class KVCache:
 
     def reserve(self, slot: int, num_tokens: int) -> None:
         """Make room for `num_tokens` positions in `slot`."""
+        if self.regimes[slot] is None:
+            self.regimes[slot] = self.regime_of(num_tokens)
         self.written[slot] = max(self.written[slot], num_tokens)
         for strips, most in ((self.strips, 2**62), (self.rings, self.ring)):
             strip = strips[slot]
@@ -2033,14 +1902,22 @@ class KVCache:
                 wanted = min(round_up(max(num_tokens, 2 * capacity), self.tile), most)
                 strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
 
-    def keeps(self, slot: int, num_tokens: int) -> bool:
-        """Whether the slot still has all that a token at position `num_tokens` sees."""
+    def may_resume(self, slot: int, num_tokens: int, length: int) -> bool:
+        """Whether the slot still has all that a text of `length` tokens sees of its first
+        `num_tokens`."""
+        if self.regimes[slot] != self.regime_of(length):
+            return False
         window = self.ring and max(window for window in self.config.windows if window)
         return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
 
-    def start(self, source: int, target: int, num_tokens: int) -> None:
-        """Begin a sequence in slot `target` with the first `num_tokens` positions of slot
-        `source`, which may be the same."""
+    def outgrown(self, slot: int, length: int) -> bool:
+        """Whether the slot's text must be read again now that it has `length` tokens."""
+        return self.regimes[slot] != self.regime_of(length)
+
+    def start(self, source: int, target: int, num_tokens: int, length: int) -> None:
+        """Begin a text of `length` tokens in slot `target` with the first `num_tokens` positions of
+        slot `source`, which may be the same."""
+        self.regimes[target] = self.regime_of(length)
         self.written[target] = self.written[source] if num_tokens else 0
         if num_tokens and source != target:
             self.copy_prefix(source, target, num_tokens)
@@ -2051,7 +1928,6 @@ class KVCache:
         self.reserve(target, num_tokens)
         self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
         self.rings[target] = self.rings[source].clone()
-        self.tokens[target] = self.tokens[source][:num_tokens]
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """Store the new keys and values of every span, then let its queries see its strip.
@@ -2369,10 +2245,6 @@ class Attention:
         self.sinks: Tensor | None = None
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
-        self.value_gate = weights.optional(f"{prefix}.value_gate.weight", Hkv, 0)
-        if self.value_gate is not None:
-            name = f"model.value_embeds.{index}"
-            self.value_embed = weights.linear({name: config.n_vocab}, Hkv * D)
 
     def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
@@ -2401,12 +2273,6 @@ class Attention:
         residual: Tensor | None,
     ) -> Tensor:
         qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        if self.value_gate is not None and norm is not None:
-            # each token's own value vector, as much of it as the first columns of its stream open
-            columns = norm(x)[:, None, : self.value_gate.shape[1]]
-            gate = (columns * self.value_gate).sum(2).sigmoid()  # (N, Hkv)
-            value = self.value_embed.rows(batch.token_ids).unflatten(1, (-1, self.head_dim))
-            qkv[:, -self.sizes[2] * self.head_dim :] += (gate.unsqueeze(2) * value).flatten(1)
         out = cache.attend(self, qkv, rotation, batch)
         return self.o_proj(out, residual=residual)  # (N, C)
 
@@ -2503,10 +2369,12 @@ class MoE:
 
 
 class DecoderLayer:
+    mixer: type[Attention] = Attention
+
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, C = f"model.layers.{index}", config.n_embd
         self.parallel = config.parallel
-        self.self_attn = Attention(config, weights, f"{prefix}.self_attn", index)
+        self.self_attn = self.mixer(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
             self.mlp = weights.backend.experts(config, weights, f"{prefix}.mlp")
@@ -2531,36 +2399,28 @@ class Decoder:
     """Embedding, L layers, norm, head. Built from Weights, which raises for tensors that are not as
     the config says; afterwards nothing can be missing."""
 
+    layer: type[DecoderLayer] = DecoderLayer
+    is_recordable = True  # False where a step computes what depends on values of tensors
+
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
         self.backend = weights.backend
         V, C = config.n_vocab, config.n_embd
-        divisors = torch.tensor(1.0)
+        divisors = None
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
             divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
-        self.ropes = []
-        for rope in config.ropes:
-            (short, scale), (long, _) = (
-                rope_frequencies(rope, config.head_dim, long) for long in (False, True)
+        self.ropes = [
+            make_rope(
+                rope, config.head_dim, divisors, lambda x: self.backend.array(x.to(self.device))
             )
-            both = torch.stack((short, long)) / divisors.cpu()
-            still = config.head_dim // 2 - both.shape[1]  # pairs of columns that are not turned
-            scales = F.pad(torch.full_like(short, scale), (0, still), value=1.0)
-            freqs = F.pad(both, (0, still)).to(self.device)
-            self.ropes.append((rope, freqs, scales.to(self.device)))  # (2, D/2), (D/2,)
-        self.embed_tokens = weights.linear({"model.embed_tokens": V}, C)
-        self.layers = [DecoderLayer(config, weights, i) for i in range(config.n_layers)]
+            for rope in config.ropes
+        ]
+        self.embed_tokens = weights.linear({"model.embed_tokens": V}, C, is_table=True)
+        self.layers = [self.layer(config, weights, i) for i in range(config.n_layers)]
         self.norm = make_norm(config, weights, "model.norm", C)
         self.lm_head = (
             self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
         )
-        # nanochat's ways around the layers: before each, the stream is scaled and gets some of the
-        # embedding again; at the end, what the middle layer gave is taken out
-        self.resid_lambdas = weights.optional("model.resid_lambdas", config.n_layers)
-        self.x0_lambdas = weights.optional("model.x0_lambdas", config.n_layers)
-        self.backout_lambda = weights.optional("model.backout_lambda", 1)
-        self.smear_gate = weights.optional("model.smear_gate.weight", 1, 0)
-        self.smear_lambda = weights.optional("model.smear_lambda", 1)
         # a tied head may be stored once more, and old files carry buffers that are not weights
         weights.check_used(
             lambda name: (
@@ -2572,59 +2432,37 @@ class Decoder:
         self.kv_dtype = self.backend.kv_dtype(kv_dtype, weights.num_packed > 0)
 
     @property
-    def n_short(self) -> int:
-        """The most tokens of a text whose keys are turned as in short ones."""
-        rope = self.config.rope
-        if rope["rope_type"] != "longrope":
-            return 2**62
-        return int(rope["original_max_position_embeddings"])
-
-    @property
     def kernels(self) -> str:
         """The backend's description."""
         return self.backend.describe()
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
         """A KVCache for sequences that this decoder runs; `most_new` as there."""
-        return self.backend.new_cache(self.config, num_slots, self.kv_dtype, most_new)
+        cache = self.backend.new_cache(self.config, num_slots, self.kv_dtype, most_new)
+        cache.regime_of = self.ropes[0].regime
+        return cache
 
-    def rotations(self, batch: Batch) -> dict[int | None, Rotation]:
+    def rotations(self, batch: Batch, cache: KVCache) -> dict[int | None, Rotation]:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
-        lib, inner = self.backend.arrays or torch, self.backend.array
+        lib = self.backend.arrays or torch
 
         def tensor(x: Any) -> Tensor:
             return torch.as_tensor(x).to(self.dtype)
 
-        positions = lib.asarray(inner(batch.positions), dtype=lib.float32)[:, None]  # (N, 1)
-        for i, (rope, freqs, scales) in enumerate(self.ropes):
-            n_old = rope["original_max_position_embeddings"]
-            is_long = inner(batch.lengths) > n_old if rope["rope_type"] == "longrope" else False
-            angles = positions * inner(freqs)[is_long * 1]  # (N, D/2)
-            if rope["rope_type"] == "dynamic":
-                angles = angles * dynamic_stretch(rope, positions, angles.shape[1])
-            cos, sin = lib.cos(angles) * inner(scales), lib.sin(angles) * inner(scales)
+        positions = self.backend.array(batch.positions)
+        positions = lib.asarray(positions, dtype=lib.float32)[:, None]  # (N, 1)
+        for i, rope in enumerate(self.ropes):
+            angles = rope.angles(positions, batch, cache)  # (N, D/2)
+            cos, sin = lib.cos(angles) * rope.scales, lib.sin(angles) * rope.scales
             grows = None
-            if beta := rope.get("llama_4_scaling_beta"):
+            if beta := rope.parameters.get("llama_4_scaling_beta"):
+                n_old = rope.parameters["original_max_position_embeddings"]
                 grows = tensor(1 + beta * lib.log(1 + positions // n_old))
             found[i] = Rotation(tensor(cos), tensor(sin), grows)
         if None in self.config.layer_ropes:
             found[None] = Rotation(tensor(lib.ones_like(cos)), tensor(lib.zeros_like(sin)))
         return found
-
-    def smeared(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Embeddings (N, C), each with some of the one before it where the model has that gate."""
-        if self.smear_gate is None or self.smear_lambda is None:
-            return x
-        before = batch.token_ids.roll(1)
-        for span in batch.spans:
-            tokens, rows = cache.tokens[span.slot], slice(span.row, span.row + span.num_new)
-            before[span.row] = tokens[span.start - 1] if span.start else -1
-            tokens[span.start :] = batch.token_ids[rows].tolist()
-        columns = x[:, : self.smear_gate.shape[1]]
-        gate = self.smear_lambda * (columns * self.smear_gate).sum(1, keepdim=True).sigmoid()
-        gate = gate * (before >= 0).unsqueeze(1)  # a text's first token has none before it
-        return x + gate * self.norm(self.embed_tokens.rows(before.clamp_min(0)))
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> logits (R, V) float32"""
@@ -2632,17 +2470,11 @@ class Decoder:
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
-        config, rotations = self.config, batch.rotations or self.rotations(batch)
-        x = self.embed_tokens.rows(batch.token_ids, config.embed_scale)  # (N, C)
-        if config.embed_norm:
-            x = self.norm(x)
-        start = middle = x = self.smeared(x, batch, cache)
-        for i, layer in enumerate(self.layers):
-            if self.resid_lambdas is not None and self.x0_lambdas is not None:
-                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * start
-            x = layer(x, rotations[config.layer_ropes[i]], cache, batch)
-            middle = x if i == len(self.layers) // 2 else middle
-        return x if self.backout_lambda is None else x - self.backout_lambda * middle  # (N, C)
+        config, rotations = self.config, batch.rotations or self.rotations(batch, cache)
+        x = self.embed_tokens.rows(batch.token_ids, config.embed_scale)
+        for layer, rope in zip(self.layers, config.layer_ropes):
+            x = layer(x, rotations[rope], cache, batch)
+        return x
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
@@ -2658,6 +2490,13 @@ class Decoder:
         if scale == 1 and not cap:
             return scores
         return self.backend.capped(scores, scale, cap)
+
+
+def make_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> Decoder:
+    """The decoder of a model's family: Decoder, or a class of extras derived from it."""
+    module, _, name = find_family(config.model_type).decoder.partition(":")
+    kind = getattr(extra(module, config.model_type), name) if module else Decoder
+    return cast("Decoder", kind(config, weights, kv_dtype))
 
 
 # ==================================================================================================
@@ -2725,31 +2564,11 @@ GGUF_TENSORS = {
     },
 }
 
-# How families spell a part of a tensor's name -> how the decoder asks for it.
-HF_NAMES = {
+# Other spellings of tensor names, in every family -> the decoder's.
+TENSOR_NAMES = {
     r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
     r"^language_model\.(?=lm_head)": "",
-    r"block_sparse_moe\.router\.layer": "mlp.gate",
-    r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
-    r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
-    "block_sparse_moe": "mlp",
-    r"\.w1\.": ".gate_proj.",
-    r"\.w3\.": ".up_proj.",
-    r"\.w2\.": ".down_proj.",
-    r"mlp\.router": "mlp.gate",
     r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
-    r"(?<=experts)\.(gate_up_proj|down_proj)_": r".\1.",  # bias, blocks, scales
-    r"mlp\.(c_fc|fc1)\.": "mlp.up_proj.",
-    r"mlp\.(c_proj|fc2)\.": "mlp.down_proj.",
-    "query_layernorm": "q_norm",
-    "key_layernorm": "k_norm",
-    "sinks$": "sinks.weight",
-}
-# Where there is a norm after each block, the older names shift by one.
-SANDWICH_NAMES = {
-    "post_attention_layernorm": "post_self_attn_layernorm",
-    "pre_feedforward_layernorm": "post_attention_layernorm",
-    "post_feedforward_layernorm": "post_mlp_layernorm",
 }
 NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
@@ -2777,10 +2596,6 @@ GGUF_VALUES = {
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "use_parallel_residual": "use_parallel_residual",
 }
-
-# Models whose queries are scaled by another width than a head's, which their files do not say:
-# https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
-WIDE_SCALE = (("gemma2", 46), ("gemma3", 62))
 
 # {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
 GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
@@ -2848,13 +2663,20 @@ class Checkpoint:
         return weights.most_common(1)[0][0] if weights else "none"
 
 
+# Suffix of a file -> the module of extras whose `open_checkpoint` opens it. Files with any other
+# suffix are GGUF, directories hold safetensors.
+OPENERS = {".pt": "models.nanochat"}
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model directory or a .gguf file. Raises CheckpointError, naming the file."""
+    """Open a model directory or file. Raises CheckpointError, naming the file."""
     if path.is_dir():
         return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    return _open_nanochat(path) if path.suffix == ".pt" else _open_gguf(path)
+    if module := OPENERS.get(path.suffix):
+        return cast(Checkpoint, extra(module, f"a {path.suffix} file").open_checkpoint(path))
+    return _open_gguf(path)
 
 
 def open_text(path: Path) -> TextFiles:
@@ -3247,7 +3069,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     tensors = {name: t for file in files for name, t in file.tensors.items()}
     with errors_about(path):
         model_type = _gguf_model_type(metadata)
-        prefix = ARCHITECTURES[model_type] + "."
+        prefix = gguf_name(model_type, find_family(model_type)) + "."
         own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
@@ -3264,15 +3086,26 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch = metadata.get("general.architecture")
-    fitting = [name for name, theirs in ARCHITECTURES.items() if arch and theirs == arch]
+    families = all_families()
+    fitting = [
+        name for name, family in families.items() if arch and gguf_name(name, family) == arch
+    ]
     if not fitting:
-        known = ", ".join(sorted({*ARCHITECTURES.values()} - {""}))
+        known = sorted({*itertools.starmap(gguf_name, families.items())} - {""})
+        if families == FAMILIES:
+            extra("models.families", f"general.architecture {excerpt(arch)}")
         raise CheckpointError(
-            f"general.architecture {excerpt(arch)} is not supported; supported are: {known}"
+            f"general.architecture {excerpt(arch)} is not supported; supported are: "
+            + ", ".join(known)
         )
-    keys = {name: FAMILIES[name].gguf_key for name in fitting}
-    told = [name for name, key in keys.items() if key and metadata.get(f"{arch}.{key}")]
-    return [fitting[0], *told][-1]
+    keys = {name: families[name].gguf_key for name in fitting}
+    by_key = [name for name, key in keys.items() if key and metadata.get(f"{arch}.{key}")]
+    return [fitting[0], *by_key][-1]
+
+
+def gguf_name(model_type: str, family: Family) -> str:
+    """What GGUF calls a family: its general.architecture."""
+    return model_type if family.gguf is None else family.gguf
 
 
 def _gguf_config(
@@ -3287,7 +3120,8 @@ def _gguf_config(
             raise CheckpointError(f"metadata {arch}.{name} is {excerpt(value)}; a number is needed")
         return value
 
-    family, arch = FAMILIES[model_type], ARCHITECTURES[model_type]
+    family = find_family(model_type)
+    arch = gguf_name(model_type, family)
     if "token_embd.weight" not in tensors:
         raise CheckpointError("tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
@@ -3298,15 +3132,9 @@ def _gguf_config(
     eps = "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
-    if "query_pre_attn_scalar" in family.defaults:
-        is_wide = (arch, own.get("block_count")) in WIDE_SCALE
-        values["query_pre_attn_scalar"] = n_embd / max(n_heads, 1) if is_wide else head_dim
-    if scale := own.get("logit_scale"):  # Granite divides, Cohere multiplies
-        values["logit_scale" if "logit_scale" in family.defaults else "logits_scaling"] = scale
-    if "rope_local_base_freq" in family.defaults:
-        local = 10000.0 if "gemma" in arch else own.get("rope.freq_base")
-        values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
-    return {
+    if scale := own.get("logit_scale"):
+        values["logits_scaling"] = scale
+    config = {
         **values,
         **family.gguf_values,
         "model_type": model_type,
@@ -3325,6 +3153,9 @@ def _gguf_config(
         "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
     }
+    if family.from_gguf:
+        family.from_gguf(own, config)
+    return config
 
 
 def _gguf_rope(
@@ -3384,15 +3215,10 @@ def canonical_tensors(
     rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
 
     Names are Hugging Face's; what GGUF files do in their own way is done if `from_gguf`."""
-    family, found = FAMILIES[config.model_type], {}
-    sandwich = any("post_feedforward_layernorm" in name for name in tensors)
+    family, found = find_family(config.model_type), {}
     for name, tensor in tensors.items():
-        if NOT_TEXT.match(name):
-            continue
-        name = canonical_name(name)
-        if sandwich:
-            name = re.sub("|".join(SANDWICH_NAMES), lambda theirs: SANDWICH_NAMES[theirs[0]], name)
-        found[name] = tensor
+        if not NOT_TEXT.match(name):
+            found[name if from_gguf else canonical_name(name, family)] = tensor
     last = family.experts_last and not from_gguf
     found = {name: part for key in found for name, part in _apart(key, found, config, last)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
@@ -3406,8 +3232,9 @@ def canonical_tensors(
     return found
 
 
-def canonical_name(name: str) -> str:
-    for pattern, ours in HF_NAMES.items():
+def canonical_name(name: str, family: Family) -> str:
+    """A tensor's name in safetensors files -> the name that the decoder asks for."""
+    for pattern, ours in (*family.names.items(), *TENSOR_NAMES.items()):
         name = re.sub(pattern, ours, name)
     return name
 
@@ -3543,167 +3370,6 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
     return TextFiles(source, None, metadata, templates, special, ends)
-
-
-# ---- nanochat's checkpoints ----------------------------------------------------------------------
-
-# nanochat's names of tensors, without the layer prefix -> Hugging Face's
-NANOCHAT_TENSORS = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.h": "model.layers",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "attn.ve_gate": "self_attn.value_gate",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
-# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
-# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
-NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
-    (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
-    (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
-    (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
-    (12, True): {"rope_base": 1e5, "qk_scale": 1.2, "value_scale": 3.0, "short": (4, 128)}
-    | {"softcap": 15.0},
-}
-NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
-NANOCHAT_BOS = "<|bos|>"
-NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
-NANOCHAT_TEMPLATE = (
-    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
-    "{% if message.role == 'system' and loop.first %}"
-    "{% set ns.system = message.content + '\n\n' %}"
-    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
-    "{{ raise_exception('roles must alternate between user and assistant') }}"
-    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
-    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
-    "{% else %}<|assistant_start|>{{ message.content"
-    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
-    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
-)
-
-
-def _open_nanochat(path: Path) -> Checkpoint:
-    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
-    beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
-    if not beside.exists():
-        raise CheckpointError(
-            f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
-        )
-    tensors, about = _nanochat_tensors(path), read_json(beside)
-    try:
-        with errors_about(f"{beside}: model_config"):
-            raw = _nanochat_config(dict(about["model_config"]), tensors)
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
-    directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
-    text = dataclasses.replace(
-        open_text(directory) if directory else TextFiles(str(path)),
-        templates={"default": NANOCHAT_TEMPLATE},
-        special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
-    )
-    found = model_config(raw, str(beside))
-    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
-
-
-def _nanochat_tensors(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
-    try:  # a file from before torch 1.6 is not a zip file, and not mapped
-        is_zip = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:  # torch's words recommend to load it all the same
-        raise CheckpointError(f"{path}: holds more than tensors, and is not loaded") from None
-    except Exception as error:  # EOFError, and whatever else a damaged file leads to
-        raise CheckpointError(f"{path}: no file of tensors: {first_line(error)}") from None
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
-    tensors = {}
-    for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
-        if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
-            raise CheckpointError(
-                f"{path}: {excerpt(key)} is {excerpt(tensor)}; a tensor is needed"
-            )
-        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
-        prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
-        tensors[prefix + name] = _held(tensor)
-    return tensors
-
-
-def _held(tensor: Tensor, scale: float = 1.0) -> TensorSource:
-    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    kind = {theirs: kind for kind, theirs in FLOAT_KINDS.items()}.get(name, name)
-
-    def load(rows: Any = slice(None)) -> Tensor:
-        return tensor[rows] if scale == 1 else tensor[rows].float() * scale
-
-    return TensorSource(tuple(tensor.shape), kind, tensor.nbytes, load)
-
-
-def _nanochat_config(config: Mapping[str, Any], tensors: dict[str, TensorSource]) -> dict[str, Any]:
-    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
-    those with the defaults that nanochat gives to older checkpoints.
-
-    Raises CheckpointError for a variant that is not known."""
-    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
-        raise CheckpointError(f"{excerpt(unknown[0])} is not known")
-    counts = map(ConfigValues(config).count, NANOCHAT_COUNTS)
-    n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = counts
-    age = _nanochat_age(config, tensors)
-    for name, tensor in list(tensors.items()):
-        if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
-            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
-            tensors[name] = _held(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
-    layers = min(n_layers, 2**16)
-    lambdas = {"model.resid_lambdas": torch.ones, "model.x0_lambdas": torch.zeros}
-    for name, fill in lambdas.items() if lambdas.keys() & tensors else ():
-        tensors.setdefault(name, _held(fill(layers)))
-    pattern = str(config.get("window_pattern") or "L").upper()
-    if set(pattern) - {"S", "L"}:
-        raise CheckpointError(f"window_pattern is {excerpt(pattern)}; S and L are known")
-    short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
-    parts, tile = age["short"]
-    window = config.get("short_seq_len") or round_up(-(-n_ctx // parts), tile)
-    width = tensors.get("model.layers.0.mlp.up_proj.weight")
-    return {
-        "model_type": "nanochat",
-        "max_position_embeddings": n_ctx,
-        "vocab_size": n_vocab,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv_heads,
-        "hidden_size": n_embd,
-        "intermediate_size": width.shape[0] if width else 4 * n_embd,
-        "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
-        "rope_theta": age["rope_base"],
-        "final_logit_softcapping": age["softcap"],
-        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
-        "sliding_window": window + 1,  # nanochat does not count the token itself
-        "layer_types": [LAYER_TYPES[is_short] for is_short in short],
-    }
-
-
-def _nanochat_age(config: Mapping[str, Any], tensors: Mapping[str, TensorSource]) -> dict[str, Any]:
-    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
-    do not tell them."""
-    gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
-    kind = max(gates, default=0), "model.backout_lambda" in tensors
-    age = NANOCHAT_AGES.get(kind)
-    if age is None or len(gates) > 1:
-        raise CheckpointError(
-            f"value embeddings with gates of {excerpt(sorted(gates))} columns, "
-            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
-        )
-    if "softcap" not in config and "softcap" not in age:
-        raise CheckpointError(
-            "nanochats with these parameters capped logits at 15 or, from 2 March 2026 for some "
-            'time, at 20, and the files do not say which: add "softcap": 15 (or 20)'
-        )
-    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
 
 
 @lru_cache(maxsize=1)
@@ -5719,14 +5385,11 @@ class Scheduler:
         num_slots: int,
         prefill_chunk: int,
         lookup: int = 0,
-        keeps: Callable[[int, int], bool] = lambda slot, num_tokens: True,
-        n_short: int = 2**62,
+        may_resume: Callable[[int, int, int], bool] = lambda slot, num_tokens, length: True,
     ) -> None:
-        """`keeps(slot, n)` says whether a text can go on at position n from what the slot holds;
-        texts of up to `n_short` tokens and longer ones have keys of different kinds."""
+        """`may_resume` is that of KVCache."""
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
-        self.keeps, self.n_short = keeps, n_short
-        self.is_long = [False] * num_slots  # what kind of keys a slot's contents have
+        self.may_resume = may_resume
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.contents: list[list[int]] = [
@@ -5750,16 +5413,17 @@ class Scheduler:
         computed = list(self.contents)
         for other in self.running:
             computed[other.slot] = other.token_ids[: other.num_computed]
-            self.is_long[other.slot] = len(other.token_ids) > self.n_short
-        kind = len(seq.token_ids) > self.n_short
+        length = len(seq.token_ids)
         shared = [
-            num if self.is_long[slot] == kind and self.keeps(slot, num) else 0
+            num if self.may_resume(slot, num, length) else 0
             for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
         ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
         coming = [(common_prefix(other.token_ids, wanted), other) for other in self.running]
         alike = (
-            n for n, other in coming if n > other.num_computed and self.is_long[other.slot] == kind
+            n
+            for n, other in coming
+            if n > other.num_computed and self.may_resume(other.slot, other.num_computed, length)
         )
         if max(alike, default=0) > shared[source] + WORTH_WAITING:
             return None
@@ -5797,7 +5461,6 @@ class Scheduler:
         if seq in self.running:
             self.running.remove(seq)
             self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
-            self.is_long[seq.slot] = len(seq.token_ids) > self.n_short
             self.free.append(seq.slot)
         elif seq in self.waiting:
             self.waiting.remove(seq)
@@ -5868,7 +5531,7 @@ class Engine:
         self.num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
         self.cache = decoder.new_cache(self.num_slots, most_new)
         self.scheduler = Scheduler(
-            self.num_slots, config.prefill_chunk, config.lookup, self.cache.keeps, decoder.n_short
+            self.num_slots, config.prefill_chunk, config.lookup, self.cache.may_resume
         )
         self.stats = EngineStats()
         if config.lookup:
@@ -5934,7 +5597,7 @@ class Engine:
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
-                self.cache.start(source, seq.slot, seq.num_cached)
+                self.cache.start(source, seq.slot, seq.num_cached, len(seq.token_ids))
                 seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
             work = self.scheduler.schedule()
             if not work:  # nothing runs, nothing waits
@@ -5967,8 +5630,7 @@ class Engine:
         if steps and is_decode and len(parts) <= steps.num_rows:
             rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
             return torch.split(steps(rows).cpu(), num_rows)
-        lengths = [len(seq.token_ids) for seq, _ in work]
-        batch = Batch(parts, self.decoder.device, self.decoder.row_tile, lengths)
+        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
         x = self.decoder.hidden(batch, self.cache)
         for (seq, num_new), span in zip(work, batch.spans):
             if seq.pooler:
@@ -5983,8 +5645,8 @@ class Engine:
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
             self.extend(seq, None if seq.pooler else logits[row].numpy())
-            is_crossing = len(seq.token_ids) == self.decoder.n_short + 1
-            if seq.finish_reason or seq.token_ids[-1] != guess or is_crossing:
+            is_outgrown = self.cache.outgrown(seq.slot, len(seq.token_ids))
+            if seq.finish_reason or seq.token_ids[-1] != guess or is_outgrown:
                 break
             seq.num_computed += 1
             seq.num_accepted += 1
@@ -5995,8 +5657,8 @@ class Engine:
             seq.drafter.learn(num_drafted, num_accepted, len(seq.token_ids))
         if seq.finish_reason:
             self.scheduler.retire(seq)
-        elif is_crossing:  # from here on, all keys are of the other kind
-            self.cache.start(seq.slot, seq.slot, 0)
+        elif is_outgrown:
+            self.cache.start(seq.slot, seq.slot, 0, len(seq.token_ids))
             seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Row | None) -> None:
@@ -6246,7 +5908,7 @@ class LLM(TextSide):
             ),
         )
         with torch.inference_mode():
-            decoder = Decoder(self.config, weights, config.kv_dtype)
+            decoder = make_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
     def logits(self, token_ids: list[int]) -> Tensor:
@@ -6264,7 +5926,7 @@ class LLM(TextSide):
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
                 work = [(0, at, new, len(new))]
-                batch = Batch(work, decoder.device, decoder.row_tile, [len(token_ids)])
+                batch = Batch(work, decoder.device, decoder.row_tile)
                 parts.append(decoder(batch, cache))
         return torch.cat(parts)
 
@@ -6425,7 +6087,6 @@ class LLM(TextSide):
 #               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
-Json = dict[str, Any]  # an object
 Fields = Mapping[str, Any]  # one that is only read
 JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `or` between them
     "number": (int, float),
@@ -10330,7 +9991,9 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     """show MODEL: what a model is, and every setting with its origin."""
-    parser = command_parser("show", epilog=f"Model types that can be run: {SUPPORTED}")
+    parser = command_parser(
+        "show", epilog=f"Model types that can be run: {', '.join(all_families())}"
+    )
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -10348,7 +10011,7 @@ def command_show(argv: list[str]) -> int:
     template = ChatTemplate(checkpoint.text, settings.modelfile.template)
     sampling = settings.sampling(checkpoint.sampling)
     lines = [*describe(checkpoint, settings, template), "settings"]
-    supported = textwrap.wrap(f"architectures that can be run: {SUPPORTED}", 98)
+    supported = textwrap.wrap(f"architectures that can be run: {', '.join(all_families())}", 98)
     print("\n".join([*lines, *settings_lines(settings, sampling), *supported]))
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import nanollama
 from nanollama import CheckpointError, EngineConfig, RequestError, SamplingParams, model_config
+from nanollama_extras.models import ropes
 
 DIMENSIONS = {
     "vocab_size": 320,
@@ -22,7 +22,7 @@ DIMENSIONS = {
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
 }
-CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.FAMILIES}
+CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.all_families()}
 
 
 def of(model_type: str = "llama", **values: Any) -> nanollama.ModelConfig:
@@ -123,7 +123,7 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones() -> Non
 
 def test_what_the_arithmetic_does_not_cover_is_refused_by_name() -> None:
     for values, named in [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.2}, "rope turns 1 of the 8 columns"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_type 'mrope'"),
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
@@ -157,7 +157,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
         ({"rope_theta": float("inf")}, "rope_theta is inf; a number from 1e-15 to 1e15 is needed"),
-        ({"rope_theta": 1.0}, "rope_theta is 1.0; it must be above 1"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; a number above 1 is needed"),
         ({"rope_scaling": "yarn"}, "rope_parameters is 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is None"),
         ({"rope_scaling": {**YARN, "factor": 0}}, "factor is 0"),
@@ -196,7 +196,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-ROPE = st.sampled_from(list(nanollama.ROPE_NEEDS)).flatmap(
+ROPE = st.sampled_from([*nanollama.ROPE_NUMBERS, *ropes.NUMBERS]).flatmap(
     lambda kind: st.fixed_dictionaries(
         {"rope_type": st.just(kind), "factor": st.floats() | st.integers()},
         optional={
@@ -239,10 +239,10 @@ def test_any_config_is_either_usable_or_refused_in_one_line(
         message = str(error)
     else:
         message = "dir/config.json: usable"
-        for rope, long in itertools.product(config.ropes, (False, True)):
-            inv_freq, scale = nanollama.rope_frequencies(rope, config.head_dim, long)
-            assert torch.isfinite(inv_freq).all()
-            assert 0 < scale < float("inf")
+        for parameters in config.ropes:
+            rope = nanollama.make_rope(parameters, config.head_dim)
+            assert torch.isfinite(rope.freqs).all()
+            assert ((rope.scales > 0) & (rope.scales < float("inf"))).all()
         assert len(config.windows) == len(config.layer_ropes) == config.n_layers
         assert config.n_rot <= config.head_dim
     assert message.startswith("dir/config.json: ")

@@ -224,6 +224,21 @@ def read_sentencepiece(raw: bytes) -> dict[str, Any]:
 
 # ---- nanochat's tokenizer.pkl --------------------------------------------------------------------
 
+NANOCHAT_BOS = "<|bos|>"
+NANOCHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' and loop.first %}"
+    "{% set ns.system = message.content + '\n\n' %}"
+    "{% elif message.role != ('user', 'assistant')[ns.turn % 2] %}"
+    "{{ raise_exception('roles must alternate between user and assistant') }}"
+    "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
+    "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
+    "{% else %}<|assistant_start|>{{ message.content"
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in nanollama.SHOWN_CONTROL.items())
+    + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
+)
+
 
 def read_nanochat(raw: bytes) -> dict[str, Any]:
     """A pickled tiktoken.Encoding, as nanochat saves it: pieces by rank, then control tokens."""
@@ -232,12 +247,11 @@ def read_nanochat(raw: bytes) -> dict[str, Any]:
     names = sorted(control, key=control.__getitem__)
     if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
         raise CheckpointError("the control tokens do not follow the other tokens")
-    bos = nanollama.NANOCHAT_BOS
-    return ranked_metadata(ranks, [], names, bos, "<|assistant_end|>") | {
+    return ranked_metadata(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>") | {
         "pattern": encoding["pat_str"],
         "add_bos_token": True,
-        "eot_token_id": control[bos],  # the beginning of another text ends an answer, too
-        "tokenizer.chat_template": nanollama.NANOCHAT_TEMPLATE,
+        "eot_token_id": control[NANOCHAT_BOS],  # the beginning of another text ends an answer, too
+        "tokenizer.chat_template": NANOCHAT_TEMPLATE,
     }
 
 

@@ -479,10 +479,6 @@ class DecodeBatch(Batch):
         self.memo["strips", False] = StripRows(*at, *places[:2])
         self.memo["strips", True] = StripRows(*at, *places[2:])
 
-    @property
-    def lengths(self) -> Tensor:  # type: ignore[override]
-        return self.positions + 1
-
     def load(self, rows: Iterable[tuple[int, int, Iterable[Tensor]]]) -> None:
         """Put in (token id, position, strip and ring) for each sequence."""
         unused = [(0, 0, self.unused)] * self.num_logits
@@ -569,7 +565,7 @@ class CudaBackend(Backend):
 
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         """Raises RequestError if the first step cannot be recorded."""
-        looks_at_results = decoder.config.experts or decoder.smear_gate is not None
+        looks_at_results = decoder.config.experts or not decoder.is_recordable
         if not compile or decoder.kv_dtype == "q8" or looks_at_results:
             return super().record(decoder, cache, compile)
         steps = DecodeGraphs(decoder, cache)

@@ -300,7 +300,7 @@ class DecodeCalls:
         self.decoder, self.cache = decoder, cache
         self.num_rows = min(len(cache.strips), self.most_rows)
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
-        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch)
+        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
         for in_ring in (False, True):
             batch.memo["spans", in_ring] = (STRUCTURES["span"] * (self.num_rows + 1))()
         self.calls = KernelCalls(lambda: decoder.scores(decoder.hidden(batch, cache), batch))
@@ -311,11 +311,10 @@ class DecodeCalls:
         _, positions, token_ids = zip(*rows)
         batch.token_ids.numpy()[:num_rows] = token_ids
         batch.positions.numpy()[:num_rows] = positions
-        batch.lengths.numpy()[:num_rows] = [at + 1 for at in positions]
-        spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
+        batch.spans = spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
         for in_ring in (False, True):
             self.cache.fill_spans(batch.memo["spans", in_ring], spans, in_ring)
-        for name, rotation in self.decoder.rotations(batch).items():
+        for name, rotation in self.decoder.rotations(batch, self.cache).items():
             for old, new in zip(batch.rotations[name], rotation):
                 if old is not None and new is not None:
                     old.copy_(new)

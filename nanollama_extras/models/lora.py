@@ -136,6 +136,7 @@ def low_ranks(
 ) -> dict[str, LowRank]:
     """A and B of each module, in the decoder's names and order of rows: B is renamed and reordered
     like the weight that it changes, and the parts of a fused matrix share one A."""
+    family = nanollama.find_family(config.model_type)
     a: dict[str, tuple[TensorSource, float]] = {}
     b: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
@@ -143,7 +144,7 @@ def low_ranks(
         if match is None or len(tensor.shape) != 2:
             raise CheckpointError(f"tensor {nanollama.excerpt(name)} is not supported")
         if match[2] == "A":
-            module = nanollama.canonical_name(f"{match[1]}.lora_A").removesuffix(".lora_A")
+            module = nanollama.canonical_name(f"{match[1]}.lora_A", family).removesuffix(".lora_A")
             a[module] = tensor, scale(match[1], tensor.shape[0])
         else:
             b[f"{match[1]}.lora_B"] = tensor

@@ -26,10 +26,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from families import ROWS
 from gguf_files import Kind, encode
 from hypothesis import strategies as st
 from serving import serving
-from test_families import ROWS
 from torch import Tensor
 
 import nanollama

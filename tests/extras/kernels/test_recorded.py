@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from test_families import MORE, ROWS
+from families import ALL
 
 from nanollama import LLM, Batch, GenerationRequest, KernelError, SamplingParams
 from nanollama_extras.kernels.native import DecodeCalls, KernelCalls, find_compiler
@@ -21,7 +21,6 @@ except KernelError:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
 CPU = torch.device("cpu")
-FAMILIES = ROWS | MORE
 OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"quantize": "q4"},
     "qwen2": {"prefill_chunk": 16},
@@ -45,7 +44,7 @@ COMPUTES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def load(kind: str, tiny: oracle.Tiny, parallel: int = 3) -> LLM:
-    name, overrides = FAMILIES[kind]
+    name, overrides = ALL[kind]
     options = {"quantize": "q8", **OPTIONS.get(kind, {})}
     return LLM(tiny(name, **overrides), kernels="native", parallel=parallel, **options)
 
@@ -67,7 +66,7 @@ def answers(llm: LLM) -> list[list[tuple[int, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -> None:
     decoder = load(kind, tiny).engine.decoder
     caches = [decoder.new_cache(4, 16) for _ in range(2)]
@@ -90,7 +89,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", ALL)
 def test_answers_are_the_same_without_recorded_steps(kind: str, tiny: oracle.Tiny) -> None:
     llm = load(kind, tiny)
     recorded = answers(llm)

@@ -1,0 +1,121 @@
+"""Rotary embeddings of some families only: dynamic NTK, NTK with an alpha, longrope.
+
+Adds       rope_type dynamic, ntk and longrope (or su).
+Seam       the core asks `check_rope` about rope_parameters of a type that it does not know, and
+           `ROPES` for the `Rope` of such a type.
+Source     https://huggingface.co/docs/transformers/internal/rope_utils
+           https://arxiv.org/abs/2402.13753 (longrope)
+Remove     delete this file; a model with such a type then says that it needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nanollama
+from nanollama import Batch, CheckpointError, ConfigValues, KVCache, Rope, excerpt, positive
+
+NUMBERS: dict[str, tuple[str, ...]] = {"dynamic": ("factor",), "ntk": ("alpha",), "longrope": ()}
+ALIASES = {"su": "longrope"}
+
+
+def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
+    """Checks and completes rope_parameters. Raises CheckpointError."""
+    kind = ALIASES.get(str(rope["rope_type"]), rope["rope_type"])
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan's files call a fixed stretch dynamic
+        kind = "ntk"
+    if str(kind) not in NUMBERS:
+        supported = ", ".join((*nanollama.ROPE_NUMBERS, *NUMBERS))
+        raise CheckpointError(
+            f"rope_type {excerpt(kind)} is not supported; supported are: {supported}"
+        )
+    for key in NUMBERS[kind]:
+        positive(rope.get(key), f"rope: {key}")
+    rope["rope_type"] = kind
+    n_ctx = values.count("max_position_embeddings")
+    if kind == "longrope":
+        check_factors(rope)
+        rope["factor"] = rope.get("factor") or n_ctx / rope["original_max_position_embeddings"]
+    elif rope["n_rot"] < 4:
+        raise CheckpointError(f"rope turns {rope['n_rot']} columns; {kind} needs 4 or more")
+    elif kind == "dynamic":
+        rope["n_ctx"] = min(int(n_ctx * rope["factor"]), 2**31 - 1) or 1
+
+
+def check_factors(rope: Mapping[str, Any]) -> None:
+    """Checks the lists of divisors, one for short texts and one for long ones."""
+    for key in ("short_factor", "long_factor"):
+        factors, size = rope.get(key), rope["n_rot"] // 2
+        if not isinstance(factors, list) or len(factors) != size:
+            raise CheckpointError(f"rope {key} is {excerpt(factors)}; {size} numbers are needed")
+        for factor in factors:
+            positive(factor, f"rope {key}")
+    if (n_old := rope["original_max_position_embeddings"]) <= 1:
+        raise CheckpointError(
+            f"rope original_max_position_embeddings is {n_old}; it must be above 1"
+        )
+
+
+class NTKRope(Rope):
+    """A larger theta: theta alpha^(n_rot / (n_rot - 2))."""
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        rope = self.parameters
+        theta = float(rope["rope_theta"])
+        theta *= rope["alpha"] ** (self.n_rot / (self.n_rot - 2))
+        return nanollama.inverse_wavelengths(theta, self.n_rot), 1.0
+
+
+class DynamicRope(Rope):
+    """Dynamic NTK: theta grows with the length of the text once it exceeds the old context.
+
+    A token is turned as if it were the last of the text, so that neither chunks nor cached prefixes
+    change a result; a transformers model that decodes with a cache, token by token, does the same.
+    """
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        theta = float(self.parameters["rope_theta"])
+        return nanollama.inverse_wavelengths(theta, self.n_rot), 1.0
+
+    def angles(self, positions: Any, batch: Batch, cache: KVCache) -> Any:
+        factor, n_old = (
+            self.parameters[key] for key in ("factor", "original_max_position_embeddings")
+        )
+        stretch = factor * (positions + 1.0) / n_old - (factor - 1)
+        angles = super().angles(positions, batch, cache)
+        powers = -torch.arange(0, 2 * angles.shape[1], 2) / (self.n_rot - 2)
+        is_torch = isinstance(positions, torch.Tensor)
+        return angles * stretch.clip(min=1) ** (
+            powers.to(positions.device) if is_torch else powers.numpy()
+        )
+
+
+class LongRope(Rope):
+    """Two sets of frequencies: for texts within the old context, and for longer ones. Keys of one
+    set are of no use to the other, so a text that outgrows the old context is read again."""
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        rope = self.parameters
+        factor, n_old = float(rope["factor"]), rope["original_max_position_embeddings"]
+        scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
+        inv_freq = nanollama.inverse_wavelengths(float(rope["rope_theta"]), self.n_rot)
+        divisors = torch.tensor([rope["short_factor"], rope["long_factor"]])
+        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
+
+    def regime(self, num_tokens: int) -> int:
+        return int(num_tokens > self.parameters["original_max_position_embeddings"])
+
+    def angles(self, positions: Any, batch: Batch, cache: KVCache) -> Any:
+        # without spans, the batch is a recorded step of decoding: each row ends its text
+        is_long = positions[:, 0] + 1 > self.parameters["original_max_position_embeddings"]
+        for span in batch.spans:
+            is_long[span.row : span.row + span.num_new] = bool(cache.regimes[span.slot])
+        return positions * self.freqs[is_long * 1]
+
+
+ROPES = {"dynamic": DynamicRope, "ntk": NTKRope, "longrope": LongRope}
