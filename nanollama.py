@@ -70,7 +70,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import atexit
-import base64
 import codecs
 import contextlib
 import ctypes
@@ -112,7 +111,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import (
@@ -227,7 +226,6 @@ if TYPE_CHECKING:
     import jinja2.sandbox
     import numpy as np
     import numpy.typing as npt
-    import prometheus_client
     import safetensors.torch
     import starlette.applications
     import starlette.exceptions
@@ -253,7 +251,6 @@ else:
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
-    prometheus_client = LazyModule("prometheus_client")
     safetensors = LazyModule("safetensors", "torch")
     starlette = LazyModule(
         "starlette", *"applications exceptions middleware requests responses routing".split()
@@ -6111,26 +6108,16 @@ def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
 SAMPLING_FIELDS = {
     name: row.json_type for name, row in options_of(SamplingParams).items() if row.on_wire
 }
-# What an answer must be: as vLLM's clients and llama.cpp's say it
-GUIDES = {
-    "guided_json": "schema",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-    "json_schema": "schema",
-    "grammar": "grammar",
-}
-GUIDE_TYPES = {
-    "schema": "string or object",
-    "regex": "string",
-    "choice": "array",
-    "grammar": "string",
-    "json_object": "boolean",
+# What an answer must be, in the words of vLLM, llama.cpp and OpenAI. answers/guides.py reads them.
+GUIDE_FIELDS = {
+    **dict.fromkeys(("guided_json", "json_schema"), "string or object"),
+    **table(string="guided_regex guided_grammar grammar", array="guided_choice"),
+    **table(object="structured_outputs response_format"),
 }
 COMMON_FIELDS = table(
     SAMPLING_FIELDS,
-    {name: GUIDE_TYPES[kind] for name, kind in GUIDES.items()},
-    object="structured_outputs response_format stream_options",
+    GUIDE_FIELDS,
+    object="stream_options",
     string="model",
     integer="n",
     boolean="stream",
@@ -6200,6 +6187,11 @@ def error_body(error: NanollamaError) -> Json:
     return {"error": about}
 
 
+def text_error(error: NanollamaError) -> Json:
+    """The error object of Ollama's API."""
+    return {"error": str(error)}
+
+
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
     error = RequestError(message, param)
     error.code = code
@@ -6265,7 +6257,9 @@ def parse_chat(
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
     sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
-    tools, choice = read_tools(given)
+    tools, choice = None, ToolChoice()
+    if given.get("tools") or "tool_choice" in given:
+        tools, choice = extra("answers.tools", "a request with tools").read_tools(given)
     request = GenerationRequest(
         messages=parse_messages(given, opening),
         params=SamplingParams(**sampling),
@@ -6292,37 +6286,6 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
         GenerationRequest(prompt=prompt, params=params) for prompt in read_prompts(given, "prompt")
     ]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
-
-
-def read_tools(given: Fields) -> tuple[list[Json] | None, ToolChoice]:
-    """The tools of a body, and what it says of their use. Raises RequestError."""
-    tools = given.get("tools") or None
-    for i, tool in enumerate(tools or []):
-        check_type(f"tools[{i}]", tool, "object")
-        if tool.get("type", "function") != "function":
-            where = f"tools[{i}].type"
-            refuse(f"{where} is {excerpt(tool['type'])}; only function can be had", where)
-    choice = _tool_choice(given.get("tool_choice", "auto"))
-    if not given.get("parallel_tool_calls", True):
-        choice = dataclasses.replace(choice, max_calls=1)
-    if tools or choice.needs_tools:
-        extra("answers.tools", "a request with tools").tool_functions(tools, choice)
-    return (None if choice.mode == "none" else tools), choice
-
-
-def _tool_choice(choice: Any) -> ToolChoice:
-    """`tool_choice` of a chat: a word, a function, or some of the tools with a mode."""
-    kind = choice if isinstance(choice, str) else choice.get("type")
-    known = "none, auto, required, {type: function, function: {name}} or {type: allowed_tools, ..}"
-    if kind in ("none", "auto", "required") and isinstance(choice, str):
-        return ToolChoice(kind)
-    with contextlib.suppress(KeyError, TypeError):
-        if kind == "function":
-            return ToolChoice("required", (str(choice["function"]["name"]),), 1)
-        if kind == "allowed_tools" and choice[kind]["mode"] in ("auto", "required"):
-            names = tuple(str(tool["function"]["name"]) for tool in choice[kind]["tools"])
-            return ToolChoice(choice[kind]["mode"], names)
-    refuse(f"tool_choice is {excerpt(choice)}; use {known}", "tool_choice")
 
 
 def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> WireRequest:
@@ -6369,66 +6332,13 @@ def _sampling(
         values["stop"] = tuple(word for word in stop if word != "")
     if "logit_bias" in given:
         values["logit_bias"] = dict(_token_bias(*pair) for pair in given["logit_bias"].items())
-    if guide := read_guide(given):
-        name, value, where = guide
-        values |= {"schema": None, "regex": None, "grammar": None}
-        return (values | {name: value} if name else values), {name: where}
+    if GUIDE_FIELDS.keys() & given.keys():
+        guide = extra("answers.guides", "an answer in a given form").read_guide(given)
+        if guide is not None:
+            name, value, where = guide
+            values |= {"schema": None, "regex": None, "grammar": None}
+            return (values | {name: value} if name else values), {name: where}
     return values, {}
-
-
-def read_guide(given: Fields) -> tuple[str, Any, str] | None:
-    """What a body says that an answer must be: the SamplingParams field ('' for any text), its
-    value, and where it stands; None where the body does not say. Raises RequestError."""
-    found = [(kind, given[name], name) for name, kind in GUIDES.items() if name in given]
-    for name, value in given.get("structured_outputs", {}).items():
-        kind, where = "schema" if name == "json" else name, f"structured_outputs.{name}"
-        if value is not None and value is not False:
-            if kind not in GUIDE_TYPES:
-                refuse(f"{where} is not supported", where, "unsupported_parameter")
-            found.append((kind, value, where))
-    if "response_format" in given:
-        found.append(read_format(given["response_format"], "response_format"))
-    asked = [guide for guide in found if guide[0]] or found
-    if len(asked) > 1:
-        refuse(f"{asked[0][2]} and {asked[1][2]} cannot both be had", asked[1][2])
-    return _guide(*asked[0]) if asked else None
-
-
-def read_format(wanted: Fields, where: str) -> tuple[str, Any, str]:
-    """`response_format` of a chat: kind, value, where"""
-    kind = wanted.get("type")
-    if kind == "json_schema":
-        where = f"{where}.json_schema"
-        check_type(where, inner := required(wanted, "json_schema"), "object")
-        if inner.get("strict") is not None:
-            check_type(f"{where}.strict", inner["strict"], "boolean")
-        check_type(f"{where}.schema", inner.get("schema"), "object")
-        return "schema", inner["schema"], f"{where}.schema"
-    if kind == "json_object":
-        return "json_object", True, where
-    if kind != "text":
-        known = "text, json_object, json_schema"
-        refuse(f"{where}.type is {excerpt(kind)}; use one of {known}", f"{where}.type")
-    return "", None, where
-
-
-def _guide(kind: str, value: Any, where: str) -> tuple[str, Any, str]:
-    """What `read_guide` found, as a SamplingParams field."""
-    if kind:
-        check_type(where, value, GUIDE_TYPES[kind])
-    if kind == "json_object":
-        return "schema", {"type": "object"}, where
-    if kind == "schema" and isinstance(value, str):
-        try:
-            check_type(where, value := json.loads(value), "object")
-        except ValueError as error:
-            refuse(f"{where} is not JSON: {first_line(error)}", where)
-    if kind == "choice":
-        if not value or not all(isinstance(word, str) and word for word in value):
-            refuse(f"{where} is {excerpt(value)}; it must list non-empty strings", where)
-        # in capitals: one expression, however many words
-        return "grammar", f"start: WORD\nWORD: {' | '.join(map(json.dumps, value))}", where
-    return kind, value, where
 
 
 def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
@@ -6493,50 +6403,6 @@ def _message(message: Any, where: str) -> Json:
         if kind != "text" or not isinstance(part.get("text"), str):
             refuse(f"{at} is of type {excerpt(kind)}; only text can be read here", at)
     return {**message, "content": "".join(part["text"] for part in content)}
-
-
-# ---- embeddings ----------------------------------------------------------------------------------
-
-EMBED_FIELDS = table(string_or_array="input", string="model encoding_format", integer="dimensions")
-MAX_INPUTS = 2048
-
-
-def parse_embed(body: Fields, strict: bool = False) -> tuple[WireRequest, Json]:
-    """A body of /v1/embeddings -> the request, and the fields that were given. Raises
-    RequestError."""
-    given, ignored = read_fields(body, EMBED_FIELDS, strict)
-    prompts = read_prompts(given, "input")
-    if len(prompts) > MAX_INPUTS or "" in prompts:
-        refuse(f"input must have 1 to {MAX_INPUTS} texts, none of them empty", "input")
-    form = given.get("encoding_format", "float")
-    if form not in ("float", "base64"):
-        refuse(f"encoding_format is {excerpt(form)}; use float or base64", "encoding_format")
-    requests = tuple(GenerationRequest(prompt=prompt, embed=True) for prompt in prompts)
-    return WireRequest(requests, given.get("model"), ignored=ignored), given
-
-
-def cut_embedding(vector: list[float], dimensions: int | None) -> list[float]:
-    """The first `dimensions` numbers, of unit length again. Raises RequestError for more than
-    there are. Spec: https://arxiv.org/abs/2205.13147 (what models of such embeddings expect)"""
-    if dimensions is None:
-        return vector
-    if not 1 <= dimensions <= len(vector):
-        refuse(f"dimensions is {dimensions}; 1 to {len(vector)} can be had", "dimensions")
-    length = math.sqrt(sum(x * x for x in vector[:dimensions])) or 1.0
-    return [x / length for x in vector[:dimensions]]
-
-
-def embed_body(deltas: list[Delta], given: Fields, model: str) -> Json:
-    """The answer to a body of /v1/embeddings, of one delta for each input, in order."""
-    data = []
-    for index, delta in enumerate(deltas):
-        vector: Any = cut_embedding(delta.embedding or [], given.get("dimensions"))
-        if given.get("encoding_format") == "base64":
-            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-        data.append({"object": "embedding", "index": index, "embedding": vector})
-    num = sum(delta.usage.prompt_tokens for delta in deltas if delta.usage)
-    usage = {"prompt_tokens": num, "total_tokens": num}
-    return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -6770,594 +6636,6 @@ class TextChoice(Reply):
 
 Choice = ChatChoice | TextChoice
 
-# ---- /v1/responses: bodies in the words of a chat, answers as items ------------------------------
-# https://developers.openai.com/api/reference/resources/responses
-
-RESPONSE_FIELDS = table(
-    {n: kind for n, kind in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
-    string_or_array="input",
-    string="model instructions previous_response_id",
-    integer="max_output_tokens top_logprobs",
-    boolean="stream parallel_tool_calls store",
-    object="stream_options text reasoning metadata",
-    array="tools include",
-    string_or_object="tool_choice",
-)
-RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "background": (False,),
-    "truncation": ("disabled",),
-    **dict.fromkeys("conversation prompt image context_management max_tool_calls".split(), ()),
-    "modalities": (["text"],),
-}
-WITH_LOGPROBS = "message.output_text.logprobs"
-# What of a chat's field names is called otherwise here, for errors.
-RESPONSE_NAMES = {
-    "messages": "input",
-    "response_format.json_schema": "text.format",
-    "response_format": "text.format",
-    "max_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
-}
-RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
-RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # how ids begin
-
-
-def response_input(value: Any, recall: Fields) -> list[Json]:
-    """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
-    Raises RequestError, naming the item."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    messages: list[Json] = []
-    for i, item in enumerate(value):
-        check_type(f"input[{i}]", item, "object")
-        if item.get("type") == "item_reference":
-            if item.get("id") not in recall:
-                refuse(
-                    f"input[{i}] refers to {excerpt(item.get('id'))}, which is not kept", "input"
-                )
-            item = recall[item["id"]]
-        _add_item(messages, item, f"input[{i}]")
-    return messages
-
-
-def _add_item(messages: list[Json], item: Fields, where: str) -> None:
-    """Add what one input item says to the messages."""
-    kind = item.get("type", "message")
-    if kind == "message":
-        message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
-        messages.append(message)
-    elif kind == "function_call":
-        for name in ("call_id", "name", "arguments"):
-            check_type(f"{where}.{name}", item.get(name), "string")
-        function = {"name": item["name"], "arguments": item["arguments"]}
-        call = {"id": item["call_id"], "type": "function", "function": function}
-        if not messages or messages[-1]["role"] != "assistant":  # calls of one turn are together
-            messages.append({"role": "assistant", "content": None})
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        check_type(f"{where}.call_id", item.get("call_id"), "string")
-        text = _item_text(item.get("output"), where)
-        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
-    elif kind != "reasoning":  # thoughts are not said again
-        refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
-
-
-def _item_text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    check_type(f"{where}.content", content, "string or array")
-    texts: list[str] = []
-    for part in content:
-        part = part if isinstance(part, dict) else {"type": part}
-        kind = part.get("type")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        known = kind in ("input_text", "output_text", "refusal", "text")
-        if not (known and isinstance(text, str)):
-            refuse(f"{where} has a part of type {excerpt(kind)}; only text is read here", where)
-        texts.append(text)
-    return "".join(texts)
-
-
-def under_type(value: Any) -> Any:
-    """Tools and a choice of these, which are flat here, as a chat has them: what they say is under
-    the name of their type."""
-    if isinstance(value, list):
-        return [under_type(item) for item in value]
-    if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
-        return value
-    inner = {k: v for k, v in value.items() if k != "type" and v is not None}
-    if kind == "allowed_tools":
-        inner["tools"] = under_type(inner.get("tools", []))
-    return {"type": kind, kind: inner}
-
-
-def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
-    """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
-    the messages of the response it goes on from. Raises RequestError."""
-    same = ("model", "stream", "parallel_tool_calls", "metadata")
-    body = {name: given[name] for name in (*same, *SAMPLING_FIELDS) if name in given}
-    body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
-    for i, tool in enumerate(given.get("tools", [])):
-        check_type(at := f"tools[{i}]", tool, "object")
-        if (kind := tool.get("type")) != "function":
-            refuse(f"{at} is of type {excerpt(kind)}; only functions can be called", at)
-    system = (
-        [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
-    )
-    body["messages"] = [*system, *earlier, *response_input(required(given, "input"), recall)]
-    if "max_output_tokens" in given:
-        body["max_tokens"] = given["max_output_tokens"]
-    effort = given.get("reasoning", {}).get("effort")
-    if effort is not None:
-        check_type("reasoning.effort", effort, "string")
-        body["reasoning_effort"] = effort
-    form = given.get("text", {}).get("format")
-    if form is not None:
-        check_type("text.format", form, "object")
-        body["response_format"] = {**form, "json_schema": form}  # which is flat here
-    if WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
-        body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
-    return body
-
-
-def parse_response(
-    body: Fields,
-    defaults: Fields,
-    strict: bool = False,
-    opening: Iterable[Json] = (),
-    kept: Mapping[str, KeptResponse] | None = None,
-) -> tuple[WireRequest, Json]:
-    """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
-    responses by id. Raises RequestError."""
-    given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
-    kept, earlier = kept or {}, []
-    if (last := given.get("previous_response_id")) is not None:
-        if last not in kept:
-            what = f"previous_response_id {excerpt(last)} is not kept (any more)"
-            refuse(what, "previous_response_id", "previous_response_not_found")
-        earlier = kept[last].messages
-    recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
-    try:
-        wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
-    except RequestError as error:  # about a field of a chat
-        param = error.param or ""
-        if (name := _response_name(param)) == param:
-            raise
-        refuse(str(error).replace(param, name), name, error.code)
-    names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
-    return dataclasses.replace(wire, ignored=ignored, names=names), given
-
-
-def _response_name(name: str) -> str:
-    found = next((chat for chat in RESPONSE_NAMES if name.startswith(chat)), "")
-    return RESPONSE_NAMES.get(found, "") + name[len(found) :]
-
-
-@dataclass(frozen=True, slots=True)
-class KeptResponse:
-    """A response, for those that go on from it: its body, and its conversation as messages."""
-
-    body: Json
-    messages: list[Json]
-    num_chars: int
-
-
-class ResponseReply(ChatReply):
-    """An answer of /v1/responses: items, of which one at a time is open. Its end gives it to
-    `keep`."""
-
-    def __init__(
-        self,
-        seq: Sequence,
-        splitter: AnswerSplitter,
-        wire: WireRequest,
-        given: Fields,
-        model: str,
-        keep: Callable[[ResponseReply], None],
-    ) -> None:
-        super().__init__(seq, splitter)
-        self.wire, self.keep = wire, keep
-        self.num_events = self.num_thought = 0
-        self.item: Json | None = None  # the open one; its text and logprobs
-        self.item_text, self.item_logprobs = "", list[Json]()
-        params = wire.requests[0].params
-        self.body: Json = {
-            "id": f"resp_{secrets.token_hex(16)}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "status": "in_progress",
-            "background": False,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": given.get("instructions"),
-            "max_output_tokens": given.get("max_output_tokens"),
-            "model": model,
-            "output": [],
-            "parallel_tool_calls": given.get("parallel_tool_calls", True),
-            "previous_response_id": given.get("previous_response_id"),
-            "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
-            "store": given.get("store", True),
-            "temperature": params.temperature,
-            "text": {"format": {"type": "text"}, **given.get("text", {})},
-            "tool_choice": given.get("tool_choice", "auto"),
-            "tools": given.get("tools", []),
-            "top_logprobs": params.logprobs or 0,
-            "top_p": params.top_p,
-            "truncation": "disabled",
-            "usage": None,
-            "user": None,
-            "metadata": given.get("metadata", {}),
-        }
-
-    def _event(self, kind: str, **fields: Any) -> Json:
-        self.num_events += 1
-        return {"type": kind, "sequence_number": self.num_events - 1, **fields}
-
-    def _at(self, kind: str, **fields: Any) -> Json:
-        """An event about the open item"""
-        assert self.item is not None
-        place = {"item_id": self.item["id"], "output_index": len(self.body["output"]) - 1}
-        return self._event(f"response.{kind}", **place, **fields)
-
-    def _whole(self, kind: str) -> Json:
-        """An event that has the open item as it is now"""
-        item, index = json.loads(json.dumps(self.item)), len(self.body["output"]) - 1
-        return self._event(f"response.output_item.{kind}", output_index=index, item=item)
-
-    def error(self, error: NanollamaError) -> Json:
-        return self._event("error", code=error.code, message=str(error), param=error.param)
-
-    def start(self) -> list[Json]:
-        body = {**self.body, "output": []}
-        kinds = ("response.created", "response.in_progress")
-        return [self._event(kind, response=body) for kind in kinds]
-
-    def _open(self, kind: str, **fields: Any) -> list[Json]:
-        """Close what is open, and begin an item."""
-        events, head = self._close(), {"type": kind, "status": "in_progress"}
-        self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
-        self.body["output"].append(self.item)
-        events.append(self._whole("added"))
-        if kind != "function_call":
-            part = self._part()
-            events.append(self._at("content_part.added", content_index=0, part=part))
-        return events
-
-    def _part(self) -> Json:
-        """What the open item, a message or a thought, consists of"""
-        assert self.item is not None
-        part = {"type": RESPONSE_TEXTS[self.item["type"]], "text": self.item_text}
-        if self.item["type"] == "reasoning":
-            return part
-        return {**part, "annotations": [], "logprobs": list(self.item_logprobs)}
-
-    def _close(self, status: str = "completed") -> list[Json]:
-        """End the open item, if there is one."""
-        if (item := self.item) is None:
-            return []
-        item["status"] = status
-        if item["type"] == "function_call":
-            item["arguments"] = self.item_text
-            about = {"name": item["name"], "arguments": self.item_text}
-            events = [self._at("function_call_arguments.done", **about)]
-        else:
-            item["content"] = [part := self._part()]
-            told = {key: part[key] for key in ("text", "logprobs") if key in part}
-            events = [
-                self._at(f"{part['type']}.done", content_index=0, **told),
-                self._at("content_part.done", content_index=0, part=part),
-            ]
-        events.append(self._whole("done"))
-        self.item, self.item_text, self.item_logprobs = None, "", []
-        return events
-
-    def _say(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
-        """A piece of a message or of a thought"""
-        events = []
-        if self.item is None or self.item["type"] != kind:
-            head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
-            events = self._open(kind, content=[], **head)
-        self.item_text += text
-        self.item_logprobs += entries
-        more = {"logprobs": entries} if kind == "message" else {}
-        name = f"{RESPONSE_TEXTS[kind]}.delta"
-        return [*events, self._at(name, content_index=0, delta=text, **more)]
-
-    def _call(self, news: Fields) -> list[Json]:
-        """The beginning of a tool call, or a piece of its arguments"""
-        function = news["function"]
-        if "id" in news:
-            about = {"call_id": news["id"], "name": function["name"]}
-            return self._open("function_call", **about, arguments="")
-        self.item_text += function["arguments"]
-        return [self._at("function_call_arguments.delta", delta=function["arguments"])]
-
-    def push(self, delta: Delta) -> list[Json]:
-        thoughts = self.splitter.thoughts
-        was_thinking, events = thoughts.thinking, []
-        for kind, news, entries in self.read(delta):
-            if kind == "call":
-                events += self._call(news)
-            else:
-                events += self._say("message" if kind == "content" else "reasoning", news, entries)
-        self.num_thought += was_thinking or thoughts.thinking
-        return events
-
-    def end(self) -> list[Json]:
-        usage, is_cut = self.usage, self.finish_reason == "length"
-        assert usage is not None
-        status = "incomplete" if is_cut else "completed"
-        events = []
-        if not any(item["type"] != "reasoning" for item in self.body["output"]):
-            events = self._say("message", "", [])[:-1]
-        events += self._close(status)
-        num_in, num_out = usage.prompt_tokens, usage.completion_tokens
-        details = {"cached_tokens": usage.cached_tokens}
-        details["cache_write_tokens"] = num_in - usage.cached_tokens
-        self.body |= {
-            "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "completed_at": None if is_cut else int(time.time()),
-            "usage": {
-                "input_tokens": num_in,
-                "input_tokens_details": details,
-                "output_tokens": num_out,
-                "output_tokens_details": {"reasoning_tokens": min(self.num_thought, num_out)},
-                "total_tokens": num_in + num_out,
-            },
-        }
-        self.keep(self)
-        return [*events, self._event(f"response.{status}", response=self.body)]
-
-    def result(self) -> Json:
-        return self.body
-
-    def kept(self) -> KeptResponse:
-        """This response, for the next one; without the system messages that it began with"""
-        messages = list(self.wire.requests[0].messages or [])
-        while messages and messages[0]["role"] == "system":
-            messages.pop(0)
-        for item in self.body["output"]:
-            _add_item(messages, item, "output")
-        return KeptResponse(self.body, messages, len(json.dumps([self.body, messages])))
-
-
-# ---- Ollama's API: bodies in OpenAI's words, answers in Ollama's ---------------------------------
-# https://github.com/ollama/ollama/blob/main/docs/api.md
-
-OLLAMA_VERSION = "0.12.6"  # the release whose API this is
-OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
-OLLAMA_ANSWER = table(
-    OLLAMA_COMMON,
-    boolean="stream logprobs",
-    string_or_object="format",
-    boolean_or_string="think",
-    integer="top_logprobs",
-)
-OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
-OLLAMA_GENERATE = table(OLLAMA_ANSWER, string="prompt system", boolean="raw", array="context")
-OLLAMA_EMBED = table(
-    OLLAMA_COMMON, string_or_array="input", boolean="truncate", integer="dimensions"
-)
-OLLAMA_EMBEDDINGS = table(OLLAMA_COMMON, string="prompt")
-OLLAMA_MODEL = table(string="model name", boolean="verbose")
-OLLAMA_PULL = table(OLLAMA_MODEL, boolean="stream insecure")
-OLLAMA_COPY = table(string="source destination")
-OLLAMA_CREATE = table(
-    OLLAMA_MODEL,
-    string="from modelfile system",
-    object="parameters",
-    array="messages",
-    string_or_array="license",
-    boolean="stream",
-)
-# What needs something we do not do, with the values that ask for nothing.
-OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "images": ([],),
-    "suffix": ("",),
-    "template": ("",),
-    **dict.fromkeys(("width", "height", "steps", "path"), ()),
-    **dict.fromkeys(("files", "adapters"), ({},)),
-    "quantize": ("",),
-}
-# `options`: SamplingParams fields under their own names or these; and what changes nothing here.
-OLLAMA_OPTIONS = table(
-    {name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
-    integer="num_predict",
-)
-OLLAMA_LOAD_OPTIONS = (
-    "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
-    "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
-).split()
-OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mirostat": (0,),
-    "tfs_z": (1,),
-    "typical_p": (1,),
-}
-OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
-
-
-def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, ...]]:
-    """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
-    the options that have no effect. Raises RequestError."""
-    options, ignored = read_fields(
-        given.get("options", {}), OLLAMA_OPTIONS, strict=False, neutral=OLLAMA_NEUTRAL_OPTIONS
-    )
-    if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
-        refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
-    same = ("logprobs", "top_logprobs", "tools")
-    body: Json = {name: given[name] for name in same if name in given}
-    body |= {name: value for name, value in options.items() if name != "num_predict"}
-    if "num_predict" in options:  # -2 fills the context too
-        body["max_tokens"] = max(options["num_predict"], -1) or 1
-    wanted = given.get("format") or None
-    if isinstance(wanted, dict):
-        body["json_schema"] = wanted
-    elif wanted == "json":
-        body["response_format"] = {"type": "json_object"}
-    elif wanted is not None:
-        refuse(f"format is {excerpt(wanted)}; use json or a JSON Schema", "format")
-    think = given.get("think")
-    if isinstance(think, str):
-        body["reasoning_effort"] = think
-    elif think is not None:
-        body["chat_template_kwargs"] = {"enable_thinking": think}
-    if "messages" in given:
-        body["messages"] = ollama_messages(given["messages"])
-    else:
-        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
-        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
-    return body, tuple(f"options.{name}" for name in ignored)
-
-
-def ollama_messages(messages: list[Any]) -> list[Any]:
-    """Ollama's messages as OpenAI's: tool calls have ids, which results refer to."""
-    out, last, num_calls = [], "", 0
-    for i, message in enumerate(messages):
-        check_type(f"messages[{i}]", message, "object")
-        if message.get("images"):
-            refuse(f"messages[{i}] has images; only text can be read here", "messages")
-        one = {
-            k: v for k, v in message.items() if v is not None and k not in ("images", "thinking")
-        }
-        one.setdefault("content", "")
-        if message.get("thinking"):
-            one["reasoning_content"] = message["thinking"]
-        calls, where = [], f"messages[{i}].tool_calls"
-        check_type(where, message.get("tool_calls") or [], "array")
-        for call in message.get("tool_calls") or []:
-            check_type(where, call, "object")
-            check_type(where, call.get("function"), "object")
-            last, num_calls = f"call_{num_calls}", num_calls + 1
-            function = dict(call["function"])
-            if not isinstance(function.get("arguments"), str):
-                function["arguments"] = json.dumps(function.get("arguments") or {})
-            calls.append({"id": last, "type": "function", "function": function})
-        if calls:
-            one["tool_calls"] = calls
-        if message.get("role") == "tool":
-            one["tool_call_id"] = message.get("tool_call_id") or last
-            one |= {"name": message["tool_name"]} if message.get("tool_name") else {}
-        out.append(one)
-    return out
-
-
-def timestamp(seconds: float | None = None) -> str:
-    """RFC 3339, as Ollama writes times; now where none is given"""
-    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
-    return moment.isoformat().replace("+00:00", "Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """When a request came in (time.perf_counter), and how long it waited for its model."""
-
-    started_s: float
-    load_s: float
-
-    def durations(self) -> dict[str, int]:
-        total = time.perf_counter() - self.started_s
-        return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
-
-
-def ollama_line(model: str, is_chat: bool, said: Fields, **more: Any) -> Json:
-    """One object of an answer: what is said, as a message or as a response; `more` but for None"""
-    head = {"model": model, "created_at": timestamp()}
-    said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
-    if is_chat:
-        return {**head, "message": {"role": "assistant", **said}, **more}
-    return {**head, "response": said.pop("content"), **said, **more}
-
-
-class OllamaReply(ChatReply):
-    """An answer of Ollama's: of /api/chat, or else of /api/generate. With `tells_ids`, its end has
-    those of prompt and answer."""
-
-    def __init__(
-        self,
-        seq: Sequence,
-        splitter: AnswerSplitter,
-        model: str,
-        clock: Clock,
-        is_chat: bool,
-        tells_ids: bool,
-    ) -> None:
-        super().__init__(seq, splitter)
-        self.line = functools.partial(ollama_line, model, is_chat)
-        self.clock, self.tells_ids = clock, tells_ids
-
-    def push(self, delta: Delta) -> list[Json]:
-        return [
-            self.line({OLLAMA_NAMES[kind]: text}, done=False, logprobs=entries or None)
-            for kind, text, entries in self.read(delta)
-            if kind != "call"
-        ]
-
-    def tool_calls(self) -> list[Json]:
-        return [
-            {
-                "id": call["id"],
-                "function": {
-                    "index": index,
-                    "name": call["function"]["name"],
-                    "arguments": json.loads(call["function"]["arguments"]),
-                },
-            }
-            for index, call in enumerate(self.calls)
-        ]
-
-    def end(self) -> list[Json]:
-        calls = self.tool_calls()
-        before = [self.line({"tool_calls": calls}, done=False)] if calls else []
-        return [*before, self.line({}, done=True, **self._closing())]
-
-    def _closing(self) -> Json:
-        usage = self.usage
-        assert usage is not None
-        return {
-            "done_reason": "length" if self.finish_reason == "length" else "stop",
-            "context": list(self.seq.token_ids) if self.tells_ids else None,
-            **self.clock.durations(),
-            "prompt_eval_count": usage.prompt_tokens,
-            "prompt_eval_duration": int(usage.prefill_s * 1e9),
-            "eval_count": usage.completion_tokens,
-            "eval_duration": int(usage.decode_s * 1e9),
-        }
-
-    def result(self) -> Json:
-        said: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
-        said["tool_calls"] = self.tool_calls()
-        said = {name: value for name, value in said.items() if value}
-        return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
-
-
-def created_modelfile(given: Fields) -> Modelfile:
-    """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
-    RequestError."""
-    parameters: Json = {}
-    for name, value in given.get("parameters", {}).items():
-        for text in value if isinstance(value, list) else [value]:
-            key, parsed = parse_parameter(name, str(text))
-            parameters[key] = (*parameters.get(key, ()), *parsed) if key == "stop" else parsed
-    messages = []
-    for i, message in enumerate(given.get("messages", [])):
-        check_type(f"messages[{i}]", message, "object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            refuse(f"messages[{i}] needs a role (system, user, assistant) and a text", "messages")
-        messages.append({"role": role, "content": content})
-    text = given.get("license")
-    return Modelfile(
-        system=given.get("system"),
-        license="\n".join(map(str, text)) if isinstance(text, list) else text,
-        parameters=parameters,
-        messages=tuple(messages),
-    )
-
-
-def ollama_error(error: NanollamaError) -> Json:
-    return {"error": str(error)}
-
 
 class ChoicesReply(Reply):
     """An answer of OpenAI's: its choices, each with chunks of its own."""
@@ -7419,9 +6697,10 @@ class ChoicesReply(Reply):
 #               A model is loaded when it is asked for (`Models`), and leaves when it was idle for
 #               long or another one needs its memory.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
-#               Every error, whatever its cause, is an error object (`told`). A request reaches the
-#               models of the `Catalog` and no other file.
-#   Extend      a route is a row of ROUTES.
+#               Every error, whatever its cause, becomes an error object (`client_error`). A request
+#               reaches the models of the `Catalog` and no other file.
+#   Extend      a route is a row of a class's `routes`; another API is a module of extras with a
+#               class `API`, and a row of DIALECTS.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
 #               https://prometheus.io/docs/instrumenting/exposition_formats
 # ==================================================================================================
@@ -7429,9 +6708,53 @@ class ChoicesReply(Reply):
 LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins
 PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
-EMBED_TOGETHER = 32  # texts
-MAX_KEPT_RESPONSES, MAX_KEPT_CHARS = 1000, 1 << 26  # of /v1/responses
 KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """An API that a module of extras adds. Its paths are known without the module, whose class
+    `API` has the handlers and routes.
+
+    module: its path in nanollama_extras. title: its name in errors. paths: each covers itself and
+    everything below. error: the body of an error. checks_origin: web pages of other origins are
+    refused, because the routes change what is on this machine."""
+
+    module: str
+    title: str
+    paths: tuple[str, ...]
+    error: Callable[[NanollamaError], Json] = error_body
+    checks_origin: bool = False
+
+    def covers(self, path: str) -> bool:
+        """True for a path that the dialect answers."""
+        return any(path == own or path.startswith(own + "/") for own in self.paths)
+
+    def load(self) -> type[Handlers]:
+        """The dialect's handlers. Raises ExtraError where the module is not installed."""
+        return cast("type[Handlers]", extra(self.module, self.title).API)
+
+
+DIALECTS = (
+    Dialect("api.page", "the web chat", ("/", "/chat/completions")),
+    Dialect("api.responses", "the Responses API", ("/v1/responses", "/responses")),
+    Dialect("api.embeddings", "the embeddings API", ("/v1/embeddings", "/embeddings")),
+    Dialect("api.ollama", "Ollama's API", ("/api",), text_error, checks_origin=True),
+    Dialect("api.metrics", "GET /metrics", ("/metrics",)),
+    Dialect(
+        "api.inspect",
+        "looking into the server",
+        (
+            *("/stats", "/v1/capabilities", "/openapi.json", "/tokenizer_info"),
+            *("/tokenize", "/detokenize", "/apply-template"),
+        ),
+    ),
+)
+
+
+def find_dialect(path: str) -> Dialect | None:
+    """The dialect that answers a path, unless a route of the core does."""
+    return next((dialect for dialect in DIALECTS if dialect.covers(path)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -7601,7 +6924,7 @@ class EngineWorker(threading.Thread):
                     job.sequences.append(llm.start(prepared, index))
                 job.post([])
             except Exception as error:
-                job.post(told(error))
+                job.post(client_error(error))
 
         self.inbox.put(start)
         if isinstance(started := await job.events.get(), NanollamaError):
@@ -7739,18 +7062,6 @@ class Pool:
         for worker in self.workers:
             if worker.llm is not None:  # Python must not end while a thread is inside a step
                 await asyncio.to_thread(worker.join, SHUTDOWN_S)
-
-    def state(self) -> Json:
-        """What /api/ps adds to a model that is in memory."""
-        states = [worker.llm.engine.state() for worker in self.workers if worker.llm]
-        num_bytes = self.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
-        left = 1e9 if math.isinf(self.keep_s) else self.used_s + self.keep_s - time.monotonic()
-        return {
-            "size": num_bytes,
-            "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
-            "expires_at": timestamp(time.time() + left),
-            "context_length": self.llm().engine.n_ctx,
-        }
 
     def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
         """The worker for a request. Raises WireError 429 when the queue is full."""
@@ -7952,61 +7263,31 @@ class Models:
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
 
 
-class Metrics:
-    """What /metrics shows."""
+class Observer:
+    """Receives the numbers of a server's work and ignores them; api.metrics has one that counts."""
 
-    def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
+    def count_request(self, route: str, status: int) -> None:
+        """A request was answered by the handler of that name."""
 
-        def make(kind: Any, name: str, text: str, *labels: str, **more: Any) -> Any:
-            return kind(f"nanollama_{name}", text, labels, registry=self.registry, **more)
+    def count_usage(self, usage: Usage) -> None:
+        """A sequence has ended."""
 
-        counter, gauge = prometheus_client.Counter, prometheus_client.Gauge
-        times = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-        self.requests = make(counter, "requests", "HTTP requests", "route", "status")
-        self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
-        self.cached_tokens = make(counter, "cached_tokens", "Prompt tokens found in the cache")
-        self.generated_tokens = make(counter, "generated_tokens", "Tokens generated")
-        self.drafted_tokens = make(counter, "drafted_tokens", "Tokens guessed by lookup")
-        self.accepted_tokens = make(counter, "accepted_tokens", "Guesses that came true")
-        self.running = make(gauge, "running_sequences", "Sequences in the batch")
-        self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")
-        self.kv_bytes = make(gauge, "kv_cache_bytes", "Memory of keys and values")
-        histogram = functools.partial(make, prometheus_client.Histogram, buckets=times)
-        text = "From submission to the first token"
-        self.first_token_s = histogram("time_to_first_token_seconds", text)
-        text = "Mean time of a sequence's tokens after the first"
-        self.per_token_s = histogram("time_per_output_token_seconds", text)
 
-    async def watch(self, job: Job, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
-        """job.deltas, counted."""
-        async for deltas in job.deltas(timeout_s):
-            for usage in (delta.usage for delta in deltas if delta.usage):
-                self.prompt_tokens.inc(usage.prompt_tokens)
-                self.cached_tokens.inc(usage.cached_tokens)
-                self.generated_tokens.inc(usage.completion_tokens)
-                self.drafted_tokens.inc(usage.drafted_tokens)
-                self.accepted_tokens.inc(usage.accepted_tokens)
-                self.first_token_s.observe(usage.queue_s + usage.prefill_s)
-                if usage.completion_tokens > 1:
-                    self.per_token_s.observe(usage.decode_s / (usage.completion_tokens - 1))
-            yield deltas
-
-    def render(self, workers: list[EngineWorker]) -> bytes:
-        engines = [worker.llm.engine for worker in workers if worker.llm is not None]
-        self.running.set(sum(len(engine.scheduler.running) for engine in engines))
-        self.waiting.set(sum(len(engine.scheduler.waiting) for engine in engines))
-        self.kv_bytes.set(sum(engine.cache.nbytes for engine in engines))
-        text: bytes = prometheus_client.generate_latest(self.registry)
-        return text
+def make_observer() -> Observer:
+    """The observer behind GET /metrics or, where that extra is missing, one that ignores all."""
+    try:
+        observer: Observer = extra("api.metrics", "metrics").Metrics()
+    except ExtraError:
+        return Observer()
+    return observer
 
 
 def not_json(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
-def told(error: BaseException) -> NanollamaError:
-    """What a client is told of an error. The cause of a 500 goes to the log."""
+def client_error(error: BaseException) -> NanollamaError:
+    """The error that a client reads for any exception; the cause of a 500 goes to the log only."""
     if isinstance(error, NanollamaError):
         return error
     if isinstance(error, starlette.exceptions.HTTPException):
@@ -8029,8 +7310,8 @@ class Gate:
 
     OPEN = frozenset({"/", "/health"})  # no key needed to look
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
-        self.app, self.config, self.metrics = app, config, metrics
+    def __init__(self, app: ASGIApp, config: ServerConfig, observer: Observer) -> None:
+        self.app, self.config, self.observer = app, config, observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -8056,7 +7337,7 @@ class Gate:
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("endpoint"), "__name__", "other")
-            self.metrics.requests.labels(route, str(status)).inc()
+            self.observer.count_request(route, status)
             client = (scope.get("client") or "-")[0]
             path = scope["raw_path"].decode("ascii", errors="backslashreplace")
             log.info(f"{client} {scope['method']} {path} {status} {seconds:.3f}s {request_id}")
@@ -8077,7 +7358,8 @@ class Gate:
         own = f"http://{self.config.host}:{self.config.port}"
         known = not origin or origin in (own, *self.config.cors_origins)
         known = known or "*" in self.config.cors_origins or bool(re.fullmatch(LOOPBACK, origin))
-        if scope["path"].startswith("/api/") and not known:
+        dialect = find_dialect(scope["path"])
+        if dialect and dialect.checks_origin and not known:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
@@ -8101,8 +7383,9 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
 
 def error_response(error: BaseException, path: str = "") -> Response:
     """An error in the words of the API that `path` belongs to."""
-    problem = told(error)
-    body = ollama_error(problem) if path.startswith("/api/") else error_body(problem)
+    problem = client_error(error)
+    dialect = find_dialect(path)
+    body = (dialect.error if dialect else error_body)(problem)
     return as_json(body, problem.status, getattr(problem, "headers", None))
 
 
@@ -8123,10 +7406,6 @@ def sse(value: Fields) -> bytes:
 
 
 SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]\n\n")
-NAMED_SSE = dataclasses.replace(
-    SSE, encode=lambda value: f"event: {value['type']}\n".encode() + sse(value), last=b""
-)
-NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", ollama_error)
 
 
 def stream_response(
@@ -8144,7 +7423,7 @@ def stream_response(
                 if data := encoding.ping if event is None else encoding.encode(event):
                     yield data
         except (Exception, asyncio.CancelledError) as error:
-            yield encoding.encode(encoding.error(told(error)))
+            yield encoding.encode(encoding.error(client_error(error)))
         if encoding.last:
             yield encoding.last
 
@@ -8191,181 +7470,6 @@ async def unless_disconnected(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-Report = Callable[[Json], None]  # takes a line of progress
-
-
-def ollama_name(given: Fields) -> str:
-    """The model that a body of Ollama's API names. Raises RequestError."""
-    name = given.get("model") or given.get("name") or required(given, "model")
-    return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
-
-
-def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
-    """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
-    context, request = given.get("context") or [], wire.requests[0]
-    if any(type(i) is not int for i in context):
-        refuse("context must list token ids", "context")
-    if given.get("raw"):
-        prompt: str | list[int] = given["prompt"]
-    elif context:
-        prompt = [*context, *llm.prompt_ids(request)]
-    else:
-        return wire
-    one = dataclasses.replace(request, messages=None, prompt=prompt, template_kwargs={})
-    return dataclasses.replace(wire, requests=(one,))
-
-
-@lru_cache(maxsize=64)
-def ollama_details(path: Path, modified: float) -> Json:
-    """What /api/tags and /api/show say of files that were last changed at a time."""
-    checkpoint = open_checkpoint(path)
-    c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
-    words = (template.source or "") + (template.tool_source or "")
-    kind = c.model_type
-    thinks = template.thoughts is not None
-    able = {"completion": True, "tools": "tools" in words, "thinking": thinks}
-    return {
-        "details": {
-            "parent_model": "",
-            "format": checkpoint.format,
-            "family": kind,
-            "families": [kind],
-            "parameter_size": f"{num / 1e9:.1f}B" if num >= 1e9 else f"{num / 1e6:.2f}M",
-            "quantization_level": checkpoint.quantization,
-        },
-        "model_info": {
-            "general.architecture": kind,
-            "general.parameter_count": num,
-            f"{kind}.attention.head_count": c.n_heads,
-            f"{kind}.attention.head_count_kv": c.n_kv_heads,
-            f"{kind}.block_count": c.n_layers,
-            f"{kind}.context_length": c.n_ctx,
-            f"{kind}.embedding_length": c.n_embd,
-            f"{kind}.feed_forward_length": c.n_ff,
-            f"{kind}.vocab_size": c.n_vocab,
-        },
-        "template": template.source or CHATML,
-        "capabilities": [name for name, has in able.items() if has],
-        "size": checkpoint.num_bytes,
-    }
-
-
-def source_details(source: ModelSource) -> tuple[Json, float]:
-    """`ollama_details` of a model, and when its files changed; nothing for one without files."""
-    path = source.locate()
-    if path is None:
-        return {"details": {}, "model_info": {}, "template": "", "capabilities": [], "size": 0}, 0.0
-    file = path / "config.json" if path.is_dir() else path
-    modified = file.stat().st_mtime
-    return ollama_details(path, modified), modified
-
-
-def ollama_model(source: ModelSource) -> Json:
-    """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
-    it, else one of name, size and time."""
-    try:
-        found, modified = source_details(source)
-    except (NanollamaError, OSError) as error:
-        log.debug(f"{source.name}: {error}")
-        return {}
-    pinned = ALIASES.get(source.name)
-    blob = pinned.sha256 if pinned else (source.locate() or Path()).resolve().name
-    identity = f"{source.name} {found['size']} {modified} {format_modelfile(source.modelfile)}"
-    is_hash = re.fullmatch("[0-9a-f]{64}", blob) and not source.modelfile.model
-    return {
-        "name": source.name,
-        "model": source.name,
-        "modified_at": timestamp(modified),
-        "size": found["size"],
-        "digest": blob if is_hash else hashlib.sha256(identity.encode()).hexdigest(),
-        "details": found["details"],
-    }
-
-
-def ollama_show(source: ModelSource) -> Json:
-    """The answer of /api/show. Raises CheckpointError."""
-    found, modified = source_details(source)
-    file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
-    rows = {**source.sampling, **file.parameters}
-    names = {"max_tokens": "num_predict", "ctx": "num_ctx", "threads": "num_thread"}
-    lines = [
-        f"{names.get(name, name):<30} {json.dumps(one) if name == 'stop' else one}"
-        for name, value in rows.items()
-        for one in (value if isinstance(value, tuple) else [value])
-    ]
-    return {
-        **({"license": file.license} if file.license else {}),
-        "modelfile": format_modelfile(file),
-        "parameters": "\n".join(lines),
-        "template": file.template or found["template"],
-        **({"system": file.system} if file.system else {}),
-        "details": found["details"],
-        **({"messages": list(file.messages)} if file.messages else {}),
-        "model_info": found["model_info"],
-        "capabilities": found["capabilities"],
-        "modified_at": timestamp(modified),
-    }
-
-
-def pull_lines(name: str, report: Report) -> None:
-    """Download a model, and say how far it is."""
-    report({"status": "pulling manifest"})
-    reported: dict[str, int] = {}
-
-    def tell(file: str, num_there: int, total: int) -> None:
-        if num_there == total or num_there - reported.get(file, -(1 << 40)) >= 1 << 20:
-            reported[file] = num_there
-            line = {"status": f"pulling {file}", "digest": file, "total": total}
-            report({**line, "completed": num_there})
-
-    ModelStore().fetch(name, report=tell)
-    report({"status": "verifying sha256 digest"})  # the hub's client did so while it wrote
-
-
-def base_modelfile(name: str) -> Modelfile:
-    """The Modelfile of a model to make another one of. Raises ModelNotFoundError for one that is
-    not in the cache, a path among others."""
-    store = ModelStore()
-    name = name.removesuffix(":latest")
-    if found := store.modelfile(name):
-        return found
-    if store.find_cached(name) is None:
-        raise ModelNotFoundError(f"{name}: not in the cache; POST /api/pull it first")
-    return Modelfile(model=name)
-
-
-def create_model(name: str, given: Fields, report: Report) -> None:
-    """Make a model of another one: what /api/create does."""
-    report({"status": "reading model metadata"})
-    reference, whole = given.get("from"), Modelfile()
-    if text := given.get("modelfile"):
-        whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer or whole.adapter:
-            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
-        if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
-            refuse("the Modelfile has no FROM", "modelfile")
-        reference = wanted[1]
-    modelfile = base_modelfile(reference or required(given, "from"))
-    report({"status": "writing manifest"})
-    for own in (whole, created_modelfile(given)):  # the later one says it last
-        modelfile = dataclasses.replace(
-            modelfile,
-            system=own.system or modelfile.system,
-            license=own.license or modelfile.license,
-            parameters={**modelfile.parameters, **own.parameters},
-            messages=own.messages or modelfile.messages,
-        )
-    ModelStore().create(name, modelfile)
-
-
-def cached_models(name: str) -> list[CachedModel]:
-    """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
-    store = ModelStore()
-    if not (store.modelfile(name) or name in ALIASES or parse_hub_ref(name)):
-        raise ModelNotFoundError(f"{name}: no such model")
-    return store.cached(name)
-
-
 Handler = Callable[[Any, "Request"], Coroutine[Any, Any, "Response"]]
 
 
@@ -8385,10 +7489,9 @@ class Handlers:
 
     routes: ClassVar[tuple[Route, ...]] = ()
 
-    def __init__(self, models: Models, config: ServerConfig, metrics: Metrics) -> None:
-        self.models, self.config, self.metrics = models, config, metrics
+    def __init__(self, models: Models, config: ServerConfig, observer: Observer) -> None:
+        self.models, self.config, self.observer = models, config, observer
         self.created = int(time.time())
-        self.kept: dict[str, KeptResponse] = {}
 
     def starlette_routes(self) -> list[starlette.routing.Route]:
         """Each row of `routes`, as Starlette wants it."""
@@ -8417,34 +7520,27 @@ class Handlers:
             log.info(encode_json(value).decode())
         return value
 
-    async def asked_model(self, request: Request) -> tuple[Json, Pool]:
-        """The body of a request and the model it names, loaded: see `body` and `Models.pool`."""
+    async def read_request(self, request: Request) -> tuple[Json, Pool]:
+        """The body of a request, and the model that it names, loaded. Raises as `body` and
+        `Models.pool` do."""
         body = await self.body(request)
         if (name := body.get("model")) is not None:
             check_type("model", name, "string")
         return body, await self.models.pool(name)
 
-    async def embed(
-        self, request: Request, pool: Pool, requests: tuple[GenerationRequest, ...]
-    ) -> list[Delta]:
-        """The last delta of each request, some of them at a time so that others come in between."""
-
-        async def read(job: Job) -> list[Delta]:
-            watched = self.metrics.watch(job, self.config.timeout_s)
-            last = {delta.index: delta async for deltas in watched for delta in deltas}
-            return [last[i] for i in range(len(last))]
-
-        found: list[Delta] = []
-        for at in range(0, len(requests), EMBED_TOGETHER):
-            job = await pool.start(requests[at : at + EMBED_TOGETHER], {"prompt": "input"})
-            found += await unless_disconnected(request.receive, read(job), job.finish)
-        return found
+    async def watch(self, job: Job) -> AsyncIterator[list[Delta]]:
+        """The deltas of a job, observed."""
+        async for deltas in job.deltas(self.config.timeout_s):
+            for delta in deltas:
+                if delta.usage:
+                    self.observer.count_usage(delta.usage)
+            yield deltas
 
     async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
         """What a reply makes of the deltas of a job; None where nothing came for a while."""
         for event in reply.start():
             yield event
-        async for deltas in self.metrics.watch(job, self.config.timeout_s):
+        async for deltas in self.watch(job):
             if not deltas:
                 yield None
             for delta in deltas:
@@ -8470,18 +7566,18 @@ class Handlers:
         return as_json(reply.result(), headers=headers)
 
 
-class OpenAIHandlers(Handlers):
-    """OpenAI's API."""
+class OpenAI(Handlers):
+    """OpenAI's API: chat and text completions, the list of models; and the state of the server."""
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body, pool = await self.asked_model(request)
+        body, pool = await self.read_request(request)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         return await self.complete(request, pool, wire, ChatChoice, self.config.reasoning_name)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body, pool = await self.asked_model(request)
+        body, pool = await self.read_request(request)
         wire = parse_text(body, pool.sampling, self.config.strict)
         return await self.complete(request, pool, wire, TextChoice, wire.echo)
 
@@ -8495,250 +7591,6 @@ class OpenAIHandlers(Handlers):
         reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
-    async def respond(self, request: Request) -> Response:
-        """POST /v1/responses"""
-        body, pool = await self.asked_model(request)
-        strict, opening = self.config.strict, pool.source.opening
-        wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
-        job = await pool.start(wire.requests, wire.names)
-        model = wire.model or pool.source.name
-        seq, splitter = job.sequences[0], job.splitters[0]
-        reply = ResponseReply(seq, splitter, wire, given, model, self.keep)
-        encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
-        return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
-
-    def keep(self, reply: ResponseReply) -> None:
-        """Keep a response for those that go on from it; old ones make room."""
-        if reply.body["store"]:
-            self.kept[reply.body["id"]] = reply.kept()
-        while (
-            len(self.kept) > MAX_KEPT_RESPONSES
-            or sum(kept.num_chars for kept in self.kept.values()) > MAX_KEPT_CHARS
-        ):
-            del self.kept[next(iter(self.kept))]
-
-    async def response(self, request: Request) -> Response:
-        """GET, DELETE /v1/responses/{id}: a response that is kept"""
-        name = request.path_params["id"]
-        if name not in self.kept:
-            raise WireError(404, "not_found", f"response {name!r} is not kept (any more)")
-        if request.method == "DELETE":
-            del self.kept[name]
-            return as_json({"id": name, "object": "response", "deleted": True})
-        return as_json(self.kept[name].body)
-
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
-        body, pool = await self.asked_model(request)
-        wire, given = parse_embed(body, self.config.strict)
-        deltas = await self.embed(request, pool, wire.requests)
-        answer = embed_body(deltas, given, wire.model or pool.source.name)
-        return as_json(answer, headers=ignored_header(wire.ignored))
-
-
-class OllamaHandlers(Handlers):
-    """Ollama's API."""
-
-    async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
-        """The model that a body names, loaded, and kept as long as the body says."""
-        started = time.perf_counter()
-        keep = given.get("keep_alive")
-        keep_s = None if keep is None else parse_duration(keep)
-        pool = await self.models.pool(ollama_name(given), keep_s)
-        return pool, Clock(started, time.perf_counter() - started)
-
-    async def ollama_given(
-        self, request: Request, fields: Mapping[str, str]
-    ) -> tuple[Json, tuple[str, ...]]:
-        body = await self.body(request)
-        return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
-
-    async def ollama_chat(self, request: Request) -> Response:
-        """POST /api/chat"""
-        return await self.ollama_answer(request, OLLAMA_CHAT)
-
-    async def ollama_generate(self, request: Request) -> Response:
-        """POST /api/generate"""
-        return await self.ollama_answer(request, OLLAMA_GENERATE)
-
-    async def ollama_answer(self, request: Request, fields: Mapping[str, str]) -> Response:
-        """One answer, streamed unless the body says otherwise."""
-        given, ignored = await self.ollama_given(request, fields)
-        is_chat = "messages" in fields
-        if not given.get("messages" if is_chat else "prompt"):
-            return await self.ollama_load(given, is_chat)
-        body, more = ollama_body(given, self.config.strict)
-        pool, clock = await self.ollama_pool(given)
-        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
-        if not is_chat:
-            with pool.held():
-                wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
-        job = await pool.start(wire.requests, wire.names)
-        tells_ids = not is_chat and not given.get("raw")
-        seq, splitter = job.sequences[0], job.splitters[0]
-        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, tells_ids)
-        is_stream = given.get("stream", True)
-        return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
-
-    async def ollama_load(self, given: Fields, is_chat: bool) -> Response:
-        """A request without a prompt loads its model, or unloads it."""
-        name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
-        if keep is not None and parse_duration(keep) == 0:
-            self.models.check_ready()
-            if pool := self.models.pools.get((await self.models.source(name)).name):
-                pool.keep_s = 0
-                self.models.settle(pool)
-            reason = "unload"
-        else:
-            await self.ollama_pool(given)
-        return as_json(ollama_line(name, is_chat, {}, done=True, done_reason=reason))
-
-    async def ollama_embed(self, request: Request) -> Response:
-        """POST /api/embed"""
-        given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
-        cuts = given.get("truncate", True)
-        deltas, clock = await self.ollama_vectors(request, given, "input", cuts)
-        dimensions = given.get("dimensions") or None
-        body = {
-            "model": given["model"],
-            "embeddings": [cut_embedding(delta.embedding or [], dimensions) for delta in deltas],
-            **clock.durations(),
-            "prompt_eval_count": sum(delta.usage.prompt_tokens for delta in deltas if delta.usage),
-        }
-        return as_json(body, headers=ignored_header(ignored))
-
-    async def ollama_embeddings(self, request: Request) -> Response:
-        """POST /api/embeddings, superseded by /api/embed"""
-        given, ignored = await self.ollama_given(request, OLLAMA_EMBEDDINGS)
-        deltas, _ = await self.ollama_vectors(request, given, "prompt", True)
-        body = {"embedding": deltas[0].embedding if deltas else []}
-        return as_json(body, headers=ignored_header(ignored))
-
-    async def ollama_vectors(
-        self, request: Request, given: Fields, name: str, cuts: bool
-    ) -> tuple[list[Delta], Clock]:
-        """An embedding of each text of a field; `cuts` too long ones."""
-        texts = given.get(name) or []
-        texts = [texts] if isinstance(texts, str) else texts
-        pool, clock = await self.ollama_pool(given)
-        if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
-            refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
-        llm = pool.llm()
-
-        def encode() -> list[list[int]]:
-            found = [llm.encode(text) for text in texts]
-            return [ids[: llm.engine.n_ctx] for ids in found] if cuts else found
-
-        with pool.held():
-            ids = await asyncio.to_thread(encode)
-        requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
-        return await self.embed(request, pool, requests), clock
-
-    async def ollama_version(self, request: Request) -> Response:
-        """GET /api/version: the release of Ollama whose API this is"""
-        return as_json({"version": OLLAMA_VERSION})
-
-    async def ollama_tags(self, request: Request) -> Response:
-        """GET /api/tags: the models that can be asked for"""
-        sources = [await self.models.source(name) for name in await self.models.names()]
-        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in sources])
-        return as_json({"models": [body for body in bodies if body]})
-
-    async def ollama_ps(self, request: Request) -> Response:
-        """GET /api/ps: the models in memory"""
-        states = {pool.source: pool.state() for pool in self.models.pools.values() if pool.ready}
-        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
-        return as_json({"models": [{**b, **state} for b, state in zip(bodies, states.values())]})
-
-    async def ollama_show(self, request: Request) -> Response:
-        """POST /api/show"""
-        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
-        source = await self.models.source(ollama_name(given))
-        return as_json(await asyncio.to_thread(ollama_show, source))
-
-    def check_open(self) -> None:
-        """Raises WireError 403 where the models are those named at the start."""
-        if self.models.catalog.named:
-            what = "this server serves the models it was started with"
-            raise WireError(403, "fixed_models", f"{what}; start it without --model")
-
-    async def ollama_pull(self, request: Request) -> Response:
-        """POST /api/pull: download a model"""
-        given, _ = await self.ollama_given(request, OLLAMA_PULL)
-        self.check_open()
-        name = ollama_name(given)
-        return await self.progress(request, given, lambda report: pull_lines(name, report))
-
-    async def ollama_create(self, request: Request) -> Response:
-        """POST /api/create: a model made of another one"""
-        given, _ = await self.ollama_given(request, OLLAMA_CREATE)
-        self.check_open()
-        name = ollama_name(given)
-        await self.models.renew(name)
-        return await self.progress(request, given, lambda report: create_model(name, given, report))
-
-    async def progress(
-        self, request: Request, given: Fields, work: Callable[[Report], None]
-    ) -> Response:
-        """Run something in a thread: its lines as they come, or the last of them."""
-        lines: asyncio.Queue[Json | None] = asyncio.Queue()
-        loop, gone = asyncio.get_running_loop(), threading.Event()
-
-        def report(line: Json) -> None:
-            if gone.is_set():
-                raise WireError(499, "client_gone", "the client went away")
-            loop.call_soon_threadsafe(lines.put_nowait, line)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            lines.put_nowait(None)
-            if not task.cancelled():
-                task.exception()  # seen, also when nobody waits for it any more
-
-        async def events() -> AsyncIterator[Json]:
-            task = asyncio.create_task(asyncio.to_thread(work, report))
-            task.add_done_callback(ended)
-            while (line := await lines.get()) is not None:
-                yield line
-            await task
-            yield {"status": "success"}
-
-        if given.get("stream", True):
-            return stream_response(events(), NDJSON, gone.set)
-        return as_json(await unless_disconnected(request.receive, last_of(events()), gone.set))
-
-    async def ollama_copy(self, request: Request) -> Response:
-        """POST /api/copy: another name for a model"""
-        given, _ = await self.ollama_given(request, OLLAMA_COPY)
-        self.check_open()
-        source, target = required(given, "source"), required(given, "destination")
-        await self.models.renew(target)
-        await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
-        return as_json({})
-
-    async def ollama_delete(self, request: Request) -> Response:
-        """DELETE /api/delete: unload a model and delete its files"""
-        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
-        self.check_open()
-        name = ollama_name(given)
-        found = await asyncio.to_thread(cached_models, name)
-        await self.models.renew(name)
-        await asyncio.to_thread(ModelStore().remove, found)
-        return as_json({})
-
-    async def ollama_refuse(self, request: Request) -> Response:
-        """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
-        raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
-
-
-TOKENIZE_FIELDS = table(string="prompt", boolean="add_special_tokens")
-DETOKENIZE_FIELDS = table(array="tokens", string="model")
-
-
-class App(OpenAIHandlers, OllamaHandlers):
-    """Every handler of the core: also what looks in."""
-
-    # -- looking in --------------------------------------------------------------------------------
-
     async def health(self, request: Request) -> Response:
         """GET /health: 200 when requests can be taken"""
         workers, ready = self.models.workers, self.models.ready
@@ -8749,31 +7601,6 @@ class App(OpenAIHandlers, OllamaHandlers):
             "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
         }
         return as_json(body, 200 if ready else 503)
-
-    async def stats(self, request: Request) -> Response:
-        """GET /stats: who is busy with what"""
-        self.models.check_ready()
-        rows = [
-            {"gpu_id": worker.index, "model": name, **worker.llm.engine.state()}
-            for name, pool in self.models.pools.items()
-            for worker in pool.workers
-            if worker.llm is not None
-        ]
-        num_busy = sum(worker.num_sequences > 0 for worker in self.models.workers)
-        body = {
-            "total_workers": len(rows),
-            "available_workers": len(rows) - num_busy,
-            "busy_workers": num_busy,
-            "workers": rows,
-        }
-        return as_json(body)
-
-    async def prometheus(self, request: Request) -> Response:
-        """GET /metrics"""
-        text = self.metrics.render(self.models.workers)
-        return starlette.responses.Response(
-            text, media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
 
     def model_body(self, name: str, asked: str | None = None) -> Json:
         """A model as /v1/models lists it, under the name that was asked for."""
@@ -8793,128 +7620,25 @@ class App(OpenAIHandlers, OllamaHandlers):
         name = request.path_params["id"]
         return as_json(self.model_body((await self.models.source(name)).name, name))
 
-    async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json: this API, as OpenAPI describes one"""
-        return as_json(openapi_body())
-
-    async def capabilities(self, request: Request) -> Response:
-        """GET /v1/capabilities: what happens to each field, with its JSON type"""
-        body = {
-            **{name.split()[1]: r.fields for r in all_routes() for name in r.names if r.fields},
-            "accepted_without_effect": HARMLESS,
-            "refused_unless": {name: list(values) for name, values in NEUTRAL.items()},
-            "other_fields": "refused" if self.config.strict else "named in x-nanollama-ignored",
-        }
-        return as_json(body)
-
-    # -- the glass box: vLLM's dialect, which lm-eval speaks ---------------------------------------
-
-    async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
-        body, pool = await self.asked_model(request)
-        llm = pool.llm()
-        if body.get("messages") is not None:
-            chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
-            ids = await asyncio.to_thread(llm.prompt_ids, chat)
-        else:
-            given, _ = read_fields(body, TOKENIZE_FIELDS)
-            text, special = required(given, "prompt"), given.get("add_special_tokens", True)
-            ids = await asyncio.to_thread(llm.encode, text, special)
-        return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
-
-    async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize {tokens} -> {prompt}"""
-        given, _ = read_fields(await self.body(request), DETOKENIZE_FIELDS)
-        ids, llm = given.get("tokens", []), (await self.models.pool(given.get("model"))).llm()
-        n_vocab = llm.engine.n_vocab
-        for i in ids:
-            if type(i) is not int or not 0 <= i < n_vocab:
-                refuse(f"tokens has {excerpt(i)}, which is not a token id", "tokens")
-        return as_json({"prompt": llm.decode(ids)})
-
-    async def tokenizer_info(self, request: Request) -> Response:
-        """GET /tokenizer_info"""
-        template = (await self.models.pool(request.query_params.get("model"))).llm().template
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        words = {name: template.special_tokens.get(name) for name in names}
-        return as_json({**words, "chat_template": template.source or CHATML})
-
-    async def apply_template(self, request: Request) -> Response:
-        """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
-        body, pool = await self.asked_model(request)
-        llm = pool.llm()
-        chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
-        ids, text = await asyncio.to_thread(llm.encode_request, chat)
-        pieces = [llm.tokenizer.piece(i) for i in ids]
-        return as_json({"prompt": text, "tokens": ids, "pieces": pieces})
-
-
-App.routes = (
-    Route(App.health, ("GET /health",)),
-    Route(App.stats, ("GET /stats",)),
-    Route(App.prometheus, ("GET /metrics",)),
-    Route(App.capabilities, ("GET /v1/capabilities",)),
-    Route(App.openapi, ("GET /openapi.json",)),
-    Route(App.chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
-    Route(App.text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
-    Route(App.respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
-    Route(App.response, ("GET /v1/responses/{id}", "DELETE /v1/responses/{id}")),
-    Route(App.embeddings, ("POST /v1/embeddings", "POST /embeddings"), EMBED_FIELDS, ("input",)),
-    Route(App.list_models, ("GET /v1/models", "GET /models")),
-    Route(App.model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
-    Route(App.tokenize, ("POST /tokenize",), table(TOKENIZE_FIELDS, CHAT_FIELDS)),
-    Route(App.detokenize, ("POST /detokenize",), DETOKENIZE_FIELDS),
-    Route(App.tokenizer_info, ("GET /tokenizer_info",)),
-    Route(App.ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),
-    Route(App.ollama_generate, ("POST /api/generate",), OLLAMA_GENERATE, ("model",)),
-    Route(App.ollama_embed, ("POST /api/embed",), OLLAMA_EMBED, ("model",)),
-    Route(App.ollama_embeddings, ("POST /api/embeddings",), OLLAMA_EMBEDDINGS, ("model",)),
-    Route(App.ollama_version, ("GET /api/version",)),
-    Route(App.ollama_tags, ("GET /api/tags",)),
-    Route(App.ollama_ps, ("GET /api/ps",)),
-    Route(App.ollama_show, ("POST /api/show",), OLLAMA_MODEL, ("model",)),
-    Route(App.ollama_pull, ("POST /api/pull",), OLLAMA_PULL, ("model",)),
-    Route(App.ollama_create, ("POST /api/create",), OLLAMA_CREATE, ("model",)),
-    Route(App.ollama_copy, ("POST /api/copy",), OLLAMA_COPY, ("source", "destination")),
-    Route(App.ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
-    Route(App.ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
-    Route(App.apply_template, ("POST /apply-template",), CHAT_FIELDS, ("messages",)),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """An API that a module of extras adds: the paths under which it answers are known without the
-    module. The module's class `API` has the routes.
-
-    module: its path in nanollama_extras. title: what an error calls it. paths: how its own begin"""
-
-    module: str
-    title: str
-    paths: tuple[str, ...]
-
-    def covers(self, path: str) -> bool:
-        """Whether a request to `path` is the dialect's to answer."""
-        return any(path == own or path.startswith(own + "/") for own in self.paths)
-
-    def load(self) -> type[Handlers]:
-        """The handlers of the dialect. Raises ExtraError where the module is not installed."""
-        return cast("type[Handlers]", extra(self.module, self.title).API)
-
-
-DIALECTS = (Dialect("api.page", "the web chat", ("/", "/chat/completions")),)
+    routes = (
+        Route(health, ("GET /health",)),
+        Route(chat, ("POST /v1/chat/completions",), CHAT_FIELDS, ("messages",)),
+        Route(text, ("POST /v1/completions", "POST /completions"), TEXT_FIELDS, ("prompt",)),
+        Route(list_models, ("GET /v1/models", "GET /models")),
+        Route(model, ("GET /v1/models/{id:path}", "GET /models/{id:path}")),
+    )
 
 
 class DialectRouter:
     """The ASGI application for the paths that no core route answers: it imports the dialect that
     covers a path when the first request for it comes."""
 
-    def __init__(self, core: App) -> None:
+    def __init__(self, core: OpenAI) -> None:
         self.core = core
         self.routers: dict[str, starlette.routing.Router] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        dialect = next((one for one in DIALECTS if one.covers(scope["path"])), None)
+        dialect = find_dialect(scope["path"])
         router = self.router(dialect) if dialect else starlette.routing.Router()
         await router(scope, receive, send)
 
@@ -8922,51 +7646,12 @@ class DialectRouter:
         """The router of a dialect, made once. Raises ExtraError."""
         if dialect.module not in self.routers:
             core = self.core
-            handlers = dialect.load()(core.models, core.config, core.metrics)
+            handlers = dialect.load()(core.models, core.config, core.observer)
             self.routers[dialect.module] = starlette.routing.Router(handlers.starlette_routes())
         return self.routers[dialect.module]
 
 
-def all_routes() -> list[Route]:
-    """The routes of the core and of every dialect. Raises ExtraError."""
-    return [*App.routes, *(route for dialect in DIALECTS for route in dialect.load().routes)]
-
-
-def openapi_body() -> Json:
-    """The routes as an OpenAPI description (https://spec.openapis.org/oas/v3.1.1)."""
-    paths: dict[str, Json] = {}
-    for route in all_routes():
-        for method, path in (name.split() for name in route.names):
-            place = paths.setdefault(path.replace(":path", ""), {})
-            place[method.lower()] = openapi_operation(route, method, path)
-    info = {"title": "nanollama", "version": __version__}
-    return {"openapi": "3.1.0", "info": info, "paths": paths}
-
-
-def openapi_operation(route: Route, method: str, path: str) -> Json:
-    """One method of one path: its parameters, its body, its answers."""
-    answers = {"200": {"description": "the answer"}}
-    if route.fields is not None or "{" in path:
-        answers["4XX"] = {"description": "an error object that says what is wrong"}
-    answers["503"] = {"description": "the model is still loading, or the server is ending"}
-    slug = re.sub(r"\W+", "_", f"{method.lower()}{path}").strip("_")
-    summary = (route.handler.__doc__ or "").strip().partition(": ")[2] or path
-    body: Json = {"operationId": slug, "summary": " ".join(summary.split())}
-    if names := re.findall(r"\{(\w+)", path):
-        schema = {"type": "string", "minLength": 1}
-        body["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": schema} for name in names
-        ]
-    if route.fields is not None:
-        types = {name: kind.split(" or ") for name, kind in route.fields.items()}
-        fields = {name: {"type": [*kinds, "null"]} for name, kinds in types.items()}
-        schema = {"type": "object", "properties": fields, "required": list(route.required)}
-        content = {"application/json": {"schema": schema}}
-        body["requestBody"] = {"required": True, "content": content}
-    return {**body, "responses": answers}
-
-
-def layers(config: ServerConfig, metrics: Metrics) -> list[starlette.middleware.Middleware]:
+def layers(config: ServerConfig, observer: Observer) -> list[starlette.middleware.Middleware]:
     """What is around every handler: the origins of web pages, and the gate."""
     everyone = "*" in config.cors_origins
     return [
@@ -8978,7 +7663,7 @@ def layers(config: ServerConfig, metrics: Metrics) -> list[starlette.middleware.
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-nanollama-ignored"],
         ),
-        starlette.middleware.Middleware(Gate, config=config, metrics=metrics),
+        starlette.middleware.Middleware(Gate, config=config, observer=observer),
     ]
 
 
@@ -8996,7 +7681,7 @@ def create_app(
     middleware goes around the routes, inside the gate."""
     config = config or ServerConfig()
     models = Models(catalog, config, free_bytes, on_failure)
-    app = App(models, config, Metrics())
+    app = OpenAI(models, config, make_observer())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -9012,7 +7697,7 @@ def create_app(
         routes=app.starlette_routes(),
         lifespan=lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[*layers(config, app.metrics), *middleware],
+        middleware=[*layers(config, app.observer), *middleware],
     )
     application.router.default = DialectRouter(app)
     application.state.models = models
@@ -9923,9 +8608,7 @@ def run_serve(settings: Settings) -> int:
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
-    middleware: list[Any] = []
-    with contextlib.suppress(*([] if args.script else [ExtraError])):
-        middleware = extra("testing", "--script").middleware() if is_test else []
+    middleware = extra("testing", "a server for tests").middleware() if is_test else []
     serve(
         serve_catalog(settings),
         config,

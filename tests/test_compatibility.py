@@ -14,6 +14,9 @@ from pages import codes, table
 from serving import Live, serving
 
 import nanollama
+from nanollama_extras.answers.guides import GUIDES
+from nanollama_extras.api import ollama as ollama_api
+from nanollama_extras.api import ollama_models
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -245,15 +248,15 @@ def names(heading: str) -> set[str]:
 
 
 def test_the_table_of_ollamas_fields_is_the_codes() -> None:
-    tables = [route.fields for route in nanollama.ROUTES if "/api/" in route.names[0]]
+    tables = [route.fields for route in ollama_api.API.routes]
     known = {name for fields in tables for name in fields or {}}
     own = {"name", "verbose", "insecure", "source", "destination", "prompt"}  # other names, extras
     listed = names("Ollama's API")
     assert known - own <= listed
-    assert listed <= known | set(nanollama.OLLAMA_NEUTRAL)
+    assert listed <= known | set(ollama_models.OLLAMA_NEUTRAL)
     (options,) = [row[1] for row in table("Ollama's API") if row[0] == "`options`"]
     honoured = set(codes(options.partition(" are honoured")[0]))
-    assert honoured == set(nanollama.OLLAMA_OPTIONS) - {"ignore_eos", "max_tokens"}
+    assert honoured == set(ollama_api.OLLAMA_OPTIONS) - {"ignore_eos", "max_tokens"}
 
 
 def test_the_fields_of_openais_table_are_known() -> None:
@@ -268,6 +271,6 @@ def test_the_fields_of_openais_table_are_known() -> None:
         "model",
         "modalities",
         "add_generation_prompt",
-        *nanollama.GUIDES,
+        *GUIDES,
         *(name for name in nanollama.HARMLESS if name.startswith("prompt_cache_")),
     }

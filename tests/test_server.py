@@ -608,7 +608,7 @@ def load(*_, **__):
     ones = torch.ones(300, 300)
     while True:
         torch.mm(ones, ones)
-nanollama.LLM = load
+nanollama.Settings.load = load
 raise SystemExit(nanollama.main(["--serve", "--model", "tiny-random", "--port", "0"]))
 """
 
@@ -686,7 +686,7 @@ def test_flags_become_the_server_config(
         "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5"
     )
     assert nanollama.main(["--serve", "--model", str(tiny()), *flags.split()]) == 0
-    catalog, config, _ = served[0]
+    catalog, config, _, middleware = served[0]
     assert config == nanollama.ServerConfig(
         host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
         cors_origins=("https://x",), timeout_s=2.5, any_model=True, strict=True, log_prompts=True,
@@ -696,6 +696,7 @@ def test_flags_become_the_server_config(
     assert source.name == str(tiny())
     assert source.sampling == {"temperature": 0.5}
     assert len(source.loaders) == 1
+    assert not middleware
     assert "warning" not in capsys.readouterr().err
 
 

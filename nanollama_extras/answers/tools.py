@@ -2,8 +2,8 @@
 in an answer, taken apart as it comes.
 
 Seam       Answer form. The core asks `find_calls` for what an answer may call when a request has
-           tools, `fit_to_template` when a conversation has tools or calls, and `tool_functions` to
-           check the tools of a request body.
+           tools, `fit_to_template` when a conversation has tools or calls, and `read_tools` to read
+           those of a request body.
 Extend     another format of calls is a row of TOOL_FORMATS; a template that cannot render calls is
            recognized by a row of TOOL_MARKS.
 Remove     delete this file (and grammars.py, which imports it); requests with tools are then
@@ -29,15 +29,18 @@ from nanollama import (
     Piece,
     RequestError,
     TemplateError,
+    ToolChoice,
+    check_type,
     clean_message,
     excerpt,
     held_back,
     json_text,
     parsed_object,
+    refuse,
 )
 
 if TYPE_CHECKING:
-    from nanollama import ChatTemplate, GenerationRequest, Tokenizer, ToolChoice
+    from nanollama import ChatTemplate, Fields, GenerationRequest, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,3 +548,34 @@ def find_calls(
             raise RequestError("this model's calls look like answers in JSON: not both", "tools")
         form = dataclasses.replace(form, begin=PYTHON_TAG, trigger=PYTHON_TAG)
     return Calls(form, functions, choice)
+
+
+def read_tools(given: Fields) -> tuple[list[dict[str, Any]] | None, ToolChoice]:
+    """The tools of a request body, and which of them its answer may call. Raises RequestError."""
+    tools = given.get("tools") or None
+    for i, tool in enumerate(tools or []):
+        check_type(f"tools[{i}]", tool, "object")
+        if tool.get("type", "function") != "function":
+            where = f"tools[{i}].type"
+            refuse(f"{where} is {excerpt(tool['type'])}; only function is supported", where)
+    choice = read_tool_choice(given.get("tool_choice", "auto"))
+    if not given.get("parallel_tool_calls", True):
+        choice = dataclasses.replace(choice, max_calls=1)
+    if tools or choice.needs_tools:
+        tool_functions(tools, choice)
+    return (None if choice.mode == "none" else tools), choice
+
+
+def read_tool_choice(choice: Any) -> ToolChoice:
+    """`tool_choice` of a request body: a word, a function, or some of the tools with a mode."""
+    kind = choice if isinstance(choice, str) else choice.get("type")
+    known = "none, auto, required, {type: function, function: {name}} or {type: allowed_tools, ..}"
+    if kind in ("none", "auto", "required") and isinstance(choice, str):
+        return ToolChoice(kind)
+    with contextlib.suppress(KeyError, TypeError):
+        if kind == "function":
+            return ToolChoice("required", (str(choice["function"]["name"]),), 1)
+        if kind == "allowed_tools" and choice[kind]["mode"] in ("auto", "required"):
+            names = tuple(str(tool["function"]["name"]) for tool in choice[kind]["tools"])
+            return ToolChoice(choice[kind]["mode"], names)
+    raise RequestError(f"tool_choice is {excerpt(choice)}; use {known}", "tool_choice")

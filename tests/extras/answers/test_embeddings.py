@@ -22,7 +22,8 @@ import torch
 from serving import Live, serving
 
 import nanollama
-from nanollama import LLM, GenerationRequest, SamplingParams, parse_embed
+from nanollama import LLM, GenerationRequest, SamplingParams
+from nanollama_extras.api.embeddings import parse_embed
 
 pytestmark = pytest.mark.xdist_group("models")
 

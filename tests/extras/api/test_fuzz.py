@@ -15,6 +15,8 @@ from schemathesis.core import NOT_SET
 from serving import Live, serving
 
 import nanollama
+from nanollama_extras.api.inspect import all_routes, openapi_body
+from nanollama_extras.api.ollama import OLLAMA_OPTIONS
 
 pytestmark = pytest.mark.xdist_group("fuzz")
 
@@ -55,24 +57,22 @@ def free(place: Path, tiny: Callable[..., Path]) -> Iterator[Live]:
 
 
 OPERATIONS = [
-    (method.upper(), path)
-    for path, place in nanollama.openapi_body()["paths"].items()
-    for method in place
+    (method.upper(), path) for path, place in openapi_body()["paths"].items() for method in place
 ]
 
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    return schemathesis.openapi.from_dict(nanollama.openapi_body())
+    return schemathesis.openapi.from_dict(openapi_body())
 
 
 def test_every_route_is_described() -> None:
-    listed = {name.replace(":path", "") for route in nanollama.ROUTES for name in route.names}
+    listed = {name.replace(":path", "") for route in all_routes() for name in route.names}
     assert {f"{method} {path}" for method, path in OPERATIONS} == listed
 
 
 def test_the_description_is_served_and_valid(fixed: Live, schema: Any) -> None:
-    assert fixed.http.get("/openapi.json").json() == nanollama.openapi_body()
+    assert fixed.http.get("/openapi.json").json() == openapi_body()
     schema.validate()
 
 
@@ -129,7 +129,7 @@ VALUES = {
     "messages": st.lists(MESSAGE | SMALL, max_size=2),
     "input": TEXT | st.lists(MESSAGE | SMALL, max_size=2),
     "prompt": TEXT | st.lists(SMALL, max_size=2),
-    "options": st.dictionaries(st.sampled_from([*nanollama.OLLAMA_OPTIONS, "mirostat"]), SMALL),
+    "options": st.dictionaries(st.sampled_from([*OLLAMA_OPTIONS, "mirostat"]), SMALL),
     "tools": st.lists(
         SMALL | st.just({"type": "function", "name": "f", "function": {"name": "f"}}), max_size=2
     ),
@@ -144,9 +144,7 @@ def test_no_body_that_is_nearly_right_is_an_internal_error(
     fixed: Live, free: Live, method: str, path: str
 ) -> None:
     route = (
-        next(r for r in nanollama.ROUTES if f"{method} {path}" in r.names)
-        if "{" not in path
-        else None
+        next(r for r in all_routes() if f"{method} {path}" in r.names) if "{" not in path else None
     )
     if route is None or route.fields is None:
         pytest.skip("takes no body")

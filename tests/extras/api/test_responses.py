@@ -15,7 +15,9 @@ from openai.types.responses import Response
 from serving import Live, serving
 
 import nanollama
-from nanollama import LLM, RequestError, TestServer, parse_response
+from nanollama import LLM, RequestError, TestServer
+from nanollama_extras.api import responses
+from nanollama_extras.api.responses import parse_response
 
 pytestmark = pytest.mark.xdist_group("openai")
 
@@ -262,12 +264,12 @@ def test_responses_are_kept_until_they_are_deleted(client: openai.OpenAI) -> Non
 
 
 def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nanollama, "MAX_KEPT_RESPONSES", 2)
+    monkeypatch.setattr(responses, "MAX_KEPT_RESPONSES", 2)
     made = [client.responses.create(model="tiny", input="a", **GREEDY).id for _ in range(3)]
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(made[0])
     assert client.responses.retrieve(made[2]).id == made[2]
-    monkeypatch.setattr(nanollama, "MAX_KEPT_CHARS", 10)
+    monkeypatch.setattr(responses, "MAX_KEPT_CHARS", 10)
     last = client.responses.create(model="tiny", input="a", **GREEDY).id
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(last)
@@ -324,15 +326,15 @@ def test_fields_without_effect_are_named(live: Live) -> None:
 
 def test_an_error_after_the_stream_began_is_an_event(test_server: TestServer) -> None:
     test_server.answers({"text": "a b c", "token_delay": 0.01})
-    original = nanollama.Metrics.watch
+    original = nanollama.Handlers.watch
 
-    async def failing(self: Any, job: Any, timeout_s: Any) -> Any:
-        async for deltas in original(self, job, timeout_s):
+    async def failing(self: Any, job: Any) -> Any:
+        async for deltas in original(self, job):
             yield deltas
             raise nanollama.WireError(500, "step_failed", "the model failed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nanollama.Metrics, "watch", failing)
+        patch.setattr(nanollama.Handlers, "watch", failing)
         events = list(scripted(test_server).responses.create(model="a", input="a", stream=True))
     assert (events[-1].type, events[-1].code) == ("error", "step_failed")
     assert events[-1].sequence_number == len(events) - 1

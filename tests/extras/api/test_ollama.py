@@ -25,6 +25,7 @@ from test_store import use_endpoint
 
 import nanollama
 from nanollama import Modelfile, ModelfileError, format_modelfile, parse_modelfile
+from nanollama_extras.api.ollama_models import OLLAMA_VERSION
 
 pytestmark = pytest.mark.xdist_group("ollama")
 
@@ -370,7 +371,7 @@ def test_health_checks_and_version(live: Live) -> None:
     assert live.http.head("/").status_code == 200
     assert live.http.get("/").status_code == 200
     version = live.http.get("/api/version").json()["version"]
-    assert version == nanollama.OLLAMA_VERSION
+    assert version == OLLAMA_VERSION
 
 
 # ---- embeddings ----------------------------------------------------------------------------------

@@ -1,0 +1,356 @@
+"""Ollama's API: POST /api/chat, /api/generate, /api/embed and /api/embeddings.
+
+A body is put into the words of OpenAI's chat; the pieces of the answer become Ollama's lines. The
+routes about models are in api.ollama_models; vectors come from api.embeddings.
+
+Seam       a dialect: a row of `nanollama.DIALECTS`.
+Remove     delete this file, api/ollama_models.py and the row.
+Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanollama import (
+    SAMPLING_FIELDS,
+    ChatReply,
+    GenerationRequest,
+    Route,
+    as_json,
+    check_type,
+    excerpt,
+    ignored_header,
+    parse_chat,
+    parse_duration,
+    read_fields,
+    refuse,
+    table,
+)
+from nanollama_extras.api.embeddings import MAX_INPUTS, cut_embedding, embed
+from nanollama_extras.api.ollama_models import NDJSON, ModelHandlers, ollama_name, timestamp
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from nanollama import LLM, AnswerSplitter, Delta, Fields, Json, Pool, Sequence, WireRequest
+
+OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
+
+
+OLLAMA_ANSWER = table(
+    OLLAMA_COMMON,
+    boolean="stream logprobs",
+    string_or_object="format",
+    boolean_or_string="think",
+    integer="top_logprobs",
+)
+
+
+OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
+
+
+OLLAMA_GENERATE = table(OLLAMA_ANSWER, string="prompt system", boolean="raw", array="context")
+
+
+OLLAMA_EMBED = table(
+    OLLAMA_COMMON, string_or_array="input", boolean="truncate", integer="dimensions"
+)
+
+
+OLLAMA_EMBEDDINGS = table(OLLAMA_COMMON, string="prompt")
+
+
+# `options`: SamplingParams fields under their own names or these; and what changes nothing here.
+OLLAMA_OPTIONS = table(
+    {name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
+    integer="num_predict",
+)
+
+
+OLLAMA_LOAD_OPTIONS = (
+    "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
+    "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
+).split()
+
+
+OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mirostat": (0,),
+    "tfs_z": (1,),
+    "typical_p": (1,),
+}
+
+
+OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
+
+
+def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, ...]]:
+    """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
+    the options that have no effect. Raises RequestError."""
+    options, ignored = read_fields(
+        given.get("options", {}), OLLAMA_OPTIONS, strict=False, neutral=OLLAMA_NEUTRAL_OPTIONS
+    )
+    if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
+        refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
+    same = ("logprobs", "top_logprobs", "tools")
+    body: Json = {name: given[name] for name in same if name in given}
+    body |= {name: value for name, value in options.items() if name != "num_predict"}
+    if "num_predict" in options:  # -2 fills the context too
+        body["max_tokens"] = max(options["num_predict"], -1) or 1
+    wanted = given.get("format") or None
+    if isinstance(wanted, dict):
+        body["json_schema"] = wanted
+    elif wanted == "json":
+        body["response_format"] = {"type": "json_object"}
+    elif wanted is not None:
+        refuse(f"format is {excerpt(wanted)}; use json or a JSON Schema", "format")
+    think = given.get("think")
+    if isinstance(think, str):
+        body["reasoning_effort"] = think
+    elif think is not None:
+        body["chat_template_kwargs"] = {"enable_thinking": think}
+    if "messages" in given:
+        body["messages"] = ollama_messages(given["messages"])
+    else:
+        system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
+    return body, tuple(f"options.{name}" for name in ignored)
+
+
+def ollama_messages(messages: list[Any]) -> list[Any]:
+    """Ollama's messages as OpenAI's: tool calls have ids, which results refer to."""
+    out, last, num_calls = [], "", 0
+    for i, message in enumerate(messages):
+        check_type(f"messages[{i}]", message, "object")
+        if message.get("images"):
+            refuse(f"messages[{i}] has images; only text can be read here", "messages")
+        one = {
+            k: v for k, v in message.items() if v is not None and k not in ("images", "thinking")
+        }
+        one.setdefault("content", "")
+        if message.get("thinking"):
+            one["reasoning_content"] = message["thinking"]
+        calls, where = [], f"messages[{i}].tool_calls"
+        check_type(where, message.get("tool_calls") or [], "array")
+        for call in message.get("tool_calls") or []:
+            check_type(where, call, "object")
+            check_type(where, call.get("function"), "object")
+            last, num_calls = f"call_{num_calls}", num_calls + 1
+            function = dict(call["function"])
+            if not isinstance(function.get("arguments"), str):
+                function["arguments"] = json.dumps(function.get("arguments") or {})
+            calls.append({"id": last, "type": "function", "function": function})
+        if calls:
+            one["tool_calls"] = calls
+        if message.get("role") == "tool":
+            one["tool_call_id"] = message.get("tool_call_id") or last
+            one |= {"name": message["tool_name"]} if message.get("tool_name") else {}
+        out.append(one)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """When a request came in (time.perf_counter), and how long it waited for its model."""
+
+    started_s: float
+    load_s: float
+
+    def durations(self) -> dict[str, int]:
+        total = time.perf_counter() - self.started_s
+        return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
+
+
+def ollama_line(model: str, is_chat: bool, said: Fields, **more: Any) -> Json:
+    """One object of an answer: what is said, as a message or as a response; `more` but for None"""
+    head = {"model": model, "created_at": timestamp()}
+    said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
+    if is_chat:
+        return {**head, "message": {"role": "assistant", **said}, **more}
+    return {**head, "response": said.pop("content"), **said, **more}
+
+
+class OllamaReply(ChatReply):
+    """An answer of Ollama's: of /api/chat, or else of /api/generate. With `tells_ids`, its end has
+    those of prompt and answer."""
+
+    def __init__(
+        self,
+        seq: Sequence,
+        splitter: AnswerSplitter,
+        model: str,
+        clock: Clock,
+        is_chat: bool,
+        tells_ids: bool,
+    ) -> None:
+        super().__init__(seq, splitter)
+        self.line = functools.partial(ollama_line, model, is_chat)
+        self.clock, self.tells_ids = clock, tells_ids
+
+    def push(self, delta: Delta) -> list[Json]:
+        return [
+            self.line({OLLAMA_NAMES[kind]: text}, done=False, logprobs=entries or None)
+            for kind, text, entries in self.read(delta)
+            if kind != "call"
+        ]
+
+    def tool_calls(self) -> list[Json]:
+        return [
+            {
+                "id": call["id"],
+                "function": {
+                    "index": index,
+                    "name": call["function"]["name"],
+                    "arguments": json.loads(call["function"]["arguments"]),
+                },
+            }
+            for index, call in enumerate(self.calls)
+        ]
+
+    def end(self) -> list[Json]:
+        calls = self.tool_calls()
+        before = [self.line({"tool_calls": calls}, done=False)] if calls else []
+        return [*before, self.line({}, done=True, **self._closing())]
+
+    def _closing(self) -> Json:
+        usage = self.usage
+        assert usage is not None
+        return {
+            "done_reason": "length" if self.finish_reason == "length" else "stop",
+            "context": list(self.seq.token_ids) if self.tells_ids else None,
+            **self.clock.durations(),
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": int(usage.prefill_s * 1e9),
+            "eval_count": usage.completion_tokens,
+            "eval_duration": int(usage.decode_s * 1e9),
+        }
+
+    def result(self) -> Json:
+        said: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
+        said["tool_calls"] = self.tool_calls()
+        said = {name: value for name, value in said.items() if value}
+        return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
+
+
+def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
+    """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
+    context, request = given.get("context") or [], wire.requests[0]
+    if any(type(i) is not int for i in context):
+        refuse("context must list token ids", "context")
+    if given.get("raw"):
+        prompt: str | list[int] = given["prompt"]
+    elif context:
+        prompt = [*context, *llm.prompt_ids(request)]
+    else:
+        return wire
+    one = dataclasses.replace(request, messages=None, prompt=prompt, template_kwargs={})
+    return dataclasses.replace(wire, requests=(one,))
+
+
+class API(ModelHandlers):
+    """Ollama's API."""
+
+    async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
+        """The model that a body names, loaded, and kept as long as the body says."""
+        started = time.perf_counter()
+        keep = given.get("keep_alive")
+        keep_s = None if keep is None else parse_duration(keep)
+        pool = await self.models.pool(ollama_name(given), keep_s)
+        return pool, Clock(started, time.perf_counter() - started)
+
+    async def ollama_chat(self, request: Request) -> Response:
+        """POST /api/chat"""
+        return await self.ollama_answer(request, OLLAMA_CHAT)
+
+    async def ollama_generate(self, request: Request) -> Response:
+        """POST /api/generate"""
+        return await self.ollama_answer(request, OLLAMA_GENERATE)
+
+    async def ollama_answer(self, request: Request, fields: Mapping[str, str]) -> Response:
+        """One answer, streamed unless the body says otherwise."""
+        given, ignored = await self.ollama_given(request, fields)
+        is_chat = "messages" in fields
+        if not given.get("messages" if is_chat else "prompt"):
+            return await self.ollama_load(given, is_chat)
+        body, more = ollama_body(given, self.config.strict)
+        pool, clock = await self.ollama_pool(given)
+        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
+        if not is_chat:
+            with pool.held():
+                wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
+        job = await pool.start(wire.requests, wire.names)
+        tells_ids = not is_chat and not given.get("raw")
+        seq, splitter = job.sequences[0], job.splitters[0]
+        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, tells_ids)
+        is_stream = given.get("stream", True)
+        return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
+
+    async def ollama_load(self, given: Fields, is_chat: bool) -> Response:
+        """A request without a prompt loads its model, or unloads it."""
+        name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
+        if keep is not None and parse_duration(keep) == 0:
+            self.models.check_ready()
+            if pool := self.models.pools.get((await self.models.source(name)).name):
+                pool.keep_s = 0
+                self.models.settle(pool)
+            reason = "unload"
+        else:
+            await self.ollama_pool(given)
+        return as_json(ollama_line(name, is_chat, {}, done=True, done_reason=reason))
+
+    async def ollama_embed(self, request: Request) -> Response:
+        """POST /api/embed"""
+        given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
+        cuts = given.get("truncate", True)
+        deltas, clock = await self.ollama_vectors(request, given, "input", cuts)
+        dimensions = given.get("dimensions") or None
+        body = {
+            "model": given["model"],
+            "embeddings": [cut_embedding(delta.embedding or [], dimensions) for delta in deltas],
+            **clock.durations(),
+            "prompt_eval_count": sum(delta.usage.prompt_tokens for delta in deltas if delta.usage),
+        }
+        return as_json(body, headers=ignored_header(ignored))
+
+    async def ollama_embeddings(self, request: Request) -> Response:
+        """POST /api/embeddings, superseded by /api/embed"""
+        given, ignored = await self.ollama_given(request, OLLAMA_EMBEDDINGS)
+        deltas, _ = await self.ollama_vectors(request, given, "prompt", True)
+        body = {"embedding": deltas[0].embedding if deltas else []}
+        return as_json(body, headers=ignored_header(ignored))
+
+    async def ollama_vectors(
+        self, request: Request, given: Fields, name: str, cuts: bool
+    ) -> tuple[list[Delta], Clock]:
+        """An embedding of each text of a field; `cuts` too long ones."""
+        texts = given.get(name) or []
+        texts = [texts] if isinstance(texts, str) else texts
+        pool, clock = await self.ollama_pool(given)
+        if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
+            refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
+        llm = pool.llm()
+
+        def encode() -> list[list[int]]:
+            found = [llm.encode(text) for text in texts]
+            return [ids[: llm.engine.n_ctx] for ids in found] if cuts else found
+
+        with pool.held():
+            ids = await asyncio.to_thread(encode)
+        requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
+        return await embed(self, request, pool, requests), clock
+
+    routes = (
+        Route(ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),
+        Route(ollama_generate, ("POST /api/generate",), OLLAMA_GENERATE, ("model",)),
+        Route(ollama_embed, ("POST /api/embed",), OLLAMA_EMBED, ("model",)),
+        Route(ollama_embeddings, ("POST /api/embeddings",), OLLAMA_EMBEDDINGS, ("model",)),
+        *ModelHandlers.routes,
+    )

@@ -1,0 +1,413 @@
+"""The part of Ollama's API that lists, shows, downloads, makes and deletes models.
+
+Seam       `ModelHandlers` is the base of the dialect in api/ollama.py, which imports it.
+Remove     delete this file together with api/ollama.py.
+Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nanollama import (
+    ALIASES,
+    CHATML,
+    ChatTemplate,
+    Encoding,
+    Handlers,
+    Json,
+    Modelfile,
+    ModelNotFoundError,
+    ModelStore,
+    NanollamaError,
+    Route,
+    WireError,
+    as_json,
+    check_type,
+    encode_json,
+    format_modelfile,
+    last_of,
+    log,
+    open_checkpoint,
+    parse_hub_ref,
+    parse_modelfile,
+    parse_parameter,
+    read_fields,
+    refuse,
+    required,
+    stream_response,
+    table,
+    text_error,
+    unless_disconnected,
+)
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from nanollama import CachedModel, Fields, ModelSource, Pool
+
+NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", text_error)
+# What needs something we do not do, with the values that ask for nothing.
+OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "images": ([],),
+    "suffix": ("",),
+    "template": ("",),
+    **dict.fromkeys(("width", "height", "steps", "path"), ()),
+    **dict.fromkeys(("files", "adapters"), ({},)),
+    "quantize": ("",),
+}
+OLLAMA_VERSION = "0.12.6"  # the release whose API this is
+
+
+OLLAMA_MODEL = table(string="model name", boolean="verbose")
+
+
+OLLAMA_PULL = table(OLLAMA_MODEL, boolean="stream insecure")
+
+
+OLLAMA_COPY = table(string="source destination")
+
+
+OLLAMA_CREATE = table(
+    OLLAMA_MODEL,
+    string="from modelfile system",
+    object="parameters",
+    array="messages",
+    string_or_array="license",
+    boolean="stream",
+)
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """RFC 3339, as Ollama writes times; now where none is given"""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
+    return moment.isoformat().replace("+00:00", "Z")
+
+
+def created_modelfile(given: Fields) -> Modelfile:
+    """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
+    RequestError."""
+    parameters: Json = {}
+    for name, value in given.get("parameters", {}).items():
+        for text in value if isinstance(value, list) else [value]:
+            key, parsed = parse_parameter(name, str(text))
+            parameters[key] = (*parameters.get(key, ()), *parsed) if key == "stop" else parsed
+    messages = []
+    for i, message in enumerate(given.get("messages", [])):
+        check_type(f"messages[{i}]", message, "object")
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            refuse(f"messages[{i}] needs a role (system, user, assistant) and a text", "messages")
+        messages.append({"role": role, "content": content})
+    text = given.get("license")
+    return Modelfile(
+        system=given.get("system"),
+        license="\n".join(map(str, text)) if isinstance(text, list) else text,
+        parameters=parameters,
+        messages=tuple(messages),
+    )
+
+
+Report = Callable[[Json], None]  # takes a line of progress
+
+
+def ollama_name(given: Fields) -> str:
+    """The model that a body of Ollama's API names. Raises RequestError."""
+    name = given.get("model") or given.get("name") or required(given, "model")
+    return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
+
+
+@lru_cache(maxsize=64)
+def ollama_details(path: Path, modified: float) -> Json:
+    """What /api/tags and /api/show say of files that were last changed at a time."""
+    checkpoint = open_checkpoint(path)
+    c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
+    words = (template.source or "") + (template.tool_source or "")
+    kind = c.model_type
+    thinks = template.thoughts is not None
+    able = {"completion": True, "tools": "tools" in words, "thinking": thinks}
+    return {
+        "details": {
+            "parent_model": "",
+            "format": checkpoint.format,
+            "family": kind,
+            "families": [kind],
+            "parameter_size": f"{num / 1e9:.1f}B" if num >= 1e9 else f"{num / 1e6:.2f}M",
+            "quantization_level": checkpoint.quantization,
+        },
+        "model_info": {
+            "general.architecture": kind,
+            "general.parameter_count": num,
+            f"{kind}.attention.head_count": c.n_heads,
+            f"{kind}.attention.head_count_kv": c.n_kv_heads,
+            f"{kind}.block_count": c.n_layers,
+            f"{kind}.context_length": c.n_ctx,
+            f"{kind}.embedding_length": c.n_embd,
+            f"{kind}.feed_forward_length": c.n_ff,
+            f"{kind}.vocab_size": c.n_vocab,
+        },
+        "template": template.source or CHATML,
+        "capabilities": [name for name, has in able.items() if has],
+        "size": checkpoint.num_bytes,
+    }
+
+
+def source_details(source: ModelSource) -> tuple[Json, float]:
+    """`ollama_details` of a model, and when its files changed; nothing for one without files."""
+    path = source.locate()
+    if path is None:
+        return {"details": {}, "model_info": {}, "template": "", "capabilities": [], "size": 0}, 0.0
+    file = path / "config.json" if path.is_dir() else path
+    modified = file.stat().st_mtime
+    return ollama_details(path, modified), modified
+
+
+def ollama_model(source: ModelSource) -> Json:
+    """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
+    it, else one of name, size and time."""
+    try:
+        found, modified = source_details(source)
+    except (NanollamaError, OSError) as error:
+        log.debug(f"{source.name}: {error}")
+        return {}
+    pinned = ALIASES.get(source.name)
+    blob = pinned.sha256 if pinned else (source.locate() or Path()).resolve().name
+    identity = f"{source.name} {found['size']} {modified} {format_modelfile(source.modelfile)}"
+    is_hash = re.fullmatch("[0-9a-f]{64}", blob) and not source.modelfile.model
+    return {
+        "name": source.name,
+        "model": source.name,
+        "modified_at": timestamp(modified),
+        "size": found["size"],
+        "digest": blob if is_hash else hashlib.sha256(identity.encode()).hexdigest(),
+        "details": found["details"],
+    }
+
+
+def ollama_show(source: ModelSource) -> Json:
+    """The answer of /api/show. Raises CheckpointError."""
+    found, modified = source_details(source)
+    file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
+    rows = {**source.sampling, **file.parameters}
+    names = {"max_tokens": "num_predict", "ctx": "num_ctx", "threads": "num_thread"}
+    lines = [
+        f"{names.get(name, name):<30} {json.dumps(one) if name == 'stop' else one}"
+        for name, value in rows.items()
+        for one in (value if isinstance(value, tuple) else [value])
+    ]
+    return {
+        **({"license": file.license} if file.license else {}),
+        "modelfile": format_modelfile(file),
+        "parameters": "\n".join(lines),
+        "template": file.template or found["template"],
+        **({"system": file.system} if file.system else {}),
+        "details": found["details"],
+        **({"messages": list(file.messages)} if file.messages else {}),
+        "model_info": found["model_info"],
+        "capabilities": found["capabilities"],
+        "modified_at": timestamp(modified),
+    }
+
+
+def pull_lines(name: str, report: Report) -> None:
+    """Download a model, and say how far it is."""
+    report({"status": "pulling manifest"})
+    reported: dict[str, int] = {}
+
+    def tell(file: str, num_there: int, total: int) -> None:
+        if num_there == total or num_there - reported.get(file, -(1 << 40)) >= 1 << 20:
+            reported[file] = num_there
+            line = {"status": f"pulling {file}", "digest": file, "total": total}
+            report({**line, "completed": num_there})
+
+    ModelStore().fetch(name, report=tell)
+    report({"status": "verifying sha256 digest"})  # the hub's client did so while it wrote
+
+
+def base_modelfile(name: str) -> Modelfile:
+    """The Modelfile of a model to make another one of. Raises ModelNotFoundError for one that is
+    not in the cache, a path among others."""
+    store = ModelStore()
+    name = name.removesuffix(":latest")
+    if found := store.modelfile(name):
+        return found
+    if store.find_cached(name) is None:
+        raise ModelNotFoundError(f"{name}: not in the cache; POST /api/pull it first")
+    return Modelfile(model=name)
+
+
+def create_model(name: str, given: Fields, report: Report) -> None:
+    """Make a model of another one: what /api/create does."""
+    report({"status": "reading model metadata"})
+    reference, whole = given.get("from"), Modelfile()
+    if text := given.get("modelfile"):
+        whole = parse_modelfile(text, Path("Modelfile"))
+        if whole.template or whole.tokenizer or whole.adapter:
+            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
+        if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
+            refuse("the Modelfile has no FROM", "modelfile")
+        reference = wanted[1]
+    modelfile = base_modelfile(reference or required(given, "from"))
+    report({"status": "writing manifest"})
+    for own in (whole, created_modelfile(given)):  # the later one says it last
+        modelfile = dataclasses.replace(
+            modelfile,
+            system=own.system or modelfile.system,
+            license=own.license or modelfile.license,
+            parameters={**modelfile.parameters, **own.parameters},
+            messages=own.messages or modelfile.messages,
+        )
+    ModelStore().create(name, modelfile)
+
+
+def cached_models(name: str) -> list[CachedModel]:
+    """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
+    store = ModelStore()
+    if not (store.modelfile(name) or name in ALIASES or parse_hub_ref(name)):
+        raise ModelNotFoundError(f"{name}: no such model")
+    return store.cached(name)
+
+
+def pool_state(pool: Pool) -> Json:
+    """What /api/ps adds to a model that is in memory."""
+    states = [worker.llm.engine.state() for worker in pool.workers if worker.llm]
+    num_bytes = pool.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
+    left = 1e9 if math.isinf(pool.keep_s) else pool.used_s + pool.keep_s - time.monotonic()
+    return {
+        "size": num_bytes,
+        "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
+        "expires_at": timestamp(time.time() + left),
+        "context_length": pool.llm().engine.n_ctx,
+    }
+
+
+class ModelHandlers(Handlers):
+    """The routes of Ollama's API that are about models."""
+
+    async def ollama_given(
+        self, request: Request, fields: Mapping[str, str]
+    ) -> tuple[Json, tuple[str, ...]]:
+        body = await self.body(request)
+        return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
+
+    async def ollama_version(self, request: Request) -> Response:
+        """GET /api/version: the release of Ollama whose API this is"""
+        return as_json({"version": OLLAMA_VERSION})
+
+    async def ollama_tags(self, request: Request) -> Response:
+        """GET /api/tags: the models that can be asked for"""
+        sources = [await self.models.source(name) for name in await self.models.names()]
+        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in sources])
+        return as_json({"models": [body for body in bodies if body]})
+
+    async def ollama_ps(self, request: Request) -> Response:
+        """GET /api/ps: the models in memory"""
+        states = {
+            pool.source: pool_state(pool) for pool in self.models.pools.values() if pool.ready
+        }
+        bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
+        return as_json({"models": [{**b, **state} for b, state in zip(bodies, states.values())]})
+
+    async def ollama_show(self, request: Request) -> Response:
+        """POST /api/show"""
+        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
+        source = await self.models.source(ollama_name(given))
+        return as_json(await asyncio.to_thread(ollama_show, source))
+
+    def check_open(self) -> None:
+        """Raises WireError 403 where the models are those named at the start."""
+        if self.models.catalog.named:
+            what = "this server serves the models it was started with"
+            raise WireError(403, "fixed_models", f"{what}; start it without --model")
+
+    async def ollama_pull(self, request: Request) -> Response:
+        """POST /api/pull: download a model"""
+        given, _ = await self.ollama_given(request, OLLAMA_PULL)
+        self.check_open()
+        name = ollama_name(given)
+        return await self.progress(request, given, lambda report: pull_lines(name, report))
+
+    async def ollama_create(self, request: Request) -> Response:
+        """POST /api/create: a model made of another one"""
+        given, _ = await self.ollama_given(request, OLLAMA_CREATE)
+        self.check_open()
+        name = ollama_name(given)
+        await self.models.renew(name)
+        return await self.progress(request, given, lambda report: create_model(name, given, report))
+
+    async def progress(
+        self, request: Request, given: Fields, work: Callable[[Report], None]
+    ) -> Response:
+        """Run something in a thread: its lines as they come, or the last of them."""
+        lines: asyncio.Queue[Json | None] = asyncio.Queue()
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+
+        def report(line: Json) -> None:
+            if gone.is_set():
+                raise WireError(499, "client_gone", "the client went away")
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            lines.put_nowait(None)
+            if not task.cancelled():
+                task.exception()  # seen, also when nobody waits for it any more
+
+        async def events() -> AsyncIterator[Json]:
+            task = asyncio.create_task(asyncio.to_thread(work, report))
+            task.add_done_callback(ended)
+            while (line := await lines.get()) is not None:
+                yield line
+            await task
+            yield {"status": "success"}
+
+        if given.get("stream", True):
+            return stream_response(events(), NDJSON, gone.set)
+        return as_json(await unless_disconnected(request.receive, last_of(events()), gone.set))
+
+    async def ollama_copy(self, request: Request) -> Response:
+        """POST /api/copy: another name for a model"""
+        given, _ = await self.ollama_given(request, OLLAMA_COPY)
+        self.check_open()
+        source, target = required(given, "source"), required(given, "destination")
+        await self.models.renew(target)
+        await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
+        return as_json({})
+
+    async def ollama_delete(self, request: Request) -> Response:
+        """DELETE /api/delete: unload a model and delete its files"""
+        given, _ = await self.ollama_given(request, OLLAMA_MODEL)
+        self.check_open()
+        name = ollama_name(given)
+        found = await asyncio.to_thread(cached_models, name)
+        await self.models.renew(name)
+        await asyncio.to_thread(ModelStore().remove, found)
+        return as_json({})
+
+    async def ollama_refuse(self, request: Request) -> Response:
+        """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
+        raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
+
+    routes: ClassVar[tuple[Route, ...]] = (
+        Route(ollama_version, ("GET /api/version",)),
+        Route(ollama_tags, ("GET /api/tags",)),
+        Route(ollama_ps, ("GET /api/ps",)),
+        Route(ollama_show, ("POST /api/show",), OLLAMA_MODEL, ("model",)),
+        Route(ollama_pull, ("POST /api/pull",), OLLAMA_PULL, ("model",)),
+        Route(ollama_create, ("POST /api/create",), OLLAMA_CREATE, ("model",)),
+        Route(ollama_copy, ("POST /api/copy",), OLLAMA_COPY, ("source", "destination")),
+        Route(ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
+        Route(ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
+    )
