@@ -1241,8 +1241,8 @@ class Int4Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
-        args = x.contiguous(), self.weight, GROUP, self.scales
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(*args)
+        args = x.to(torch.bfloat16).contiguous(), self.weight, GROUP, self.scales
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(*args).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -2089,6 +2089,16 @@ class Projection:
         return rows if factor == 1 else rows * factor
 
 
+def available_memory(device: torch.device) -> float:
+    """Bytes that a model may still take on a device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
+        found = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        return int(found.split()[0]) * 1024.0
+    return math.inf
+
+
 class DecodeSteps(Protocol):
     """Decode steps that a backend recorded, for up to `num_rows` sequences at a time."""
 
@@ -2183,6 +2193,36 @@ class Backend:
         buffer.sum().item()
 
 
+class UnpackingBackend(Backend):
+    """Torch's fastest arithmetic for packed weights, for when the native kernels are not installed:
+    4-bit weights by torch's own product in bfloat16; others become floats when they are loaded, as
+    far as memory allows."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, missing: str) -> None:
+        super().__init__(device, dtype, f"torch ({missing})")
+        self.warning = (
+            "warning: packed weights run on torch's slower kernels, those of more than 4 bits "
+            f"unpacked; {missing}"
+        )
+
+    def pack(
+        self,
+        shape: tuple[int, int],
+        read_rows: Callable[[slice], PackedLinear],
+        bias: Tensor | None,
+        is_table: bool,
+    ) -> Matrix:
+        if self.warning:
+            log.warning(self.warning)
+            self.warning = ""
+        packed = read_rows(slice(0, shape[0])).to(self.device, torch.bfloat16)
+        if Int4Linear.fits(packed) and not is_table:
+            return Int4Linear(packed, bias)
+        packed.dtype, packed.bias = self.dtype, bias
+        fits = math.prod(shape) * self.dtype.itemsize < available_memory(self.device) / 2
+        return Linear(packed.dequantize(), bias) if fits else packed
+
+
 BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # of each device, with `make_backend`
 
 
@@ -2197,12 +2237,14 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         raise RequestError(f"native kernels cannot be had: {reason}", "kernels")
     if device.type == "cuda" or (wanted != "torch" and not reason):
         try:
-            kernels = extra(BACKENDS[device.type], f"fast arithmetic on {device.type}")
+            kernels = extra(BACKENDS[device.type], "fast arithmetic")
             backend: Backend = kernels.make_backend(device, dtype, reason)
             return backend
-        except (KernelError, ExtraError, ImportError) as error:
-            if wanted == "native" and isinstance(error, ExtraError):
+        except ExtraError as error:
+            if wanted == "native":
                 raise
+            return UnpackingBackend(device, dtype, str(error))
+        except (KernelError, ImportError) as error:
             reason = first_line(error)
             if wanted == "native":
                 raise RequestError(f"native kernels cannot be had: {reason}", "kernels") from None
@@ -5490,16 +5532,6 @@ class EngineStats:
         return EngineStats(
             *(getattr(self, f.name) - getattr(before, f.name) for f in dataclasses.fields(self))
         )
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that a model may still take on a device; infinity where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
-        found = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-        return int(found.split()[0]) * 1024.0
-    return math.inf
 
 
 def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
