@@ -4599,7 +4599,7 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Jinja set up as Hugging Face's templates expect."""
 
     class GenerationTag(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's part for training; here it prints its body."""
+        """{% generation %} marks the assistant's part for training; here it renders its body."""
 
         tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
 
@@ -4631,7 +4631,7 @@ def compiled_template(source: str) -> jinja2.Template:
 
 
 class Thoughts(NamedTuple):
-    """What a family of models writes around its thoughts, and before an answer in any case."""
+    """Tags that a family of models writes around its thoughts, and the header of its answers."""
 
     open: str
     close: str
@@ -4668,7 +4668,7 @@ class ChatTemplate:
 
     @property
     def thoughts(self) -> Thoughts | None:
-        """What is around the thoughts of a model that writes them first."""
+        """The tags of a model that writes its thoughts first."""
         return next((t for t in THOUGHTS if (t.answer or t.close) in (self.source or "")), None)
 
     def prompt(
@@ -4677,10 +4677,10 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """As `render`. What the template cannot say of tools and calls is written into messages.
+        """As `render`, with tools and calls written into messages where the template cannot.
 
-        Raises TemplateError, and ExtraError for tools where the extra that knows them is missing:
-        alone, this renders calls of earlier turns with templates that write them."""
+        Without extras, only calls of earlier turns are rendered, by templates that can write them.
+        Raises TemplateError and ExtraError."""
         messages = list(messages)
         if tools or any(map(is_about_calls, messages)):
             try:
@@ -4713,37 +4713,36 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
-        refused: NanollamaError | None = None
+        errors: list[NanollamaError] = []
         for shaped, listed in itertools.product(message_shapes(clean), tool_shapes(tools)):
             try:
                 text = compiled_template(source).render(variables, messages=shaped, tools=listed)
                 return up_to_cut(text) if continue_final_message else text
             except NanollamaError as error:
-                refused = refused or error
+                errors.append(error)
             except Exception as error:  # a template can fail in any way Python can
                 reason = f"the chat template failed: {type(error).__name__}: {first_line(error)}"
-                refused = refused or TemplateError(reason, "messages")
-        assert refused is not None
-        raise refused
+                errors.append(TemplateError(reason, "messages"))
+        raise errors[0]
 
 
-# Noncharacters: Unicode reserves them for a program's own use, so no text has them.
-PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around a control token that a caller spelled
-CUT_HERE = "\ufdd2 "  # the space shows whether the template strips what it is given
+# Noncharacters, which Unicode reserves for a program's own use: no text contains them.
+PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around the name of a control token in a message
+CUT_HERE = "\ufdd2 "  # the space shows whether the template strips the content of messages
 
 
 def up_to_cut(text: str) -> str:
-    """A rendered conversation up to where its last message's content ends, for the model to go on
-    there. Raises TemplateError when the template left that content out."""
-    kept, cut, _ = text.rpartition(CUT_HERE[0])
+    """A rendered conversation up to the end of its last message's content, where the model goes on.
+    Raises TemplateError where the template left that content out."""
+    before, cut, _ = text.rpartition(CUT_HERE[0])
     if not cut:
         raise TemplateError("there is no final message to continue", "continue_final_message")
-    return kept if text.startswith(CUT_HERE, len(kept)) else kept.rstrip()
+    return before if text.startswith(CUT_HERE, len(before)) else before.rstrip()
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as most templates expect it: text parts joined, no null values, a developer as a
-    system message, tool-call arguments as objects, thoughts under both of the names in use."""
+    """A message as most templates expect it: text parts joined, no null values, "system" for
+    "developer", objects as arguments of calls, thoughts under both names in use."""
     if not isinstance(message, Mapping):
         raise TemplateError(f"a message is {excerpt(message)}; it must be an object", "messages")
     clean = {key: value for key, value in message.items() if value is not None}
@@ -4758,28 +4757,25 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
         if name in clean:
             clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
             break
-    return _with_arguments(clean, parsed_object)
+    return with_arguments(clean, parsed_object)
 
 
 def message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The same messages as some template needs them, the usual shape first: ids of calls with nine
-    characters (Mistral), tool-call arguments as text (Functionary), a null content beside the calls
-    (DeepSeek), an empty content (Qwen3), one system message first and then roles that alternate
-    (Mistral)."""
+    """The messages in each form that some template needs, the usual one first."""
     yield messages
     if any(map(is_about_calls, messages)):
-        yield (messages := _with_short_ids(messages))
-        texts = [_with_arguments(message, json_text) for message in messages]
-        yield texts
-        yield [{"content": None, **message} for message in messages]
-        yield [{"content": None, **message} for message in texts]
+        yield (messages := [short_ids(message) for message in messages])  # Mistral
+        as_text = [with_arguments(message, json_text) for message in messages]
+        yield as_text  # Functionary
+        yield [{"content": None, **message} for message in messages]  # DeepSeek
+        yield [{"content": None, **message} for message in as_text]
     if not all("content" in message for message in messages):
-        yield [{"content": "", **message} for message in messages]
-    yield _in_turns(messages)
+        yield [{"content": "", **message} for message in messages]  # Qwen3
+    yield in_turns(messages)  # Mistral
 
 
 def tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
-    """The same tools as some template needs them: as they are, or nothing left out (Seed-OSS)."""
+    """The tools as they are; then with each description and parameters filled in (Seed-OSS)."""
     yield tools or None
     functions = [tool["function"] for tool in tools or [] if isinstance(tool.get("function"), dict)]
     if functions:
@@ -4787,19 +4783,8 @@ def tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, A
         yield [{"type": "function", "function": {**empty, **function}} for function in functions]
 
 
-def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the last nine letters and digits of each call's id."""
-
-    def short(item: Any, key: str = "id") -> Any:
-        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
-            return item
-        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
-
-    return [short(_with_calls(message, short), "tool_call_id") for message in messages]
-
-
-def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the system's in front, and neighbours of one role made one."""
+def in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """System messages first, and neighbours of the same role joined."""
     turns: list[dict[str, Any]] = []
     for message in sorted(messages, key=lambda message: message.get("role") != "system"):
         last = turns[-1] if turns else {}
@@ -4812,14 +4797,21 @@ def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return turns
 
 
-def _with_calls(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The message with its tool calls converted."""
+def short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with ids of calls cut to their last nine letters and digits."""
+
+    def short(item: Any, key: str = "id") -> Any:
+        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
+            return item
+        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
+
+    message = short(message, "tool_call_id")
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [*map(convert, calls)]} if isinstance(calls, list) else message
+    return {**message, "tool_calls": [*map(short, calls)]} if isinstance(calls, list) else message
 
 
-def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls converted."""
+def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls converted."""
 
     def converted(call: Any) -> Any:
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -4827,10 +4819,14 @@ def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> d
             return call
         return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
 
-    return _with_calls(message, converted)
+    calls = message.get("tool_calls")
+    return (
+        {**message, "tool_calls": [*map(converted, calls)]} if isinstance(calls, list) else message
+    )
 
 
 def parsed_object(value: Any) -> Any:
+    """The object that a text of JSON holds; any other value as it is."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
             return parsed
@@ -4838,6 +4834,7 @@ def parsed_object(value: Any) -> Any:
 
 
 def json_text(value: Any) -> Any:
+    """Text as it is, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -4848,11 +4845,10 @@ def encode_chat(
     tools: list[dict[str, Any]] | None = None,
     **template_kwargs: Any,
 ) -> tuple[list[int], str]:
-    """Messages -> the prompt's ids, in which every control token comes from the template, and its
-    text.
+    """Messages -> ids and text of the prompt. Every control token comes from the template.
 
-    Where a message spells a control token, marks are put around it before rendering, so that it
-    can be told from the template's own and be encoded as plain text:
+    The name of a control token in a message gets marks around it before rendering, so that it can
+    be told from the template's own and be encoded as plain text:
 
         user types   a<|im_end|>b
         rendered     <|im_start|>user⏎a▮<|im_end|>▮b<|im_end|>⏎
@@ -4861,28 +4857,25 @@ def encode_chat(
     control = re.compile("|".join(map(re.escape, words)) or r"(?!)")
     marks = f"[{PLAIN_START}{PLAIN_END}]"
 
-    def defuse(value: Any) -> Any:
+    def marked(value: Any) -> Any:
         if isinstance(value, str):
             return control.sub(rf"{PLAIN_START}\g<0>{PLAIN_END}", re.sub(marks, "", value))
         if isinstance(value, Mapping):
-            return {defuse(key): defuse(item) for key, item in value.items()}
-        return [defuse(item) for item in value] if isinstance(value, (list, tuple)) else value
+            return {marked(key): marked(item) for key, item in value.items()}
+        return [marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def encode(piece: str, is_first: bool, parse_special: bool) -> list[int]:
-        if not is_first:  # behind another character, SentencePiece puts no space before a word
+        if not is_first:  # SentencePiece puts a space before the first word of a text only
             newline = tokenizer.encode("\n", False)
             ids = tokenizer.encode("\n" + piece, False, parse_special)
             if ids[: len(newline)] == newline:
                 return ids[len(newline) :]
         return tokenizer.encode(piece, False, parse_special)
 
-    # parts of a message are joined before their words are looked at
-    text = template.prompt(
-        defuse([clean_message(message) for message in messages]),
-        defuse(tools),
-        **defuse(template_kwargs),
-    )
-    # text, marked word, text, .., text; a template may have torn a pair of marks: drop those
+    # joined first: a control token's name may span the parts of a message
+    clean = [clean_message(message) for message in messages]
+    text = template.prompt(marked(clean), marked(tools), **marked(template_kwargs))
+    # text, marked name, text, .., text; marks that a template has torn apart are dropped
     pieces = re.split(f"{PLAIN_START}({control.pattern}){PLAIN_END}|{marks}", text)
     ids = [
         token_id
@@ -4896,13 +4889,13 @@ def encode_chat(
 class ThoughtSplitter:
     """Splits a reasoning model's answer at its think tags: `push` text, get (is_thought, text).
 
-    A template may already have opened the tag at the end of the prompt. Thoughts come only first: a
-    tag later in the answer is text. With `keep_tags`, the tags are emitted with the thoughts."""
+    A template may have opened the tag at the end of the prompt. Only an answer's beginning may be a
+    thought; a later tag is text. With `keep_tags`, tags are part of the thoughts."""
 
     def __init__(self, prompt: str = "", keep_tags: bool = False) -> None:
         tail = prompt.rstrip()
         self.tags = next((tags for tags in THOUGHTS if tail.endswith(tags.open)), None)
-        self.done = False  # past the point where a thought may begin
+        self.done = False  # no thought may begin any more
         self.keep_tags = keep_tags
         self._held = ""
 
@@ -4948,8 +4941,8 @@ class ThoughtSplitter:
 
 
 class Piece(NamedTuple):
-    """A part of an answer. kind: thought, content, name (a call begins: its function), arguments
-    (of the call that began last: JSON, as it comes)."""
+    """A part of an answer. kind: thought, content, name (of the function in a new call), arguments
+    (JSON, the next part, for the latest call)."""
 
     kind: str
     text: str
@@ -4959,7 +4952,7 @@ class CallSplitter(Protocol):
     """Finds the calls in an answer: `push` text, get pieces."""
 
     @property
-    def has_calls(self) -> bool: ...  # and the last of them is complete
+    def has_calls(self) -> bool: ...  # of which the last is complete
 
     def push(self, text: str) -> list[Piece]: ...
 
@@ -4992,7 +4985,7 @@ class AnswerSplitter:
         return pieces
 
     def finish_reason(self, reason: str) -> str:
-        """The answer's finish_reason, given the engine's."""
+        """The finish_reason of an answer that ended with `reason`."""
         return "tool_calls" if reason == "stop" and self.tools and self.tools.has_calls else reason
 
 
@@ -5006,7 +4999,7 @@ class Calls(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether and what an answer calls."""
+    """Whether an answer calls functions, and which ones it may call."""
 
     mode: str = "auto"  # none, auto, required
     names: tuple[str, ...] | None = None  # the functions that may be called; None for all
@@ -5031,10 +5024,10 @@ class ToolChoice:
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
 #               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. It is all
 #               NumPy: torch would wake its threads, which then take a core from the kernels.
-#               Where the form of an answer is given, the repeat penalty does not look at the
-#               prompt: its names and values belong in the answer.
-#   Invariant   a token depends on this row, this history, this seed and this position alone. Of
-#               tokens equally likely, the one with the lower id comes first.
+#               Under a constraint, the repeat penalty ignores the prompt: its names and values
+#               belong in the answer.
+#   Invariant   a token depends on this row, this history, this seed and this position alone. Among
+#               equally likely tokens, the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
 #   Papers      https://arxiv.org/abs/1909.05858 (repetition penalty)
 #               https://arxiv.org/abs/1904.09751 (top-p)
@@ -5044,8 +5037,8 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities (natural, temperature 1, before any penalty) of a token and the likeliest
-    alternatives, best first."""
+    """Natural log-probabilities, before temperature and penalties, of a token and of the likeliest
+    tokens, best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -5069,8 +5062,8 @@ class Constraint(Protocol):
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) for each (seed, position): output `position` of SplitMix64
-    (https://doi.org/10.1145/2714064.2660195) from a state that is a hash of the seed."""
+    """A number in [0, 1): output `position` of SplitMix64, which starts at a hash of the seed
+    (https://doi.org/10.1145/2714064.2660195)."""
     mask = (1 << 64) - 1
     x = 0
     for word in (seed, position):
@@ -5081,16 +5074,16 @@ def uniform(seed: int, position: int) -> float:
     return (x >> 11) / (1 << 53)
 
 
-class Seen:
-    """The distinct tokens of a history that only grows: each call looks at what is new."""
+class DistinctTokens:
+    """The distinct tokens of a history that only grows: each call reads the new ones."""
 
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids: Any = None  # of `known`; a server without a model needs no NumPy
+        self.ids: Any = None  # array of `known`; a server without a model needs no NumPy
 
     def update(self, history: list[int]) -> npt.NDArray[np.int64]:
-        """The distinct ids of `history`, which begins with that of the last call"""
+        """The distinct ids of a history that begins with that of the last call."""
         new = set(history[self.num_read :]) - self.known
         if new:
             ids = np.array(list(new))
@@ -5105,17 +5098,17 @@ def penalize(
     params: SamplingParams,
     history: list[int],
     num_prompt: int,
-    seen: Seen | None = None,
+    distinct: DistinctTokens | None = None,
     is_free: bool = True,
 ) -> Row:
-    """Apply repetition, presence and frequency penalties and the logit bias to logits (V,), which
-    are copied first if anything changes. Repetition looks at the answer and, where text is free,
-    at the prompt; the others look at the answer only. `seen` spares reading again what the history
-    held at the last call."""
+    """Apply repeat, presence and frequency penalties and the logit bias to a copy of logits (V,).
+
+    The repeat penalty counts the answer and, where any text is allowed (`is_free`), the prompt; the
+    other penalties count the answer only. `distinct` remembers the history of the last call."""
     p = params
     if p.repeat_penalty != 1 and p.repeat_last_n:
         if p.repeat_last_n < 0 and is_free:
-            ids = (seen or Seen()).update(history)
+            ids = (distinct or DistinctTokens()).update(history)
         else:
             latest = history if is_free else history[num_prompt:]
             ids = np.array(latest[-max(p.repeat_last_n, 0) :], dtype=np.int64)
@@ -5141,16 +5134,16 @@ def replaced(logits: Row, ids: npt.NDArray[np.int64], values: npt.NDArray[Any]) 
     return logits
 
 
-VOCAB_BLOCK = 64  # tokens whose maximum is looked at first; divides most vocabularies
+VOCAB_BLOCK = 64  # tokens with a common maximum in `likeliest`; divides most vocabularies
 
 
 def likeliest(logits: Row, num: int) -> tuple[Row, npt.NDArray[np.int64]]:
     """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,);
-    fewer where the others are -inf.
+    fewer where the rest are -inf.
 
-    The `num`-th largest maximum of a block of tokens is a floor: at least `num` tokens reach it,
-    and only in blocks whose maximum does. What is sorted is what reaches it there. A block is a
-    column of the logits written in 64 rows, whose maxima take one pass of vectors."""
+    The logits stand in 64 rows, whose columns are blocks: one pass of vectors finds the maximum of
+    each. At least `num` tokens reach the `num`-th largest maximum, and only blocks whose maximum
+    reaches it contain them: only these tokens are sorted."""
     V = len(logits)
     height = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
     whole = np.pad(logits, (0, -V % height), constant_values=-np.inf) if V % height else logits
@@ -5158,15 +5151,15 @@ def likeliest(logits: Row, num: int) -> tuple[Row, npt.NDArray[np.int64]]:
     best = blocks.max(axis=0)
     floor = max(np.finfo(logits.dtype).min, np.partition(best, -num)[-num])
     columns = (best >= floor).nonzero()[0]
-    found = blocks[:, columns]
-    at = (found >= floor).nonzero()  # in the order of their ids
-    values, ids = found[at], at[0] * blocks.shape[1] + columns[at[1]]
+    chosen = blocks[:, columns]
+    places = (chosen >= floor).nonzero()  # in the order of ids
+    values, ids = chosen[places], places[0] * blocks.shape[1] + columns[places[1]]
     order = (-values).argsort(kind="stable")[:num]
     return values[order], ids[order]
 
 
 def softmax(logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
-    """Probabilities; the best logit becomes 0, which no temperature can overflow."""
+    """Probabilities. The largest logit becomes 0 first, so that no temperature can overflow it."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     probs: npt.NDArray[np.float64] = weights / weights.sum()
     return probs
@@ -5175,8 +5168,8 @@ def softmax(logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.floa
 def candidates(
     logits: Row, params: SamplingParams
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Temperature and top-k -> probabilities (K,), best first, and their token ids. Without top-k,
-    K is no more than what top-p and min-p need to see."""
+    """Temperature and top-k -> probabilities (K,), best first, and their token ids (K,). Without
+    top-k, K grows until top-p and min-p need no further token."""
     V = len(logits)
     if params.top_k:
         top, ids = likeliest(logits, min(params.top_k, V))
@@ -5191,11 +5184,11 @@ def candidates(
         num *= 16
 
 
-def check_number(value: float, what: str) -> None:
-    """Raises LogitsError for nan and infinity, which what the model computes never is."""
+def check_number(value: float, name: str) -> None:
+    """Raises LogitsError for nan and infinity, which an undamaged model never computes."""
     if not math.isfinite(value):
         raise LogitsError(
-            f"the model's {what} is {value}: its weights are damaged, or too large for its dtype; "
+            f"the model's {name} is {value}: its weights are damaged, or too large for its dtype; "
             "fetch the model again, or use --dtype float32"
         )
 
@@ -5206,21 +5199,21 @@ def sample(
     seed: int,
     history: list[int],
     num_prompt: int,
-    seen: Seen | None = None,
+    distinct: DistinctTokens | None = None,
     allowed: npt.NDArray[np.bool_] | None = None,
     is_free: bool = True,
 ) -> int:
-    """The next token id for one row of logits (V,), of those that are `allowed` (V,). The position
-    is len(history). is_free: any text may come here, see `penalize`. Raises LogitsError."""
+    """The next token id for one row of logits (V,), at position len(history). `allowed` (V,) masks
+    the tokens that may come; `is_free`, `distinct`: see `penalize`. Raises LogitsError."""
     check_number(float(logits.max()), "largest logit")
-    with np.errstate(over="ignore"):  # to infinity, which is what it should be
-        logits = penalize(logits, params, history, num_prompt, seen, is_free)
+    with np.errstate(over="ignore"):  # penalties may overflow to infinity, which is right
+        logits = penalize(logits, params, history, num_prompt, distinct, is_free)
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
         if params.temperature == 0 or params.top_k == 1:
             return int(logits.argmax())
         probs, ids = candidates(logits, params)
-    if params.top_p < 1:  # the smallest set that reaches top_p: stop where those before reach it
+    if params.top_p < 1:  # the smallest set that reaches top_p
         in_nucleus = (probs.cumsum() - probs < params.top_p) | (probs == probs[0])
         probs = probs[: int(in_nucleus.sum())]
     if params.min_p > 0:
@@ -5233,7 +5226,7 @@ def sample(
 def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
     """Log-probabilities of `token_id` and the `num_top` likeliest tokens under logits (V,)."""
     best = logits.max()
-    with np.errstate(invalid="ignore"):  # infinities, which `check_number` finds
+    with np.errstate(invalid="ignore"):  # `check_number` reports infinities
         log_sum = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
     logprob = float(logits[token_id]) - log_sum
     if not num_top:
@@ -5245,24 +5238,26 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
 # ==================================================================================================
 # 11 ENGINE: many sequences, one step at a time
 #
-#   In          Sequences (ids and parameters); requests in LLM
+#   In          requests (LLM), and Sequences of ids (Engine)
 #   Out         Deltas
-#   Idea        a step gives each running sequence the tokens it still has to process: one for those
-#               that decode, a chunk of the prompt for those that start, all in one flat batch:
+#   Idea        LLM prepares a request once: ids, text and the form of its answer. Engine then gives
+#               each running sequence its next tokens: one to a sequence that decodes, a chunk of
+#               the prompt to one that starts, all in one flat batch:
 #
 #                   schedule -> gather -> forward -> sample -> advance -> retire
 #
 #               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
 #               tokens share the longest prefix with its own, and processes only the rest.
-#               With lookup, a sequence that decodes adds guesses after its last token. Each of its
-#               rows is sampled as ever, as long as the guess before it was what came:
+#               With a drafter, guesses follow the last token of a sequence that decodes. A row is
+#               sampled as always, provided that the guess before it was right:
 #
 #                   rows      last   guess 1   guess 2   guess 3
-#                   sampled   a      b         c         (not looked at)
+#                   sampled   a      b         c         (not read)
 #                   if        a = guess 1, b = guess 2, c is not guess 3: three tokens in one step
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
 #               is the only place that decides when an answer ends.
-#   Extend      another policy of who runs next is a change of Scheduler, which knows no tensors.
+#   Extend      another order of sequences is a change of Scheduler, which knows no tensors; another
+#               way to guess tokens is a Drafter.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
 #               https://arxiv.org/abs/2211.17192 (speculative decoding)
@@ -5271,26 +5266,26 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a sequence took: tokens, and seconds of waiting for and of producing them."""
+    """Tokens and seconds that one sequence took."""
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int  # prompt tokens whose keys and values were there already
+    cached_tokens: int  # prompt tokens whose keys and values were in the cache
     queue_s: float  # until a slot was free
     prefill_s: float  # from then to the first token
     decode_s: float  # from the first token to the last
-    drafted_tokens: int = 0  # guessed by lookup
-    accepted_tokens: int = 0  # of these, how many came to be
+    drafted_tokens: int = 0  # guesses of the drafter
+    accepted_tokens: int = 0  # right guesses
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One step of one answer. The last one of a sequence has a finish_reason and usage.
+    """One step of one answer. The last Delta of a sequence has a finish_reason and usage.
 
     finish_reason: stop (an end token or a stop string), length (max_tokens or the context), error
-    (`error` says why), cancelled."""
+    (see `error`), cancelled."""
 
-    index: int  # which request, in the order given
+    index: int  # of the request, in the order given
     text: str = ""
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
@@ -5318,28 +5313,28 @@ class Pooler(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt on its way to an answer. It changes at every step; the engine owns it."""
+    """One prompt and its growing answer. The engine owns it and changes it at every step."""
 
     index: int
-    token_ids: list[int]  # prompt, then what was generated
+    token_ids: list[int]  # prompt, then answer
     params: SamplingParams
     text: TextStream
     num_prompt: int = 0
     seed: int = 0
-    max_length: int = 0  # of prompt and answer together; the engine knows the context
+    max_length: int = 0  # of prompt and answer together
     slot: int = -1
     num_computed: int = 0  # leading tokens whose keys and values are in the slot
-    num_cached: int = 0  # of these, how many an earlier sequence left there
+    num_cached: int = 0  # leading tokens that an earlier sequence left in the slot
     finish_reason: str | None = None
     created_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
-    outbox: list[Delta] = field(default_factory=list)  # deltas nobody has taken yet
-    logprobs_from: int = 1  # the prompt token from which on prompt_logprobs are wanted
+    outbox: list[Delta] = field(default_factory=list)  # until `take`
+    logprobs_from: int = 1  # first prompt token that gets prompt_logprobs
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    seen: Seen = field(default_factory=Seen)
-    constraint: Constraint | None = None  # what the answer must be
-    pooler: Pooler | None = None  # the answer is an embedding of the prompt
+    distinct: DistinctTokens = field(default_factory=DistinctTokens)
+    constraint: Constraint | None = None  # None: any text
+    pooler: Pooler | None = None  # makes an embedding of the prompt instead of an answer
     drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -5354,25 +5349,24 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     def num_rows(self, num_new: int) -> int:
-        """How many of the next `num_new` rows are wanted as logits: the last, or all that predict
-        a prompt token whose log-probability is wanted."""
+        """Number of the next `num_new` rows that need logits: the last one, or each that predicts a
+        prompt token with prompt_logprobs."""
         if not self.params.prompt_logprobs or self.num_generated:
             return 1
         return max(1, min(num_new, self.num_computed + num_new + 1 - self.logprobs_from))
 
     def note_prompt(self, num_new: int, logits: Tensor) -> None:
-        """Keep the log-probabilities of the prompt tokens that logits (rows, V) of the last of the
-        next `num_new` rows predict."""
-        first = self.num_computed + num_new + 1 - len(logits)
+        """Keep log-probabilities of the prompt tokens that logits (rows, V) predict; these are the
+        last of the next `num_new` rows."""
+        first, num_top = self.num_computed + num_new + 1 - len(logits), self.params.logprobs or 0
         if first >= self.logprobs_from:
             for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
-                found = token_logprobs(row.numpy(), token_id, self.params.logprobs or 0)
-                self.prompt_logprobs.append(found)
+                self.prompt_logprobs.append(token_logprobs(row.numpy(), token_id, num_top))
 
     def append(
         self, token_id: int, logprobs: TokenLogprobs | None = None, is_end: bool = False
     ) -> Delta:
-        """Take a new token, and decide whether it is the last."""
+        """Add a token, and decide whether it is the last one."""
         self.token_ids.append(token_id)
         self.first_token_s = self.first_token_s or time.perf_counter()
         if self.constraint:
@@ -5388,7 +5382,7 @@ class Sequence:
         return Delta(self.index, text, token_id, logprobs, self.finish_reason, self.usage())
 
     def end(self, reason: str, **fields: Any) -> Delta:
-        """Finish without another token."""
+        """The last Delta of a sequence that ends without another token."""
         self.finish_reason = reason
         return Delta(self.index, finish_reason=reason, usage=self.usage(), **fields)
 
@@ -5412,12 +5406,12 @@ class Sequence:
         )
 
 
-WORTH_WAITING = 32  # tokens of prefill saved
-DRAFT_ROWS = 16  # rows of a step up to which drafts fill it: beyond, they cost about what they save
+WORTH_WAITING = 32  # tokens of prefill that waiting for another sequence must save
+DRAFT_ROWS = 16  # rows of a step with drafts: further rows cost about what they save
 
 
 class Scheduler:
-    """Which sequences run, in which slots, and how many tokens each processes next. No tensors."""
+    """Decides which sequences run, in which slots, and how many tokens each processes next."""
 
     def __init__(
         self,
@@ -5431,19 +5425,18 @@ class Scheduler:
         self.may_resume = may_resume
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.contents: list[list[int]] = [
-            [] for _ in range(num_slots)
-        ]  # left by finished sequences
+        # tokens that finished sequences left in each slot
+        self.contents: list[list[int]] = [[] for _ in range(num_slots)]
         self.free: list[int] = list(range(num_slots))  # least recently used first
 
     def admit(self) -> tuple[Sequence, int] | None:
         """Give the next waiting sequence a slot -> it, and the slot to copy its prefix from.
 
-        The prefix that another slot shares longest saves the most work. If that slot is free, the
-        sequence takes it over; if it is running, the prefix is copied to the least recently used
-        slot. The last prompt token is always processed: its logits are needed. None when nothing is
-        waiting, no slot is free, or a prompt that is being processed will soon have more to share:
-        n samples of one prompt then take one prefill."""
+        The slot with the longest common prefix saves the most work. If it is free, the sequence
+        takes it over; if it is in use, the prefix is copied to the least recently used slot. The
+        last prompt token is always processed, for its logits. None when no sequence waits, no slot
+        is free, or a running prompt will soon have a longer prefix to share: n samples of one
+        prompt then take one prefill."""
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
@@ -5467,7 +5460,7 @@ class Scheduler:
         if max(alike, default=0) > shared[source] + WORTH_WAITING:
             return None
         self.waiting.popleft()
-        # taking over a slot cuts its contents short: only worth it for most of what it holds
+        # taking a slot over drops the rest of its contents: only if that is the smaller part
         own = source in self.free and shared[source] * 2 >= len(self.contents[source])
         seq.slot = source if own else self.free[0]
         self.free.remove(seq.slot)
@@ -5477,17 +5470,18 @@ class Scheduler:
         return seq, source
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """Each running sequence with the number of tokens it processes in this step, and its draft.
-        Prompts share the chunk in the order of their arrival, drafts share their rows evenly."""
+        """Running sequences with the number of tokens that each processes next; sets their drafts.
+
+        Prompts take their share of the chunk in order of arrival; drafts share rows evenly."""
         budget, work = self.prefill_chunk, []
-        most = max(DRAFT_ROWS, self.lookup + 1) // max(len(self.running), 1) - 1
+        most_drafted = max(DRAFT_ROWS, self.lookup + 1) // max(len(self.running), 1) - 1
         for seq in self.running:
             num_left = len(seq.token_ids) - seq.num_computed
             num_new = num_left if num_left == 1 else min(num_left, budget)
             seq.draft = []
             if num_left == 1 and seq.drafter and seq.num_generated:
                 room = seq.max_length - len(seq.token_ids) - 1
-                seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most, room))
+                seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most_drafted, room))
                 if seq.draft and seq.constraint:
                     del seq.draft[seq.constraint.num_valid(seq.draft) :]
             if num_new > 0:
@@ -5496,7 +5490,7 @@ class Scheduler:
         return work
 
     def retire(self, seq: Sequence) -> None:
-        """Take a sequence out; its slot keeps its tokens."""
+        """Remove a sequence; its slot keeps its tokens."""
         if seq in self.running:
             self.running.remove(seq)
             self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
@@ -5506,13 +5500,13 @@ class Scheduler:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading items two lists share."""
+    """Number of equal leading items of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals since the start. A step's time is shared among its tokens."""
+    """Totals since the start. The time of a step is divided among its tokens."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -5535,12 +5529,12 @@ class EngineStats:
 
 
 def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
-    """How many KV strips of a usual length fit into half of the device's memory."""
+    """Number of KV strips of a usual length that fit into half of the device's memory."""
     if decoder.device.type == "cuda":
         num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
     elif hasattr(os, "sysconf"):
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:  # Windows does not say without another library
+    else:  # Windows reports memory through other libraries only
         num_bytes = 8 << 30
     strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
     return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
@@ -5573,8 +5567,8 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence. Raises RequestError for ids the model does not have, ContextLengthError
-        when the prompt leaves no room for an answer."""
+        """Queue a sequence. Raises RequestError for ids outside the vocabulary, ContextLengthError
+        for a prompt that leaves no room for an answer."""
         self.check_ids(seq.token_ids, "prompt")
         self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
@@ -5592,7 +5586,7 @@ class Engine:
         self.scheduler.waiting.append(seq)
 
     def state(self) -> dict[str, Any]:
-        """Who runs, on what, and the totals since the start."""
+        """The device, the load, and the totals since the start."""
         return {
             "device": str(self.decoder.device),
             "kernels": self.decoder.kernels,
@@ -5605,31 +5599,31 @@ class Engine:
         }
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
-        """Raises RequestError, naming `param`, for an id that the model does not have."""
+        """Raises RequestError, naming `param`, for an id outside the vocabulary."""
         bad = next((i for i in token_ids if not 0 <= i < self.n_vocab), None)
         if bad is not None:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.n_vocab}", param)
 
     def cancel(self, seq: Sequence) -> None:
-        """Drop a sequence, running or waiting."""
+        """Drop a running or waiting sequence."""
         seq.finish_reason = seq.finish_reason or "cancelled"
         self.scheduler.retire(seq)
 
     def forget(self) -> None:
-        """Drop every kept prefix, as after a step that failed halfway."""
+        """Drop the prefixes in free slots, as after a step that failed halfway."""
         self.scheduler.contents = [[] for _ in self.scheduler.contents]
 
     def step(self) -> None:
-        """One forward pass for everything that runs. A sequence has a Delta more in its outbox for
-        each token that it got; one that is done has a finish_reason and is out."""
+        """Run one forward pass for all running sequences. Each new token puts a Delta in the outbox
+        of its sequence; a finished sequence has a finish_reason and leaves the scheduler."""
         started = time.perf_counter()
         with torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
                 self.cache.start(source, seq.slot, seq.num_cached, len(seq.token_ids))
-                seq.num_computed = seq.num_cached  # not before they are there: Ctrl-C may come
+                seq.num_computed = seq.num_cached  # after the copy, which Ctrl-C may interrupt
             work = self.scheduler.schedule()
-            if not work:  # nothing runs, nothing waits
+            if not work:
                 return
             num_prefill = num_decode = 0
             for (seq, num_new), rows in zip(work, self.forward(work)):
@@ -5645,9 +5639,9 @@ class Engine:
         self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
-        """Gather the new tokens and the draft of each sequence and run the decoder -> each
-        sequence's logits (rows, V): of its last new token and its draft, and of those before that
-        prompt_logprobs wants. An embedding takes its states instead."""
+        """Run the decoder on the new tokens and the draft of each sequence -> logits (rows, V) for
+        each: of its last new token and its draft, and of earlier tokens for prompt_logprobs. A
+        pooler takes states and gets no logits."""
         num_rows, parts = [], []
         for seq, num_new in work:
             num_rows.append(0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new))
@@ -5668,8 +5662,8 @@ class Engine:
         return torch.split(logits, num_rows)
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
-        """Add the tokens that the last rows of logits (rows, V) bring: one, and one more for each
-        guess of the draft that came true. Keys and values of the others will be overwritten."""
+        """Sample from the last rows of logits (rows, V): one token, and one more for each guess of
+        the draft that is right. Later steps overwrite keys and values of wrong guesses."""
         num_drafted, num_before = len(seq.draft), seq.num_accepted
         seq.num_drafted += num_drafted
         for row, guess in enumerate([*seq.draft, None], -1 - num_drafted):
@@ -5703,14 +5697,14 @@ class Engine:
         seq.outbox.append(delta)
 
     def sample(self, seq: Sequence, logits: Row) -> Delta:
-        """Sample a sequence's next token and decide whether it is the last. Raises LogitsError."""
+        """Sample the next token, and decide whether it is the last one. Raises LogitsError."""
         p, form = seq.params, seq.constraint
         if not seq.num_generated:
-            check_number(sum(found.logprob for found in seq.prompt_logprobs), "log-probability")
+            check_number(sum(entry.logprob for entry in seq.prompt_logprobs), "log-probability")
         if p.max_tokens == 0:
             return seq.end("length")
         allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-        history = (seq.token_ids, seq.num_prompt, seq.seen)
+        history = (seq.token_ids, seq.num_prompt, seq.distinct)
         token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
         logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
         return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
@@ -5718,7 +5712,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What to answer: `messages`, through the chat template, or a `prompt` (text or ids) as is."""
+    """A conversation to answer through the chat template, or a prompt (text or ids) to continue."""
 
     prompt: str | list[int] | None = None
     messages: list[dict[str, Any]] | None = None
@@ -5726,7 +5720,7 @@ class GenerationRequest:
     tools: list[dict[str, Any]] | None = None  # as OpenAI spells them
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    embed: bool = False  # the answer is an embedding of the prompt
+    embed: bool = False  # make an embedding of the prompt instead of an answer
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -5735,20 +5729,17 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """What an answer may call and must be; with neither, it is thoughts and any text."""
+    """The functions that an answer may call and its constraint; by default none, and any text."""
 
     calls: Calls | None = None
-    start: Constraint | None = None  # before the first token; each answer begins with a copy
-
-    def constraint(self) -> Constraint | None:
-        """The state of one answer."""
-        return self.start.copy() if self.start else None
+    constraint: Constraint | None = None  # before the first token: each answer takes a copy
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that is ready to run: its prompt as ids and as text, and the form of its answer.
-    Made once, by the caller's thread; `LLM.start` hands it to the engine."""
+    """A request with its prompt as ids and as text, and the form of its answer.
+
+    `LLM.prepare` makes it once, in the caller's thread; `LLM.start` hands it to the engine."""
 
     request: GenerationRequest
     ids: list[int]
@@ -5757,19 +5748,19 @@ class Prepared:
 
     @property
     def continues(self) -> bool:
-        """Whether the answer goes on where the prompt's text ends, not in a turn of its own."""
+        """Whether the answer continues the prompt's last text instead of a new turn."""
         kwargs = self.request.template_kwargs
         return self.request.messages is None or bool(kwargs.get("continue_final_message"))
 
     def splitter(self, keep_tags: bool = False) -> AnswerSplitter:
-        """Takes one answer apart."""
+        """A new splitter, for one answer."""
         calls = self.form.calls
         return AnswerSplitter(self.prompt_text, calls.splitter() if calls else None, keep_tags)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer: what the deltas of a request add up to."""
+    """A whole answer: the sum of its deltas."""
 
     text: str
     token_ids: list[int]
@@ -5779,23 +5770,19 @@ class Completion:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is: cuda > mps > cpu. Raises RequestError."""
-    counts = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
-    there = [kind for kind, count in counts.items() if count]
-    kind, _, index = (name or there[0]).partition(":")
+    """The device called `name`, or the best one: cuda > mps > cpu. Raises RequestError."""
+    mps = torch.backends.mps.is_available()
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
+    kinds = [kind for kind, count in counts.items() if count]
+    kind, _, index = (name or kinds[0]).partition(":")
     if not re.fullmatch(r"\d{0,3}", index) or int(index or 0) >= counts.get(kind, 0):
-        known = ", ".join(there)
+        known = ", ".join(kinds)
         raise RequestError(f"device {name!r} is not available here; there is: {known}", "device")
     return torch.device(name or kind)
 
 
 class TextSide:
-    """What a model has beside its weights: how a request becomes a prompt, and what its answer must
-    be. No tensors."""
+    """The part of a model without tensors: makes requests into prompts and forms of answers."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -5803,12 +5790,12 @@ class TextSide:
 
     @functools.cached_property
     def grammars(self) -> Any:
-        """Compiles what answers must be. Raises ExtraError."""
+        """The compiler of constraints. Raises ExtraError."""
         grammars = extra("answers.grammars", "an answer with a schema, regex, grammar or tools")
         return grammars.Grammars(self.tokenizer, self.config.n_vocab)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text -> token ids, with BOS and the like where the tokenizer adds them."""
+        """Text -> token ids, with the tokens that the tokenizer adds, such as BOS."""
         return self.tokenizer.encode(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -5822,24 +5809,24 @@ class TextSide:
         add_generation_prompt: bool = True,
         **template_kwargs: Any,
     ) -> str:
-        """Messages -> the prompt text that the model's chat template makes of them."""
+        """Messages -> the text of the prompt, by the model's chat template."""
         template_kwargs["add_generation_prompt"] = add_generation_prompt
         return self.template.prompt(messages, tools, **template_kwargs)
 
     def encode_request(self, request: GenerationRequest) -> tuple[list[int], str]:
         """The prompt of a request as ids and as text. Raises RequestError."""
-        prompt = request.prompt
-        if request.messages is not None:
-            chat, kwargs = (request.messages, request.tools), request.template_kwargs
-            return encode_chat(self.tokenizer, self.template, *chat, **kwargs)
+        prompt, messages = request.prompt, request.messages
+        if messages is not None:
+            kwargs = request.template_kwargs
+            return encode_chat(self.tokenizer, self.template, messages, request.tools, **kwargs)
         assert prompt is not None
         if isinstance(prompt, str):
             return self.encode(prompt), prompt
-        try:  # NumPy's and torch's integers are as good as Python's
+        try:  # integers of NumPy and torch, too
             ids = [operator.index(token_id) for token_id in prompt]
         except TypeError:
-            given = excerpt(prompt)
-            raise RequestError(f"a prompt is {given}; it must be text or ids", "prompt") from None
+            reason = f"a prompt is {excerpt(prompt)}; it must be text or ids"
+            raise RequestError(reason, "prompt") from None
         return ids, self.decode(ids)
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -5847,40 +5834,38 @@ class TextSide:
         return self.encode_request(request)[0]
 
     def prepare(self, request: GenerationRequest) -> Prepared:
-        """Encode a request and compile what its answer must be; any thread may do so. Raises
-        RequestError."""
+        """Encode a request and compile the form of its answer, in any thread. Raises RequestError,
+        and ExtraError for a form that needs an extra."""
         calls = self.calls(request)
         ids, text = self.encode_request(request)
-        form = AnswerForm(calls, self.constraint(request, ids, calls))
-        return Prepared(request, ids, text, form)
+        constraint = self.constraint(request, ids, calls)
+        return Prepared(request, ids, text, AnswerForm(calls, constraint))
 
     def prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Prepared]:
-        """Prepare the choices of one body: choices of the same prompt differ in their seeds only,
-        and share everything else. Raises RequestError."""
-        first: dict[int, Prepared] = {}
-        prepared = []
+        """Prepare the choices of one body. Choices of the same prompt, which differ in their seeds
+        only, share everything else. Raises as `prepare`."""
+        by_prompt: dict[int, Prepared] = {}
+        choices = []
         for request in requests:
             key = id(request.messages or request.prompt)
-            if key not in first:
-                first[key] = self.prepare(request)
-            prepared.append(dataclasses.replace(first[key], request=request))
-        return prepared
+            by_prompt[key] = by_prompt.get(key) or self.prepare(request)
+            choices.append(dataclasses.replace(by_prompt[key], request=request))
+        return choices
 
     def constraint(
         self, request: GenerationRequest, ids: list[int], calls: Calls | None
     ) -> Constraint | None:
-        """What the answer to a prompt must be; None for any text. Raises RequestError."""
+        """The constraint of the answer to a prompt; None for any text. Raises RequestError."""
         if request.params.answer_field is None and calls is None:
             return None
         continues = request.template_kwargs.get("continue_final_message")
         tags = None if request.messages is None or continues else self.template.thoughts
-        # the prompt's last tokens tell whether a thought has begun
-        tail = self.decode(ids[-16:])
-        form: Constraint | None = self.grammars.constraint(request.params, tail, tags, calls)
-        return form
+        tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
+        constraint = self.grammars.constraint(request.params, tail, tags, calls)
+        return cast("Constraint | None", constraint)
 
     def calls(self, request: GenerationRequest) -> Calls | None:
-        """What the answer to a request may call; None for nothing. Raises RequestError."""
+        """The functions that an answer may call; None for none. Raises RequestError."""
         choice = request.tool_choice
         if request.messages is None or not (request.tools or choice.needs_tools):
             return None
@@ -5889,13 +5874,12 @@ class TextSide:
 
 
 class LLM(TextSide):
-    """A loaded model: strings in, deltas out. Use it from one thread.
+    """A loaded model: requests in, deltas out. Use it from one thread.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
-    tokenizer: a reference to take tokenizer and template from instead. adapter: the directory of a
-    LoRA adapter. template: Jinja source to use instead of the model's. revision: branch, tag or
-    commit of a hub model. The rest are EngineConfig's fields. Raises NanollamaError subclasses; see
-    section 1."""
+    revision: branch, tag or commit of a hub model. tokenizer: a model whose tokenizer and template
+    to use instead. adapter: directory of a LoRA adapter. template: Jinja source to use instead of
+    the model's. options: other fields of EngineConfig. Raises subclasses of NanollamaError."""
 
     def __init__(
         self,
@@ -5911,16 +5895,16 @@ class LLM(TextSide):
         **options: Any,
     ) -> None:
         config = EngineConfig(device=device, dtype=dtype, quantize=quantize, **options)
-        used_device = pick_device(device)  # a wrong name is found before gigabytes are fetched
+        used_device = pick_device(device)  # before a download: the name may be wrong
         store = ModelStore()
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         self.tokenizer = Tokenizer(text)
         self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
-        # a GGUF's list of tokens has done its work; its memory is free for the weights
+        # frees the memory of a GGUF's list of tokens, which is no longer needed, for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
-        self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
+        self.checkpoint = dataclasses.replace(checkpoint, text=text)
         return_unused_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -5941,8 +5925,8 @@ class LLM(TextSide):
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Logits (T, V) float32 after each of the T ids given. Nothing is cached or reused. Raises
-        RequestError for no ids, or ids that the model does not have."""
+        """Logits (T, V) float32 after each of T ids, computed without the engine's cache. Raises
+        RequestError for no ids, and for ids outside the vocabulary."""
         token_ids = self.prompt_ids(GenerationRequest(token_ids))
         self.engine.check_ids(token_ids, "token_ids")
         if not token_ids:
@@ -5962,17 +5946,16 @@ class LLM(TextSide):
     def start(
         self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
     ) -> Sequence:
-        """Hand a request to the engine; `engine.step()` then works on it. prompt_logprobs, if asked
-        for, start with `logprobs_from` and so leave the tokens before to the cache. Raises
-        RequestError."""
+        """Hand a request to the engine, whose `step` then works on it. prompt_logprobs, if wanted,
+        begin at `logprobs_from`: earlier tokens may come from the cache. Raises as `prepare`."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         request, form = prepared.request, prepared.form
         shown = form.calls.control_ids(self.tokenizer) if form.calls else frozenset[int]()
         if request.messages is not None:
             tags = "".join(self.template.thoughts or ())
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
-        constraint = form.constraint()
-        # what is constrained keeps the space that it begins with
+        constraint = form.constraint.copy() if form.constraint else None
+        # a constrained answer keeps its leading space
         continues = prepared.continues or constraint is not None
         seq = Sequence(
             index,
@@ -5996,10 +5979,10 @@ class LLM(TextSide):
         requests: Iterable[GenerationRequest | Prepared] | GenerationRequest | Prepared,
         raise_errors: bool = True,
     ) -> Iterator[Delta]:
-        """Run requests together; their deltas come as they are made, `delta.index` says whose.
+        """Run requests together and yield their deltas at once; `delta.index` names the request.
 
-        A request that cannot be run raises, or yields a Delta with `error` when `raise_errors` is
-        false. Leaving the loop early cancels what still runs."""
+        A request that cannot run raises or, unless `raise_errors`, yields a Delta with `error`.
+        Leaving the loop early cancels all that still run."""
         if isinstance(requests, (GenerationRequest, Prepared)):
             requests = [requests]
         sequences: list[Sequence] = []
@@ -6012,8 +5995,8 @@ class LLM(TextSide):
                         raise
                     yield Delta(index, finish_reason="error", error=error)
             while sequences:
-                # while we yield, the caller may run another stream, which steps ours too: take all
-                # there is at once, and step only when there was nothing
+                # between two deltas, the caller may run another stream, whose steps serve these
+                # sequences too: take all deltas, and step only when there is none
                 deltas = [delta for seq in sequences for delta in seq.take()]
                 sequences = [seq for seq in sequences if seq.finish_reason is None]
                 for delta in deltas:
@@ -6027,13 +6010,13 @@ class LLM(TextSide):
                 self.engine.cancel(seq)
 
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
-        """Log-probabilities of the ids from `start` on, each after all ids before it, for every
-        (ids, start) -> (index, log-probabilities), as they are done. Raises LogitsError."""
+        """For each (ids, start), its index and the log-probabilities of the ids from `start` on, in
+        the order in which texts are done. Raises LogitsError."""
         scores = extra("answers.scores", "LLM.score").score(self, texts)
         return cast("Iterator[tuple[int, list[float]]]", scores)
 
     def new_pooler(self) -> Pooler:
-        """Pools states as the model says, or by their mean. Raises RequestError."""
+        """A pooler for one embedding of this model. Raises RequestError."""
         pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint.pooling)
         return cast("Pooler", pooler)
 
@@ -6049,25 +6032,24 @@ class LLM(TextSide):
         num_reserved: int,
         tools: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Any]], int]:
-        """Drop the oldest turns of a conversation until it leaves room for `num_reserved` more
-        (at most half of the context) -> what is left, and how many messages were dropped.
-
-        System messages and the last message stay."""
+        """Drop the oldest turns of a conversation, except system messages and the last message,
+        until `num_reserved` tokens of the context, at most half of it, are free -> the remaining
+        messages, and the number of dropped ones."""
         n_ctx = self.engine.n_ctx
         limit = n_ctx - min(num_reserved, n_ctx // 2)
-        kept = list(messages)
-        while len(self.prompt_ids(GenerationRequest(messages=kept, tools=tools))) > limit:
-            turns = [i for i, m in enumerate(kept[:-1]) if m["role"] != "system"]
+        recent = list(messages)
+        while len(self.prompt_ids(GenerationRequest(messages=recent, tools=tools))) > limit:
+            turns = [i for i, m in enumerate(recent[:-1]) if m["role"] != "system"]
             if not turns:
                 break
-            # a turn is a user message and what answers it: keep the next user message in front
-            after = (i for i in turns[1:] if kept[i]["role"] == "user")
-            end = next(after, len(kept) - 1)
-            kept = [m for i, m in enumerate(kept) if i >= end or m["role"] == "system"]
-        return kept, len(messages) - len(kept)
+            # drop up to the next message of the user: a turn ends with its answers
+            after = (i for i in turns[1:] if recent[i]["role"] == "user")
+            end = next(after, len(recent) - 1)
+            recent = [m for i, m in enumerate(recent) if i >= end or m["role"] == "system"]
+        return recent, len(messages) - len(recent)
 
     def fingerprint(self) -> str:
-        """A short hash of weights (sampled), code version and precision."""
+        """A short hash of samples of the weights, the code's version and the precision."""
         digest = hashlib.sha256(f"{__version__} {self.engine.decoder.dtype}".encode())
         path = self.checkpoint.path
         files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
@@ -6081,7 +6063,7 @@ class LLM(TextSide):
         return f"fp_{digest.hexdigest()[:12]}"
 
     def complete(self, request: GenerationRequest | Prepared) -> Completion:
-        """The whole answer to one request: a fold over `stream`."""
+        """The whole answer to one request."""
         deltas = list(self.stream(request))
         usage, reason = deltas[-1].usage, deltas[-1].finish_reason
         assert usage is not None

@@ -94,7 +94,7 @@ def check(source: str, hugging_face: Callable[..., str]) -> None:
         theirs = outcome(hugging_face, source, messages, **options)
         if theirs is None and messages and not options.get("continue_final_message"):
             clean = [nanollama.clean_message(message) for message in messages]
-            spellings = nanollama._message_shapes(clean)
+            spellings = nanollama.message_shapes(clean)
             texts = (outcome(respelled, source, other, **options) for other in spellings)
             theirs = next((text for text in texts if text is not None), None)
         if theirs is not None:

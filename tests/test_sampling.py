@@ -250,7 +250,7 @@ def test_a_history_read_bit_by_bit_is_penalized_like_one_read_at_once(
     history: list[int], data: st.DataObject
 ) -> None:
     logits, params = random_logits(8), SamplingParams(repeat_penalty=1.3)
-    seen, length = nanollama.Seen(), 0
+    seen, length = nanollama.DistinctTokens(), 0
     while length < len(history):
         length = data.draw(st.integers(length + 1, len(history)))
         found = nanollama.penalize(logits, params, history[:length], 1, seen)
