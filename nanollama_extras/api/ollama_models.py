@@ -13,18 +13,22 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanollama import (
     ALIASES,
     CHATML,
+    DIRECTIVES,
+    TINY_RANDOM,
     ChatTemplate,
+    DownloadError,
     Encoding,
     Handlers,
     Json,
@@ -32,12 +36,13 @@ from nanollama import (
     ModelNotFoundError,
     ModelStore,
     NanollamaError,
+    RequestError,
     Route,
     WireError,
     as_json,
     check_type,
     encode_json,
-    format_modelfile,
+    excerpt,
     last_of,
     log,
     open_checkpoint,
@@ -233,7 +238,7 @@ def pull_lines(name: str, report: Report) -> None:
             line = {"status": f"pulling {file}", "digest": file, "total": total}
             report({**line, "completed": num_there})
 
-    ModelStore().fetch(name, report=tell)
+    ModelStore().fetch(name, new_bar=partial(progress_bar, report=tell))
     report({"status": "verifying sha256 digest"})  # the hub's client did so while it wrote
 
 
@@ -270,7 +275,7 @@ def create_model(name: str, given: Fields, report: Report) -> None:
             parameters={**modelfile.parameters, **own.parameters},
             messages=own.messages or modelfile.messages,
         )
-    ModelStore().create(name, modelfile)
+    write_modelfile(name, modelfile)
 
 
 def cached_models(name: str) -> list[CachedModel]:
@@ -383,7 +388,7 @@ class ModelHandlers(Handlers):
         self.check_open()
         source, target = required(given, "source"), required(given, "destination")
         await self.models.renew(target)
-        await asyncio.to_thread(lambda: ModelStore().create(target, base_modelfile(source)))
+        await asyncio.to_thread(lambda: write_modelfile(target, base_modelfile(source)))
         return as_json({})
 
     async def ollama_delete(self, request: Request) -> Response:
@@ -411,3 +416,70 @@ class ModelHandlers(Handlers):
         Route(ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
         Route(ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
     )
+
+
+# Called with a file's name, the bytes there, and their number at the end; an exception that it
+# raises ends the download
+Progress = Callable[[str, int, int], None]
+
+
+def progress_bar(name: str, report: Progress) -> type:
+    """A class that huggingface_hub takes for tqdm, and that reports to a function."""
+
+    class Bar:
+        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
+            self.total, self.n = total or 0, initial
+
+        def update(self, num: int = 1) -> None:
+            self.n += num
+            report(name, self.n, self.total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:  # set_description, refresh, ..: nothing to draw
+            return lambda *_, **__: None
+
+    return Bar
+
+
+def write_modelfile(name: str, modelfile: Modelfile) -> None:
+    """Write the Modelfile of a model under its name. Raises RequestError for a bad name or that of
+    another model, DownloadError where the file cannot be written."""
+    if not re.fullmatch(
+        r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
+    ):
+        raise RequestError(f"{excerpt(name)} is no name for a model; use name or name:tag", "model")
+    store = ModelStore()
+    path = store.modelfile_path(name)
+    if name in (*ALIASES, TINY_RANDOM) or store.find_cached(name):
+        raise RequestError(f"{name} is a model already; choose another name", "model")
+    text = format_modelfile(modelfile)
+    if parse_modelfile(text, path) != modelfile:
+        raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}~")
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise DownloadError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def format_modelfile(modelfile: Modelfile) -> str:
+    """Text that `parse_modelfile` reads as the same Modelfile, unless a value has triple quotes."""
+    block = '"""\n{}\n"""'.format
+    rows: list[tuple[str, Any]] = [("FROM", modelfile.model)]
+    for name, value in modelfile.parameters.items():
+        if name == "stop":
+            rows += [("PARAMETER stop", block(word)) for word in value]
+        else:  # max_tokens is None without a limit
+            rows.append((f"PARAMETER {name}", -1 if value is None else value))
+    for key in ("TOKENIZER", "ADAPTER", "SYSTEM", "TEMPLATE", "LICENSE"):
+        if (value := getattr(modelfile, DIRECTIVES[key])) is not None:
+            rows.append((key, block(value)))
+    rows += [(f"MESSAGE {m['role']}", block(m["content"])) for m in modelfile.messages]
+    return "".join(f"{key} {value}\n" for key, value in rows)

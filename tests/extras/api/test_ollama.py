@@ -24,8 +24,8 @@ from serving import Live, serving, wait_until
 from test_store import use_endpoint
 
 import nanollama
-from nanollama import Modelfile, ModelfileError, format_modelfile, parse_modelfile
-from nanollama_extras.api.ollama_models import OLLAMA_VERSION
+from nanollama import Modelfile, ModelfileError, parse_modelfile
+from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
 
 pytestmark = pytest.mark.xdist_group("ollama")
 
@@ -427,13 +427,13 @@ def test_who_leaves_ends_the_pull(
     ended, left = threading.Event(), threading.Event()
     fetch = nanollama.ModelStore.fetch
 
-    def watched(store: Any, name: str, revision: Any = None, report: Any = None) -> Any:
-        def tell(*place: Any) -> None:
+    def watched(store: Any, name: str, new_bar: Callable[[str], type]) -> Path:
+        def late_bar(file: str) -> type:
             left.wait(30)  # the client leaves first
-            report(*place)
+            return new_bar(file)
 
         try:
-            return fetch(store, name, revision, tell)
+            return fetch(store, name, None, late_bar)
         finally:
             ended.set()
 
