@@ -69,7 +69,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import atexit
 import codecs
 import contextlib
 import ctypes
@@ -169,6 +168,9 @@ sys.modules.setdefault("nanollama", sys.modules[__name__])
 # In MKL's strict mode, a row of a matrix product does not depend on how many rows there are
 # (oneMKL Developer Guide, "Conditional Numerical Reproducibility"). MKL reads this on first use.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# The name in usage lines: of the installed command, or of the script
+_IS_INSTALLED = Path((sys.argv or [""])[0]).name in ("nanollama", "nanollama.exe")
+PROGRAM = "nanollama" if _IS_INSTALLED else "nanollama.py"
 Found = TypeVar("Found")
 
 
@@ -7712,28 +7714,29 @@ def serve(
 #
 #   In          argv, a terminal or pipes
 #   Out         text on stdout, everything else on stderr, an exit code
-#   Idea        all modes are one stream of deltas: --prompt is a batch of one, --interactive is
-#               --prompt in a loop, --batch-file runs its lines together.
-#   Invariant   stdout carries the text alone. Exit codes: 0, 1 an error, 2 usage, 130 Ctrl-C. An
-#               error is one line.
-#   Extend      a subcommand is a row of COMMANDS; a REPL command is a method `do_NAME`.
+#   Idea        every mode prints one stream of deltas: --prompt sends one request, --interactive
+#               one after the other, --batch-file all of its lines together.
+#   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
+#               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
+#   Extend      a subcommand is a row of COMMANDS; a command of the conversation is a method
+#               `do_NAME` of Repl or a row of MORE_COMMANDS.
 # ==================================================================================================
 
-USAGE = """\
-nanollama.py --prompt TEXT [--chat]  [options]     continue a text, or answer it
-       nanollama.py --interactive           [options]     a conversation in the terminal
-       nanollama.py --batch-file FILE       [options]     one prompt per line, run together
-       nanollama.py --serve [--model MODEL ..] [options]  OpenAI-compatible server and web chat
-       nanollama.py COMMAND ..                            a command of the list at the end"""
+USAGE = f"""\
+{PROGRAM} --prompt TEXT [--chat] [options]        continue a text, or answer it
+       {PROGRAM} --interactive [options]                 talk in the terminal
+       {PROGRAM} --batch-file FILE [options]             answer one prompt a line, together
+       {PROGRAM} --serve [--model MODEL ..] [options]    serve the OpenAI API and a web chat
+       {PROGRAM} COMMAND ..                              see the list at the end"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Command(NamedTuple):
-    """A subcommand. An extra has a row here, so that its name and help are known without it."""
+    """A subcommand; its name and help are known without importing an extra."""
 
-    usage: str  # its arguments
-    help: str  # one line
-    runs: str  # the function here, or the module of nanollama_extras with `run(argv) -> exit code`
+    usage: str  # placeholders of its arguments
+    help: str
+    runs: str  # `run(argv) -> exit code`: a function here, or a module of nanollama_extras
 
 
 COMMANDS = {
@@ -7750,14 +7753,15 @@ COMMANDS = {
 
 
 class ModelAction(argparse.Action):
-    """--model: the last one given is `model`, all of them are `models`."""
+    """--model: `model` is the last one given, `models` all of them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         namespace.model, namespace.models = values, (*namespace.models, values)
 
 
 def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """A group of options -> a function that adds one: flags and placeholder, help, type."""
+    """Make a group of options. Returns a function that adds one: flags and placeholder, help, type,
+    and other arguments of argparse."""
     group = parser.add_argument_group(title)
 
     def add(flags: str, text: str, kind: Callable[[str], Any] | None = None, **rest: Any) -> None:
@@ -7770,7 +7774,7 @@ def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., N
 
 
 def argument_type(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same function, whose RequestError is a usage error."""
+    """`kind` as a type of argparse, for which a RequestError is a usage error."""
 
     def parse(text: str) -> Any:
         try:
@@ -7782,7 +7786,8 @@ def argument_type(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def add_settings(add: Callable[..., None], settings: type) -> None:
-    """An option for each field that has flags; None where it is not given."""
+    """Add an option for each field of a settings class that has flags. A flag that is not given is
+    None, or False."""
     for name, row in options_of(settings).items():
         rest: Json = {"dest": name}
         if row.kind is bool:
@@ -7816,48 +7821,43 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
     add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
     add_settings(add, EngineConfig)
-    add("--verbose", "say more on stderr", action="store_true")
+    add("--verbose", "print details on stderr", action="store_true")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add_settings(option_group(parser, "sampling"), SamplingParams)
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    add = option_group(parser, "server")
-    add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
-    add_settings(add, ServerConfig)
-
-
 def build_parser() -> argparse.ArgumentParser:
+    commands = [f"  {name + ' ' + row.usage:<33} {row.help}" for name, row in COMMANDS.items()]
     parser = argparse.ArgumentParser(
-        prog="nanollama.py",
+        prog=PROGRAM,
         usage=USAGE,
         description="Run language models on this machine.",
-        epilog="\n".join(
-            ["commands:", *(f"  {n + ' ' + c.usage:<33} {c.help}" for n, c in COMMANDS.items())]
-        ),
+        epilog="\n".join(["commands:", *commands]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    choose, text = mode.add_argument, "a server for OpenAI's and Ollama's clients, web chat"
-    choose("--prompt", "-p", metavar="TEXT", help="the text to continue; - reads stdin")
-    choose("--interactive", action="store_true", help="a conversation; implies --chat")
-    choose("--batch-file", metavar="FILE", help="one prompt per line; - reads stdin")
+    choose, text = mode.add_argument, "serve the OpenAI API, a web chat and, with extras, more APIs"
+    choose("--prompt", "-p", metavar="TEXT", help="text to continue; - reads stdin")
+    choose("--interactive", action="store_true", help="talk in the terminal; implies --chat")
+    choose("--batch-file", metavar="FILE", help="one prompt a line; - reads stdin")
     choose("--serve", action="store_true", help=text)
     add = option_group(parser, "chat and output")
     add("--chat", "wrap the prompt in the chat template", action="store_true")
     add("--system TEXT", "system prompt, with --chat or --interactive")
-    add("--hide-thinking", "leave out what is in think tags", action="store_true")
+    add("--hide-thinking", "leave out text in think tags", action="store_true")
     add("--tools FILE", "Python file with functions that the model may call")
-    add("--yes-tools", "run calls without asking", action="store_true")
-    add("--embed", "print the prompt's embedding as JSON", action="store_true")
-    add("--output FILE", "with --batch-file: JSON lines; - is stdout")
+    add("--yes-tools", "run these functions without asking", action="store_true")
+    add("--embed", "print the embedding of the prompt as JSON", action="store_true")
+    add("--output FILE", "with --batch-file: write JSON lines; - is stdout")
     add_model_options(parser)
     add_sampling_options(parser)
-    add_server_options(parser)
+    add = option_group(parser, "server")
+    add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
+    add_settings(add, ServerConfig)
     return parser
 
 
@@ -7876,7 +7876,7 @@ def given_flags(args: argparse.Namespace, settings: type) -> Json:
 
 @dataclass(slots=True)
 class Settings:
-    """What flags, Modelfile and model say together, and who said it."""
+    """The settings of a run, each from a flag, the Modelfile, the model or the built-in default."""
 
     args: argparse.Namespace
     modelfile: Modelfile
@@ -7884,22 +7884,22 @@ class Settings:
 
     @property
     def model(self) -> str:
-        """What was asked for; of nanochat's checkpoints, the file of the one that was chosen."""
+        """The reference of the model, or the file that --source, --model-tag and --step choose."""
         reference, origin = self.value("model")
         choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
-        if all(chosen is None for chosen in choice):
+        if choice == [None, None, None]:
             return str(reference)
         reference = NANOCHAT if origin == "built-in" else reference
         nanochat = nanochat_store(reference)
         if nanochat is None:
             raise UsageError(
                 f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
-                f"neither {NANOCHAT} nor a directory of these"
+                f"neither {NANOCHAT} nor a directory of its models"
             )
         return str(nanochat.find_model(reference, *choice))
 
     def value(self, name: str) -> tuple[Any, str]:
-        """model, tokenizer, adapter, system, ctx or threads, and its origin."""
+        """A setting (model, tokenizer, adapter, system, ctx or threads) and its origin."""
         flag = getattr(self.args, name, None)
         file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
         if flag is not None:
@@ -7924,13 +7924,13 @@ class Settings:
         return SamplingParams(**{name: value for name, (value, _) in chosen.items()})
 
     def messages(self) -> list[Json]:
-        """What a conversation starts with: the system prompt and the Modelfile's MESSAGE lines."""
+        """The start of a conversation: the system prompt and the Modelfile's MESSAGE lines."""
         text = self.value("system")[0]
         system = [{"role": "system", "content": text}] if text else []
         return [*system, *(dict(message) for message in self.modelfile.messages)]
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
-        """A prompt of the command line: to be answered with --chat, else to be continued."""
+        """The request for a prompt: an answer with --chat, else a continuation."""
         params = self.params(llm.sampling)
         if not self.args.chat:
             return GenerationRequest(prompt=text, params=params)
@@ -7938,14 +7938,14 @@ class Settings:
         return GenerationRequest(messages=messages, params=params)
 
     def engine(self) -> EngineConfig:
-        """How to run the model. Raises RequestError."""
+        """The engine's settings. Raises RequestError."""
         own = {name: self.value(name)[0] for name in ("ctx", "threads")}
         return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
 
     def load(self, device: str | None = None) -> LLM:
         config = self.engine()
         if self.model == TINY_RANDOM and not self.args.kernels:
-            # compiling kernels would take longer than its tests
+            # its tests take less time than compiling kernels
             config = dataclasses.replace(config, kernels="torch")
         llm = LLM(
             self.model,
@@ -7957,11 +7957,12 @@ class Settings:
         )
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
+        log.debug(f"template: {llm.template.origin}; slots: {llm.engine.num_slots}")
         return llm
 
 
 def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
-    """Check the flags (a bad value is a usage error) and read the Modelfile."""
+    """Check the flags and read the Modelfile. Ends the program on a wrong flag."""
     flags = given_flags(args, SamplingParams)
     if "schema" in flags:
         flags["schema"] = read_schema(flags["schema"])
@@ -7975,7 +7976,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def use_model(settings: Settings, name: str | None) -> Settings:
-    """The settings with another model, which may be one that was made of others."""
+    """The settings with another model. A name created over the API stands for its Modelfile."""
     known = settings.args.modelfile or name is None or local_path(name)
     created = None if known else ModelStore().modelfile(str(name))
     args = argparse.Namespace(**{**vars(settings.args), "model": None if created else name})
@@ -7998,7 +7999,7 @@ def speed_line(stats: EngineStats) -> str:
 
 
 class AnswerPrinter:
-    """Writes an answer as it comes; on a terminal, thoughts are dimmed. Calls are only kept."""
+    """Writes an answer as it comes, thoughts dimmed on a terminal. Tool calls are collected."""
 
     def __init__(
         self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
@@ -8010,14 +8011,11 @@ class AnswerPrinter:
         self.calls: list[Json] = []
 
     def push(self, delta: Delta) -> None:
-        self._write(self.splitter.push(delta.text))
+        self.write(self.splitter.push(delta.text))
         if delta.finish_reason:
-            self.flush()
+            self.write(self.splitter.flush())
 
-    def flush(self) -> None:
-        self._write(self.splitter.flush())
-
-    def _write(self, pieces: Iterable[Piece]) -> None:
+    def write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             if piece.kind not in self.text:
                 add_to_calls(self.calls, piece)
@@ -8042,23 +8040,25 @@ class AnswerPrinter:
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
 
 
-MAX_ROUNDS = 10  # of calls for one answer
+MAX_ROUNDS = 10  # of tool calls for one answer
 
 
 def read_toolbox(args: argparse.Namespace) -> Any:
-    """The functions of --tools, which answer calls; None without it."""
+    """The toolbox of --tools, which runs the model's calls; None without the flag."""
     return extra("answers.toolbox", "--tools").open_toolbox(args) if args.tools else None
 
 
 def confirmed(question: str) -> bool:
-    """Whether the user answers yes."""
+    """Ask the user. Returns whether the answer is yes."""
     sys.stderr.write(question)
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> AnswerPrinter:
-    """Print an answer as it comes. If `catch`, Ctrl-C only ends it."""
+def print_answer(
+    llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool
+) -> AnswerPrinter:
+    """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program."""
     prepared = llm.prepare(request)
     printer, is_started = AnswerPrinter(prepared.splitter(keep_tags=True), hide_thinking), False
     deltas = llm.stream(prepared)
@@ -8067,7 +8067,7 @@ def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) 
             is_started = True
             printer.push(delta)
     except KeyboardInterrupt:
-        printer.flush()
+        printer.write(printer.splitter.flush())
         if not catch:
             raise
         log.warning(" (stopped)")
@@ -8081,14 +8081,14 @@ def say(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) 
 def converse(
     llm: LLM, request: GenerationRequest, toolbox: Any, hide_thinking: bool, catch: bool = False
 ) -> list[Json]:
-    """Print an answer, make the calls in it, print the answer to these, and so on -> the messages
-    that came to be."""
+    """Print the answer; run its tool calls and print the next answer, until one has no calls.
+    Returns the new messages."""
     new: list[Json] = []
     given = request.messages or []
     if toolbox:
         request = dataclasses.replace(request, tools=toolbox.tools)
     for _ in range(MAX_ROUNDS):
-        message = say(llm, request, hide_thinking, catch).message()
+        message = print_answer(llm, request, hide_thinking, catch).message()
         new.append(message)
         if toolbox is None or "tool_calls" not in message:
             return new
@@ -8099,7 +8099,7 @@ def converse(
 
 
 def read_input(name: str) -> bytes:
-    """All of a file, or of stdin where `name` is -. Raises RequestError."""
+    """The content of a file, or of stdin for the name -. Raises RequestError."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
@@ -8108,19 +8108,19 @@ def read_input(name: str) -> bytes:
 
 
 def read_schema(name: str) -> Any:
-    """The JSON in a file, or an object that stands there itself. Raises RequestError."""
+    """The value of --schema: JSON in a file, or a JSON object itself. Raises RequestError."""
     try:
         is_object = name.lstrip().startswith("{")
         return json.loads(name if is_object else read_input(name).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name}: not readable as JSON: {first_line(error)}") from None
+        raise RequestError(f"{name}: not valid JSON: {first_line(error)}") from None
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt, or what stdin holds. Raises RequestError."""
+    """The text of --prompt, or of stdin for `--prompt -`. Raises RequestError."""
     if args.prompt != "-":
         return str(args.prompt)
-    try:  # the newline that ends the input, as `echo` writes it, is not part of the prompt
+    try:  # without the newline that `echo` adds
         return read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
@@ -8140,32 +8140,24 @@ def run_prompt(settings: Settings) -> int:
 
 @dataclass(slots=True)
 class BatchRow:
-    """One line of a batch file and what becomes of it: answer and last delta, or an error."""
+    """A line of a batch file with its answer so far, or the error that ended it."""
 
     line: int
     prompt: str | None
     error: NanollamaError | None = None
     last: Delta | None = None
-    out: io.StringIO = field(default_factory=io.StringIO)
-    printer: AnswerPrinter | None = None  # writes to `out`
+    printer: AnswerPrinter | None = None
 
     @property
     def is_done(self) -> bool:
         return bool(self.error or (self.last and self.last.finish_reason))
 
-    def push(self, delta: Delta, prepared: Prepared, hide_thinking: bool) -> None:
-        """Take a part of the answer."""
-        self.error, self.last = delta.error, delta
-        if delta.error:
-            return
-        if self.printer is None:
-            splitter = prepared.splitter(keep_tags=True)
-            self.printer = AnswerPrinter(splitter, hide_thinking, self.out)
-        self.printer.push(delta)
+    @property
+    def text(self) -> str:
+        return cast(io.StringIO, self.printer.out).getvalue() if self.printer else ""
 
     def json(self) -> str:
-        text = self.out.getvalue()
-        row: Json = {"line": self.line, "prompt": self.prompt, "text": text}
+        row: Json = {"line": self.line, "prompt": self.prompt, "text": self.text}
         if self.error:
             row["error"] = str(self.error)
         row["finish_reason"] = self.last.finish_reason if self.last else "error"
@@ -8175,7 +8167,7 @@ class BatchRow:
 
 
 def read_rows(name: str) -> list[BatchRow]:
-    """A row for each line that is not empty. Raises RequestError when there is none."""
+    """One row for each line that has text. Raises RequestError for a file without any."""
     rows = []
     for number, line in enumerate(read_input(name).splitlines(), 1):
         try:
@@ -8189,56 +8181,66 @@ def read_rows(name: str) -> list[BatchRow]:
     return rows
 
 
-def answered(
+def answer_rows(
     rows: list[BatchRow],
     llm: LLM,
-    request: Callable[[str], GenerationRequest],
+    make_request: Callable[[str], GenerationRequest],
     hide_thinking: bool = False,
 ) -> Iterator[BatchRow]:
-    """The rows in their order, each as soon as it is done; all run together. `request` makes one of
-    a prompt."""
-    runnable, prompts = list[BatchRow](), list[Prepared]()
-    for row in rows:
+    """Answer all rows together; yield each one in its turn, as soon as it is done."""
+    running, prompts = list[BatchRow](), list[Prepared]()
+    for row in (row for row in rows if row.error is None):
         try:
-            if row.error is None:
-                prompts.append(llm.prepare(request(row.prompt or "")))
-                runnable.append(row)
+            prepared = llm.prepare(make_request(row.prompt or ""))
         except NanollamaError as error:
             row.error = error
+            continue
+        splitter = prepared.splitter(keep_tags=True)
+        row.printer = AnswerPrinter(splitter, hide_thinking, io.StringIO())
+        running.append(row)
+        prompts.append(prepared)
     deltas = llm.stream(prompts, raise_errors=False)
     for row in rows:
         while not row.is_done:
             delta = next(deltas)
-            runnable[delta.index].push(delta, prompts[delta.index], hide_thinking)
+            other = running[delta.index]
+            other.error, other.last = delta.error, delta
+            if other.printer and not delta.error:
+                other.printer.push(delta)
         yield row
 
 
-def with_progress(items: Iterable[Found], total: int, **more: Any) -> Iterable[Found]:
-    """The items as they come, counted by a bar where stderr is a terminal."""
-    return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **more)
+def with_progress(items: Iterable[Found], total: int, **options: Any) -> Iterable[Found]:
+    """The items, counted by a progress bar where stderr is a terminal."""
+    return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **options)
+
+
+def open_output(name: str | None, stack: contextlib.ExitStack) -> TextIO:
+    """The file of --output, opened but not emptied; without one, stdout. Raises RequestError."""
+    if name in (None, "-"):
+        return sys.stdout
+    try:
+        return stack.enter_context(open(str(name), "a", encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{name}: cannot be written: {error.strerror}") from None
 
 
 def run_batch(settings: Settings) -> int:
-    """--batch-file: every line through the engine together, answers in the order of the lines."""
+    """--batch-file: all lines through the engine together, answers in the order of the lines."""
     args = settings.args
     rows = read_rows(args.batch_file)
     with contextlib.ExitStack() as stack:
-        out: TextIO = sys.stdout
-        if args.output not in (None, "-"):
-            try:  # what the file holds is lost only when there is a model to write something new
-                out = stack.enter_context(open(args.output, "a", encoding="utf-8"))
-            except OSError as error:
-                raise RequestError(f"{args.output}: cannot be written: {error.strerror}") from None
+        out = open_output(args.output, stack)
         llm = settings.load()
-        if out is not sys.stdout:
-            with contextlib.suppress(OSError):  # a pipe or a device has nothing to cut off
+        if out is not sys.stdout:  # its old content is safe until a model is loaded
+            with contextlib.suppress(OSError):  # a pipe or a device cannot be truncated
                 out.truncate(0)
-        request = functools.partial(settings.request, llm=llm)
-        done = answered(rows, llm, request, args.hide_thinking)
-        for row in with_progress(done, len(rows), unit="prompt"):
+        make_request = functools.partial(settings.request, llm=llm)
+        answers = answer_rows(rows, llm, make_request, args.hide_thinking)
+        for row in with_progress(answers, len(rows), unit="prompt"):
             if row.error:
                 tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
-            out.write((row.out.getvalue() if args.output is None else row.json()) + "\n")
+            out.write((row.text if args.output is None else row.json()) + "\n")
             out.flush()
     log.warning(speed_line(llm.engine.stats))
     return 1 if any(row.error for row in rows) else 0
@@ -8247,9 +8249,18 @@ def run_batch(settings: Settings) -> int:
 # ---- the conversation ----------------------------------------------------------------------------
 
 
+# Commands in nanollama_extras/commands/conversation.py, with their lines of /help
+MORE_COMMANDS = {
+    "load": "/load FILE          continue a conversation written by /save",
+    "prompt": "/prompt             print the text last sent to the model",
+    "save": "/save FILE          write the conversation to a JSON file",
+    "tokens": "/tokens             print the token ids last sent, with their text",
+}
+
+
 class Repl:
-    """--interactive: a conversation that keeps its messages. Each turn sends all of them; the
-    engine finds the ones it has seen in its slot and processes only the new."""
+    """--interactive: a conversation. Each turn sends all messages; the engine keeps the old ones in
+    its slot and reads only the new."""
 
     def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
@@ -8289,7 +8300,8 @@ class Repl:
 
     def run(self) -> int:
         if self.is_terminal:
-            self.open_history()
+            with contextlib.suppress(ExtraError):
+                extra("commands.conversation", "history").open_history(cache_root() / "history")
             log.warning(f"{self.settings.model}  ·  /help lists the commands, Ctrl-D leaves")
         while True:
             try:
@@ -8304,30 +8316,14 @@ class Repl:
             log.warning("Goodbye!")
         return 0
 
-    def open_history(self) -> None:
-        """Line editing with a history that outlives the session."""
-        try:
-            import readline
-        except ImportError:  # not there on Windows; input() then edits plainly
-            return
-        path = ModelStore().root / "history"
-
-        def save() -> None:
-            with contextlib.suppress(OSError):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                readline.write_history_file(path)
-
-        with contextlib.suppress(OSError):
-            readline.read_history_file(path)
-        readline.set_history_length(1000)
-        atexit.register(save)
-
     def handle(self, text: str) -> None:
         words = dict.fromkeys(("quit", "exit", "/exit", "/bye"), "/quit") | {"clear": "/clear"}
         name, argument = split_word(words.get(text.lower(), text))
         command = getattr(self, f"do_{name[1:]}", None) if name.startswith("/") else None
         if command is not None:
             command(argument)
+        elif name[1:] in MORE_COMMANDS and name.startswith("/"):
+            getattr(extra("commands.conversation", name), name[1:])(self, argument)
         elif name.startswith("/") and name[1:].isalpha():
             raise UsageError(f"unknown command {name}; /help lists the commands")
         elif text:
@@ -8337,7 +8333,7 @@ class Repl:
     # -- answering ---------------------------------------------------------------------------------
 
     def answer(self, messages: list[Json]) -> None:
-        """Send `messages`, print the answer, keep both. Ctrl-C ends the answer, not the session."""
+        """Send messages, print the answer, and keep both. Ctrl-C ends the answer only."""
         llm = self.llm
         params = SamplingParams(**self.values)
         if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
@@ -8358,25 +8354,24 @@ class Repl:
     # -- commands: the docstring is the help -------------------------------------------------------
 
     def do_help(self, argument: str) -> None:
-        """/help               this list"""
-        for name in sorted(n for n in dir(self) if n.startswith("do_")):
-            log.warning(f"  {getattr(self, name).__doc__}")
-        log.warning('  """                 begin and end a message of several lines')
-        log.warning(
-            "  quit, exit, clear   the same as /quit, /exit, /clear; Ctrl-C stops an answer"
-        )
+        """/help               print this list"""
+        own = {n[3:]: str(getattr(self, n).__doc__) for n in dir(self) if n.startswith("do_")}
+        for _, line in sorted((own | MORE_COMMANDS).items()):
+            log.warning(f"  {line}")
+        log.warning('  """                 start and end a message of several lines')
+        log.warning("  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer")
 
     def do_quit(self, argument: str) -> None:
-        """/quit, /exit        leave (Ctrl-D does too)"""
+        """/quit, /exit        leave; so does Ctrl-D"""
         raise EOFError
 
     def do_clear(self, argument: str) -> None:
-        """/clear              forget the conversation; the system prompt stays"""
+        """/clear              forget all messages but the system prompt"""
         self.messages, self.sent = self.settings.messages(), []
         log.warning("Conversation cleared.")
 
     def do_system(self, argument: str) -> None:
-        """/system [TEXT]      set the system prompt, or show it"""
+        """/system [TEXT]      set or print the system prompt"""
         rest = [m for m in self.messages if m["role"] != "system"]
         if argument:
             self.settings.args.system = argument
@@ -8390,46 +8385,16 @@ class Repl:
             raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
         key, parsed = parse_parameter(name, value.strip('"'))
         if key not in self.values:
-            raise UsageError(
-                f"{name} is fixed when the model loads; start again with --{key} {value}"
-            )
+            raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
         self.values[key] = parsed
         log.warning(f"{key} = {parsed}")
 
     def do_show(self, argument: str) -> None:
-        """/show               the model and the sampling parameters"""
+        """/show               print the model and the sampling parameters"""
         lines = describe(self.llm.checkpoint, self.settings, self.llm.template)
         now = self.settings.sampling(self.llm.sampling)
         now |= {n: (v, "now") for n, v in self.values.items() if v != now[n][0]}
         log.warning("\n".join([*lines, *settings_lines(self.settings, now)]))
-
-    def do_save(self, argument: str) -> None:
-        """/save FILE          write the conversation to a JSON file"""
-        if not argument:
-            raise UsageError("/save needs a file name")
-        body = {"model": self.settings.model, "messages": self.messages}
-        try:
-            Path(os.path.expanduser(argument)).write_text(
-                json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-            )
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RequestError(f"{argument}: cannot be written: {reason}") from None
-        log.warning(f"saved {len(self.messages)} messages to {argument}")
-
-    def do_load(self, argument: str) -> None:
-        """/load FILE          go on with a conversation written by /save"""
-        path = local_path(argument)
-        if path is None or not path.is_file():
-            raise UsageError(f"{argument or '/load'}: no such file")
-        messages = read_json(path).get("messages")
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
-            for m in messages
-        ):
-            raise UsageError(f"{argument}: holds no list of messages as /save writes it")
-        self.messages = messages
-        log.warning(f"loaded {len(messages)} messages from {argument}")
 
     def do_retry(self, argument: str) -> None:
         """/retry              answer the last message again"""
@@ -8438,23 +8403,12 @@ class Repl:
         self.answer([*messages, self.messages[len(messages)]])
 
     def do_undo(self, argument: str) -> None:
-        """/undo               take back the last message and its answer"""
+        """/undo               remove the last message and its answer"""
         self.messages = self.without_last_turn()
         log.warning(f"{len(self.messages)} messages left")
 
-    def do_prompt(self, argument: str) -> None:
-        """/prompt             the exact text that was last sent to the model"""
-        log.warning(self.llm.render(self.sent or self.messages, self.tools))
-
-    def do_tokens(self, argument: str) -> None:
-        """/tokens             the same as token ids with their pieces"""
-        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
-        ids = self.llm.prompt_ids(sent)
-        log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
-        log.warning(f"{len(ids)} tokens")
-
     def without_last_turn(self) -> list[Json]:
-        """The messages before the last one of the user. Raises UsageError when there is none."""
+        """The messages before the user's last one. Raises UsageError without one."""
         last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
         if last is None:
             raise UsageError("there is no message yet")
@@ -8466,8 +8420,11 @@ def run_interactive(settings: Settings) -> int:
     return Repl(settings, settings.load(), toolbox).run()
 
 
+# ---- serving -------------------------------------------------------------------------------------
+
+
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
-    """Which kernels run a model, and the type of its keys and values."""
+    """The kernels that run a model, and the type of its keys and values."""
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
     backend = pick_backend(engine.kernels, device, dtype)
@@ -8478,7 +8435,7 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str
 def memory_needed(
     checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
 ) -> tuple[int, int]:
-    """Bytes of the weights, and of the keys and values of a full context (or `most_ctx`)."""
+    """Bytes of the weights, and of the keys and values of the context, capped at `most_ctx`."""
     engine, config, tensors = settings.engine(), checkpoint.config, checkpoint.tensors
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
     packed = checkpoint.quantization in REPACK
@@ -8494,17 +8451,18 @@ def memory_needed(
 
 
 def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
-    """How the server gets a model: by its name, or from `path`."""
-    chosen = {n: value for n, (value, who) in settings.sampling({}).items() if who != "built-in"}
+    """The server's source of a model: its name, or a path."""
+    sampling = settings.sampling({}).items()
+    chosen = {name: value for name, (value, origin) in sampling if origin != "built-in"}
     args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
-    settings = dataclasses.replace(settings, args=args)  # whatever a Modelfile's FROM says
+    settings = dataclasses.replace(settings, args=args)  # the flag goes before a Modelfile's FROM
     num_gpus = args.num_gpus or 1
     devices = [f"cuda:{i}" if num_gpus > 1 else args.device for i in range(num_gpus)]
 
     def need_bytes() -> int:
-        found = ModelStore().resolve(settings.model, args.revision)
-        mark_used(found)
-        return sum(memory_needed(open_checkpoint(found), settings, SLOT_TOKENS))
+        files = ModelStore().resolve(settings.model, args.revision)
+        mark_used(files)
+        return sum(memory_needed(open_checkpoint(files), settings, SLOT_TOKENS))
 
     return ModelSource(
         name,
@@ -8518,7 +8476,7 @@ def model_source(settings: Settings, name: str, path: Path | None = None) -> Mod
 
 
 def serve_catalog(settings: Settings) -> Catalog:
-    """The models named by --model or the Modelfile; where there are none, those on this machine."""
+    """The models of --model or the Modelfile; without either, all models on this machine."""
     args, store = settings.args, ModelStore()
     if args.script:
         source = extra("testing", "--script").script_source(args.script)
@@ -8532,8 +8490,8 @@ def serve_catalog(settings: Settings) -> Catalog:
     def find(name: str) -> ModelSource | None:
         modelfile = store.modelfile(name) or Modelfile()
         path = store.find_cached(modelfile.model or name)
-        one = dataclasses.replace(settings, modelfile=modelfile)
-        return model_source(one, name, path) if path else None
+        its_settings = dataclasses.replace(settings, modelfile=modelfile)
+        return model_source(its_settings, name, path) if path else None
 
     def list_names() -> list[str]:
         return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
@@ -8554,7 +8512,7 @@ def run_serve(settings: Settings) -> int:
     if config.num_gpus > 1 and config.num_gpus > (num_there := torch.cuda.device_count()):
         raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning(f"warning: {config.host} can be reached by others, and no --api-key is set")
+        log.warning(f"warning: other machines can reach {config.host}; no --api-key is set")
     middleware = extra("testing", "a server for tests").middleware() if is_test else []
     serve(
         serve_catalog(settings),
@@ -8569,20 +8527,19 @@ def run_serve(settings: Settings) -> int:
 
 
 def run_command(name: str, argv: list[str]) -> int:
-    """Run a subcommand. Raises ExtraError for one whose module is not installed."""
+    """Run a subcommand. Raises ExtraError where its module is not installed."""
     runs = COMMANDS[name].runs
-    if "." in runs:
-        return int(extra(runs, f"nanollama.py {name}").run(argv))
-    return int(globals()[runs](argv))
+    run = extra(runs, f"{PROGRAM} {name}").run if "." in runs else globals()[runs]
+    return int(run(argv))
 
 
 def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
-    prog, text = f"nanollama.py {name}", COMMANDS[name].help
-    return argparse.ArgumentParser(prog=prog, description=text.capitalize() + ".", **options)
+    text = COMMANDS[name].help.capitalize() + "."
+    return argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text, **options)
 
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
-    """A line for each setting, with its origin; - for what is not set."""
+    """One line for each setting, with its origin; - stands for no value."""
     names = ("system", "tokenizer", "adapter", "ctx", "threads")
     rows = {name: settings.value(name) for name in names}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
@@ -8620,10 +8577,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 
 def command_show(argv: list[str]) -> int:
-    """show MODEL: what a model is, and every setting with its origin."""
-    parser = command_parser(
-        "show", epilog=f"Model types that can be run: {', '.join(all_families())}"
-    )
+    parser = command_parser("show", epilog=f"Supported architectures: {', '.join(all_families())}")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
@@ -8634,20 +8588,18 @@ def command_show(argv: list[str]) -> int:
     path = ModelStore().find(settings.model, args.revision)
     if path is None:
         raise ModelNotFoundError(
-            f"{settings.model}: not on this machine; fetch it with: "
-            f"nanollama.py pull {settings.model}"
+            f"{settings.model}: not on this machine; get it with: {PROGRAM} pull {settings.model}"
         )
     checkpoint = open_checkpoint(path)
     template = ChatTemplate(checkpoint.text, settings.modelfile.template)
     sampling = settings.sampling(checkpoint.sampling)
     lines = [*describe(checkpoint, settings, template), "settings"]
-    supported = textwrap.wrap(f"architectures that can be run: {', '.join(all_families())}", 98)
+    supported = textwrap.wrap(f"supported architectures: {', '.join(all_families())}", 98)
     print("\n".join([*lines, *settings_lines(settings, sampling), *supported]))
     return 0
 
 
 def command_pull(argv: list[str]) -> int:
-    """pull MODEL: download a model, or bring it up to date."""
     parser = command_parser("pull")
     text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
     parser.add_argument("ref", metavar="MODEL", help=text)
@@ -8658,11 +8610,10 @@ def command_pull(argv: list[str]) -> int:
 
 
 def command_list(argv: list[str]) -> int:
-    """list: the models on this machine."""
     command_parser("list").parse_args(argv)
     models = ModelStore().models()
     if not models:
-        log.warning("no models here yet; fetch one with: nanollama.py pull smollm2")
+        log.warning(f"no models yet; get one with: {PROGRAM} pull smollm2")
         return 0
     width = max(len(model.id) for model in models)
     print(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED")
@@ -8673,7 +8624,6 @@ def command_list(argv: list[str]) -> int:
 
 
 def command_rm(argv: list[str]) -> int:
-    """rm MODEL: delete a cached model."""
     parser = command_parser("rm")
     parser.add_argument("ref", metavar="MODEL", help="an id as `list` shows it")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
@@ -8685,7 +8635,7 @@ def command_rm(argv: list[str]) -> int:
     if not args.yes:
         freed = human_bytes(sum(m.num_bytes for m in models))
         if not confirmed(f"Delete, freeing {freed}? [y/N] "):
-            log.warning("kept")
+            log.warning("nothing deleted")
             return 1
     log.warning(f"freed {human_bytes(store.remove(models))}")
     return 0
@@ -8698,16 +8648,18 @@ def run(argv: list[str]) -> int:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
         return run_command(argv[0], argv[1:])
     args = parser.parse_args(argv)
-    if len(args.models) > 1 and not args.serve:
-        parser.error("several --model go with --serve")
-    if args.tools and not (args.interactive or (args.chat and args.prompt is not None)):
-        parser.error("--tools goes with --interactive, or with --prompt and --chat")
-    if args.output and args.batch_file is None:
-        parser.error("--output goes with --batch-file")
-    if args.embed and (args.interactive or args.serve):
-        parser.error("--embed goes with --prompt or --batch-file")
-    if args.script and (args.models or not args.serve):
-        parser.error("--script goes with --serve, and without --model")
+    for is_wrong, message in (
+        (len(args.models) > 1 and not args.serve, "several --model need --serve"),
+        (
+            args.tools and not (args.interactive or (args.chat and args.prompt is not None)),
+            "--tools needs --interactive, or --prompt and --chat",
+        ),
+        (args.output and args.batch_file is None, "--output needs --batch-file"),
+        (args.embed and (args.interactive or args.serve), "--embed needs --prompt or --batch-file"),
+        (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
+    ):
+        if is_wrong:
+            parser.error(message)
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
@@ -8721,12 +8673,12 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code; argparse exits by itself on usage errors."""
+    """Run the command line. Returns the exit code; argparse exits by itself on a usage error."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
-        if stream is None:  # whoever started this closed it
+        if stream is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-        elif isinstance(stream, io.TextIOWrapper):  # anything may be typed, a model say anything
+        elif isinstance(stream, io.TextIOWrapper):  # for text that the encoding does not have
             stream.reconfigure(errors="replace")
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
     log.setLevel(logging.INFO)
@@ -8740,9 +8692,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
-    except OSError as error:  # mostly about stdout: what is left for it must not fail again
+    except OSError as error:  # mostly of stdout, whose last flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):  # its reader left, as `head` does
+        if isinstance(error, BrokenPipeError):  # the reader is done, as `head` is
             return 0
         log.error(f"error: {error}")
         return 1

@@ -472,7 +472,7 @@ def test_show_describes_a_model(cli: Callable[..., Ran], smollm2: Path) -> None:
     assert fields["kernels"].endswith("; keys and values in float16")
     assert re.search(r"^  top_k +7  \(flag\)$", ran.out, re.MULTILINE)
     assert re.search(r"^  temperature +0.7  \(built-in\)$", ran.out, re.MULTILINE)
-    supported = ran.out.partition("architectures that can be run: ")[2].split()
+    supported = ran.out.partition("supported architectures: ")[2].split()
     assert supported == ", ".join(nanollama.all_families()).split()
 
 
@@ -511,8 +511,8 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
         ("", "one of the arguments --prompt/-p --interactive --batch-file"),
         ("lsit", "unknown command 'lsit'; commands are: pull, list, show, rm, bench, eval, verify"),
         ("--prompt x --interactive", "not allowed with argument"),
-        ("--prompt x --script a.yaml", "--script goes with --serve, and without --model"),
-        ("--serve --model x --script a.yaml", "--script goes with --serve, and without --model"),
+        ("--prompt x --script a.yaml", "--script needs --serve without --model"),
+        ("--serve --model x --script a.yaml", "--script needs --serve without --model"),
         ("--prompt", "expected one argument"),
         ("-p x --no-such-flag", "unrecognized arguments: --no-such-flag"),
         ("-p x --temp -1", "temperature is -1.0; it must be a number between 0 and 100"),
@@ -537,7 +537,7 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
         ("-p x --prefill-chunk -3", "prefill_chunk is -3"),
         ("-p x --dtype int8", "invalid choice: 'int8'"),
         ("-p x --quantize q2", "invalid choice: 'q2'"),
-        ("-p x --output y", "--output goes with --batch-file"),
+        ("-p x --output y", "--output needs --batch-file"),
         ("rm", "required: MODEL"),
         ("pull", "required: MODEL"),
         ("list everything", "unrecognized arguments: everything"),

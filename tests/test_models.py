@@ -274,7 +274,7 @@ def test_without_a_model_those_in_the_cache_and_no_path(
 def test_several_models_are_for_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         nanollama.main(["--prompt", "a", "--model", "x/y", "--model", "smollm2"])
-    assert "several --model go with --serve" in capsys.readouterr().err
+    assert "several --model need --serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_parameters_can_be_set(talk: Callable[..., Said]) -> None:
         ("/set temperature hot", "temperature is 'hot'; it must be a number"),
         ("/set top_k -1", "top_k is -1"),
         ('/set stop ""', "stop is ('',)"),
-        ("/set num_ctx 9", "fixed when the model loads; start again with --ctx 9"),
+        ("/set num_ctx 9", "num_ctx cannot change now; start again with --ctx 9"),
         ("/load", "/load: no such file"),
         ("/load absent.json", "absent.json: no such file"),
         ("/load .", ".: no such file"),

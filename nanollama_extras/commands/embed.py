@@ -10,7 +10,7 @@ import functools
 import json
 from typing import TYPE_CHECKING
 
-from nanollama import BatchRow, GenerationRequest, answered, log, read_prompt, read_rows
+from nanollama import BatchRow, GenerationRequest, answer_rows, log, read_prompt, read_rows
 
 if TYPE_CHECKING:
     from nanollama import Settings
@@ -21,7 +21,7 @@ def run(settings: Settings) -> int:
     args = settings.args
     is_batch = args.batch_file is not None
     rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
-    for row in answered(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
+    for row in answer_rows(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
         if row.error and not is_batch:
             raise row.error
         if row.error:

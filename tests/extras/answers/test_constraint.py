@@ -652,7 +652,7 @@ def test_a_schema_file_that_is_none_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.json"
-    for text, reason in ((None, "cannot be read"), ("{", "not readable as JSON"), ("3", "object")):
+    for text, reason in ((None, "cannot be read"), ("{", "not valid JSON"), ("3", "object")):
         if text is not None:
             file.write_text(text)
         with pytest.raises(SystemExit) if reason == "object" else _nothing():

@@ -210,7 +210,7 @@ def test_tools_need_a_chat(file: Path, capsys: pytest.CaptureFixture[str]) -> No
     for words in (["--prompt", "x"], ["--serve"], ["--batch-file", "x", "--chat"]):
         with pytest.raises(SystemExit):
             nanollama.main([*words, "--tools", str(file)])
-        assert "--tools goes with" in capsys.readouterr().err
+        assert "--tools needs" in capsys.readouterr().err
 
 
 DRIVER = """
