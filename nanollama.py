@@ -3476,10 +3476,8 @@ SIDE_FILES = (
 NANOCHAT = "nanochat"
 # Folder in a directory of nanochat -> the value of --source that chooses it
 NANOCHAT_FOLDERS = {
-    **dict.fromkeys(("chatsft_checkpoints", "sft_checkpoints"), "sft"),
-    **dict.fromkeys(("chatrl_checkpoints", "rl_checkpoints"), "rl"),
-    "mid_checkpoints": "mid",
-    "base_checkpoints": "base",
+    f"{name}_checkpoints": name.removeprefix("chat")
+    for name in ("chatsft", "sft", "chatrl", "rl", "mid", "base")
 }
 
 
@@ -3653,33 +3651,28 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
 def hub_errors(hub: HubRef) -> Iterator[None]:
     """Turn the errors of huggingface_hub into DownloadErrors and ModelNotFoundErrors."""
     errors, constants = huggingface_hub.errors, huggingface_hub.constants
+    our_error: type[NanollamaError] = DownloadError
     try:
         yield
+        return
     except errors.GatedRepoError:
-        raise DownloadError(
-            f"{hub.tag}: this model is gated: accept its terms on {constants.ENDPOINT}/{hub.repo}, "
-            "then set HF_TOKEN to a token of that account"
-        ) from None
+        problem = f"this model is gated: accept its terms on {constants.ENDPOINT}/{hub.repo}, then "
+        problem += "set HF_TOKEN to a token of that account"
     except errors.OfflineModeIsEnabled:
-        raise DownloadError(f"{hub.tag}: cannot be fetched while HF_HUB_OFFLINE is set") from None
+        problem = "cannot be fetched while HF_HUB_OFFLINE is set"
     except errors.RevisionNotFoundError:
-        raise ModelNotFoundError(f"{hub.tag}: the hub has no such revision of it") from None
+        our_error, problem = ModelNotFoundError, "the hub has no such revision of it"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ModelNotFoundError(
-            f"{hub.tag}: no such path here and no such model on the hub; check the name, or set "
-            "HF_TOKEN if it is private"
-        ) from None
+        our_error, problem = ModelNotFoundError, "no such path here and no such model on the hub; "
+        problem += "check the name, or set HF_TOKEN if it is private"
     except Exception as error:  # the library's errors have no common base
+        problem = f"cannot be fetched from the hub at {constants.ENDPOINT}: "
+        problem += f"{first_line(error.__cause__ or error)}; check the connection and HF_TOKEN, or "
+        problem += "set HF_ENDPOINT to a mirror"
         if isinstance(error, OSError) and error.errno:
-            raise DownloadError(
-                f"{hub.tag}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}; make "
-                "room, or point HF_HOME elsewhere"
-            ) from None
-        raise DownloadError(
-            f"{hub.tag}: cannot be fetched from the hub at {constants.ENDPOINT}: "
-            f"{first_line(error.__cause__ or error)}; check the connection and HF_TOKEN, or set "
-            "HF_ENDPOINT to a mirror"
-        ) from None
+            problem = f"cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}; make room, "
+            problem += "or point HF_HOME elsewhere"
+    raise our_error(f"{hub.tag}: {problem}")
 
 
 def hub_models() -> Iterator[CachedModel]:
@@ -3787,8 +3780,6 @@ class ModelStore:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root.expanduser() if root else cache_root()
 
-    # -- resolve -----------------------------------------------------------------------------------
-
     def resolve(self, reference: str, revision: str | None = None) -> Path:
         """A local path for `reference`; missing files are downloaded.
 
@@ -3845,8 +3836,6 @@ class ModelStore:
         model = extra("files.tiny_random", f"the model {TINY_RANDOM}")
         return cast(Path, model.find_tiny_random(self.root / TINY_RANDOM / __version__))
 
-    # -- download ----------------------------------------------------------------------------------
-
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
         path = self.find(reference, revision)  # raises for an unknown reference
@@ -3901,8 +3890,6 @@ class ModelStore:
         """The Modelfile of a created model, or None."""
         path = self.modelfile_path(name)
         return read_modelfile(path) if os.path.isfile(path) else None
-
-    # -- list and remove ---------------------------------------------------------------------------
 
     def models(self) -> list[CachedModel]:
         """All models in the two caches; the file of an alias has a line for each name."""
@@ -4013,7 +4000,7 @@ DIRECTIVES = {
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """A model reference with its defaults. `parameters`: SamplingParams fields, ctx, threads."""
+    """A model with its defaults. `parameters` are fields of SamplingParams, ctx and threads."""
 
     model: str | None = None
     tokenizer: str | None = None
@@ -4041,69 +4028,65 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
 
     Paths of FROM, TOKENIZER and ADAPTER are relative to the directory of `path`. Raises
     ModelfileError with the line number."""
-    fields: dict[str, Any] = {}
-    parameters: dict[str, Any] = {}
-    messages: list[dict[str, str]] = []
-    for line, key, word, value in _directives(text, path):
-        if key in ("FROM", "TOKENIZER", "ADAPTER"):
-            local = local_path(value, path.parent)
-            if local is None and value.startswith("."):
-                local = path.parent / value
-            fields[DIRECTIVES[key]] = str(local or value)
-        elif key == "PARAMETER":
-            try:
-                name, parsed = parse_parameter(word, value)
-            except RequestError as error:
-                raise ModelfileError(f"{path}:{line}: {error}") from None
-            parameters[name] = (*parameters.get(name, ()), *parsed) if name == "stop" else parsed
-        elif key == "MESSAGE":
-            if word.lower() not in ("system", "user", "assistant"):
-                raise ModelfileError(
-                    f"{path}:{line}: MESSAGE role {word!r}; use system, user or assistant"
-                )
-            messages.append({"role": word.lower(), "content": value})
-        elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
-            raise ModelfileError(f"{path}:{line}: this is a Go template; write it in Jinja")
-        else:
-            fields[DIRECTIVES[key]] = value
-    return Modelfile(parameters=parameters, messages=tuple(messages), **fields)
-
-
-def _directives(text: str, path: Path) -> Iterator[tuple[int, str, str, str]]:
-    """(line number, KEYWORD, word, value) of each directive. PARAMETER and MESSAGE have a word
-    before the value: a name, a role."""
+    fields: dict[str, Any] = {"parameters": {}, "messages": ()}
     lines = enumerate(text.split("\n"), 1)
-    for start, line in lines:
-        key, value = split_word(line)
-        key, word = key.upper(), ""
-        if not key or key.startswith("#"):
+    for number, line in lines:
+        if not line.strip() or line.strip().startswith("#"):
             continue
-        if key not in DIRECTIVES:
-            known = ", ".join(DIRECTIVES)
-            raise ModelfileError(f"{path}:{start}: unknown directive {key!r}; known: {known}")
-        if key in ("PARAMETER", "MESSAGE"):
-            word, value = split_word(value)
-        if value.startswith('"""'):
-            value = _block(value[3:], lines, f"{path}:{start}")
-        elif len(value) > 1 and value[0] == value[-1] == '"':
-            value = value[1:-1]
-        if not value.strip():
-            raise ModelfileError(f"{path}:{start}: {key} {word} needs a value".replace("  ", " "))
-        yield start, key, word, value
+        try:
+            set_directive(fields, path.parent, *read_directive(line, lines))
+        except (ModelfileError, RequestError) as error:
+            raise ModelfileError(f"{path}:{number}: {error}") from None
+    return Modelfile(**fields)
 
 
-def _block(value: str, lines: Iterator[tuple[int, str]], place: str) -> str:
-    """The text up to the closing triple quotes; `lines` follow the one of `value`."""
-    block = []
-    while '"""' not in value:
-        block.append(value)
-        if (following := next(lines, None)) is None:
-            raise ModelfileError(f'{place}: this """ block is never closed')
-        value = following[1]
-    value, _, rest = value.partition('"""')
-    if rest.strip():
-        raise ModelfileError(f'{place}: {rest.strip()!r} follows the closing """')
-    return "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
+def read_directive(line: str, lines: Iterator[tuple[int, str]]) -> tuple[str, str, str]:
+    """(KEYWORD, word, value) of a directive. PARAMETER and MESSAGE have a word before the value: a
+    name, a role. The rest of a block in triple quotes is taken from `lines`."""
+    key, value = split_word(line)
+    key, word = key.upper(), ""
+    if key not in DIRECTIVES:
+        known = ", ".join(DIRECTIVES)
+        raise ModelfileError(f"unknown directive {key!r}; known: {known}")
+    if key in ("PARAMETER", "MESSAGE"):
+        word, value = split_word(value)
+    if value.startswith('"""'):
+        block, value = [], value[3:]
+        while '"""' not in value:
+            block.append(value)
+            if (following := next(lines, None)) is None:
+                raise ModelfileError('this """ block is never closed')
+            value = following[1]
+        value, _, rest = value.partition('"""')
+        if rest.strip():
+            raise ModelfileError(f'{rest.strip()!r} follows the closing """')
+        value = "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
+    elif len(value) > 1 and value[0] == value[-1] == '"':
+        value = value[1:-1]
+    if not value.strip():
+        raise ModelfileError(f"{key} {word} needs a value".replace("  ", " "))
+    return key, word, value
+
+
+def set_directive(fields: dict[str, Any], directory: Path, key: str, word: str, value: str) -> None:
+    """Put a directive into the fields of a Modelfile in `directory`."""
+    if key == "PARAMETER":
+        name, parsed = parse_parameter(word, value)
+        parameters = fields["parameters"]
+        parameters[name] = (*parameters.get(name, ()), *parsed) if name == "stop" else parsed
+    elif key == "MESSAGE":
+        if word.lower() not in ("system", "user", "assistant"):
+            raise ModelfileError(f"MESSAGE role {word!r}; use system, user or assistant")
+        fields["messages"] += ({"role": word.lower(), "content": value},)
+    elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
+        raise ModelfileError("this is a Go template; write it in Jinja")
+    elif key in ("FROM", "TOKENIZER", "ADAPTER"):
+        path = local_path(value, directory)
+        if path is None and value.startswith("."):
+            path = directory / value
+        fields[DIRECTIVES[key]] = str(path or value)
+    else:
+        fields[DIRECTIVES[key]] = value
 
 
 def split_word(text: str) -> tuple[str, str]:
