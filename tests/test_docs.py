@@ -251,6 +251,18 @@ def test_the_table_of_sections_is_the_files() -> None:
     assert listed == [f"{section.number} {section.name}" for section in SECTIONS]
 
 
+def test_the_table_of_extras_is_the_folders() -> None:
+    folder = ROOT / "nanollama_extras"
+    modules = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.py"))]
+    listed = [codes(row[0])[0] for row in table("Extras")]
+    assert listed == [name for name in modules if not name.endswith("__init__.py")]
+
+
+def test_the_tables_of_the_seams_exist() -> None:
+    for _, _, name, *_ in table("Seams"):
+        assert not name or hasattr(nanollama, codes(name)[0])
+
+
 def test_the_commands_of_the_repl_are_listed() -> None:
     commands = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
     listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
