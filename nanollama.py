@@ -4632,7 +4632,8 @@ class ChatTemplate:
             **template_kwargs,
         }
         errors: list[NanollamaError] = []
-        for shaped, listed in itertools.product(message_shapes(clean), tool_shapes(tools)):
+        lists = extra("answers.tools", "a list of tools").tool_shapes(tools) if tools else [None]
+        for shaped, listed in itertools.product(message_shapes(clean), lists):
             try:
                 text = compiled_template(source).render(variables, messages=shaped, tools=listed)
                 return up_to_cut(text) if continue_final_message else text
@@ -4682,23 +4683,13 @@ def message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, An
     """The messages in each form that some template needs, the usual one first."""
     yield messages
     if any(map(is_about_calls, messages)):
-        yield (messages := [short_ids(message) for message in messages])  # Mistral
-        as_text = [with_arguments(message, json_text) for message in messages]
-        yield as_text  # Functionary
-        yield [{"content": None, **message} for message in messages]  # DeepSeek
-        yield [{"content": None, **message} for message in as_text]
+        with contextlib.suppress(ExtraError):
+            shapes = extra("answers.tools", "a conversation with calls").call_shapes(messages)
+            yield from shapes
+            messages = shapes[0]
     if not all("content" in message for message in messages):
         yield [{"content": "", **message} for message in messages]  # Qwen3
     yield in_turns(messages)  # Mistral
-
-
-def tool_shapes(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
-    """The tools as they are; then with each description and parameters filled in (Seed-OSS)."""
-    yield tools or None
-    functions = [tool["function"] for tool in tools or [] if isinstance(tool.get("function"), dict)]
-    if functions:
-        empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
-        yield [{"type": "function", "function": {**empty, **function}} for function in functions]
 
 
 def in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -4713,19 +4704,6 @@ def in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             turns.append(message)
     return turns
-
-
-def short_ids(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with ids of calls cut to their last nine letters and digits."""
-
-    def short(item: Any, key: str = "id") -> Any:
-        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
-            return item
-        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
-
-    message = short(message, "tool_call_id")
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [*map(short, calls)]} if isinstance(calls, list) else message
 
 
 def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
@@ -4749,11 +4727,6 @@ def parsed_object(value: Any) -> Any:
         if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
             return parsed
     return value
-
-
-def json_text(value: Any) -> Any:
-    """Text as it is, any other value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def encode_chat(
@@ -4871,9 +4844,7 @@ class CallSplitter(Protocol):
 
     @property
     def has_calls(self) -> bool: ...  # of which the last is complete
-
     def push(self, text: str) -> list[Piece]: ...
-
     def flush(self) -> list[Piece]: ...
 
 
@@ -4911,7 +4882,6 @@ class Calls(Protocol):
     """The functions that an answer may call."""
 
     def splitter(self) -> CallSplitter: ...
-
     def control_ids(self, tokenizer: Tokenizer) -> frozenset[int]: ...  # that calls are written in
 
 
@@ -4969,13 +4939,9 @@ class Constraint(Protocol):
 
     @property
     def is_done(self) -> bool: ...  # nothing can follow
-
     def copy(self) -> Constraint: ...
-
     def allowed(self) -> npt.NDArray[np.bool_]: ...  # (V,)
-
     def push(self, token_id: int) -> None: ...
-
     def num_valid(self, token_ids: list[int]) -> int: ...  # leading ones that could come next
 
 
@@ -5217,7 +5183,6 @@ class Drafter(Protocol):
     """Guesses the next tokens of one text, for the engine to verify (see `--lookup`)."""
 
     def draft(self, tokens: list[int], most: int) -> list[int]: ...
-
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None: ...
 
 
@@ -5225,7 +5190,6 @@ class Pooler(Protocol):
     """Makes the embedding of one text from the hidden states of its tokens."""
 
     def take(self, states: Tensor) -> None: ...  # (n, C) of the next n tokens
-
     def embedding(self) -> list[float]: ...  # (C,)
 
 
@@ -5644,6 +5608,11 @@ class GenerationRequest:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("a request needs either a prompt or messages", "prompt")
 
+    @property
+    def is_new_turn(self) -> bool:
+        """Whether the answer is a turn of a conversation, not the continuation of a text."""
+        return bool(self.messages and not self.template_kwargs.get("continue_final_message"))
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
@@ -5663,12 +5632,6 @@ class Prepared:
     ids: list[int]
     prompt_text: str
     form: AnswerForm
-
-    @property
-    def continues(self) -> bool:
-        """Whether the answer continues the prompt's last text instead of a new turn."""
-        kwargs = self.request.template_kwargs
-        return self.request.messages is None or bool(kwargs.get("continue_final_message"))
 
     def splitter(self, keep_tags: bool = False) -> AnswerSplitter:
         """A new splitter, for one answer."""
@@ -5776,8 +5739,7 @@ class TextSide:
         """The constraint of the answer to a prompt; None for any text. Raises RequestError."""
         if request.params.answer_field is None and calls is None:
             return None
-        continues = request.template_kwargs.get("continue_final_message")
-        tags = None if request.messages is None or continues else self.template.thoughts
+        tags = self.template.thoughts if request.is_new_turn else None
         tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
         constraint = self.grammars.constraint(request.params, tail, tags, calls)
         return cast("Constraint | None", constraint)
@@ -5874,7 +5836,7 @@ class LLM(TextSide):
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
         constraint = form.constraint.copy() if form.constraint else None
         # a constrained answer keeps its leading space
-        continues = prepared.continues or constraint is not None
+        continues = constraint is not None or not request.is_new_turn
         seq = Sequence(
             index,
             list(prepared.ids),

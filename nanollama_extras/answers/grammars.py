@@ -1,6 +1,6 @@
 """Answers in a form: JSON that a schema accepts, text of a regex or a grammar, and tool calls.
 
-One grammar says what the whole answer must be, where thoughts and calls may stand included:
+One grammar describes the whole answer, and where thoughts and calls may stand in it:
 
     schema | regex | grammar ─┐
     tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
@@ -171,8 +171,8 @@ def text_terminal(schema: Mapping[str, Any]) -> str:
     start, end = ("" if pattern[:1] == "^" else r"(.|\n)*"), r"(.|\n)*"
     if pattern.endswith("$") and not pattern.endswith(r"\$"):
         pattern, end = pattern[:-1], ""
-    found = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
-    return f"/(.|\\n){length}/ & /{found}/"
+    regex = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
+    return f"/(.|\\n){length}/ & /{regex}/"
 
 
 class Grammars:
@@ -279,9 +279,9 @@ class Grammars:
         """The rules of `calls`; if free, any text may precede them. Raises RequestError."""
         form, control = calls.form, self.tokenizer.control
         between = {control[word] for word in self.signs.findall(form.between)}
-        num_more = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
-        more = f"({self.literal(form.between)} next){{0,{num_more}}}" if num_more else ""
-        rules = {"calls": f"first {more} {self.literal(form.end)}"}
+        num_further = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
+        further = f"({self.literal(form.between)} next){{0,{num_further}}}" if num_further else ""
+        rules = {"calls": f"first {further} {self.literal(form.end)}"}
         for i, (name, function) in enumerate(calls.functions.items()):
             head, tail = form.head(name), f"arguments_{i} {self.literal(form.tail)}"
             opening = form.begin + head

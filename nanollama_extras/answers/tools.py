@@ -1,9 +1,9 @@
 """Tool calls: how families of models write them, which functions an answer may call, and the calls
 in an answer, taken apart as it comes.
 
-Seam       Answer form. The core asks `find_calls` for what an answer may call when a request has
-           tools, `fit_to_template` when a conversation has tools or calls, and `read_tools` to read
-           those of a request body.
+Seam       Answer form. The core asks `read_tools` for the tools of a request body, `find_calls`
+           for the functions that an answer may call, and `fit_to_template`, `call_shapes` and
+           `tool_shapes` for messages and tools that a template can render.
 Extend     another format of calls is a row of TOOL_FORMATS; a template that cannot render calls is
            recognized by a row of TOOL_MARKS.
 Remove     delete this file (and grammars.py, which imports it); requests with tools are then
@@ -34,9 +34,9 @@ from nanollama import (
     clean_message,
     excerpt,
     held_back,
-    json_text,
     parsed_object,
     refuse,
+    with_arguments,
 )
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ class ToolFormat:
     between: str = ""
     end: str = ""
     trigger: str = ""
-    parameter: str = (
-        ""  # with KEY and VALUE: strings as they are, the rest as JSON; "" for one object
-    )
-    mark: str = ""  # with NAME: text of a rendered call, where it differs from what models generate
+    parameter: str = ""  # with KEY and VALUE, a string or JSON; "": all arguments are one object
+    mark: str = ""  # with NAME: text of a rendered call, where models generate another
 
     def head(self, name: str) -> str:
         return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
@@ -173,9 +171,9 @@ class ToolStyle:
 @lru_cache(maxsize=64)
 def tool_style(template: ChatTemplate) -> ToolStyle:
     """Render a call, its result and a list of tools with a template to learn its style."""
-    found, writes_calls = probe_calls(template)
+    form, writes_calls = probe_calls(template)
     name = next((n for mark, n in TOOL_MARKS.items() if mark in (template.source or "")), "")
-    form = found or TOOL_FORMATS.get(name)
+    form = form or TOOL_FORMATS.get(name)
     lists_tools = form is not None and renders_tools(template)
     return ToolStyle(form or TOOL_FORMATS["hermes"], lists_tools, writes_calls)
 
@@ -251,6 +249,42 @@ def call_as_content(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     content = clean_message(rest).get("content", "")
     return {**rest, "content": content + form.spell(calls)}
+
+
+def call_shapes(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Messages with calls in each form that some template needs; the first has only short ids."""
+    messages = [short_ids(message) for message in messages]  # Mistral
+    as_text = [with_arguments(message, json_text) for message in messages]  # Functionary
+    without_content = [  # DeepSeek
+        [{"content": None, **message} for message in shape] for shape in (messages, as_text)
+    ]
+    return [messages, as_text, *without_content]
+
+
+def tool_shapes(tools: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The tools as they are; then with each description and parameters filled in (Seed-OSS)."""
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    filled = [{"type": "function", "function": {**empty, **function}} for function in functions]
+    return [tools, filled] if filled else [tools]
+
+
+def short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with ids of calls cut to their last nine letters and digits."""
+
+    def short(item: Any, key: str = "id") -> Any:
+        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
+            return item
+        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
+
+    message = short(message, "tool_call_id")
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [*map(short, calls)]} if isinstance(calls, list) else message
+
+
+def json_text(value: Any) -> Any:
+    """Text as it is, any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # ---- arguments and their schemas -----------------------------------------------------------------
@@ -461,7 +495,7 @@ class ToolSplitter:
 
     def _rest(self, final: bool) -> list[Piece]:
         """The content of held text in which no call begins; the end of it may have to wait."""
-        if self.num_calls:  # only at the end is it known whether more than `form.end` follows
+        if self.num_calls:  # `form.end` is not content; text after it is passed on at the end
             text = self.last.sub("", self._take(len(self._held)), count=1) if final else ""
             return [Piece("content", text)] if text.strip() else []
         text, at = self._held, self._held.find(self.opener)
