@@ -23,13 +23,10 @@
     nanollama.py --model smollm2 --interactive                            a conversation
     nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
     nanollama.py --model smollm2 --serve                                  a server and a web chat
-    nanollama.py --serve                                                  in Ollama's place
     nanollama.py pull | list | show | rm                                  the models on this machine
-    nanollama.py bench --model smollm2                                    how fast it runs here
-    nanollama.py eval --model smollm2 --text FILE                         how well it predicts
-    nanollama.py verify DIRECTORY                                         is it the same model
 
-From Python:  from nanollama import LLM, SamplingParams; in tests of other programs, TestServer
+From Python:  from nanollama import LLM, SamplingParams
+The folder nanollama_extras adds fast kernels, more models, formats, APIs and commands.
 
 Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     1 GROUND: what every section may use
@@ -48,9 +45,9 @@ Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
     14 CLI: modes, the conversation, `main`
 
 One request, hop by hop
-    argv / file line / HTTP body -> GenerationRequest -> prompt str -> list[int] -> Sequence
-    -> Batch (all new tokens of all running sequences in one flat row) -> logits -> one id per
-    sequence -> Delta -> terminal text, JSONL row or wire chunk -> server-sent event
+    argv / file line / HTTP body -> GenerationRequest -> Prepared (ids, text, form of the answer)
+    -> Sequence -> Batch (all new tokens of all running sequences in one flat row) -> Decoder
+    -> logits -> sampler: one id per sequence -> Delta -> text, JSON line or server-sent event
 
 Letters in shape comments
     N flat tokens in a step    B running sequences   S visible key positions  V vocabulary
@@ -127,43 +124,25 @@ from typing import (
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM",
-    "ChatTemplate",
-    "Checkpoint",
-    "Completion",
-    "Decoder",
-    "Delta",
-    "Engine",
-    "EngineConfig",
-    "GenerationRequest",
-    "KVCache",
-    "ModelConfig",
-    "ModelStore",
-    "NanollamaError",
-    "PackedLinear",
-    "SamplingParams",
-    "TestServer",  # noqa: F822 (see PUBLIC_EXTRAS)
-    "TextStream",
-    "Tokenizer",
-    "ToolChoice",
-    "Usage",
-    "function_tool",  # noqa: F822 (see PUBLIC_EXTRAS)
-    "main",
-]
+    "LLM", "ChatTemplate", "Checkpoint", "Completion", "Decoder", "Delta", "Engine", "EngineConfig",
+    "GenerationRequest", "KVCache", "ModelConfig", "ModelStore", "NanollamaError", "PackedLinear",
+    "SamplingParams", "TestServer", "TextStream", "Tokenizer",  # noqa: F822
+    "ToolChoice", "Usage", "function_tool", "main",  # noqa: F822 (see PUBLIC_EXTRAS)
+]  # fmt: skip
 
 # ==================================================================================================
 # 1 GROUND: what every section may use
 #
-#   The error tree, the imports that wait, a few words of formatting.
-#   Idea        `torch` and its like are proxies that import on first use, so `--help` and `list`
-#               never pay for them.
-#   Invariant   whatever a user can cause is a NanollamaError with one line to read: what failed,
-#               the value, what to do. Anything else that escapes is a bug.
-#   Extend      a new failure is a subclass here, with its HTTP status and OpenAI error code.
+#   The tree of errors, libraries and extras that are imported when needed, and helpers for text.
+#   Idea        `torch` and other libraries are imported on first use, so `--help` is fast.
+#   Invariant   an error that a user can cause is a NanollamaError of one line: the failure, the
+#               value, the remedy. Any other exception that reaches the user is a bug.
+#   Extend      a new kind of error is a subclass, with its HTTP status and OpenAI error code. A
+#               library is a LazyModule; an extra is imported with `extra(path, feature)`.
 # ==================================================================================================
 
 log = logging.getLogger("nanollama")
-# As a script, this module is __main__: extras that import nanollama must get the same one.
+# As a script, this module is __main__; `import nanollama` in an extra must give the same module.
 sys.modules.setdefault("nanollama", sys.modules[__name__])
 # In MKL's strict mode, a row of a matrix product does not depend on how many rows there are
 # (oneMKL Developer Guide, "Conditional Numerical Reproducibility"). MKL reads this on first use.
@@ -176,20 +155,19 @@ Found = TypeVar("Found")
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C counts when the block is through: an import that it breaks off, or that swallows it,
-    leaves modules that work no more."""
-    came: list[Any] = []
+    """Delay Ctrl-C until the block ends: an import that it interrupts leaves a broken module."""
+    interrupts: list[Any] = []
     handler = signal.getsignal(signal.SIGINT)
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, lambda *received: came.append(received))
+    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
+        if interrupts:
+            handler(*interrupts[0])
 
 
 def library(path: str, *submodules: str, install: str = "pip install .") -> Any:
@@ -208,15 +186,15 @@ def library(path: str, *submodules: str, install: str = "pip install .") -> Any:
 
 
 class LazyModule:
-    """A stand-in for a library: it imports the library when one of its attributes is first read,
-    and then takes itself out of the way. Raises PackageError."""
+    """A stand-in for a library. Reading an attribute imports the library, which then replaces the
+    stand-in in this module. Raises PackageError."""
 
     def __init__(self, path: str, *submodules: str, install: str = "pip install .") -> None:
         self.__import = functools.partial(library, path, *submodules, install=install)
 
     def __getattr__(self, name: str) -> Any:
         module = self.__import()
-        names = globals()  # torch.compile sees through a module, not through a stand-in
+        names = globals()  # torch.compile understands modules, not stand-ins
         names.update({key: module for key, value in names.items() if value is self})
         return getattr(module, name)
 
@@ -268,19 +246,19 @@ class NanollamaError(Exception):
     """Base of every error that a user can cause.
 
     NanollamaError               500
-    ├── UsageError               400  flags that do not fit together; exit code 2
-    ├── ModelfileError           400  a Modelfile line that means nothing
-    ├── ModelNotFoundError       404  a model reference that leads nowhere
-    ├── DownloadError            503  the hub or the package index did not deliver
+    ├── UsageError               400  wrong flags; exit code 2
+    ├── ModelfileError           400  a wrong line in a Modelfile
+    ├── ModelNotFoundError       404  a reference to a model that does not exist
+    ├── DownloadError            503  a failed download
     ├── CheckpointError          500  a file that is damaged, incomplete or not supported
-    ├── KernelError              500  the native kernels cannot be built or loaded here
+    ├── KernelError              500  native kernels that cannot be built or loaded
     ├── PackageError             500  a package that cannot be imported
     ├── ExtraError               501  a module of nanollama_extras that is not installed
-    ├── LogitsError              500  the model gave no numbers to sample from
-    ├── WireError                500  unless told otherwise: what only the server refuses
-    └── RequestError             400  a request that cannot be run; `param` names the field
+    ├── LogitsError              500  logits that are not numbers
+    ├── WireError                500  an error of the server alone; it may set another status
+    └── RequestError             400  a request that cannot run; `param` names the field
         ├── ContextLengthError   400  more tokens than the context holds
-        └── TemplateError        400  the chat template refused the messages
+        └── TemplateError        400  messages that the chat template refuses
     """
 
     status = 500
@@ -309,16 +287,13 @@ class DownloadError(NanollamaError):
     status = 503
 
 
-class CheckpointError(NanollamaError):
-    pass
+class CheckpointError(NanollamaError): ...
 
 
-class KernelError(NanollamaError):
-    pass
+class KernelError(NanollamaError): ...
 
 
-class PackageError(NanollamaError):
-    pass
+class PackageError(NanollamaError): ...
 
 
 class ExtraError(NanollamaError):
@@ -326,8 +301,7 @@ class ExtraError(NanollamaError):
     exit_code = 2
 
 
-class LogitsError(NanollamaError):
-    pass
+class LogitsError(NanollamaError): ...
 
 
 class RequestError(NanollamaError):
@@ -338,14 +312,12 @@ class ContextLengthError(RequestError):
     code = "context_length_exceeded"
 
 
-class TemplateError(RequestError):
-    pass
+class TemplateError(RequestError): ...
 
 
 def extra(path: str, feature: str) -> Any:
-    """The module nanollama_extras.PATH, imported when `feature` is first used.
-
-    Raises ExtraError, naming the feature, where the folder of extras or that module is missing."""
+    """Import the module nanollama_extras.PATH. Raises ExtraError, which names the feature, where it
+    is not installed."""
     name = f"nanollama_extras.{path}"
     try:
         with uninterrupted():
@@ -359,7 +331,7 @@ def extra(path: str, feature: str) -> Any:
         ) from None
 
 
-PUBLIC_EXTRAS = {  # public names that live in extras -> their module
+PUBLIC_EXTRAS = {  # public name -> the extra that defines it
     "TestServer": "testing",
     "function_tool": "answers.toolbox",
     "test_server": "testing",
@@ -367,14 +339,14 @@ PUBLIC_EXTRAS = {  # public names that live in extras -> their module
 
 
 def __getattr__(name: str) -> Any:
-    """A public name that lives in extras, imported when it is first read."""
+    """Import a public name from its extra when it is first read."""
     if name not in PUBLIC_EXTRAS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(extra(PUBLIC_EXTRAS[name], f"nanollama.{name}"), name)
 
 
 def human_bytes(num_bytes: float) -> str:
-    """1536 -> '1.5 KB'. Decimal units, as disks and download pages count."""
+    """1536 -> '1.5 KB', in decimal units, as vendors of disks count."""
     for unit in ("B", "KB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -383,13 +355,13 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text: libraries like to write paragraphs."""
+    """The first non-empty line of an error's text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def excerpt(value: object) -> str:
-    """repr(value), cut short: what a damaged file holds may be a million items long."""
+    """repr(value), shortened: a value from a damaged file may be huge."""
     cut = reprlib.Repr()
     cut.maxstring = cut.maxother = 80
     return cut.repr(value)
@@ -397,21 +369,20 @@ def excerpt(value: object) -> str:
 
 @contextlib.contextmanager
 def errors_about(source: object) -> Iterator[None]:
-    """Put the name of what is being read before the text of a CheckpointError."""
+    """Begin the text of a CheckpointError with the name of its source."""
     try:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
 
 
-# a library's code in /proc/self/smaps of which no page differs from the file's
+# A code segment in /proc/self/smaps whose pages all equal those of its file
 CODE = re.compile(r"(?m)^(\w+)-(\w+) r-xp .* /.*\n(?:[A-Z]\w+:.*\n)*?Anonymous: +0 kB")
 
 
 def return_unused_memory() -> None:
-    """Give the system what malloc keeps of freed memory, where the C library is glibc, and on Linux
-    the pages of libraries' code, most of which ran only when they were imported: 60 MB with torch.
-    What runs again is mapped again, from the system's cache of files."""
+    """Return freed memory from malloc (glibc) and the pages of libraries' code (Linux, 60 MB with
+    torch) to the system. Code that runs again is read from the system's file cache."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
@@ -421,13 +392,13 @@ def return_unused_memory() -> None:
 
 
 def cache_root() -> Path:
-    """Our directory: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
+    """The cache: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
 
 
 def cached(owner: Any, method: Callable[[Any, Any], Found], most: int) -> Callable[[Any], Found]:
-    """A method of `owner` that keeps its latest results; they go when the owner goes, at once."""
+    """A method with a cache of its `most` latest results, freed together with the owner."""
     return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
 
 
@@ -927,7 +898,7 @@ def check_options(settings: Any, error: type[NanollamaError] = RequestError) -> 
 
 
 def require(fits: bool, name: str, value: object, wanted: str) -> None:
-    """Raises RequestError, naming the field, unless its value fits."""
+    """Raises RequestError, which names the field, for a value that does not fit."""
     if not fits:
         raise RequestError(f"{name} is {excerpt(value)}; {wanted}", name)
 
@@ -7769,10 +7740,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--verbose", "print details on stderr", action="store_true")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    add_settings(option_group(parser, "sampling"), SamplingParams)
-
-
 def build_parser() -> argparse.ArgumentParser:
     commands = [f"  {name + ' ' + row.usage:<33} {row.help}" for name, row in COMMANDS.items()]
     parser = argparse.ArgumentParser(
@@ -7799,7 +7766,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--embed", "print the embedding of the prompt as JSON", action="store_true")
     add("--output FILE", "with --batch-file: write JSON lines; - is stdout")
     add_model_options(parser)
-    add_sampling_options(parser)
+    add_settings(option_group(parser, "sampling"), SamplingParams)
     add = option_group(parser, "server")
     add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
     add_settings(add, ServerConfig)
@@ -7835,13 +7802,7 @@ class Settings:
         if choice == [None, None, None]:
             return str(reference)
         reference = NANOCHAT if origin == "built-in" else reference
-        nanochat = nanochat_store(reference)
-        if nanochat is None:
-            raise UsageError(
-                f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
-                f"neither {NANOCHAT} nor a directory of its models"
-            )
-        return str(nanochat.find_model(reference, *choice))
+        return str(extra("files.nanochat_store", "--source").choose_model(reference, *choice))
 
     def value(self, name: str) -> tuple[Any, str]:
         """A setting (model, tokenizer, adapter, system, ctx or threads) and its origin."""
@@ -7985,9 +7946,6 @@ class AnswerPrinter:
         return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
 
 
-MAX_ROUNDS = 10  # of tool calls for one answer
-
-
 def read_toolbox(args: argparse.Namespace) -> Any:
     """The toolbox of --tools, which runs the model's calls; None without the flag."""
     return extra("answers.toolbox", "--tools").open_toolbox(args) if args.tools else None
@@ -8000,10 +7958,9 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def print_answer(
-    llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool
-) -> AnswerPrinter:
-    """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program."""
+def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> Json:
+    """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program.
+    Returns the answer as a message."""
     prepared = llm.prepare(request)
     printer, is_started = AnswerPrinter(prepared.splitter(keep_tags=True), hide_thinking), False
     deltas = llm.stream(prepared)
@@ -8020,27 +7977,15 @@ def print_answer(
         deltas.close()  # type: ignore[attr-defined]
         if is_started and (printer.text["content"] or not printer.calls):
             print(flush=True)
-    return printer
+    return printer.message()
 
 
-def converse(
+def print_answers(
     llm: LLM, request: GenerationRequest, toolbox: Any, hide_thinking: bool, catch: bool = False
 ) -> list[Json]:
-    """Print the answer; run its tool calls and print the next answer, until one has no calls.
-    Returns the new messages."""
-    new: list[Json] = []
-    given = request.messages or []
-    if toolbox:
-        request = dataclasses.replace(request, tools=toolbox.tools)
-    for _ in range(MAX_ROUNDS):
-        message = print_answer(llm, request, hide_thinking, catch).message()
-        new.append(message)
-        if toolbox is None or "tool_calls" not in message:
-            return new
-        new += [toolbox.call(call) for call in message["tool_calls"]]
-        request = dataclasses.replace(request, messages=[*given, *new])
-    log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
-    return new
+    """Print the answer and, with a toolbox, the answers to its tool calls -> the new messages."""
+    answer = functools.partial(print_answer, llm, hide_thinking=hide_thinking, catch=catch)
+    return list(toolbox.converse(request, answer)) if toolbox else [answer(request)]
 
 
 def read_input(name: str) -> bytes:
@@ -8078,7 +8023,7 @@ def run_prompt(settings: Settings) -> int:
     if settings.value("system")[0] and not args.chat:
         log.warning("the system prompt is used with --chat only")
     request = settings.request(text, llm)
-    converse(llm, request, toolbox, args.hide_thinking)
+    print_answers(llm, request, toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
 
@@ -8291,7 +8236,8 @@ class Repl:
             )
         before = dataclasses.replace(llm.engine.stats)
         request = GenerationRequest(messages=messages, params=params)
-        new = converse(llm, request, self.toolbox, self.settings.args.hide_thinking, catch=True)
+        hide_thinking = self.settings.args.hide_thinking
+        new = print_answers(llm, request, self.toolbox, hide_thinking, catch=True)
         self.sent = [*messages, *new[:-1]]
         self.messages = [*messages, *new]
         log.warning(speed_line(llm.engine.stats.since(before)))
@@ -8358,11 +8304,6 @@ class Repl:
         if last is None:
             raise UsageError("there is no message yet")
         return self.messages[:last]
-
-
-def run_interactive(settings: Settings) -> int:
-    toolbox = read_toolbox(settings.args)
-    return Repl(settings, settings.load(), toolbox).run()
 
 
 # ---- serving -------------------------------------------------------------------------------------
@@ -8526,7 +8467,7 @@ def command_show(argv: list[str]) -> int:
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     parser.set_defaults(system=None)
     add_model_options(parser)
-    add_sampling_options(parser)
+    add_settings(option_group(parser, "sampling"), SamplingParams)
     args = parser.parse_args(argv)
     args.model = args.ref or args.model
     settings = read_settings(args, parser)
@@ -8611,7 +8552,8 @@ def run(argv: list[str]) -> int:
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
     if args.interactive:
-        return run_interactive(settings)
+        toolbox = read_toolbox(args)
+        return Repl(settings, settings.load(), toolbox).run()
     if args.serve:
         return run_serve(settings)
     return run_prompt(settings) if args.batch_file is None else run_batch(settings)

@@ -1,14 +1,15 @@
 """`--tools FILE`: the functions of a Python file, which the model may ask the user to run.
 
 Seam: the CLI asks `open_toolbox(args)` for an object with `tools` (definitions for a request) and
-`call(call)` (a call of the model -> the message that answers it). `function_tool` is public: it
-turns a function into a definition. Uses answers.tools for the names of JSON types. To remove it,
-delete this module and the row of `function_tool` in PUBLIC_EXTRAS.
+`converse` (answers with tool calls between them). `function_tool` is public: it turns a function
+into a definition. Uses answers.tools for the names of JSON types. To remove it, delete this module
+and the row of `function_tool` in PUBLIC_EXTRAS.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import re
@@ -25,11 +26,13 @@ from nanollama_extras.answers.tools import JSON_NAMES
 if TYPE_CHECKING:
     import argparse
 
-    from nanollama import Fields, Json
+    from nanollama import Fields, GenerationRequest, Json
+
+MAX_ROUNDS = 10  # of tool calls for one answer
 
 
 def hint_schema(hint: Any) -> Json:
-    """A type hint as JSON Schema. Raises KeyError for a type that JSON has nothing like."""
+    """A type hint as JSON Schema. Raises KeyError for a type without a JSON equivalent."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind is typing.Literal:
         return {"enum": list(inner)}
@@ -44,11 +47,12 @@ def hint_schema(hint: Any) -> Json:
 
 
 def function_tool(function: Callable[..., Any]) -> Json:
-    """A function as a tool: hints say what its arguments are; the docstring, up to `Args:`, what it
-    does, and below, in lines `name: text`, what they mean. Raises UsageError."""
+    """The definition of a function as a tool. Type hints become the schema of its arguments; the
+    docstring up to `Args:` becomes the description, and lines `name: text` below it describe the
+    arguments. Raises UsageError."""
     name, text = function.__name__, inspect.getdoc(function) or ""
     description, _, rest = text.partition("Args:")
-    about = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
+    descriptions = dict(re.findall(r"(?m)^\s+(\w+)(?: *\(.*?\))?: *(.+)$", rest))
     hints, properties, required = typing.get_type_hints(function), {}, []
     for parameter in inspect.signature(function).parameters.values():
         try:
@@ -58,8 +62,9 @@ def function_tool(function: Callable[..., Any]) -> Json:
         except KeyError:
             problem = "a hint is needed: str, int, float, bool, list, dict, Literal or a union"
             raise UsageError(f"{name}: argument {parameter}: {problem}") from None
-        told = {"description": about[parameter.name]} if parameter.name in about else {}
-        properties[parameter.name] = {**schema, **told}
+        if parameter.name in descriptions:
+            schema["description"] = descriptions[parameter.name]
+        properties[parameter.name] = schema
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     parameters = {"type": "object", "properties": properties, "required": required}
@@ -68,12 +73,12 @@ def function_tool(function: Callable[..., Any]) -> Json:
 
 
 class Toolbox:
-    """The functions of a Python file, which the model may call when the user says yes. Raises
-    UsageError for a file that cannot be loaded."""
+    """The functions of a Python file, run for the model when the user agrees. Raises UsageError for
+    a file that cannot be loaded."""
 
     def __init__(self, path: str, asks: bool = True) -> None:
         self.asks, own = asks, "nanollama_tools"
-        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look themselves up there
+        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look up their module
         module.__file__ = path
         try:
             exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
@@ -83,25 +88,42 @@ class Toolbox:
             self.tools = [function_tool(function) for function in self.functions.values()]
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-        except (Exception, SystemExit) as error:  # it is the user's program
+        except (Exception, SystemExit) as error:  # of any kind: this is the user's program
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UsageError(f"{path}: cannot be loaded: {reason}") from None
         if not self.tools:
             raise UsageError(f"{path}: holds no functions")
 
+    def converse(
+        self, request: GenerationRequest, answer: Callable[[GenerationRequest], Json]
+    ) -> list[Json]:
+        """Answer a request, run the calls in the answer, answer their results, and so on until an
+        answer has no calls. Returns the new messages."""
+        messages, new = request.messages or [], list[Json]()
+        for _ in range(MAX_ROUNDS):
+            request = dataclasses.replace(request, messages=[*messages, *new], tools=self.tools)
+            new.append(answer(request))
+            if "tool_calls" not in new[-1]:
+                return new
+            new += [self.call(call) for call in new[-1]["tool_calls"]]
+        log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
+        return new
+
     def call(self, call: Fields) -> Json:
-        """The message that answers a call of the model."""
+        """Run a call of the model, if the user agrees. Returns the message with its result."""
         name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
         shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
         if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
-            log.warning(f"{shown} was not run" + ("" if sys.stdin.isatty() else ": nobody to ask"))
+            log.warning(
+                f"{shown} was not run" + ("" if sys.stdin.isatty() else ": no terminal to ask on")
+            )
             content = "The user did not allow this call."
         else:
             try:
                 with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
                     result = self.functions[name](**arguments)
                 content = result if isinstance(result, str) else json.dumps(result, default=str)
-            except Exception as error:  # the model is told, as it may have caused it
+            except Exception as error:  # goes to the model, which may have caused it
                 content = f"{type(error).__name__}: {first_line(error)}"
             log.warning(f"{shown} -> {excerpt(content)}")
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}

@@ -1,7 +1,7 @@
 """Models in nanochat's own directory: the choice of a checkpoint by source, tag and step.
 
-Seam: names of models. The core calls `find_model` for the name "nanochat", for a directory with
-one of NANOCHAT_FOLDERS in it, and for --source, --model-tag and --step.
+Seam: names of models. The core calls `find_model` for the name "nanochat" and for a directory with
+one of NANOCHAT_FOLDERS in it, and `choose_model` for --source, --model-tag and --step.
 To remove it: delete this file and its test, and the lines of the core that name it.
 Source: https://github.com/karpathy/nanochat (nanochat/checkpoint_manager.py)
 """
@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanollama import NANOCHAT_FOLDERS, ModelNotFoundError, local_path
+from nanollama import (
+    NANOCHAT,
+    NANOCHAT_FOLDERS,
+    ModelNotFoundError,
+    UsageError,
+    local_path,
+    nanochat_store,
+)
 
 
 def find_model(
@@ -39,6 +46,17 @@ def find_model(
     model = choose(folder, "model tag", tags, tag, deepest_or_latest)
     files = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in model.iterdir())
     return choose(model, "step", {int(m[1]): path for path, m in files if m}, step, max)
+
+
+def choose_model(reference: str, source: str | None, tag: str | None, step: int | None) -> Path:
+    """The file that --source, --model-tag and --step choose. Raises UsageError for a reference to
+    other models."""
+    if nanochat_store(reference) is None:
+        raise UsageError(
+            f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
+            f"neither {NANOCHAT} nor a directory of its models"
+        )
+    return find_model(reference, source, tag, step)
 
 
 def choose(
