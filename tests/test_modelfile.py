@@ -1,4 +1,4 @@
-"""Section 7: the Modelfile: directives, errors with their lines, and what its values override."""
+"""Section 7: the Modelfile: directives, errors with their lines, and the order of precedence."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_block_keeps_its_text(text: str) -> None:
             assert getattr(modelfile, kind) == text
 
 
-# ---- what wins -----------------------------------------------------------------------------------
+# ---- precedence ----------------------------------------------------------------------------------
 
 
 def settings(tmp_path: Path, text: str, *flags: str) -> nanollama.Settings:

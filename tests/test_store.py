@@ -207,7 +207,7 @@ def test_of_a_sharded_model_the_shards_are_fetched(hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
-        ("org/gg", {"tiny-Q4_K_M.gguf"}),  # the first of what people like best
+        ("org/gg", {"tiny-Q4_K_M.gguf"}),  # the preferred type
         ("org/gg:Q8_0", {"tiny-Q8_0.gguf"}),
         ("org/gg:q8_0", {"tiny-Q8_0.gguf"}),
         ("org/gg/tiny-Q8_0.gguf", {"tiny-Q8_0.gguf"}),
@@ -335,7 +335,7 @@ def test_files_that_another_program_left_unfinished_are_completed(hub: HubServer
     assert (ModelStore().resolve("org/tiny") / "model.safetensors").exists()
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reference", ["org/absent", "org/a--b", "o..rg/x", "org/" + "x" * 200])
@@ -428,7 +428,7 @@ def test_a_hub_that_is_not_there_is_reported(caches: Path, monkeypatch: pytest.M
     assert "check the connection" in reason(error)
 
 
-def test_offline_mode_asks_nobody(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_sends_no_request(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/tiny", TINY)
     path = ModelStore().pull("org/tiny")
     hub.seen.clear()

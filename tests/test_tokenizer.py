@@ -234,7 +234,7 @@ def gguf_of_sentencepiece(theirs: Any, add_space_prefix: bool) -> dict[str, Any]
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no_prefix"])
 def spm(request: Any, tmp_path_factory: Any) -> tuple[Any, Tokenizer]:
-    """A SentencePiece BPE model and our tokenizer, made from what a GGUF file would hold of it."""
+    """A SentencePiece BPE model, and our tokenizer made from the metadata of its GGUF file."""
     directory = tmp_path_factory.mktemp("spm")
     (directory / "text").write_text("\n".join(STRINGS * 3).replace("\0", ""), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(

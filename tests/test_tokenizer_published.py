@@ -141,7 +141,7 @@ def check_gguf_of_published_tokenizer(name: str, tmp_path: Path) -> None:
     metadata = nanollama.read_gguf(tmp_path / "x.gguf").metadata
     ours = Tokenizer(TextFiles("x.gguf", gguf=metadata))
     texts, added = texts_for(theirs), theirs.get_added_tokens_decoder().values()
-    # what the converter made a control token although it was none
+    # plain tokens that the converter turns into control tokens
     made = [token.content for token in added if looks_special(token.content) and not token.special]
     plain = [text for text in texts if not any(token in text for token in made)]
     assert len(plain) > 450

@@ -1,6 +1,6 @@
 """Pre-tokenizers of GGUF vocabularies that few models use: how their text is split before BPE.
 
-Seam: PRE_TOKENIZERS of the core, which asks here for a name that it lacks.
+Seam: the core looks up a name here when its own PRE_TOKENIZERS lacks it.
 To remove it: delete this file; GGUF files with these names then need --tokenizer.
 Source: https://github.com/ggml-org/llama.cpp (llama-vocab.cpp). Characters that an editor might
 normalise are written as escapes.

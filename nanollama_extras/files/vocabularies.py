@@ -258,7 +258,7 @@ def read_nanochat(raw: bytes) -> dict[str, Any]:
 def read_encoding(raw: bytes) -> dict[str, Any]:
     """The pat_str, mergeable_ranks and special_tokens of a pickled tiktoken.Encoding.
 
-    Raises CheckpointError for any other pickle, of which nothing is run."""
+    Raises CheckpointError for any other pickle, and runs no code of any."""
     try:
         state = EncodingUnpickler(io.BytesIO(raw)).load().state
         key_types = {"mergeable_ranks": bytes, "special_tokens": str}
