@@ -37,11 +37,19 @@ if TYPE_CHECKING:
     from nanollama import Attention, Decoder, DecodeSteps, ModelConfig, Span
 
 
+@functools.cache
+def shared_memory_limit(device: int) -> int:
+    """Bytes of shared memory that one program may use on a GPU."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return int(properties["max_shared_mem"])
+
+
 class Kernel:
     """Decorates a Triton kernel. Nothing is compiled before the first launch."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
+        self.tiles: dict[Any, dict[str, int]] = {}  # those chosen by `fitting`
 
     @functools.cached_property
     def jit(self) -> Any:
@@ -50,6 +58,26 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.jit[grid]  # type: ignore[no-any-return]
+
+    def fitting(
+        self, tiles: list[dict[str, int]], *arguments: Any, **constants: Any
+    ) -> dict[str, int]:
+        """The first of `tiles`, each some more constants, with which the compiled kernel fits into
+        the shared memory of the current GPU; else the last. It depends on the types of the tensors
+        and the constants, so that a model's rows are all computed in the same way."""
+        if not isinstance(self.jit, triton.runtime.JITFunction):  # Triton's interpreter
+            return tiles[0]
+        device = triton.runtime.driver.active.get_current_device()
+        dtypes = tuple(x.dtype for x in arguments if isinstance(x, Tensor))
+        key = (device, dtypes, *constants.items(), *map(str, tiles))
+        if key not in self.tiles:
+            limit = shared_memory_limit(device)
+            for tile in tiles:
+                made = self.jit.warmup(*arguments, grid=(1,), **constants, **tile)
+                self.tiles[key] = tile
+                if made.metadata.shared <= limit:
+                    break
+        return self.tiles[key]
 
 
 @Kernel
@@ -116,27 +144,18 @@ def triton_linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """x (N, cols) -> (N, rows), weights unpacked on the way; not for 4-bit floats"""
     num_rows, num_groups, width = packed.q.shape
     y = x.new_empty(len(x), num_rows)
+    weight = packed.q, packed.scale, packed.offset, packed.bias
+    arguments = y, x.contiguous(), *weight, len(x), num_rows, num_groups, 0x3F800000
+    zero = 8 if packed.bits == 4 and packed.offset is None else 0
+    constants = {"bits": packed.bits, "zero": zero, "width": width}
+    constants |= {"ROWS": 16, "GROUPS": 4, "SLICES": 4}
     num = 32 if len(x) > 16 and x.itemsize == 2 else 16
-    linear_kernel[triton.cdiv(len(x), num), triton.cdiv(num_rows, 16)](
-        y,
-        x.contiguous(),
-        packed.q,
-        packed.scale,
-        packed.offset,
-        packed.bias,
-        len(x),
-        num_rows,
-        num_groups,
-        0x3F800000,
-        bits=packed.bits,
-        zero=8 if packed.bits == 4 and packed.offset is None else 0,
-        width=width,
-        NUM=num,
-        ROWS=16,
-        GROUPS=4,
-        SLICES=4,
-        num_stages=3 if num == 16 and x.itemsize == 2 else 2,
-    )
+    stages = 3 if num == 16 and x.itemsize == 2 else 2
+    sizes = [(num, stages), (num, 1), (16, 1)]  # the order of a sum is the same in all of them
+    tiles = [{"NUM": num, "num_stages": stages} for num, stages in sizes]
+    tile = linear_kernel.fitting(tiles, *arguments, **constants)
+    grid = triton.cdiv(len(x), tile["NUM"]), triton.cdiv(num_rows, constants["ROWS"])
+    linear_kernel[grid](*arguments, **constants, **tile)
     return y
 
 
@@ -207,7 +226,7 @@ def triton_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 SHORT_SPAN = 8  # rows of one sequence that read its strip one by one: decoding, and drafts
-STRIP_KEYS = 64  # keys in a block
+STRIP_KEYS = 64  # keys in a block, fewer on a GPU whose shared memory they exceed
 STRIP_PARTS = 16  # a strip's blocks are dealt out to so many parts, which are summed up apart
 STRIP_PROGRAMS = 512  # enough to keep a large GPU busy
 
@@ -380,26 +399,14 @@ def strip_attention(
     stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
     num_programs = max(1, min(STRIP_PARTS, STRIP_PROGRAMS // (num_rows * Hkv)))
     heads = max(triton.next_power_of_2(H // Hkv), 16)
-    part_kernel[num_rows, Hkv, num_programs](
-        sums,
-        stats,
-        q.contiguous(),
-        *table,
-        layer,
-        n_layers,
-        window or 2**31 - 1,
-        ring,
-        num_programs,
-        scale or D**-0.5,
-        softcap or 1.0,
-        H=H,
-        CAPPED=softcap > 0,
-        HEADS=heads,
-        KEYS=STRIP_KEYS,
-        PARTS=STRIP_PARTS,
-        num_stages=2 if D * q.itemsize <= 256 else 1,  # what fits into a small GPU's shared memory
-        **shape,
-    )
+    place = layer, n_layers, window or 2**31 - 1, ring, num_programs
+    arguments = sums, stats, q.contiguous(), *table, *place, scale or D**-0.5, softcap or 1.0
+    constants = {"H": H, "CAPPED": softcap > 0, "HEADS": heads, "PARTS": STRIP_PARTS, **shape}
+    stages = 2 if D * q.itemsize <= 256 else 1
+    sizes = [(STRIP_KEYS, stages), (STRIP_KEYS, 1), (STRIP_KEYS // 2, 1), (STRIP_KEYS // 4, 1)]
+    tiles = [{"KEYS": keys, "num_stages": stages} for keys, stages in sizes]
+    tile = part_kernel.fitting(tiles, *arguments, **constants)
+    part_kernel[num_rows, Hkv, num_programs](*arguments, **constants, **tile)
     join_kernel[num_rows, H](
         out, sums, stats, strips.rows, sinks, H=H, D=D, COLS=shape["COLS"], PARTS=STRIP_PARTS
     )

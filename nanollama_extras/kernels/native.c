@@ -1,3 +1,9 @@
+/* Kernels for one step of a language model on the CPU, in float32 with packed weights.
+ *
+ * native.py compiles this file and calls it. It reads the structures and enums from here, where
+ * each is declared once. A kernel takes its structure NAME_call, the number of rows (tokens) and of
+ * threads. A row's result depends neither on the other rows of a call nor on the threads. */
+
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -10,7 +16,7 @@
 #include <arm_neon.h>
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE static inline __attribute__((always_inline, unused))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -39,18 +45,22 @@ INLINE int32_t four_bytes(const int8_t *a) {
     return bytes;
 }
 
-/* What machines do in different ways:
- *   madd         a * b + c, always in one rounding or always in two
- *   from_half    float16 at p -> floats; to_half is the way back
- *   from_bytes   int8 at p -> floats; to_bytes is the way back from integers
- *   look_up      the bytes of a table (16) at the places that the bytes of q name
+/* Operations whose instructions differ between machines:
+ *   madd         a * b + c; a machine rounds always once or always twice
+ *   from_half    loads float16 as floats; to_half stores floats as float16
+ *   from_bytes   loads int8 as floats; to_bytes stores integers as int8
+ *   look_up      for each byte of q, the entry of a table of 16 bytes that it numbers
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
- *                activations (signed bytes) at `a`, the same for all lanes */
+ *                activations (signed bytes) at `a`, which all lanes share
+ *
+ *   TILE     tokens, and
+ *   BLOCKS   blocks of 16 rows, whose sums fit into the registers together
+ *   ROWS     queries that read keys and values in the same pass */
 #if LANES == 16
 #define PATH "AVX-512 VNNI"
-#define TILE 4   /* tokens and */
-#define BLOCKS 2 /* blocks of 16 rows whose sums fit into registers together */
-#define ROWS 8   /* queries that share a pass over keys and values */
+#define TILE 4
+#define BLOCKS 2
+#define ROWS 8
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -87,7 +97,8 @@ INLINE ivec look_up(const void *table, ivec q) {
 }
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
-    if (bits == 4) /* two products of 15 * 127 fit into 16 bits, two of 255 * 127 do not */
+    /* 16 bits hold the sum of two products of 4-bit weights (2 * 15 * 127), not of 8-bit ones */
+    if (bits == 4)
         return sum + (ivec)_mm256_madd_epi16(_mm256_maddubs_epi16(q, acts), _mm256_set1_epi16(1));
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
     sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
@@ -100,7 +111,7 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
 #define ROWS 4
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec from_bytes(const int8_t *p) {
-    vec x;
+    vec x = {0};
     for (int i = 0; i < LANES; i++) x[i] = p[i];
     return x;
 }
@@ -114,23 +125,23 @@ INLINE ivec look_up(const void *table, ivec q) {
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     int8x16_t q = (int8x16_t)w, acts = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(a)));
     if (bits == 4) return (ivec)vdotq_s32((int32x4_t)sum, q, acts);
-    /* weights lose 128 to become signed; 128 * (a0 + a1 + a2 + a3) makes up for it */
+    /* weights become signed by subtracting 128; the sum gets 128 (a0 + a1 + a2 + a3) back */
     sum += 128 * (a[0] + a[1] + a[2] + a[3]);
     return (ivec)vdotq_s32((int32x4_t)sum, veorq_s8(q, vdupq_n_s8(-128)), acts);
 }
 #else
 #define PATH "portable C"
 INLINE vec from_half(const void *p) {
-    ivec h;
+    ivec h = {0};
     for (int i = 0; i < LANES; i++) h[i] = ((const uint16_t *)p)[i];
-    vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* the exponent's bias becomes 127, not 15 */
+    vec x = (vec)((h & 0x7fff) << 13) * 0x1p112f; /* changes the exponent's bias from 15 to 127 */
     x = pick((h & 0x7c00) == 0x7c00, (vec)((ivec)x | 0x7f800000), x); /* infinity, NaN */
     return (vec)((ivec)x | (h & 0x8000) << 16);
 }
 INLINE void to_half(void *p, vec x) {
     ivec rest = (ivec)x & 0x7fffffff;
     ivec h = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
-    /* below 2^-14, adding 0.5 rounds at 2^-24, the last place of a subnormal */
+    /* below 2^-14: adding 0.5 rounds to a multiple of 2^-24, the last place of a subnormal */
     h = (ivec)pick(rest < 0x38800000, (vec)((ivec)((vec)rest + 0.5f) - 0x3f000000), (vec)h);
     h = (ivec)pick(rest >= 0x477ff000, (vec)((ivec){0} + 0x7c00), (vec)h);
     h = (ivec)pick(rest > 0x7f800000, (vec)((ivec){0} + 0x7e00), (vec)h);
@@ -159,11 +170,11 @@ const char *path(void) { return PATH; }
 
 /* ---- threads ---- */
 
-/* A job is cut into pieces, which the caller and the workers claim one by one. The caller takes all
- * that nobody else claims and waits only for pieces in work, never for a worker to wake up or to be
- * given a core: on a busy machine a job is as fast as one thread, where a barrier would stall.
+/* A job is a number of pieces, which the caller and the workers claim one by one. The caller works
+ * until all pieces are claimed, then waits for those that workers have begun. It never waits for a
+ * worker to wake up or to get a core, so on a busy machine a job takes as long as with one thread.
  *
- *   ticket   [ how many pieces : 32 bits | the next one : 32 bits ]   one atomic add claims a piece
+ *   ticket   [ number of pieces : 32 bits | next piece : 32 bits ]   one atomic add claims a piece
  */
 typedef void piece(const void *job, int64_t index);
 static struct pool {
@@ -175,7 +186,7 @@ static struct pool {
     int64_t num_done, num_workers, num_wanted, num_asleep;
 } pool;
 
-#define SPINS 4000 /* about 0.1 ms before a worker goes to sleep */
+#define SPINS 4000 /* about 0.1 ms, after which a worker goes to sleep */
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() _mm_pause()
 #elif defined(__aarch64__)
@@ -193,7 +204,7 @@ static int work(void) {
     if (!is_open()) return 0;
     uint64_t ticket = __atomic_fetch_add(&pool.ticket, 1, __ATOMIC_SEQ_CST);
     if ((uint32_t)ticket >= ticket >> 32) return 0;
-    pool.run(pool.job, (uint32_t)ticket); /* stays this job until the piece is done */
+    pool.run(pool.job, (uint32_t)ticket); /* the job cannot change before this piece is done */
     __atomic_fetch_add(&pool.num_done, 1, __ATOMIC_SEQ_CST);
     return 1;
 }
@@ -215,15 +226,17 @@ static void *worker(void *index) {
 }
 
 static void start_anew(void) {
-    pool = (struct pool){PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER,
-                         PTHREAD_COND_INITIALIZER, 0, NULL, NULL, 0, 0, 0, 0};
+    pool = (struct pool){.owner = PTHREAD_MUTEX_INITIALIZER,
+                         .bed = PTHREAD_MUTEX_INITIALIZER,
+                         .alarm = PTHREAD_COND_INITIALIZER};
 }
 __attribute__((constructor)) static void on_load(void) {
     start_anew();
-    pthread_atfork(NULL, NULL, start_anew); /* a fork has none of its parent's workers */
+    pthread_atfork(NULL, NULL, start_anew); /* a forked process has no workers yet */
 }
 
-/* run(job, 0 .. num_pieces - 1) on up to num_threads threads, or alone while others have them */
+/* Call run(job, i) for i = 0 .. num_pieces - 1 on up to num_threads threads; on this thread alone
+ * while another caller has the workers. */
 static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t num_threads) {
     if (num_threads < 2 || num_pieces < 2 || pthread_mutex_trylock(&pool.owner)) {
         for (int64_t i = 0; i < num_pieces; i++) run(job, i);
@@ -246,8 +259,10 @@ static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t n
     }
     while (work()) {}
     for (int64_t i = 0; __atomic_load_n(&pool.num_done, __ATOMIC_SEQ_CST) < num_pieces; i++)
-        if (i < SPINS) PAUSE();
-        else sched_yield();
+        if (i < SPINS)
+            PAUSE();
+        else
+            sched_yield();
     pthread_mutex_unlock(&pool.owner);
 }
 
@@ -268,11 +283,11 @@ INLINE float largest_of(vec x) {
     return MAX(MAX(most[0], most[1]), MAX(most[2], most[3]));
 }
 
-/* 1.5 * 2^23: a float that was added to it has been rounded to an integer, in the low bits */
+/* 1.5 * 2^23: adding it to a float rounds the float to an integer, which is then in the low bits */
 #define ROUNDER 12582912.0f
 
-/* exp(x) within 3 units in the last place, 0 below -87 and exp(88) above 88, NaN for NaN:
- * x = n ln 2 + r, |r| <= ln(2) / 2, and exp(r) is its Taylor polynomial */
+/* exp(x) within 3 units in the last place; 0 below -87, exp(88) above 88, NaN for NaN.
+ * x = n ln 2 + r with |r| <= ln(2) / 2; exp(r) is computed by its Taylor polynomial. */
 INLINE vec exp_of(vec x) {
     vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
     vec shifted = madd(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
@@ -287,14 +302,14 @@ INLINE vec exp_of(vec x) {
     return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
 }
 
-/* 1 / rms of x (n), n a multiple of 16 */
+/* 1 / rms(x) of x (n); n is a multiple of 16 */
 INLINE float rms_factor(const float *x, int64_t n, float eps) {
     vec sum = {0};
     for (int64_t i = 0; i < n; i += LANES) sum = madd(load(x + i), load(x + i), sum);
     return 1.0f / sqrtf(sum_of(sum) / n + eps);
 }
 
-/* ---- linear: y = W before(x) + bias + residual ---- */
+/* ---- linear: y = W operand + bias + residual ---- */
 
 typedef struct {
     const uint8_t *blocks;
@@ -303,32 +318,35 @@ typedef struct {
     int32_t bits, group, has_offset, is_float, block_bytes;
 } matrix;
 
-/* what comes before: x, rms_norm(x), or an activation: of gate and up, or of x alone */
+/* The operand: x, rms_norm(x), an activation of gate and up, or (RELU2, GELU) one of x alone */
 enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
 
 typedef struct {
-    const matrix *parts; /* they read the same input; their outputs stand side by side */
+    const matrix *parts; /* all are multiplied with the same operand; outputs stand side by side */
     int64_t num_parts;
-    const float *x, *norm, *residual; /* (N, cols), or (N, 2 cols) of gate and up; (cols); as out */
-    float *out;                       /* (N, rows of all parts) */
+    const float *x;        /* (N, cols), or gate | up (N, 2 cols) */
+    const float *norm;     /* (cols) */
+    const float *residual; /* as out, or NULL */
+    float *out;            /* (N, rows of all parts) */
     int64_t before;
     float eps;
-    int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* found by `linear` */
+    int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* from here on set by `linear` */
     uint8_t *acts;
 } linear_call;
 
-/* Activations as int8, each group of 32 columns with a scale of its own. Tokens go in tiles of T,
- * and a tile's groups follow each other:
+/* Activations become int8, with a scale for each group of 32 columns. Tokens are taken in tiles of
+ * T; the groups of a tile follow each other:
  *
- *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | of each half (2, T) | int32 -8 * sum(a) (T)
+ *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | the same of each half of the group (2, T)
+ *   | int32 -8 * sum(a) (T)
  */
-#define GROUP_BYTES 52 /* a token */
+#define GROUP_BYTES 52 /* for each token */
 
 INLINE int tile_size(int64_t tokens_left) {
     return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
 }
 
-/* x, 32 columns of token t of a tile, to its group */
+/* Write x, 32 columns of token t of a tile, to its group */
 INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
     vec sizes = {0};
     for (int i = 0; i < 32 / LANES; i++) sizes = larger((vec)((ivec)x[i] & 0x7fffffff), sizes);
@@ -339,7 +357,7 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
         to_bytes(a + i * LANES, (ivec)q - (ivec)splat(ROUNDER));
         sums[i * LANES / 16] += sum_of(q - ROUNDER);
     }
-    float sum = sums[0] + sums[1]; /* NaN where any x is NaN or infinite: not to be hidden */
+    float sum = sums[0] + sums[1]; /* NaN if any x is NaN or infinite; passed on */
     float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
     s[0] = scale;
     s[T] = scale * sum;
@@ -349,12 +367,10 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
 }
 
 /* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
-INLINE vec gelu(vec x) {
-    return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x)));
-}
+INLINE vec gelu(vec x) { return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x))); }
 
-/* LANES columns of one token's input, ready for the matrix */
-INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float factor) {
+/* LANES columns of one token's operand */
+INLINE vec operand(const linear_call *in, int64_t token, int64_t col, float factor) {
     int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
     const float *at = in->x + token * (in->cols << gated) + col;
     vec x = load(at), up = load(at + (gated ? in->cols : 0));
@@ -371,7 +387,7 @@ INLINE vec prepared(const linear_call *in, int64_t token, int64_t col, float fac
     }
 }
 
-/* quantizes a piece of all tokens' groups */
+/* Quantize a piece of all tokens' groups */
 static void quantize_piece(const void *job, int64_t piece) {
     const linear_call *in = job;
     int64_t num_groups = in->cols / 32, total = in->num_tokens * num_groups;
@@ -380,28 +396,27 @@ static void quantize_piece(const void *job, int64_t piece) {
         int64_t start = token / TILE * TILE, T;
         for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
         float factor = 1;
-        if (in->before == NORM)
-            factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
+        if (in->before == NORM) factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
         for (; g < num_groups && i < stop; g++, i++) {
             vec x[32 / LANES];
             for (int c = 0; c < 32 / LANES; c++)
-                x[c] = prepared(in, token, 32 * g + c * LANES, factor);
+                x[c] = operand(in, token, 32 * g + c * LANES, factor);
             uint8_t *group = in->acts + (start * num_groups + g * T) * GROUP_BYTES;
             quantize_group(x, group, T, token - start);
         }
     }
 }
 
-#define AHEAD 8192 /* bytes: what prefetching gains is most from 4 to 16 KB on */
+#define AHEAD 8192 /* bytes to prefetch ahead; 4 to 16 KB are equally good */
 
-/* the values of 4-bit floats, doubled, and 12 more */
+/* The values of 4-bit floats, doubled, plus 12 */
 static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-#define VECS (16 / LANES) /* that hold a block's rows */
+#define VECS (16 / LANES) /* vectors that hold the 16 rows of a block */
 
-/* out (B VECS, T) = B blocks of rows times T tokens. All but the pointers and num_groups are
- * constants wherever this lands. A register of weights meets all tokens before the next one is
- * loaded: all sums grow side by side, and none waits for itself. */
+/* out (B VECS, T) = B blocks of rows times T tokens. After inlining, all arguments but the pointers
+ * and num_groups are constants. A vector of weights is multiplied with all tokens before the next
+ * one is loaded, so that no addition waits for the one before it. */
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
                      int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
@@ -417,12 +432,12 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++)
             for (int v = 0; v < B * VECS; v++)
                 dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
-        for (int t = 0; t < T && is_float; t++) /* these lose 12 to become signed, not 8 */
+        for (int t = 0; t < T && is_float; t++) /* centred by 12, not by 8 */
             for (int v = 0; v < B * VECS; v++) dot[v][t] += dot[v][t] / 2;
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64)
                 __builtin_prefetch(block + b * next_block + AHEAD + i);
-        a += g * group % 32; /* where in its group of activations a short one begins */
+        a += g * group % 32; /* weight groups may be shorter than those of activations */
         for (int i = 0; i < num_words; i++) {
             ivec w[BLOCKS * VECS];
             for (int v = 0; v < B * VECS; v++)
@@ -454,25 +469,32 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
 
 #define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
     if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
-        multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT);
+    multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT)
 #define FORMATS(B, T) \
     if (num_blocks == B && num_tokens == T) { \
-        FORMAT(B, T, 4, 32, 0, 0) FORMAT(B, T, 4, 32, 1, 0) FORMAT(B, T, 8, 32, 0, 0) \
-        FORMAT(B, T, 8, 32, 1, 0) FORMAT(B, T, 8, 16, 0, 0) FORMAT(B, T, 4, 32, 0, 1) \
+        FORMAT(B, T, 4, 32, 0, 0); \
+        FORMAT(B, T, 4, 32, 1, 0); \
+        FORMAT(B, T, 8, 32, 0, 0); \
+        FORMAT(B, T, 8, 32, 1, 0); \
+        FORMAT(B, T, 8, 16, 0, 0); \
+        FORMAT(B, T, 4, 32, 0, 1); \
         return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
                           int num_blocks, int num_tokens) {
-    FORMATS(1, 1) FORMATS(1, 2)
+    FORMATS(1, 1);
+    FORMATS(1, 2);
 #if TILE > 2
-    FORMATS(1, TILE)
+    FORMATS(1, TILE);
 #endif
 #if BLOCKS == 2
-    FORMATS(2, 1) FORMATS(2, 2) FORMATS(2, TILE)
+    FORMATS(2, 1);
+    FORMATS(2, 2);
+    FORMATS(2, TILE);
 #endif
 }
 
-/* LANES rows from `row` on of one token, to place `at` of the output */
+/* Store LANES rows of one token, from `row` on */
 INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residual, float *out) {
     if (row + LANES <= m->rows) {
         if (m->bias) y += load(m->bias + row);
@@ -486,7 +508,7 @@ INLINE void finish_rows(const matrix *m, int64_t row, vec y, const float *residu
     }
 }
 
-/* A piece is a run of blocks. It goes through all tokens, as many at a time as a cache holds. */
+/* A piece is a run of blocks, multiplied with all tokens, as many at a time as fit into a cache */
 static void multiply_piece(const void *job, int64_t piece) {
     const linear_call *c = job;
     int64_t token_bytes = c->cols / 32 * GROUP_BYTES, last = c->num_blocks * (piece + 1);
@@ -502,7 +524,7 @@ static void multiply_piece(const void *job, int64_t piece) {
             int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
             const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
             B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
-            if (c->num_tokens == 1) B = 1; /* memory likes one stream better than two */
+            if (c->num_tokens == 1) B = 1; /* memory delivers one stream faster than two */
             for (int64_t start = from, T; start < stop; start += T) {
                 vec y[BLOCKS * VECS * TILE];
                 T = tile_size(c->num_tokens - start);
@@ -517,7 +539,7 @@ static void multiply_piece(const void *job, int64_t piece) {
     }
 }
 
-#define PIECES 4 /* for each thread: who is held up leaves the rest to others */
+#define PIECES 4 /* for each thread, so that others can take over from a thread that is held up */
 
 void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
     linear_call c = *(const linear_call *)call;
@@ -535,9 +557,13 @@ void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
     free(c.acts);
 }
 
-typedef struct { const matrix *m; const int64_t *ids; float *out, factor; } gather_call;
+typedef struct {
+    const matrix *m;
+    const int64_t *ids;
+    float *out, factor;
+} gather_call;
 
-/* rows `ids` (n) of a matrix times the factor -> out (n, cols) */
+/* out (n, cols) = rows `ids` (n) of a matrix, times the factor */
 void gather(const void *call, int64_t n, int64_t num_threads) {
     (void)num_threads;
     const gather_call *c = call;
@@ -564,7 +590,8 @@ void gather(const void *call, int64_t n, int64_t num_threads) {
 typedef struct {
     const float *x, *weight, *bias, *residual;
     float *out;
-    int64_t cols, is_centred; /* a multiple of 16; whether the mean is taken off: LayerNorm */
+    int64_t cols;       /* a multiple of 16 */
+    int64_t is_centred; /* whether the mean is subtracted, as in LayerNorm */
     float eps;
 } norm_call;
 
@@ -587,7 +614,7 @@ static void norm_piece(const void *job, int64_t token) {
     }
 }
 
-/* out = norm(x) + residual, (n, cols) all */
+/* out = norm(x) + residual, all (n, cols) */
 void norm(const void *call, int64_t n, int64_t num_threads) {
     share_out(norm_piece, call, n, num_threads);
 }
@@ -596,10 +623,11 @@ void norm(const void *call, int64_t n, int64_t num_threads) {
 
 typedef struct {
     const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
-    const float *x, *gate, *bias, *shared_gate, *residual; /* (N, C); (E, C); (E) or NULL; .. */
-    float *out;                                            /* (N, C) */
+    const float *x, *gate, *bias;                 /* (N, C); (E, C); (E) or NULL */
+    const float *shared_gate, *residual;          /* (C); (N, C); NULL for none */
+    float *out;                                   /* (N, C) */
     int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
-    float *weights; /* (N, E + 1), found by `experts`: of each token for each expert, mostly 0 */
+    float *weights; /* (N, E + 1), set by `experts`: each token's weight for each expert */
 } experts_call;
 
 INLINE float dot(const float *x, const float *y, int64_t n) {
@@ -608,7 +636,7 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
     return sum_of(sum);
 }
 
-#define ROUTES 4 /* pieces of a token's experts */
+#define ROUTES 4 /* pieces that a token's scores are computed in */
 static void route_piece(const void *job, int64_t piece) {
     const experts_call *c = job;
     int64_t token = piece / ROUTES, E = c->num_experts;
@@ -618,39 +646,39 @@ static void route_piece(const void *job, int64_t piece) {
             dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
 }
 
-/* scores -> softmax, of which the largest stay; of equal ones the first */
+/* Scores -> softmax; all but the num_used largest become 0. Of equal ones the first counts. */
 static void choose_experts(const experts_call *c, float *weights, const float *x) {
     int64_t E = c->num_experts;
-    float most = weights[0], sum = 0, kept = 0;
+    float most = weights[0], sum = 0, chosen = 0;
     for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
     for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
-    for (int64_t i = 0; i < c->num_used; i++) { /* those chosen wait as negative numbers */
+    for (int64_t i = 0; i < c->num_used; i++) { /* a chosen weight is kept as a negative number */
         int64_t best = 0;
         for (int64_t e = 1; e < E; e++)
             if (weights[e] > weights[best]) best = e;
-        kept += weights[best];
+        chosen += weights[best];
         weights[best] = -weights[best];
     }
-    float total = isnan(sum) || !c->is_renormalized ? sum : kept; /* nan is not to be hidden */
+    float total = isnan(sum) || !c->is_renormalized ? sum : chosen; /* passes NaN on */
     for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
     weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
 }
 
-/* out = residual + what each token's experts give, weighted, always in the order of the experts */
+/* out = residual + the weighted outputs of each token's experts, added in the experts' order */
 void experts(const void *call, int64_t n, int64_t num_threads) {
     experts_call c = *(const experts_call *)call;
     int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
-    for (int64_t e = 0; e < num_all; e++)
-        width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
+    for (int64_t e = 0; e < num_all; e++) width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
     float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
     float *hidden = malloc(n * width * sizeof(float));
     int64_t *tokens = malloc(n * sizeof(int64_t));
     c.weights = malloc(n * (E + 1) * sizeof(float));
     share_out(route_piece, &c, n * ROUTES, num_threads);
-    for (int64_t t = 0; t < n; t++)
-        choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
-    if (c.residual) memcpy(c.out, c.residual, n * C * sizeof(float));
-    else memset(c.out, 0, n * C * sizeof(float));
+    for (int64_t t = 0; t < n; t++) choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
+    if (c.residual)
+        memcpy(c.out, c.residual, n * C * sizeof(float));
+    else
+        memset(c.out, 0, n * C * sizeof(float));
     for (int64_t e = 0; e < num_all; e++) {
         int64_t num = 0;
         for (int64_t t = 0; t < n; t++)
@@ -659,8 +687,8 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
                 tokens[num++] = t;
             }
         linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
-        linear_call down = {.parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y,
-                            .before = c.before};
+        linear_call down = {
+            .parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y, .before = c.before};
         if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
         for (int64_t i = 0; i < num; i++) {
             float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
@@ -673,32 +701,37 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
 
 /* ---- attention ---- */
 
-/* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions):
+/* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions). A block is
  *
- *   keys     (D, 16) elements, so that a lane is a position
- *   values   (16, D) elements
+ *   of keys     (D, 16) elements, so that each lane is a position
+ *   of values   (16, D) elements
  *
- * 8-bit blocks end with the scales of both, (D / group, 16) float16. Position p is in block p / 16,
- * or in a ring, where later positions take the place of earlier ones: (p / 16) % ring.
+ * An 8-bit block ends with its scales, (D / group, 16) float16. Position p is in block p / 16; in a
+ * ring, where later positions replace earlier ones, it is in block (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
-#define CHUNK 128      /* keys whose softmax is taken at once; chunks are merged in their order */
+#define CHUNK 128 /* keys of one softmax; the results of chunks are merged in their order */
 #define MAX_D 512
-#define NOTHING -1e30f /* the largest of no scores */
+#define NOTHING -1e30f /* stands for the largest of no scores */
 
-typedef struct { char *strip; int64_t num_blocks, start, num_new, row; } span;
-enum { HEAD, FULL, AFTER_ROPE }; /* the norms of queries and keys, if any */
+/* `num_new` tokens of a sequence: positions `start`.. of its strip, rows `row`.. of the call */
+typedef struct {
+    char *strip;
+    int64_t num_blocks, start, num_new, row;
+} span;
+
+/* The norm of queries and keys: of each head, of all heads together, of each head after RoPE */
+enum { HEAD, FULL, AFTER_ROPE };
 
 typedef struct {
     const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
-    const span *spans; /* after the last one follows one without tokens */
+    const span *spans; /* the last one is followed by one without tokens */
     float *out;        /* (N, H D) */
     int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
     float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
-    /* found by `attention`: */
-    float *q;           /* (N, H, D), rotated and scaled */
-    float *partials;    /* of each task's chunks, when these are shared out */
-    int64_t num_chunks; /* that a task is cut into, or 1 */
+    float *q;                  /* (N, H, D), rotated and scaled; from here on set by `attention` */
+    float *partials;           /* results of each chunk of each task, if threads share tasks */
+    int64_t num_chunks;        /* chunks that threads cut a task into, or 1 */
 } attention_call;
 
 INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
@@ -708,8 +741,8 @@ INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value,
     return s->strip + strip * s->num_blocks * c->block_bytes;
 }
 
-/* y = head h of those at x (.., D), normed if the family does that, with the factor of all heads if
- * there is one, rotated to its token's position, scaled */
+/* y = head h of x (.., D), normed if there is a norm (by `factor` unless that is 0), rotated to the
+ * token's position, scaled */
 INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, const float *norm,
                         float factor, int64_t token, float scale, float *restrict y) {
     int64_t D = c->head_dim, half = D / 2;
@@ -726,8 +759,9 @@ INLINE void rotate_head(const attention_call *c, const float *x, int64_t h, cons
     for (int64_t d = 0; d < D && norm && c->norms == AFTER_ROPE; d++) y[d] *= norm[d];
 }
 
-/* keeps x (D) of one position in its block */
-INLINE void keep(const attention_call *c, const float *x, char *block, int64_t lane, int is_value) {
+/* Store x (D) of one position in its block */
+INLINE void store_position(const attention_call *c, const float *x, char *block, int64_t lane,
+                           int is_value) {
     int64_t D = c->head_dim, group = scale_group(D), step = is_value ? 1 : 16;
     int64_t first = is_value ? lane * D : lane;
     uint16_t half[LANES];
@@ -735,8 +769,10 @@ INLINE void keep(const attention_call *c, const float *x, char *block, int64_t l
         vec part = load(x + d);
         if (c->kind == FLOAT16) to_half(half, part);
         for (int64_t i = 0; i < LANES && c->kind != Q8; i++)
-            if (c->kind == FLOAT16) ((uint16_t *)block)[first + (d + i) * step] = half[i];
-            else ((float *)block)[first + (d + i) * step] = part[i];
+            if (c->kind == FLOAT16)
+                ((uint16_t *)block)[first + (d + i) * step] = half[i];
+            else
+                ((float *)block)[first + (d + i) * step] = part[i];
     }
     for (int64_t g = 0; g < D / group && c->kind == Q8; g++) {
         float most = 0;
@@ -749,30 +785,30 @@ INLINE void keep(const attention_call *c, const float *x, char *block, int64_t l
     }
 }
 
-/* LANES elements of a block from element `at` on */
+/* LANES elements of a block, from element `at` on */
 INLINE vec elements(const char *block, int64_t at, int kind) {
     if (kind == FLOAT32) return load((const float *)block + at);
     if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
     return from_bytes((const int8_t *)block + at);
 }
 
-/* Up to ROWS queries of one sequence that share a key/value head, and the keys each may see */
+/* Up to ROWS queries of one sequence and one key/value head; query r sees keys from[r] .. to[r] */
 typedef struct {
     const span *s;
     int64_t head, first_row, num_rows, first_chunk, end;
-    struct { int32_t from, to; } sees[ROWS];
+    int32_t from[ROWS], to[ROWS];
 } task;
 
-/* What R queries q (R, D) make of some keys: the largest score m, the sum l of exp(score - m), and
- * y, the values weighted with these: m (ROWS) | l (ROWS) | y (ROWS, D) */
+/* The result of R queries over some keys: the largest score m, the sum l of exp(score - m), and the
+ * sum y of the values, each times its exp(score - m): m (ROWS) | l (ROWS) | y (ROWS, D) */
 #define PARTIAL(D) (ROWS * (2 + (D)))
 
-/* numerators of the softmax over keys first..last, p (R, CHUNK); m and l */
+/* p (R, CHUNK) = exp(score - m) of keys first..last for queries q (R, D); m and l */
 INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
                   int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
     int64_t D = c->head_dim, num_keys = last - first, group = kind == Q8 ? scale_group(D) : D;
     vec most[ROWS], sum[ROWS];
-    ivec lanes;
+    ivec lanes = {0};
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
     for (int64_t k = 0; k < num_keys; k += LANES) {
@@ -793,7 +829,7 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
             dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
         ivec place = lanes + (int32_t)(first + k);
         for (int r = 0; r < R; r++) {
-            ivec seen = (place >= t->sees[r].from) & (place < t->sees[r].to);
+            ivec seen = (place >= t->from[r]) & (place < t->to[r]);
             dot[r] = pick(seen, dot[r], splat(-INFINITY));
             most[r] = larger(most[r], dot[r]);
             store(p + r * CHUNK + k, dot[r]);
@@ -810,7 +846,7 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
     }
 }
 
-/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors at a time */
+/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors of y at a time */
 INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
                   float *y, int R, int kind) {
     int64_t D = c->head_dim;
@@ -848,20 +884,16 @@ INLINE void weigh(const attention_call *c, const float *p, const char *values, i
     }
 }
 
-#define WITH(R, KIND) \
-    case R: \
+#define ATTEND(R, KIND) \
+    if (num_rows == R && c->kind == KIND) { \
         score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
         weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
-        break;
-#if ROWS == 8
-#define MORE_ROWS(KIND) WITH(6, KIND) WITH(8, KIND)
-#else
-#define MORE_ROWS(KIND)
-#endif
-#define BY_ROWS(KIND) \
-    switch (R) { \
-        WITH(1, KIND) WITH(2, KIND) WITH(3, KIND) WITH(4, KIND) MORE_ROWS(KIND) \
+        return; \
     }
+#define ATTEND_KINDS(R) \
+    ATTEND(R, FLOAT32); \
+    ATTEND(R, FLOAT16); \
+    ATTEND(R, Q8)
 static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
                          float *out) {
     float p[ROWS * CHUNK];
@@ -869,13 +901,18 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
     int64_t at = first / 16 % c->ring * c->block_bytes;
     const char *keys = blocks_of(c, t->s, 0, t->head) + at;
     const char *values = blocks_of(c, t->s, 1, t->head) + at;
-    int R = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
-    if (c->kind == FLOAT32) BY_ROWS(FLOAT32)
-    else if (c->kind == FLOAT16) BY_ROWS(FLOAT16)
-    else BY_ROWS(Q8)
+    int num_rows = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
+    ATTEND_KINDS(1);
+    ATTEND_KINDS(2);
+    ATTEND_KINDS(3);
+    ATTEND_KINDS(4);
+#if ROWS == 8
+    ATTEND_KINDS(6);
+    ATTEND_KINDS(8);
+#endif
 }
 
-/* nothing yet, or a sink's score with a value of zeros */
+/* The result over no keys; with sinks, over the sink's score with a value of 0 */
 INLINE void clear(const attention_call *c, const task *t, float *sum) {
     int64_t heads = c->n_heads / c->n_kv_heads;
     memset(sum, 0, PARTIAL(c->head_dim) * sizeof(float));
@@ -885,7 +922,7 @@ INLINE void clear(const attention_call *c, const task *t, float *sum) {
     }
 }
 
-/* sum += one more chunk (https://arxiv.org/abs/2112.05682) */
+/* Add the result of a chunk to `sum` (https://arxiv.org/abs/2112.05682) */
 INLINE void merge(const task *t, float *sum, const float *chunk, int64_t D) {
     for (int r = 0; r < t->num_rows; r++) {
         float m = MAX(sum[r], chunk[r]), *y = sum + 2 * ROWS + r * D;
@@ -910,14 +947,14 @@ static task find_task(const attention_call *c, int64_t index) {
     t.num_rows = MIN(ROWS, t.s->num_new * heads - t.first_row);
     for (int r = 0; r < ROWS; r++) {
         t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
-        t.sees[r].from = c->window ? MAX(0, t.end - c->window) : 0;
-        t.sees[r].to = t.end;
+        t.from[r] = c->window ? MAX(0, t.end - c->window) : 0;
+        t.to[r] = t.end;
     }
-    t.first_chunk = t.sees[0].from / CHUNK;
+    t.first_chunk = t.from[0] / CHUNK;
     return t;
 }
 
-/* where row r of a task lies in (N, H, D) */
+/* Where row r of a task lies in (N, H, D) */
 INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
     int64_t heads = c->n_heads / c->n_kv_heads, row = t->first_row + r;
     int64_t token = t->s->row + row / heads;
@@ -933,7 +970,7 @@ INLINE void finish(const attention_call *c, const task *t, const float *sum) {
     }
 }
 
-/* a piece is a token: its queries go to q, its keys and values to the strip */
+/* A piece is a token: its queries go to q, its keys and values to the strip */
 static void place_piece(const void *job, int64_t piece) {
     const attention_call *c = job;
     int64_t H = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
@@ -951,18 +988,18 @@ static void place_piece(const void *job, int64_t piece) {
     for (int64_t h = 0; h < Hkv; h++) {
         float key[MAX_D];
         rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
-        keep(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
-        keep(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
+        store_position(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
+        store_position(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
     }
 }
 
-/* a piece is a task, or one chunk of a task */
+/* A piece is a task, or one chunk of a task */
 static void attend_piece(const void *job, int64_t piece) {
     const attention_call *c = job;
     float tile[ROWS * MAX_D], sum[PARTIAL(MAX_D)], one[PARTIAL(MAX_D)];
     int64_t D = c->head_dim, chunk = piece % c->num_chunks;
     task t = find_task(c, piece / c->num_chunks);
-    for (int64_t r = 0; r < ROWS; r++) /* the last query fills up the tile */
+    for (int64_t r = 0; r < ROWS; r++) /* the last query pads the tile */
         memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)), D * sizeof(float));
     if (c->num_chunks > 1) {
         if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
@@ -988,8 +1025,8 @@ static void merge_piece(const void *job, int64_t piece) {
     finish(c, &t, sum);
 }
 
-/* Rotates queries and keys, stores keys and values, attends. Where there are few tasks, their
- * chunks are shared out among threads; the arithmetic is the same. */
+/* Rotate queries and keys, store keys and values, attend. If there are fewer tasks than threads can
+ * share, threads share the tasks' chunks; the arithmetic is the same. */
 void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
     attention_call c = *(const attention_call *)call;
     if (!c.scale) c.scale = 1.0f / sqrtf(c.head_dim);
@@ -1002,7 +1039,7 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
     }
     if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
     int64_t row_bytes = c.n_heads * c.head_dim * sizeof(float);
-    for (int64_t row = num_new; row < num_tokens; row++) /* rows that only pad the batch */
+    for (int64_t row = num_new; row < num_tokens; row++) /* rows that pad the batch */
         memset((char *)c.out + row * row_bytes, 0, row_bytes);
     c.q = malloc(num_tokens * row_bytes);
     if (c.num_chunks > 1)
@@ -1016,8 +1053,8 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
 
 /* ---- a step ---- */
 
-/* All kernels take a structure that says what to do and, apart, to how many rows: so a step of the
- * model can be kept as a list of calls, and run again when the tensors hold other rows. */
+/* The number of rows is not in a kernel's structure, so that a step of the model can be recorded as
+ * a list of calls and run again when the tensors hold other rows. */
 typedef void kernel(const void *call, int64_t num_tokens, int64_t num_threads);
 typedef struct {
     kernel *run;
@@ -1029,22 +1066,24 @@ void replay(const step *steps, int64_t num_steps, int64_t num_tokens, int64_t nu
         s->run(s->call, num_tokens, num_threads);
 }
 
-typedef struct { const uint8_t *bytes; int64_t num_bytes, num_pieces, total; } read_job;
+typedef struct {
+    const uint8_t *bytes;
+    int64_t num_bytes, num_pieces, total;
+} read_job;
 
 static void read_piece(const void *job, int64_t piece) {
     read_job *c = (read_job *)job;
     ivec sum[4] = {{0}};
     int64_t lines = c->num_bytes / 256;
     for (int64_t i = lines * piece / c->num_pieces; i < lines * (piece + 1) / c->num_pieces; i++)
-        for (int j = 0; j < 64 / LANES; j++)
-            sum[j % 4] += ((const ivec *)(c->bytes + 256 * i))[j];
+        for (int j = 0; j < 64 / LANES; j++) sum[j % 4] += ((const ivec *)(c->bytes + 256 * i))[j];
     sum[0] += sum[1] + sum[2] + sum[3];
     int64_t total = 0;
     for (int j = 0; j < LANES; j++) total += sum[0][j];
     __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
 }
 
-/* reads a buffer once; the sum is there so that it must be read */
+/* Read a buffer once. The sum keeps compilers from leaving the reads out. */
 int64_t read_all(const uint8_t *bytes, int64_t num_bytes, int64_t num_threads) {
     read_job c = {bytes, num_bytes, PIECES * num_threads, 0};
     share_out(read_piece, &c, c.num_pieces, num_threads);

@@ -89,12 +89,12 @@ def c_fields(declarations: str) -> list[tuple[str, Any]]:
 
 
 def read_structures(source: str) -> dict[str, Any]:
-    """A ctypes twin for each structure `typedef struct { .. } NAME;` without structures in it.
-    __slots__ makes an unknown keyword an error."""
+    """A ctypes twin for each `typedef struct { .. } NAME;` of numbers and pointers. With __slots__,
+    an unknown keyword is an error."""
     plain = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     return {
         name: type(name, (ctypes.Structure,), {"_fields_": c_fields(declarations), "__slots__": ()})
-        for declarations, name in re.findall(r"typedef struct \{([^{}]*)\} (\w+);", plain)
+        for declarations, name in re.findall(r"typedef struct \{([^{}[\]]*)\} (\w+);", plain)
     }
 
 
