@@ -99,7 +99,8 @@ class Toolbox:
     ) -> list[Json]:
         """Answer a request, run the calls in the answer, answer their results, and so on until an
         answer has no calls. Returns the new messages."""
-        messages, new = request.messages or [], list[Json]()
+        messages = request.messages or []
+        new: list[Json] = []
         for _ in range(MAX_ROUNDS):
             request = dataclasses.replace(request, messages=[*messages, *new], tools=self.tools)
             new.append(answer(request))
