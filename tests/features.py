@@ -10,12 +10,14 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import httpx
 from serving import serving
 
@@ -63,9 +65,50 @@ def answer(**fields: Any) -> Callable[[LLM], None]:
     return run
 
 
-def adapt(llm: LLM) -> None:
-    with contextlib.suppress(nanollama.CheckpointError):  # there is no such adapter
-        LLM(llm.checkpoint.path, adapter="no-such-directory")
+def load(changes: dict[str, Any], **files: str) -> Callable[[LLM], None]:
+    """The model, loaded once more after changes to its config.json, with other files; `None` in the
+    place of a file's content deletes it. The model may be broken: only a missing extra counts."""
+
+    def run(llm: LLM) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(shutil.copytree(llm.checkpoint.path, Path(scratch) / "model"))
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **changes}))
+            for name, content in files.items():
+                (folder / name.replace("_json", ".json")).write_text(content)
+            if "tekken_json" in files:
+                (folder / "tokenizer.json").unlink()
+            with contextlib.suppress(nanollama.CheckpointError):
+                LLM(folder)
+
+    return run
+
+
+def load_gguf(llm: LLM) -> None:
+    """A GGUF whose pre-tokenizer only few models have."""
+    raw, _ = gguf_files.smallest({"tokenizer.ggml.pre": (gguf_files.STRING, "tekken")})
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.gguf"
+        path.write_bytes(raw)
+        LLM(path)
+
+
+def option(**options: Any) -> Callable[[LLM], None]:
+    """The model, loaded with an option; an adapter that is no adapter is no missing extra."""
+
+    def run(llm: LLM) -> None:
+        with contextlib.suppress(nanollama.CheckpointError):
+            LLM(llm.checkpoint.path, **options)
+
+    return run
+
+
+def load_nanochat(llm: LLM) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model_000001.pt"
+        path.write_bytes(b"")
+        with contextlib.suppress(nanollama.CheckpointError):
+            LLM(path)
 
 
 def make_tiny_random(llm: LLM) -> None:
@@ -74,60 +117,109 @@ def make_tiny_random(llm: LLM) -> None:
         nanollama.ModelStore().resolve("tiny-random")
 
 
+def find_nanochat(llm: LLM) -> None:
+    with contextlib.suppress(nanollama.ModelNotFoundError, nanollama.CheckpointError):
+        nanollama.ModelStore().resolve("nanochat")
+
+
+def run_batch(llm: LLM) -> None:
+    assert len(list(llm.stream([GenerationRequest("a", params=SHORT)] * 3))) >= 3
+
+
 def run_test_server(llm: LLM) -> None:
     with nanollama.TestServer("hello") as server:
         body = {"messages": USER}
         assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
 
 
+def run_tools(llm: LLM) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write('def f() -> str:\n    """Nothing."""\n    return ""\n')
+        file.flush()
+        flags = ("--chat", "--prompt", "x", "--max-tokens", 2, "--yes-tools", "--tools", file.name)
+        command("--model", "MODEL", *flags)(llm)
+
+
+def score(llm: LLM) -> None:
+    assert [index for index, _ in llm.score([([5, 6, 7], 1)])] == [0]
+
+
+def embed(llm: LLM) -> None:
+    assert len(llm.embed(["hello"])) == 1
+
+
+FORMS = {"answers.grammars", "answers.tools"}
+OLLAMA_API = {"api.ollama", "api.ollama_models"}
 OLLAMA = {"model": "model", "stream": False, "options": {"num_predict": 4}}
 CHAT = {"messages": USER, "max_tokens": 4}
+TEXT = {"prompt": "x", "max_tokens": 4}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 # feature -> modules of nanollama_extras that it needs, a use of it
 FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a prompt": (set(), answer(prompt="hello")),
     "a chat": (set(), answer(messages=USER)),
-    "a batch": (
-        set(),
-        lambda llm: list(llm.stream([GenerationRequest("a", params=SHORT)] * 3)) and None,
-    ),
-    "q8": (set(), lambda llm: LLM(llm.checkpoint.path, quantize="q8") and None),
+    "a batch": (set(), run_batch),
+    "q8": (set(), option(quantize="q8")),
+    "q4": (set(), option(quantize="q4")),
+    "keys and values in 8 bits": (set(), option(kv_dtype="q8")),
     "list": (set(), command("list")),
     "show": (set(), command("show", "MODEL")),
     "chat completions": (set(), request("POST", "/v1/chat/completions", CHAT)),
-    "text completions": (
-        set(),
-        request("POST", "/v1/completions", {"prompt": "x", "max_tokens": 4}),
-    ),
+    "a streamed chat": (set(), request("POST", "/v1/chat/completions", {**CHAT, "stream": True})),
+    "text completions": (set(), request("POST", "/v1/completions", TEXT)),
+    "a streamed text": (set(), request("POST", "/v1/completions", {**TEXT, "stream": True})),
     "models": (set(), request("GET", "/v1/models")),
+    "health": (set(), request("GET", "/health")),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
-    "eval": ({"commands.eval"}, command("eval", "--model", "MODEL", "--text", __file__, "--json")),
-    "verify": ({"commands.verify"}, command("verify", "--help")),
-    "an adapter": ({"models.lora"}, adapt),
-    "tiny-random": ({"files.tiny_random"}, make_tiny_random),
-    "native kernels": (
-        {"kernels.native"},
-        lambda llm: LLM(llm.checkpoint.path, kernels="native") and None,
+    "eval": (
+        {"commands.eval", "answers.scores"},
+        command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
+    "verify": ({"commands.verify"}, command("verify", "--help")),
+    "--embed": (
+        {"commands.embed", "answers.embeddings"},
+        command("--embed", "--model", "MODEL", "--prompt", "hello"),
+    ),
+    "--tools": ({"answers.toolbox", *FORMS}, run_tools),
+    "an adapter": ({"models.lora"}, option(adapter="no-such-directory")),
+    "a rarer family": ({"models.families"}, load({"model_type": "olmo2"})),
+    "a rarer rope": (
+        {"models.ropes"},
+        load({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ),
+    "a nanochat checkpoint": ({"models.nanochat"}, load_nanochat),
+    "nanochat's directory": ({"files.nanochat_store"}, find_nanochat),
+    "tiny-random": ({"files.tiny_random"}, make_tiny_random),
+    "a rarer pre-tokenizer": ({"files.pre_tokenizers"}, load_gguf),
+    "tekken.json": ({"files.vocabularies"}, load({}, tekken_json="{}")),
+    "native kernels": ({"kernels.native"}, option(kernels="native")),
+    "guesses": ({"answers.lookup"}, option(lookup=4)),
+    "scores": ({"answers.scores"}, score),
+    "an embedding": ({"answers.embeddings"}, embed),
     "a regular expression": (
         {"answers.grammars"},
         answer(messages=USER, params={"regex": "[a-c]{2}"}),
     ),
-    "tools": ({"answers.tools", "answers.grammars"}, answer(messages=USER, tools=TOOLS)),
-    "tools over HTTP": (
-        {"answers.tools", "answers.grammars"},
-        request("POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS}),
+    "tools": (FORMS, answer(messages=USER, tools=TOOLS)),
+    "tools over HTTP": (FORMS, request("POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS})),
+    "response_format": (
+        {"answers.grammars", "answers.guides"},
+        request("POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
     ),
     "Responses": (
         {"api.responses"},
         request("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 4}),
     ),
-    "embeddings": ({"api.embeddings"}, request("POST", "/v1/embeddings", {"input": "hi"})),
-    "Ollama's chat": ({"api.ollama"}, request("POST", "/api/chat", {**OLLAMA, "messages": USER})),
-    "Ollama's generate": (
-        {"api.ollama"},
-        request("POST", "/api/generate", {**OLLAMA, "prompt": "x"}),
+    "embeddings": (
+        {"api.embeddings", "answers.embeddings"},
+        request("POST", "/v1/embeddings", {"input": "hi"}),
     ),
+    "Ollama's chat": (OLLAMA_API, request("POST", "/api/chat", {**OLLAMA, "messages": USER})),
+    "Ollama's generate": (OLLAMA_API, request("POST", "/api/generate", {**OLLAMA, "prompt": "x"})),
+    "Ollama's tags": (OLLAMA_API, request("GET", "/api/tags")),
     "the web chat": ({"api.page"}, request("GET", "/")),
+    "metrics": ({"api.metrics"}, request("GET", "/metrics")),
+    "tokenize": ({"api.inspect"}, request("POST", "/tokenize", {"prompt": "hello"})),
     "a test server": ({"testing"}, run_test_server),
 }
 

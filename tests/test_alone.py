@@ -21,6 +21,7 @@ import httpx
 import openai
 import oracle
 import pytest
+from features import FEATURES
 from hub_server import HubServer
 from oracle import Tiny
 
@@ -136,10 +137,11 @@ def test_one_prompt(run: Run, smollm2: Path) -> None:
 
 
 def test_a_conversation(run: Run, smollm2: Path) -> None:
-    talk = f"{QUESTION}\n/set max_tokens 3\nAnd of Italy?\n/undo\n/show\n/quit\n"
+    talk = f"{QUESTION}\n/set max_tokens 3\nAnd of Italy?\n/undo\n/show\n/save x.json\n/quit\n"
     ran = run(*SMOLLM2, "--interactive", stdin=talk)
     assert ran.returncode == 0
     assert ANSWER in ran.stdout
+    assert re.search(NEEDS.format(r"commands\.conversation"), ran.stderr)
 
 
 def test_many_prompts_at_once(run: Run, smollm2: Path, tmp_path: Path) -> None:
@@ -281,32 +283,97 @@ def test_help_and_version(run: Run) -> None:
 NEEDS = (
     r"needs nanollama_extras\.{}, which is not installed; put the folder nanollama_extras beside "
 )
-COMMANDS = {  # module of nanollama_extras -> a command line that needs it
-    "commands.bench": "bench --model smollm2",
-    "commands.eval": "eval --model smollm2",
-    "commands.verify": "verify smollm2",
-    "models.lora": "--model {tiny} --adapter . --prompt x",
+ON_MODEL = "--model smollm2 --prompt x"
+COMMANDS = {  # module of nanollama_extras -> command lines that need it
+    "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
+    "answers.lookup": (f"{ON_MODEL} --lookup 4",),
+    "answers.toolbox": (f"{ON_MODEL} --chat --tools features.py",),
+    "commands.bench": ("bench --model smollm2",),
+    "commands.embed": (f"{ON_MODEL} --embed",),
+    "commands.eval": ("eval --model smollm2",),
+    "commands.verify": ("verify --help",),
+    "files.nanochat_store": ("--model nanochat --prompt x",),
+    "files.tiny_random": ("--model tiny-random --prompt x",),
+    "kernels.native": (f"{ON_MODEL} --kernels native",),
+    "models.lora": (f"{ON_MODEL} --adapter .",),
+    "testing": ("--serve --script answers.yaml",),
 }
+COMMAND_LINES = [(module, line) for module, lines in COMMANDS.items() for line in lines]
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_a_command_line_that_needs_an_extra_says_so(run: Run, tiny: Tiny, module: str) -> None:
-    ran = run(*COMMANDS[module].format(tiny=tiny()).split())
+@pytest.mark.parametrize(("module", "line"), COMMAND_LINES)
+def test_a_command_line_that_needs_an_extra_says_so(
+    run: Run, smollm2: Path, tmp_path: Path, module: str, line: str
+) -> None:
+    ran = run(*line.split(), **({"NANOLLAMA_CACHE": str(tmp_path)} if "random" in line else {}))
     assert (ran.returncode, ran.stdout) == (2, "")
-    (line,) = ran.stderr.splitlines()
-    assert re.search(NEEDS.format(re.escape(module)), line), line
+    *_, last = ran.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert re.search(NEEDS.format(re.escape(module)), last), last
 
 
-ROUTES: dict[str, tuple[str, str, dict[str, Any] | None]] = {}
-"""Module of nanollama_extras -> method, path and body of a request that needs it."""
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
+    # module of nanollama_extras; method, path and body of a request that needs it
+    ("answers.guides", "POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
+    ("answers.tools", "POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS}),
+    ("api.embeddings", "POST", "/v1/embeddings", {"input": "x"}),
+    ("api.inspect", "POST", "/tokenize", {"prompt": "x"}),
+    ("api.inspect", "POST", "/detokenize", {"tokens": [5]}),
+    ("api.inspect", "GET", "/openapi.json", None),
+    ("api.inspect", "GET", "/v1/capabilities", None),
+    ("api.metrics", "GET", "/metrics", None),
+    ("api.page", "GET", "/", None),
+    ("api.page", "POST", "/chat/completions", CHAT),
+    ("api.responses", "POST", "/v1/responses", {"input": "x"}),
+    ("api.responses", "GET", "/v1/responses/resp_1", None),
+]
 
 
-@pytest.mark.parametrize("module", ROUTES)
-def test_a_request_that_needs_an_extra_is_answered_with_501(url: str, module: str) -> None:
-    method, path, body = ROUTES[module]
+@pytest.mark.parametrize(("module", "method", "path", "body"), REQUESTS)
+def test_a_request_that_needs_an_extra_is_answered_with_501(
+    url: str, module: str, method: str, path: str, body: dict[str, Any] | None
+) -> None:
     answer = httpx.request(method, url + path, json=body)
     assert answer.status_code == 501, answer.text
     error = answer.json()["error"]
     assert re.search(NEEDS.format(re.escape(module)), error["message"])
     assert error["code"] == "extra_not_installed"
     assert "\n" not in error["message"]
+
+
+def test_ollamas_clients_get_the_error_in_their_own_form(url: str) -> None:
+    body = {"model": "smollm2", "messages": CHAT["messages"]}
+    for answer in (httpx.post(f"{url}/api/chat", json=body), httpx.get(f"{url}/api/tags")):
+        assert answer.status_code == 501
+        assert re.search(NEEDS.format(re.escape("api.ollama")), answer.json()["error"])
+
+
+def test_every_feature_works_or_names_its_extra(
+    alone: Path, environment: dict[str, str], tiny: Tiny
+) -> None:
+    path = os.pathsep.join([environment["PYTHONPATH"], str(alone), str(ROOT / "tests")])
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tests" / "features.py", tiny()],
+        cwd=alone,
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    outcomes: dict[str, str] = json.loads(ran.stdout.splitlines()[-1])
+    assert list(outcomes) == list(FEATURES)
+    for name, (needed, _) in FEATURES.items():
+        assert outcomes[name] in (needed or {"ok"}), f"{name}: {outcomes[name]}"
+
+
+def test_every_extra_has_a_feature() -> None:
+    """But for one that needs a GPU, and one that `test_a_conversation` uses."""
+    folder = ROOT / "nanollama_extras"
+    files = [path for path in folder.rglob("*.py") if path.name != "__init__.py"]
+    modules = {".".join(path.relative_to(folder).with_suffix("").parts) for path in files}
+    needed = {module for modules, _ in FEATURES.values() for module in modules}
+    assert modules - needed == {"kernels.cuda", "commands.conversation"}
+    assert needed <= modules

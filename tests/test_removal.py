@@ -31,7 +31,7 @@ def outcomes(tree: Path, model: Path, **variables: str) -> dict[str, str]:
     return result
 
 
-@pytest.mark.parametrize("module", ["commands.bench", "answers.tools"])
+@pytest.mark.parametrize("module", ["api.ollama", "commands.bench", "answers.tools"])
 def test_without_a_module_only_its_own_features_are_gone(
     tiny: Tiny, tmp_path: Path, module: str
 ) -> None:
