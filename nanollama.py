@@ -323,8 +323,10 @@ def extra(path: str, feature: str) -> Any:
         with uninterrupted():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not name.startswith(str(error.name)):
+        missing = str(error.name)
+        if not missing.startswith("nanollama_extras"):
             raise
+        name = missing if missing.count(".") > 1 else name  # an extra may need another one
         raise ExtraError(
             f"{feature} needs {name}, which is not installed; put the folder nanollama_extras "
             "beside nanollama.py, or install the whole project with: pip install ."
@@ -5933,24 +5935,22 @@ class LLM(TextSide):
 #
 #   In          a request body (dict), settings; deltas
 #   Out         WireRequest; response objects and stream chunks (dicts)
-#   Idea        tables say what happens to each field: it is honoured, accepted without effect (and
-#               named in a header), or refused with a 400 that names it; null means absent. A whole
-#               answer is what its chunks add up to. Bodies of /v1/responses and of Ollama's API are
-#               first put into the words of a chat, so that there is one way to read a request and
-#               to take an answer apart, into pieces that each API wraps in its own way:
+#   Idea        tables say for each field of a body whether it is honoured, accepted without effect
+#               (and named in a header), or refused with a 400; null means absent. A whole answer
+#               is the sum of its chunks. Other APIs (extras) translate their bodies to a chat, and
+#               wrap the same pieces of an answer:
 #
-#                 body --response_body, ollama_body--> chat body --parse_chat--> WireRequest
-#                 Delta --ChatReply.read--> pieces --ChatChoice, ResponseReply, ..--> events
+#                 body --an API's translation--> chat body --parse_chat--> WireRequest
+#                 Delta --ChatReply.read--> pieces --an API's Reply--> events
 #
 #   Invariant   no Starlette, no engine: dict in, dict out.
-#   Extend      a field is a name in SAMPLING_FIELDS, CHAT_FIELDS, .., HARMLESS or NEUTRAL; another
-#               API is a table of fields, a translation to a chat, and a Reply.
+#   Extend      a field is a name in CHAT_FIELDS, TEXT_FIELDS, HARMLESS or NEUTRAL, or an option of
+#               SamplingParams; another API is a table of fields, a translation and a Reply.
 #   Spec        https://github.com/openai/openai-openapi
-#               https://github.com/ollama/ollama/blob/main/docs/api.md
 # ==================================================================================================
 
-Fields = Mapping[str, Any]  # one that is only read
-JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `or` between them
+Fields = Mapping[str, Any]  # a JSON object that is only read
+JSON_TYPES: dict[str, tuple[type, ...]] = {  # "string or array" stands for either
     "number": (int, float),
     "integer": (int,),
     "boolean": (bool,),
@@ -5961,19 +5961,19 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {  # one of several is written with `o
 
 
 def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
-    """Fields and their JSON types: those of other tables, and those listed here under their type;
-    `string_or_array` stands for either."""
+    """Field -> JSON type: the rows of other tables, and names listed under their type, such as
+    string_or_array="stop prompt"."""
     fields = {name: kind for other in others for name, kind in other.items()}
     for kind, names in listed.items():
         fields |= dict.fromkeys(names.split(), kind.replace("_", " "))
     return fields
 
 
-# The fields of SamplingParams that request bodies have, under the same names
+# The fields of SamplingParams that a request body may have
 SAMPLING_FIELDS = {
     name: row.json_type for name, row in options_of(SamplingParams).items() if row.on_wire
 }
-# What an answer must be, in the words of vLLM, llama.cpp and OpenAI. answers/guides.py reads them.
+# The form of an answer, as vLLM, llama.cpp and OpenAI spell it; answers/guides.py reads them
 GUIDE_FIELDS = {
     **dict.fromkeys(("guided_json", "json_schema"), "string or object"),
     **table(string="guided_regex guided_grammar grammar", array="guided_choice"),
@@ -6002,13 +6002,13 @@ CHAT_FIELDS |= table(  # beyond OpenAI's
 TEXT_FIELDS = table(
     COMMON_FIELDS, string_or_array="prompt", integer="best_of logprobs", boolean="echo"
 )
-# Fields of OpenAI's that change nothing on one's own machine.
+# OpenAI's fields that are accepted without effect
 HARMLESS = table(
     string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
     object="prompt_cache_options prediction moderation",
     boolean="store",
 )
-# Fields of OpenAI's that need something we do not do, with the values that ask for nothing.
+# OpenAI's fields for features that this server lacks -> the values that are accepted
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -6023,7 +6023,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 
 class WireError(NanollamaError):
-    """An error with its own status, code and headers."""
+    """An error of the server, with its status, code and headers."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
@@ -6033,14 +6033,14 @@ class WireError(NanollamaError):
 
 
 def parse_duration(value: Any, name: str = "keep_alive") -> float:
-    """Seconds of a number, or of 5m, 1h30m, 500ms, 30s; infinity for a negative one, for ever.
-    Raises RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
+    """Seconds of a number or of 5m, 1h30m, 500ms, 30s; infinity for a negative duration. Raises
+    RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
     units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
     text = str(value).strip() if not isinstance(value, bool) else ""
-    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
-    if not parts or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, parts)):
+    terms = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
+    if not terms or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, terms)):
         refuse(f"{name} is {excerpt(value)}; give 30s, 5m, 1h, 0 or -1", name)
-    seconds = sum(float(number) * units[unit or "s"] for number, unit in parts)
+    seconds = sum(float(number) * units[unit or "s"] for number, unit in terms)
     return math.inf if text.startswith("-") else seconds
 
 
@@ -6048,8 +6048,8 @@ def error_body(error: NanollamaError) -> Json:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    about = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return {"error": about}
+    fields = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return {"error": fields}
 
 
 def text_error(error: NanollamaError) -> Json:
@@ -6058,16 +6058,19 @@ def text_error(error: NanollamaError) -> Json:
 
 
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
+    """Raise RequestError about the field `param`."""
     error = RequestError(message, param)
     error.code = code
     raise error
 
 
 def check_type(name: str, value: Any, kind: str) -> None:
-    """Refuse a value that is not of the JSON type `kind`. To JSON, true is no integer."""
+    """Raise RequestError for a value that is not of the JSON type `kind`; true is no integer."""
     types = tuple(one for word in kind.split(" or ") for one in JSON_TYPES[word])
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        refuse(f"{name} is {excerpt(value)}; the JSON type needed is {kind}", name, "invalid_type")
+        refuse(
+            f"{name} is {excerpt(value)}; it must be of the JSON type {kind}", name, "invalid_type"
+        )
 
 
 def read_fields(
@@ -6076,8 +6079,8 @@ def read_fields(
     strict: bool = False,
     neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
 ) -> tuple[Json, tuple[str, ...]]:
-    """The known fields of a body that are not null, with their types checked; and the names of
-    those that have no effect. Raises RequestError for what cannot be honoured."""
+    """The known fields of a body that are not null, with their types checked; and the names of the
+    fields without effect. Raises RequestError for a field that cannot be honoured."""
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if kind := known.get(name) or HARMLESS.get(name):
@@ -6091,6 +6094,7 @@ def read_fields(
 
 
 def required(given: Fields, name: str) -> Any:
+    """The value of a field. Raises RequestError where it is missing, null or an empty list."""
     if given.get(name) in (None, []):
         refuse(f"{name} is missing or empty", name, "missing_required_parameter")
     return given[name]
@@ -6098,7 +6102,7 @@ def required(given: Fields, name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class WireRequest:
-    """A request body, checked. `requests` has one entry for each choice, in order."""
+    """A checked request body; `requests` has an entry for each choice, in order."""
 
     requests: tuple[GenerationRequest, ...]
     model: str | None
@@ -6106,7 +6110,9 @@ class WireRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)  # the body's, for SamplingParams fields
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # SamplingParams field -> the body's name
     metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
@@ -6114,13 +6120,13 @@ class WireRequest:
 def parse_chat(
     body: Fields, defaults: Fields, strict: bool = False, opening: Iterable[Json] = ()
 ) -> WireRequest:
-    """A body of /v1/chat/completions. `defaults` are SamplingParams fields; `opening`, messages for
-    a conversation that has no system message. Raises RequestError."""
+    """A body of /v1/chat/completions. defaults: SamplingParams fields. opening: messages before a
+    conversation without a system message. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
-        refuse(f"top_logprobs is {num_top}; 0 to 20 can be had, with logprobs", "top_logprobs")
+        refuse(f"top_logprobs is {num_top}; it must be 0 to 20, with logprobs", "top_logprobs")
     sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
     tools, choice = None, ToolChoice()
     if given.get("tools") or "tool_choice" in given:
@@ -6140,7 +6146,7 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     """A body of /v1/completions. Raises RequestError."""
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
-    # without an answer to make, there is still the prompt to report on
+    # with echo, an answer of no tokens still reports on the prompt
     least_tokens = 0 if echo else 1
     sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens)
     sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
@@ -6153,11 +6159,11 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
-def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> WireRequest:
-    """What both endpoints share: n choices for each prompt, streaming, the model's name."""
+def _wire(given: Fields, requests: list[GenerationRequest], **fields: Any) -> WireRequest:
+    """The fields that both endpoints share: n choices of each prompt, streaming, the model."""
     n, stream = given.get("n", 1), given.get("stream", False)
     if not 1 <= n * len(requests) <= MAX_CHOICES:
-        refuse(f"n is {n} for {len(requests)} prompts; 1 to {MAX_CHOICES} choices can be made", "n")
+        refuse(f"n is {n} for {len(requests)} prompts; at most {MAX_CHOICES} choices in all", "n")
     if "stream_options" in given and not stream:
         refuse("stream_options needs stream to be true", "stream_options")
     include_usage = given.get("stream_options", {}).get("include_usage")
@@ -6169,12 +6175,12 @@ def _wire(given: Fields, requests: list[GenerationRequest], **more: Any) -> Wire
         for i in range(n)
     )
     return WireRequest(
-        choices, given.get("model"), len(requests), stream, bool(include_usage), **more
+        choices, given.get("model"), len(requests), stream, bool(include_usage), **fields
     )
 
 
 def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Choice 0 has the request's seed; the others derive theirs from it."""
+    """The parameters of a choice: choice 0 has the request's seed, others derive theirs from it."""
     if params.seed is None or index == 0:
         return params
     return dataclasses.replace(params, seed=int(uniform(params.seed, -index) * (1 << 53)))
@@ -6183,7 +6189,7 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 def _sampling(
     given: Fields, defaults: Fields, least_tokens: int = 1
 ) -> tuple[Json, dict[str, str]]:
-    """SamplingParams fields of a body over the defaults, and the body's names for some."""
+    """SamplingParams fields of a body over the defaults, and the body's names of some."""
     values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
     for name in ("max_tokens", "max_completion_tokens"):
         if (limit := given.get(name, -1)) != -1 and limit < least_tokens:
@@ -6207,6 +6213,7 @@ def _sampling(
 
 
 def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
+    """A row of logit_bias, checked."""
     if not re.fullmatch("[0-9]{1,9}", token_id):
         refuse(f"logit_bias has the key {excerpt(token_id)}; token ids are needed", "logit_bias")
     check_type("logit_bias", bias, "number")
@@ -6214,18 +6221,18 @@ def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
 
 
 def _template_kwargs(given: Fields) -> Json:
-    """What the chat template gets beside the messages."""
+    """The values for the chat template beside the messages."""
     kwargs = dict(given.get("chat_template_kwargs", {}))
-    if ours := kwargs.keys() & {"self", "tokenizer", "template", "messages", "tools"}:
-        refuse(f"chat_template_kwargs must not have {min(ours)}", "chat_template_kwargs")
+    if reserved := kwargs.keys() & {"self", "tokenizer", "template", "messages", "tools"}:
+        refuse(f"chat_template_kwargs must not have {min(reserved)}", "chat_template_kwargs")
     if effort := given.get("reasoning_effort"):
         kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    same = ("continue_final_message", "add_generation_prompt")
-    return kwargs | {name: given[name] for name in same if name in given}
+    names = ("continue_final_message", "add_generation_prompt")
+    return kwargs | {name: given[name] for name in names if name in given}
 
 
 def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
-    """A field that is a string, a list of strings, a list of ids, or a list of lists of ids."""
+    """A field that is a text, token ids, or a list of either, as a list."""
     value = required(given, name)
 
     def is_ids(value: Any) -> bool:
@@ -6239,7 +6246,7 @@ def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
 
 
 def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
-    """The `messages` of a body, checked, after the opening. Raises RequestError, naming the
+    """The `messages` of a body, checked, after the opening. Raises RequestError, which names the
     message."""
     check_type("messages", messages := required(given, "messages"), "array")
     read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -6248,25 +6255,21 @@ def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
 
 
 def _message(message: Any, where: str) -> Json:
+    """A checked message, its text parts joined."""
     check_type(where, message, "object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         refuse(f"{where}.role is {excerpt(role)}; use one of {', '.join(ROLES)}", f"{where}.role")
-    calls = message.get("tool_calls")
-    check_type(f"{where}.tool_calls", [] if calls is None else calls, "array")
-    for i, call in enumerate(calls or []):
-        at = f"{where}.tool_calls[{i}].function"
-        function: Any = call.get("function") if isinstance(call, dict) else call
-        check_type(at, function, "object")
-        check_type(f"{at}.name", function.get("name"), "string")
-        check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
+    if message.get("tool_calls") not in (None, []):
+        tools = extra("answers.tools", "a message with tool calls")
+        tools.check_calls(message["tool_calls"], f"{where}.tool_calls")
     if isinstance(content, str) or (content is None and role == "assistant"):
         return dict(message)
     check_type(f"{where}.content", content, "string or array")
     for i, part in enumerate(content):
         at, kind = f"{where}.content[{i}]", part.get("type") if isinstance(part, dict) else part
         if kind != "text" or not isinstance(part.get("text"), str):
-            refuse(f"{at} is of type {excerpt(kind)}; only text can be read here", at)
+            refuse(f"{at} is of type {excerpt(kind)}; only text is supported", at)
     return {**message, "content": "".join(part["text"] for part in content)}
 
 
@@ -6274,7 +6277,7 @@ def _message(message: Any, where: str) -> Json:
 
 
 def usage_body(usages: list[Usage], per_prompt: int) -> Json:
-    """`usage` of a response, from that of each choice: a prompt counts once."""
+    """`usage` of a response from the usage of each choice; a prompt counts once."""
     num_prompt = sum(usage.prompt_tokens for usage in usages[::per_prompt])
     num_new = sum(usage.completion_tokens for usage in usages)
     return {
@@ -6288,7 +6291,7 @@ def usage_body(usages: list[Usage], per_prompt: int) -> Json:
 
 
 def timings_body(usages: list[Usage]) -> Json:
-    """`timings`, in llama.cpp's words: the sums over all choices."""
+    """`timings` as llama.cpp names them, summed over all choices."""
     total = Counter[str]()
     for usage in usages:
         total.update(dataclasses.asdict(usage))
@@ -6310,57 +6313,46 @@ def timings_body(usages: list[Usage]) -> Json:
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token on its own, as logprobs show it."""
+    """The text of a single token, as logprobs show it."""
     raw = tokenizer.token_bytes(token_id)
     return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
 
 
-def add_to_calls(calls: list[Json], piece: Piece) -> Json:
-    """Add a name, which begins a call, or a piece of its arguments -> the delta of that."""
-    if piece.kind == "name":
-        function = {"name": piece.text, "arguments": ""}
-        call_id = "call_" + secrets.token_hex(12)
-        calls.append({"id": call_id, "type": "function", "function": function})
-        news = {**calls[-1], "function": dict(function)}
-    else:
-        calls[-1]["function"]["arguments"] += piece.text
-        news = {"function": {"arguments": piece.text}}
-    return {"index": len(calls) - 1, **news}
-
-
 class Reply:
-    """An answer in the words of an API: `start`, then `push` each delta, and `end` give the objects
-    of its stream; `result` is the same as one object."""
+    """An answer in the form of an API: events of its stream, and their sum as one object."""
 
     def start(self) -> list[Json]:
+        """Events before the first delta."""
         return []
 
     def push(self, delta: Delta) -> list[Json]:
+        """Events of a delta."""
         raise NotImplementedError
 
     def end(self) -> list[Json]:
+        """Events after the last delta."""
         return []
 
     def result(self) -> Json:
+        """The whole answer, once all deltas were pushed."""
         raise NotImplementedError
 
 
 class ChatReply(Reply):
-    """The answer to a chat, whatever the API: `read` takes deltas apart, and keeps what they add
-    up to."""
+    """The answer to a chat in any API: `read` takes deltas apart into pieces, and sums them up."""
 
     def __init__(self, seq: Sequence, splitter: AnswerSplitter) -> None:
         self.seq, self.tokenizer, self.splitter = seq, seq.text.tokenizer, splitter
         self.text = {"content": "", "thought": ""}
         self.calls: list[Json] = []
         self.logprobs: list[Json] | None = None if seq.params.logprobs is None else []
-        self.pending: list[Json] = []  # logprobs of tokens whose text is still held back
+        self.pending: list[Json] = []  # logprobs of tokens whose text is held back
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
     def read(self, delta: Delta) -> list[tuple[str, Any, list[Json]]]:
-        """Pieces: `content` or `thought` with their text, or `call` with the delta that tells of
-        it; and the logprobs of the tokens they come from."""
+        """The pieces of a delta: `content` or `thought` with a text, or `call` with its stream
+        delta; each with the logprobs of its tokens."""
         thoughts = self.splitter.thoughts
         was_thinking = thoughts.thinking
         pieces = self.splitter.push(delta.text)
@@ -6369,23 +6361,23 @@ class ChatReply(Reply):
             self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
             self.usage = delta.usage
         self.pending += self._entries(delta)
-        found = [self._add(piece) for piece in pieces]
+        added = [self._add(piece) for piece in pieces]
         if was_thinking or thoughts.thinking or self.calls:
-            self.pending = []  # thoughts, calls and their tags are not part of the content
+            self.pending = []  # logprobs are those of the content alone
         entries: list[Json] = []
-        if found and self.logprobs is not None:
+        if added and self.logprobs is not None:
             entries, self.pending = self.pending, []
             self.logprobs += entries
-        return [(*one, [] if i else entries) for i, one in enumerate(found)]
+        return [(*piece, [] if i else entries) for i, piece in enumerate(added)]
 
     def _add(self, piece: Piece) -> tuple[str, Any]:
         if piece.kind not in self.text:
-            return "call", add_to_calls(self.calls, piece)
+            return "call", extra("answers.tools", "a tool call").add_to_calls(self.calls, piece)
         self.text[piece.kind] += piece.text
         return piece.kind, piece.text
 
     def _entries(self, delta: Delta) -> list[Json]:
-        """The entry of a token; none for a control token, which is not part of the content."""
+        """The logprobs of a token; none for a control token, which has no text."""
         if delta.logprobs is None or delta.token_id is None:
             return []
         if not self.tokenizer.token_bytes(delta.token_id):
@@ -6403,7 +6395,7 @@ class ChatReply(Reply):
 
 
 class ChatChoice(ChatReply):
-    """One choice of a chat answer of OpenAI's."""
+    """One choice of an answer in OpenAI's chat API."""
 
     object, chunk, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
@@ -6422,9 +6414,9 @@ class ChatChoice(ChatReply):
 
     def push(self, delta: Delta) -> list[Json]:
         chunks = []
-        for kind, news, entries in self.read(delta):
-            said = {"tool_calls": [news]} if kind == "call" else {self.names[kind]: news}
-            chunks.append(self._chunk(said, entries))
+        for kind, piece, entries in self.read(delta):
+            fields = {"tool_calls": [piece]} if kind == "call" else {self.names[kind]: piece}
+            chunks.append(self._chunk(fields, entries))
         if self.finish_reason:
             chunks.append(self._chunk({}, reason=self.finish_reason))
         return chunks
@@ -6446,7 +6438,7 @@ class ChatChoice(ChatReply):
 
 
 class TextChoice(Reply):
-    """One choice of a legacy completion, as ChatChoice; with echo, the prompt comes first."""
+    """One choice of a text completion; with echo, the prompt comes first."""
 
     object, chunk, id_prefix = "text_completion", "text_completion", "cmpl-"
     LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
@@ -6457,7 +6449,7 @@ class TextChoice(Reply):
         self.text = ""
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
-        self.rows: list[tuple[Any, ...]] = []  # an entry of each of LOGPROBS for a token
+        self.rows: list[tuple[Any, ...]] = []  # the columns LOGPROBS of each token
         self.offset = 0
 
     def _chunk(self, text: str, rows: Any = None, reason: str | None = None) -> Json:
@@ -6489,7 +6481,7 @@ class TextChoice(Reply):
         top: dict[str, float] | None = None
         if logprobs is not None:
             value, top = max(logprobs.logprob, LEAST_LOGPROB), {}
-            # several tokens may look alike, torn characters for one: the likeliest has the name
+            # tokens of the same text, such as parts of characters: the likeliest one counts
             for i, logprob in (*logprobs.top, (token_id, value)):
                 top.setdefault(token_text(self.tokenizer, i), max(logprob, LEAST_LOGPROB))
         self.rows.append((text, value, top, self.offset, list(raw), token_id))
@@ -6503,7 +6495,7 @@ Choice = ChatChoice | TextChoice
 
 
 class ChoicesReply(Reply):
-    """An answer of OpenAI's: its choices, each with chunks of its own."""
+    """An answer of OpenAI's API: the chunks and the sums of its choices."""
 
     def __init__(
         self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
@@ -6517,10 +6509,10 @@ class ChoicesReply(Reply):
             "system_fingerprint": fingerprint,
         }
 
-    def _event(self, choices: list[Json], **more: Any) -> Json:
+    def _event(self, choices: list[Json], **fields: Any) -> Json:
         head = {**self.envelope, "object": self.choices[0].chunk}
         usage = {"usage": None} if self.wire.include_usage else {}
-        return {**head, **usage, "choices": choices, **more}
+        return {**head, **usage, "choices": choices, **fields}
 
     def start(self) -> list[Json]:
         return [self._event([chunk]) for choice in self.choices for chunk in choice.start()]
@@ -6537,7 +6529,7 @@ class ChoicesReply(Reply):
         return [self._event([], **self._closing())] if self.wire.include_usage else []
 
     def _closing(self) -> Json:
-        """usage and timings, once all is done."""
+        """`usage` and `timings` of the finished answer."""
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
         per_prompt = len(self.choices) // self.wire.num_prompts
         return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
@@ -6553,47 +6545,44 @@ class ChoicesReply(Reply):
 # 13 SERVER: HTTP, many clients on one engine
 #
 #   In          HTTP requests
-#   Out         JSON, streams of events or of lines (`Encoding`), the chat page, metrics
-#   Idea        one thread for each replica of a model owns it and steps its engine; the event
-#               loop only parses and writes. Between them go functions (in) and deltas (out):
+#   Out         JSON, server-sent events
+#   Idea        each replica of a model has a thread of its own, which steps its engine; the event
+#               loop parses and writes. Functions go in, deltas come out:
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
-#               A model is loaded when it is asked for (`Models`), and leaves when it was idle for
-#               long or another one needs its memory.
+#               A model is loaded when a request names it (`Models`), and stays. An extra,
+#               api.shelf, unloads it after an idle time or when another model needs its memory.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
-#               Every error, whatever its cause, becomes an error object (`client_error`). A request
-#               reaches the models of the `Catalog` and no other file.
+#               Every error becomes an error object (`client_error`). A request reaches the models
+#               of the `Catalog` and no other file.
 #   Extend      a route is a row of a class's `routes`; another API is a module of extras with a
 #               class `API`, and a row of DIALECTS.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
-#               https://prometheus.io/docs/instrumenting/exposition_formats
 # ==================================================================================================
 
-LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins
-PING_S = 15.0  # a comment on a silent stream, so that proxies keep it open
-SHUTDOWN_S = 30.0  # how long running answers may take to finish after SIGTERM
-KEEP_ALIVE_S = 300.0  # an idle model stays as long as with Ollama
+LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins of this machine
+PING_S = 15.0  # between two comments on a silent stream, so that proxies keep it open
+SHUTDOWN_S = 30.0  # for running answers to finish after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """An API that a module of extras adds. Its paths are known without the module, whose class
-    `API` has the handlers and routes.
+    """An API that a module of extras adds; the module's class `API` has its handlers and routes.
 
     module: its path in nanollama_extras. title: its name in errors. paths: each covers itself and
     everything below. error: the body of an error. checks_origin: web pages of other origins are
-    refused, because the routes change what is on this machine."""
+    refused, because the routes change models on this machine."""
 
     module: str
     title: str
-    paths: tuple[str, ...]
+    paths: str
     error: Callable[[NanollamaError], Json] = error_body
     checks_origin: bool = False
 
     def covers(self, path: str) -> bool:
         """True for a path that the dialect answers."""
-        return any(path == own or path.startswith(own + "/") for own in self.paths)
+        return any(path == own or path.startswith(own + "/") for own in self.paths.split())
 
     def load(self) -> type[Handlers]:
         """The dialect's handlers. Raises ExtraError where the module is not installed."""
@@ -6601,30 +6590,28 @@ class Dialect:
 
 
 DIALECTS = (
-    Dialect("api.page", "the web chat", ("/", "/chat/completions")),
-    Dialect("api.responses", "the Responses API", ("/v1/responses", "/responses")),
-    Dialect("api.embeddings", "the embeddings API", ("/v1/embeddings", "/embeddings")),
-    Dialect("api.ollama", "Ollama's API", ("/api",), text_error, checks_origin=True),
-    Dialect("api.metrics", "GET /metrics", ("/metrics",)),
+    Dialect("api.page", "the web chat", "/ /chat/completions"),
+    Dialect("api.responses", "the Responses API", "/v1/responses /responses"),
+    Dialect("api.embeddings", "the embeddings API", "/v1/embeddings /embeddings"),
+    Dialect("api.ollama", "Ollama's API", "/api", text_error, checks_origin=True),
+    Dialect("api.metrics", "GET /metrics", "/metrics"),
     Dialect(
         "api.inspect",
-        "looking into the server",
-        (
-            *("/stats", "/v1/capabilities", "/openapi.json", "/tokenizer_info"),
-            *("/tokenize", "/detokenize", "/apply-template"),
-        ),
+        "the description of the server",
+        "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize "
+        "/apply-template",
     ),
 )
 
 
 def find_dialect(path: str) -> Dialect | None:
-    """The dialect that answers a path, unless a route of the core does."""
+    """The dialect of a path; None for the core's own paths and unknown ones."""
     return next((dialect for dialect in DIALECTS if dialect.covers(path)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How the server behaves. Raises UsageError for values that make no sense."""
+    """Settings of the server. Raises UsageError for a value out of range."""
 
     host: str = option("127.0.0.1", "--host ADDRESS: address to listen on")
     port: int = option(8000, "--port N: port to listen on; 0 picks a free one", (0, 65535))
@@ -6665,9 +6652,9 @@ class ServerConfig:
 class ModelSource:
     """A model that can be served. Each loader makes one replica, in the thread that will own it.
 
-    sampling: SamplingParams fields for requests that do not say. opening: messages before those of
-    a request that brings no system message. need_bytes: about what it takes in memory; what is
-    missing on disk is fetched first. locate: its files, where they are on this machine."""
+    sampling: default SamplingParams fields. opening: messages before those of a request without a
+    system message. need_bytes: downloads the files that are missing and estimates the memory.
+    locate: the path of the files; None where they are not on this machine."""
 
     name: str
     loaders: tuple[Callable[[], LLM], ...]
@@ -6680,23 +6667,22 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """What may be served: the models named at the start or, where there are none, every model that
-    `names` lists, as `find` makes it. A request never reaches anything else."""
+    """The models that may be served: those named at the start or, without any, each model that
+    `names` lists (the last used first) and `find` returns."""
 
     named: Mapping[str, ModelSource]
     find: Callable[[str], ModelSource | None] = lambda name: None
-    names: Callable[[], list[str]] = list  # the one last used first
+    names: Callable[[], list[str]] = list
 
 
 @dataclass(eq=False)
 class Job:
-    """The sequences of one HTTP request on a worker. Whoever has it calls `finish` at its end,
-    whatever the reason."""
+    """The sequences of one HTTP request on a worker. Its owner calls `finish` in every case."""
 
     worker: EngineWorker
     requests: tuple[GenerationRequest, ...]
     at_end: Callable[[], None]
-    # empty once all has started; then deltas, or what ended the job early
+    # an empty list when all have started, then deltas; or the error that ended the job
     events: asyncio.Queue[list[Delta] | NanollamaError] = field(default_factory=asyncio.Queue)
     prepared: list[Prepared] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
@@ -6708,34 +6694,33 @@ class Job:
 
     @property
     def splitters(self) -> list[AnswerSplitter]:
-        """One for each answer."""
+        """A new splitter for each sequence."""
         return [prepared.splitter() for prepared in self.prepared]
 
     def finish(self) -> None:
-        """Stop what still runs, and take the load off the worker."""
+        """Cancel the sequences that still run, and take the load off the worker."""
         self.worker.num_sequences -= len(self.requests)
         self.worker.inbox.put(lambda llm: self.worker.drop(self))
         self.at_end()
 
     def post(self, event: list[Delta] | NanollamaError) -> None:
-        """Hand over from the worker's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        """Pass an event to the event loop; called in the worker's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     async def deltas(self, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
-        """Lists of deltas as they come, an empty one now and then while nothing comes, until every
-        sequence is finished. Raises what ended the job early."""
+        """Lists of deltas until every sequence has finished, and an empty list after PING_S of
+        silence. Raises the error that ended the job, or WireError 504."""
+        end_s = math.inf if timeout_s is None else self.started_s + timeout_s
         num_left = len(self.requests)
         while num_left:
-            left = PING_S
-            if timeout_s is not None:
-                left = min(PING_S, self.started_s + timeout_s - self.loop.time())
-            if left <= 0:
+            left_s = min(PING_S, end_s - self.loop.time())
+            if left_s <= 0:
                 message = f"the request took longer than {timeout_s:g} s"
                 raise WireError(504, "timeout", message, {"x-should-retry": "false"})
             # asyncio.wait_for may swallow a cancellation before Python 3.12
             # (https://github.com/python/cpython/issues/86296)
-            alarm = self.loop.call_later(left, self.events.put_nowait, [])
+            alarm = self.loop.call_later(left_s, self.events.put_nowait, [])
             try:
                 event = await self.events.get()
             finally:
@@ -6749,7 +6734,7 @@ class Job:
 
 
 def cannot_run(error: BaseException) -> NanollamaError:
-    """What is said of a model that cannot be loaded, or whose thread ended."""
+    """The error about a model that cannot be loaded, or whose thread ended."""
     if isinstance(error, NanollamaError):
         return error
     log.debug("", exc_info=error)
@@ -6758,9 +6743,9 @@ def cannot_run(error: BaseException) -> NanollamaError:
 
 
 class EngineWorker(threading.Thread):
-    """A replica of the model and the thread that owns it: whatever touches the engine goes through
-    `inbox` and runs there. `loaded` is done once the model is there, or cannot be loaded;
-    `on_failure` hears why the thread ended later."""
+    """A replica of a model, and the thread that owns it: every function that touches the engine
+    goes through `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
+    loaded; `on_failure` gets the error that ends the thread later."""
 
     def __init__(
         self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
@@ -6773,13 +6758,11 @@ class EngineWorker(threading.Thread):
         self.jobs: list[Job] = []
         self.num_sequences = 0  # submitted and not finished; the event loop counts
 
-    # -- in the event loop's thread ----------------------------------------------------------------
-
     async def submit(self, job: Job) -> None:
-        """Start a job. Raises RequestError if one of its requests cannot be run."""
-
+        """Start a job; called in the event loop. Raises RequestError for a request that cannot
+        run."""
         assert self.llm is not None
-        # a long text must not hold up the engine
+        # in a third thread, so that a long text delays neither the engine nor other clients
         job.prepared = await asyncio.to_thread(self.llm.prepare_all, job.requests)
 
         def start(llm: LLM) -> None:
@@ -6795,14 +6778,13 @@ class EngineWorker(threading.Thread):
         if isinstance(started := await job.events.get(), NanollamaError):
             raise started
 
-    # -- in the worker's own thread ----------------------------------------------------------------
-
     def run(self) -> None:
+        """Load the model and work; the thread's own function."""
         try:
             self.llm = self.load_model()
             self.loaded.set_result(None)
             self.work(self.llm)
-        except BaseException as error:  # nobody else would hear of it
+        except BaseException as error:
             if self.loaded.done():
                 self.on_failure(error)
             else:
@@ -6812,7 +6794,7 @@ class EngineWorker(threading.Thread):
             return_unused_memory()
 
     def work(self, llm: LLM) -> None:
-        """Run what the inbox holds, step, deliver; until the inbox says None."""
+        """Run the functions in the inbox, step the engine, deliver its deltas; until a None."""
         while True:
             while not llm.engine.has_work or not self.inbox.empty():
                 task = self.inbox.get()
@@ -6830,7 +6812,7 @@ class EngineWorker(threading.Thread):
                     self.jobs.remove(job)
 
     def drop(self, job: Job) -> None:
-        """Stop what still runs of a job."""
+        """Cancel the sequences of a job that still run."""
         assert self.llm is not None
         if job in self.jobs:
             self.jobs.remove(job)
@@ -6838,7 +6820,7 @@ class EngineWorker(threading.Thread):
                 self.llm.engine.cancel(seq)
 
     def fail(self, llm: LLM, error: Exception) -> None:
-        """A step failed: everything that ran in it ends with a 500, and the server goes on."""
+        """End the jobs whose sequences ran in a step that failed; the server goes on."""
         log.error("a step failed: %s: %s", type(error).__name__, first_line(error))
         log.debug("", exc_info=error)
         running = list(llm.engine.scheduler.running)
@@ -6851,26 +6833,19 @@ class EngineWorker(threading.Thread):
 
 @dataclass(eq=False)
 class Pool:
-    """A model that is loaded, or being loaded: its replicas, and which of them takes a request: the
-    least busy one, unless the one that saw the same beginning is about as free, since it has the
-    prefix in its cache."""
+    """A model that is loaded or being loaded: its replicas. The least busy one takes a request, or
+    the one that saw the same beginning, with the prefix in its cache, if it is about as free."""
 
     MAX_REMEMBERED = 1024
 
     source: ModelSource
     max_queue: int
-    on_idle: Callable[[Pool], None]
+    on_use: Callable[[Pool], None]
     on_failure: Callable[[BaseException], None]
-    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a conversation's
-    # beginning -> who had it
+    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a prompt's beginning
     loading: asyncio.Task[None] | None = None
-    need_bytes: int = 0  # of memory that it takes, about
-    loading_bytes: int = 0  # of those, what it has still to take
-    load_s: float = 0.0  # how long that took
-    num_waiting: int = 0  # requests that wait for it to be loaded
+    num_waiting: int = 0  # requests that wait for the model
     used_s: float = field(default_factory=time.monotonic)
-    keep_s: float = 0.0  # how long to stay when idle; negative is for ever
-    timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         loaders = enumerate(self.source.loaders)
@@ -6880,13 +6855,9 @@ class Pool:
     def ready(self) -> bool:
         return all(worker.llm is not None for worker in self.workers)
 
-    @property
-    def is_idle(self) -> bool:
-        return not self.num_waiting and not any(w.num_sequences for w in self.workers)
-
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While the block waits for something, the model does not leave."""
+        """Keep the model in memory while the block waits for something."""
         self.num_waiting += 1
         try:
             yield
@@ -6894,15 +6865,14 @@ class Pool:
             self.num_waiting -= 1
 
     def llm(self) -> LLM:
-        """One of the replicas, for what only reads it."""
+        """A replica to read from."""
         llm = self.workers[0].llm
         assert llm is not None
         return llm
 
     @property
     def sampling(self) -> Json:
-        """SamplingParams fields for requests that do not say: what the server was started with,
-        then the model's own."""
+        """Default SamplingParams fields: the server's flags over the model's own defaults."""
         return {**self.llm().sampling, **self.source.sampling}
 
     @functools.cached_property
@@ -6910,18 +6880,16 @@ class Pool:
         return self.llm().fingerprint()
 
     async def load(self) -> None:
-        """Start the replicas. Raises the first reason why one cannot run."""
-        started = time.perf_counter()
+        """Start the replicas. Raises the first error of one that cannot run."""
         for worker in self.workers:
             worker.start()
         try:
             await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
         except Exception as error:
             raise cannot_run(error) from None
-        self.load_s = time.perf_counter() - started
 
     async def stop(self) -> None:
-        """End the threads, and wait for that; what is still in a step may take SHUTDOWN_S."""
+        """End the threads, and wait for them; a step that still runs may take SHUTDOWN_S."""
         for worker in self.workers:
             worker.inbox.put(None)
         for worker in self.workers:
@@ -6947,11 +6915,11 @@ class Pool:
     async def start(
         self, requests: tuple[GenerationRequest, ...], names: Mapping[str, str] | None = None
     ) -> Job:
-        """Hand requests to a worker, together. Raises RequestError, or WireError as `pick`.
+        """Start the requests of one body together. Raises RequestError, or WireError 429.
 
-        names: what the body calls some of the fields that an error may be about."""
+        names: the body's names of the fields that an error may be about."""
         worker = self.pick(requests[0], len(requests))
-        job = Job(worker, requests, lambda: self.on_idle(self))
+        job = Job(worker, requests, lambda: self.on_use(self))
         try:
             await worker.submit(job)
         except BaseException as error:
@@ -6964,28 +6932,21 @@ class Pool:
 
 @dataclass(eq=False)
 class Models:
-    """The models in memory, by name. Whoever asks for another one waits until it is loaded, once
-    for all who ask; where memory is short, idle ones leave first, the one least recently used
-    before the others, and busy ones are waited for. Everything here runs in the event loop.
+    """The models in memory, by name. A request for another model waits until it is loaded, which
+    happens once for all requests; from then on it stays. All methods run in the event loop.
 
-    free_bytes: memory to be had. on_failure hears of what the server cannot go on without."""
+    free_bytes: the memory for more models. on_failure gets an error that must end the server."""
 
     catalog: Catalog
     config: ServerConfig
     free_bytes: Callable[[], float]
     on_failure: Callable[[BaseException], None]
     pools: dict[str, Pool] = field(default_factory=dict)
-    room: asyncio.Lock = field(default_factory=asyncio.Lock)  # one at a time makes room for itself
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # the loop keeps weak ones only
     is_closing: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
-        named, keep_s = self.catalog.named, self.config.keep_alive_s
-        # a single model is loaded at the start, and the server is not ready before
-        self.starting = next(iter(named)) if len(named) == 1 else None
-        keep = math.inf if self.starting else KEEP_ALIVE_S
-        self.keep_s = keep if keep_s is None else keep_s
+        # a single model is loaded at the start; the server is not ready before
+        self.starting = next(iter(self.catalog.named)) if len(self.catalog.named) == 1 else None
 
     @property
     def ready(self) -> bool:
@@ -6993,7 +6954,7 @@ class Models:
 
     @property
     def workers(self) -> list[EngineWorker]:
-        """Those of every model that is in."""
+        """The replicas of every model in memory."""
         return [w for pool in self.pools.values() if pool.ready for w in pool.workers]
 
     def check_ready(self) -> None:
@@ -7004,14 +6965,13 @@ class Models:
             raise WireError(503, code, message, {"retry-after": "1"})
 
     async def names(self) -> list[str]:
-        """Every model that can be asked for, those in memory first, the one last used before the
-        others."""
+        """The models that may be served; those in memory first, the last used before others."""
         known = list(self.catalog.named) or await asyncio.to_thread(self.catalog.names)
         recent = sorted(self.pools.values(), key=lambda pool: -pool.used_s)
         return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
 
     async def source(self, name: str | None) -> ModelSource:
-        """The model a request means. Raises WireError 404 for one that is not served."""
+        """The model that a request names. Raises WireError 404 for one that is not served."""
         named, find, text = self.catalog.named, self.catalog.find, name or ""
         for wanted in (text, text.removesuffix(":latest")):
             if wanted in named:
@@ -7023,42 +6983,39 @@ class Models:
         names = await self.names()
         if names and (name is None or self.config.any_model):
             return await self.source(names[0])
-        there = ", ".join(named or names) or "none yet; POST /api/pull"
-        asked = "no model is named" if name is None else f"model {name!r} is not served here"
-        raise WireError(404, "model_not_found", f"{asked}; there is: {there}")
+        known = ", ".join(named or names) or "none yet; POST /api/pull"
+        problem = "no model is named" if name is None else f"model {name!r} is not served here"
+        raise WireError(404, "model_not_found", f"{problem}; there is: {known}")
 
-    async def pool(self, name: str | None, keep_s: float | None = None) -> Pool:
-        """The model a request means, loaded. Its caller starts a job before it awaits anything, or
-        the model may be gone. keep_s: how long it then stays, where that is not the server's.
-        Raises WireError 404 or 503, or what keeps the model from being loaded."""
+    async def pool(self, name: str | None) -> Pool:
+        """The model that a request names, loaded. The caller starts a job before it awaits
+        anything, or the model may be gone. Raises WireError 404 or 503, or the error of a model
+        that cannot be loaded."""
         self.check_ready()
         source = await self.source(name)
         pool = self.pools.get(source.name) or self.open(source)
         assert pool.loading is not None
         with pool.held():
             await asyncio.shield(pool.loading)
-        pool.keep_s = self.keep_s if keep_s is None else keep_s
-        self.settle(pool)
+        self.note_use(pool)
         return pool
 
     def open(self, source: ModelSource) -> Pool:
         """Begin to load a model."""
-        pool = Pool(source, self.config.max_queue, self.settle, self.on_failure)
+        pool = Pool(source, self.config.max_queue, self.note_use, self.on_failure)
         self.pools[source.name] = pool
         pool.loading = asyncio.create_task(self.load(pool))
         pool.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return pool
 
     async def load(self, pool: Pool) -> None:
+        """Load a model. Raises the error of one that cannot run."""
         try:
-            if not self.starting:  # nobody is there to make room
-                async with self.room:
-                    await self.make_room(pool)
-                    pool.loading_bytes = pool.need_bytes
+            await self.make_room(pool)
+            started_s = time.perf_counter()
             await pool.load()
-            log.info(f"{pool.source.name}: loaded in {pool.load_s:.1f} s")
-            if not pool.need_bytes:
-                pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
+            seconds = time.perf_counter() - started_s
+            log.info(f"{pool.source.name}: loaded in {seconds:.1f} s")
             self.starting = None
         except Exception as error:
             await pool.stop()
@@ -7068,87 +7025,46 @@ class Models:
                 log.error(f"{pool.source.name}: {first_line(error)}")
                 del self.pools[pool.source.name]
             raise
-        finally:
-            pool.loading_bytes = 0
 
     async def make_room(self, pool: Pool) -> None:
-        """Unload others until there is memory for a model, or nothing is left to unload."""
-        need = pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
-        while need > self.free_bytes() - sum(p.loading_bytes for p in self.pools.values()):
-            others = [other for other in self.pools.values() if other.ready]
-            if not others:
-                break
-            if idle := [other for other in others if other.is_idle]:
-                await self.forget(min(idle, key=lambda other: other.used_s))
-            else:
-                self.idle.clear()
-                await self.idle.wait()
+        """Called before a model is loaded."""
 
-    def settle(self, pool: Pool) -> None:
-        """Note that a model was used; once it is idle, it leaves when its time is over."""
+    def note_use(self, pool: Pool) -> None:
+        """Called when a request has found its model, and when it ends."""
         pool.used_s = time.monotonic()
-        if pool.timer:
-            pool.timer.cancel()
-        if pool.is_idle:
-            self.idle.set()
-            if 0 <= pool.keep_s < math.inf:
-                loop = asyncio.get_running_loop()
-                pool.timer = loop.call_later(pool.keep_s, self.expire, pool)
-
-    def expire(self, pool: Pool) -> None:
-        if pool.is_idle and pool.ready:
-            self.forget(pool)
-
-    def forget(self, pool: Pool) -> asyncio.Task[None]:
-        """Give a model to nobody any more -> what ends its threads, once its last answer is done"""
-
-        async def retire() -> None:
-            while not pool.is_idle:
-                self.idle.clear()
-                await self.idle.wait()
-            await pool.stop()
-
-        if self.pools.get(pool.source.name) is pool:
-            del self.pools[pool.source.name]
-            log.info(f"{pool.source.name}: unloaded")
-        task = asyncio.create_task(retire())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    async def renew(self, name: str) -> None:
-        """Let the next request load a model anew, whose files change; who has it keeps it."""
-        if pool := self.pools.get(name):
-            task = self.forget(pool)
-            if pool.is_idle:
-                await task
 
     async def close(self) -> None:
-        """End every thread; those that still load are left to end with the process."""
+        """End every thread, except those that still load: they end with the process."""
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
 
 
+def models_class(config: ServerConfig) -> type[Models]:
+    """The class that unloads idle models; without that extra, the one whose models stay. Raises
+    ExtraError for --keep-alive."""
+    try:
+        return cast("type[Models]", extra("api.shelf", "--keep-alive").Shelf)
+    except ExtraError:
+        if config.keep_alive_s is not None:
+            raise
+        return Models
+
+
 class Observer:
-    """Receives the numbers of a server's work and ignores them; api.metrics has one that counts."""
+    """Hears of the server's work, and does nothing; the one of api.metrics counts."""
 
     def count_request(self, route: str, status: int) -> None:
-        """A request was answered by the handler of that name."""
+        """Called after each request, with the name of its handler."""
 
     def count_usage(self, usage: Usage) -> None:
-        """A sequence has ended."""
+        """Called after each sequence."""
 
 
 def make_observer() -> Observer:
-    """The observer behind GET /metrics or, where that extra is missing, one that ignores all."""
+    """The observer behind GET /metrics; where that extra is missing, one that does nothing."""
     try:
-        observer: Observer = extra("api.metrics", "metrics").Metrics()
+        return cast("Observer", extra("api.metrics", "metrics").Metrics())
     except ExtraError:
         return Observer()
-    return observer
-
-
-def not_json(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
 
 
 def client_error(error: BaseException) -> NanollamaError:
@@ -7163,7 +7079,7 @@ def client_error(error: BaseException) -> NanollamaError:
         return RequestError("the body is nested too deeply")
     if isinstance(error, starlette.requests.ClientDisconnect):
         return WireError(499, "client_gone", "the client went away")
-    if isinstance(error, asyncio.CancelledError):  # running for too long when the server had to end
+    if isinstance(error, asyncio.CancelledError):  # it outlived SHUTDOWN_S
         return WireError(503, "shutting_down", "the server is shutting down")
     log.error("internal error: %s: %s", type(error).__name__, first_line(error))
     log.debug("", exc_info=error)
@@ -7171,9 +7087,10 @@ def client_error(error: BaseException) -> NanollamaError:
 
 
 class Gate:
-    """ASGI middleware around everything: keys, request ids, the access log, the last resort."""
+    """ASGI middleware around all handlers: API keys, origins, request ids, the access log, and an
+    error object for every exception."""
 
-    OPEN = frozenset({"/", "/health"})  # no key needed to look
+    OPEN = frozenset({"/", "/health"})  # without a key
 
     def __init__(self, app: ASGIApp, config: ServerConfig, observer: Observer) -> None:
         self.app, self.config, self.observer = app, config, observer
@@ -7208,17 +7125,17 @@ class Gate:
             log.info(f"{client} {scope['method']} {path} {status} {seconds:.3f}s {request_id}")
 
     def check_key(self, scope: Scope) -> None:
-        """Raises WireError 401."""
+        """Raise WireError 401 for a request without a key of the server."""
         given = re.sub(rb"(?i)^bearer +", b"", dict(scope["headers"]).get(b"authorization", b""))
-        # compare with every key, in time that does not depend on where they differ
+        # constant time: how long a comparison takes must not tell a prefix of the key
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
-        # the router's own path: a URL put together with the Host header could be made to lie
+        # the router's path: a URL built from the Host header could name another one
         if matches and not any(matches) and scope["path"] not in self.OPEN:
             message = "this server needs its API key: Authorization: Bearer KEY"
             raise WireError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
     def check_origin(self, scope: Scope) -> None:
-        """A web page from elsewhere must not pull or delete models. Raises WireError 403."""
+        """Raise WireError 403 for a web page of another origin that wants to change models."""
         origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
         own = f"http://{self.config.host}:{self.config.port}"
         known = not origin or origin in (own, *self.config.cors_origins)
@@ -7228,40 +7145,49 @@ class Gate:
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
+def parse_json(data: bytes | bytearray) -> Any:
+    """A value from JSON in UTF-8. Raises ValueError; Python's NaN and Infinity are no JSON."""
+
+    def refuse_constant(word: str) -> NoReturn:
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
+
+
 def encode_json(value: Fields) -> bytes:
-    """Lone surrogates, which a client may have sent, do not exist in UTF-8: they become ?."""
+    """JSON in UTF-8. Lone surrogates, which a client may have sent, become question marks."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
 def as_json(body: Fields, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A response whose body is one JSON object."""
     return starlette.responses.Response(encode_json(body), status, headers, "application/json")
 
 
 def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
-    """The header that names the fields of a request that had no effect; the log does too."""
+    """The header that names the fields of a request that had no effect; the log gets them too."""
     if not names:
         return {}
-    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # a header has not much room
+    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # clients limit headers
     log.info(f"fields that have no effect: {listed}")
     return {"x-nanollama-ignored": listed}
 
 
 def error_response(error: BaseException, path: str = "") -> Response:
-    """An error in the words of the API that `path` belongs to."""
-    problem = client_error(error)
-    dialect = find_dialect(path)
-    body = (dialect.error if dialect else error_body)(problem)
-    return as_json(body, problem.status, getattr(problem, "headers", None))
+    """The error object of the API that `path` belongs to."""
+    shown, dialect = client_error(error), find_dialect(path)
+    body = dialect.error(shown) if dialect else error_body(shown)
+    return as_json(body, shown.status, getattr(shown, "headers", None))
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How a stream of objects is written."""
+    """The form of a stream of objects: `ping` shows that it is alive, `last` ends it."""
 
     media_type: str
     encode: Callable[[Fields], bytes]
     error: Callable[[NanollamaError], Json] = error_body
-    ping: bytes = b""  # what says that the stream is alive
+    ping: bytes = b""
     last: bytes = b""
 
 
@@ -7279,8 +7205,8 @@ def stream_response(
     at_end: Callable[[], None] = lambda: None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A response that grows: the events, a ping for each None, and what ends a stream. It calls
-    `at_end` at its end, also when the client left before the first event."""
+    """A streamed response: the events, a ping for each None, and the encoding's last bytes. Calls
+    `at_end` in every case, even when the client leaves before the first event."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
@@ -7302,11 +7228,11 @@ def stream_response(
         with contextlib.suppress(starlette.requests.ClientDisconnect):
             await unless_disconnected(receive, stream.stream_response(send), at_end)
 
-    return cast("Response", send_all)  # Starlette only calls what a handler returns
+    return cast("Response", send_all)  # Starlette calls the result of a handler, no more
 
 
 async def last_of(events: AsyncIterator[Found]) -> Found:
-    """The last event, when all have come."""
+    """The last event of a stream."""
     async for event in events:
         last = event
     return last
@@ -7315,14 +7241,14 @@ async def last_of(events: AsyncIterator[Found]) -> Found:
 async def unless_disconnected(
     receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
 ) -> Any:
-    """The result of `work`. When the client goes away first, it is cancelled: ClientDisconnect.
-    `at_end` is called in any case."""
+    """The result of `work`, which is cancelled when the client goes away first: ClientDisconnect.
+    Calls `at_end` in every case."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
@@ -7340,8 +7266,8 @@ Handler = Callable[[Any, "Request"], Coroutine[Any, Any, "Response"]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One handler: the methods and paths that it answers, and the fields of its body with their
-    JSON types. The handler's docstring describes it."""
+    """A handler, whose docstring describes it; the methods and paths that it answers ("GET /x");
+    the fields of its body with their JSON types."""
 
     handler: Handler
     names: tuple[str, ...]
@@ -7350,7 +7276,7 @@ class Route:
 
 
 class Handlers:
-    """What all handlers share: a request's body, and the ways to answer."""
+    """The base of each API: reading requests, answering them, and the routes of the handlers."""
 
     routes: ClassVar[tuple[Route, ...]] = ()
 
@@ -7359,7 +7285,7 @@ class Handlers:
         self.created = int(time.time())
 
     def starlette_routes(self) -> list[starlette.routing.Route]:
-        """Each row of `routes`, as Starlette wants it."""
+        """The rows of `routes` for Starlette."""
         return [
             starlette.routing.Route(path, route.handler.__get__(self), methods=[method])
             for route in self.routes
@@ -7367,8 +7293,8 @@ class Handlers:
         ]
 
     async def body(self, request: Request) -> Json:
-        """The JSON object of a request, whatever its content type says. Raises RequestError, or
-        WireError 413."""
+        """The JSON object of a request of any content type. Raises RequestError, or WireError
+        413."""
         data = bytearray()
         limit = self.config.max_body_bytes
         async for chunk in request.stream():
@@ -7376,7 +7302,7 @@ class Handlers:
             if len(data) > limit:
                 raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
         try:
-            value = json.loads(data.decode("utf-8"), parse_constant=not_json)
+            value = parse_json(data)
         except ValueError as error:
             raise RequestError(f"the body is not JSON: {first_line(error)}") from None
         if not isinstance(value, dict):
@@ -7394,7 +7320,7 @@ class Handlers:
         return body, await self.models.pool(name)
 
     async def watch(self, job: Job) -> AsyncIterator[list[Delta]]:
-        """The deltas of a job, observed."""
+        """The deltas of a job; the observer hears of each sequence that ends."""
         async for deltas in job.deltas(self.config.timeout_s):
             for delta in deltas:
                 if delta.usage:
@@ -7402,7 +7328,7 @@ class Handlers:
             yield deltas
 
     async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
-        """What a reply makes of the deltas of a job; None where nothing came for a while."""
+        """The events of a reply; a None after a silence."""
         for event in reply.start():
             yield event
         async for deltas in self.watch(job):
@@ -7423,7 +7349,7 @@ class Handlers:
         is_stream: bool = True,
         ignored: tuple[str, ...] = (),
     ) -> Response:
-        """What a reply makes of a job: events as they come or, a fold over these, one object."""
+        """Answer with the events of a reply as they come, or with the object they add up to."""
         events, headers = self.events(job, reply), ignored_header(ignored)
         if is_stream:
             return stream_response(events, encoding, job.finish, headers)
@@ -7447,17 +7373,17 @@ class OpenAI(Handlers):
         return await self.complete(request, pool, wire, TextChoice, wire.echo)
 
     async def complete(
-        self, request: Request, pool: Pool, wire: WireRequest, kind: type[Choice], how: Any
+        self, request: Request, pool: Pool, wire: WireRequest, kind: type[Choice], setting: Any
     ) -> Response:
-        """Answer with choices of a kind, under the name that was asked for."""
+        """Answer with choices of a kind, under the model's name in the request."""
         job = await pool.start(wire.requests, wire.names)
         answers = enumerate(zip(job.sequences, job.splitters))
-        choices = [kind(index, *answer, how) for index, answer in answers]
+        choices = [kind(index, *answer, setting) for index, answer in answers]
         reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 when requests can be taken"""
+        """GET /health: 200 once the server takes requests"""
         workers, ready = self.models.workers, self.models.ready
         body = {
             "status": "ok" if ready else "closing" if self.models.is_closing() else "loading",
@@ -7467,16 +7393,16 @@ class OpenAI(Handlers):
         }
         return as_json(body, 200 if ready else 503)
 
-    def model_body(self, name: str, asked: str | None = None) -> Json:
-        """A model as /v1/models lists it, under the name that was asked for."""
+    def model_body(self, name: str, alias: str | None = None) -> Json:
+        """A model as /v1/models lists it, under its name in the request."""
         pool = self.models.pools.get(name)
         state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
         n_ctx = {"max_model_len": pool.llm().engine.n_ctx} if pool and pool.ready else {}
-        head = {"id": asked or name, "object": "model", "created": self.created}
+        head = {"id": alias or name, "object": "model", "created": self.created}
         return {**head, "owned_by": "nanollama", "state": state, **n_ctx}
 
     async def list_models(self, request: Request) -> Response:
-        """GET /v1/models: what can be asked for, and what of it is in memory"""
+        """GET /v1/models: the models that may be served, and whether they are in memory"""
         bodies = [self.model_body(name) for name in await self.models.names()]
         return as_json({"object": "list", "data": bodies})
 
@@ -7494,30 +7420,23 @@ class OpenAI(Handlers):
     )
 
 
-class DialectRouter:
-    """The ASGI application for the paths that no core route answers: it imports the dialect that
-    covers a path when the first request for it comes."""
+def dialect_router(*shared: Any) -> ASGIApp:
+    """The ASGI application for paths without a route of the core: it imports the dialect of a path
+    with the first request for it. shared: the arguments of Handlers."""
 
-    def __init__(self, core: OpenAI) -> None:
-        self.core = core
-        self.routers: dict[str, starlette.routing.Router] = {}
+    @functools.cache
+    def router(dialect: Dialect | None) -> starlette.routing.Router:
+        handlers = dialect.load()(*shared) if dialect else None
+        return starlette.routing.Router(handlers.starlette_routes() if handlers else [])
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        dialect = find_dialect(scope["path"])
-        router = self.router(dialect) if dialect else starlette.routing.Router()
-        await router(scope, receive, send)
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        await router(find_dialect(scope["path"]))(scope, receive, send)
 
-    def router(self, dialect: Dialect) -> starlette.routing.Router:
-        """The router of a dialect, made once. Raises ExtraError."""
-        if dialect.module not in self.routers:
-            core = self.core
-            handlers = dialect.load()(core.models, core.config, core.observer)
-            self.routers[dialect.module] = starlette.routing.Router(handlers.starlette_routes())
-        return self.routers[dialect.module]
+    return route
 
 
 def layers(config: ServerConfig, observer: Observer) -> list[starlette.middleware.Middleware]:
-    """What is around every handler: the origins of web pages, and the gate."""
+    """The middleware around every handler: cross-origin rules, and the gate."""
     everyone = "*" in config.cors_origins
     return [
         starlette.middleware.Middleware(
@@ -7539,14 +7458,15 @@ def create_app(
     free_bytes: Callable[[], float] = lambda: math.inf,
     middleware: Iterable[starlette.middleware.Middleware] = (),
 ) -> starlette.applications.Starlette:
-    """The ASGI application. A single model that is named is loaded at once and stays.
+    """The ASGI application. A single named model is loaded at once and stays.
 
-    on_failure is called, in any thread, when the server has to give up, mostly because its only
-    model cannot be loaded. free_bytes says how much memory there is for more models.
-    middleware goes around the routes, inside the gate."""
+    on_failure: called in any thread with an error that must end the server, such as that its only
+    model cannot be loaded. free_bytes: the memory for more models. middleware: layers between the
+    gate and the routes."""
     config = config or ServerConfig()
-    models = Models(catalog, config, free_bytes, on_failure)
-    app = OpenAI(models, config, make_observer())
+    models = models_class(config)(catalog, config, free_bytes, on_failure)
+    shared = models, config, make_observer()
+    app = OpenAI(*shared)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -7564,15 +7484,15 @@ def create_app(
         exception_handlers={starlette.exceptions.HTTPException: on_error},
         middleware=[*layers(config, app.observer), *middleware],
     )
-    application.router.default = DialectRouter(app)
+    application.router.default = dialect_router(*shared)
     application.state.models = models
     return application
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises UsageError for an address that cannot be had."""
+    """A listening socket. Raises UsageError for an address that is taken or not valid."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where it sees this protocol
+    # with this protocol, asyncio sets TCP_NODELAY and sends small pieces at once
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -7592,10 +7512,9 @@ def serve(
     free_bytes: Callable[[], float] = lambda: math.inf,
     middleware: Iterable[starlette.middleware.Middleware] = (),
 ) -> None:
-    """Listen until SIGTERM or Ctrl-C; running answers are finished first (at most SHUTDOWN_S). For
-    the arguments see `create_app`.
-
-    Raises what made the server give up, or UsageError when the address cannot be bound."""
+    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. For the
+    arguments see `create_app`. Raises the error that ended the server, or UsageError for an
+    address that cannot be bound."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
@@ -7608,21 +7527,21 @@ def serve(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
     )
     server = uvicorn.Server(settings)
-    app.state.models.is_closing = lambda: server.should_exit  # connections that are kept may go on
-    # uvicorn puts these back and raises the signal again after its shutdown: still exit code 0
+    app.state.models.is_closing = lambda: server.should_exit  # open connections may send more
+    # uvicorn restores these handlers and raises the signal again: the exit code stays 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that hang up
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of lost connections
     host = f"[{config.host}]" if ":" in config.host else config.host
     models = ", ".join(catalog.named) or "the models on this machine"
-    what = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
-    log.info(f"http://{host}:{listener.getsockname()[1]}  ({what})")
+    loading = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
+    log.info(f"http://{host}:{listener.getsockname()[1]}  ({loading})")
     server.run(sockets=[listener])
     if failures:
         raise cannot_run(failures[0])
     pools = app.state.models.pools.values()
     if any(worker.is_alive() for pool in pools for worker in pool.workers):
-        os._exit(0)  # one still loads: Python's own end, while it is inside torch, is an abort
+        os._exit(0)  # a thread is inside torch: Python's own exit would abort
 
 
 # ==================================================================================================
@@ -7924,7 +7843,7 @@ class AnswerPrinter:
     def write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             if piece.kind not in self.text:
-                add_to_calls(self.calls, piece)
+                extra("answers.tools", "a tool call").add_to_calls(self.calls, piece)
                 continue
             text, is_thought = piece.text, piece.kind == "thought"
             is_gap = self.text["thought"] and not (is_thought or self.text["content"])

@@ -56,7 +56,7 @@ from nanollama import (
     create_app,
     extra,
     listen,
-    not_json,
+    parse_json,
     read_fields,
     refuse,
 )
@@ -331,7 +331,7 @@ class FaultLayer:
         value = None
         if len(body) <= MAX_RECORDED_BYTES:
             with contextlib.suppress(ValueError):
-                value = json.loads(body.decode("utf-8"), parse_constant=not_json)
+                value = parse_json(body)
         entry = {"method": scope["method"], "path": scope["path"], "body": value}
         self.requests.append({**entry, "headers": dict(Headers(scope=scope))})
 

@@ -728,9 +728,11 @@ def test_an_open_address_without_a_key_warns(
     ("flags", "message"),
     [
         ("--num-gpus 99", "--num-gpus is 99; this machine has"),
-        ("--num-gpus 0", "--num-gpus is 0"),
-        ("--max-queue -1", "--max-queue -1"),
-        ("--timeout 0", "--timeout 0"),
+        ("--num-gpus 0", "num_gpus is 0; it must be"),
+        ("--max-queue -1", "max_queue is -1; it must be"),
+        ("--timeout 0", "timeout_s is 0.0; it must be"),
+        ("--port 70000", "port is 70000; it must be"),
+        ("--port -1", "port is -1; it must be"),
     ],
 )
 def test_flags_that_make_no_sense(
@@ -741,10 +743,9 @@ def test_flags_that_make_no_sense(
     assert not served
 
 
-@pytest.mark.parametrize("port", ["taken", "70000", "-1"])
-def test_a_port_that_cannot_be_had(caplog: pytest.LogCaptureFixture, port: str) -> None:
+def test_a_port_that_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1]) if port == "taken" else port
+        port = str(taken.getsockname()[1])
         assert nanollama.main(["--serve", "--model", "/nowhere", "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in caplog.text
 

@@ -19,6 +19,7 @@ import functools
 import itertools
 import json
 import re
+import secrets
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import ChatTemplate, Fields, GenerationRequest, Tokenizer
+    from nanollama import ChatTemplate, Fields, GenerationRequest, Json, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,3 +614,27 @@ def read_tool_choice(choice: Any) -> ToolChoice:
             names = tuple(str(tool["function"]["name"]) for tool in choice[kind]["tools"])
             return ToolChoice(choice[kind]["mode"], names)
     raise RequestError(f"tool_choice is {excerpt(choice)}; use {known}", "tool_choice")
+
+
+def check_calls(calls: Any, where: str) -> None:
+    """Raise RequestError for `tool_calls` of a message that are none."""
+    check_type(where, calls, "array")
+    for i, call in enumerate(calls):
+        at = f"{where}[{i}].function"
+        function: Any = call.get("function") if isinstance(call, dict) else call
+        check_type(at, function, "object")
+        check_type(f"{at}.name", function.get("name"), "string")
+        check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
+
+
+def add_to_calls(calls: list[Json], piece: Piece) -> Json:
+    """Add a piece, the name that begins a call or a part of its arguments -> its stream delta."""
+    if piece.kind == "name":
+        function = {"name": piece.text, "arguments": ""}
+        call_id = "call_" + secrets.token_hex(12)
+        calls.append({"id": call_id, "type": "function", "function": function})
+        delta = {**calls[-1], "function": dict(function)}
+    else:
+        calls[-1]["function"]["arguments"] += piece.text
+        delta = {"function": {"arguments": piece.text}}
+    return {"index": len(calls) - 1, **delta}

@@ -59,7 +59,7 @@ def openapi_body() -> Json:
 
 
 def openapi_operation(route: Route, method: str, path: str) -> Json:
-    """One method of one path: its parameters, its body, its answers."""
+    """The description of a method of a path: parameters, body, answers."""
     answers = {"200": {"description": "the answer"}}
     if route.fields is not None or "{" in path:
         answers["4XX"] = {"description": "an error object that says what is wrong"}
@@ -103,11 +103,11 @@ class API(Handlers):
         return as_json(body)
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json: this API, as OpenAPI describes one"""
+        """GET /openapi.json: this API in the form of OpenAPI"""
         return as_json(openapi_body())
 
     async def capabilities(self, request: Request) -> Response:
-        """GET /v1/capabilities: what happens to each field, with its JSON type"""
+        """GET /v1/capabilities: the fields of each route with their JSON types"""
         body = {
             **{name.split()[1]: r.fields for r in all_routes() for name in r.names if r.fields},
             "accepted_without_effect": HARMLESS,
@@ -147,7 +147,7 @@ class API(Handlers):
         return as_json({**words, "chat_template": template.source or CHATML})
 
     async def apply_template(self, request: Request) -> Response:
-        """POST /apply-template, a chat request -> {prompt, tokens, pieces}, as the model sees it"""
+        """POST /apply-template, a chat request -> {prompt, tokens, pieces} as the model gets it"""
         body, pool = await self.read_request(request)
         llm = pool.llm()
         chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]

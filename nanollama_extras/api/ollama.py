@@ -1,6 +1,6 @@
 """Ollama's API: POST /api/chat, /api/generate, /api/embed and /api/embeddings.
 
-A body is put into the words of OpenAI's chat; the pieces of the answer become Ollama's lines. The
+A body is translated to OpenAI's chat; the pieces of the answer become Ollama's lines. The
 routes about models are in api.ollama_models; vectors come from api.embeddings.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
@@ -69,7 +69,7 @@ OLLAMA_EMBED = table(
 OLLAMA_EMBEDDINGS = table(OLLAMA_COMMON, string="prompt")
 
 
-# `options`: SamplingParams fields under their own names or these; and what changes nothing here.
+# `options`: SamplingParams fields, num_predict for max_tokens, and options without effect here
 OLLAMA_OPTIONS = table(
     {name: kind for name, kind in SAMPLING_FIELDS.items() if name != "logit_bias"},
     integer="num_predict",
@@ -89,29 +89,29 @@ OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
-OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # of the parts of an answer
+OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # piece of an answer -> Ollama's field
 
 
 def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, ...]]:
-    """The fields of a body of /api/chat or /api/generate in the words of /v1/chat/completions, and
-    the options that have no effect. Raises RequestError."""
+    """The fields of a body of /api/chat or /api/generate as those of /v1/chat/completions, and the
+    options without effect. Raises RequestError."""
     options, ignored = read_fields(
         given.get("options", {}), OLLAMA_OPTIONS, strict=False, neutral=OLLAMA_NEUTRAL_OPTIONS
     )
     if unknown := [name for name in ignored if strict and name not in OLLAMA_LOAD_OPTIONS]:
         refuse(f"option {unknown[0]!r} is not known (the server is strict)", "options")
-    same = ("logprobs", "top_logprobs", "tools")
-    body: Json = {name: given[name] for name in same if name in given}
+    shared = ("logprobs", "top_logprobs", "tools")
+    body: Json = {name: given[name] for name in shared if name in given}
     body |= {name: value for name, value in options.items() if name != "num_predict"}
-    if "num_predict" in options:  # -2 fills the context too
+    if "num_predict" in options:  # -2 fills the context, as -1 does here
         body["max_tokens"] = max(options["num_predict"], -1) or 1
-    wanted = given.get("format") or None
-    if isinstance(wanted, dict):
-        body["json_schema"] = wanted
-    elif wanted == "json":
+    form = given.get("format") or None
+    if isinstance(form, dict):
+        body["json_schema"] = form
+    elif form == "json":
         body["response_format"] = {"type": "json_object"}
-    elif wanted is not None:
-        refuse(f"format is {excerpt(wanted)}; use json or a JSON Schema", "format")
+    elif form is not None:
+        refuse(f"format is {excerpt(form)}; use json or a JSON Schema", "format")
     think = given.get("think")
     if isinstance(think, str):
         body["reasoning_effort"] = think
@@ -126,12 +126,12 @@ def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, .
 
 
 def ollama_messages(messages: list[Any]) -> list[Any]:
-    """Ollama's messages as OpenAI's: tool calls have ids, which results refer to."""
+    """Ollama's messages as OpenAI's, whose tool calls have ids for the results to name."""
     out, last, num_calls = [], "", 0
     for i, message in enumerate(messages):
         check_type(f"messages[{i}]", message, "object")
         if message.get("images"):
-            refuse(f"messages[{i}] has images; only text can be read here", "messages")
+            refuse(f"messages[{i}] has images; only text is supported", "messages")
         one = {
             k: v for k, v in message.items() if v is not None and k not in ("images", "thinking")
         }
@@ -159,7 +159,7 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """When a request came in (time.perf_counter), and how long it waited for its model."""
+    """The time of a request (time.perf_counter), and its wait for the model."""
 
     started_s: float
     load_s: float
@@ -169,18 +169,19 @@ class Clock:
         return {"total_duration": int(total * 1e9), "load_duration": int(self.load_s * 1e9)}
 
 
-def ollama_line(model: str, is_chat: bool, said: Fields, **more: Any) -> Json:
-    """One object of an answer: what is said, as a message or as a response; `more` but for None"""
+def ollama_line(model: str, is_chat: bool, pieces: Fields, **fields: Any) -> Json:
+    """One object of an answer, whose pieces are a message or a response; None fields are left
+    out."""
     head = {"model": model, "created_at": timestamp()}
-    said, more = {"content": "", **said}, {k: v for k, v in more.items() if v is not None}
+    pieces, fields = {"content": "", **pieces}, {k: v for k, v in fields.items() if v is not None}
     if is_chat:
-        return {**head, "message": {"role": "assistant", **said}, **more}
-    return {**head, "response": said.pop("content"), **said, **more}
+        return {**head, "message": {"role": "assistant", **pieces}, **fields}
+    return {**head, "response": pieces.pop("content"), **pieces, **fields}
 
 
 class OllamaReply(ChatReply):
-    """An answer of Ollama's: of /api/chat, or else of /api/generate. With `tells_ids`, its end has
-    those of prompt and answer."""
+    """An answer of /api/chat or /api/generate. With `with_context`, its last line has the ids of
+    prompt and answer."""
 
     def __init__(
         self,
@@ -189,11 +190,11 @@ class OllamaReply(ChatReply):
         model: str,
         clock: Clock,
         is_chat: bool,
-        tells_ids: bool,
+        with_context: bool,
     ) -> None:
         super().__init__(seq, splitter)
         self.line = functools.partial(ollama_line, model, is_chat)
-        self.clock, self.tells_ids = clock, tells_ids
+        self.clock, self.with_context = clock, with_context
 
     def push(self, delta: Delta) -> list[Json]:
         return [
@@ -225,7 +226,7 @@ class OllamaReply(ChatReply):
         assert usage is not None
         return {
             "done_reason": "length" if self.finish_reason == "length" else "stop",
-            "context": list(self.seq.token_ids) if self.tells_ids else None,
+            "context": list(self.seq.token_ids) if self.with_context else None,
             **self.clock.durations(),
             "prompt_eval_count": usage.prompt_tokens,
             "prompt_eval_duration": int(usage.prefill_s * 1e9),
@@ -234,14 +235,15 @@ class OllamaReply(ChatReply):
         }
 
     def result(self) -> Json:
-        said: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
-        said["tool_calls"] = self.tool_calls()
-        said = {name: value for name, value in said.items() if value}
-        return self.line(said, done=True, logprobs=self.logprobs, **self._closing())
+        pieces: Json = {OLLAMA_NAMES[kind]: text for kind, text in self.text.items()}
+        pieces["tool_calls"] = self.tool_calls()
+        pieces = {name: value for name, value in pieces.items() if value}
+        return self.line(pieces, done=True, logprobs=self.logprobs, **self._closing())
 
 
 def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
-    """The request of /api/generate: its prompt as it is (raw), or after the ids of a context."""
+    """The request of /api/generate, whose prompt stays as it is (raw) or follows the ids of a
+    context."""
     context, request = given.get("context") or [], wire.requests[0]
     if any(type(i) is not int for i in context):
         refuse("context must list token ids", "context")
@@ -259,7 +261,7 @@ class API(ModelHandlers):
     """Ollama's API."""
 
     async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
-        """The model that a body names, loaded, and kept as long as the body says."""
+        """The model that a body names, loaded, with the idle time of the body."""
         started = time.perf_counter()
         keep = given.get("keep_alive")
         keep_s = None if keep is None else parse_duration(keep)
@@ -275,32 +277,34 @@ class API(ModelHandlers):
         return await self.ollama_answer(request, OLLAMA_GENERATE)
 
     async def ollama_answer(self, request: Request, fields: Mapping[str, str]) -> Response:
-        """One answer, streamed unless the body says otherwise."""
+        """Answer a body, as a stream unless it has `stream: false`."""
         given, ignored = await self.ollama_given(request, fields)
         is_chat = "messages" in fields
         if not given.get("messages" if is_chat else "prompt"):
             return await self.ollama_load(given, is_chat)
-        body, more = ollama_body(given, self.config.strict)
+        body, without_effect = ollama_body(given, self.config.strict)
         pool, clock = await self.ollama_pool(given)
         wire = parse_chat(body, pool.sampling, False, pool.source.opening)
         if not is_chat:
             with pool.held():
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
-        tells_ids = not is_chat and not given.get("raw")
+        with_context = not is_chat and not given.get("raw")
         seq, splitter = job.sequences[0], job.splitters[0]
-        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, tells_ids)
+        reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, with_context)
         is_stream = given.get("stream", True)
-        return await self.answer(request, job, reply, NDJSON, is_stream, (*ignored, *more))
+        return await self.answer(
+            request, job, reply, NDJSON, is_stream, (*ignored, *without_effect)
+        )
 
     async def ollama_load(self, given: Fields, is_chat: bool) -> Response:
-        """A request without a prompt loads its model, or unloads it."""
+        """Load or unload the model of a body without a prompt."""
         name, keep, reason = ollama_name(given), given.get("keep_alive"), "load"
         if keep is not None and parse_duration(keep) == 0:
             self.models.check_ready()
             if pool := self.models.pools.get((await self.models.source(name)).name):
-                pool.keep_s = 0
-                self.models.settle(pool)
+                self.models.stay(pool).keep_s = 0
+                self.models.note_use(pool)
             reason = "unload"
         else:
             await self.ollama_pool(given)
@@ -330,7 +334,7 @@ class API(ModelHandlers):
     async def ollama_vectors(
         self, request: Request, given: Fields, name: str, cuts: bool
     ) -> tuple[list[Delta], Clock]:
-        """An embedding of each text of a field; `cuts` too long ones."""
+        """The embedding of each text of a field. With `cuts`, long texts are cut to the context."""
         texts = given.get(name) or []
         texts = [texts] if isinstance(texts, str) else texts
         pool, clock = await self.ollama_pool(given)
@@ -339,12 +343,12 @@ class API(ModelHandlers):
         llm = pool.llm()
 
         def encode() -> list[list[int]]:
-            found = [llm.encode(text) for text in texts]
-            return [ids[: llm.engine.n_ctx] for ids in found] if cuts else found
+            encoded = [llm.encode(text) for text in texts]
+            return [ids[: llm.engine.n_ctx] for ids in encoded] if cuts else encoded
 
         with pool.held():
             ids = await asyncio.to_thread(encode)
-        requests = tuple(GenerationRequest(prompt=one, embed=True) for one in ids)
+        requests = tuple(GenerationRequest(prompt=text_ids, embed=True) for text_ids in ids)
         return await embed(self, request, pool, requests), clock
 
     routes = (

@@ -1,6 +1,7 @@
 """The part of Ollama's API that lists, shows, downloads, makes and deletes models.
 
-Seam       `ModelHandlers` is the base of the dialect in api/ollama.py, which imports it.
+Seam       `ModelHandlers` is the base of the dialect in api/ollama.py, which imports it. Models are
+           unloaded and loaded anew by api.shelf.
 Remove     delete this file together with api/ollama.py.
 Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
 """
@@ -63,9 +64,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from nanollama import CachedModel, Fields, ModelSource, Pool
+    from nanollama_extras.api.shelf import Shelf, Stay
 
 NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", text_error)
-# What needs something we do not do, with the values that ask for nothing.
+# Fields for features that this server lacks -> the values that are accepted
 OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "images": ([],),
     "suffix": ("",),
@@ -74,7 +76,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("files", "adapters"), ({},)),
     "quantize": ("",),
 }
-OLLAMA_VERSION = "0.12.6"  # the release whose API this is
+OLLAMA_VERSION = "0.12.6"  # the release with this API
 
 
 OLLAMA_MODEL = table(string="model name", boolean="verbose")
@@ -97,13 +99,13 @@ OLLAMA_CREATE = table(
 
 
 def timestamp(seconds: float | None = None) -> str:
-    """RFC 3339, as Ollama writes times; now where none is given"""
+    """A time in RFC 3339, as Ollama writes it; the present one by default."""
     moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
     return moment.isoformat().replace("+00:00", "Z")
 
 
 def created_modelfile(given: Fields) -> Modelfile:
-    """What the fields of a body of /api/create say beside `from` and `modelfile`. Raises
+    """A Modelfile of the fields of a body of /api/create other than `from` and `modelfile`. Raises
     RequestError."""
     parameters: Json = {}
     for name, value in given.get("parameters", {}).items():
@@ -126,18 +128,18 @@ def created_modelfile(given: Fields) -> Modelfile:
     )
 
 
-Report = Callable[[Json], None]  # takes a line of progress
+Report = Callable[[Json], None]  # receives a line of progress
 
 
 def ollama_name(given: Fields) -> str:
-    """The model that a body of Ollama's API names. Raises RequestError."""
+    """The name of a body's model, without prefixes and tags of Ollama. Raises RequestError."""
     name = given.get("model") or given.get("name") or required(given, "model")
     return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
 
 
 @lru_cache(maxsize=64)
 def ollama_details(path: Path, modified: float) -> Json:
-    """What /api/tags and /api/show say of files that were last changed at a time."""
+    """The details of model files for /api/tags and /api/show; `modified` keys the cache."""
     checkpoint = open_checkpoint(path)
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
     words = (template.source or "") + (template.tool_source or "")
@@ -171,7 +173,7 @@ def ollama_details(path: Path, modified: float) -> Json:
 
 
 def source_details(source: ModelSource) -> tuple[Json, float]:
-    """`ollama_details` of a model, and when its files changed; nothing for one without files."""
+    """`ollama_details` of a model, and the time of its files' last change; empty without files."""
     path = source.locate()
     if path is None:
         return {"details": {}, "model_info": {}, "template": "", "capabilities": [], "size": 0}, 0.0
@@ -181,8 +183,8 @@ def source_details(source: ModelSource) -> tuple[Json, float]:
 
 
 def ollama_model(source: ModelSource) -> Json:
-    """A row of /api/tags. The digest is the file's own where its name on the hub or an alias tells
-    it, else one of name, size and time."""
+    """A row of /api/tags. The digest is the file's, where an alias or its name on the hub has it;
+    otherwise a digest of name, size and time."""
     try:
         found, modified = source_details(source)
     except (NanollamaError, OSError) as error:
@@ -228,7 +230,7 @@ def ollama_show(source: ModelSource) -> Json:
 
 
 def pull_lines(name: str, report: Report) -> None:
-    """Download a model, and say how far it is."""
+    """Download a model, and report the progress."""
     report({"status": "pulling manifest"})
     reported: dict[str, int] = {}
 
@@ -239,12 +241,12 @@ def pull_lines(name: str, report: Report) -> None:
             report({**line, "completed": num_there})
 
     ModelStore().fetch(name, new_bar=partial(progress_bar, report=tell))
-    report({"status": "verifying sha256 digest"})  # the hub's client did so while it wrote
+    report({"status": "verifying sha256 digest"})  # the hub's client verified it while it wrote
 
 
 def base_modelfile(name: str) -> Modelfile:
-    """The Modelfile of a model to make another one of. Raises ModelNotFoundError for one that is
-    not in the cache, a path among others."""
+    """The Modelfile of a model that another one is based on. Raises ModelNotFoundError for a model
+    outside the cache, such as a path."""
     store = ModelStore()
     name = name.removesuffix(":latest")
     if found := store.modelfile(name):
@@ -255,19 +257,19 @@ def base_modelfile(name: str) -> Modelfile:
 
 
 def create_model(name: str, given: Fields, report: Report) -> None:
-    """Make a model of another one: what /api/create does."""
+    """Create a model that is based on another one."""
     report({"status": "reading model metadata"})
     reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
         if whole.template or whole.tokenizer or whole.adapter:
-            refuse("TEMPLATE, TOKENIZER and ADAPTER are not taken from a request", "modelfile")
+            refuse("TEMPLATE, TOKENIZER and ADAPTER are not allowed in a request", "modelfile")
         if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
             refuse("the Modelfile has no FROM", "modelfile")
         reference = wanted[1]
     modelfile = base_modelfile(reference or required(given, "from"))
     report({"status": "writing manifest"})
-    for own in (whole, created_modelfile(given)):  # the later one says it last
+    for own in (whole, created_modelfile(given)):  # the later one overrides
         modelfile = dataclasses.replace(
             modelfile,
             system=own.system or modelfile.system,
@@ -279,28 +281,30 @@ def create_model(name: str, given: Fields, report: Report) -> None:
 
 
 def cached_models(name: str) -> list[CachedModel]:
-    """The models that a request to delete `name` is about. Raises ModelNotFoundError."""
+    """The models that a request to delete `name` means. Raises ModelNotFoundError."""
     store = ModelStore()
     if not (store.modelfile(name) or name in ALIASES or parse_hub_ref(name)):
         raise ModelNotFoundError(f"{name}: no such model")
     return store.cached(name)
 
 
-def pool_state(pool: Pool) -> Json:
-    """What /api/ps adds to a model that is in memory."""
+def pool_state(pool: Pool, stay: Stay) -> Json:
+    """The fields of /api/ps for a model in memory."""
     states = [worker.llm.engine.state() for worker in pool.workers if worker.llm]
-    num_bytes = pool.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
-    left = 1e9 if math.isinf(pool.keep_s) else pool.used_s + pool.keep_s - time.monotonic()
+    num_bytes = stay.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
+    left_s = 1e9 if math.isinf(stay.keep_s) else pool.used_s + stay.keep_s - time.monotonic()
     return {
         "size": num_bytes,
         "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
-        "expires_at": timestamp(time.time() + left),
+        "expires_at": timestamp(time.time() + left_s),
         "context_length": pool.llm().engine.n_ctx,
     }
 
 
 class ModelHandlers(Handlers):
-    """The routes of Ollama's API that are about models."""
+    """The routes of Ollama's API about models."""
+
+    models: Shelf
 
     async def ollama_given(
         self, request: Request, fields: Mapping[str, str]
@@ -309,20 +313,22 @@ class ModelHandlers(Handlers):
         return read_fields(body, fields, self.config.strict, OLLAMA_NEUTRAL)
 
     async def ollama_version(self, request: Request) -> Response:
-        """GET /api/version: the release of Ollama whose API this is"""
+        """GET /api/version: the release of Ollama with this API"""
         return as_json({"version": OLLAMA_VERSION})
 
     async def ollama_tags(self, request: Request) -> Response:
-        """GET /api/tags: the models that can be asked for"""
+        """GET /api/tags: the models that may be served"""
         sources = [await self.models.source(name) for name in await self.models.names()]
         bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in sources])
         return as_json({"models": [body for body in bodies if body]})
 
     async def ollama_ps(self, request: Request) -> Response:
         """GET /api/ps: the models in memory"""
-        states = {
-            pool.source: pool_state(pool) for pool in self.models.pools.values() if pool.ready
-        }
+        stays = {pool: self.models.stay(pool) for pool in self.models.pools.values() if pool.ready}
+        for pool, stay in stays.items():
+            if not stay.need_bytes:
+                stay.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
+        states = {pool.source: pool_state(pool, stays[pool]) for pool in stays if pool.ready}
         bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
         return as_json({"models": [{**b, **state} for b, state in zip(bodies, states.values())]})
 
@@ -333,10 +339,10 @@ class ModelHandlers(Handlers):
         return as_json(await asyncio.to_thread(ollama_show, source))
 
     def check_open(self) -> None:
-        """Raises WireError 403 where the models are those named at the start."""
+        """Raise WireError 403 where the models were named at the start."""
         if self.models.catalog.named:
-            what = "this server serves the models it was started with"
-            raise WireError(403, "fixed_models", f"{what}; start it without --model")
+            message = "this server serves the models it was started with"
+            raise WireError(403, "fixed_models", f"{message}; start it without --model")
 
     async def ollama_pull(self, request: Request) -> Response:
         """POST /api/pull: download a model"""
@@ -346,7 +352,7 @@ class ModelHandlers(Handlers):
         return await self.progress(request, given, lambda report: pull_lines(name, report))
 
     async def ollama_create(self, request: Request) -> Response:
-        """POST /api/create: a model made of another one"""
+        """POST /api/create: make a model that is based on another one"""
         given, _ = await self.ollama_given(request, OLLAMA_CREATE)
         self.check_open()
         name = ollama_name(given)
@@ -356,7 +362,7 @@ class ModelHandlers(Handlers):
     async def progress(
         self, request: Request, given: Fields, work: Callable[[Report], None]
     ) -> Response:
-        """Run something in a thread: its lines as they come, or the last of them."""
+        """Run `work` in a thread, and answer with its lines as they come, or with the last one."""
         lines: asyncio.Queue[Json | None] = asyncio.Queue()
         loop, gone = asyncio.get_running_loop(), threading.Event()
 
@@ -368,7 +374,7 @@ class ModelHandlers(Handlers):
         def ended(task: asyncio.Task[None]) -> None:
             lines.put_nowait(None)
             if not task.cancelled():
-                task.exception()  # seen, also when nobody waits for it any more
+                task.exception()  # marks it as seen: the client may be gone
 
         async def events() -> AsyncIterator[Json]:
             task = asyncio.create_task(asyncio.to_thread(work, report))
@@ -402,7 +408,7 @@ class ModelHandlers(Handlers):
         return as_json({})
 
     async def ollama_refuse(self, request: Request) -> Response:
-        """POST /api/push, /api/blobs/{digest}: what there is nothing like here"""
+        """POST /api/push, /api/blobs/{digest}: not supported"""
         raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
 
     routes: ClassVar[tuple[Route, ...]] = (

@@ -1,6 +1,6 @@
-"""OpenAI's Responses API: POST /v1/responses, and the responses that are kept.
+"""OpenAI's Responses API: POST /v1/responses, and a store of earlier responses.
 
-A body is put into the words of a chat; the pieces of the answer become items with their events.
+A body is translated to a chat; the pieces of the answer become items and their events.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
 Remove     delete this file and its row.
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         WireRequest,
     )
 
-MAX_KEPT_RESPONSES, MAX_KEPT_CHARS = 1000, 1 << 26
+MAX_STORED_RESPONSES, MAX_STORED_CHARS = 1000, 1 << 26
 RESPONSE_FIELDS = table(
     {n: kind for n, kind in SAMPLING_FIELDS.items() if n not in ("max_tokens", "logit_bias")},
     string_or_array="input",
@@ -77,7 +77,7 @@ RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 WITH_LOGPROBS = "message.output_text.logprobs"
 
 
-# What of a chat's field names is called otherwise here, for errors.
+# Field of a chat -> its name in this API, for errors
 RESPONSE_NAMES = {
     "messages": "input",
     "response_format.json_schema": "text.format",
@@ -87,32 +87,39 @@ RESPONSE_NAMES = {
 }
 
 
-RESPONSE_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}  # what items consist of
+RESPONSE_TEXTS = {
+    "message": "output_text",
+    "reasoning": "reasoning_text",
+}  # item -> type of its parts
 
 
-RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # how ids begin
+RESPONSE_ITEMS = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+}  # item -> prefix of its id
 
 
-def response_input(value: Any, recall: Fields) -> list[Json]:
-    """`input` as messages of a chat. `recall` has the output items of earlier responses by id.
-    Raises RequestError, naming the item."""
+def response_input(value: Any, earlier_items: Fields) -> list[Json]:
+    """`input` as messages of a chat. earlier_items: output items of earlier responses by id. Raises
+    RequestError, which names the item."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages: list[Json] = []
     for i, item in enumerate(value):
         check_type(f"input[{i}]", item, "object")
         if item.get("type") == "item_reference":
-            if item.get("id") not in recall:
+            if item.get("id") not in earlier_items:
                 refuse(
-                    f"input[{i}] refers to {excerpt(item.get('id'))}, which is not kept", "input"
+                    f"input[{i}] refers to {excerpt(item.get('id'))}, which is not stored", "input"
                 )
-            item = recall[item["id"]]
+            item = earlier_items[item["id"]]
         _add_item(messages, item, f"input[{i}]")
     return messages
 
 
 def _add_item(messages: list[Json], item: Fields, where: str) -> None:
-    """Add what one input item says to the messages."""
+    """Add an input item to the messages."""
     kind = item.get("type", "message")
     if kind == "message":
         message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
@@ -122,14 +129,16 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
             check_type(f"{where}.{name}", item.get(name), "string")
         function = {"name": item["name"], "arguments": item["arguments"]}
         call = {"id": item["call_id"], "type": "function", "function": function}
-        if not messages or messages[-1]["role"] != "assistant":  # calls of one turn are together
+        if (
+            not messages or messages[-1]["role"] != "assistant"
+        ):  # the calls of one turn share a message
             messages.append({"role": "assistant", "content": None})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         check_type(f"{where}.call_id", item.get("call_id"), "string")
         text = _item_text(item.get("output"), where)
         messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
-    elif kind != "reasoning":  # thoughts are not said again
+    elif kind != "reasoning":  # earlier thoughts are left out
         refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
 
 
@@ -144,14 +153,14 @@ def _item_text(content: Any, where: str) -> str:
         text = part.get("refusal" if kind == "refusal" else "text")
         known = kind in ("input_text", "output_text", "refusal", "text")
         if not (known and isinstance(text, str)):
-            refuse(f"{where} has a part of type {excerpt(kind)}; only text is read here", where)
+            refuse(f"{where} has a part of type {excerpt(kind)}; only text is supported", where)
         texts.append(text)
     return "".join(texts)
 
 
 def under_type(value: Any) -> Any:
-    """Tools and a choice of these, which are flat here, as a chat has them: what they say is under
-    the name of their type."""
+    """Tools or a tool choice, flat in this API, in the form of a chat: their fields are below the
+    name of their type."""
     if isinstance(value, list):
         return [under_type(item) for item in value]
     if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
@@ -162,20 +171,20 @@ def under_type(value: Any) -> Any:
     return {"type": kind, kind: inner}
 
 
-def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
-    """The fields of a body of /v1/responses in the words of /v1/chat/completions. `earlier` are
-    the messages of the response it goes on from. Raises RequestError."""
-    same = ("model", "stream", "parallel_tool_calls", "metadata")
-    body = {name: given[name] for name in (*same, *SAMPLING_FIELDS) if name in given}
+def response_body(given: Fields, earlier: list[Json], earlier_items: Fields) -> Json:
+    """The fields of a body of /v1/responses as those of /v1/chat/completions. earlier: the messages
+    of the response that it continues. earlier_items: see `response_input`. Raises RequestError."""
+    shared = ("model", "stream", "parallel_tool_calls", "metadata")
+    body = {name: given[name] for name in (*shared, *SAMPLING_FIELDS) if name in given}
     body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
     for i, tool in enumerate(given.get("tools", [])):
         check_type(at := f"tools[{i}]", tool, "object")
         if (kind := tool.get("type")) != "function":
-            refuse(f"{at} is of type {excerpt(kind)}; only functions can be called", at)
+            refuse(f"{at} is of type {excerpt(kind)}; only function is supported", at)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
-    body["messages"] = [*system, *earlier, *response_input(required(given, "input"), recall)]
+    body["messages"] = [*system, *earlier, *response_input(required(given, "input"), earlier_items)]
     if "max_output_tokens" in given:
         body["max_tokens"] = given["max_output_tokens"]
     effort = given.get("reasoning", {}).get("effort")
@@ -185,7 +194,7 @@ def response_body(given: Fields, earlier: list[Json], recall: Fields) -> Json:
     form = given.get("text", {}).get("format")
     if form is not None:
         check_type("text.format", form, "object")
-        body["response_format"] = {**form, "json_schema": form}  # which is flat here
+        body["response_format"] = {**form, "json_schema": form}  # flat in this API
     if WITH_LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
         body |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
     return body
@@ -196,21 +205,23 @@ def parse_response(
     defaults: Fields,
     strict: bool = False,
     opening: Iterable[Json] = (),
-    kept: Mapping[str, KeptResponse] | None = None,
+    stored: Mapping[str, StoredResponse] | None = None,
 ) -> tuple[WireRequest, Json]:
-    """A body of /v1/responses -> the request, and the fields that were given. `kept` has earlier
-    responses by id. Raises RequestError."""
+    """A body of /v1/responses -> the request, and the fields of the body. stored: earlier responses
+    by id. Raises RequestError."""
     given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
-    kept, earlier = kept or {}, []
+    stored, earlier = stored or {}, []
     if (last := given.get("previous_response_id")) is not None:
-        if last not in kept:
-            what = f"previous_response_id {excerpt(last)} is not kept (any more)"
-            refuse(what, "previous_response_id", "previous_response_not_found")
-        earlier = kept[last].messages
-    recall = {item["id"]: item for one in kept.values() for item in one.body["output"]}
+        if last not in stored:
+            message = f"previous_response_id {excerpt(last)} is not stored (any more)"
+            refuse(message, "previous_response_id", "previous_response_not_found")
+        earlier = stored[last].messages
+    earlier_items = {
+        item["id"]: item for response in stored.values() for item in response.body["output"]
+    }
     try:
-        wire = parse_chat(response_body(given, earlier, recall), defaults, False, opening)
-    except RequestError as error:  # about a field of a chat
+        wire = parse_chat(response_body(given, earlier, earlier_items), defaults, False, opening)
+    except RequestError as error:  # it names a field of the chat
         param = error.param or ""
         if (name := _response_name(param)) == param:
             raise
@@ -225,8 +236,8 @@ def _response_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptResponse:
-    """A response, for those that go on from it: its body, and its conversation as messages."""
+class StoredResponse:
+    """A response that later ones may continue: its body, and its conversation as messages."""
 
     body: Json
     messages: list[Json]
@@ -234,8 +245,8 @@ class KeptResponse:
 
 
 class ResponseReply(ChatReply):
-    """An answer of /v1/responses: items, of which one at a time is open. Its end gives it to
-    `keep`."""
+    """An answer of /v1/responses: a list of items, at most one of which is open. The finished reply
+    is passed to `store`."""
 
     def __init__(
         self,
@@ -244,12 +255,12 @@ class ResponseReply(ChatReply):
         wire: WireRequest,
         given: Fields,
         model: str,
-        keep: Callable[[ResponseReply], None],
+        store: Callable[[ResponseReply], None],
     ) -> None:
         super().__init__(seq, splitter)
-        self.wire, self.keep = wire, keep
+        self.wire, self.store = wire, store
         self.num_events = self.num_thought = 0
-        self.item: Json | None = None  # the open one; its text and logprobs
+        self.item: Json | None = None  # the open one, whose text and logprobs follow
         self.item_text = ""
         self.item_logprobs: list[Json] = []
         params = wire.requests[0].params
@@ -286,13 +297,13 @@ class ResponseReply(ChatReply):
         return {"type": kind, "sequence_number": self.num_events - 1, **fields}
 
     def _at(self, kind: str, **fields: Any) -> Json:
-        """An event about the open item"""
+        """An event about the open item."""
         assert self.item is not None
         place = {"item_id": self.item["id"], "output_index": len(self.body["output"]) - 1}
         return self._event(f"response.{kind}", **place, **fields)
 
     def _whole(self, kind: str) -> Json:
-        """An event that has the open item as it is now"""
+        """An event with a copy of the open item."""
         item, index = json.loads(json.dumps(self.item)), len(self.body["output"]) - 1
         return self._event(f"response.output_item.{kind}", output_index=index, item=item)
 
@@ -305,7 +316,7 @@ class ResponseReply(ChatReply):
         return [self._event(kind, response=body) for kind in kinds]
 
     def _open(self, kind: str, **fields: Any) -> list[Json]:
-        """Close what is open, and begin an item."""
+        """Close the open item, and begin another."""
         events, head = self._close(), {"type": kind, "status": "in_progress"}
         self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
         self.body["output"].append(self.item)
@@ -316,7 +327,7 @@ class ResponseReply(ChatReply):
         return events
 
     def _part(self) -> Json:
-        """What the open item, a message or a thought, consists of"""
+        """The content part of the open item, a message or a thought."""
         assert self.item is not None
         part = {"type": RESPONSE_TEXTS[self.item["type"]], "text": self.item_text}
         if self.item["type"] == "reasoning":
@@ -324,54 +335,56 @@ class ResponseReply(ChatReply):
         return {**part, "annotations": [], "logprobs": list(self.item_logprobs)}
 
     def _close(self, status: str = "completed") -> list[Json]:
-        """End the open item, if there is one."""
+        """Close the open item, if any."""
         if (item := self.item) is None:
             return []
         item["status"] = status
         if item["type"] == "function_call":
             item["arguments"] = self.item_text
-            about = {"name": item["name"], "arguments": self.item_text}
-            events = [self._at("function_call_arguments.done", **about)]
+            call = {"name": item["name"], "arguments": self.item_text}
+            events = [self._at("function_call_arguments.done", **call)]
         else:
             item["content"] = [part := self._part()]
-            told = {key: part[key] for key in ("text", "logprobs") if key in part}
+            fields = {key: part[key] for key in ("text", "logprobs") if key in part}
             events = [
-                self._at(f"{part['type']}.done", content_index=0, **told),
+                self._at(f"{part['type']}.done", content_index=0, **fields),
                 self._at("content_part.done", content_index=0, part=part),
             ]
         events.append(self._whole("done"))
         self.item, self.item_text, self.item_logprobs = None, "", []
         return events
 
-    def _say(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
-        """A piece of a message or of a thought"""
+    def _text(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
+        """Events of a piece of a message or of a thought."""
         events = []
         if self.item is None or self.item["type"] != kind:
             head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
             events = self._open(kind, content=[], **head)
         self.item_text += text
         self.item_logprobs += entries
-        more = {"logprobs": entries} if kind == "message" else {}
+        logprobs = {"logprobs": entries} if kind == "message" else {}
         name = f"{RESPONSE_TEXTS[kind]}.delta"
-        return [*events, self._at(name, content_index=0, delta=text, **more)]
+        return [*events, self._at(name, content_index=0, delta=text, **logprobs)]
 
-    def _call(self, news: Fields) -> list[Json]:
-        """The beginning of a tool call, or a piece of its arguments"""
-        function = news["function"]
-        if "id" in news:
-            about = {"call_id": news["id"], "name": function["name"]}
-            return self._open("function_call", **about, arguments="")
+    def _call(self, piece: Fields) -> list[Json]:
+        """Events of the beginning of a tool call, or of a piece of its arguments."""
+        function = piece["function"]
+        if "id" in piece:
+            call = {"call_id": piece["id"], "name": function["name"]}
+            return self._open("function_call", **call, arguments="")
         self.item_text += function["arguments"]
         return [self._at("function_call_arguments.delta", delta=function["arguments"])]
 
     def push(self, delta: Delta) -> list[Json]:
         thoughts = self.splitter.thoughts
         was_thinking, events = thoughts.thinking, []
-        for kind, news, entries in self.read(delta):
+        for kind, piece, entries in self.read(delta):
             if kind == "call":
-                events += self._call(news)
+                events += self._call(piece)
             else:
-                events += self._say("message" if kind == "content" else "reasoning", news, entries)
+                events += self._text(
+                    "message" if kind == "content" else "reasoning", piece, entries
+                )
         self.num_thought += was_thinking or thoughts.thinking
         return events
 
@@ -381,7 +394,7 @@ class ResponseReply(ChatReply):
         status = "incomplete" if is_cut else "completed"
         events = []
         if not any(item["type"] != "reasoning" for item in self.body["output"]):
-            events = self._say("message", "", [])[:-1]
+            events = self._text("message", "", [])[:-1]
         events += self._close(status)
         num_in, num_out = usage.prompt_tokens, usage.completion_tokens
         details = {"cached_tokens": usage.cached_tokens}
@@ -398,20 +411,20 @@ class ResponseReply(ChatReply):
                 "total_tokens": num_in + num_out,
             },
         }
-        self.keep(self)
+        self.store(self)
         return [*events, self._event(f"response.{status}", response=self.body)]
 
     def result(self) -> Json:
         return self.body
 
-    def kept(self) -> KeptResponse:
-        """This response, for the next one; without the system messages that it began with"""
+    def stored(self) -> StoredResponse:
+        """This response without the system messages at its beginning, which the next one brings."""
         messages = list(self.wire.requests[0].messages or [])
         while messages and messages[0]["role"] == "system":
             messages.pop(0)
         for item in self.body["output"]:
             _add_item(messages, item, "output")
-        return KeptResponse(self.body, messages, len(json.dumps([self.body, messages])))
+        return StoredResponse(self.body, messages, len(json.dumps([self.body, messages])))
 
 
 NAMED_SSE = dataclasses.replace(
@@ -420,43 +433,43 @@ NAMED_SSE = dataclasses.replace(
 
 
 class API(Handlers):
-    """The Responses API, with the responses that later ones may go on from."""
+    """The Responses API, with a store of responses that later ones may continue."""
 
     def __init__(self, models: Models, config: ServerConfig, observer: Observer) -> None:
         super().__init__(models, config, observer)
-        self.kept: dict[str, KeptResponse] = {}
+        self.stored: dict[str, StoredResponse] = {}
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
         body, pool = await self.read_request(request)
         strict, opening = self.config.strict, pool.source.opening
-        wire, given = parse_response(body, pool.sampling, strict, opening, self.kept)
+        wire, given = parse_response(body, pool.sampling, strict, opening, self.stored)
         job = await pool.start(wire.requests, wire.names)
         model = wire.model or pool.source.name
         seq, splitter = job.sequences[0], job.splitters[0]
-        reply = ResponseReply(seq, splitter, wire, given, model, self.keep)
+        reply = ResponseReply(seq, splitter, wire, given, model, self.store)
         encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
         return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
-    def keep(self, reply: ResponseReply) -> None:
-        """Keep a response for those that go on from it; old ones make room."""
+    def store(self, reply: ResponseReply) -> None:
+        """Store a response for later ones; the oldest make room."""
         if reply.body["store"]:
-            self.kept[reply.body["id"]] = reply.kept()
+            self.stored[reply.body["id"]] = reply.stored()
         while (
-            len(self.kept) > MAX_KEPT_RESPONSES
-            or sum(kept.num_chars for kept in self.kept.values()) > MAX_KEPT_CHARS
+            len(self.stored) > MAX_STORED_RESPONSES
+            or sum(response.num_chars for response in self.stored.values()) > MAX_STORED_CHARS
         ):
-            del self.kept[next(iter(self.kept))]
+            del self.stored[next(iter(self.stored))]
 
     async def response(self, request: Request) -> Response:
-        """GET, DELETE /v1/responses/{id}: a response that is kept"""
+        """GET, DELETE /v1/responses/{id}: a stored response"""
         name = request.path_params["id"]
-        if name not in self.kept:
-            raise WireError(404, "not_found", f"response {name!r} is not kept (any more)")
+        if name not in self.stored:
+            raise WireError(404, "not_found", f"response {name!r} is not stored (any more)")
         if request.method == "DELETE":
-            del self.kept[name]
+            del self.stored[name]
             return as_json({"id": name, "object": "response", "deleted": True})
-        return as_json(self.kept[name].body)
+        return as_json(self.stored[name].body)
 
     routes = (
         Route(respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),

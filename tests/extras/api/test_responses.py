@@ -264,12 +264,12 @@ def test_responses_are_kept_until_they_are_deleted(client: openai.OpenAI) -> Non
 
 
 def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "MAX_KEPT_RESPONSES", 2)
+    monkeypatch.setattr(responses, "MAX_STORED_RESPONSES", 2)
     made = [client.responses.create(model="tiny", input="a", **GREEDY).id for _ in range(3)]
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(made[0])
     assert client.responses.retrieve(made[2]).id == made[2]
-    monkeypatch.setattr(responses, "MAX_KEPT_CHARS", 10)
+    monkeypatch.setattr(responses, "MAX_STORED_CHARS", 10)
     last = client.responses.create(model="tiny", input="a", **GREEDY).id
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(last)

@@ -18,6 +18,7 @@ from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import Catalog, ModelSource, RequestError, parse_duration
+from nanollama_extras.api.shelf import KEEP_ALIVE_S
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -158,12 +159,12 @@ def test_who_comes_as_a_model_leaves_gets_it_loaded_again(shelf: Shelf) -> None:
 def test_one_model_that_is_named_stays_for_ever(shelf: Shelf) -> None:
     with serving(catalog=shelf.catalog("a")) as live:
         ask(live, "a")
-        assert live.pool.keep_s == float("inf")
-        assert live.pool.timer is None
+        assert live.models.stay(live.pool).keep_s == float("inf")
+        assert live.models.stay(live.pool).timer is None
     with serving(catalog=shelf.catalog("a", "b")) as live:
         ask(live, "a")
-        assert live.pool.keep_s == nanollama.KEEP_ALIVE_S
-        assert live.pool.timer is not None
+        assert live.models.stay(live.pool).keep_s == KEEP_ALIVE_S
+        assert live.models.stay(live.pool).timer is not None
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_models_named_on_the_command_line_and_no_others(
     paths = [str(tiny()), str(tiny("Qwen2"))]
     flags = ["--serve", "--model", paths[0], "--model", paths[1], "--keep-alive", "90s"]
     assert nanollama.main(flags) == 0
-    catalog, config, free_bytes = served[0]
+    catalog, config, free_bytes, _ = served[0]
     assert list(catalog.named) == paths
     assert config.keep_alive_s == 90
     assert free_bytes() > 0
