@@ -4924,32 +4924,23 @@ def penalize(
 
     The repeat penalty counts the answer and, where any text is allowed (`is_free`), the prompt; the
     other penalties count the answer only. `distinct` remembers the history of the last call."""
-    p = params
+    p, answer = params, history[num_prompt:]
     if p.repeat_penalty != 1 and p.repeat_last_n:
         if p.repeat_last_n < 0 and is_free:
             ids = (distinct or DistinctTokens()).update(history)
         else:
-            latest = history if is_free else history[num_prompt:]
-            ids = np.array(latest[-max(p.repeat_last_n, 0) :], dtype=np.int64)
-        values = logits[ids]
-        values = np.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
-        logits = replaced(logits, ids, values)
-    if (p.presence_penalty or p.frequency_penalty) and len(history) > num_prompt:
-        counts = Counter(history[num_prompt:])
-        ids, times = np.array(list(counts)), np.array(list(counts.values()), dtype=logits.dtype)
-        penalty = p.presence_penalty + p.frequency_penalty * times
-        logits = replaced(logits, ids, logits[ids] - penalty)
+            latest = (history if is_free else answer)[-max(p.repeat_last_n, 0) :]
+            ids = np.array(latest, dtype=np.int64)
+        logits, values = logits.copy(), logits[ids]
+        logits[ids] = np.where(values > 0, values / p.repeat_penalty, values * p.repeat_penalty)
+    if (p.presence_penalty or p.frequency_penalty) and answer:
+        counts = Counter(answer)
+        times = np.array(list(counts.values()), dtype=logits.dtype)
+        logits = logits.copy()
+        logits[list(counts)] -= p.presence_penalty + p.frequency_penalty * times
     if p.logit_bias:
-        ids = np.array(list(p.logit_bias))
-        bias = np.array(list(p.logit_bias.values()), dtype=logits.dtype)
-        logits = replaced(logits, ids, logits[ids] + bias)
-    return logits
-
-
-def replaced(logits: Row, ids: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> Row:
-    """A copy of `logits` with other values at `ids`."""
-    logits = logits.copy()
-    logits[ids] = values
+        logits = logits.copy()
+        logits[list(p.logit_bias)] += np.array(list(p.logit_bias.values()), dtype=logits.dtype)
     return logits
 
 
@@ -5459,24 +5450,23 @@ class Engine:
         """Run the decoder on the new tokens and the draft of each sequence -> logits (rows, V) for
         each: of its last new token and its draft, and of earlier tokens for prompt_logprobs. A
         pooler takes states and gets no logits."""
-        num_rows, parts = [], []
+        inputs = []
         for seq, num_new in work:
-            num_rows.append(0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new))
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
-            parts.append((seq.slot, seq.num_computed, new, num_rows[-1]))
-        is_decode = all(len(new) == 1 == rows for _, _, new, rows in parts)
-        steps = self.decode_steps
-        if steps and is_decode and len(parts) <= steps.num_rows:
-            rows = [(slot, at, new[0]) for slot, at, new, _ in parts]
-            return torch.split(steps(rows).cpu(), num_rows)
-        batch = Batch(parts, self.decoder.device, self.decoder.row_tile)
-        x = self.decoder.hidden(batch, self.cache)
-        for (seq, num_new), span in zip(work, batch.spans):
-            if seq.pooler:
-                seq.pooler.take(self.decoder.norm(x[span.row :][:num_new]).float().cpu())
-        logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
-        return torch.split(logits, num_rows)
+            num_rows = 0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new)
+            inputs.append((seq.slot, seq.num_computed, new, num_rows))
+        steps, is_decode = self.decode_steps, all(len(new) == 1 == n for _, _, new, n in inputs)
+        if steps and is_decode and len(inputs) <= steps.num_rows:
+            logits = steps([(slot, start, new[0]) for slot, start, new, _ in inputs]).cpu()
+        else:
+            batch = Batch(inputs, self.decoder.device, self.decoder.row_tile)
+            x = self.decoder.hidden(batch, self.cache)
+            for (seq, num_new), span in zip(work, batch.spans):
+                if seq.pooler:
+                    seq.pooler.take(self.decoder.norm(x[span.row :][:num_new]).float().cpu())
+            logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
+        return torch.split(logits, [num_rows for *_, num_rows in inputs])
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
         """Sample from the last rows of logits (rows, V): one token, and one more for each guess of
@@ -5750,13 +5740,12 @@ class LLM(TextSide):
         cache = decoder.new_cache(1, chunk)
         cache.reserve(0, len(token_ids))
         with torch.inference_mode():
-            parts = []
+            chunks = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
-                work = [(0, at, new, len(new))]
-                batch = Batch(work, decoder.device, decoder.row_tile)
-                parts.append(decoder(batch, cache))
-        return torch.cat(parts)
+                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+                chunks.append(decoder(batch, cache))
+        return torch.cat(chunks)
 
     def start(
         self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
