@@ -222,6 +222,7 @@ if TYPE_CHECKING:
 
     Row = npt.NDArray[np.float32]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
+    Heads = tuple[Tensor, Tensor, Tensor]  # q (N, H, D), k and v (N, Hkv, D)
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -1057,8 +1058,8 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #
 #   In          float matrices, or blocks as GGUF files store them
 #   Out         PackedLinear: a weight that stays packed in memory; Linear: its float twin
-#   Idea        two groupwise formats cover everything. Within a row, each group of `group` columns
-#               shares a scale and perhaps an offset:
+#   Idea        two formats cover all types. Within a row, each group of `group` columns shares a
+#               scale and perhaps an offset:
 #
 #                   w = (q - zero) * scale + offset
 #
@@ -1066,34 +1067,34 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
 #               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
-#               MXFP4 has 4 bits too, which say which of FLOAT4's levels q is.
+#               MXFP4's 4 bits are an index into FLOAT4 instead.
 #
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
 #                   byte   0        1              15
 #                        [16|0]   [17|1]   ...   [31|15]     high nibble | low nibble
 #
-#   Invariant   repacking loses nothing but the fp16 rounding of a combined scale (K types).
+#   Invariant   repacking is exact, except that combined scales (K types) are rounded to float16.
 #   Extend      a GGUF type is one function in REPACK: raw blocks in, PackedLinear out.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block layouts)
 # ==================================================================================================
 
 GROUP = 32  # columns that share a scale when we quantize
 FLOAT4 = [*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12)]  # twice its 16 values
-LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q that we round to
-# Grids that `quantize` tries, beside the plain one that just spans a group's values: how much wider
-# their steps are, and how many plain steps further up they start.
+LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q of `quantize`
+# Grids that `quantize` tries beside the plain grid, which just spans a group's values: the ratio of
+# their step to the plain step, and how many plain steps higher they start.
 GRIDS: dict[int, list[tuple[float, float]]] = {
     4: [(1 - (a + b) / 15, a) for a, b in itertools.product((-0.2, 0.2, 0.6), repeat=2)],
     8: [(1.03, 0), (1.015, 0), (1, 0)],
 }
-LEAST_WEIGHT, MOST_WEIGHT = 2.0**-14, 2.0**15  # what the largest weight of a matrix may be
-SEARCH_WEIGHTS = 1 << 19  # weights that one core searches at a time
+LEAST_WEIGHT, MOST_WEIGHT = 2.0**-14, 2.0**15  # bounds of a matrix's largest weight
+SEARCH_WEIGHTS = 1 << 19  # weights that one core quantizes at a time
 DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
 
 
 class Linear:
-    """y = x W^T + b with a float weight (rows, cols). Also serves as an embedding table."""
+    """y = x W^T + b with a float weight (rows, cols); also an embedding table."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
@@ -1112,25 +1113,17 @@ class Linear:
         return self.weight.nbytes
 
 
+@dataclass(eq=False)
 class PackedLinear:
-    """Linear whose weight stays packed (see the section's banner); unpacked a few rows at a time.
+    """Linear whose weight stays packed (see the section's banner) and is unpacked a few rows at a
+    time."""
 
-    q       (rows, G, group/2) uint8 or (rows, G, group) int8
-    scale   (rows, G) float16
-    offset  (rows, G) float16, or None
-    float4  whether 4-bit q are places in FLOAT4"""
-
-    def __init__(
-        self,
-        q: Tensor,
-        scale: Tensor,
-        offset: Tensor | None = None,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        float4: bool = False,
-    ) -> None:
-        self.q, self.scale, self.offset, self.bias, self.float4 = q, scale, offset, bias, float4
-        self.dtype = dtype or torch.float32
+    q: Tensor  # (rows, G, group/2) uint8 or (rows, G, group) int8
+    scale: Tensor  # (rows, G) float16
+    offset: Tensor | None = None  # (rows, G) float16
+    bias: Tensor | None = None
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # of the unpacked weight
+    float4: bool = False  # whether 4-bit q are indices into FLOAT4
 
     @property
     def bits(self) -> int:
@@ -1146,13 +1139,13 @@ class PackedLinear:
         return sum(t.nbytes for t in (self.q, self.scale, self.offset) if t is not None)
 
     def select(self, rows: Tensor | slice) -> PackedLinear:
-        """The same weight with only the rows given, still packed."""
+        """The given rows of the weight, still packed."""
         offset = None if self.offset is None else self.offset[rows]
         q, scale = self.q[rows], self.scale[rows]
         return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
-        """On `device`, computing in `dtype`."""
+        """The weight on `device`, computing in `dtype`."""
         offset = None if self.offset is None else self.offset.to(device)
         q, scale = self.q.to(device), self.scale.to(device)
         return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
@@ -1189,8 +1182,8 @@ class PackedLinear:
 
 
 class Int4Linear:
-    """A 4-bit PackedLinear in the layout of torch's own kernel for the CPU, which computes in
-    bfloat16: w = (q - 8) * scale + offset, with a scale and an offset for each group of 32."""
+    """A 4-bit PackedLinear in the layout of torch's own CPU kernel, which computes in bfloat16:
+    w = (q - 8) * scale + offset, with a scale and an offset for each group of 32."""
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None) -> None:
         scale, self.bias = packed.scale.float(), bias
@@ -1203,9 +1196,9 @@ class Int4Linear:
 
     @staticmethod
     def fits(packed: PackedLinear) -> bool:
-        fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
-        fits = packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
-        return fast and fits
+        """Whether torch's kernel takes the weight."""
+        is_fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
+        return is_fast and packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
 
     @property
     def nbytes(self) -> int:
@@ -1225,13 +1218,13 @@ def pack_nibbles(q: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, bits: int) -> PackedLinear:
-    """Round a float weight (rows, cols) to groups of 32: 8 bits symmetric, 4 bits with an offset,
-    with the scale and offset of least squared error among those searched for each group.
+    """Round a float weight (rows, cols) to groups of 32: 8 bits symmetric, 4 bits with an offset.
+    Each group gets the scale and offset of least squared error among those searched.
 
-    Raises ValueError for values that float16 scales cannot hold."""
+    Raises ValueError for weights that are too large or too small for float16 scales, or NaN."""
     largest = max(float(end.abs()) for end in weight.aminmax())
-    if largest and not LEAST_WEIGHT <= largest <= MOST_WEIGHT:  # nan is neither
-        raise ValueError(f"its largest value is {largest:g}, beyond what float16 scales hold")
+    if largest and not LEAST_WEIGHT <= largest <= MOST_WEIGHT:  # false for NaN
+        raise ValueError(f"its largest value is {largest:g}, which float16 scales cannot hold")
     num_rows, num_groups = weight.shape[0], weight.shape[1] // GROUP
     q_dtype = torch.uint8 if bits == 4 else torch.int8
     q = weight.new_empty((num_rows, num_groups, GROUP * bits // 8), dtype=q_dtype)
@@ -1243,25 +1236,26 @@ def quantize(weight: Tensor, bits: int) -> PackedLinear:
         with torch.inference_mode():
             q[rows], scale[rows], offset[rows] = _search(weight[rows].float(), bits)
 
-    # A piece to a core: cores that share each small operation wait for the slowest every time.
+    # Each core works on rows of its own; sharing each small operation would make cores wait.
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_threads, "", torch.set_num_threads, (1,)) as pool:
         list(pool.map(search_rows, range(0, num_rows, step)))
-    torch.set_num_threads(num_threads)  # for threads to come
+    torch.set_num_threads(num_threads)  # for threads that start later
     return PackedLinear(q, scale, offset if bits == 4 else None)
 
 
 def _search(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a weight, float32 -> q, scale and offset as PackedLinear keeps them
+    """Rows of a weight, float32 -> q, scale and offset of a PackedLinear.
 
-    Spanning a group's values exactly is seldom best: narrower steps may be worth the error of the
-    outermost values. A grid is tried by rounding to it and fitting it to the result (least
-    squares); the one that explains most of the variance is rounded and fitted once more."""
+    A grid that spans a group's values exactly is seldom the best: narrower steps may be worth the
+    error of the outermost values. For each grid of GRIDS, the values are rounded to it and a grid
+    is fitted to the result (least squares); the grid that explains most of the variance is rounded
+    to and fitted once more."""
     x = weight.unflatten(1, (-1, GROUP))  # (rows, G, 32)
     q = torch.empty_like(x)
     plain = _plain_grid(x, bits)
     centre = x.mean(-1, keepdim=True) * (bits == 4)
-    centred = x - centre  # sums of centred values lose less to float32
+    centred = x - centre  # sums of centred values have smaller rounding errors in float32
 
     fits = torch.stack(
         [
@@ -1276,15 +1270,15 @@ def _search(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.linalg.vector_norm(_round(x, s, o, bits, q).mul_(s).add_(o).sub_(x), dim=-1)
         for s, o in grids
     ]
-    spoilt = (errors[0] > errors[1]).unsqueeze(-1)  # by the rounding to float16
-    scale, offset = torch.where(spoilt, grids[1], grids[0])
+    is_worse = (errors[0] > errors[1]).unsqueeze(-1)  # after the rounding to float16
+    scale, offset = torch.where(is_worse, grids[1], grids[0])
     _round(x, scale, offset, bits, q)
     packed = pack_nibbles(q) if bits == 4 else q.to(torch.int8)
     return packed, scale.squeeze(-1), offset.squeeze(-1)
 
 
 def _plain_grid(x: Tensor, bits: int) -> Tensor:
-    """The scale and offset (2, rows, G, 1) whose levels just span the groups (rows, G, 32)"""
+    """Scale and offset (2, rows, G, 1) whose levels just span the groups (rows, G, 32)."""
     low, high = x.aminmax(dim=-1, keepdim=True)
     if bits == 4:
         return torch.stack(((high - low) / 15, low))
@@ -1292,8 +1286,8 @@ def _plain_grid(x: Tensor, bits: int) -> Tensor:
 
 
 def _fit(x: Tensor, scale: Tensor, offset: Tensor, bits: int, q: Tensor) -> Tensor:
-    """A grid -> how much of the variance of x (rows, G, 32), centred, it explains once fitted by
-    least squares to what was rounded to it, and its scale and offset then (3, rows, G, 1)"""
+    """Round centred x (rows, G, 32) to a grid, then fit a grid to the result by least squares
+    -> (3, rows, G, 1): how much of x's variance the fit explains, its scale, its offset."""
     _round(x, scale, offset, bits, q)
     mean = q.mean(-1, keepdim=True) * (bits == 4)
     variance = torch.linalg.vector_norm(q, dim=-1, keepdim=True) ** 2 / GROUP - mean**2
@@ -1303,29 +1297,29 @@ def _fit(x: Tensor, scale: Tensor, offset: Tensor, bits: int, q: Tensor) -> Tens
 
 
 def _round(x: Tensor, scale: Tensor, offset: Tensor, bits: int, q: Tensor) -> Tensor:
-    """Into q, still float: the levels for which q * scale + offset comes nearest to x"""
+    """Write to q, as floats, the levels for which q * scale + offset is nearest to x."""
     torch.sub(x, offset, out=q)
     return q.div_(_nonzero(scale)).round_().clamp_(*LEVELS[bits])
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
-    """A group of equal values has a scale of 0; one will do."""
+    """1 in place of 0, which is the scale of a group of equal values."""
     return torch.where(divisor == 0, 1.0, divisor)
 
 
 def _half(blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Bytes start:stop of each block, read as float16."""
+    """Bytes start:stop of each block as float16."""
     return blocks[..., start:stop].contiguous().view(torch.float16)
 
 
 def _high_bits(qh: Tensor) -> Tensor:
-    """(..., 4) bytes holding the fifth bit of 32 values -> (..., 32), already shifted to bit 4."""
+    """(..., 4) bytes with the fifth bits of 32 values -> (..., 32), each shifted to bit 4."""
     bits = qh.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)  # (..., 4, 8)
     return (bits.flatten(-2) & 1) << 4
 
 
 def _nibbles(qs: Tensor) -> Tensor:
-    """The way back from `pack_nibbles`: (.., group/2) bytes -> (.., group) values"""
+    """The inverse of `pack_nibbles`: (.., group/2) bytes -> (.., group) values."""
     return torch.cat((qs & 15, qs >> 4), dim=-1)
 
 
@@ -1363,9 +1357,8 @@ def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     return (d * scales).half().flatten(1), (-d_min * mins).half().flatten(1)
 
 
-def _q4_k(
-    b: Tensor,
-) -> PackedLinear:  # head (16) | 128 bytes: 32 low nibbles, then 32 high, 4 times
+# head (16) | 128 bytes: 32 low nibbles, then 32 high, 4 times
+def _q4_k(b: Tensor) -> PackedLinear:
     q = _nibbles(b[..., 16:].unflatten(-1, (4, 32)))  # (rows, blocks, 4, 64)
     return PackedLinear(pack_nibbles(q.unflatten(-1, (2, 32)).flatten(1, 3)), *_k_scales(b))
 
@@ -1387,7 +1380,7 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
 
 
 def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
-    """4-bit floats q (rows, G, 16) that share powers of two (rows, G)
+    """4-bit floats q (rows, G, 16) with a power of two for each group (rows, G)
     https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
     return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
@@ -1397,15 +1390,8 @@ def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
 
 
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-    "MXFP4": _mxfp4,
+    repack.__name__.removeprefix("_").upper(): repack
+    for repack in (_q4_0, _q4_1, _q5_0, _q5_1, _q8_0, _q4_k, _q5_k, _q6_k, _mxfp4)
 }
 
 
@@ -1532,8 +1518,8 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): the pair of
-    column i is column i + D/2."""
+    """Rotate each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): columns i and
+    i + D/2 are a pair."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -1542,9 +1528,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_bias(
     start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
 ) -> Tensor:
-    """What is added to the scores of `num_new` queries from position `start` on: 0 for keys a query
-    may see, -inf for later ones, for those outside `window` and for the strip's unused end. In a
-    strip of `ring` positions, later ones take the place of earlier ones.
+    """Numbers to add to the scores of `num_new` queries from position `start` on: 0 for visible
+    keys, -inf for later ones, for those outside `window` and for the strip's unused end. In a strip
+    of `ring` positions, later positions replace earlier ones.
 
     (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
     num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
@@ -1576,45 +1562,17 @@ def attention(
     q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
     q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
     if softcap or sinks is not None:
-        extra = None  # (Hkv, rows, 1)
-        if sinks is not None:
-            extra = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
-            extra = F.pad(extra, (0, 0, 0, len(bias) - num_rows))
-        out = _attention_in_blocks(q, keys, values, bias, scale or D**-0.5, softcap, extra)
+        if sinks is not None:  # (Hkv, rows, 1)
+            sinks = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
+            sinks = F.pad(sinks, (0, 0, 0, len(bias) - num_rows))
+        capped = extra("models.attention", "attention with a softcap or sinks").capped_attention
+        out: Tensor = capped(q, keys, values, bias, scale or D**-0.5, softcap, sinks)
     else:
         out = F.scaled_dot_product_attention(
             q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
         )[0]
     out = out[:, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
-
-
-def _attention_in_blocks(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention that torch has no operation for, KEY_TILE keys at a time, so that no sum depends
-    on how many there are (https://arxiv.org/abs/2112.05682). q (Hkv, rows, D) -> as q"""
-    most = q.new_full((*q.shape[:2], 1), -1e30, dtype=torch.float32) if sinks is None else sinks
-    total = torch.zeros_like(most) if sinks is None else torch.ones_like(most)
-    out = torch.zeros_like(q, dtype=torch.float32)
-    for at in range(0, keys.shape[1], KEY_TILE):
-        block = slice(at, at + KEY_TILE)
-        scores = (q @ keys[:, block].mT).float() * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores += bias[:, block]
-        top = torch.maximum(most, scores.amax(-1, keepdim=True))
-        weight, shrink = torch.exp(scores - top), torch.exp(most - top)
-        total = total * shrink + weight.sum(-1, keepdim=True)
-        out = out * shrink + (weight.to(q.dtype) @ values[:, block]).float()
-        most = top
-    return (out / total).to(q.dtype)
 
 
 # ==================================================================================================
@@ -1640,8 +1598,8 @@ def _attention_in_blocks(
 class TensorSource:
     """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, ..
 
-    load() reads it all, load(rows) the rows that a slice or indices name, and load(expert, rows)
-    those of one expert where the tensor (E, rows, ..) holds all of them."""
+    load() reads the tensor, load(rows) the rows of a slice or indices, load(expert, rows) those of
+    one expert if the tensor (E, rows, ..) holds all experts."""
 
     shape: tuple[int, ...]
     kind: str
@@ -1650,8 +1608,8 @@ class TensorSource:
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
-    """Of a checkpoint's tensors, what --quantize q4 keeps at 8 bits because 4 do most harm there:
-    in SmolLM2-135M 64 % of it, measured as KL of the next token, with a quarter of the weights."""
+    """The tensors that --quantize q4 gives 8 bits, because 4 bits do most harm there: in
+    SmolLM2-135M, 64 % of the KL divergence of the next token, with a quarter of the weights."""
     last = max(map(int, re.findall(r"layers\.(\d+)", " ".join(names))), default=0)
     sensitive = re.compile(rf"embed_tokens|lm_head|v_proj|layers\.{last}\.mlp")
     return set(filter(sensitive.search, names))
@@ -1766,8 +1724,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One sequence's rows in a batch: `num_new` tokens from flat row `row` on, which are the
-    tokens at positions `start`.. of the strip in `slot`."""
+    """One sequence's rows in a batch: `num_new` tokens, at flat rows `row`.. and at positions
+    `start`.. of the strip in `slot`."""
 
     slot: int
     start: int
@@ -1778,10 +1736,10 @@ class Span:
 class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
-    token_ids, positions  (N,), padded to `row_tile` with rows that belong to nobody
-    spans                 whose rows are whose
-    logit_rows            rows whose logits are wanted, padded likewise
-    num_logits            R: how many of them are real"""
+    token_ids, positions  (N,), padded with unused rows to a multiple of `row_tile`
+    spans                 which rows belong to which sequence
+    logit_rows            the rows that need logits, padded likewise
+    num_logits            R: the number of logit_rows without padding"""
 
     def __init__(
         self,
@@ -1789,7 +1747,7 @@ class Batch:
         device: torch.device,
         row_tile: int = ROW_TILE,
     ) -> None:
-        """`work` lists (slot, start, new token ids, how many of the last rows need logits)."""
+        """`work` lists (slot, start, new token ids, number of last rows that need logits)."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -1806,7 +1764,7 @@ class Batch:
         pad = [0] * (-len(rows) % row_tile)
         self.logit_rows: Tensor | slice = torch.tensor(rows + pad, device=device)
         self.memo: dict[Any, Any] = {}  # what a KVCache computes once for all layers
-        self.rotations: dict[int | None, Rotation] = {}  # where they are known before the step
+        self.rotations: dict[int | None, Rotation] = {}  # if they are known before the step
 
 
 KV_BLOCK = 16  # positions that a backend's cache may interleave
@@ -1817,8 +1775,8 @@ class KVCache:
 
     strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
     empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
-    yet are zero, and masked. rings[slot] is the same for the layers with a window, except that it
-    grows to `ring` positions only: position p is kept at p % ring until p + ring takes its place.
+    yet are zero, and masked. rings[slot] is the same for layers with a window, but grows to `ring`
+    positions only: position p is stored at p % ring until position p + ring replaces it.
 
     With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
 
@@ -1832,25 +1790,19 @@ class KVCache:
         device: torch.device,
         most_new: int = 0,
     ) -> None:
-        """`most_new` is how many tokens of a sequence a step adds at most; 0 for any number, which
-        takes strips for all layers."""
+        """`most_new` is the most tokens that a step adds to a sequence; 0 for any number, for which
+        all layers have strips."""
         self.config, self.kv_dtype = config, kv_dtype
         self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
-        self.written = [0] * num_slots  # positions that were, of which a ring has the last ones
+        self.written = [0] * num_slots  # positions written so far; a ring holds the last of them
         in_ring = [bool(self.ring and window) for window in config.windows]
-        # which layer of the strip, or the ring, a layer of the model is
+        # of each layer: whether it is in the ring, and its index there or in the strip
         self.places = [(ring, in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
+        layers = [(2, in_ring.count(ring), config.n_kv_heads, 0, width) for ring in (False, True)]
         self.strips, self.rings = (
-            [
-                torch.zeros(
-                    (2, in_ring.count(ring), config.n_kv_heads, 0, width),
-                    dtype=torch.uint8,
-                    device=device,
-                )
-                for _ in range(num_slots)
-            ]
-            for ring in (False, True)
+            [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+            for shape in layers
         )
         self.regime_of: Callable[[int], int] = lambda num_tokens: 0  # Rope.regime
         self.regimes: list[int | None] = [None] * num_slots  # of the text in each slot
@@ -1909,12 +1861,7 @@ class KVCache:
         return out.flatten(1)
 
     def attend_span(
-        self,
-        attn: Attention,
-        heads: tuple[Tensor, Tensor, Tensor],
-        batch: Batch,
-        span: Span,
-        out: Tensor,
+        self, attn: Attention, heads: Heads, batch: Batch, span: Span, out: Tensor
     ) -> None:
         """`attend` for one span: heads are q (N, H, D), k and v (N, Hkv, D); out (N, H, D)"""
         (q, k, v), config = heads, self.config
@@ -1952,7 +1899,7 @@ def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
 
 
 def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Tensor:
-    """The way back: (.., bytes of a head) -> (.., D) in `dtype`"""
+    """The inverse of `encode_kv`: (.., bytes of a head) -> (.., D) in `dtype`"""
     if kv_dtype != "q8":
         stored: torch.dtype = getattr(torch, kv_dtype)
         return x.view(stored).to(dtype)
@@ -1998,7 +1945,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
 
 
-# What a matrix may be applied to instead of x; those in GATED take gate | up.
+# Functions that may be applied to a projection's input; those in GATED take gate and up.
 ACTS: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
@@ -2009,8 +1956,8 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 
 
 class Operand(NamedTuple):
-    """What matrices are multiplied with: x, norm(x), or one of ACTS, of gate and up where
-    x = gate | up. A backend may compute it in one go with the product."""
+    """The input of a projection: x, norm(x), or one of ACTS of x = gate | up or of x alone. A
+    backend may compute it together with the product."""
 
     x: Tensor
     norm: Norm | None
@@ -2039,12 +1986,11 @@ class Projection:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x (N, cols), or (N, 2 cols) of gate and up; residual (N, rows) -> (N, rows), in `out` if
-        that is given"""
+        """x (N, cols) or gate | up (N, 2 cols); residual (N, rows) -> (N, rows), maybe in `out`"""
         return self.multiply(Operand(x, norm, act), residual, out)
 
     def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
-        """`__call__` with its input as one object; other kinds of Projection override this."""
+        """`__call__` with its input as one object: the method that other projections override."""
         x = operand.tensor()
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -2062,7 +2008,7 @@ class Projection:
 
 
 def available_memory(device: torch.device) -> float:
-    """Bytes that a model may still take on a device; infinity where the system does not say."""
+    """Bytes that are free on a device; infinity if the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
@@ -2082,28 +2028,32 @@ class DecodeSteps(Protocol):
 
 
 class Backend:
-    """How a model's arithmetic is done: here by torch's own operations, on any device.
+    """A model's arithmetic, here by torch's own operations, on any device.
 
-    `pick_backend` chooses one for each model, Weights hands it down. What a device does better is
-    a subclass in nanollama_extras/kernels."""
+    `pick_backend` chooses the backend of a model, and Weights hands it to the modules. Faster ones
+    are subclasses in nanollama_extras/kernels. If these are not installed, `missing` says so, and
+    packed weights are multiplied in the fastest way that torch has."""
 
-    arrays: Any = None  # the library of the small tables made at each step: torch unless said
-    rounds_activations = False  # whether packed weights are multiplied with activations of 8 bits
+    arrays: Any = None  # the library that computes small tables at each step; None is torch
+    rounds_activations = False  # whether packed weights are multiplied with 8-bit activations
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, description: str) -> None:
-        self.device, self.dtype, self.description = device, dtype, description
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, description: str, missing: str = ""
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.description, self.missing, self.warning = description, missing, missing
 
     def describe(self) -> str:
-        """What `show`, --verbose and /stats print."""
+        """One line for `show`, --verbose and /stats."""
         return self.description
 
     def row_tile(self, has_float_weights: bool) -> int:
-        """Rows of a batch come in multiples of this, so that their results never depend on how
-        many there are."""
+        """The number whose multiples are the sizes of batches, so that no row's result depends on
+        the number of rows."""
         return ROW_TILE
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
-        """The type of keys and values; what `auto` means is the backend's choice."""
+        """The type of keys and values: `wanted`, or the backend's choice for `auto`."""
         return str(self.dtype).removeprefix("torch.") if wanted == "auto" else wanted
 
     def pack(
@@ -2113,13 +2063,23 @@ class Backend:
         bias: Tensor | None,
         is_table: bool,
     ) -> Matrix:
-        """A packed weight (rows, cols) in the backend's layout; `is_table` if single rows are
-        taken from it."""
+        """A packed weight (rows, cols) in the backend's layout. Single rows are read from it if
+        `is_table`."""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
-        if Int4Linear.fits(packed) and not is_table:
-            return Int4Linear(packed, bias)
-        packed.bias = bias
-        return packed
+        half = packed.to(self.device, torch.bfloat16) if self.missing else packed
+        if Int4Linear.fits(half) and not is_table:
+            matrix: Matrix = Int4Linear(half, bias)
+        elif (
+            self.missing
+            and self.dtype.itemsize * math.prod(shape) < available_memory(self.device) / 2
+        ):
+            matrix = Linear(packed.dequantize(), bias)
+        else:
+            matrix, packed.bias = packed, bias
+        if self.warning:
+            log.warning(f"warning: packed weights run on torch's slower operations; {self.warning}")
+            self.warning = ""
+        return matrix
 
     def linear(self, parts: list[Matrix]) -> Projection:
         return Projection(parts)
@@ -2136,72 +2096,41 @@ class Backend:
         return y if residual is None else residual + y
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`rotate` of section 4"""
         return rotate(x, cos, sin)
 
     def new_cache(
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
-        """A KVCache, whose `attend` is the attention over it."""
+        """A KVCache; its `attend` is the backend's attention."""
         return KVCache(config, num_slots, kv_dtype, self.device, most_new)
 
     def array(self, x: Tensor) -> Any:
-        """A small tensor for functions of `arrays`."""
+        """A tensor as `arrays` takes it."""
         return x
 
     def capped(self, scores: Tensor, scale: float, cap: float) -> Tensor:
-        """The head's scores (R, V) -> logits: c tanh(x / c) of scaled ones where there is a cap"""
+        """Logits from the head's scores (R, V): scaled, then c tanh(x / c) if there is a cap c"""
         logits = scores * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
-        """Decode steps that run without Python between their kernels, if they can be had."""
+        """Decode steps that run without Python between their kernels, if the backend has them."""
         if compile:
             log.warning(f"compile has nothing to gain on {self.device}: it is left off")
         return None
 
     def read_all(self, buffer: Tensor) -> None:
-        """Read all bytes of a tensor and wait for it, as fast as a step reads its weights."""
+        """Read a tensor as fast as a step reads its weights, and wait for the end."""
         buffer.sum().item()
 
 
-class UnpackingBackend(Backend):
-    """Torch's fastest arithmetic for packed weights, for when the native kernels are not installed:
-    4-bit weights by torch's own product in bfloat16; others become floats when they are loaded, as
-    far as memory allows."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, missing: str) -> None:
-        super().__init__(device, dtype, f"torch ({missing})")
-        self.warning = (
-            "warning: packed weights run on torch's slower kernels, those of more than 4 bits "
-            f"unpacked; {missing}"
-        )
-
-    def pack(
-        self,
-        shape: tuple[int, int],
-        read_rows: Callable[[slice], PackedLinear],
-        bias: Tensor | None,
-        is_table: bool,
-    ) -> Matrix:
-        if self.warning:
-            log.warning(self.warning)
-            self.warning = ""
-        packed = read_rows(slice(0, shape[0])).to(self.device, torch.bfloat16)
-        if Int4Linear.fits(packed) and not is_table:
-            return Int4Linear(packed, bias)
-        packed.dtype, packed.bias = self.dtype, bias
-        fits = math.prod(shape) * self.dtype.itemsize < available_memory(self.device) / 2
-        return Linear(packed.dequantize(), bias) if fits else packed
-
-
-BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # of each device, with `make_backend`
+BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `make_backend`
 
 
 def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend of a model that is to run on kernels of the kind `wanted`: auto, native, torch.
+    """The backend for a model; `wanted` is auto, native or torch.
 
-    Raises RequestError for native kernels that this machine cannot have."""
+    Raises RequestError or ExtraError if native kernels are wanted and cannot run here."""
     reason = ""
     if wanted != "torch" and (device.type != "cpu" or dtype != torch.float32):
         reason = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
@@ -2215,7 +2144,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         except ExtraError as error:
             if wanted == "native":
                 raise
-            return UnpackingBackend(device, dtype, str(error))
+            return Backend(device, dtype, f"torch ({error})", str(error))
         except (KernelError, ImportError) as error:
             reason = first_line(error)
             if wanted == "native":
@@ -2228,8 +2157,8 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
 
 
 class Rotation(NamedTuple):
-    """What RoPE turns each row by, cos and sin (N, D/2) with 1 and 0 for columns that it leaves
-    alone, and what q is multiplied with (N, 1) where scores grow with the position."""
+    """RoPE's cos and sin of each row (N, D/2), 1 and 0 for columns that are not rotated, and the
+    factor of q (N, 1) if scores grow with the position."""
 
     cos: Tensor
     sin: Tensor
@@ -2257,9 +2186,9 @@ class Attention:
         if config.sinks:
             self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
 
-    def heads(self, qkv: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (N, (H + 2 Hkv) D) -> q (N, H, D), k and v (N, Hkv, D), q and k normed, where the
-        family does that, and rotated to their positions"""
+    def heads(self, qkv: Tensor, rotation: Rotation) -> Heads:
+        """qkv (N, (H + 2 Hkv) D) -> q, k and v; q and k rotated to their positions, and normed if
+        the family does that"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
         angles = rotation.cos, rotation.sin
         if rotation.q_scale is not None:
@@ -2302,8 +2231,8 @@ class MLP:
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
 
-        # malloc takes larger blocks from the system anew each time, and touching them costs more
-        # than the arithmetic saves
+        # malloc gets larger blocks from the system each time; touching new pages costs more than
+        # a larger matrix product saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
     def __call__(
@@ -2313,11 +2242,11 @@ class MLP:
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time, in `out` if that is given"""
+        """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time, in `out` if given"""
         if len(x) <= self.step:
             hidden = self.gate_up_proj(x, norm=norm)
             return self.down_proj(hidden, act=self.act, residual=residual, out=out)
-        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then take a core
+        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then occupy a core
         for at in range(0, len(x), self.step):
             rows = slice(at, at + self.step)
             self(x[rows], norm, None if residual is None else residual[rows], y[rows])
@@ -2325,8 +2254,8 @@ class MLP:
 
 
 class MoE:
-    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token's weight
-    for every expert, and only those with the largest weights run, each with all its tokens."""
+    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token a weight
+    for each expert; the experts with its largest weights run, each once for all of its tokens."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         assert config.experts is not None
@@ -2354,7 +2283,7 @@ class MoE:
         return self.mix(x if norm is None else norm(x), residual)
 
     def mix(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """What each token's experts give, weighted, + residual, (N, C) all"""
+        """The weighted sum of each token's experts + residual, (N, C) all"""
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
         weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
@@ -2363,14 +2292,14 @@ class MoE:
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            # neither a matrix product nor torch's sigmoid: of a single column, what comes out for a
-            # row depends on how many there are; a softmax of s and 0 is the sigmoid of s
+            # In torch's matrix product or sigmoid of a single column, a row's result depends on the
+            # number of rows. Hence a sum, and the softmax of s and 0, which is the sigmoid of s.
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
-        places: dict[int, list[int]] = {}  # expert -> where in `chosen` it stands
+        places: dict[int, list[int]] = {}  # of each expert in `chosen`
         for place, expert in enumerate(chosen.flatten().tolist()):
             places.setdefault(expert, []).append(place)
-        for expert in sorted(places):  # a row's sum has the same order whatever else is in the call
+        for expert in sorted(places):  # the order of a row's sum must not depend on other rows
             at = torch.tensor(places[expert], device=x.device)
             rows = at // num_used
             padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
@@ -2497,10 +2426,10 @@ class Decoder:
 
     def capped(self, scores: Tensor) -> Tensor:
         """The head's scores (R, V) -> logits"""
-        scale, cap = self.config.logit_scale, self.config.logit_softcap
-        if scale == 1 and not cap:
+        config = self.config
+        if config.logit_scale == 1 and not config.logit_softcap:
             return scores
-        return self.backend.capped(scores, scale, cap)
+        return self.backend.capped(scores, config.logit_scale, config.logit_softcap)
 
 
 def make_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> Decoder:
