@@ -19,6 +19,7 @@ import re
 import secrets
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -182,6 +183,7 @@ class ScriptEngine(Engine):
         self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
         self.num_slots, self.stats = 64, EngineStats()
         self.scheduler = Scheduler(self.num_slots, 1)
+        self.cache = cast("Any", types.SimpleNamespace(nbytes=0))
         self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}
 
     def state(self) -> Json:

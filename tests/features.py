@@ -149,7 +149,7 @@ def embed(llm: LLM) -> None:
 
 
 FORMS = {"answers.grammars", "answers.tools"}
-OLLAMA_API = {"api.ollama", "api.ollama_models"}
+OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
 OLLAMA = {"model": "model", "stream": False, "options": {"num_predict": 4}}
 CHAT = {"messages": USER, "max_tokens": 4}
 TEXT = {"prompt": "x", "max_tokens": 4}

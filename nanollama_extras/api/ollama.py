@@ -27,6 +27,7 @@ from nanollama import (
     as_json,
     check_type,
     excerpt,
+    extra,
     ignored_header,
     parse_chat,
     parse_duration,
@@ -34,7 +35,6 @@ from nanollama import (
     refuse,
     table,
 )
-from nanollama_extras.api.embeddings import MAX_INPUTS, cut_embedding, embed
 from nanollama_extras.api.ollama_models import NDJSON, ModelHandlers, ollama_name, timestamp
 
 if TYPE_CHECKING:
@@ -260,6 +260,11 @@ def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
 class API(ModelHandlers):
     """Ollama's API."""
 
+    @property
+    def embeddings(self) -> Any:
+        """The module of OpenAI's embeddings. Raises ExtraError."""
+        return extra("api.embeddings", "an embedding")
+
     async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
         """The model that a body names, loaded, with the idle time of the body."""
         started = time.perf_counter()
@@ -315,10 +320,10 @@ class API(ModelHandlers):
         given, ignored = await self.ollama_given(request, OLLAMA_EMBED)
         cuts = given.get("truncate", True)
         deltas, clock = await self.ollama_vectors(request, given, "input", cuts)
-        dimensions = given.get("dimensions") or None
+        cut, dimensions = self.embeddings.cut_embedding, given.get("dimensions") or None
         body = {
             "model": given["model"],
-            "embeddings": [cut_embedding(delta.embedding or [], dimensions) for delta in deltas],
+            "embeddings": [cut(delta.embedding or [], dimensions) for delta in deltas],
             **clock.durations(),
             "prompt_eval_count": sum(delta.usage.prompt_tokens for delta in deltas if delta.usage),
         }
@@ -337,9 +342,10 @@ class API(ModelHandlers):
         """The embedding of each text of a field. With `cuts`, long texts are cut to the context."""
         texts = given.get(name) or []
         texts = [texts] if isinstance(texts, str) else texts
+        limit = self.embeddings.MAX_INPUTS
         pool, clock = await self.ollama_pool(given)
-        if len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
-            refuse(f"input must have up to {MAX_INPUTS} texts, none of them empty", "input")
+        if len(texts) > limit or not all(isinstance(text, str) and text for text in texts):
+            refuse(f"input must have up to {limit} texts, none of them empty", "input")
         llm = pool.llm()
 
         def encode() -> list[list[int]]:
@@ -349,7 +355,7 @@ class API(ModelHandlers):
         with pool.held():
             ids = await asyncio.to_thread(encode)
         requests = tuple(GenerationRequest(prompt=text_ids, embed=True) for text_ids in ids)
-        return await embed(self, request, pool, requests), clock
+        return await self.embeddings.embed(self, request, pool, requests), clock
 
     routes = (
         Route(ollama_chat, ("POST /api/chat",), OLLAMA_CHAT, ("model",)),

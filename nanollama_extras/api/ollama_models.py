@@ -58,13 +58,13 @@ from nanollama import (
     text_error,
     unless_disconnected,
 )
+from nanollama_extras.api.shelf import Shelf, Stay
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
     from nanollama import CachedModel, Fields, ModelSource, Pool
-    from nanollama_extras.api.shelf import Shelf, Stay
 
 NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", text_error)
 # Fields for features that this server lacks -> the values that are accepted

@@ -26,6 +26,7 @@ from test_store import use_endpoint
 import nanollama
 from nanollama import Modelfile, ModelfileError, parse_modelfile
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
+from nanollama_extras.api.shelf import KEEP_ALIVE_S
 
 pytestmark = pytest.mark.xdist_group("ollama")
 
@@ -325,7 +326,7 @@ def test_a_request_without_a_prompt_loads_and_unloads(client: ollama.Client, liv
     assert 100_000 < model.size < 10**8
     assert model.size_vram == 0
     left = (model.expires_at - datetime.now(timezone.utc)).total_seconds()
-    assert nanollama.KEEP_ALIVE_S - 30 < left < nanollama.KEEP_ALIVE_S + 1
+    assert KEEP_ALIVE_S - 30 < left < KEEP_ALIVE_S + 1
     assert client.chat(TINY, [], keep_alive=0).done_reason == "unload"
     wait_until(lambda: TINY not in names())
     assert client.chat(TINY, []).done_reason == "load"
