@@ -5260,9 +5260,8 @@ class EngineStats:
         self.decode_s += seconds * (1 - share)
 
     def since(self, before: EngineStats) -> EngineStats:
-        return EngineStats(
-            *(getattr(self, f.name) - getattr(before, f.name) for f in dataclasses.fields(self))
-        )
+        totals = zip(dataclasses.astuple(self), dataclasses.astuple(before))
+        return EngineStats(*(now - then for now, then in totals))
 
 
 def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
@@ -5687,6 +5686,9 @@ class LLM(TextSide):
         if request.messages is not None:
             tags = "".join(self.template.thoughts or ())
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
+        pooler = None
+        if request.embed:
+            pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint.pooling)
         constraint = form.constraint.copy() if form.constraint else None
         # a constrained answer keeps its leading space
         continues = constraint is not None or not request.is_new_turn
@@ -5697,7 +5699,7 @@ class LLM(TextSide):
             TextStream(self.tokenizer, request.params.stop, continues, shown),
             constraint=constraint,
             logprobs_from=logprobs_from,
-            pooler=self.new_pooler() if request.embed else None,
+            pooler=pooler,
         )
         try:
             self.engine.add(seq)
@@ -5747,11 +5749,6 @@ class LLM(TextSide):
         the order in which texts are done. Raises LogitsError."""
         scores = extra("answers.scores", "LLM.score").score(self, texts)
         return cast("Iterator[tuple[int, list[float]]]", scores)
-
-    def new_pooler(self) -> Pooler:
-        """A pooler for one embedding of this model. Raises RequestError."""
-        pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint.pooling)
-        return cast("Pooler", pooler)
 
     def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
         """An embedding of unit length for each text. Raises RequestError."""
