@@ -904,12 +904,12 @@ def require(fits: bool, name: str, value: object, wanted: str) -> None:
 
 
 def parse_bias(text: str) -> tuple[int, float]:
-    """ID=BIAS of --logit-bias. Raises RequestError."""
+    """ID=BIAS of --logit-bias. Raises UsageError."""
     token_id, _, bias = text.partition("=")
     try:
         return int(token_id), float(bias)
     except ValueError:
-        raise RequestError(f"{text!r} is not ID=BIAS, as in 42=-100", "logit_bias") from None
+        raise UsageError(f"{text!r} is not ID=BIAS, as in 42=-100", "logit_bias") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -7464,13 +7464,6 @@ COMMANDS = {
 }
 
 
-class ModelAction(argparse.Action):
-    """--model: `model` is the last one given, `models` all of them."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-        namespace.model, namespace.models = values, (*namespace.models, values)
-
-
 def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     """Make a group of options. Returns a function that adds one: flags and placeholder, help, type,
     and other arguments of argparse."""
@@ -7485,18 +7478,6 @@ def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., N
     return add
 
 
-def argument_type(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`kind` as a type of argparse, for which a RequestError is a usage error."""
-
-    def parse(text: str) -> Any:
-        try:
-            return kind(text)
-        except RequestError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return kind if isinstance(kind, type) else parse
-
-
 def add_settings(add: Callable[..., None], settings: type) -> None:
     """Add an option for each field of a settings class that has flags. A flag that is not given is
     None, or False."""
@@ -7505,7 +7486,7 @@ def add_settings(add: Callable[..., None], settings: type) -> None:
         if row.kind is bool:
             rest["action"] = "store_true"
         else:
-            rest["kind"] = str.lower if row.choices else argument_type(row.kind)
+            rest["kind"] = str.lower if row.choices else row.kind
         if row.choices:
             rest["choices"] = row.choices
         if isinstance(row.default, (tuple, dict)):
@@ -7521,8 +7502,7 @@ def add_settings(add: Callable[..., None], settings: type) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = option_group(parser, "model")
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
-    add("--model MODEL", text, action=ModelAction)
-    parser.set_defaults(models=())
+    add("--model MODEL", text, action="append", dest="models", default=[])
     add("--revision REV", "branch, tag or commit of a hub model")
     sources = tuple(dict.fromkeys(NANOCHAT_FOLDERS.values()))
     text = f"kind of {NANOCHAT}'s models: {', '.join(sources)} (default: sft)"
@@ -7674,7 +7654,8 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     except RequestError as error:
         parser.error(str(error))
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
-    return use_model(Settings(args, modelfile, flags), args.model)
+    name = getattr(args, "ref", None) or (args.models[-1] if args.models else None)
+    return use_model(Settings(args, modelfile, flags), name)
 
 
 def use_model(settings: Settings, name: str | None) -> Settings:
@@ -8135,7 +8116,7 @@ def memory_needed(
 def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
     """The server's source of a model: its name, or a path."""
     sampling = settings.sampling({}).items()
-    chosen = {name: value for name, (value, origin) in sampling if origin != "built-in"}
+    chosen = {key: value for key, (value, origin) in sampling if origin != "built-in"}
     args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
     settings = dataclasses.replace(settings, args=args)  # the flag goes before a Modelfile's FROM
     num_gpus = args.num_gpus or 1
@@ -8261,11 +8242,9 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 def command_show(argv: list[str]) -> int:
     parser = command_parser("show", epilog=f"Supported architectures: {', '.join(all_families())}")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
-    parser.set_defaults(system=None)
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
     args = parser.parse_args(argv)
-    args.model = args.ref or args.model
     settings = read_settings(args, parser)
     path = ModelStore().find(settings.model, args.revision)
     if path is None:
@@ -8329,7 +8308,10 @@ def run(argv: list[str]) -> int:
         if argv[0] not in COMMANDS:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
         return run_command(argv[0], argv[1:])
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except (RequestError, UsageError) as error:
+        parser.error(str(error))
     for is_wrong, message in (
         (len(args.models) > 1 and not args.serve, "several --model need --serve"),
         (

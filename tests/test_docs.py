@@ -202,7 +202,7 @@ def test_a_modelfile_is_one(block: str) -> None:
 
 def default_of(action: argparse.Action) -> object:
     """What holds when a flag is not given."""
-    if action.dest == "model":
+    if action.dest == "models":
         return nanollama.DEFAULT_MODEL
     owners = [nanollama.SamplingParams(), nanollama.EngineConfig(), nanollama.ServerConfig()]
     return next((getattr(o, action.dest) for o in owners if hasattr(o, action.dest)), None)

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from nanollama import LLM, Backend, Decoder, Fields, Json, Settings
 
 
-BANDWIDTH_BYTES = 1 << 29  # of a buffer to read: more than caches hold
+BANDWIDTH_BYTES = 1 << 29  # size of the buffer to read, larger than any cache
 
 
-BANDWIDTH_S = 0.5  # to read it again and again
+BANDWIDTH_S = 0.5  # duration of a measurement of the bandwidth
 
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
@@ -73,19 +73,21 @@ def peak_memory() -> int:
 
 
 def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all but tables that only rows are taken from,
-    and of experts as many as a token goes to."""
-    parts: list[Any] = [part for layer in decoder.layers for part in (layer.self_attn, layer.mlp)]
-    mixtures = [part for part in parts if isinstance(part, MoE)]
-    parts += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
-    parts += [m.shared_expert for m in mixtures if m.shared_expert]
-    matrices = ((name, m) for part in parts for name, m in vars(part).items())
-    found = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
-    return sum(m.nbytes for m in [*found, decoder.lm_head])
+    """Bytes of the matrices that every step reads: all projections, but only as many experts as one
+    token uses, and no embedding tables, of which a step reads single rows."""
+    modules: list[Any] = [
+        module for layer in decoder.layers for module in (layer.self_attn, layer.mlp)
+    ]
+    mixtures = [module for module in modules if isinstance(module, MoE)]
+    modules += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
+    modules += [m.shared_expert for m in mixtures if m.shared_expert]
+    matrices = ((name, m) for module in modules for name, m in vars(module).items())
+    projections = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
+    return sum(m.nbytes for m in [*projections, decoder.lm_head])
 
 
 class Bench:
-    """Runs prompts of random ids through an engine and takes the time."""
+    """Runs prompts of random ids through an engine and measures the time."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm, self.random = llm, torch.Generator().manual_seed(0)
@@ -93,7 +95,7 @@ class Bench:
         self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
 
     def peak_memory(self) -> int:
-        """Of the process, without the buffer, which is there all the time."""
+        """Most bytes of the process, without the buffer, which exists all the time."""
         buffer_bytes = self.buffer.nbytes if self.device.type == "cpu" else 0
         return max(self.peak_before, peak_memory() - buffer_bytes)
 
@@ -109,7 +111,7 @@ class Bench:
         return time.perf_counter() - started, num_steps
 
     def once(self, batch: int, depth: int, num_prompt: int, num_gen: int) -> tuple[float, int]:
-        """`run` of new prompts whose first `depth` tokens are in the cache already."""
+        """`run` with new prompts whose first `depth` tokens are already in the cache."""
         self.llm.engine.forget()
         shape = batch, depth + num_prompt
         ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
@@ -118,14 +120,14 @@ class Bench:
         return self.run(ids.tolist(), num_gen)
 
     def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
-        """Speed of reading prompts, after one run to warm up."""
+        """The speed of reading prompts, after one warm-up run."""
         seconds = [self.once(batch, depth, num_prompt, 0)[0] for _ in range(repetitions + 1)]
         rates = [batch * num_prompt / s for s in seconds[1:]]
         return speed(f"pp{num_prompt}", batch, depth, rates)
 
     def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
-        """Speed of generating, after one run to warm up, and how much of the bandwidth found right
-        then it took: a step reads all weights, and each sequence's keys and values."""
+        """The speed of generating, after one warm-up run, and its share of the memory bandwidth: a
+        step reads all weights, and the keys and values of each sequence."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
         num_tokens = depth + (num_gen + 1) // 2
         kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
@@ -146,7 +148,7 @@ class Bench:
 
 
 def speed(test: str, batch: int, depth: int, samples: list[float]) -> Json:
-    """A result: mean and standard deviation of tokens a second."""
+    """A result: mean and standard deviation of tokens per second."""
     row = {"test": test, "batch": batch, "depth": depth, "tokens_per_s": statistics.mean(samples)}
     stddev = statistics.stdev(samples) if len(samples) > 1 else 0.0
     return {**row, "stddev": stddev, "samples": samples}
@@ -168,8 +170,8 @@ def numbers(text: str, least: int) -> list[int]:
         values = [int(word) for word in text.split(",")]
         if min(values) >= least:
             return values
-    wanted = f"whole numbers from {least} up, with commas between them"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    expected = f"whole numbers from {least} up, with commas between them"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
 
 def bench_parser() -> argparse.ArgumentParser:
@@ -179,21 +181,21 @@ def bench_parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add = option_group(parser, "bench")
     for flags, least, default, text in (
-        ("-p --prompt-tokens", 0, 512, "lengths of prompts to read; 0 for none"),
-        ("-n --gen-tokens", 0, 128, "lengths of answers to generate; 0 for none"),
-        ("-d --depth", 0, 0, "tokens that come before and are not measured"),
+        ("-p --prompt-tokens", 0, 512, "prompt lengths; 0 for none"),
+        ("-n --gen-tokens", 0, 128, "answer lengths; 0 for none"),
+        ("-d --depth", 0, 0, "tokens in the cache before the measurement"),
         ("-b --batch", 1, 1, "sequences at once"),
     ):
         kind, shown = functools.partial(numbers, least=least), f"{text} (default: {default})"
         add(f"{flags} N,..", shown, kind, default=[default])
-    text = "times to measure, after one to warm up (default: 3)"
+    text = "measured runs, after a warm-up run (default: 3)"
     add("-r --repetitions N", text, int, default=3)
     add("--json", "print one JSON object instead of a table", action="store_true")
     return parser
 
 
 def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
-    """The results, each as soon as it is there."""
+    """The results, one after the other."""
     for batch, depth in itertools.product(args.batch, args.depth):
         for num in filter(None, args.prompt_tokens):
             yield bench.prefill(batch, depth, num, args.repetitions)
@@ -202,7 +204,7 @@ def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
 
 
 def bench_model(settings: Settings, bench: Bench) -> Json:
-    """What was measured, and with what."""
+    """The model, device and memory of the measurement."""
     llm, packed = bench.llm, settings.args.quantize
     kind = llm.checkpoint.quantization
     return {
@@ -230,7 +232,7 @@ def run(argv: list[str]) -> int:
     llm = settings.load()
     length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
     if length > llm.engine.n_ctx:
-        raise UsageError(f"{length} tokens are asked for; the context holds {llm.engine.n_ctx}")
+        raise UsageError(f"the test needs {length} tokens; the context holds {llm.engine.n_ctx}")
     bench, rows = Bench(llm), []
     if not args.json:
         print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")

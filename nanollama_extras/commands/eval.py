@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from nanollama import LLM, Fields, Json
 
 
-EVAL_WINDOW = 2048  # longest by default
+EVAL_WINDOW = 2048  # tokens at most, unless --window says more
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One line of a task: a prompt, texts that may continue it, and which of them is right."""
+    """One line of a task: a prompt, possible continuations, and the index of the right one."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -67,9 +67,9 @@ def read_task(name: str) -> list[Question]:
 
 
 def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
-    """Ids of a prompt and a choice together, and where the choice begins. Spaces at the end of the
-    prompt count to the choice, for tokens begin with them. A prompt that is too long loses its
-    beginning. Raises RequestError when nothing is left of it."""
+    """The ids of a prompt with a choice, and the index of the choice's first token. Spaces at the
+    end of the prompt belong to the choice, since tokens begin with spaces. A long prompt loses its
+    beginning. Raises RequestError if no token of it remains."""
     ids = llm.encode(prompt + choice)
     start = min(len(llm.encode(prompt.rstrip())), len(ids) - 1)
     cut = max(0, len(ids) - llm.engine.n_ctx + 1)
@@ -84,9 +84,9 @@ def choice_ids(llm: LLM, prompt: str, choice: str) -> tuple[list[int], int]:
 def text_windows(
     prefix: list[int], ids: list[int], window: int, stride: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Windows over a text, each `prefix` and at most `window` tokens with it, and the place from
-    which on its tokens are scored: the first scores all it can, each further one `stride` that
-    the one before it did not reach."""
+    """Windows over a text: `prefix` and text, at most `window` tokens, each with the index of the
+    first token to score. The first window scores all tokens that it can, each later one the next
+    `stride` tokens."""
     size = window - len(prefix)
     yield prefix + ids[:size], max(1, len(prefix))
     for end in range(min(size, len(ids)), len(ids), stride):
@@ -103,8 +103,8 @@ def interval(num_right: float, num: int) -> tuple[float, float]:
 
 
 def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
-    """Perplexity of a token and bits for each byte of a text. Its first token is not scored where
-    the tokenizer puts none before it; nor are its bytes counted then."""
+    """Perplexity per token and bits per byte of a text. The first token and its bytes count only if
+    the tokenizer puts a token before it."""
     try:
         text = read_input(name).decode("utf-8")
     except UnicodeDecodeError:
@@ -114,7 +114,7 @@ def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
     if not prefix and ids:
         num_bytes -= len(llm.tokenizer.token_bytes(ids[0]))
     if num_bytes < 1 or len(prefix) + len(ids) < 2:
-        raise RequestError(f"{name}: too short to be scored")
+        raise RequestError(f"{name}: too short to score")
     windows = list(text_windows(prefix, ids, window, stride))
     num_tokens, bits = 0, 0.0
     for _, logprobs in with_progress(llm.score(windows), len(windows), leave=False):
@@ -131,14 +131,14 @@ def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
 
 
 def eval_task(llm: LLM, name: str) -> Json:
-    """How often the right choice is the likeliest: as a whole, and per character of its text
-    (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
+    """The share of questions whose right choice is the likeliest, by log-probability and by that a
+    character (acc and acc_norm of https://github.com/EleutherAI/lm-evaluation-harness)."""
     questions = read_task(name)
     texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
     sums = [0.0] * len(texts)
     for index, logprobs in with_progress(llm.score(texts), len(texts), leave=False):
         sums[index] = sum(logprobs)
-    found: Json = {"file": name, "questions": len(questions)}
+    result: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)
     scored = [(q, list(itertools.islice(left, len(q.choices)))) for q in questions]
     for key, measure in (("accuracy", lambda text: 1), ("accuracy_norm", len)):
@@ -147,12 +147,12 @@ def eval_task(llm: LLM, name: str) -> Json:
             per = [value / measure(text) for value, text in zip(values, q.choices)]
             num_right += per.index(max(per)) == q.answer
         low_high = interval(num_right, len(questions))
-        found |= {key: num_right / len(questions), f"{key}_interval": low_high}
-    return found
+        result |= {key: num_right / len(questions), f"{key}_interval": low_high}
+    return result
 
 
 def eval_lines(results: Fields) -> Iterator[str]:
-    """The results as lines to read."""
+    """The results as text."""
     if text := results.get("text"):
         yield f"{text['file']}: {text['bytes']} bytes in {text['tokens']} tokens"
         yield f"  perplexity     {text['perplexity']:.3f}"
@@ -169,11 +169,11 @@ def eval_parser() -> argparse.ArgumentParser:
     parser = command_parser("eval", usage=usage)
     add_model_options(parser)
     add = option_group(parser, "eval")
-    add("--text FILE", "perplexity and bits per byte of this text")
-    add("--task FILE", 'JSON lines {"prompt": .., "choices": [..], "answer": 0}')
-    text = f"tokens of the text seen at once (default: the context, at most {EVAL_WINDOW})"
+    add("--text FILE", "measure perplexity and bits per byte of this text")
+    add("--task FILE", 'answer questions: JSON lines {"prompt": .., "choices": [..], "answer": 0}')
+    text = f"tokens read at once (default: the context, at most {EVAL_WINDOW})"
     add("--window N", text, int)
-    add("--stride N", "tokens that each window scores after the first (default: half of it)", int)
+    add("--stride N", "tokens that each later window scores (default: half a window)", int)
     add("--json", "print one JSON object", action="store_true")
     return parser
 
@@ -191,8 +191,8 @@ def run(argv: list[str]) -> int:
     stride = max(1, window // 2) if args.stride is None else args.stride
     if not 2 <= window <= longest or not 1 <= stride < window:
         parser.error(
-            f"--window {window} --stride {stride}: a window has 2 to {longest} tokens, and a "
-            "stride is shorter"
+            f"--window {window} --stride {stride}: a window must have 2 to {longest} tokens, and a "
+            "stride fewer"
         )
     results: Json = {"model": settings.model}
     if args.text:

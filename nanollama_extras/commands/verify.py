@@ -52,16 +52,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far a model may be from its reference."""
+    """The largest differences between a model and its reference."""
 
     reason: str
-    error: float  # of a logit
-    divergence: float  # Kullback-Leibler, mean over tokens, in nats
-    agreement: float  # least part of the tokens with the same likeliest next one
-    layer: float  # relative error of a layer's input; a divergence is reported, not judged
+    error: float  # largest of a logit
+    divergence: float  # mean Kullback-Leibler divergence in nats
+    agreement: float  # least share of tokens with the same likeliest next token
+    layer: float  # relative error of a layer's input; only names the first layer that differs
 
 
-# Measured: tiny models in float32 stay below 1e-4; SmolLM2-135M in Q4_1, 0.003 nats and 90 %.
+# Measured: tiny models in float32 differ by less than 1e-4; SmolLM2-135M in Q4_1 by 0.003 nats.
 TOLERANCES = {
     "float32": Tolerance("float32 on both sides", 0.01, 1e-5, 0.99, 1e-3),
     "16 bits": Tolerance("16-bit numbers here", 2.0, 0.02, 0.9, 0.1),
@@ -106,16 +106,16 @@ VERIFY_PROMPTS = (
 )
 
 
-VERIFY_TOKENS = 48  # of a prompt, at most
+VERIFY_TOKENS = 48  # at most, of a prompt
 
 
 VERIFY_GREEDY = 16  # tokens to generate
 
 
-VERIFY_TOP = 64  # logits kept for each token: the largest, and as many spread over the vocabulary
+VERIFY_TOP = 64  # largest logits to keep per token; as many more are spread over the vocabulary
 
 
-VERIFY_STREAM = 1 << 15  # numbers kept of a prompt's way through the layers
+VERIFY_STREAM = 1 << 15  # numbers to keep of the layers' inputs, per prompt
 
 
 def spread(num: int, most: int) -> Tensor:
@@ -124,7 +124,7 @@ def spread(num: int, most: int) -> Tensor:
 
 
 def reference_tokenizer(tokenizer: Any) -> Json:
-    """What transformers' tokenizer makes of the texts and conversations; None where it refuses."""
+    """The texts and conversations as transformers' tokenizer renders them; None for an error."""
     chats: list[str | None] = []
     for messages in VERIFY_CHATS if tokenizer.chat_template else ():
         try:
@@ -141,18 +141,18 @@ def reference_tokenizer(tokenizer: Any) -> Json:
 
 
 def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
-    """A prompt through transformers' model -> logits, their ids and logsumexp, and the input of
-    each layer; the greedy continuation; how far each of its logits is ahead of the next."""
+    """Run a prompt through transformers' model. Returns the tensors (logits, their ids, logsumexp,
+    each layer's input), the greedy continuation, and the lead of each of its logits."""
     out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
     logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
     top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
     others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
-    kept = torch.cat((top, others), dim=1)
+    saved_ids = torch.cat((top, others), dim=1)
     num_layers, _, width = streams.shape
     channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
     tensors = {
-        "ids": kept.int(),
-        "logits": logits.gather(1, kept),
+        "ids": saved_ids.int(),
+        "logits": logits.gather(1, saved_ids),
         "total": logits.logsumexp(1),
         "streams": streams[:, :, channels],
     }
@@ -167,8 +167,8 @@ def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[i
 def make_reference(
     path: Path, tokenizer_path: Path, adapter: str | None = None
 ) -> tuple[Json, dict[str, Tensor]]:
-    """What transformers computes for a model, in float32: what is said, and its tensors. Raises
-    PackageError where transformers is missing, CheckpointError where it cannot load the model."""
+    """Run a model in transformers, in float32. Returns a description and tensors. Raises
+    PackageError without transformers, CheckpointError if it cannot load the model."""
 
     transformers = library(
         "transformers",
@@ -184,9 +184,12 @@ def make_reference(
         if source.is_file():
             source, options = source.parent, {**options, "gguf_file": source.name}
         try:
-            options |= {"local_files_only": True, "trust_remote_code": False}  # it never asks then
+            options |= {
+                "local_files_only": True,
+                "trust_remote_code": False,
+            }  # it asks no questions
             return kind.from_pretrained(source, **options)
-        except Exception as error:  # whatever it may be, there is no reference
+        except Exception as error:  # of any kind: there is no reference then
             raise CheckpointError(
                 f"{path}: transformers {transformers.__version__} cannot load this: "
                 f"{first_line(error)}; give --reference FILE, made from another form of the model"
@@ -199,16 +202,18 @@ def make_reference(
     if adapter:
         try:
             model.load_adapter(os.path.expanduser(adapter))
-        except Exception as error:  # peft is missing, or whatever it finds wrong
-            raise CheckpointError(f"{adapter}: not loaded by PEFT: {first_line(error)}") from None
+        except Exception as error:  # peft is missing or fails
+            raise CheckpointError(f"{adapter}: PEFT cannot load it: {first_line(error)}") from None
     model.eval()
     tensors: dict[str, Tensor] = {}
     about |= {"greedy": [], "margins": [], "weights": open_checkpoint(path).quantization}
     about["made_by"] = f"transformers {transformers.__version__}"
     with torch.inference_mode():
         for number, ids in enumerate(about["prompts"]):
-            found, tokens, margins = reference_run(model, ids)
-            tensors |= {f"{number}.{name}": value.contiguous() for name, value in found.items()}
+            run_tensors, tokens, margins = reference_run(model, ids)
+            tensors |= {
+                f"{number}.{name}": value.contiguous() for name, value in run_tensors.items()
+            }
             about["greedy"].append(tokens)
             about["margins"].append(margins)
     return about, tensors
@@ -220,7 +225,7 @@ def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["nanollama"])
             return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # SafetensorError, and whatever a damaged file leads to
+    except Exception as error:  # SafetensorError, or any error of a damaged file
         raise RequestError(f"{path}: not a saved reference: {first_line(error)}") from None
 
 
@@ -243,43 +248,45 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
         decoder.layers = layers
 
 
-def compare_prompt(llm: LLM, ids: list[int], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far the model is from the reference at each token (T,) of a prompt, in logits, nats and
-    the likeliest token; and at each layer and token (L, T)."""
+def compare_prompt(llm: LLM, ids: list[int], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The differences from the reference for each token (T,) of a prompt: of logits, of
+    probabilities in nats, of the likeliest token; and for each layer and token (L, T)."""
 
     def chances(logits: Tensor, total: Tensor) -> Tensor:
-        """Probabilities of the likeliest tokens, and what is left for all others"""
+        """Probabilities of the likeliest tokens, and the sum of all others."""
         p = (logits[:, :VERIFY_TOP].double() - total.double().unsqueeze(1)).exp()
         return torch.cat((p, (1 - p.sum(1, keepdim=True)).clamp_min(1e-9)), dim=1)
 
     logits, streams = traced_logits(llm, ids)
-    kept = wanted["ids"].long()
-    found = logits.gather(1, kept)
-    p, q = chances(wanted["logits"], wanted["total"]), chances(found, logits.logsumexp(1))
-    streams = streams[:, :, spread(streams.size(2), wanted["streams"].size(2))]
-    # some families' streams are kept in other units; norms, which read them, do not see that
-    ours, theirs = F.normalize(streams, dim=2), F.normalize(wanted["streams"], dim=2)
+    saved_ids = reference["ids"].long()
+    own_logits = logits.gather(1, saved_ids)
+    p = chances(reference["logits"], reference["total"])
+    q = chances(own_logits, logits.logsumexp(1))
+    streams = streams[:, :, spread(streams.size(2), reference["streams"].size(2))]
+    # normalized, since some families scale the stream in another way, which norms undo
+    own, others = F.normalize(streams, dim=2), F.normalize(reference["streams"], dim=2)
     return {
-        "errors": (found - wanted["logits"]).abs().amax(1),
+        "errors": (own_logits - reference["logits"]).abs().amax(1),
         "divergences": (p * (p / q).log()).sum(1),
-        "agrees": logits.argmax(1) == kept[:, 0],
-        "layers": (ours - theirs).norm(dim=2),
+        "agrees": logits.argmax(1) == saved_ids[:, 0],
+        "layers": (own - others).norm(dim=2),
     }
 
 
-def first_place(found: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
-    """The first layer whose output is off, and the first token whose prediction is; None for none.
-    What enters layer i + 1 is what layer i gave; -1 stands for the embedding."""
-    bad = (~(found["layers"] <= limit.layer)).any(1).nonzero()  # a NaN is bad, too
-    off = (~(found["errors"] <= limit.error) | ~found["agrees"]).nonzero()
+def first_place(differences: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
+    """The first layer whose output differs, or -1 for the embedding; and the first token whose
+    prediction differs. None where all agree."""
+    # `~(a <= b)` and not `a > b`: NaN differs, too
+    bad_layers = (~(differences["layers"] <= limit.layer)).any(1).nonzero()
+    bad_tokens = (~(differences["errors"] <= limit.error) | ~differences["agrees"]).nonzero()
     return {
-        "layer": int(bad[0]) - 1 if len(bad) else None,
-        "token": int(off[0]) if len(off) else None,
+        "layer": int(bad_layers[0]) - 1 if len(bad_layers) else None,
+        "token": int(bad_tokens[0]) if len(bad_tokens) else None,
     }
 
 
 def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
-    """What the model says next; nothing when it computes no numbers."""
+    """The model's greedy continuation; empty if the model computes NaN."""
     params = SamplingParams(
         temperature=0, repeat_penalty=1, ignore_eos=True, max_tokens=VERIFY_GREEDY
     )
@@ -289,14 +296,14 @@ def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
 
 
 def compare_text(llm: LLM, about: Fields) -> Json:
-    """Which texts become other ids, and which conversations another prompt."""
+    """The texts with other ids, and the conversations with another prompt."""
     pairs = zip(VERIFY_TEXTS, about["texts"])
     texts = [text for text, ids in pairs if llm.encode(text) != ids]
     chats = []
-    for messages, wanted in zip(VERIFY_CHATS, about["chats"]):
+    for messages, expected in zip(VERIFY_CHATS, about["chats"]):
         with contextlib.suppress(TemplateError):
-            # what a template refuses, ours may answer in another shape
-            if wanted is not None and llm.render(messages) != wanted:
+            # where transformers refuses, a prompt of another shape is right
+            if expected is not None and llm.render(messages) != expected:
                 chats.append(messages)
     return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
 
@@ -312,16 +319,18 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
 
 
 def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Tolerance) -> Json:
-    """The model against a reference: what was found, and whether it passes."""
-    found, greedy, places = [], [], []
+    """Compare the model with a reference. Returns the differences and whether they pass."""
+    prompts, greedy, places = [], [], []
     for number, ids in enumerate(about["prompts"]):
-        wanted = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")}
-        found.append(compare_prompt(llm, ids, wanted))
-        places.append(first_place(found[-1], limit))
+        reference = {
+            n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")
+        }
+        prompts.append(compare_prompt(llm, ids, reference))
+        places.append(first_place(prompts[-1], limit))
         num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
         margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
         greedy.append({"same": num_same, "margin": margin})
-    joined = {name: torch.cat([f[name].flatten() for f in found]) for name in found[0]}
+    joined = {name: torch.cat([f[name].flatten() for f in prompts]) for name in prompts[0]}
     result = {
         **compare_text(llm, about),
         "error": float(joined["errors"].max()),
@@ -335,7 +344,7 @@ def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Toler
     result["passed"] = bool(
         is_near
         and not (result["texts"] or result["chats"])
-        and result["error"] <= limit.error  # which no NaN is
+        and result["error"] <= limit.error  # False for NaN
         and result["divergence"] <= limit.divergence
         and result["agreement"] >= limit.agreement
     )
@@ -343,7 +352,7 @@ def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Toler
 
 
 def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
-    """The result as lines to read."""
+    """The result as text."""
     num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
     yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
     yield from (f"               differs: {excerpt(text)}" for text in result["texts"])
@@ -369,14 +378,14 @@ def run(argv: list[str]) -> int:
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add = option_group(parser, "verify")
-    add("--save-reference FILE", "keep what transformers computes", Path)
-    add("--reference FILE", "compare with what was kept", Path)
+    add("--save-reference FILE", "write what transformers computes to a file", Path)
+    add("--reference FILE", "compare with such a file", Path)
     add("--json", "print one JSON object", action="store_true")
     args = parser.parse_args(argv)
-    args.model, args.prefill_chunk = args.ref or args.model, None
+    args.prefill_chunk = None
     settings = read_settings(args, parser)
     if args.save_reference and not os.access(args.save_reference.resolve().parent, os.W_OK):
-        raise UsageError(f"{args.save_reference}: its directory is not there or not writable")
+        raise UsageError(f"{args.save_reference}: its directory does not exist or is not writable")
     if args.reference and not args.save_reference:
         about, tensors = read_reference(args.reference)
     else:

@@ -220,7 +220,7 @@ def test_a_reference_that_cannot_be_written_is_one_line(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert nanollama.main(["verify", str(model), "--save-reference", str(model / "no/file")]) == 2
-    assert "its directory is not there or not writable" in capsys.readouterr().err
+    assert "its directory does not exist or is not writable" in capsys.readouterr().err
 
 
 def test_nanochats_own_files_need_a_reference(
