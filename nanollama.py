@@ -345,6 +345,12 @@ def __getattr__(name: str) -> Any:
     return getattr(extra(PUBLIC_EXTRAS[name], f"nanollama.{name}"), name)
 
 
+def extra_object(place: str, feature: str) -> Any:
+    """The object that "module:name" names in nanollama_extras. Raises ExtraError."""
+    module, _, name = place.partition(":")
+    return getattr(extra(module, feature), name)
+
+
 def human_bytes(num_bytes: float) -> str:
     """1536 -> '1.5 KB', in decimal units, as vendors of disks count."""
     for unit in ("B", "KB", "MB", "GB"):
@@ -432,13 +438,13 @@ class Family:
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
     plus_one: bool = False  # norms multiply with 1 + weight (GGUF files have the sum)
-    experts_last: bool = False  # fused experts are (E, columns, rows), gate and up interleaved
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
     check: Callable[[Json], None] | None = None  # corrects a config.json, or refuses it
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
+    layout: str = ""  # "module:function" of extras that splits tensors of its own layouts
     decoder: str = ""  # "module:class" of extras that replaces Decoder
 
 
@@ -479,6 +485,8 @@ REFUSED = (
     "clip_qkv qk_layernorm use_parallel_residual use_bidirectional_attention swiglu_limit "
     "swiglu_alpha"
 ).split()
+# quant_method of quantization_config -> the module of extras with `packed_tensors`
+PACKINGS = {"mxfp4": "files.mxfp4"}
 # rope_type -> numbers that it needs; nanollama_extras.models.ropes has further types
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -560,6 +568,7 @@ class ModelConfig:
     sinks: bool = False  # each head has a score that takes weight and gives nothing
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    packing: str = ""  # a key of PACKINGS
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -692,7 +701,7 @@ def _switches(values: ConfigValues) -> Json:
     arithmetic is not supported."""
     quantized = values.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-    if quantized and method != "mxfp4":
+    if quantized and method not in PACKINGS:
         raise CheckpointError(
             f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
             "(with --quantize) or a GGUF file of this model"
@@ -713,6 +722,7 @@ def _switches(values: ConfigValues) -> Json:
         "o_bias": bool(values.get("attention_out_bias", bias)),
         "mlp_bias": values.any("mlp_bias", "use_bias"),
         "act": ACTIVATIONS[act],
+        "packing": method if quantized else "",
         "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
         "norm_eps": values.number(eps_key, 1e-6) / residual**2,
         "attn_scale": values.number_or(width and width**-0.5, "attention_multiplier"),
@@ -1596,15 +1606,33 @@ def attention(
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor of a checkpoint, not read yet. `kind` is its type on disk: BF16, Q4_K, ..
+    """A tensor of a checkpoint, before it is read.
 
-    load() reads the tensor, load(rows) the rows of a slice or indices, load(expert, rows) those of
-    one expert if the tensor (E, rows, ..) holds all experts."""
+    load() reads the whole tensor, load(rows) the rows of a slice or of indices, and
+    load(expert, rows) rows of one expert of a tensor (E, rows, ..)."""
 
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # its type on disk: BF16, Q4_K, ..
     nbytes: int
     load: Callable[..., Tensor | PackedLinear]
+    is_packed: bool = False  # whether `load` gives a PackedLinear
+
+    def part(
+        self, shape: tuple[int, ...], load: Callable[..., Tensor | PackedLinear]
+    ) -> TensorSource:
+        """A tensor that consists of numbers of this one."""
+        nbytes = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
+        return TensorSource(shape, self.kind, nbytes, load, self.is_packed)
+
+    def rows(self, rows: Tensor) -> TensorSource:
+        """A tensor of these rows."""
+        shape = (len(rows), *self.shape[1:])
+        return self.part(shape, lambda at=slice(None): self.load(rows[at]))
+
+    def expert(self, expert: int, rows: Tensor) -> TensorSource:
+        """These rows of one expert."""
+        shape = (len(rows), *self.shape[2:])
+        return self.part(shape, lambda at=slice(None): self.load(expert, rows[at]))
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -1685,7 +1713,7 @@ class Weights:
         self, name: str, shape: tuple[int, int], bias: Tensor | None, is_table: bool
     ) -> Matrix:
         """A weight (rows, cols) as the backend wants it: packed on disk, packed now, or float."""
-        is_packed = self._find(name, shape).kind in REPACK
+        is_packed = self._find(name, shape).is_packed
         bits = 0 if is_packed or shape[1] % GROUP else self.quantize_bits or 0
         if bits and name in self.sensitive:
             bits = 8
@@ -2434,29 +2462,30 @@ class Decoder:
 
 def make_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> Decoder:
     """The decoder of a model's family: Decoder, or a class of extras derived from it."""
-    module, _, name = find_family(config.model_type).decoder.partition(":")
-    kind = getattr(extra(module, config.model_type), name) if module else Decoder
+    place = find_family(config.model_type).decoder
+    kind = extra_object(place, config.model_type) if place else Decoder
     return cast("Decoder", kind(config, weights, kv_dtype))
 
 
 # ==================================================================================================
 # 6 FORMATS: safetensors directories and GGUF files behind one Checkpoint
 #
-#   In          a directory, a .gguf file or a checkpoint of nanochat on disk
-#   Out         Checkpoint: config, tensors not read yet, and what the text sections need
-#   Idea        GGUF metadata is translated to a config.json dict and to Hugging Face tensor names
-#               here, so that everything else knows one spelling only; `canonical_tensors` brings
-#               the families' names, fused matrices and orders of rows into those of Llama.
-#   Invariant   nothing is executed and nothing is believed: every count, length and offset is held
-#               against the size of the file before memory is asked for.
-#   Extend      another file format is a function from a path to a Checkpoint, called by
-#               `open_checkpoint`; another tensor name is one row of GGUF_TENSORS or HF_NAMES.
+#   In          a directory of safetensors, a .gguf file, or a file of a suffix in OPENERS
+#   Out         Checkpoint: config, tensors that are not read yet, files of the vocabulary
+#   Idea        GGUF metadata becomes a config.json dict, GGUF tensors get Hugging Face's names, and
+#               `canonical_tensors` brings names, fused matrices and orders of rows into those of
+#               Llama, so that the rest of the program knows one spelling.
+#   Invariant   no file can run code, and every count, length and offset in a file is compared with
+#               the file's size before memory is allocated for it.
+#   Extend      a file format is a row of OPENERS, a quantization in safetensors a row of PACKINGS,
+#               a GGUF tensor type a row of REPACK, a tensor name a row of GGUF_TENSORS or of
+#               TENSOR_NAMES.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
 
-# Special tokens by which chat models end a turn; config files often list only one of them. A GGUF
-# vocabulary marks them as control tokens. https://github.com/ggml-org/llama.cpp (llama-vocab.cpp)
+# Special tokens by which chat models end a turn; config files often list one only.
+# https://github.com/ggml-org/llama.cpp (llama-vocab.cpp)
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
@@ -2473,8 +2502,8 @@ VOCABULARIES = {
     "tokenizer.pkl": "files.vocabularies",
 }
 
-# Control tokens that an answer shows, as blocks of Markdown: nanochat's code, and its results. From
-# an answer that comes back, nanochat's template makes the tokens again.
+# Control tokens that an answer shows as blocks of Markdown: nanochat's code, and its results.
+# nanochat's template turns the blocks of an earlier answer into the tokens again.
 SHOWN_CONTROL = {
     "<|python_start|>": "\n~~~python\n",
     "<|python_end|>": "\n~~~\n",
@@ -2504,7 +2533,7 @@ GGUF_TENSORS = {
     },
 }
 
-# Other spellings of tensor names, in every family -> the decoder's.
+# Pattern of a name in safetensors files -> the decoder's name; a family may have more rows.
 TENSOR_NAMES = {
     r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
     r"^language_model\.(?=lm_head)": "",
@@ -2512,7 +2541,7 @@ TENSOR_NAMES = {
 }
 NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
-# What GGUF says of RoPE under {arch}, as rope_parameters has it.
+# GGUF metadata under {arch} -> key of rope_parameters.
 GGUF_ROPE = {
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.yarn_attn_factor": "attention_factor",
@@ -2522,7 +2551,7 @@ GGUF_ROPE = {
     "attention.temperature_scale": "llama_4_scaling_beta",
 }
 
-# Other metadata under {arch}, as config.json has it.
+# GGUF metadata under {arch} -> key of config.json.
 GGUF_VALUES = {
     "attention.sliding_window": "sliding_window",
     "attention.scale": "attention_multiplier",
@@ -2537,10 +2566,7 @@ GGUF_VALUES = {
     "use_parallel_residual": "use_parallel_residual",
 }
 
-# {arch}.pooling_type (https://github.com/ggml-org/llama.cpp, enum llama_pooling_type)
-GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
-
-# Names of sampling defaults in generation_config.json and in GGUF, as SamplingParams has them.
+# Sampling default in generation_config.json or GGUF metadata -> field of SamplingParams.
 FILE_SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -2558,11 +2584,10 @@ FILE_SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """What the tokenizer and the chat template are made from: one of VOCABULARIES, or GGUF
-    metadata.
+    """The sources of a tokenizer and of chat templates: a file of VOCABULARIES, or GGUF metadata.
 
-    templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens holds
-    bos_token, eos_token and so on as text; eos_ids the ids that the files declare as the end."""
+    templates maps a name ("default", "tool_use", ..) to Jinja source; special_tokens has the texts
+    of bos_token, eos_token and so on; eos_ids are the ids that the files declare as the end."""
 
     source: str
     tokenizer_file: Path | None = None
@@ -2574,7 +2599,7 @@ class TextFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on disk, opened but not loaded. `sampling` holds its own SamplingParams defaults."""
+    """A model on disk, opened but not loaded. `sampling` has its own SamplingParams defaults."""
 
     path: Path
     format: str  # safetensors, gguf or nanochat
@@ -2582,8 +2607,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorSource]
     text: TextFiles
     sampling: Mapping[str, Any]
-    pooling: str | None = None  # how an embedding is made of a text's states: mean, last; or
-    # another way, which is not supported
+    pooling: Any = None  # GGUF's {arch}.pooling_type
 
     @property
     def num_parameters(self) -> int:
@@ -2591,20 +2615,19 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors on disk, which is about what they take in memory when kept as is."""
+        """Size of the tensors on disk."""
         return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def quantization(self) -> str:
-        """The type that most weights have, such as BF16 or Q4_K."""
+        """The type of most weights, such as BF16 or Q4_K."""
         weights: Counter[str] = Counter()
         for tensor in self.tensors.values():
             weights[tensor.kind] += math.prod(tensor.shape)
         return weights.most_common(1)[0][0] if weights else "none"
 
 
-# Suffix of a file -> the module of extras whose `open_checkpoint` opens it. Files with any other
-# suffix are GGUF, directories hold safetensors.
+# Suffix of a file -> the module of extras whose `open_checkpoint` opens it. Other files are GGUF.
 OPENERS = {".pt": "models.nanochat"}
 
 
@@ -2620,7 +2643,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_text(path: Path) -> TextFiles:
-    """Only the tokenizer and template of a model directory or a .gguf file."""
+    """The tokenizer and templates of a model directory or file. Raises CheckpointError."""
     return _directory_text(path) if path.is_dir() else open_checkpoint(path).text
 
 
@@ -2655,28 +2678,7 @@ def _open_directory(path: Path) -> Checkpoint:
         tensors=canonical_tensors(_safetensors(path), config),
         text=_directory_text(path),
         sampling=_file_sampling(generation),
-        pooling=_directory_pooling(path),
     )
-
-
-def _directory_pooling(path: Path) -> str | None:
-    """What sentence-transformers' files say, as 1_Pooling/config.json with its pooling_mode_*
-    (https://www.sbert.net/docs/package_reference/sentence_transformer/modules.html)"""
-    try:
-        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-        folder = next(m["path"] for m in modules if str(m["type"]).endswith("Pooling"))
-    except (OSError, ValueError, TypeError, KeyError, StopIteration):
-        return None
-    if not re.fullmatch(r"[\w.-]+", str(folder)) or folder == "..":
-        return None
-    modes = read_json(path / folder / "config.json", required=False)
-    given = [
-        key[13:] for key, on in modes.items() if key.startswith("pooling_mode_") and on is True
-    ]
-    if "pooling_mode" in modes:  # its newer spelling
-        given = [str(modes["pooling_mode"])]
-    names = {"mean_tokens": "mean", "lasttoken": "last"}
-    return "+".join(names.get(name, name) for name in given) or None
 
 
 def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -2688,8 +2690,8 @@ def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[str]:
-    """Names of the safetensors files that hold a directory's weights: the index's shards, or
-    model.safetensors, or the only file there is. Raises CheckpointError when there is none."""
+    """Names of a directory's safetensors files: the index's shards, or model.safetensors, or the
+    only such file. Raises CheckpointError where there is none."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -2714,12 +2716,13 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
         tensors |= read_safetensors(path / name)
-    if "embed_tokens.weight" in tensors:  # saved without its head, as models of embeddings are
+    if "embed_tokens.weight" in tensors:  # an embedding model, saved without its head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def read_safetensors(file: Path) -> dict[str, TensorSource]:
+    """The tensors of a file by their names. Raises CheckpointError."""
     tensors: dict[str, TensorSource] = {}
     try:
         opened = safetensors.safe_open(file, framework="pt")
@@ -2740,7 +2743,7 @@ def read_safetensors(file: Path) -> dict[str, TensorSource]:
 
 def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
     def load(*index: Any) -> Tensor:
-        if index and isinstance(index[0], (int, slice)):  # only this much is read
+        if index and isinstance(index[0], (int, slice)):  # reads this part of the file only
             part: Tensor = opened.get_slice(key)[index[0]]
             return part[index[1:]] if index[1:] else part
         whole: Tensor = opened.get_tensor(key)
@@ -2790,8 +2793,9 @@ def _directory_text(path: Path) -> TextFiles:
 
 
 def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
-    """Templates live in chat_template.jinja, chat_template.json, additional_chat_templates/, or
-    in tokenizer_config.json as text or as a list of {name, template}; files win."""
+    """Chat templates by name: from tokenizer_config.json (`inline`: a text, or a list of {name,
+    template}), chat_template.json, chat_template.jinja and additional_chat_templates/. A later
+    source replaces an earlier one."""
     templates: dict[str, str] = {}
     beside = read_json(path / "chat_template.json", required=False).get("chat_template")
     for found in (inline, beside):
@@ -2819,15 +2823,15 @@ GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
 class GGUFCursor:
-    """Reads little-endian values from a file's bytes, never past their end.
+    """Reads little-endian values from a file's bytes.
 
-    Raises CheckpointError with the name of the part that was being read."""
+    Raises CheckpointError, naming the part of the file, where the bytes end too early."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at, self.part = data, 0, "header"
 
     def need(self, num_bytes: int) -> int:
-        """The position of the next `num_bytes` bytes, which must exist; moves past them."""
+        """Move past the next `num_bytes` bytes and return their position."""
         start, self.at = self.at, self.at + num_bytes
         if self.at > len(self.data):
             raise CheckpointError(
@@ -2859,11 +2863,11 @@ class GGUFCursor:
             return list(self.scalars(GGUF_SCALARS[item], count))
         if item != GGUF_STRING:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
-        # each string takes at least its 8-byte length, so `count` is bounded by the file
+        # a string takes 8 bytes or more
         return [self.string() for _ in range(self.bounded(count, 8))]
 
     def bounded(self, count: int, item_bytes: int) -> int:
-        """`count` items of at least `item_bytes` each must fit in what is left of the file."""
+        """Return `count`, whose items of at least `item_bytes` must fit in the rest of the file."""
         left = len(self.data) - self.at
         if count * item_bytes > left:
             raise CheckpointError(
@@ -2874,21 +2878,21 @@ class GGUFCursor:
 
 
 class GGUFFile(NamedTuple):
-    """A parsed GGUF file: metadata, and where each tensor's bytes lie. Shapes are row-major, as
-    torch has them (the file lists dimensions innermost first)."""
+    """A parsed GGUF file. Shapes are row-major like torch's; the file lists dimensions innermost
+    first."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorSource]
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Parse a GGUF file's header; its tensors are memory-mapped.
+    """Parse the header of a GGUF file and map its tensors into memory.
 
-    Raises CheckpointError for anything that is not as the specification says."""
+    Raises CheckpointError for a file that departs from the specification."""
     with errors_about(path):
         if path.stat().st_size == 0:
             raise CheckpointError("the file is empty")
-        # mode c: pages are shared with the file until written to, which nobody does
+        # mode c: pages are shared with the file, as no code writes to them
         mapped = np.memmap(path, dtype=np.uint8, mode="c")
         cursor = GGUFCursor(mapped.data)
         if (magic := bytes(mapped[:4])) != b"GGUF":
@@ -2945,11 +2949,12 @@ def _gguf_tensors(
                 f"file has {len(mapped)}"
             )
         raw = mapped[start : start + num_bytes]
-        tensors[name] = TensorSource(shape, kind.name, num_bytes, _gguf_loader(raw, kind, shape))
+        load = _gguf_loader(raw, kind, shape)
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
     return tensors
 
 
-# Types of tensors, as files name them, which torch has too
+# Float type in files -> torch's name
 FLOAT_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -2979,16 +2984,15 @@ def _gguf_loader(
 
 
 def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
-    """Give back the memory of a file's pages that were read through a mapping: what was made of
-    them is a copy. They stay in the system's cache, and count no longer as this process's. All
-    of them, for the system maps a page's neighbours with it."""
+    """Release the pages of a mapped file from this process; they stay in the system's cache. Its
+    whole mapping is released, since the system maps a page's neighbours with it."""
     file = getattr(mapped, "_mmap", None)
     if file is not None and hasattr(mmap, "MADV_DONTNEED"):
         file.madvise(mmap.MADV_DONTNEED)
 
 
 def gguf_shards(path: Path) -> list[Path]:
-    """All files of a split GGUF (`name-00001-of-00003.gguf`), or the file alone."""
+    """The files of a split GGUF (`name-00001-of-00003.gguf`), or the one file."""
     split = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if not split or not 1 <= int(split[2]) <= int(split[3]):
         return [path]
@@ -3020,17 +3024,15 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
         sampling=_file_sampling(metadata),
-        pooling=GGUF_POOLING.get(str(own.get("pooling_type"))),
+        pooling=own.get("pooling_type"),
     )
 
 
 def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch = metadata.get("general.architecture")
     families = all_families()
-    fitting = [
-        name for name, family in families.items() if arch and gguf_name(name, family) == arch
-    ]
-    if not fitting:
+    named = {name: row for name, row in families.items() if arch and gguf_name(name, row) == arch}
+    if not named:
         known = sorted({*itertools.starmap(gguf_name, families.items())} - {""})
         if families == FAMILIES:
             extra("models.families", f"general.architecture {excerpt(arch)}")
@@ -3038,21 +3040,23 @@ def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
             f"general.architecture {excerpt(arch)} is not supported; supported are: "
             + ", ".join(known)
         )
-    keys = {name: families[name].gguf_key for name in fitting}
-    by_key = [name for name, key in keys.items() if key and metadata.get(f"{arch}.{key}")]
-    return [fitting[0], *by_key][-1]
+    by_key = [
+        name
+        for name, row in named.items()
+        if row.gguf_key and metadata.get(f"{arch}.{row.gguf_key}")
+    ]
+    return [next(iter(named)), *by_key][-1]
 
 
 def gguf_name(model_type: str, family: Family) -> str:
-    """What GGUF calls a family: its general.architecture."""
+    """A family's general.architecture in GGUF files."""
     return model_type if family.gguf is None else family.gguf
 
 
 def _gguf_config(
     own: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
 ) -> dict[str, Any]:
-    """The config.json that metadata would have been made from: `own` is what it has under
-    {arch}."""
+    """The config.json that fits GGUF metadata, of which `own` is the part under {arch}."""
 
     def need(name: str) -> Any:
         value = own.get(name)
@@ -3101,12 +3105,12 @@ def _gguf_config(
 def _gguf_rope(
     own: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
 ) -> dict[str, Any]:
-    """The rope_parameters that this metadata would have been made from."""
+    """The rope_parameters that fit GGUF metadata."""
     rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0)}
     kind, linear = own.get("rope.scaling.type", "none"), own.get("rope.scale_linear", 1.0)
     if kind != "none":
         rope |= {"rope_type": kind, "factor": own.get("rope.scaling.factor")}
-    elif linear != 1.0:  # how files said it before rope.scaling existed
+    elif linear != 1.0:  # of files older than rope.scaling
         rope |= {"rope_type": "linear", "factor": linear}
     rope |= {theirs: own[ours] for ours, theirs in GGUF_ROPE.items() if own.get(ours)}
     for length in ("long", "short"):
@@ -3128,10 +3132,10 @@ def _gguf_names(
     renamed: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
         if name.startswith("rope_factors_"):
-            continue  # they are in the config
+            continue  # _gguf_rope reads them
         block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         if block is None or block[2] not in GGUF_TENSORS:
-            renamed[name] = tensor  # the decoder asks for it, or reports it as unexpected
+            renamed[name] = tensor  # such as rope_freqs.weight
             continue
         layer, part, suffix = block.groups()
         ours = GGUF_TENSORS[part]
@@ -3151,25 +3155,28 @@ def _gguf_names(
 def canonical_tensors(
     tensors: Mapping[str, TensorSource], config: ModelConfig, from_gguf: bool = False
 ) -> dict[str, TensorSource]:
-    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices apart, the
+    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices split, the
     rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
 
-    Names are Hugging Face's; what GGUF files do in their own way is done if `from_gguf`."""
-    family, found = find_family(config.model_type), {}
-    for name, tensor in tensors.items():
-        if not NOT_TEXT.match(name):
-            found[name if from_gguf else canonical_name(name, family)] = tensor
-    last = family.experts_last and not from_gguf
-    found = {name: part for key in found for name, part in _apart(key, found, config, last)}
+    Names are Hugging Face's. `from_gguf`: the files follow the conventions of GGUF."""
+    family = find_family(config.model_type)
+    named = {name: tensor for name, tensor in tensors.items() if not NOT_TEXT.match(name)}
+    if not from_gguf:
+        named = {canonical_name(name, family): tensor for name, tensor in named.items()}
+        if config.packing:
+            named = extra(PACKINGS[config.packing], config.packing).packed_tensors(named)
+        if family.layout:
+            named = extra_object(family.layout, config.model_type)(named, config)
+    named = {name: part for key in named for name, part in _split(key, named[key], config)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
-    for name, tensor in found.items():
+    for name, tensor in named.items():
         if order is not None and re.search(r"self_attn\.[qk]_proj", name):
-            if tensor.shape and tensor.shape[0] % config.head_dim == 0:  # else it is refused
+            if tensor.shape and tensor.shape[0] % config.head_dim == 0:
                 starts = torch.arange(0, tensor.shape[0], config.head_dim).unsqueeze(1)
-                found[name] = _some_rows(tensor, (starts + order).flatten())
+                named[name] = tensor.rows((starts + order).flatten())
         elif family.plus_one and not from_gguf and "norm" in name:
-            found[name] = dataclasses.replace(tensor, load=_one_more(tensor))
-    return found
+            named[name] = dataclasses.replace(tensor, load=_one_more(tensor))
+    return named
 
 
 def canonical_name(name: str, family: Family) -> str:
@@ -3180,114 +3187,52 @@ def canonical_name(name: str, family: Family) -> str:
 
 
 def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """Which columns of a head `rotate` finds where, None for all in their place. It turns column i
-    with i + D/2, so these pairs come first in both halves, and then the columns that stay.
+    """The order of a head's columns that `rotate` needs, None for the order in the file. It turns
+    column i with i + D/2, so each half has one column of every pair, and then columns that stay.
 
     0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
     D, n_rot = config.head_dim, config.n_rot
     if n_rot == D and not interleaved:
         return None
     pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
-    pairs = pairs if not interleaved else pairs.T  # (2, n_rot/2)
+    pairs = pairs.T if interleaved else pairs  # (2, n_rot/2)
     return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
-
-
-def _part(tensor: TensorSource, shape: tuple[int, ...], load: Callable[..., Any]) -> TensorSource:
-    num_bytes = tensor.nbytes * math.prod(shape) // max(math.prod(tensor.shape), 1)
-    return TensorSource(shape, tensor.kind, num_bytes, load)
-
-
-def _some_rows(tensor: TensorSource, rows: Tensor) -> TensorSource:
-    """A tensor made of these rows of another"""
-    shape = (len(rows), *tensor.shape[1:])
-    return _part(tensor, shape, lambda at=slice(None): tensor.load(rows[at]))
 
 
 def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
     return lambda *rows: tensor.load(*rows).float() + 1  # type: ignore[union-attr]
 
 
-def _apart(
-    name: str, tensors: Mapping[str, TensorSource], config: ModelConfig, last: bool
+def _split(
+    name: str, tensor: TensorSource, config: ModelConfig
 ) -> Iterator[tuple[str, TensorSource]]:
-    """The matrices, or vectors, that a tensor holds, each with its name. What does not have the
-    shape for that stays as it is, and the decoder refuses it."""
-    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
+    """The matrices, or vectors, of a tensor with their names. A tensor of another shape than its
+    name needs stays whole, and the decoder refuses it."""
+    stem, _, suffix = name.rpartition(".")
     owner, _, part = stem.rpartition(".")
-    sizes: dict[str, int] = {}
-    if config.experts and owner.endswith("mlp.experts"):
-        if min(tensor.shape, default=0) > 0 and tensor.shape[0] == config.experts.count:
-            yield from _experts_apart(name, tensors, last)
-            return
-    elif part == "qkv_proj":
-        heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
-        sizes = {key: num_heads * config.head_dim for key, num_heads in heads.items()}
-    elif part == "gate_up_proj":
-        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.n_ff)
-    if tensor.shape[:1] != (sum(sizes.values()),):
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
+    fused: dict[str, dict[str, int]] = {  # name -> the rows of each part
+        "qkv_proj": {key: num_heads * config.head_dim for key, num_heads in heads.items()},
+        "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), config.n_ff),
+    }
+    count = config.experts.count if config.experts and owner.endswith("mlp.experts") else 0
+    if count and tensor.shape[:1] == (count,) and min(tensor.shape) > 0:  # (E, ..)
+        rows = torch.arange(tensor.shape[min(1, len(tensor.shape) - 1)])
+        is_fused = part == "gate_up_proj"
+        parts = dict(zip(fused[part], rows.chunk(2))) if is_fused else {part: rows}
+        for key, part_rows in parts.items():
+            for e in range(count):
+                yield f"{owner}.{e}.{key}.{suffix}", tensor.expert(e, part_rows)
+    elif part in fused and not count and tensor.shape[:1] == (sum(fused[part].values()),):
+        rows = torch.arange(tensor.shape[0])
+        for key, part_rows in zip(fused[part], rows.split(list(fused[part].values()))):
+            yield f"{owner}.{key}.{suffix}", tensor.rows(part_rows)
+    else:
         yield name, tensor
-        return
-    start = 0
-    for its_part, num_rows in sizes.items():
-        rows = torch.arange(start, start + num_rows)
-        yield f"{owner}.{its_part}.{suffix}", _some_rows(tensor, rows)
-        start += num_rows
-
-
-def _experts_apart(
-    name: str, tensors: Mapping[str, TensorSource], last: bool
-) -> Iterator[tuple[str, TensorSource]]:
-    """What a tensor (E, ..) holds of each expert, under its name. `last`: matrices are (E, columns,
-    rows), and rows of gate and up take turns."""
-    tensor, (stem, _, suffix) = tensors[name], name.rpartition(".")
-    owner, _, part = stem.rpartition(".")
-    if suffix == "scales":
-        return  # they come with their blocks
-    if suffix == "blocks":
-        scales = tensors.get(f"{stem}.scales")
-        if scales is None or len(tensor.shape) != 4 or scales.shape != tensor.shape[:3]:
-            yield name, tensor
-            return
-        tensor, suffix = _mxfp4_source(tensor, scales), "weight"
-    transposed = last and len(tensor.shape) == 3 and tensor.kind != "MXFP4"
-    rows = torch.arange(tensor.shape[-1 if transposed else min(1, len(tensor.shape) - 1)])
-    named = {part: rows}
-    if part == "gate_up_proj":
-        halves = (rows[::2], rows[1::2]) if last else rows.chunk(2)
-        named = dict(zip(("gate_proj", "up_proj"), halves))
-    for its_part, its_rows in named.items():
-        for e in range(tensor.shape[0]):
-            yield f"{owner}.{e}.{its_part}.{suffix}", _expert(tensor, e, its_rows, transposed)
-
-
-def _expert(tensor: TensorSource, expert: int, rows: Tensor, transposed: bool) -> TensorSource:
-    """These rows of one expert"""
-    if not transposed:
-        shape = (len(rows), *tensor.shape[2:])
-        return _part(tensor, shape, lambda at=slice(None): tensor.load(expert, rows[at]))
-
-    def load(at: slice | Tensor = slice(None)) -> Tensor:
-        return cast("Tensor", tensor.load(expert)).T[rows[at]].contiguous()
-
-    return _part(tensor, (len(rows), tensor.shape[1]), load)
-
-
-def _mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
-    """Matrices (E, rows, cols) of 4-bit floats: blocks (E, rows, G, 16), whose bytes hold columns
-    2i and 2i + 1, and scales (E, rows, G)."""
-
-    def load(expert: int, rows: Tensor) -> PackedLinear:
-        codes = cast("Tensor", blocks.load(expert, rows))
-        columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        return mxfp4(cast("Tensor", scales.load(expert, rows)), pack_nibbles(columns))
-
-    E, num_rows, num_groups, width = blocks.shape
-    shape = (E, num_rows, num_groups * width * 2)
-    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load)
 
 
 def without_prefix(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata in which what the tokenizer is made from has short keys: tokens, scores, .."""
+    """Metadata in which the tokenizer's keys are short: tokens, scores, .."""
     return {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
 
 
@@ -5688,7 +5633,7 @@ class LLM(TextSide):
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
         pooler = None
         if request.embed:
-            pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint.pooling)
+            pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint)
         constraint = form.constraint.copy() if form.constraint else None
         # a constrained answer keeps its leading space
         continues = constraint is not None or not request.is_new_turn

@@ -163,7 +163,9 @@ def test_float_gguf_files_can_be_quantized(tiny: Tiny, tmp_path: Path) -> None:
 def test_rope_divisors_are_not_rounded_to_the_compute_type(tiny: Tiny, tmp_path: Path) -> None:
     directory = tiny("Llama", rope_parameters=LLAMA3)
     path, _ = gguf_files.convert(directory, tmp_path / "model.gguf")
-    ours, theirs = (LLM(p, dtype="bfloat16").engine.decoder.ropes[0][1] for p in (path, directory))
+    ours, theirs = (
+        LLM(p, dtype="bfloat16").engine.decoder.ropes[0].freqs for p in (path, directory)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 

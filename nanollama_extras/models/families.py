@@ -169,7 +169,7 @@ FAMILIES: dict[str, Family] = {
         | keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
         | keys(attention_bias=True, rope=yarn(32.0, 4096, truncate=False)),
         gguf="gpt-oss",
-        experts_last=True,
+        layout="models.gpt_oss:split_experts",
         gguf_values={"rope_parameters": {"truncate": False}},
         switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
         names={

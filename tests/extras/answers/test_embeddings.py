@@ -23,7 +23,7 @@ from serving import Live, serving
 
 import nanollama
 from nanollama import LLM, GenerationRequest, SamplingParams
-from nanollama_extras.answers.embeddings import Pooler
+from nanollama_extras.answers.embeddings import Pooler, declared_pooling
 from nanollama_extras.api.embeddings import parse_embed
 
 pytestmark = pytest.mark.xdist_group("models")
@@ -75,7 +75,7 @@ def test_an_embedding_is_what_transformers_gives(
     if modes:
         path = with_pooling(path, tmp_path / "model", {"word_embedding_dimension": 64, **modes})
     llm = LLM(path, prefill_chunk=chunk)
-    assert Pooler(llm.checkpoint.pooling).kind == pooling
+    assert Pooler(llm.checkpoint).kind == pooling
     for text, vector in zip(TEXTS, llm.embed(TEXTS)):
         wanted = expected(model, llm.encode(text), pooling)
         torch.testing.assert_close(torch.tensor(vector).double(), wanted, rtol=0, atol=1e-5)
@@ -107,7 +107,7 @@ def test_damaged_files_of_pooling_say_nothing(
 ) -> None:
     path = with_pooling(tiny(), tmp_path / "model", {})
     (path / "modules.json").write_text(files)
-    assert nanollama.open_checkpoint(path).pooling is None
+    assert declared_pooling(nanollama.open_checkpoint(path)) is None
 
 
 def test_gguf_says_how_to_pool(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_gguf_says_how_to_pool(tiny: Callable[..., Path], tmp_path: Path) -> Non
         (directory / "config.json").write_text(json.dumps({**config, "pooling_type": kind}))
         path, _ = gguf_files.convert(directory, tmp_path / f"{pooling}.gguf")
         llm = LLM(path)
-        assert Pooler(llm.checkpoint.pooling).kind == pooling
+        assert Pooler(llm.checkpoint).kind == pooling
         wanted = expected(model, llm.encode(TEXTS[1]), pooling)
         vector = torch.tensor(llm.embed([TEXTS[1]])[0]).double()
         torch.testing.assert_close(vector, wanted, rtol=0, atol=1e-4)

@@ -185,14 +185,14 @@ def test_only_the_chosen_experts_run(tiny: Tiny) -> None:
 # ---- rows and their neighbours -------------------------------------------------------------------
 
 
-def forward(llm: LLM, cache: nanollama.KVCache, work: list[Any], lengths: Any = ()) -> torch.Tensor:
+def forward(llm: LLM, cache: nanollama.KVCache, work: list[Any]) -> torch.Tensor:
     """Logits of every token of (slot, start, ids) triples."""
     for slot, start, ids in work:
         cache.reserve(slot, start + len(ids))
     decoder = llm.engine.decoder
     items = [(*one, len(one[2])) for one in work]
     with torch.inference_mode():
-        return decoder(Batch(items, decoder.device, decoder.row_tile, lengths), cache)
+        return decoder(Batch(items, decoder.device, decoder.row_tile), cache)
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -1,0 +1,45 @@
+"""Weights in MXFP4 in safetensors files (quant_method mxfp4), as gpt-oss has them.
+
+Adds       matrices (E, rows, cols) of 4-bit floats that stay packed, made from pairs of tensors:
+           blocks (E, rows, G, 16), whose bytes hold columns 2i and 2i + 1, and scales (E, rows, G).
+Seam       PACKINGS: `packed_tensors`.
+Source     https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+Remove     delete this file; a model with such weights then says that it needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+import nanollama
+from nanollama import PackedLinear, TensorSource
+
+
+def packed_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """The tensors, with NAME.weight in place of each pair NAME.blocks and NAME.scales."""
+    packed = dict(tensors)
+    for name, blocks in tensors.items():
+        stem, _, suffix = name.rpartition(".")
+        scales = tensors.get(f"{stem}.scales") if suffix == "blocks" else None
+        if scales and len(blocks.shape) == 4 and scales.shape == blocks.shape[:3]:
+            del packed[name], packed[f"{stem}.scales"]
+            packed[f"{stem}.weight"] = mxfp4_source(blocks, scales)
+    return packed
+
+
+def mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
+    """The matrices of one pair of tensors."""
+
+    def load(expert: int, rows: Tensor) -> PackedLinear:
+        codes = cast("Tensor", blocks.load(expert, rows))
+        columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        exponents = cast("Tensor", scales.load(expert, rows))
+        return nanollama.mxfp4(exponents, nanollama.pack_nibbles(columns))
+
+    E, num_rows, num_groups, width = blocks.shape
+    shape = (E, num_rows, num_groups * width * 2)
+    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load, is_packed=True)
