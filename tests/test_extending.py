@@ -13,27 +13,33 @@ from pages import BLOCKS, ROOT
 from test_docs import desk, normal, run_transcript, shell  # noqa: F401 (desk is a fixture)
 
 EXTENDING = [block for block in BLOCKS if block.page == "extending"]
-# A module's first line is the comment `# its path`; a row's is `# nanollama.py, in TABLE`.
+# A module's first line is the comment `# its path`; that of a row is `# nanollama.py, in TABLE`, or
+# `after TABLE` for a statement that adds one.
 CODE = [block.text for block in EXTENDING if block.language == "python3"]
-ROWS = [text for text in CODE if text.startswith("# nanollama.py, in ")]
+ROWS = [text for text in CODE if text.startswith("# nanollama.py, ")]
 MODULES = [text for text in CODE if text not in ROWS]
 
 
-def add_rows(source: str, table: str, rows: str) -> str:
-    """`source` with `rows` at the end of the dictionary or tuple that it assigns to `table`."""
-    (value,) = [
-        node.value
+def add_row(source: str, place: str, row: str) -> str:
+    """`source` with a row at the end of the dictionary or tuple TABLE, or after its assignment."""
+    where, _, table = place.partition(" ")
+    (node,) = [
+        node
         for node in ast.parse(source).body
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
         if isinstance(target, ast.Name) and target.id == table
     ]
-    assert isinstance(value, (ast.Dict, ast.Tuple, ast.List)), table
     lines = source.splitlines(keepends=True)
-    end = sum(map(len, lines[: value.end_lineno - 1]))
-    end += len(lines[value.end_lineno - 1].encode()[: value.end_col_offset - 1].decode())
-    comma = "" if source[:end].rstrip().endswith((",", "(", "{", "[")) else ","
-    return f"{source[:end].rstrip()}{comma}\n{rows}{source[end:]}"
+    if where == "after":
+        return "".join([*lines[: node.end_lineno], row, *lines[node.end_lineno :]])
+    assert isinstance(node.value, (ast.Dict, ast.Tuple)), table
+    last = lines[node.value.end_lineno - 1].encode()
+    end = sum(map(len, lines[: node.value.end_lineno - 1]))
+    end += len(last[: node.value.end_col_offset - 1].decode())
+    before = source[:end].rstrip()
+    comma = "" if before.endswith((",", "(", "{")) else ","
+    return f"{before}{comma}\n{row}{source[end:]}"
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "nanollama_extras", root / "nanollama_extras")
     source = (ROOT / "nanollama.py").read_text(encoding="utf-8")
     for text in ROWS:
-        head, _, rows = text.partition("\n")
-        source = add_rows(source, head.removeprefix("# nanollama.py, in "), rows)
+        head, _, row = text.partition("\n")
+        source = add_row(source, head.removeprefix("# nanollama.py, "), row)
     (root / "nanollama.py").write_text(source, encoding="utf-8")
     for text in MODULES:
         path, _, module = text.partition("\n")
