@@ -1103,12 +1103,12 @@ SEARCH_WEIGHTS = 1 << 19  # weights that one core quantizes at a time
 DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
 
 
+@dataclass(eq=False)
 class Linear:
     """y = x W^T + b with a float weight (rows, cols); also an embedding table."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight
-        self.bias = bias
+    weight: Tensor
+    bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
@@ -1937,19 +1937,15 @@ def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Te
     return y.flatten(-2)
 
 
+@dataclass(eq=False)
 class Norm:
-    """RMSNorm, or LayerNorm (https://arxiv.org/abs/1607.06450) where the mean is subtracted."""
+    """RMSNorm, or LayerNorm (https://arxiv.org/abs/1607.06450), which subtracts the mean."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        weight: Tensor,
-        eps: float,
-        is_centred: bool = False,
-        bias: Tensor | None = None,
-    ) -> None:
-        self.backend, self.weight, self.eps = backend, weight, eps
-        self.is_centred, self.bias = is_centred, bias
+    backend: Backend
+    weight: Tensor
+    eps: float
+    is_centred: bool = False  # LayerNorm
+    bias: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """norm(x) + residual, (.., C) all"""

@@ -19,6 +19,7 @@ from typing import Any
 
 import gguf_files
 import httpx
+import torch
 from serving import serving
 
 import nanollama
@@ -101,6 +102,11 @@ def option(**options: Any) -> Callable[[LLM], None]:
             LLM(llm.checkpoint.path, **options)
 
     return run
+
+
+def attend_capped(llm: LLM) -> None:
+    q, keys, bias = torch.zeros(4, 2, 16), torch.zeros(2, 4, 16), torch.zeros(4, 4)
+    nanollama.attention(q, keys, keys, bias, softcap=2.0)
 
 
 def load_nanochat(llm: LLM) -> None:
@@ -192,6 +198,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "tiny-random": ({"files.tiny_random"}, make_tiny_random),
     "a rarer pre-tokenizer": ({"files.pre_tokenizers"}, load_gguf),
     "tekken.json": ({"files.vocabularies"}, load({}, tekken_json="{}")),
+    "capped attention": ({"models.attention"}, attend_capped),
     "native kernels": ({"kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
     "scores": ({"answers.scores"}, score),

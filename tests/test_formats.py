@@ -24,7 +24,6 @@ from oracle import LLAMA3, VARIANTS, Tiny, matrices
 
 import nanollama
 from nanollama import LLM, CheckpointError, Decoder, NanollamaError, Weights, open_checkpoint
-from nanollama_extras.kernels.native import NativeLinear
 
 SPEECH = Path(__file__).parent / "data" / "jefferson-1801.txt"
 
@@ -96,15 +95,14 @@ def test_k_types_load_with_no_more_than_the_rounding_of_their_scales(
     assert error.std() < 2e-3 * expected.std()
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kernels", ["torch"])
 @pytest.mark.parametrize("kind", nanollama.REPACK)
 def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels: str) -> None:
     directory = tiny("Llama", hidden_size=256, intermediate_size=256)
     path, _ = gguf_files.convert(directory, tmp_path / "model.gguf", kind)
     llm = LLM(path, kernels=kernels)
     weights = matrices(llm.engine.decoder)
-    kinds = {"native": NativeLinear, "torch": nanollama.PackedLinear}
-    assert all(isinstance(weight, kinds[kernels]) for weight in weights)
+    assert not any(isinstance(weight, nanollama.Linear) for weight in weights)
     # five bits take eight: the most that is added to what the file holds
     num_matrix_bytes = sum(t.nbytes for t in llm.checkpoint.tensors.values() if len(t.shape) == 2)
     assert sum(weight.nbytes for weight in weights) < 1.7 * num_matrix_bytes

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanollama import REPACK, Int4Linear, PackedLinear, pack_nibbles
+import nanollama
+from nanollama import REPACK, Backend, Int4Linear, Linear, PackedLinear, pack_nibbles
 
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
@@ -179,3 +180,33 @@ def test_torch_s_own_kernel_is_for_bfloat16_on_the_cpu_only() -> None:
     assert not Int4Linear.fits(random_packed("Q4_1").to(cpu, torch.bfloat16))  # 24 rows
     assert not Int4Linear.fits(random_packed("Q4_1", num_rows=32).to(cpu, torch.float32))
     assert not Int4Linear.fits(random_packed("Q8_0", num_rows=32).to(cpu, torch.bfloat16))
+
+
+# ---- without the native kernels ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_native_kernels_packed_weights_take_torch_s_fastest_way(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = Backend(torch.device("cpu"), dtype, "torch", missing="they are not installed")
+    packed = {name: random_packed(name, num_rows=32) for name in ("Q4_1", "Q8_0", "MXFP4")}
+    x = torch.randn(5, 96).to(dtype)
+
+    def made(name: str, is_table: bool = False) -> object:
+        weight, bias = packed[name], torch.randn(32).to(dtype)
+        matrix = backend.pack(weight.shape, weight.select, bias, is_table)
+        exact = x.float() @ weight.dequantize().T + bias.float()
+        assert (matrix(x).float() - exact).norm() < 1e-2 * exact.norm()
+        assert matrix(x).dtype == dtype
+        return matrix
+
+    assert isinstance(made("Q4_1"), Int4Linear)
+    for name, is_table in (("Q4_1", True), ("Q8_0", False), ("MXFP4", False)):
+        assert isinstance(made(name, is_table), Linear)
+    assert caplog.messages == [
+        "warning: packed weights run on torch's slower operations; they are not installed"
+    ]
+    monkeypatch.setattr(nanollama, "available_memory", lambda device: 1000)
+    assert isinstance(made("Q8_0"), PackedLinear)
+    assert isinstance(made("Q4_1"), Int4Linear)
