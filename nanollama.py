@@ -6851,20 +6851,14 @@ class Models:
         """Called when a request has found its model, and when it ends."""
         pool.used_s = time.monotonic()
 
-    async def close(self) -> None:
-        """End every thread, except those that still load: they end with the process."""
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+        """Begin to load the first model. At the end, end every thread, except those that still
+        load: they end with the process."""
+        if self.starting:
+            self.open(self.catalog.named[self.starting])
+        yield
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
-
-
-def models_class(config: ServerConfig) -> type[Models]:
-    """The class that unloads idle models; without that extra, the one whose models stay. Raises
-    ExtraError for --keep-alive."""
-    try:
-        return cast("type[Models]", extra("api.shelf", "--keep-alive").Shelf)
-    except ExtraError:
-        if config.keep_alive_s is not None:
-            raise
-        return Models
 
 
 class Observer:
@@ -6877,12 +6871,11 @@ class Observer:
         """Called after each sequence."""
 
 
-def make_observer() -> Observer:
-    """The observer behind GET /metrics; where that extra is missing, one that does nothing."""
-    try:
-        return cast("Observer", extra("api.metrics", "metrics").Metrics())
-    except ExtraError:
-        return Observer()
+def preferred(path: str, name: str, plain: type[Found]) -> type[Found]:
+    """The class `name` of an extra; where that is missing, the core's plain one."""
+    with contextlib.suppress(ExtraError):
+        return cast("type[Found]", getattr(extra(path, name), name))
+    return plain
 
 
 def client_error(error: BaseException) -> NanollamaError:
@@ -7253,22 +7246,6 @@ def dialect_router(*shared: Any) -> ASGIApp:
     return route
 
 
-def layers(config: ServerConfig, observer: Observer) -> list[starlette.middleware.Middleware]:
-    """The middleware around every handler: cross-origin rules, and the gate."""
-    everyone = "*" in config.cors_origins
-    return [
-        starlette.middleware.Middleware(
-            cors.CORSMiddleware,
-            allow_origins=list(config.cors_origins),
-            allow_origin_regex=None if everyone else LOOPBACK,
-            allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "x-nanollama-ignored"],
-        ),
-        starlette.middleware.Middleware(Gate, config=config, observer=observer),
-    ]
-
-
 def create_app(
     catalog: Catalog,
     config: ServerConfig | None = None,
@@ -7282,25 +7259,30 @@ def create_app(
     model cannot be loaded. free_bytes: the memory for more models. middleware: layers between the
     gate and the routes."""
     config = config or ServerConfig()
-    models = models_class(config)(catalog, config, free_bytes, on_failure)
-    shared = models, config, make_observer()
+    models_class = preferred("api.shelf", "Shelf", Models)
+    if models_class is Models and config.keep_alive_s is not None:
+        extra("api.shelf", "--keep-alive")
+    models = models_class(catalog, config, free_bytes, on_failure)
+    shared = models, config, preferred("api.metrics", "Metrics", Observer)()
     app = OpenAI(*shared)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        if models.starting:
-            models.open(catalog.named[models.starting])
-        yield
-        await models.close()
 
     async def on_error(request: Any, error: Exception) -> Response:
         return error_response(error, request.url.path)
 
+    origins = starlette.middleware.Middleware(
+        cors.CORSMiddleware,
+        allow_origins=list(config.cors_origins),
+        allow_origin_regex=None if "*" in config.cors_origins else LOOPBACK,
+        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "x-nanollama-ignored"],
+    )
+    gate = starlette.middleware.Middleware(Gate, config=config, observer=app.observer)
     application = starlette.applications.Starlette(
         routes=app.starlette_routes(),
-        lifespan=lifespan,
+        lifespan=models.lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[*layers(config, app.observer), *middleware],
+        middleware=[origins, gate, *middleware],
     )
     application.router.default = dialect_router(*shared)
     application.state.models = models

@@ -1,6 +1,6 @@
 """Models that leave memory: after an idle time (--keep-alive), or where another model needs room.
 
-Seam       a subclass of `nanollama.Models`, which `nanollama.models_class` prefers.
+Seam       a subclass of `nanollama.Models`, which `nanollama.create_app` prefers.
 Remove     delete this file; models then stay in memory, --keep-alive is refused, and Ollama's API,
            which unloads models, goes as well.
 """
