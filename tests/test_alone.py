@@ -356,7 +356,7 @@ def test_every_feature_works_or_names_its_extra(
 ) -> None:
     path = os.pathsep.join([environment["PYTHONPATH"], str(alone), str(ROOT / "tests")])
     ran = subprocess.run(
-        [sys.executable, ROOT / "tests" / "features.py", tiny()],
+        [sys.executable, ROOT / "tests" / "features.py", tiny(max_position_embeddings=1024)],
         cwd=alone,
         env={**environment, "PYTHONPATH": path},
         capture_output=True,
