@@ -5736,16 +5736,13 @@ class LLM(TextSide):
     def complete(self, request: GenerationRequest | Prepared) -> Completion:
         """The whole answer to one request."""
         deltas = list(self.stream(request))
+        text = "".join(delta.text for delta in deltas)
+        token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
+        logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
         usage, reason = deltas[-1].usage, deltas[-1].finish_reason
-        assert usage is not None
-        assert reason is not None
-        return Completion(
-            text="".join(delta.text for delta in deltas),
-            token_ids=[delta.token_id for delta in deltas if delta.token_id is not None],
-            finish_reason=reason,
-            usage=usage,
-            logprobs=[delta.logprobs for delta in deltas if delta.logprobs is not None],
-        )
+        assert usage
+        assert reason
+        return Completion(text, token_ids, reason, usage, logprobs)
 
 
 # ==================================================================================================

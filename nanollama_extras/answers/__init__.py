@@ -1,1 +1,1 @@
-"""What an answer may be beyond thoughts and text."""
+"""Forms of answers beyond thoughts and text: grammars, tool calls, embeddings and scores."""
