@@ -29,8 +29,8 @@ From Python:  from nanollama import LLM, SamplingParams
 The folder nanollama_extras adds fast kernels, more models, formats, APIs and commands.
 
 Contents (`grep -n '^# [0-9]' nanollama.py` finds each banner)
-    1 GROUND: what every section may use
-    2 CONFIG: what a model is, how to sample, how to run
+    1 GROUND: errors, libraries, extras and helpers for every section
+    2 CONFIG: settings of models, sampling and the engine
     3 QUANT: weights as small integers
     4 KERNELS: the arithmetic between the matrices
     5 MODEL: one decoder for every family
@@ -128,7 +128,7 @@ __all__ = [
 ]  # fmt: skip
 
 # ==================================================================================================
-# 1 GROUND: what every section may use
+# 1 GROUND: errors, libraries, extras and helpers for every section
 #
 #   The tree of errors, libraries and extras that are imported when needed, and helpers for text.
 #   Idea        `torch` and other libraries are imported on first use, so `--help` is fast.
@@ -147,7 +147,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # The name in usage lines: of the installed command, or of the script
 _IS_INSTALLED = Path((sys.argv or [""])[0]).name in ("nanollama", "nanollama.exe")
 PROGRAM = "nanollama" if _IS_INSTALLED else "nanollama.py"
-Found = TypeVar("Found")
+Item = TypeVar("Item")
 
 
 @contextlib.contextmanager
@@ -403,7 +403,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
 
 
-def cached(owner: Any, method: Callable[[Any, Any], Found], most: int) -> Callable[[Any], Found]:
+def cached(owner: Any, method: Callable[[Any, Any], Item], most: int) -> Callable[[Any], Item]:
     """A method with a cache of its `most` latest results, freed together with the owner."""
     return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
 
@@ -413,7 +413,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 # ==================================================================================================
-# 2 CONFIG: what a model is, how to sample, how to run
+# 2 CONFIG: settings of models, sampling and the engine
 #
 #   In          a config.json dict of transformers 4 or 5, or one made from GGUF metadata
 #   Out         ModelConfig, SamplingParams, EngineConfig: frozen values
@@ -635,7 +635,7 @@ class ConfigValues(dict[str, Any]):
     def number(self, key: str, default: float | None = None) -> float:
         return positive(self.get(key, default), key)
 
-    def number_or(self, default: Found, key: str) -> float | Found:
+    def number_or(self, default: Item, key: str) -> float | Item:
         """A number; `default` where there is none, or 0."""
         return self.number(key) if self.get(key) else default
 
@@ -979,7 +979,7 @@ class SamplingParams:
 
     @property
     def answer_field(self) -> str | None:
-        """The field that says what an answer must be."""
+        """The field that gives the form of the answer."""
         names = ("schema", "regex", "grammar")
         return next((name for name in names if getattr(self, name) is not None), None)
 
@@ -6868,10 +6868,10 @@ class Observer:
         """Called after each sequence."""
 
 
-def preferred(path: str, name: str, plain: type[Found]) -> type[Found]:
+def preferred(path: str, name: str, plain: type[Item]) -> type[Item]:
     """The class `name` of an extra; where that is missing, the core's plain one."""
     with contextlib.suppress(ExtraError):
-        return cast("type[Found]", getattr(extra(path, name), name))
+        return cast("type[Item]", getattr(extra(path, name), name))
     return plain
 
 
@@ -7039,7 +7039,7 @@ def stream_response(
     return cast("Response", send_all)  # Starlette calls the result of a handler, no more
 
 
-async def last_of(events: AsyncIterator[Found]) -> Found:
+async def last_of(events: AsyncIterator[Item]) -> Item:
     """The last event of a stream."""
     async for event in events:
         last = event
@@ -7797,7 +7797,7 @@ def answer_rows(
         yield row
 
 
-def with_progress(items: Iterable[Found], total: int, **options: Any) -> Iterable[Found]:
+def with_progress(items: Iterable[Item], total: int, **options: Any) -> Iterable[Item]:
     """The items, counted by a progress bar where stderr is a terminal."""
     return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **options)
 

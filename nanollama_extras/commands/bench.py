@@ -1,4 +1,4 @@
-"""`nanollama bench`: how fast a model runs here, and how near that is to what memory allows.
+"""`nanollama bench`: how fast a model runs here, and how near to the limit of its memory.
 
 Seam: Command (the row "bench" of COMMANDS in nanollama.py). To remove it, delete this
 module and that row.
@@ -50,8 +50,8 @@ GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
 
 
 def read_bandwidth(buffer: Tensor, backend: Backend) -> float:
-    """Bytes a second at which the threads read `buffer`, over many passes: a machine shared with
-    others is not equally fast all the time, and what this is held against takes its time too."""
+    """Bytes per second at which the threads read `buffer`, over many passes, since the speed of a
+    shared machine varies."""
     started, num_passes, seconds = time.perf_counter(), 0, 0.0
     while seconds < BANDWIDTH_S:
         backend.read_all(buffer)

@@ -1,4 +1,4 @@
-"""`nanollama verify`: whether a model computes what transformers computes for the same files.
+"""`nanollama verify`: compares a model with transformers, which reads the same files.
 
 The reference is made here, where transformers is installed, or read from a file that
 --save-reference wrote elsewhere.
@@ -378,7 +378,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add = option_group(parser, "verify")
-    add("--save-reference FILE", "write what transformers computes to a file", Path)
+    add("--save-reference FILE", "write the results of transformers to a file", Path)
     add("--reference FILE", "compare with such a file", Path)
     add("--json", "print one JSON object", action="store_true")
     args = parser.parse_args(argv)
