@@ -510,7 +510,7 @@ def find_family(model_type: object) -> Family:
     """The family of a model_type. Raises CheckpointError for an unknown one, and ExtraError where
     only nanollama_extras.models.families may know it."""
     rows, shown = FAMILIES, excerpt(model_type)
-    if str(model_type) not in rows:
+    if isinstance(model_type, str) and model_type not in rows:
         rows = extra("models.families", f"model_type {shown}").FAMILIES
     if str(model_type) not in rows:
         supported = ", ".join((*FAMILIES, *rows))
@@ -2364,7 +2364,7 @@ class Decoder:
     the config says; afterwards nothing can be missing."""
 
     layer: type[DecoderLayer] = DecoderLayer
-    is_recordable = True  # False where a step computes what depends on values of tensors
+    is_recordable = True  # False if the control flow of a step depends on values of tensors
 
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
@@ -2445,7 +2445,7 @@ class Decoder:
         return self.capped(self.scores(x, batch))
 
     def scores(self, x: Tensor, batch: Batch) -> Tensor:
-        """`hidden` (N, C) -> what the head gives for the rows asked for (R, V) float32"""
+        """`hidden` (N, C) -> the head's output for the rows asked for (R, V) float32"""
         return self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
 
     def capped(self, scores: Tensor) -> Tensor:
@@ -2911,12 +2911,12 @@ def _gguf_tensors(
     cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
 ) -> dict[str, TensorSource]:
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
-    found: dict[str, tuple[tuple[int, ...], Any, int]] = {}
+    headers: dict[str, tuple[tuple[int, ...], Any, int]] = {}  # shape, type, offset
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
         cursor.part = f"tensor {excerpt(name)}"
-        if name in found:
+        if name in headers:
             raise CheckpointError(f"{cursor.part} is there twice")
         num_dims = cursor.scalar("I")
         if not 1 <= num_dims <= 4:
@@ -2925,29 +2925,31 @@ def _gguf_tensors(
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         if kind not in kinds:
             raise CheckpointError(f"{cursor.part} has unknown type {kind}")
-        found[name] = shape, kinds[kind], offset
+        headers[name] = shape, kinds[kind], offset
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment % 8:
-        raise CheckpointError(f"general.alignment is {excerpt(alignment)}")
+    is_valid = isinstance(alignment, int) and alignment > 0 and alignment % 8 == 0
+    check_value(is_valid, "general.alignment", alignment, "a multiple of 8")
     data_start = round_up(cursor.at, alignment)
-    tensors: dict[str, TensorSource] = {}
-    for name, (shape, kind, offset) in found.items():
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or min(shape) < 1:
-            raise CheckpointError(
-                f"tensor {excerpt(name)} of {kind.name} cannot have the shape {shape}"
-            )
-        start = data_start + offset
-        num_bytes = math.prod(shape) // block * block_bytes
-        if start + num_bytes > len(mapped):
-            raise CheckpointError(
-                f"tensor {excerpt(name)} is truncated: it ends at byte {start + num_bytes}, the "
-                f"file has {len(mapped)}"
-            )
-        raw = mapped[start : start + num_bytes]
-        load = _gguf_loader(raw, kind, shape)
-        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
-    return tensors
+    return {
+        name: _gguf_tensor(f"tensor {excerpt(name)}", mapped, shape, kind, data_start + offset)
+        for name, (shape, kind, offset) in headers.items()
+    }
+
+
+def _gguf_tensor(
+    title: str, mapped: np.ndarray[Any, Any], shape: tuple[int, ...], kind: Any, start: int
+) -> TensorSource:
+    """The tensor whose bytes begin at `start`; error messages call it `title`."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[-1] % block or min(shape) < 1:
+        raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
+    num_bytes = math.prod(shape) // block * block_bytes
+    if (end := start + num_bytes) > len(mapped):
+        raise CheckpointError(
+            f"{title} is truncated: it ends at byte {end}, the file has {len(mapped)}"
+        )
+    load = _gguf_loader(mapped[start:end], kind, shape)
+    return TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
 
 
 # Float type in files -> torch's name
@@ -3056,8 +3058,7 @@ def _gguf_config(
 
     def need(name: str) -> Any:
         value = own.get(name)
-        if not isinstance(value, (int, float)):
-            raise CheckpointError(f"metadata {arch}.{name} is {excerpt(value)}; a number is needed")
+        check_value(isinstance(value, (int, float)), f"metadata {arch}.{name}", value, "a number")
         return value
 
     family = find_family(model_type)

@@ -160,8 +160,8 @@ class SmearCache:
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-# nanochat's names of tensors, without the layer prefix -> Hugging Face's
-NANOCHAT_TENSORS = {
+# nanochat's name of a tensor, without the layer prefix -> Hugging Face's name
+TENSOR_NAMES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h": "model.layers",
     "attn.c_q": "self_attn.q_proj",
@@ -172,70 +172,72 @@ NANOCHAT_TENSORS = {
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-# What a checkpoint leaves to the program that wrote it, by the parameters which that program had:
-# columns of the gates of value embeddings (0: there are none), and whether the residual stream is
-# taken back. https://github.com/karpathy/nanochat (nanochat/gpt.py, dev/LOG.md)
-NANOCHAT_AGES: dict[tuple[int, bool], dict[str, Any]] = {
+# Constants that nanochat has in its code and not in its checkpoints. Parameters identify the
+# version: the columns of the gates of value embeddings (0 without), and whether there is a backout.
+CONSTANTS: dict[tuple[int, bool], dict[str, Any]] = {
     (0, False): {"rope_base": 1e4, "softcap": 15.0, "qk_scale": 1.0, "short": (2, 1)},
     (32, False): {"rope_base": 1e4, "qk_scale": 1.0, "value_scale": 2.0, "short": (2, 1)},
     (12, False): {"rope_base": 1e5, "qk_scale": 1.15, "value_scale": 3.0, "short": (3, 128)},
     (12, True): {"rope_base": 1e5, "qk_scale": 1.2, "value_scale": 3.0, "short": (4, 128)}
     | {"softcap": 15.0},
 }
-NANOCHAT_COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-NANOCHAT_KEYS = {*NANOCHAT_COUNTS, "window_pattern", "short_seq_len", "softcap"}
-NANOCHAT_SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
+COUNTS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+KNOWN_KEYS = {*COUNTS, "window_pattern", "short_seq_len", "softcap"}
+SAMPLING = {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "repeat_penalty": 1.0}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A model_NNNNNN.pt with the meta_NNNNNN.json beside it, and the tokenizer directory above."""
+    """Open a model_NNNNNN.pt with the meta_NNNNNN.json beside it and the tokenizer directory above.
+
+    Raises CheckpointError."""
     beside = path.with_name(path.name.replace("model", "meta", 1)).with_suffix(".json")
     if not beside.exists():
         raise CheckpointError(
             f"{path}: a .pt file is run as nanochat writes it only; no {beside.name} is beside it"
         )
-    tensors, about = read_tensors(path), nanollama.read_json(beside)
+    tensors, meta = read_tensors(path), nanollama.read_json(beside)
     try:
         with nanollama.errors_about(f"{beside}: model_config"):
-            raw = hugging_face_config(dict(about["model_config"]), tensors)
+            raw = hugging_face_config(dict(meta["model_config"]), tensors)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise CheckpointError(f"{beside}: its model_config cannot be: {error}") from None
+        raise CheckpointError(f"{beside}: its model_config cannot be used: {error}") from None
     directory = next((d for up in path.parents if (d := up / "tokenizer").is_dir()), None)
     text = dataclasses.replace(
         nanollama.open_text(directory) if directory else nanollama.TextFiles(str(path)),
         templates={"default": NANOCHAT_TEMPLATE},
         special_tokens={"bos_token": NANOCHAT_BOS, "eos_token": NANOCHAT_BOS},
     )
-    found = nanollama.model_config(raw, str(beside))
-    return Checkpoint(path, "nanochat", found, tensors, text, NANOCHAT_SAMPLING)
+    model = nanollama.model_config(raw, str(beside))
+    return Checkpoint(path, "nanochat", model, tensors, text, SAMPLING)
 
 
 def read_tensors(path: Path) -> dict[str, TensorSource]:
-    """The tensors of a .pt file, through torch's loader that makes nothing but tensors."""
-    try:  # a file from before torch 1.6 is not a zip file, and not mapped
+    """The tensors of a .pt file, read by torch's loader for files of tensors only. Raises
+    CheckpointError."""
+    try:  # torch before 1.6 wrote files that are not zip files and cannot be mapped
         is_zip = zipfile.is_zipfile(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError:  # torch's words recommend to load it all the same
+    except pickle.UnpicklingError:  # its text recommends to run the file's code
         raise CheckpointError(f"{path}: holds more than tensors, and is not loaded") from None
-    except Exception as error:  # EOFError, and whatever else a damaged file leads to
+    except Exception as error:  # a damaged file may raise any error
         raise CheckpointError(
             f"{path}: no file of tensors: {nanollama.first_line(error)}"
         ) from None
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in NANOCHAT_TENSORS))
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in TENSOR_NAMES))
     tensors = {}
     for key, tensor in state.items() if isinstance(state, dict) else [("the file", state)]:
         if not isinstance(tensor, torch.Tensor) or not isinstance(key, str):
             raise CheckpointError(
                 f"{path}: {excerpt(key)} is {excerpt(tensor)}; a tensor is needed"
             )
-        name = pattern.sub(lambda m: NANOCHAT_TENSORS[m[0]], key.removeprefix("_orig_mod."))
+        name = pattern.sub(lambda m: TENSOR_NAMES[m[0]], key.removeprefix("_orig_mod."))
         prefix = "" if name.startswith(("model.", "lm_head.")) else "model."
         tensors[prefix + name] = tensor_source(tensor)
     return tensors
 
 
 def tensor_source(tensor: Tensor, scale: float = 1.0) -> TensorSource:
-    """A tensor that is in memory, or mapped; multiplied with `scale` when it is taken."""
+    """The source of a tensor in memory, which is multiplied by `scale` when it is read."""
     name = str(tensor.dtype).removeprefix("torch.")
     kind = {theirs: kind for kind, theirs in nanollama.FLOAT_KINDS.items()}.get(name, name)
 
@@ -248,18 +250,18 @@ def tensor_source(tensor: Tensor, scale: float = 1.0) -> TensorSource:
 def hugging_face_config(
     config: Mapping[str, Any], tensors: dict[str, TensorSource]
 ) -> dict[str, Any]:
-    """The config.json that Hugging Face's form would have. `tensors` lose their padding, and get
-    those with the defaults that nanochat gives to older checkpoints.
+    """The config.json of the model in Hugging Face's form. Cuts the padding off `tensors`, and adds
+    those that nanochat adds to older checkpoints.
 
-    Raises CheckpointError for a variant that is not known."""
-    if unknown := sorted(config.keys() - NANOCHAT_KEYS):
+    Raises CheckpointError for an unknown variant."""
+    if unknown := sorted(config.keys() - KNOWN_KEYS):
         raise CheckpointError(f"{excerpt(unknown[0])} is not known")
-    counts = map(nanollama.ConfigValues(config).count, NANOCHAT_COUNTS)
+    counts = map(nanollama.ConfigValues(config).count, COUNTS)
     n_ctx, n_vocab, n_layers, n_heads, n_kv_heads, n_embd = counts
-    age = program_constants(config, tensors)
+    constants = program_constants(config, tensors)
     for name, tensor in list(tensors.items()):
         if name.startswith(("model.embed", "model.value_embeds", "lm_head")):
-            scale = age.get("value_scale", 1.0) if "value_embeds" in name else 1.0
+            scale = constants.get("value_scale", 1.0) if "value_embeds" in name else 1.0
             tensors[name] = tensor_source(cast("Tensor", tensor.load(slice(0, n_vocab))), scale)
     layers = min(n_layers, 2**16)
     lambdas = {"model.resid_lambdas": torch.ones, "model.x0_lambdas": torch.zeros}
@@ -269,8 +271,8 @@ def hugging_face_config(
     if set(pattern) - {"S", "L"}:
         raise CheckpointError(f"window_pattern is {excerpt(pattern)}; S and L are known")
     short = [pattern[i % len(pattern)] == "S" and i < layers - 1 for i in range(layers)]
-    parts, tile = age["short"]
-    window = config.get("short_seq_len") or nanollama.round_up(-(-n_ctx // parts), tile)
+    divisor, tile = constants["short"]
+    window = config.get("short_seq_len") or nanollama.round_up(-(-n_ctx // divisor), tile)
     width = tensors.get("model.layers.0.mlp.up_proj.weight")
     return {
         "model_type": "nanochat",
@@ -282,9 +284,9 @@ def hugging_face_config(
         "hidden_size": n_embd,
         "intermediate_size": width.shape[0] if width else 4 * n_embd,
         "rms_norm_eps": 2.0**-23,  # what torch takes for float32 where none is given
-        "rope_theta": age["rope_base"],
-        "final_logit_softcapping": age["softcap"],
-        "attention_multiplier": age["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
+        "rope_theta": constants["rope_base"],
+        "final_logit_softcapping": constants["softcap"],
+        "attention_multiplier": constants["qk_scale"] ** 2 * (n_embd / n_heads) ** -0.5,
         "sliding_window": window + 1,  # nanochat does not count the token itself
         "layer_types": [nanollama.LAYER_TYPES[is_short] for is_short in short],
     }
@@ -293,19 +295,20 @@ def hugging_face_config(
 def program_constants(
     config: Mapping[str, Any], tensors: Mapping[str, TensorSource]
 ) -> dict[str, Any]:
-    """The constants of the nanochat that wrote a checkpoint. Raises CheckpointError where the files
-    do not tell them."""
+    """The constants of the version of nanochat that wrote a checkpoint.
+
+    Raises CheckpointError where the files do not determine them."""
     gates = {t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
     kind = max(gates, default=0), "model.backout_lambda" in tensors
-    age = NANOCHAT_AGES.get(kind)
-    if age is None or len(gates) > 1:
+    constants = CONSTANTS.get(kind)
+    if constants is None or len(gates) > 1:
         raise CheckpointError(
-            f"value embeddings with gates of {excerpt(sorted(gates))} columns, "
-            f"{'with' if kind[1] else 'without'} backout_lambda, are of no nanochat that is known"
+            "no known version of nanochat has value embeddings with gates of "
+            f"{excerpt(sorted(gates))} columns {'with' if kind[1] else 'without'} backout_lambda"
         )
-    if "softcap" not in config and "softcap" not in age:
+    if "softcap" not in config and "softcap" not in constants:
         raise CheckpointError(
-            "nanochats with these parameters capped logits at 15 or, from 2 March 2026 for some "
-            'time, at 20, and the files do not say which: add "softcap": 15 (or 20)'
+            "versions of nanochat with these parameters capped logits at 15 or, for some time from "
+            '2 March 2026 on, at 20, and the files lack the value: add "softcap": 15 (or 20)'
         )
-    return {**age, "softcap": float(config.get("softcap", age.get("softcap", 0)))}
+    return {**constants, "softcap": float(config.get("softcap", constants.get("softcap", 0)))}

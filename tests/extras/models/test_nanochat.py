@@ -123,8 +123,8 @@ def change(path: Path, **keys: Any) -> None:
 @pytest.mark.parametrize(
     ("variant", "keys", "message"),
     [
-        ("values", {"softcap": None}, "at 15 or, from 2 March 2026"),
-        ("spring", {"softcap": None}, "at 15 or, from 2 March 2026"),
+        ("values", {"softcap": None}, "at 15 or, for some time from 2 March 2026"),
+        ("spring", {"softcap": None}, "at 15 or, for some time from 2 March 2026"),
         ("first", {"n_branches": 2}, "model_config: 'n_branches' is not known"),
         ("first", {"window_pattern": "SX"}, "window_pattern is 'SX'"),
         ("first", {"n_layer": "4"}, "an integer from 1"),
@@ -165,7 +165,7 @@ def test_a_model_config_that_is_none_is_one_line(value: Any, base: Path) -> None
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        ({"transformer.h.1.attn.ve_gate.weight": (2, 16)}, "of no nanochat that is known"),
+        ({"transformer.h.1.attn.ve_gate.weight": (2, 16)}, "no known version of nanochat"),
         ({"transformer.h.1.attn.ve_gate.weight": ()}, "its model_config cannot be"),
         ({"lm_head.weight": ()}, "its model_config cannot be"),
         ({"bigram_lambdas": (4,)}, "unexpected tensor 'model.bigram_lambdas'"),
