@@ -5224,6 +5224,7 @@ class Engine:
     new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
+        library("numpy")  # for Tensor.numpy(), which would fail without saying what to install
         self.decoder, self.end_ids = decoder, end_ids
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
