@@ -315,14 +315,19 @@ class TemplateError(RequestError): ...
 
 def extra(path: str, feature: str) -> Any:
     """Import the module nanollama_extras.PATH. Raises ExtraError, which names the feature, where it
-    is not installed."""
+    is not installed, and PackageError for a library that it needs."""
     name = f"nanollama_extras.{path}"
     try:
         with uninterrupted():
             return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         missing = str(error.name)
-        if not missing.startswith("nanollama_extras"):
+        if not missing.startswith("nanollama"):
+            raise PackageError(
+                f"{feature} needs {missing.partition('.')[0]}, which cannot be imported: "
+                f"{first_line(error)}; in the directory of nanollama.py, run: pip install ."
+            ) from None
+        if not isinstance(error, ModuleNotFoundError):
             raise
         name = missing if missing.count(".") > 1 else name  # an extra may need another one
         raise ExtraError(
@@ -701,7 +706,7 @@ def _switches(values: ConfigValues) -> Json:
     arithmetic is not supported."""
     quantized = values.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-    if quantized and method not in PACKINGS:
+    if quantized and str(method) not in PACKINGS:
         raise CheckpointError(
             f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
             "(with --quantize) or a GGUF file of this model"
@@ -781,6 +786,7 @@ def _ropes(
 
 def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     """rope_parameters, complete; their kind is `rope_type` or, in older files, `type`."""
+    rope.pop("n_ctx", None)  # only `check_rope` may set it
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -2151,8 +2157,11 @@ class Backend:
 BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `make_backend`
 
 
-def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for a model; `wanted` is auto, native or torch.
+def pick_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, starts_gpu: bool = True
+) -> Backend:
+    """The backend for a model; `wanted` is auto, native or torch. Unless it `starts_gpu`, it can
+    only be described on CUDA.
 
     Raises RequestError or ExtraError if native kernels are wanted and cannot run here."""
     reason = ""
@@ -2160,7 +2169,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
         reason = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
     if wanted == "native" and reason:
         raise RequestError(f"native kernels cannot be had: {reason}", "kernels")
-    if device.type == "cuda" or (wanted != "torch" and not reason):
+    if (device.type == "cuda" and starts_gpu) or (wanted != "torch" and not reason):
         try:
             kernels = extra(BACKENDS[device.type], "fast arithmetic")
             backend: Backend = kernels.make_backend(device, dtype, reason)
@@ -2169,8 +2178,8 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
             if wanted == "native":
                 raise
             return Backend(device, dtype, f"torch ({error})", str(error))
-        except (KernelError, ImportError) as error:
-            reason = first_line(error)
+        except (KernelError, PackageError, OSError, RuntimeError, AttributeError) as error:
+            reason = first_line(error)  # of a library for the GPU, any of these
             if wanted == "native":
                 raise RequestError(f"native kernels cannot be had: {reason}", "kernels") from None
             log.warning(
@@ -3305,6 +3314,8 @@ ALIASES = {
 }
 
 HUB_TIMEOUT_S = 5.0
+# Names that a created model may have: name, org/name, with or without :tag
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?")
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
 GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -3554,9 +3565,6 @@ def repo_models(repo: Any) -> Iterator[CachedModel]:
         )
 
 
-# -- the package index -----------------------------------------------------------------------------
-
-
 def check_alias(alias: Alias, path: Path) -> None:
     """Remove a file that differs from the alias's, and raise DownloadError."""
     digest = hashlib.sha256()
@@ -3694,6 +3702,8 @@ class ModelStore:
 
     def modelfile(self, name: str) -> Modelfile | None:
         """The Modelfile of a created model, or None."""
+        if not MODEL_NAME.fullmatch(name):
+            return None
         path = self.modelfile_path(name)
         return read_modelfile(path) if os.path.isfile(path) else None
 
@@ -5333,9 +5343,11 @@ class Engine:
         else:
             batch = Batch(inputs, self.decoder.device, self.decoder.row_tile)
             x = self.decoder.hidden(batch, self.cache)
-            for (seq, num_new), span in zip(work, batch.spans):
-                if seq.pooler:
-                    seq.pooler.take(self.decoder.norm(x[span.row :][:num_new]).float().cpu())
+            if any(seq.pooler for seq, _ in work):
+                states = self.decoder.norm(x).float().cpu()
+                for (seq, num_new), span in zip(work, batch.spans):
+                    if seq.pooler:
+                        seq.pooler.take(states[span.row :][:num_new])
             logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
         return torch.split(logits, [num_rows for *_, num_rows in inputs])
 
@@ -5669,7 +5681,7 @@ class LLM(TextSide):
                 try:
                     sequences.append(self.start(request, index))
                 except NanollamaError as error:
-                    if raise_errors:
+                    if raise_errors or isinstance(error, ExtraError):
                         raise
                     yield Delta(index, finish_reason="error", error=error)
             while sequences:
@@ -7660,10 +7672,12 @@ def confirmed(question: str) -> bool:
 def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> Json:
     """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program.
     Returns the answer as a message."""
-    prepared = llm.prepare(request)
-    printer, is_started = AnswerPrinter(prepared.splitter(keep_tags=True), hide_thinking), False
-    deltas = llm.stream(prepared)
+    printer, is_started = AnswerPrinter(AnswerSplitter(), hide_thinking), False
+    deltas: Any = None
     try:
+        prepared = llm.prepare(request)
+        printer.splitter = prepared.splitter(keep_tags=True)
+        deltas = llm.stream(prepared)
         for delta in deltas:
             is_started = True
             printer.push(delta)
@@ -7673,7 +7687,8 @@ def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catc
             raise
         log.warning(" (stopped)")
     finally:
-        deltas.close()  # type: ignore[attr-defined]
+        if deltas:
+            deltas.close()
         if is_started and (printer.text["content"] or not printer.calls):
             print(flush=True)
     return printer.message()
@@ -7779,8 +7794,11 @@ def answer_rows(
     """Answer all rows together; yield each one in its turn, as soon as it is done."""
     running, prompts = list[BatchRow](), list[Prepared]()
     for row in (row for row in rows if row.error is None):
+        request = make_request(row.prompt or "")
         try:
-            prepared = llm.prepare(make_request(row.prompt or ""))
+            prepared = llm.prepare(request)
+        except ExtraError:  # no row could be answered
+            raise
         except NanollamaError as error:
             row.error = error
             continue
@@ -8012,7 +8030,7 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str
     """The kernels that run a model, and the type of its keys and values."""
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
-    backend = pick_backend(engine.kernels, device, dtype)
+    backend = pick_backend(engine.kernels, device, dtype, starts_gpu=False)
     is_packed = bool(checkpoint.quantization in REPACK or engine.quantize)
     return backend.describe(), backend.kv_dtype(engine.kv_dtype, is_packed)
 

@@ -56,6 +56,7 @@ from nanollama import (
     check_type,
     create_app,
     extra,
+    library,
     listen,
     parse_json,
     read_fields,
@@ -300,19 +301,24 @@ class FaultLayer:
     async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on. A fault of a whole answer arrives as the exception, one of a stream as
         an error event."""
+        has_started = False
 
         async def send_on(message: Message) -> None:
+            nonlocal has_started
             body: bytes = message.get("body", b"")
             if Fault.MARK.encode() in body:
                 if str(Fault(is_cut=True)).encode() in body:
                     raise Fault(is_cut=True)  # the server closes a connection whose answer fails
                 start, end = body.index(b"{"), len(body.rstrip(b"\n"))
                 message = {**message, "body": body[:start] + b'{"torn": "' + body[end:]}
+            has_started = True
             await send(message)
 
         try:
             await self.app(scope, receive, send_on)
         except Fault as fault:
+            if has_started:
+                raise
             await send_torn(send, fault.is_cut)
 
     def recorded(self, scope: Scope, receive: Receive) -> Receive:
@@ -423,9 +429,9 @@ def shared_test_server() -> TestServer:
 
 def make_fixture() -> Any:
     """`test_server`, a pytest fixture; pytest is imported only when a program reads that name."""
-    import pytest
+    pytest = library("pytest", install="pip install pytest")
 
-    @pytest.fixture
+    @pytest.fixture  # type: ignore[untyped-decorator]
     def test_server() -> TestServer:
         """A TestServer that answers "Hello!" until its `answers` are given."""
         server = shared_test_server()

@@ -165,6 +165,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor is -1"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "low_freq_factor must be below"),
         ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type \['yarn'\]"),
+        ({"quantization_config": {"quant_method": []}}, "quantization_config"),
+        ({"quantization_config": [1]}, r"quantization_config \[1\]"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_named_with_its_file(
@@ -189,6 +191,11 @@ def test_a_value_that_makes_no_sense_is_named_with_its_file(
 def test_windows_that_make_no_sense_are_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         of("mistral", **values)
+
+
+def test_a_rope_cannot_set_the_context() -> None:
+    linear = {"type": "linear", "factor": 2.0, "n_ctx": "x"}
+    assert of(rope_scaling=linear).n_ctx == of().n_ctx
 
 
 JSON = st.recursive(

@@ -107,6 +107,25 @@ def test_a_missing_package_is_one_line_on_the_command_line(
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("yaml", ["--serve", "--script", "x.yaml"]),
+        ("prometheus_client", ["--serve", "--port", "0", "--model", "tiny-random"]),
+        ("torch", ["bench", "--model", "tiny-random"]),
+    ],
+)
+def test_a_package_that_an_extra_misses_is_one_line(package: str, arguments: list[str]) -> None:
+    missing = (
+        f"if name == {package!r}: raise ModuleNotFoundError('No module named ' + name, name=name)"
+    )
+    ran = run_where(missing, f"sys.exit(nanollama.main({arguments}))")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "Traceback" not in ran.stderr
+    last = ran.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"error: .*{package},? .*cannot be imported: .*run: pip install \.", last)
+
+
 def test_ctrl_c_while_a_module_is_imported_waits_for_the_whole_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

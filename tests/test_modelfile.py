@@ -192,6 +192,20 @@ def test_a_flag_wins_over_the_modelfile_over_the_model_over_the_built_in(tmp_pat
     assert [given.value(name) for name in names] == [("org/x", "flag"), ("B", "flag"), (50, "flag")]
 
 
+@pytest.mark.parametrize(
+    "name", ["..\\x", "a%2Fb", "name.1234abcd~", "a/b/c", "\\\\host\\share\\f"]
+)
+def test_no_name_leads_out_of_the_folder_of_modelfiles(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = nanollama.ModelStore(tmp_path)
+    outside = tmp_path / "outside"
+    outside.write_text("FROM smollm2\n")
+    monkeypatch.setattr(nanollama.ModelStore, "modelfile_path", lambda self, name: outside)
+    assert store.modelfile(name) is None
+    assert store.modelfile("name:tag") == Modelfile(model="smollm2")
+
+
 def test_without_flag_and_modelfile_the_default_model_is_used(tmp_path: Path) -> None:
     default = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     assert settings(tmp_path, "").value("model") == (default, "built-in")

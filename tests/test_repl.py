@@ -191,6 +191,22 @@ def test_a_conversation_is_saved_and_loaded(talk: Callable[..., Said], tmp_path:
     assert talk("other", "/load chat.json", "dog").answers[1] == said.answers[1]
 
 
+def test_ctrl_c_while_the_prompt_is_prepared_keeps_the_turn(
+    talk: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, interrupts = nanollama.LLM.prepare, iter([KeyboardInterrupt])
+
+    def prepare_or_stop(self: nanollama.LLM, request: nanollama.GenerationRequest) -> Any:
+        for interrupt in interrupts:
+            raise interrupt
+        return prepare(self, request)
+
+    monkeypatch.setattr(nanollama.LLM, "prepare", prepare_or_stop)
+    said = talk("fox", "/retry")
+    assert said.notes.count("(stopped)") == 1
+    assert len(said.answers) == 1
+
+
 def test_retry_answers_the_last_message_again(talk: Callable[..., Said]) -> None:
     flags = ("--temp", "1.5", "--seed", "7", "--max-tokens", "9")
     said = talk("fox", "/retry", "/retry", "/prompt", flags=flags)

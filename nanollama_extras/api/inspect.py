@@ -10,6 +10,7 @@ Remove     delete this file and its row.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from nanollama import (
     DIALECTS,
     HARMLESS,
     NEUTRAL,
+    ExtraError,
     Handlers,
     OpenAI,
     Route,
@@ -43,8 +45,12 @@ DETOKENIZE_FIELDS = table(array="tokens", string="model")
 
 
 def all_routes() -> list[Route]:
-    """The routes of the core and of every dialect. Raises ExtraError for one that is missing."""
-    return [*OpenAI.routes, *(route for dialect in DIALECTS for route in dialect.load().routes)]
+    """The routes of the core and of every dialect that is installed."""
+    routes = [*OpenAI.routes]
+    for dialect in DIALECTS:
+        with contextlib.suppress(ExtraError):
+            routes += dialect.load().routes
+    return routes
 
 
 def openapi_body() -> Json:

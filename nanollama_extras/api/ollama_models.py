@@ -27,6 +27,7 @@ from nanollama import (
     ALIASES,
     CHATML,
     DIRECTIVES,
+    MODEL_NAME,
     TINY_RANDOM,
     ChatTemplate,
     DownloadError,
@@ -326,7 +327,8 @@ class ModelHandlers(Handlers):
         """GET /api/ps: the models in memory"""
         stays = {pool: self.models.stay(pool) for pool in self.models.pools.values() if pool.ready}
         for pool, stay in stays.items():
-            if not stay.need_bytes:
+            path = None if stay.need_bytes else await asyncio.to_thread(pool.source.locate)
+            if path:  # not for a model whose files are gone
                 stay.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
         states = {pool.source: pool_state(pool, stays[pool]) for pool in stays if pool.ready}
         bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
@@ -455,9 +457,7 @@ def progress_bar(name: str, report: Progress) -> type:
 def write_modelfile(name: str, modelfile: Modelfile) -> None:
     """Write the Modelfile of a model under its name. Raises RequestError for a bad name or that of
     another model, DownloadError where the file cannot be written."""
-    if not re.fullmatch(
-        r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?", name
-    ):
+    if not MODEL_NAME.fullmatch(name):
         raise RequestError(f"{excerpt(name)} is no name for a model; use name or name:tag", "model")
     store = ModelStore()
     path = store.modelfile_path(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class Shelf(Models):
     """The models in memory, each with its stay. Where memory is short, the idle model least
     recently used leaves first, and busy ones are awaited."""
 
-    stays: dict[Pool, Stay] = field(default_factory=dict)
+    stays: weakref.WeakKeyDictionary[Pool, Stay] = field(default_factory=weakref.WeakKeyDictionary)
     room: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a model makes room
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)  # the loop holds weak references

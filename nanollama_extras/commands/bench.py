@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from nanollama import (
     GenerationRequest,
+    LazyModule,
     MoE,
     Projection,
     SamplingParams,
@@ -35,9 +34,12 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from nanollama import LLM, Backend, Decoder, Fields, Json, Settings
+else:
+    torch = LazyModule("torch")  # --help and usage errors do without it
 
 
 BANDWIDTH_BYTES = 1 << 29  # size of the buffer to read, larger than any cache

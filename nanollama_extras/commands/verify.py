@@ -17,14 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
-import torch.nn.functional as F
-
 from nanollama import (
     REPACK,
     CheckpointError,
     GenerationRequest,
+    LazyModule,
     LogitsError,
     ModelStore,
     RequestError,
@@ -45,9 +42,16 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
+    import safetensors.torch
+    import torch
+    import torch.nn.functional as F
     from torch import Tensor
 
     from nanollama import LLM, Fields, Json
+else:  # --help and usage errors do without these
+    F = LazyModule("torch.nn.functional")
+    safetensors = LazyModule("safetensors", "torch")
+    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True, slots=True)

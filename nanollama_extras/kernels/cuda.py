@@ -573,7 +573,8 @@ class CudaBackend(Backend):
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         """Raises RequestError if the first step cannot be recorded."""
         looks_at_results = decoder.config.experts or not decoder.is_recordable
-        if not compile or decoder.kv_dtype == "q8" or looks_at_results:
+        is_direct = getattr(torch, decoder.kv_dtype, None) == decoder.dtype
+        if not compile or not is_direct or looks_at_results:
             return super().record(decoder, cache, compile)
         steps = DecodeGraphs(decoder, cache)
         try:

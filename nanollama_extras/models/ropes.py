@@ -88,11 +88,10 @@ class DynamicRope(Rope):
         )
         stretch = factor * (positions + 1.0) / n_old - (factor - 1)
         angles = super().angles(positions, batch, cache)
-        powers = -torch.arange(0, 2 * angles.shape[1], 2) / (self.n_rot - 2)
         is_torch = isinstance(positions, torch.Tensor)
-        return angles * stretch.clip(min=1) ** (
-            powers.to(positions.device) if is_torch else powers.numpy()
-        )
+        device = positions.device if is_torch else "cpu"
+        powers = -torch.arange(0, 2 * angles.shape[1], 2, device=device) / (self.n_rot - 2)
+        return angles * stretch.clip(min=1) ** (powers if is_torch else powers.numpy())
 
 
 class LongRope(Rope):
