@@ -369,11 +369,10 @@ def test_every_feature_works_or_names_its_extra(
         assert outcomes[name] in (needed or {"ok"}), f"{name}: {outcomes[name]}"
 
 
-# A GPU, a conversation (`test_a_conversation`), weights of gpt-oss, scores of Gemma 2, and a hub
-# that does not answer are more than a use of a feature can bring.
+# A GPU, a conversation (`test_a_conversation`), weights of gpt-oss, and a hub that does not answer
+# are more than a use of a feature can bring.
 UNUSED = {"kernels.cuda", "commands.conversation", "files.mxfp4", "models.gpt_oss"} | {
-    "models.attention",
-    "files.package_index",
+    "files.package_index"
 }
 
 

@@ -930,6 +930,7 @@ def test_one_of_several_models_is_chosen_for_good(page: Any, page_server: Script
     expect(page.get_by_label("Model", exact=True)).to_be_hidden()
     page_server.models = ["first", "second"]
     page.reload()
+    expect(page.get_by_label("Model", exact=True)).to_be_visible()  # the list has come
     ask(page, "One?", "Yes.")
     page.get_by_label("Model", exact=True).select_option("second")
     ask(page, "Two?", "Yes.")
