@@ -496,12 +496,8 @@ PACKINGS = {"mxfp4": "files.mxfp4"}
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_OPTIONS = (  # numbers that any type may have
-    "beta_fast beta_slow attention_factor mscale mscale_all_dim llama_4_scaling_beta factor"
-).split()
 
 
 def all_families() -> dict[str, Family]:
@@ -786,7 +782,7 @@ def _ropes(
 
 def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     """rope_parameters, complete; their kind is `rope_type` or, in older files, `type`."""
-    rope.pop("n_ctx", None)  # only `check_rope` may set it
+    rope.pop("n_ctx", None)  # a number made from others
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -798,8 +794,8 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
         "rope_type": kind,
         n_old: values.get(n_old) or rope.get(n_old) or values.get("max_position_embeddings"),
     }
-    needed = ROPE_NUMBERS.get(str(kind), ())
-    for key in (*defaults, n_old, *needed, *filter(rope.get, ROPE_OPTIONS)):
+    optional = filter(rope.get, ("factor", "llama_4_scaling_beta"))
+    for key in (*defaults, n_old, *ROPE_NUMBERS.get(str(kind), ()), *optional):
         positive(rope.get(key), f"rope: {key}")
     rope["n_rot"] = n_rot = int(head_dim * rope["partial_rotary_factor"])
     if n_rot % 2 or not 0 < n_rot <= head_dim:
@@ -1470,7 +1466,17 @@ class Rope:
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position (n_rot/2,) float32, and the factor on cos and sin."""
-        return rope_frequencies(self.parameters, self.n_rot)
+        rope = self.parameters
+        kind, factor = rope["rope_type"], float(rope.get("factor") or 1)
+        inv_freq = inverse_wavelengths(float(rope["rope_theta"]), self.n_rot)
+        if kind == "linear":
+            return inv_freq / factor, 1.0
+        if kind == "llama3":  # github.com/meta-llama/llama-models, models/llama3/model.py
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+            blend = ((turns - low) / (high - low)).clamp(0, 1)  # of full rotations in that context
+            return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
+        return inv_freq, 1.0
 
     def angles(self, positions: Any, batch: Any, cache: Any) -> Any:
         """The angles (N, D/2) of a Batch's positions (N, 1), which are NumPy's or torch's like
@@ -1488,49 +1494,6 @@ def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
     is_own = kind in ROPE_NUMBERS
     rope: Rope = (Rope if is_own else extra("models.ropes", kind).ROPES[kind])(parameters, *args)
     return rope
-
-
-def rope_frequencies(rope: Mapping[str, Any], n_rot: int) -> tuple[Tensor, float]:
-    """Angles per position (n_rot/2,) float32, stretched as `rope_type` says, and the factor on cos
-    and sin.
-
-    llama3:   https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
-    yarn:     https://arxiv.org/abs/2309.00071"""
-    theta, kind = float(rope["rope_theta"]), rope["rope_type"]
-    inv_freq = inverse_wavelengths(theta, n_rot)
-    if kind == "default":
-        return inv_freq, 1.0
-    factor = float(rope["factor"])
-    if kind == "linear":
-        return inv_freq / factor, 1.0
-    n_old = rope["original_max_position_embeddings"]
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = n_old * inv_freq / (2 * math.pi)  # full rotations within the old context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * inv_freq / factor + blend * inv_freq, 1.0
-
-    def dim_of(turns: float) -> float:
-        return n_rot * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, n_rot - 1)
-    ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
-    return ramp * inv_freq / factor + (1 - ramp) * inv_freq, _yarn_attention_factor(rope, factor)
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
-    return mscale(1.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2546,16 +2509,6 @@ TENSOR_NAMES = {
 }
 NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
 
-# GGUF metadata under {arch} -> key of rope_parameters.
-GGUF_ROPE = {
-    "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.yarn_attn_factor": "attention_factor",
-    "rope.scaling.attn_factor": "attention_factor",
-    "rope.scaling.yarn_beta_fast": "beta_fast",
-    "rope.scaling.yarn_beta_slow": "beta_slow",
-    "attention.temperature_scale": "llama_4_scaling_beta",
-}
-
 # GGUF metadata under {arch} -> key of config.json.
 GGUF_VALUES = {
     "attention.sliding_window": "sliding_window",
@@ -3112,22 +3065,18 @@ def _gguf_rope(
     own: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
 ) -> dict[str, Any]:
     """The rope_parameters that fit GGUF metadata."""
-    rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0)}
+    rope: Json = {"rope_theta": own["rope.freq_base"]} if "rope.freq_base" in own else {}
     kind, linear = own.get("rope.scaling.type", "none"), own.get("rope.scale_linear", 1.0)
     if kind != "none":
         rope |= {"rope_type": kind, "factor": own.get("rope.scaling.factor")}
     elif linear != 1.0:  # of files older than rope.scaling
         rope |= {"rope_type": "linear", "factor": linear}
-    rope |= {theirs: own[ours] for ours, theirs in GGUF_ROPE.items() if own.get(ours)}
-    for length in ("long", "short"):
-        if factors := tensors.get(f"rope_factors_{length}.weight"):
-            loaded = cast("Tensor", factors.load())
-            rope |= {"rope_type": "longrope", f"{length}_factor": loaded.flatten().tolist()}
+    is_listed = any(name.startswith("rope_factors_") for name in tensors)
+    if is_listed or kind not in ("none", *ROPE_NUMBERS):
+        rope |= extra("models.ropes", f"rope_type {excerpt(kind)}").from_gguf(own, tensors)
     n_rot = own.get("rope.dimension_count", head_dim)
     if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
         rope["partial_rotary_factor"] = n_rot / head_dim
-    if (log_multiplier := own.get("rope.scaling.yarn_log_multiplier")) is not None:
-        rope |= {"mscale": 1.0, "mscale_all_dim": log_multiplier}
     return rope | dict(family.gguf_values.get("rope_parameters", {}))
 
 

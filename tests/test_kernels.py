@@ -17,9 +17,9 @@ from nanollama import (
     Linear,
     attention,
     attention_bias,
+    make_rope,
     quantize,
     rms_norm,
-    rope_frequencies,
     rotate,
     round_up,
 )
@@ -142,7 +142,7 @@ def test_rotate_turns_pairs_as_complex_numbers_do() -> None:
     x = torch.randn(6, 2, 16)
     angles = (
         torch.arange(6).unsqueeze(1)
-        * rope_frequencies({"rope_type": "default", "rope_theta": 1e4}, 16)[0]
+        * make_rope({"rope_type": "default", "rope_theta": 1e4}, 16).freqs
     )
     turned = rotate(x, angles.cos(), angles.sin())
     pairs = torch.complex(x[..., :8].double(), x[..., 8:].double())
@@ -153,7 +153,7 @@ def test_rotate_turns_pairs_as_complex_numbers_do() -> None:
 
 
 def test_rotated_scores_depend_on_the_distance_only() -> None:
-    inv_freq, _ = rope_frequencies({"rope_type": "default", "rope_theta": 1e4}, 32)
+    inv_freq = make_rope({"rope_type": "default", "rope_theta": 1e4}, 32).freqs
     q, k = torch.randn(1, 1, 32), torch.randn(1, 1, 32)
 
     def score(i: int, j: int) -> Tensor:
@@ -211,7 +211,7 @@ def test_frequencies_of_real_models_are_those_of_transformers(
 ) -> None:
     config = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=dict(rope))
     theirs = LlamaRotaryEmbedding(config)
-    inv_freq, scale = rope_frequencies(rope, head_dim)
+    inv_freq, scale = make_rope(rope, head_dim).frequencies()
     torch.testing.assert_close(inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
     assert scale == pytest.approx(theirs.attention_scaling)
 

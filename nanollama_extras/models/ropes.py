@@ -1,10 +1,10 @@
-"""Rotary embeddings of some families only: dynamic NTK, NTK with an alpha, longrope.
+"""Rotary embeddings of some models only: yarn, dynamic NTK, NTK with an alpha, longrope.
 
-Adds       rope_type dynamic, ntk and longrope (or su).
-Seam       the core asks `check_rope` about rope_parameters of a type that it does not know, and
-           `ROPES` for the `Rope` of such a type.
+Adds       rope_type yarn, dynamic, ntk and longrope (or su).
+Seam       the core asks `check_rope` about rope_parameters of a type that it does not know,
+           `from_gguf` for those of a GGUF file, and `ROPES` for the `Rope` of such a type.
 Source     https://huggingface.co/docs/transformers/internal/rope_utils
-           https://arxiv.org/abs/2402.13753 (longrope)
+           https://arxiv.org/abs/2309.00071 (yarn), 2402.13753 (longrope)
 Remove     delete this file; a model with such a type then says that it needs it.
 """
 
@@ -12,16 +12,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import nanollama
-from nanollama import Batch, CheckpointError, ConfigValues, KVCache, Rope, excerpt, positive
+from nanollama import (
+    Batch,
+    CheckpointError,
+    ConfigValues,
+    KVCache,
+    Rope,
+    TensorSource,
+    excerpt,
+    positive,
+)
 
-NUMBERS: dict[str, tuple[str, ...]] = {"dynamic": ("factor",), "ntk": ("alpha",), "longrope": ()}
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "yarn": ("factor",),
+    "dynamic": ("factor",),
+    "ntk": ("alpha",),
+    "longrope": (),
+}
+OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 ALIASES = {"su": "longrope"}
+# GGUF metadata under {arch} -> key of rope_parameters
+GGUF_KEYS = {
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_attn_factor": "attention_factor",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "attention.temperature_scale": "llama_4_scaling_beta",
+}
+
+
+def from_gguf(own: Mapping[str, Any], tensors: Mapping[str, TensorSource]) -> dict[str, Any]:
+    """rope_parameters in GGUF metadata, of which `own` is the part under {arch}, and in tensors."""
+    rope = {theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if own.get(ours)}
+    if "mscale_all_dim" in rope:
+        rope["mscale"] = 1.0
+    for length in ("long", "short"):
+        if factors := tensors.get(f"rope_factors_{length}.weight"):
+            numbers = cast("Tensor", factors.load()).flatten().tolist()
+            rope |= {"rope_type": "longrope", f"{length}_factor": numbers}
+    return rope
 
 
 def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
@@ -34,14 +71,14 @@ def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
         raise CheckpointError(
             f"rope_type {excerpt(kind)} is not supported; supported are: {supported}"
         )
-    for key in NUMBERS[kind]:
+    for key in (*NUMBERS[kind], *filter(rope.get, OPTIONS)):
         positive(rope.get(key), f"rope: {key}")
     rope["rope_type"] = kind
     n_ctx = values.count("max_position_embeddings")
     if kind == "longrope":
         check_factors(rope)
         rope["factor"] = rope.get("factor") or n_ctx / rope["original_max_position_embeddings"]
-    elif rope["n_rot"] < 4:
+    elif kind != "yarn" and rope["n_rot"] < 4:
         raise CheckpointError(f"rope turns {rope['n_rot']} columns; {kind} needs 4 or more")
     elif kind == "dynamic":
         rope["n_ctx"] = min(int(n_ctx * rope["factor"]), 2**31 - 1) or 1
@@ -59,6 +96,40 @@ def check_factors(rope: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"rope original_max_position_embeddings is {n_old}; it must be above 1"
         )
+
+
+class YarnRope(Rope):
+    """Columns that turn often within the old context keep their frequency, those that turn rarely
+    are stretched by the factor, with a ramp between."""
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        rope, n_rot = self.parameters, self.n_rot
+        theta, factor = float(rope["rope_theta"]), float(rope["factor"])
+        n_old = rope["original_max_position_embeddings"]
+
+        def column(turns: float) -> float:
+            return n_rot * math.log(n_old / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = column(rope.get("beta_fast") or 32), column(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, n_rot - 1)
+        ramp = ((torch.arange(n_rot // 2) - first) / (max(last - first, 0.001))).clamp(0, 1)
+        inv_freq = nanollama.inverse_wavelengths(theta, n_rot)
+        return ramp * inv_freq / factor + (1 - ramp) * inv_freq, self.attention_factor()
+
+    def attention_factor(self) -> float:
+        """The factor on cos and sin."""
+        rope, factor = self.parameters, float(self.parameters["factor"])
+        if rope.get("attention_factor") is not None:
+            return float(rope["attention_factor"])
+
+        def mscale(weight: float) -> float:
+            return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+        return mscale(1.0)
 
 
 class NTKRope(Rope):
@@ -117,4 +188,4 @@ class LongRope(Rope):
         return positions * self.freqs[is_long * 1]
 
 
-ROPES = {"dynamic": DynamicRope, "ntk": NTKRope, "longrope": LongRope}
+ROPES = {"yarn": YarnRope, "dynamic": DynamicRope, "ntk": NTKRope, "longrope": LongRope}

@@ -46,8 +46,8 @@ from nanollama import (
     RequestError,
     Rotation,
     kv_group,
+    make_rope,
     quantize,
-    rope_frequencies,
     rotate,
     round_up,
 )
@@ -409,7 +409,7 @@ class Attend:
         self.qkv = [torch.randn(length, (H + 2 * Hkv) * D) for length in lengths]
         positions = torch.arange(max(lengths)).unsqueeze(1)
         rope = {"rope_type": "default", "rope_theta": 1e4}
-        angles = positions * rope_frequencies(rope, D)[0]
+        angles = positions * make_rope(rope, D).freqs
         self.rotation = Rotation(angles.cos(), angles.sin())
         if grows:
             self.rotation = self.rotation._replace(q_scale=1 + positions / 1000)
