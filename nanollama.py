@@ -7313,8 +7313,8 @@ def serve(
 #               one after the other, --batch-file all of its lines together.
 #   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
 #               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
-#   Extend      a subcommand is a row of COMMANDS; a command of the conversation is a method
-#               `do_NAME` of Repl or a row of MORE_COMMANDS.
+#   Extend      a subcommand is a row of COMMANDS; a command of the conversation is a row of
+#               TALK_COMMANDS.
 # ==================================================================================================
 
 USAGE = f"""\
@@ -7709,15 +7709,6 @@ class BatchRow:
     def text(self) -> str:
         return cast(io.StringIO, self.printer.out).getvalue() if self.printer else ""
 
-    def json(self) -> str:
-        row: Json = {"line": self.line, "prompt": self.prompt, "text": self.text}
-        if self.error:
-            row["error"] = str(self.error)
-        row["finish_reason"] = self.last.finish_reason if self.last else "error"
-        if self.last and self.last.usage:
-            row["usage"] = dataclasses.asdict(self.last.usage)
-        return json.dumps(row, ensure_ascii=False)
-
 
 def read_rows(name: str) -> list[BatchRow]:
     """One row for each line that has text. Raises RequestError for a file without any."""
@@ -7771,33 +7762,19 @@ def with_progress(items: Iterable[Item], total: int, **options: Any) -> Iterable
     return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **options)
 
 
-def open_output(name: str | None, stack: contextlib.ExitStack) -> TextIO:
-    """The file of --output, opened but not emptied; without one, stdout. Raises RequestError."""
-    if name in (None, "-"):
-        return sys.stdout
-    try:
-        return stack.enter_context(open(str(name), "a", encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{name}: cannot be written: {error.strerror}") from None
-
-
-def run_batch(settings: Settings) -> int:
+def run_batch(
+    settings: Settings, rows: list[BatchRow], write: Callable[[BatchRow], None] | None = None
+) -> int:
     """--batch-file: all lines through the engine together, answers in the order of the lines."""
-    args = settings.args
-    rows = read_rows(args.batch_file)
-    with contextlib.ExitStack() as stack:
-        out = open_output(args.output, stack)
-        llm = settings.load()
-        if out is not sys.stdout:  # its old content is safe until a model is loaded
-            with contextlib.suppress(OSError):  # a pipe or a device cannot be truncated
-                out.truncate(0)
-        make_request = functools.partial(settings.request, llm=llm)
-        answers = answer_rows(rows, llm, make_request, args.hide_thinking)
-        for row in with_progress(answers, len(rows), unit="prompt"):
-            if row.error:
-                tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
-            out.write((row.text if args.output is None else row.json()) + "\n")
-            out.flush()
+    llm = settings.load()
+    make_request = functools.partial(settings.request, llm=llm)
+    answers: Iterable[BatchRow] = answer_rows(rows, llm, make_request, settings.args.hide_thinking)
+    if write or not sys.stdout.isatty():  # on a terminal, answers and a bar would mix
+        answers = with_progress(answers, len(rows), unit="prompt")
+    for row in answers:
+        if row.error:
+            tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
+        write(row) if write else print(row.text, flush=True)
     log.warning(speed_line(llm.engine.stats))
     return 1 if any(row.error for row in rows) else 0
 
@@ -7805,12 +7782,21 @@ def run_batch(settings: Settings) -> int:
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-# Commands in nanollama_extras/commands/conversation.py, with their lines of /help
-MORE_COMMANDS = {
+# Lines of /help. A command that is no method `do_NAME` of Repl is a function of
+# nanollama_extras/commands/conversation.py.
+TALK_COMMANDS = {
+    "clear": "/clear              forget all messages but the system prompt",
+    "help": "/help               print this list",
     "load": "/load FILE          continue a conversation written by /save",
     "prompt": "/prompt             print the text last sent to the model",
+    "quit": "/quit, /exit        leave; so does Ctrl-D",
+    "retry": "/retry              answer the last message again",
     "save": "/save FILE          write the conversation to a JSON file",
+    "set": "/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2",
+    "show": "/show               print the model and the sampling parameters",
+    "system": "/system [TEXT]      set or print the system prompt",
     "tokens": "/tokens             print the token ids last sent, with their text",
+    "undo": "/undo               remove the last message and its answer",
 }
 
 
@@ -7823,14 +7809,11 @@ class Repl:
         self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
         self.messages = settings.messages()
         self.sent: list[Json] = []  # messages of the last prompt
-        self.num_retries = 0
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     @property
     def tools(self) -> list[Json] | None:
         return self.toolbox.tools if self.toolbox else None
-
-    # -- reading -----------------------------------------------------------------------------------
 
     def read_line(self, prompt: str) -> str:
         """One line of input. Raises EOFError at its end."""
@@ -7875,25 +7858,20 @@ class Repl:
     def handle(self, text: str) -> None:
         words = dict.fromkeys(("quit", "exit", "/exit", "/bye"), "/quit") | {"clear": "/clear"}
         name, argument = split_word(words.get(text.lower(), text))
-        command = getattr(self, f"do_{name[1:]}", None) if name.startswith("/") else None
-        if command is not None:
-            command(argument)
-        elif name[1:] in MORE_COMMANDS and name.startswith("/"):
-            getattr(extra("commands.conversation", name), name[1:])(self, argument)
-        elif name.startswith("/") and name[1:].isalpha():
+        command = name[1:] if name.startswith("/") else ""
+        if own := getattr(self, f"do_{command}", None):
+            own()
+        elif command in TALK_COMMANDS:
+            getattr(extra("commands.conversation", name), command)(self, argument)
+        elif command.isalpha():
             raise UsageError(f"unknown command {name}; /help lists the commands")
         elif text:
-            self.num_retries = 0
             self.answer([*self.messages, {"role": "user", "content": text}])
-
-    # -- answering ---------------------------------------------------------------------------------
 
     def answer(self, messages: list[Json]) -> None:
         """Send messages, print the answer, and keep both. Ctrl-C ends the answer only."""
         llm = self.llm
         params = SamplingParams(**self.values)
-        if params.seed is not None:  # /retry with a fixed seed draws again, repeatably
-            params = dataclasses.replace(params, seed=params.seed + self.num_retries)
         messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0, self.tools)
         if num_dropped:
             log.warning(
@@ -7908,68 +7886,18 @@ class Repl:
         self.messages = [*messages, *new]
         log.warning(speed_line(llm.engine.stats.since(before)))
 
-    # -- commands: the docstring is the help -------------------------------------------------------
-
-    def do_help(self, argument: str) -> None:
-        """/help               print this list"""
-        own = {n[3:]: str(getattr(self, n).__doc__) for n in dir(self) if n.startswith("do_")}
-        for _, line in sorted((own | MORE_COMMANDS).items()):
+    def do_help(self) -> None:
+        for line in TALK_COMMANDS.values():
             log.warning(f"  {line}")
         log.warning('  """                 start and end a message of several lines')
         log.warning("  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer")
 
-    def do_quit(self, argument: str) -> None:
-        """/quit, /exit        leave; so does Ctrl-D"""
+    def do_quit(self) -> None:
         raise EOFError
 
-    def do_clear(self, argument: str) -> None:
-        """/clear              forget all messages but the system prompt"""
+    def do_clear(self) -> None:
         self.messages, self.sent = self.settings.messages(), []
         log.warning("Conversation cleared.")
-
-    def do_system(self, argument: str) -> None:
-        """/system [TEXT]      set or print the system prompt"""
-        rest = [m for m in self.messages if m["role"] != "system"]
-        if argument:
-            self.settings.args.system = argument
-            self.messages = [{"role": "system", "content": argument}, *rest]
-        log.warning(f"system: {self.settings.value('system')[0] or '(none)'}")
-
-    def do_set(self, argument: str) -> None:
-        """/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2"""
-        name, value = split_word(argument)
-        if not value:
-            raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
-        key, parsed = parse_parameter(name, value.strip('"'))
-        if key not in self.values:
-            raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
-        self.values[key] = parsed
-        log.warning(f"{key} = {parsed}")
-
-    def do_show(self, argument: str) -> None:
-        """/show               print the model and the sampling parameters"""
-        lines = describe(self.llm.checkpoint, self.settings, self.llm.template)
-        now = self.settings.sampling(self.llm.sampling)
-        now |= {n: (v, "now") for n, v in self.values.items() if v != now[n][0]}
-        log.warning("\n".join([*lines, *settings_lines(self.settings, now)]))
-
-    def do_retry(self, argument: str) -> None:
-        """/retry              answer the last message again"""
-        messages = self.without_last_turn()
-        self.num_retries += 1
-        self.answer([*messages, self.messages[len(messages)]])
-
-    def do_undo(self, argument: str) -> None:
-        """/undo               remove the last message and its answer"""
-        self.messages = self.without_last_turn()
-        log.warning(f"{len(self.messages)} messages left")
-
-    def without_last_turn(self) -> list[Json]:
-        """The messages before the user's last one. Raises UsageError without one."""
-        last = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=None)
-        if last is None:
-            raise UsageError("there is no message yet")
-        return self.messages[:last]
 
 
 # ---- serving -------------------------------------------------------------------------------------
@@ -8223,7 +8151,10 @@ def run(argv: list[str]) -> int:
         return Repl(settings, settings.load(), toolbox).run()
     if args.serve:
         return run_serve(settings)
-    return run_prompt(settings) if args.batch_file is None else run_batch(settings)
+    if args.batch_file is None:
+        return run_prompt(settings)
+    run_rows = extra("commands.json_lines", "--output").run_batch if args.output else run_batch
+    return int(run_rows(settings, read_rows(args.batch_file)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,6 +146,14 @@ def run_tools(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
+def write_json_lines(llm: LLM) -> None:
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write("hello\n")
+        file.flush()
+        flags = ("--batch-file", file.name, "--output", "-", "--max-tokens", 2)
+        command("--model", "MODEL", *flags)(llm)
+
+
 def score(llm: LLM) -> None:
     assert [index for index, _ in llm.score([([5, 6, 7], 1)])] == [0]
 
@@ -186,6 +194,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         {"commands.embed", "answers.embeddings"},
         command("--embed", "--model", "MODEL", "--prompt", "hello"),
     ),
+    "--output": ({"commands.json_lines"}, write_json_lines),
     "--tools": ({"answers.toolbox", *FORMS}, run_tools),
     "an adapter": ({"models.lora"}, option(adapter="no-such-directory")),
     "a rarer family": ({"models.families"}, load({"model_type": "olmo2"})),

@@ -455,6 +455,21 @@ def test_an_output_file_survives_a_model_that_does_not_load(
     assert output.read_text() == "work of hours\n"
 
 
+def test_an_output_file_survives_a_missing_extra(
+    cli: Callable[..., Ran],
+    tiny: Callable[..., Path],
+    batch: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "nanollama_extras.answers.grammars", None)
+    output = tmp_path / "out.jsonl"
+    output.write_text("work of hours\n")
+    flags = ("--model", tiny(), "--batch-file", batch, "--regex", "a")
+    assert cli(*flags, "--output", output).code == 2
+    assert output.read_text() == "work of hours\n"
+
+
 # ---- show ----------------------------------------------------------------------------------------
 
 

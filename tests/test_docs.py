@@ -266,7 +266,7 @@ def test_the_tables_of_the_seams_exist() -> None:
 def test_the_commands_of_the_repl_are_listed() -> None:
     own = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
     listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
-    assert own | set(nanollama.MORE_COMMANDS) <= listed
+    assert own | set(nanollama.TALK_COMMANDS) <= listed
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)

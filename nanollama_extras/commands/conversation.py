@@ -1,6 +1,6 @@
-"""Commands of `--interactive` beyond the core's: /save, /load, /prompt, /tokens; and its history.
+"""Commands of `--interactive` beyond /help, /clear and /quit; and the history of its lines.
 
-Seam: the rows of MORE_COMMANDS in nanollama.py. Each names a function here that takes the
+Seam: the rows of TALK_COMMANDS in nanollama.py. Each names a function here that takes the
 conversation and the text after the command. To remove it, delete this module and those rows.
 """
 
@@ -10,13 +10,29 @@ import atexit
 import contextlib
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanollama import GenerationRequest, RequestError, UsageError, local_path, log, read_json
+from nanollama import (
+    GenerationRequest,
+    Json,
+    RequestError,
+    UsageError,
+    describe,
+    local_path,
+    log,
+    parse_parameter,
+    read_json,
+    settings_lines,
+    split_word,
+)
 
 if TYPE_CHECKING:
     from nanollama import Repl
+
+# the message that /retry answered last, and the number of its retries
+RETRIES: weakref.WeakKeyDictionary[Repl, tuple[Json, int]] = weakref.WeakKeyDictionary()
 
 
 def open_history(path: Path) -> None:
@@ -77,3 +93,62 @@ def tokens(repl: Repl, argument: str) -> None:
     ids = repl.llm.prompt_ids(sent)
     log.warning(" ".join(f"{i}:{repl.llm.tokenizer.piece(i)!r}" for i in ids))
     log.warning(f"{len(ids)} tokens")
+
+
+def system(repl: Repl, argument: str) -> None:
+    """/system [TEXT]: set or print the system prompt."""
+    rest = [m for m in repl.messages if m["role"] != "system"]
+    if argument:
+        repl.settings.args.system = argument
+        repl.messages = [{"role": "system", "content": argument}, *rest]
+    log.warning(f"system: {repl.settings.value('system')[0] or '(none)'}")
+
+
+def set(repl: Repl, argument: str) -> None:
+    """/set NAME VALUE: change a sampling parameter. Raises UsageError and RequestError."""
+    name, value = split_word(argument)
+    if not value:
+        raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
+    key, parsed = parse_parameter(name, value.strip('"'))
+    if key not in repl.values:
+        raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
+    repl.values[key] = parsed
+    log.warning(f"{key} = {parsed}")
+
+
+def show(repl: Repl, argument: str) -> None:
+    """/show: the model and the sampling parameters, each with its origin."""
+    settings, llm = repl.settings, repl.llm
+    lines = describe(llm.checkpoint, settings, llm.template)
+    now = settings.sampling(llm.sampling)
+    now |= {n: (v, "now") for n, v in repl.values.items() if v != now[n][0]}
+    log.warning("\n".join([*lines, *settings_lines(settings, now)]))
+
+
+def without_last_turn(repl: Repl) -> list[Json]:
+    """The messages before the user's last one. Raises UsageError without one."""
+    last = max((i for i, m in enumerate(repl.messages) if m["role"] == "user"), default=None)
+    if last is None:
+        raise UsageError("there is no message yet")
+    return repl.messages[:last]
+
+
+def undo(repl: Repl, argument: str) -> None:
+    """/undo: remove the last message and its answer. Raises UsageError."""
+    repl.messages = without_last_turn(repl)
+    log.warning(f"{len(repl.messages)} messages left")
+
+
+def retry(repl: Repl, argument: str) -> None:
+    """/retry: answer the last message again. A fixed seed grows by one at each retry, so that the
+    answers differ, repeatably. Raises UsageError."""
+    messages, values = without_last_turn(repl), repl.values
+    question = repl.messages[len(messages)]
+    retried, num_retries = RETRIES.get(repl, ({}, 0))
+    RETRIES[repl] = question, num_retries + 1 if retried is question else 1
+    if values["seed"] is not None:
+        repl.values = {**values, "seed": values["seed"] + RETRIES[repl][1]}
+    try:
+        repl.answer([*messages, question])
+    finally:
+        repl.values = values
