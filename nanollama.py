@@ -2461,7 +2461,8 @@ END_OF_GENERATION = frozenset(
 )
 
 # File with the tokenizer of a model directory, as a glob pattern -> the extra whose
-# `read_vocabulary(TextFiles) -> TextFiles` reads it; "" for the core. The first match decides.
+# `read_vocabulary(TextFiles) -> (TextFiles, Tokenizer)` reads it; "" for the core. The first match
+# decides.
 VOCABULARIES = {
     "tokenizer.json": "",
     "tekken.json": "files.vocabularies",
@@ -3221,9 +3222,6 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-TINY_RANDOM = "tiny-random"  # a model for tests, written by nanollama_extras.files.tiny_random
-
-
 # ==================================================================================================
 # 7 STORE: from a model reference to files on disk
 #
@@ -3274,11 +3272,16 @@ SIDE_FILES = (
     "added_tokens.json chat_template.json chat_template.jinja additional_chat_templates/*.jinja "
     "model.safetensors.index.json modules.json 1_Pooling/config.json"
 ).split()
-NANOCHAT = "nanochat"
-# Folder in a directory of nanochat -> the value of --source that chooses it
-NANOCHAT_FOLDERS = {
-    f"{name}_checkpoints": name.removeprefix("chat")
-    for name in ("chatsft", "sft", "chatrl", "rl", "mid", "base")
+TINY_RANDOM = "tiny-random"  # a model for tests
+# Name of a model, or of a folder in its directory, with a slash -> the extra whose `find_model`
+# finds the model
+FINDERS = {
+    TINY_RANDOM: "files.tiny_random",
+    **dict.fromkeys(
+        "nanochat chatsft_checkpoints/ sft_checkpoints/ chatrl_checkpoints/ rl_checkpoints/ "
+        "mid_checkpoints/ base_checkpoints/".split(),
+        "files.nanochat_store",
+    ),
 }
 
 
@@ -3334,13 +3337,14 @@ def mark_used(path: Path) -> None:
         os.utime(file, (time.time(), file.stat().st_mtime))
 
 
-def nanochat_store(reference: str) -> Any:
-    """The extra that chooses a checkpoint of nanochat; None for a reference to other models.
-
-    Raises ExtraError."""
+def find_special(reference: str, root: Path) -> Path | None:
+    """The model that an extra of FINDERS finds or makes; None for other references. Raises
+    ExtraError."""
     path = local_path(reference)
-    if reference == NANOCHAT or (path and any((path / n).is_dir() for n in NANOCHAT_FOLDERS)):
-        return extra("files.nanochat_store", "nanochat's directory")
+    for name, module in FINDERS.items():
+        if path and (path / name).is_dir() if name.endswith("/") else name == reference:
+            found = extra(module, f"the model {excerpt(reference)}").find_model(reference, root)
+            return cast(Path, found)
     return None
 
 
@@ -3546,16 +3550,13 @@ class ModelStore:
         """The path of a model that is complete on this machine; None when it has to be pulled.
 
         Raises ModelNotFoundError for an unknown reference."""
-        path, nanochat = local_path(reference), nanochat_store(reference)
-        if revision and (path or nanochat or reference in ALIASES):
+        path, special = local_path(reference), find_special(reference, self.root)
+        if revision and (path or special or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
-        if nanochat:
-            return cast(Path, nanochat.find_model(reference))
-        if reference not in (*ALIASES, TINY_RANDOM):
-            if path:
-                return path
-            if not parse_hub_ref(reference):
-                raise ModelNotFoundError(self._unknown(reference))
+        if special or (path and reference not in ALIASES):
+            return special or path
+        if reference not in ALIASES and not parse_hub_ref(reference):
+            raise ModelNotFoundError(self._unknown(reference))
         if model := self.find_cached(reference, revision):
             mark_used(model)
         return model
@@ -3565,7 +3566,7 @@ class ModelStore:
         if reference in ALIASES:
             return self._find_alias(reference)
         if reference == TINY_RANDOM:
-            return self._tiny_random()
+            return find_special(reference, self.root)
         hub = parse_hub_ref(reference)
         return find_in_hub_cache(hub, revision) if hub else None
 
@@ -3588,10 +3589,6 @@ class ModelStore:
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
-    def _tiny_random(self) -> Path:
-        model = extra("files.tiny_random", f"the model {TINY_RANDOM}")
-        return cast(Path, model.find_tiny_random(self.root / TINY_RANDOM / __version__))
-
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
         path = self.find(reference, revision)  # raises for an unknown reference
@@ -3603,8 +3600,8 @@ class ModelStore:
         self, reference: str, revision: str | None = None, new_bar: NewBar | None = None
     ) -> Path:
         """`pull` for a reference that is not a path; `new_bar` makes classes of progress bars."""
-        if reference == TINY_RANDOM:
-            return self._tiny_random()
+        if reference in FINDERS and (special := find_special(reference, self.root)):
+            return special
         if reference in ALIASES:
             return self._pull_alias(reference, new_bar)
         hub = parse_hub_ref(reference)
@@ -3864,7 +3861,7 @@ def split_word(text: str) -> tuple[str, str]:
 # 8 TOKENIZER: text <-> ids, and ids -> text as they come
 #
 #   In          TextFiles: a tokenizer.json, the metadata of a GGUF file, or another file whose
-#               row in VOCABULARIES names the extra that turns it into such metadata
+#               row in VOCABULARIES names the extra that reads it
 #   Out         Tokenizer: encode, decode, the bytes of each token; TextStream: ids in, text out
 #   Idea        a token stands for some bytes. An incremental UTF-8 decoder keeps the bytes of an
 #               unfinished character and turns the others into text:
@@ -3878,58 +3875,53 @@ def split_word(text: str) -> tuple[str, str]:
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
-# tokenizer.ggml.pre -> the regular expressions that split text before BPE, one after another, from
-# llama.cpp's table (llama-vocab.cpp). The extra files.pre_tokenizers has the rarer ones.
+# Parts of the regular expressions in llama.cpp's table (llama-vocab.cpp)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = "|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _SYMBOLS, _SPACES))
+_QWEN2 = "|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _SYMBOLS, _SPACES))
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class PreTokenizer(NamedTuple):
+    """How a vocabulary treats text before BPE: `patterns` split it, one after another."""
+
+    patterns: tuple[str, ...]
+    adds_bos: bool = False  # unless the file says otherwise
+    ignore_merges: bool = False  # a word of the vocabulary is taken whole
+    is_nfc: bool = False  # the text is normalised to NFC
+
+
+# tokenizer.ggml.pre -> its PreTokenizer. The extra files.pre_tokenizers has the rarer ones.
 PRE_TOKENIZERS = {
-    name: patterns
-    for names, patterns in (
-        (
-            "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx "
-            "smaug-bpe chatglm-bpe glm4 glm5",
-            ("|".join((_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _SYMBOLS, _SPACES)),),
-        ),
-        (
-            "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
-            ("|".join((_CONTRACTIONS, _WORDS, r"\p{N}", _SYMBOLS, _SPACES)),),
-        ),
-        (
-            "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
-            "mpt olmo jais trillion granite-docling exaone4",
-            (_GPT2,),
-        ),
-        (
-            "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-            (r"\p{N}", _GPT2),
-        ),
-        ("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    )
-    for name in names.split()
+    "llama-bpe": PreTokenizer((_LLAMA3,), adds_bos=True, ignore_merges=True),
+    "qwen2": PreTokenizer((_QWEN2,), is_nfc=True),
+    "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
+    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
-# Pre-tokenizers of vocabularies that put BOS before a text unless the file says otherwise; that
-# take a whole word of the vocabulary without merging; that normalise text to NFC
-ADD_BOS = frozenset(
-    "falcon-h1 falcon3 jina-v5-nano lfm2 llama-bpe llama-v3 llama3 midm-2.0 pixtral tekken".split()
-)
-IGNORE_MERGES = ADD_BOS | {"glm4", "glm5", "minicpm5"}
-NFC = frozenset({"qwen2", "qwen35", "command-r"})
-# Phi-3's control tokens that leave the spaces behind them in the text (llama-vocab.cpp)
-PHI3_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 # tokenizer.ggml.token_type
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
     1, 7
 )
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+# Makes a tokenizer of metadata, the ids of the pieces, and the type of each piece
+Build = Callable[[Mapping[str, Any], dict[str, int], list[int]], "tokenizers.Tokenizer"]
+
+
+def gguf_tokenizer(
+    metadata: Mapping[str, Any],
+    build: Build | None = None,
+    flags: Mapping[int, Mapping[str, bool]] | None = None,
+) -> tokenizers.Tokenizer:
     """Tokenizer made of a GGUF file's metadata. Raises CheckpointError.
 
-    The readers of other vocabularies add keys that GGUF lacks: `added_tokens` (flags by id), the
-    `pattern` that splits text, and SentencePiece's `legacy` treatment of spaces."""
+    The readers of other vocabularies give a `build` of their own, and the flags that GGUF lacks of
+    control and user-defined tokens, by id."""
     metadata = without_prefix(metadata)
     kind = metadata.get("model")
     tokens = [str(token) for token in metadata["tokens"]]
@@ -3942,17 +3934,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
         # an empty or repeated piece gets a name that occurs in no text
         tokens[i] = token if token and token not in vocab else f"[EMPTY_{i}]"
         vocab[tokens[i]] = i
-    if kind not in ("gpt2", "llama", "gemma4"):
-        raise CheckpointError(
-            f"tokenizer.ggml.model {excerpt(kind)} is not supported (gpt2, llama and gemma4 "
-            "are); give --tokenizer with a model directory or hub id"
-        )
-    build = _byte_level_bpe if kind == "gpt2" else _sentencepiece_bpe
-    tokenizer = build(metadata, vocab, types)
-    _add_control_tokens(tokenizer, metadata, tokens, types)
-    adds_bos = kind != "gpt2" or metadata.get("pre") in ADD_BOS
+    if kind not in GGUF_BUILDS and not build:
+        rarer = extra("files.vocabularies", f"tokenizer.ggml.model {excerpt(kind)}")
+        build = cast(Build, rarer.find_build(kind))
+    tokenizer = (build or GGUF_BUILDS[kind])(metadata, vocab, types)
+    if PHI3_TOKEN in vocab and flags is None:
+        flags = extra("files.vocabularies", "Phi-3's vocabulary").phi3_flags(tokens, types)
+    _add_control_tokens(tokenizer, tokens, types, flags or {})
+    adds_bos = metadata.get("add_bos_token", kind != "gpt2" or pre_tokenizer(metadata).adds_bos)
     bos_id = metadata.get("bos_token_id", 1 if kind == "llama" else None)
-    if metadata.get("add_bos_token", adds_bos) and bos_id is not None:
+    if adds_bos and bos_id is not None:
         if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise CheckpointError(
                 f"bos_token_id is {excerpt(bos_id)}; there are {len(tokens)} tokens"
@@ -3966,63 +3957,61 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _add_control_tokens(
     tokenizer: tokenizers.Tokenizer,
-    metadata: Mapping[str, Any],
     tokens: list[str],
     types: list[int],
+    flags: Mapping[int, Mapping[str, bool]],
 ) -> None:
     """Make each control and user-defined token one unit that is matched before any merge."""
-    flags: Mapping[int, Mapping[str, bool]] = metadata.get("added_tokens", {})
-    # GGUF has no flags, and Phi-3's control tokens swallow the spaces behind them
-    is_phi3 = re.search("phi-?3", str(metadata.get("general.name", "")), re.IGNORECASE)
     for kind in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
-        special, added = kind != TOKEN_USER_DEFINED, []
-        for i, token in enumerate(tokens):
-            if types[i] == kind:
-                rstrip = bool(is_phi3 and special and token not in PHI3_KEEPS_SPACES)
-                options = {"normalized": False, "rstrip": rstrip, **flags.get(i, {})}
-                added.append(tokenizers.AddedToken(token, special=special, **options))
+        special = kind != TOKEN_USER_DEFINED
+        added = [
+            tokenizers.AddedToken(
+                token, special=special, **{"normalized": False, **flags.get(i, {})}
+            )
+            for i, token in enumerate(tokens)
+            if types[i] == kind
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 
-def _split_patterns(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Expressions that split text before BPE. Raises CheckpointError for an unknown name."""
-    if "pattern" in metadata:
-        return (metadata["pattern"],)
+def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
+    """The PreTokenizer that metadata name. Raises CheckpointError for an unknown name."""
     name = metadata.get("pre", "default")
-    if patterns := PRE_TOKENIZERS.get(name):
-        return patterns
+    if known := PRE_TOKENIZERS.get(name):
+        return known
     rarer = extra("files.pre_tokenizers", f"the pre-tokenizer {excerpt(name)}").PRE_TOKENIZERS
     if name not in rarer:
         raise CheckpointError(
             f"tokenizer.ggml.pre {excerpt(name)} is not known; give --tokenizer with a model "
             "directory or hub id"
         )
-    return cast("tuple[str, ...]", rarer[name])
+    return cast(PreTokenizer, rarer[name])
 
 
-def _byte_level_bpe(
+def _gguf_bpe(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
+    return byte_level_bpe(vocab, file_merges(metadata, vocab), pre_tokenizer(metadata))
+
+
+def byte_level_bpe(
+    vocab: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer
+) -> tokenizers.Tokenizer:
     """BPE over bytes, each written as a character of `byte_alphabet`."""
-    name, merges = metadata.get("pre"), _file_merges(metadata, vocab)
-    scores = None if merges else metadata.get("scores")  # tiktoken's ranks
-    if scores:
-        merges = _scored_merges(scores, vocab, types)
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab, merges, ignore_merges=bool(scores) or name in IGNORE_MERGES)
-    )
+    bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=pre.ignore_merges)
+    tokenizer = tokenizers.Tokenizer(bpe)
     split = tokenizers.pre_tokenizers
-    patterns = map(tokenizers.Regex, _split_patterns(metadata))
-    words = [split.Split(pattern, "isolated") for pattern in patterns]
+    words = [split.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns]
     byte_level = split.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = split.Sequence([*words, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    if name in NFC:
+    if pre.is_nfc:
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     return tokenizer
 
 
-def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges that metadata list, without those of pieces that the vocabulary lacks."""
     merges = []
     for line in metadata.get("merges") or []:
         space = line.find(" ", 1)  # a piece may itself begin with a space
@@ -4032,7 +4021,7 @@ def _file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[
     return merges
 
 
-def _scored_merges(
+def scored_merges(
     scores: list[float], vocab: Mapping[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
     """Merges of a vocabulary that has scores instead: each way to split a piece into two pieces.
@@ -4055,34 +4044,35 @@ def _scored_merges(
     return [merge[4:] for merge in merges]
 
 
-def _sentencepiece_bpe(
+def _gguf_sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
+    merges = scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types)
+    return sentencepiece_bpe(vocab, types, merges, metadata.get("add_space_prefix", True))
+
+
+def sentencepiece_bpe(
+    vocab: dict[str, int], types: list[int], merges: list[tuple[str, str]], has_prefix: bool
+) -> tokenizers.Tokenizer:
     """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks
-    (https://github.com/google/sentencepiece)."""
-    is_gemma4 = metadata["model"] == "gemma4"
-    scores = metadata.get("scores") or [0.0] * len(vocab)
-    merges = _file_merges(metadata, vocab) if is_gemma4 else _scored_merges(scores, vocab, types)
+    (https://github.com/google/sentencepiece). `has_prefix`: a text begins with a space."""
     unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    has_prefix = metadata.get("add_space_prefix", not is_gemma4)
-    # the legacy code puts the prefix behind each control token, too
-    is_legacy = has_prefix and metadata.get("legacy") is not False
-    split, normalizers = tokenizers.pre_tokenizers, tokenizers.normalizers
-    prefix = [normalizers.Prepend("▁")] if is_legacy else []
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    if is_gemma4:
-        tokenizer.pre_tokenizer = split.Split(tokenizers.Regex("\n+"), "isolated")
-    elif has_prefix and not is_legacy:
-        tokenizer.pre_tokenizer = split.Metaspace(prepend_scheme="first", split=False)
-    decoders = tokenizers.decoders
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer
+
+
+# tokenizer.ggml.model -> its builder; the extra files.vocabularies has the rarer ones
+GGUF_BUILDS: Mapping[Any, Build] = {"gpt2": _gguf_bpe, "llama": _gguf_sentencepiece}
+PHI3_TOKEN = "<|placeholder1|>"  # only Phi-3's vocabulary has it
 
 
 @contextlib.contextmanager
@@ -4122,14 +4112,14 @@ class Tokenizer:
                 f"{text.source}: holds no tokenizer ({', '.join(VOCABULARIES)}); give "
                 "--tokenizer with a model directory or hub id that does"
             )
+        self._tokenizer: tokenizers.Tokenizer
         with errors_about(file or text.source), library_errors("cannot be built"):
             if file and (vocabulary := vocabulary_extra(file)):
-                text = vocabulary.read_vocabulary(text)
-            self._tokenizer = (
-                gguf_tokenizer(text.gguf)
-                if text.gguf
-                else tokenizers.Tokenizer.from_file(str(file))
-            )
+                text, self._tokenizer = vocabulary.read_vocabulary(text)
+            elif text.gguf:
+                self._tokenizer = gguf_tokenizer(text.gguf)
+            else:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._lock = threading.Lock()
@@ -4362,17 +4352,11 @@ class ChatTemplate:
     ) -> str:
         """As `render`, with tools and calls written into messages where the template cannot.
 
-        Without extras, only calls of earlier turns are rendered, by templates that can write them.
-        Raises TemplateError and ExtraError."""
+        Raises TemplateError, and ExtraError for a conversation with tools."""
         messages = list(messages)
         if tools or any(map(is_about_calls, messages)):
-            try:
-                tool_calls = extra("answers.tools", "a conversation with tools")
-            except ExtraError:
-                if tools or "tool_calls" not in (self.source or ""):
-                    raise
-            else:
-                messages, tools = tool_calls.fit_to_template(self, messages, tools)
+            tool_calls = extra("answers.tools", "a conversation with tools")
+            messages, tools = tool_calls.fit_to_template(self, messages, tools)
         return self.render(messages, tools, **template_kwargs)
 
     def render(
@@ -4426,32 +4410,43 @@ def up_to_cut(text: str) -> str:
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: text parts joined, no null values, "system" for
-    "developer", objects as arguments of calls, thoughts under both names in use."""
+    "developer", thoughts under both names in use."""
     if not isinstance(message, Mapping):
         raise TemplateError(f"a message is {excerpt(message)}; it must be an object", "messages")
     clean = {key: value for key, value in message.items() if value is not None}
     if isinstance(parts := clean.get("content"), list):
-        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-        if other := [part for part, text in zip(parts, texts) if not isinstance(text, str)]:
-            raise TemplateError(f"content holds {excerpt(other[0])}; only text is read", "messages")
-        clean["content"] = "".join(map(str, texts))
+        clean["content"] = joined_text(parts, "content")
     if clean.get("role") == "developer":
         clean["role"] = "system"
     for name in ("reasoning_content", "thinking", "reasoning"):
         if name in clean:
             clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
             break
-    return with_arguments(clean, parsed_object)
+    return clean
+
+
+def joined_text(content: Any, where: str) -> str:
+    """The text of a message's content: a string, or a list of text parts. Raises RequestError,
+    which names the part."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} is {excerpt(content)}; it must be a string or array", where)
+    for i, part in enumerate(content):
+        at, kind = f"{where}[{i}]", part.get("type") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(f"{at} is of type {excerpt(kind)}; only text is supported", at)
+    return "".join(part["text"] for part in content)
 
 
 def message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The messages in each form that some template needs, the usual one first."""
-    yield messages
     if any(map(is_about_calls, messages)):
-        with contextlib.suppress(ExtraError):
-            shapes = extra("answers.tools", "a conversation with calls").call_shapes(messages)
-            yield from shapes
-            messages = shapes[0]
+        shapes = extra("answers.tools", "a conversation with calls").call_shapes(messages)
+        yield from shapes
+        messages = shapes[1]
+    else:
+        yield messages
     if not all("content" in message for message in messages):
         yield [{"content": "", **message} for message in messages]  # Qwen3
     yield in_turns(messages)  # Mistral
@@ -4469,29 +4464,6 @@ def in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             turns.append(message)
     return turns
-
-
-def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls converted."""
-
-    def converted(call: Any) -> Any:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or "arguments" not in function:
-            return call
-        return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
-
-    calls = message.get("tool_calls")
-    return (
-        {**message, "tool_calls": [*map(converted, calls)]} if isinstance(calls, list) else message
-    )
-
-
-def parsed_object(value: Any) -> Any:
-    """The object that a text of JSON holds; any other value as it is."""
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
-            return parsed
-    return value
 
 
 def encode_chat(
@@ -6041,14 +6013,9 @@ def _message(message: Any, where: str) -> Json:
     if message.get("tool_calls") not in (None, []):
         tools = extra("answers.tools", "a message with tool calls")
         tools.check_calls(message["tool_calls"], f"{where}.tool_calls")
-    if isinstance(content, str) or (content is None and role == "assistant"):
+    if content is None and role == "assistant":
         return dict(message)
-    check_type(f"{where}.content", content, "string or array")
-    for i, part in enumerate(content):
-        at, kind = f"{where}.content[{i}]", part.get("type") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
-            refuse(f"{at} is of type {excerpt(kind)}; only text is supported", at)
-    return {**message, "content": "".join(part["text"] for part in content)}
+    return {**message, "content": joined_text(content, f"{where}.content")}
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -7387,9 +7354,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
     add("--model MODEL", text, action="append", dest="models", default=[])
     add("--revision REV", "branch, tag or commit of a hub model")
-    sources = tuple(dict.fromkeys(NANOCHAT_FOLDERS.values()))
-    text = f"kind of {NANOCHAT}'s models: {', '.join(sources)} (default: sft)"
-    add("--source -i NAME", text, choices=sources)
+    text = "kind of nanochat's models: sft, rl, mid, base (default: sft)"
+    add("--source -i NAME", text, choices=("sft", "rl", "mid", "base"))
     add("--model-tag -g TAG", "the model with this tag, as in d20 (default: the largest)")
     add("--step -s N", "the model after N steps (default: the last)", int)
     add("--tokenizer MODEL", "take tokenizer and chat template from another model")
@@ -7460,7 +7426,7 @@ class Settings:
         choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
         if choice == [None, None, None]:
             return str(reference)
-        reference = NANOCHAT if origin == "built-in" else reference
+        reference = "nanochat" if origin == "built-in" else reference
         return str(extra("files.nanochat_store", "--source").choose_model(reference, *choice))
 
     def value(self, name: str) -> tuple[Any, str]:

@@ -236,7 +236,7 @@ def test_every_form_of_a_reference_is_understood() -> None:
     for row in table("References"):
         for reference in codes(row[1]):
             local = reference.startswith((".", "/", "~"))
-            known = (*nanollama.ALIASES, nanollama.NANOCHAT)
+            known = (*nanollama.ALIASES, "nanochat")
             assert local or reference in known or nanollama.parse_hub_ref(reference)
 
 

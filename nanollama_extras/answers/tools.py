@@ -21,7 +21,7 @@ import json
 import re
 import secrets
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,9 +35,7 @@ from nanollama import (
     clean_message,
     excerpt,
     held_back,
-    parsed_object,
     refuse,
-    with_arguments,
 )
 
 if TYPE_CHECKING:
@@ -253,13 +251,38 @@ def call_as_content(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str
 
 
 def call_shapes(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Messages with calls in each form that some template needs; the first has only short ids."""
-    messages = [short_ids(message) for message in messages]  # Mistral
-    as_text = [with_arguments(message, json_text) for message in messages]  # Functionary
+    """Messages with calls in each form that some template needs: arguments as objects, the usual
+    form, then with short ids, which all others have, too."""
+    messages = [with_arguments(message, parsed_object) for message in messages]
+    short = [short_ids(message) for message in messages]  # Mistral
+    as_text = [with_arguments(message, json_text) for message in short]  # Functionary
     without_content = [  # DeepSeek
-        [{"content": None, **message} for message in shape] for shape in (messages, as_text)
+        [{"content": None, **message} for message in shape] for shape in (short, as_text)
     ]
-    return [messages, as_text, *without_content]
+    return [messages, short, as_text, *without_content]
+
+
+def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls converted."""
+
+    def converted(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or "arguments" not in function:
+            return call
+        return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
+
+    calls = message.get("tool_calls")
+    return (
+        {**message, "tool_calls": [*map(converted, calls)]} if isinstance(calls, list) else message
+    )
+
+
+def parsed_object(value: Any) -> Any:
+    """The object that a text of JSON holds; any other value as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
+            return parsed
+    return value
 
 
 def tool_shapes(tools: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

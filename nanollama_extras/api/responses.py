@@ -28,6 +28,7 @@ from nanollama import (
     as_json,
     check_type,
     excerpt,
+    joined_text,
     parse_chat,
     read_fields,
     refuse,
@@ -143,19 +144,16 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
 
 
 def _item_text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    check_type(f"{where}.content", content, "string or array")
-    texts: list[str] = []
-    for part in content:
-        part = part if isinstance(part, dict) else {"type": part}
-        kind = part.get("type")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        known = kind in ("input_text", "output_text", "refusal", "text")
-        if not (known and isinstance(text, str)):
-            refuse(f"{where} has a part of type {excerpt(kind)}; only text is supported", where)
-        texts.append(text)
-    return "".join(texts)
+    """The text of an item; its parts are those of a chat under other names."""
+
+    def chat_part(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind == "refusal":
+            return {"type": "text", "text": part.get("refusal")}
+        return {**part, "type": "text"} if kind in ("input_text", "output_text") else part
+
+    parts = [*map(chat_part, content)] if isinstance(content, list) else content
+    return joined_text(parts, f"{where}.content")
 
 
 def under_type(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Models in nanochat's own directory: the choice of a checkpoint by source, tag and step.
 
-Seam: names of models. The core calls `find_model` for the name "nanochat" and for a directory with
-one of NANOCHAT_FOLDERS in it, and `choose_model` for --source, --model-tag and --step.
+Seam: FINDERS. The core calls `find_model` for the name "nanochat" and for a directory with one of
+nanochat's folders in it, and `choose_model` for --source, --model-tag and --step.
 To remove it: delete this file and its test, and the lines of the core that name it.
 Source: https://github.com/karpathy/nanochat (nanochat/checkpoint_manager.py)
 """
@@ -14,49 +14,45 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanollama import (
-    NANOCHAT,
-    NANOCHAT_FOLDERS,
-    ModelNotFoundError,
-    UsageError,
-    local_path,
-    nanochat_store,
-)
+from nanollama import ModelNotFoundError, UsageError, local_path
+
+FOLDERS = {  # folder -> its source; a later one replaces an earlier one
+    "base_checkpoints": "base",
+    "mid_checkpoints": "mid",
+    "rl_checkpoints": "rl",
+    "chatrl_checkpoints": "rl",
+    "sft_checkpoints": "sft",
+    "chatsft_checkpoints": "sft",
+}
 
 
-def find_model(
-    reference: str, source: str | None = None, tag: str | None = None, step: int | None = None
-) -> Path:
+def find_model(reference: str, root: Path) -> Path:
+    """The model in nanochat's directory that runs unless another one is chosen."""
+    return choose_model(reference, None, None, None)
+
+
+def choose_model(reference: str, source: str | None, tag: str | None, step: int | None) -> Path:
     """The model_NNNNNN.pt in a directory of nanochat, or in NANOCHAT_BASE_DIR (~/.cache/nanochat)
     where `reference` is not a path.
 
     By default: the source sft, the deepest model named dNN, else the model written last, and its
-    last step. Raises ModelNotFoundError, listing the choices."""
+    last step. Raises ModelNotFoundError, listing the choices, and UsageError for a reference to
+    other models."""
     default = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
     base = local_path(reference)
-    if not base or not any((base / name).is_dir() for name in NANOCHAT_FOLDERS):
+    if not base or not any((base / name).is_dir() for name in FOLDERS):
+        if reference != "nanochat":
+            raise UsageError(
+                "--source, --model-tag and --step choose one of nanochat's models; "
+                f"{reference} is neither nanochat nor a directory of its models"
+            )
         base = Path(default).expanduser()
-    sources = {
-        name: folder
-        for place, name in reversed(NANOCHAT_FOLDERS.items())
-        if (folder := base / place).is_dir()
-    }
+    sources = {name: base / place for place, name in FOLDERS.items() if (base / place).is_dir()}
     folder = choose(base, "checkpoints of source", sources, source or "sft", max)
     tags = {path.name: path for path in folder.iterdir() if path.is_dir()}
     model = choose(folder, "model tag", tags, tag, deepest_or_latest)
     files = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in model.iterdir())
     return choose(model, "step", {int(m[1]): path for path, m in files if m}, step, max)
-
-
-def choose_model(reference: str, source: str | None, tag: str | None, step: int | None) -> Path:
-    """The file that --source, --model-tag and --step choose. Raises UsageError for a reference to
-    other models."""
-    if nanochat_store(reference) is None:
-        raise UsageError(
-            f"--source, --model-tag and --step choose one of nanochat's models; {reference} is "
-            f"neither {NANOCHAT} nor a directory of its models"
-        )
-    return find_model(reference, source, tag, step)
 
 
 def choose(

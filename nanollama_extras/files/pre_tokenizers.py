@@ -6,7 +6,7 @@ Source: https://github.com/ggml-org/llama.cpp (llama-vocab.cpp). Characters that
 normalise are written as escapes.
 """
 
-from nanollama import _CONTRACTIONS, _GPT2, _SPACES, _SYMBOLS, _WORDS
+from nanollama import _CONTRACTIONS, _GPT2, _LLAMA3, _QWEN2, _SPACES, _SYMBOLS, _WORDS, PreTokenizer
 
 # A word in lower case but for its beginning, a word in upper case but for its end
 _LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -14,6 +14,12 @@ _UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}
 _PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _ROWS: dict[str, tuple[str, ...]] = {
+    "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
+    "chatglm-bpe glm4 glm5": (_LLAMA3,),
+    "kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": (_QWEN2,),
+    "phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert mpt olmo jais "
+    "trillion granite-docling exaone4": (_GPT2,),
+    "starcoder refact command-r codeshell exaone minerva-7b mellum2": (r"\p{N}", _GPT2),
     "qwen35": (
         "|".join(
             (
@@ -72,4 +78,13 @@ _ROWS: dict[str, tuple[str, ...]] = {
         r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
     ),
 }
-PRE_TOKENIZERS = {name: patterns for names, patterns in _ROWS.items() for name in names.split()}
+# Pre-tokenizers of vocabularies that put BOS before a text unless the file says otherwise; that
+# take a whole word of the vocabulary without merging; that normalise text to NFC
+_ADDS_BOS = "falcon-h1 falcon3 jina-v5-nano lfm2 llama-v3 llama3 midm-2.0 pixtral tekken".split()
+_IGNORE_MERGES = [*_ADDS_BOS, "glm4", "glm5", "minicpm5"]
+_NFC = ["qwen35", "command-r"]
+PRE_TOKENIZERS = {
+    name: PreTokenizer(patterns, name in _ADDS_BOS, name in _IGNORE_MERGES, name in _NFC)
+    for names, patterns in _ROWS.items()
+    for name in names.split()
+}

@@ -1,7 +1,7 @@
 """The model `tiny-random`, for tests: a Llama of random weights with a byte-level tokenizer.
 
-Adds       `find_tiny_random`, which makes the same files on every machine.
-Seam       `ModelStore` writes the model into its directory the first time that it is asked for.
+Adds       `find_model`, which makes the same files on every machine.
+Seam       FINDERS: the name "tiny-random".
 Remove     delete this file; `--model tiny-random` then says that it needs it.
 """
 
@@ -34,8 +34,9 @@ TINY_CONFIG = {
 TINY_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")  # after the 256 bytes
 
 
-def find_tiny_random(directory: Path) -> Path:
-    """The directory, in which the model is written the first time."""
+def find_model(reference: str, root: Path) -> Path:
+    """The directory in `root` in which the model is written the first time."""
+    directory = root / reference / nanollama.__version__
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:

@@ -1,9 +1,11 @@
 """Vocabularies in other files than tokenizer.json and GGUF: Mistral's tekken.json, tiktoken's ranks
-(Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat.
+(Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat; and what
+Gemma 4's and Phi-3's vocabularies in GGUF need beyond Llama's.
 
 Seam: Vocabulary. The rows of `nanollama.VOCABULARIES` that name this module; the core then calls
 `read_vocabulary`, and `mistral_template` for a tekken.json. Each reader puts a file into the terms
-of GGUF metadata, from which `nanollama.gguf_tokenizer` builds the tokenizer.
+of GGUF metadata, from which `nanollama.gguf_tokenizer` builds the tokenizer. For a GGUF file the
+core calls `find_build`, and `phi3_flags` where the vocabulary is Phi-3's.
 To remove it: delete this file, its rows in VOCABULARIES, and its tests.
 """
 
@@ -18,10 +20,15 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 import nanollama
-from nanollama import CheckpointError, TextFiles, excerpt
+from nanollama import CheckpointError, PreTokenizer, TextFiles, excerpt
+
+if TYPE_CHECKING:
+    from nanollama import Build
 
 # The library reads SentencePiece's own format; it is imported when a tokenizer.model is opened.
 sentencepiece_model: Any = nanollama.LazyModule(
@@ -29,8 +36,9 @@ sentencepiece_model: Any = nanollama.LazyModule(
 )
 
 
-def read_vocabulary(text: TextFiles) -> TextFiles:
-    """`text` with the vocabulary of its tokenizer file as GGUF metadata.
+def read_vocabulary(text: TextFiles) -> tuple[TextFiles, Tokenizer]:
+    """The tokenizer of a file, and `text` with what the file says about templates and special
+    tokens.
 
     tokenizer_config.json and added_tokens.json beside the file are read, too. Raises
     CheckpointError, and PackageError where a SentencePiece model lacks its library."""
@@ -40,21 +48,22 @@ def read_vocabulary(text: TextFiles) -> TextFiles:
     is_tiktoken = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", raw)
     readers = {".json": read_tekken, ".pkl": read_nanochat}
     read = readers.get(path.suffix, read_tiktoken if is_tiktoken else read_sentencepiece)
-    metadata = read(raw)
-    name_added_tokens(metadata, path.parent)
+    metadata, build = read(raw)
+    flags = name_added_tokens(metadata, path.parent)
+    tokenizer = nanollama.gguf_tokenizer(metadata, build, flags)
     described = nanollama._gguf_text(metadata, text.source)
-    return dataclasses.replace(
+    text = dataclasses.replace(
         text,
-        gguf=metadata,
         templates={**described.templates, **text.templates},
         special_tokens={**described.special_tokens, **text.special_tokens},
         eos_ids=described.eos_ids | text.eos_ids,
     )
+    return text, tokenizer
 
 
-def name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
-    """Add the tokens of tokenizer_config.json and added_tokens.json to the vocabulary, and put
-    their flags under `added_tokens`. Raises CheckpointError for an id far beyond the vocabulary."""
+def name_added_tokens(metadata: dict[str, Any], directory: Path) -> dict[int, Any]:
+    """Add the tokens of tokenizer_config.json and added_tokens.json to the vocabulary -> their
+    flags by id. Raises CheckpointError for an id far beyond the vocabulary."""
     settings = nanollama.read_json(directory / "tokenizer_config.json", required=False)
     ids_by_token = nanollama.read_json(directory / "added_tokens.json", required=False)
     added: dict[int, Any] = {i: {"content": token} for token, i in ids_by_token.items()}
@@ -70,13 +79,59 @@ def name_added_tokens(metadata: dict[str, Any], directory: Path) -> None:
         is_special = token.get("special")
         tokens[i] = token["content"]
         types[i] = nanollama.TOKEN_CONTROL if is_special else nanollama.TOKEN_USER_DEFINED
-    flags = ("lstrip", "rstrip", "single_word", "normalized")
-    metadata["added_tokens"] = {
-        i: {flag: token[flag] for flag in flags if flag in token} for i, token in added.items()
-    }
     metadata["legacy"] = settings.get("legacy")
     if isinstance(add_bos := settings.get("add_bos_token"), bool):
         metadata["add_bos_token"] = add_bos
+    names = ("lstrip", "rstrip", "single_word", "normalized")
+    return {i: {name: token[name] for name in names if name in token} for i, token in added.items()}
+
+
+# ---- rarer vocabularies in GGUF files ------------------------------------------------------------
+
+
+def find_build(kind: Any) -> Build:
+    """The builder for a tokenizer.ggml.model that the core lacks. Raises CheckpointError."""
+    if kind != "gemma4":
+        raise CheckpointError(
+            f"tokenizer.ggml.model {excerpt(kind)} is not supported (gpt2, llama and gemma4 "
+            "are); give --tokenizer with a model directory or hub id"
+        )
+    return build_gemma4
+
+
+def build_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    """SentencePiece's pieces with merges in a list; newlines stay apart from other text."""
+    merges = nanollama.file_merges(metadata, vocab)
+    has_prefix = metadata.get("add_space_prefix", False)
+    tokenizer = nanollama.sentencepiece_bpe(vocab, types, merges, has_prefix)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
+    return tokenizer
+
+
+# Phi-3's control tokens that leave the spaces behind them in the text (llama-vocab.cpp)
+PHI3_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+
+
+def phi3_flags(tokens: list[str], types: list[int]) -> dict[int, dict[str, bool]]:
+    """Flags that GGUF lacks: Phi-3's control tokens swallow the spaces behind them."""
+    control = (nanollama.TOKEN_CONTROL, nanollama.TOKEN_UNKNOWN)
+    swallow = {
+        i for i, kind in enumerate(types) if kind in control and tokens[i] not in PHI3_KEEPS_SPACES
+    }
+    return {i: {"rstrip": True} for i in swallow}
+
+
+# ---- pieces by rank ------------------------------------------------------------------------------
+
+
+def ranked_build(pre: PreTokenizer) -> Build:
+    """The builder of a byte-level BPE whose pieces merge in the order of their ranks."""
+
+    def build(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
+        merges = nanollama.scored_merges(metadata["scores"], vocab, types)
+        return nanollama.byte_level_bpe(vocab, merges, pre._replace(ignore_merges=True))
+
+    return build
 
 
 def ranked_metadata(
@@ -96,6 +151,7 @@ def ranked_metadata(
         "token_type": control * len(before) + normal * len(pieces) + control * len(behind),
         "scores": [-i for i in range(len(tokens))],
         "bos_token_id": tokens.index(bos) if bos else None,
+        "add_bos_token": bos is not None,
         "eos_token_id": tokens.index(eos),
     }
 
@@ -139,7 +195,7 @@ def mistral_template(tekken: Path) -> str:
     return f"{{% set old = {old} %}}{MISTRAL_TEMPLATE}"
 
 
-def read_tekken(raw: bytes) -> dict[str, Any]:
+def read_tekken(raw: bytes) -> tuple[dict[str, Any], Build]:
     """A tekken.json: control tokens first, then pieces by rank, and the expression that splits
     text."""
     vocabulary = json.loads(raw)
@@ -158,7 +214,7 @@ def read_tekken(raw: bytes) -> dict[str, Any]:
         for entry in entries[: num_tokens - num_control]
     }
     metadata = ranked_metadata(ranks, control, [], "<s>", "</s>")
-    return metadata | {"pattern": config["pattern"], "add_bos_token": True}
+    return metadata, ranked_build(PreTokenizer((config["pattern"],)))
 
 
 # ---- tiktoken's ranks ----------------------------------------------------------------------------
@@ -178,7 +234,7 @@ TIKTOKEN = {
 }
 
 
-def read_tiktoken(raw: bytes) -> dict[str, Any]:
+def read_tiktoken(raw: bytes) -> tuple[dict[str, Any], Build]:
     """Lines of a piece in base64 and its rank. Raises CheckpointError for an unknown number of
     ranks (https://github.com/openai/tiktoken, load.py)."""
     lines = map(bytes.split, raw.splitlines())
@@ -189,14 +245,15 @@ def read_tiktoken(raw: bytes) -> dict[str, Any]:
             f"a tiktoken file of {len(ranks)} tokens is not known (those of {known} are); give "
             "--tokenizer with a model directory or hub id"
         )
-    pre_tokenizer, control, bos, eos = TIKTOKEN[len(ranks)]
-    return ranked_metadata(ranks, [], control, bos, eos) | {"pre": pre_tokenizer}
+    pre, control, bos, eos = TIKTOKEN[len(ranks)]
+    build = ranked_build(nanollama.PRE_TOKENIZERS[pre])
+    return ranked_metadata(ranks, [], control, bos, eos), build
 
 
 # ---- SentencePiece models ------------------------------------------------------------------------
 
 
-def read_sentencepiece(raw: bytes) -> dict[str, Any]:
+def read_sentencepiece(raw: bytes) -> tuple[dict[str, Any], Build]:
     """A SentencePiece model of the kind BPE that leaves text as it is. Raises CheckpointError for
     any other (https://github.com/google/sentencepiece, src/sentencepiece_model.proto)."""
     model = sentencepiece_model.ModelProto.FromString(raw)
@@ -212,7 +269,7 @@ def read_sentencepiece(raw: bytes) -> dict[str, Any]:
             "is not supported"
         )
     ids = {"bos": trained.bos_id, "eos": trained.eos_id, "unknown": trained.unk_id}
-    return {
+    metadata = {
         "model": "llama",
         "tokens": [piece.piece for piece in model.pieces],
         "token_type": [piece.type for piece in model.pieces],  # numbered as GGUF's
@@ -220,6 +277,19 @@ def read_sentencepiece(raw: bytes) -> dict[str, Any]:
         "add_space_prefix": normalized.add_dummy_prefix,
         **{f"{name}_token_id": i if i >= 0 else None for name, i in ids.items()},
     }
+    return metadata, build_sentencepiece
+
+
+def build_sentencepiece(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
+) -> Tokenizer:
+    """As the core for GGUF, except that the legacy code alone puts a space behind control tokens,
+    too (https://huggingface.co/docs/transformers/model_doc/llama, `legacy`)."""
+    tokenizer = nanollama.GGUF_BUILDS["llama"](metadata, vocab, types)
+    if metadata["add_space_prefix"] and metadata["legacy"] is False:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
 
 
 # ---- nanochat's tokenizer.pkl --------------------------------------------------------------------
@@ -240,19 +310,18 @@ NANOCHAT_TEMPLATE = (
 )
 
 
-def read_nanochat(raw: bytes) -> dict[str, Any]:
+def read_nanochat(raw: bytes) -> tuple[dict[str, Any], Build]:
     """A pickled tiktoken.Encoding, as nanochat saves it: pieces by rank, then control tokens."""
     encoding = read_encoding(raw)
     ranks, control = encoding["mergeable_ranks"], encoding["special_tokens"]
     names = sorted(control, key=control.__getitem__)
     if [control[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
         raise CheckpointError("the control tokens do not follow the other tokens")
-    return ranked_metadata(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>") | {
-        "pattern": encoding["pat_str"],
-        "add_bos_token": True,
+    metadata = ranked_metadata(ranks, [], names, NANOCHAT_BOS, "<|assistant_end|>") | {
         "eot_token_id": control[NANOCHAT_BOS],  # the beginning of another text ends an answer, too
         "tokenizer.chat_template": NANOCHAT_TEMPLATE,
     }
+    return metadata, ranked_build(PreTokenizer((encoding["pat_str"],)))
 
 
 def read_encoding(raw: bytes) -> dict[str, Any]:

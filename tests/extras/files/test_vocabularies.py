@@ -104,7 +104,7 @@ def test_tiktoken_files_give_the_ids_of_tiktoken_and_hugging_face(
     pre, named, bos, _ = vocabularies.TIKTOKEN[len(ranks)]
     reference = tiktoken.Encoding(
         name,
-        pat_str=nanollama.PRE_TOKENIZERS[pre][0],
+        pat_str=nanollama.PRE_TOKENIZERS[pre].patterns[0],
         mergeable_ranks=ranks,
         special_tokens={token: len(ranks) + i for i, token in enumerate(named)},
     )
