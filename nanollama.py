@@ -356,6 +356,13 @@ def extra_object(place: str, feature: str) -> Any:
     return getattr(extra(module, feature), name)
 
 
+def preferred(path: str, name: str, plain: Item) -> Item:
+    """The class `name` of the extra `path`; where that is missing, the core's plain one."""
+    with contextlib.suppress(ExtraError):
+        return cast("Item", getattr(extra(path, name), name))
+    return plain
+
+
 def human_bytes(num_bytes: float) -> str:
     """1536 -> '1.5 KB', in decimal units, as vendors of disks count."""
     for unit in ("B", "KB", "MB", "GB"):
@@ -5782,18 +5789,6 @@ class WireError(NanollamaError):
         self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
-def parse_duration(value: Any, name: str = "keep_alive") -> float:
-    """Seconds of a number or of 5m, 1h30m, 500ms, 30s; infinity for a negative duration. Raises
-    RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
-    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-    text = str(value).strip() if not isinstance(value, bool) else ""
-    terms = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
-    if not terms or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, terms)):
-        refuse(f"{name} is {excerpt(value)}; give 30s, 5m, 1h, 0 or -1", name)
-    seconds = sum(float(number) * units[unit or "s"] for number, unit in terms)
-    return math.inf if text.startswith("-") else seconds
-
-
 def error_body(error: NanollamaError) -> Json:
     """The error object of OpenAI's API."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
@@ -6035,28 +6030,6 @@ def usage_body(usages: list[Usage], per_prompt: int) -> Json:
     }
 
 
-def timings_body(usages: list[Usage]) -> Json:
-    """`timings` as llama.cpp names them, summed over all choices."""
-    total = Counter[str]()
-    for usage in usages:
-        total.update(dataclasses.asdict(usage))
-    cached, prompt_s, decode_s = total["cached_tokens"], total["prefill_s"], total["decode_s"]
-    num_prompt, num_drafted = total["prompt_tokens"] - cached, total["drafted_tokens"]
-    # the first token comes with the prompt: decoding starts after it
-    num_decoded = sum(max(u.completion_tokens - 1, 0) for u in usages)
-    drafts = {"draft_n": num_drafted, "draft_n_accepted": total["accepted_tokens"]}
-    return {
-        "prompt_n": num_prompt,
-        "cache_n": cached,
-        "prompt_ms": prompt_s * 1e3,
-        "prompt_per_second": num_prompt / prompt_s if prompt_s else 0.0,
-        "predicted_n": num_decoded,
-        "predicted_ms": decode_s * 1e3,
-        "predicted_per_second": num_decoded / decode_s if decode_s else 0.0,
-        **(drafts if num_drafted else {}),
-    }
-
-
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """The text of a single token, as logprobs show it."""
     raw = tokenizer.token_bytes(token_id)
@@ -6267,17 +6240,25 @@ class ChoicesReply(Reply):
         self.num_left -= bool(delta.finish_reason)
         events = [self._event([chunk]) for chunk in chunks]
         if not self.num_left:
-            events[-1]["timings"] = self._closing()["timings"]
+            events[-1] |= self._timings()
         return events
 
     def end(self) -> list[Json]:
         return [self._event([], **self._closing())] if self.wire.include_usage else []
 
     def _closing(self) -> Json:
-        """`usage` and `timings` of the finished answer."""
-        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        """The fields at the end of the finished answer."""
         per_prompt = len(self.choices) // self.wire.num_prompts
-        return {"usage": usage_body(usages, per_prompt), "timings": timings_body(usages)}
+        return {"usage": usage_body(self._usages(), per_prompt), **self._timings()}
+
+    def _usages(self) -> list[Usage]:
+        return [choice.usage for choice in self.choices if choice.usage is not None]
+
+    def _timings(self) -> Json:
+        with contextlib.suppress(ExtraError):
+            timings_body = extra("api.timings", "timings").timings_body
+            return {"timings": timings_body(self._usages())}
+        return {}
 
     def result(self) -> Json:
         body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
@@ -6291,16 +6272,16 @@ class ChoicesReply(Reply):
 #
 #   In          HTTP requests
 #   Out         JSON, server-sent events
-#   Idea        each replica of a model has a thread of its own, which steps its engine; the event
-#               loop parses and writes. Functions go in, deltas come out:
+#   Idea        the model has a thread of its own, which steps its engine; the event loop parses and
+#               writes. Functions go in, deltas come out:
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
-#               A model is loaded when a request names it (`Models`), and stays. An extra,
-#               api.shelf, unloads it after an idle time or when another model needs its memory.
+#               `Models` serves one model. An extra, api.shelf, serves several, which come and go,
+#               and replicas on several GPUs.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
 #               Every error becomes an error object (`client_error`). A request reaches the models
-#               of the `Catalog` and no other file.
+#               of `Models.source` and no other file.
 #   Extend      a route is a row of a class's `routes`; another API is a module of extras with a
 #               class `API`, and a row of DIALECTS.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -6370,11 +6351,10 @@ class ServerConfig:
     max_queue: int = option(
         64, "--max-queue N: sequences that may wait; more get a 429", (0, math.inf)
     )
-    keep_alive_s: float | None = option(
+    keep_alive: str | None = option(
         None,
         "--keep-alive TIME: how long an idle model stays in memory: 5m, 30s, 0, -1 for ever "
         "(default: 5m; for ever where one model is named)",
-        kind=parse_duration,
     )
     timeout_s: float | None = option(
         None, "--timeout SECONDS: longest time for a request", (1e-3, math.inf), kind=float
@@ -6395,29 +6375,15 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelSource:
-    """A model that can be served. Each loader makes one replica, in the thread that will own it.
+    """A model that can be served; `load` makes it, in the thread that will own it.
 
     sampling: default SamplingParams fields. opening: messages before those of a request without a
-    system message. need_bytes: downloads the files that are missing and estimates the memory.
-    locate: the path of the files; None where they are not on this machine."""
+    system message."""
 
     name: str
-    loaders: tuple[Callable[[], LLM], ...]
+    load: Callable[[], LLM]
     sampling: Fields = field(default_factory=dict)
     opening: tuple[Json, ...] = ()
-    need_bytes: Callable[[], int] = int
-    locate: Callable[[], Path | None] = lambda: None
-    modelfile: Modelfile = field(default_factory=Modelfile)
-
-
-@dataclass(frozen=True, slots=True)
-class Catalog:
-    """The models that may be served: those named at the start or, without any, each model that
-    `names` lists (the last used first) and `find` returns."""
-
-    named: Mapping[str, ModelSource]
-    find: Callable[[str], ModelSource | None] = lambda name: None
-    names: Callable[[], list[str]] = list
 
 
 @dataclass(eq=False)
@@ -6488,8 +6454,8 @@ def cannot_run(error: BaseException) -> NanollamaError:
 
 
 class EngineWorker(threading.Thread):
-    """A replica of a model, and the thread that owns it: every function that touches the engine
-    goes through `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
+    """A model and the thread that owns it: every function that touches the engine goes through
+    `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
     loaded; `on_failure` gets the error that ends the thread later."""
 
     def __init__(
@@ -6578,39 +6544,26 @@ class EngineWorker(threading.Thread):
 
 @dataclass(eq=False)
 class Pool:
-    """A model that is loaded or being loaded: its replicas. The least busy one takes a request, or
-    the one that saw the same beginning, with the prefix in its cache, if it is about as free."""
-
-    MAX_REMEMBERED = 1024
+    """A model in memory, or on its way there, with its worker."""
 
     source: ModelSource
     max_queue: int
-    on_use: Callable[[Pool], None]
     on_failure: Callable[[BaseException], None]
-    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a prompt's beginning
-    loading: asyncio.Task[None] | None = None
-    num_waiting: int = 0  # requests that wait for the model
-    used_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        loaders = enumerate(self.source.loaders)
-        self.workers = [EngineWorker(i, load, self.on_failure) for i, load in loaders]
+        self.workers = [EngineWorker(i, load, self.on_failure) for i, load in enumerate(self.loads)]
+
+    @property
+    def loads(self) -> tuple[Callable[[], LLM], ...]:
+        """A loader for each worker."""
+        return (self.source.load,)
 
     @property
     def ready(self) -> bool:
         return all(worker.llm is not None for worker in self.workers)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the model in memory while the block waits for something."""
-        self.num_waiting += 1
-        try:
-            yield
-        finally:
-            self.num_waiting -= 1
-
     def llm(self) -> LLM:
-        """A replica to read from."""
+        """The model, to read from."""
         llm = self.workers[0].llm
         assert llm is not None
         return llm
@@ -6625,13 +6578,15 @@ class Pool:
         return self.llm().fingerprint()
 
     async def load(self) -> None:
-        """Start the replicas. Raises the first error of one that cannot run."""
+        """Start the workers. Raises the first error of one that cannot run."""
+        started_s = time.perf_counter()
         for worker in self.workers:
             worker.start()
         try:
             await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
         except Exception as error:
             raise cannot_run(error) from None
+        log.info(f"{self.source.name}: loaded in {time.perf_counter() - started_s:.1f} s")
 
     async def stop(self) -> None:
         """End the threads, and wait for them; a step that still runs may take SHUTDOWN_S."""
@@ -6641,30 +6596,26 @@ class Pool:
             if worker.llm is not None:  # Python must not end while a thread is inside a step
                 await asyncio.to_thread(worker.join, SHUTDOWN_S)
 
-    def pick(self, request: GenerationRequest, num_sequences: int) -> EngineWorker:
-        """The worker for a request. Raises WireError 429 when the queue is full."""
-        beginning = request.messages[0].get("content") if request.messages else request.prompt
-        key = hash(str((beginning or "")[:512]))
-        least = min(self.workers, key=lambda worker: worker.num_sequences)
-        known = self.seen.pop(key, least)
-        worker = known if known.num_sequences <= least.num_sequences + 1 else least
-        self.seen[key] = worker
-        while len(self.seen) > self.MAX_REMEMBERED:
-            del self.seen[next(iter(self.seen))]
-        limit = self.llm().engine.num_slots + self.max_queue
-        if worker.num_sequences and worker.num_sequences + num_sequences > limit:
-            message = f"the queue of {self.max_queue} is full; try again soon"
-            raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
-        return worker
+    def pick(self, request: GenerationRequest) -> EngineWorker:
+        """The worker for a request."""
+        return self.workers[0]
+
+    def note_use(self) -> None:
+        """Called when a job ends."""
 
     async def start(
         self, requests: tuple[GenerationRequest, ...], names: Mapping[str, str] | None = None
     ) -> Job:
-        """Start the requests of one body together. Raises RequestError, or WireError 429.
+        """Start the requests of one body together. Raises RequestError, or WireError 429 when the
+        queue is full.
 
         names: the body's names of the fields that an error may be about."""
-        worker = self.pick(requests[0], len(requests))
-        job = Job(worker, requests, lambda: self.on_use(self))
+        worker = self.pick(requests[0])
+        limit = self.llm().engine.num_slots + self.max_queue
+        if worker.num_sequences and worker.num_sequences + len(requests) > limit:
+            message = f"the queue of {self.max_queue} is full; try again soon"
+            raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
+        job = Job(worker, requests, self.note_use)
         try:
             await worker.submit(job)
         except BaseException as error:
@@ -6677,29 +6628,30 @@ class Pool:
 
 @dataclass(eq=False)
 class Models:
-    """The models in memory, by name. A request for another model waits until it is loaded, which
-    happens once for all requests; from then on it stays. All methods run in the event loop.
+    """The model that a server runs, from its start to its end. All methods run in the event loop.
 
-    free_bytes: the memory for more models. on_failure gets an error that must end the server."""
+    named: the models that the command line names; a subclass in api.shelf takes any number.
+    on_failure gets an error that must end the server. pools: the models in memory, by name."""
 
-    catalog: Catalog
-    config: ServerConfig
-    free_bytes: Callable[[], float]
-    on_failure: Callable[[BaseException], None]
-    pools: dict[str, Pool] = field(default_factory=dict)
+    named: Mapping[str, ModelSource]
+    config: ServerConfig = field(default_factory=lambda: ServerConfig())
+    on_failure: Callable[[BaseException], None] = lambda error: None
     is_closing: Callable[[], bool] = lambda: False
+    is_loading: bool = True  # until the server takes requests
+    pools: dict[str, Pool] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        # a single model is loaded at the start; the server is not ready before
-        self.starting = next(iter(self.catalog.named)) if len(self.catalog.named) == 1 else None
+    @property
+    def plan(self) -> str:
+        """The models, for the log."""
+        return f"loading {', '.join(self.named)}"
 
     @property
     def ready(self) -> bool:
-        return not self.is_closing() and self.starting is None
+        return not (self.is_closing() or self.is_loading)
 
     @property
     def workers(self) -> list[EngineWorker]:
-        """The replicas of every model in memory."""
+        """The workers of every model in memory."""
         return [w for pool in self.pools.values() if pool.ready for w in pool.workers]
 
     def check_ready(self) -> None:
@@ -6710,81 +6662,49 @@ class Models:
             raise WireError(503, code, message, {"retry-after": "1"})
 
     async def names(self) -> list[str]:
-        """The models that may be served; those in memory first, the last used before others."""
-        known = list(self.catalog.named) or await asyncio.to_thread(self.catalog.names)
-        recent = sorted(self.pools.values(), key=lambda pool: -pool.used_s)
-        return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
+        """The models that a request may name; the first one answers a request that names none."""
+        return list(self.named)
+
+    async def find(self, name: str) -> ModelSource | None:
+        """A model by its exact name."""
+        return self.named.get(name)
 
     async def source(self, name: str | None) -> ModelSource:
         """The model that a request names. Raises WireError 404 for one that is not served."""
-        named, find, text = self.catalog.named, self.catalog.find, name or ""
-        for wanted in (text, text.removesuffix(":latest")):
-            if wanted in named:
-                return named[wanted]
-            if wanted in self.pools:
-                return self.pools[wanted].source
-            if wanted and not named and (found := await asyncio.to_thread(find, wanted)):
+        text = name or ""
+        for wanted in (text, text.removesuffix(":latest")):  # Ollama's clients add :latest
+            if wanted and (found := await self.find(wanted)):
                 return found
         names = await self.names()
         if names and (name is None or self.config.any_model):
             return await self.source(names[0])
-        known = ", ".join(named or names) or "none yet; POST /api/pull"
+        known = ", ".join(self.named or names) or "none yet; POST /api/pull"
         problem = "no model is named" if name is None else f"model {name!r} is not served here"
         raise WireError(404, "model_not_found", f"{problem}; there is: {known}")
 
     async def pool(self, name: str | None) -> Pool:
         """The model that a request names, loaded. The caller starts a job before it awaits
-        anything, or the model may be gone. Raises WireError 404 or 503, or the error of a model
-        that cannot be loaded."""
+        anything, or the model may be gone. Raises WireError 404 or 503."""
         self.check_ready()
-        source = await self.source(name)
-        pool = self.pools.get(source.name) or self.open(source)
-        assert pool.loading is not None
-        with pool.held():
-            await asyncio.shield(pool.loading)
-        self.note_use(pool)
-        return pool
+        return self.pools[(await self.source(name)).name]
 
-    def open(self, source: ModelSource) -> Pool:
-        """Begin to load a model."""
-        pool = Pool(source, self.config.max_queue, self.note_use, self.on_failure)
-        self.pools[source.name] = pool
-        pool.loading = asyncio.create_task(self.load(pool))
-        pool.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return pool
-
-    async def load(self, pool: Pool) -> None:
-        """Load a model. Raises the error of one that cannot run."""
+    async def start(self) -> None:
+        """Load the model. An error ends the server."""
+        (source,) = self.named.values()
+        pool = self.pools[source.name] = Pool(source, self.config.max_queue, self.on_failure)
         try:
-            await self.make_room(pool)
-            started_s = time.perf_counter()
             await pool.load()
-            seconds = time.perf_counter() - started_s
-            log.info(f"{pool.source.name}: loaded in {seconds:.1f} s")
-            self.starting = None
+            self.is_loading = False
         except Exception as error:
-            await pool.stop()
-            if self.starting:
-                self.on_failure(error)
-            else:
-                log.error(f"{pool.source.name}: {first_line(error)}")
-                del self.pools[pool.source.name]
-            raise
-
-    async def make_room(self, pool: Pool) -> None:
-        """Called before a model is loaded."""
-
-    def note_use(self, pool: Pool) -> None:
-        """Called when a request has found its model, and when it ends."""
-        pool.used_s = time.monotonic()
+            self.on_failure(error)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
-        """Begin to load the first model. At the end, end every thread, except those that still
+        """Listen while the model is loaded. At the end, end every thread, except those that still
         load: they end with the process."""
-        if self.starting:
-            self.open(self.catalog.named[self.starting])
+        starting = asyncio.create_task(self.start())
         yield
+        starting.cancel()
         await asyncio.gather(*(pool.stop() for pool in self.pools.values()))
 
 
@@ -6796,13 +6716,6 @@ class Observer:
 
     def count_usage(self, usage: Usage) -> None:
         """Called after each sequence."""
-
-
-def preferred(path: str, name: str, plain: type[Item]) -> type[Item]:
-    """The class `name` of an extra; where that is missing, the core's plain one."""
-    with contextlib.suppress(ExtraError):
-        return cast("type[Item]", getattr(extra(path, name), name))
-    return plain
 
 
 def client_error(error: BaseException) -> NanollamaError:
@@ -7174,22 +7087,10 @@ def dialect_router(*shared: Any) -> ASGIApp:
 
 
 def create_app(
-    catalog: Catalog,
-    config: ServerConfig | None = None,
-    on_failure: Callable[[BaseException], None] = lambda error: None,
-    free_bytes: Callable[[], float] = lambda: math.inf,
-    middleware: Iterable[starlette.middleware.Middleware] = (),
+    models: Models, middleware: Iterable[starlette.middleware.Middleware] = ()
 ) -> starlette.applications.Starlette:
-    """The ASGI application. A single named model is loaded at once and stays.
-
-    on_failure: called in any thread with an error that must end the server, such as that its only
-    model cannot be loaded. free_bytes: the memory for more models. middleware: layers between the
-    gate and the routes."""
-    config = config or ServerConfig()
-    models_class = preferred("api.shelf", "Shelf", Models)
-    if models_class is Models and config.keep_alive_s is not None:
-        extra("api.shelf", "--keep-alive")
-    models = models_class(catalog, config, free_bytes, on_failure)
+    """The ASGI application. middleware: layers between the gate and the routes."""
+    config = models.config
     shared = models, config, preferred("api.metrics", "Metrics", Observer)()
     app = OpenAI(*shared)
 
@@ -7212,7 +7113,6 @@ def create_app(
         middleware=[origins, gate, *middleware],
     )
     application.router.default = dialect_router(*shared)
-    application.state.models = models
     return application
 
 
@@ -7233,41 +7133,33 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(
-    catalog: Catalog,
-    config: ServerConfig,
-    free_bytes: Callable[[], float] = lambda: math.inf,
-    middleware: Iterable[starlette.middleware.Middleware] = (),
-) -> None:
-    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. For the
-    arguments see `create_app`. Raises the error that ended the server, or UsageError for an
-    address that cannot be bound."""
+def serve(models: Models, middleware: Iterable[starlette.middleware.Middleware] = ()) -> None:
+    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. Raises the
+    error that ended the server, or UsageError for an address that cannot be bound."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
+    config, models.on_failure = models.config, failed
     listener = listen(config.host, config.port)
-    app = create_app(catalog, config, failed, free_bytes, middleware)
+    app = create_app(models, middleware)
     settings = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
     )
     server = uvicorn.Server(settings)
-    app.state.models.is_closing = lambda: server.should_exit  # open connections may send more
+    models.is_closing = lambda: server.should_exit  # open connections may send more
     # uvicorn restores these handlers and raises the signal again: the exit code stays 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of lost connections
     host = f"[{config.host}]" if ":" in config.host else config.host
-    models = ", ".join(catalog.named) or "the models on this machine"
-    loading = f"loading {models}" if len(catalog.named) == 1 else f"{models}, on demand"
-    log.info(f"http://{host}:{listener.getsockname()[1]}  ({loading})")
+    log.info(f"http://{host}:{listener.getsockname()[1]}  ({models.plan})")
     server.run(sockets=[listener])
     if failures:
         raise cannot_run(failures[0])
-    pools = app.state.models.pools.values()
-    if any(worker.is_alive() for pool in pools for worker in pool.workers):
+    if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
         os._exit(0)  # a thread is inside torch: Python's own exit would abort
 
 
@@ -7896,53 +7788,32 @@ def memory_needed(
     return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
-def model_source(settings: Settings, name: str, path: Path | None = None) -> ModelSource:
-    """The server's source of a model: its name, or a path."""
+def model_source(settings: Settings, name: str) -> ModelSource:
+    """The server's source of a model, under a name."""
     sampling = settings.sampling({}).items()
     chosen = {key: value for key, (value, origin) in sampling if origin != "built-in"}
-    args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
-    settings = dataclasses.replace(settings, args=args)  # the flag goes before a Modelfile's FROM
-    num_gpus = args.num_gpus or 1
-    devices = [f"cuda:{i}" if num_gpus > 1 else args.device for i in range(num_gpus)]
-
-    def need_bytes() -> int:
-        files = ModelStore().resolve(settings.model, args.revision)
-        mark_used(files)
-        return sum(memory_needed(open_checkpoint(files), settings, SLOT_TOKENS))
-
-    return ModelSource(
-        name,
-        tuple(functools.partial(settings.load, device) for device in devices),
-        chosen,
-        tuple(settings.messages()),
-        need_bytes,
-        lambda: path or ModelStore().find(settings.model, args.revision),
-        settings.modelfile,
-    )
+    return ModelSource(name, settings.load, chosen, tuple(settings.messages()))
 
 
-def serve_catalog(settings: Settings) -> Catalog:
-    """The models of --model or the Modelfile; without either, all models on this machine."""
-    args, store = settings.args, ModelStore()
+def served_models(settings: Settings, config: ServerConfig) -> Models:
+    """The model of --model or the Modelfile. With api.shelf, several or all on this machine."""
+    args = settings.args
+    is_one = len(set(args.models)) == 1 or (args.modelfile and not args.models) or args.script
+    for feature, is_wanted in (
+        ("--serve without one --model", not is_one),
+        ("--keep-alive", config.keep_alive is not None),
+        ("--num-gpus", config.num_gpus > 1),
+    ):
+        if is_wanted:
+            extra("api.shelf", feature)
+    shelf = preferred("api.shelf", "Shelf", Models)
     if args.script:
         source = extra("testing", "--script").script_source(args.script)
-        return Catalog({source.name: source})
-    if args.modelfile and not args.models:
-        return Catalog({settings.model: model_source(settings, settings.model)})
-    if args.models:
-        names = list(dict.fromkeys(args.models))
-        return Catalog({name: model_source(use_model(settings, name), name) for name in names})
-
-    def find(name: str) -> ModelSource | None:
-        modelfile = store.modelfile(name) or Modelfile()
-        path = store.find_cached(modelfile.model or name)
-        its_settings = dataclasses.replace(settings, modelfile=modelfile)
-        return model_source(its_settings, name, path) if path else None
-
-    def list_names() -> list[str]:
-        return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
-
-    return Catalog({}, find, list_names)
+    elif shelf is not Models:
+        return cast("Models", extra("api.shelf", "--serve").open_shelf(settings, config))
+    else:
+        source = model_source(settings, (args.models or [settings.model])[0])
+    return shelf({source.name: source}, config)
 
 
 def run_serve(settings: Settings) -> int:
@@ -7955,17 +7826,10 @@ def run_serve(settings: Settings) -> int:
         "api_keys": tuple(key.strip() for key in keys if key.strip()),
     }
     config = ServerConfig(**{**given_flags(args, ServerConfig), **own})
-    if config.num_gpus > 1 and config.num_gpus > (num_there := torch.cuda.device_count()):
-        raise UsageError(f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs")
     if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning(f"warning: other machines can reach {config.host}; no --api-key is set")
     middleware = extra("testing", "a server for tests").middleware() if is_test else []
-    serve(
-        serve_catalog(settings),
-        config,
-        lambda: available_memory(pick_device(settings.args.device)),
-        middleware,
-    )
+    serve(served_models(settings, config), middleware)
     return 0
 
 

@@ -33,13 +33,13 @@ from starlette.middleware import Middleware
 
 from nanollama import (
     LLM,
-    Catalog,
     ChatTemplate,
     Delta,
     Engine,
     EngineStats,
     GenerationRequest,
     Json,
+    Models,
     ModelSource,
     NanollamaError,
     Prepared,
@@ -59,6 +59,7 @@ from nanollama import (
     library,
     listen,
     parse_json,
+    preferred,
     read_fields,
     refuse,
 )
@@ -368,7 +369,7 @@ def is_unscripted(record: logging.LogRecord) -> bool:
 def script_source(path: Path) -> ModelSource:
     """The model that `--script FILE` serves. Raises UsageError."""
     script = read_script(path)
-    return ModelSource("script", (lambda: ScriptLLM(script),))
+    return ModelSource("script", lambda: ScriptLLM(script))
 
 
 class TestServer:
@@ -387,9 +388,10 @@ class TestServer:
         self.script = Script(list(answers) or ["Hello!"])
         self.requests: deque[Json] = deque(maxlen=MAX_RECORDED_REQUESTS)
         self._llm: ScriptLLM | None = None
-        source = ModelSource("test-model", (self._load,))
-        catalog, config = Catalog({source.name: source}), ServerConfig(any_model=True)
-        self._app = create_app(catalog, config, middleware=middleware(self.requests))
+        named = {"test-model": ModelSource("test-model", self._load)}
+        shelf = preferred("api.shelf", "Shelf", Models)
+        self._models = shelf(named, ServerConfig(any_model=True))
+        self._app = create_app(self._models, middleware(self.requests))
 
     def _load(self) -> LLM:
         self._llm = ScriptLLM(self.script)
@@ -411,8 +413,7 @@ class TestServer:
         run = functools.partial(self._server.run, sockets=[listener])
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
-        models = self._app.state.models
-        while not (self._server.started and models.ready) and self._thread.is_alive():
+        while not (self._server.started and self._models.ready) and self._thread.is_alive():
             time.sleep(0.001)
         return self
 

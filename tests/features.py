@@ -138,6 +138,19 @@ def run_test_server(llm: LLM) -> None:
         assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
 
 
+def serve_all_models(llm: LLM) -> None:
+    """What --serve without --model serves."""
+    parser = nanollama.build_parser()
+    settings = nanollama.read_settings(parser.parse_args(["--serve"]), parser)
+    assert not nanollama.served_models(settings, nanollama.ServerConfig()).named
+
+
+def show_timings(llm: LLM) -> None:
+    with serving(lambda: llm) as live:
+        if "timings" not in live.text(max_tokens=1).json():
+            raise NanollamaError("needs nanollama_extras.api.timings, which is not installed")
+
+
 def run_tools(llm: LLM) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write('def f() -> str:\n    """Nothing."""\n    return ""\n')
@@ -184,6 +197,8 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a streamed text": (set(), request("POST", "/v1/completions", {**TEXT, "stream": True})),
     "models": (set(), request("GET", "/v1/models")),
     "health": (set(), request("GET", "/health")),
+    "several models": ({"api.shelf"}, serve_all_models),
+    "timings": ({"api.timings"}, show_timings),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
     "eval": (
         {"commands.eval", "answers.scores"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
 import socket
 import threading
 import time
@@ -64,19 +64,20 @@ def serving(
     sampling: Any = None,
     shutdown_s: int = 10,
     model_id: str = "model",
-    catalog: nanollama.Catalog | None = None,
-    free_bytes: Callable[[], float] = lambda: math.inf,
+    models: nanollama.Models | None = None,
     **config: Any,
 ) -> Iterator[Live]:
-    """A server with one replica for each loader, or with a catalog, until the block ends."""
+    """A server with one replica for each loader, or with other models, until the block ends."""
     failures: list[BaseException] = []
-    source = nanollama.ModelSource(model_id, loaders, sampling or {})
-    app = nanollama.create_app(
-        catalog or nanollama.Catalog({model_id: source}),
-        nanollama.ServerConfig(**config),
-        failures.append,
-        free_bytes,
-    )
+    if models is None:
+        source = nanollama.ModelSource(model_id, loaders[0], sampling or {})
+        if len(loaders) > 1:
+            shelf = nanollama.extra("api.shelf", "replicas")
+            source = dataclasses.replace(shelf.as_served(source), replicas=loaders)
+        shelf = nanollama.preferred("api.shelf", "Shelf", nanollama.Models)
+        models = shelf({model_id: source}, nanollama.ServerConfig(**config))
+    models.on_failure = failures.append
+    app = nanollama.create_app(models)
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
@@ -89,7 +90,6 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    models = app.state.models
     with httpx.Client(base_url=url, timeout=60) as http:
         try:
             wait_until(lambda: server.started, "start-up")

@@ -287,6 +287,12 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
     "answers.toolbox": (f"{ON_MODEL} --chat --tools features.py",),
+    "api.shelf": (
+        "--serve",
+        "--serve --model a --model b",
+        "--serve --model a --keep-alive 5m",
+        "--serve --model a --num-gpus 2",
+    ),
     "commands.bench": ("bench --model smollm2",),
     "commands.embed": (f"{ON_MODEL} --embed",),
     "commands.json_lines": ("--model smollm2 --batch-file nanollama.py --output -",),

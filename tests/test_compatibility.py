@@ -17,6 +17,7 @@ import nanollama
 from nanollama_extras.answers.guides import GUIDES
 from nanollama_extras.api import ollama as ollama_api
 from nanollama_extras.api import ollama_models
+from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -35,11 +36,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 def live(tiny: Callable[..., Path]) -> Iterator[Live]:
     model = tiny(max_position_embeddings=1024)
     sources = {
-        name: nanollama.ModelSource(name, (lambda: nanollama.LLM(model, parallel=4),))
-        for name in ("one", "two")
+        name: ServedModel(name, lambda: nanollama.LLM(model, parallel=4)) for name in ("one", "two")
     }
-    catalog = nanollama.Catalog({}, sources.get, lambda: list(sources))
-    with serving(catalog=catalog) as live:
+    with serving(models=Shelf({}, library=Library(sources.get, lambda: list(sources)))) as live:
         yield live
 
 

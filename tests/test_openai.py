@@ -23,6 +23,7 @@ from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama import Delta, RequestError, SamplingParams, parse_chat, parse_text
+from nanollama_extras.api.timings import timings_body
 
 pytestmark = pytest.mark.xdist_group("openai")  # one server serves all of these tests
 
@@ -478,7 +479,7 @@ def test_usage_counts_a_prompt_once_and_sums_the_rest() -> None:
     body = nanollama.usage_body(usages, per_prompt=2)
     assert (body["prompt_tokens"], body["completion_tokens"], body["total_tokens"]) == (6, 8, 14)
     assert body["prompt_tokens_details"]["cached_tokens"] == 0 + 2
-    timings = nanollama.timings_body(usages)
+    timings = timings_body(usages)
     assert timings["cache_n"] == 0 + 1 + 2 + 3
     assert timings["prompt_ms"] == 4 * 500
     assert timings["predicted_per_second"] == 4

@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Live, serving, wait_until
 
 import nanollama
+from nanollama_extras.api.shelf import Shelf
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -654,7 +655,7 @@ def test_small_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)
     monkeypatch.setattr(uvicorn.Server, "run", run)
-    nanollama.serve(nanollama.Catalog({}), nanollama.ServerConfig(port=0))
+    nanollama.serve(Shelf({}, nanollama.ServerConfig(port=0)))
     assert options
     assert all(options)
 
@@ -664,9 +665,10 @@ def test_any_other_reason_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> No
         raise MemoryError("no room\nat all")
 
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)  # those of the tests stay
-    catalog = nanollama.Catalog({"it": nanollama.ModelSource("it", (load,))})
+    config = nanollama.ServerConfig(port=0)
+    models = nanollama.Models({"it": nanollama.ModelSource("it", load)}, config)
     with pytest.raises(nanollama.NanollamaError, match=r"cannot be run: MemoryError: no room$"):
-        nanollama.serve(catalog, nanollama.ServerConfig(port=0))
+        nanollama.serve(models)
 
 
 @pytest.fixture
@@ -686,16 +688,16 @@ def test_flags_become_the_server_config(
         "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5"
     )
     assert nanollama.main(["--serve", "--model", str(tiny()), *flags.split()]) == 0
-    catalog, config, _, middleware = served[0]
-    assert config == nanollama.ServerConfig(
+    models, middleware = served[0]
+    assert models.config == nanollama.ServerConfig(
         host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
         cors_origins=("https://x",), timeout_s=2.5, any_model=True, strict=True, log_prompts=True,
         reasoning_name="reasoning",
     )  # fmt: skip
-    (source,) = catalog.named.values()
+    (source,) = models.named.values()
     assert source.name == str(tiny())
     assert source.sampling == {"temperature": 0.5}
-    assert len(source.loaders) == 1
+    assert not source.replicas
     assert not middleware
     assert "warning" not in capsys.readouterr().err
 
@@ -703,9 +705,9 @@ def test_flags_become_the_server_config(
 def test_keys_from_the_environment(served: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOLLAMA_API_KEY", "a, b,")
     assert nanollama.main(["--serve"]) == 0
-    assert served[0][1].api_keys == ("a", "b")
+    assert served[0][0].config.api_keys == ("a", "b")
     assert nanollama.main(["--serve", "--api-key", "c"]) == 0
-    assert served[1][1].api_keys == ("c",)
+    assert served[1][0].config.api_keys == ("c",)
 
 
 @pytest.mark.parametrize(

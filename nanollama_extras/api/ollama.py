@@ -1,7 +1,7 @@
 """Ollama's API: POST /api/chat, /api/generate, /api/embed and /api/embeddings.
 
-A body is translated to OpenAI's chat; the pieces of the answer become Ollama's lines. The
-routes about models are in api.ollama_models; vectors come from api.embeddings.
+A body is translated to OpenAI's chat; the pieces of the answer become Ollama's lines. The routes
+about models are in api.ollama_models; vectors come from api.embeddings, and models from api.shelf.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
 Remove     delete this file, api/ollama_models.py and the row.
@@ -30,18 +30,19 @@ from nanollama import (
     extra,
     ignored_header,
     parse_chat,
-    parse_duration,
     read_fields,
     refuse,
     table,
 )
 from nanollama_extras.api.ollama_models import NDJSON, ModelHandlers, ollama_name, timestamp
+from nanollama_extras.api.shelf import parse_duration
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from nanollama import LLM, AnswerSplitter, Delta, Fields, Json, Pool, Sequence, WireRequest
+    from nanollama import LLM, AnswerSplitter, Delta, Fields, Json, Sequence, WireRequest
+    from nanollama_extras.api.shelf import ShelfPool
 
 OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
 
@@ -265,7 +266,7 @@ class API(ModelHandlers):
         """The module of OpenAI's embeddings. Raises ExtraError."""
         return extra("api.embeddings", "an embedding")
 
-    async def ollama_pool(self, given: Fields) -> tuple[Pool, Clock]:
+    async def ollama_pool(self, given: Fields) -> tuple[ShelfPool, Clock]:
         """The model that a body names, loaded, with the idle time of the body."""
         started = time.perf_counter()
         keep = given.get("keep_alive")
@@ -308,7 +309,7 @@ class API(ModelHandlers):
         if keep is not None and parse_duration(keep) == 0:
             self.models.check_ready()
             if pool := self.models.pools.get((await self.models.source(name)).name):
-                self.models.stay(pool).keep_s = 0
+                pool.keep_s = 0
                 self.models.note_use(pool)
             reason = "unload"
         else:

@@ -59,13 +59,14 @@ from nanollama import (
     text_error,
     unless_disconnected,
 )
-from nanollama_extras.api.shelf import Shelf, Stay
+from nanollama_extras.api.shelf import Shelf
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from nanollama import CachedModel, Fields, ModelSource, Pool
+    from nanollama import CachedModel, Fields
+    from nanollama_extras.api.shelf import ServedModel, ShelfPool
 
 NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", text_error)
 # Fields for features that this server lacks -> the values that are accepted
@@ -173,7 +174,7 @@ def ollama_details(path: Path, modified: float) -> Json:
     }
 
 
-def source_details(source: ModelSource) -> tuple[Json, float]:
+def source_details(source: ServedModel) -> tuple[Json, float]:
     """`ollama_details` of a model, and the time of its files' last change; empty without files."""
     path = source.locate()
     if path is None:
@@ -183,7 +184,7 @@ def source_details(source: ModelSource) -> tuple[Json, float]:
     return ollama_details(path, modified), modified
 
 
-def ollama_model(source: ModelSource) -> Json:
+def ollama_model(source: ServedModel) -> Json:
     """A row of /api/tags. The digest is the file's, where an alias or its name on the hub has it;
     otherwise a digest of name, size and time."""
     try:
@@ -205,7 +206,7 @@ def ollama_model(source: ModelSource) -> Json:
     }
 
 
-def ollama_show(source: ModelSource) -> Json:
+def ollama_show(source: ServedModel) -> Json:
     """The answer of /api/show. Raises CheckpointError."""
     found, modified = source_details(source)
     file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
@@ -289,11 +290,11 @@ def cached_models(name: str) -> list[CachedModel]:
     return store.cached(name)
 
 
-def pool_state(pool: Pool, stay: Stay) -> Json:
+def pool_state(pool: ShelfPool) -> Json:
     """The fields of /api/ps for a model in memory."""
     states = [worker.llm.engine.state() for worker in pool.workers if worker.llm]
-    num_bytes = stay.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
-    left_s = 1e9 if math.isinf(stay.keep_s) else pool.used_s + stay.keep_s - time.monotonic()
+    num_bytes = pool.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
+    left_s = 1e9 if math.isinf(pool.keep_s) else pool.used_s + pool.keep_s - time.monotonic()
     return {
         "size": num_bytes,
         "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
@@ -325,12 +326,12 @@ class ModelHandlers(Handlers):
 
     async def ollama_ps(self, request: Request) -> Response:
         """GET /api/ps: the models in memory"""
-        stays = {pool: self.models.stay(pool) for pool in self.models.pools.values() if pool.ready}
-        for pool, stay in stays.items():
-            path = None if stay.need_bytes else await asyncio.to_thread(pool.source.locate)
+        pools = [pool for pool in self.models.pools.values() if pool.ready]
+        for pool in pools:
+            path = None if pool.need_bytes else await asyncio.to_thread(pool.source.locate)
             if path:  # not for a model whose files are gone
-                stay.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
-        states = {pool.source: pool_state(pool, stays[pool]) for pool in stays if pool.ready}
+                pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
+        states = {pool.source: pool_state(pool) for pool in pools if pool.ready}
         bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in states])
         return as_json({"models": [{**b, **state} for b, state in zip(bodies, states.values())]})
 
@@ -342,7 +343,7 @@ class ModelHandlers(Handlers):
 
     def check_open(self) -> None:
         """Raise WireError 403 where the models were named at the start."""
-        if self.models.catalog.named:
+        if self.models.named:
             message = "this server serves the models it was started with"
             raise WireError(403, "fixed_models", f"{message}; start it without --model")
 

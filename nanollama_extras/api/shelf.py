@@ -1,125 +1,347 @@
-"""Models that leave memory: after an idle time (--keep-alive), or where another model needs room.
+"""Models that come and go: several, or all on this machine, loaded when a request names them, and
+unloaded after an idle time (--keep-alive) or where another one needs room; and replicas on GPUs.
 
-Seam       a subclass of `nanollama.Models`, which `nanollama.create_app` prefers.
-Remove     delete this file; models then stay in memory, --keep-alive is refused, and Ollama's API,
-           which unloads models, goes as well.
+Seam       subclasses of `nanollama.Models` and `nanollama.Pool`; `nanollama.served_models` asks for
+           `open_shelf`.
+Remove     delete this file; a server then has one model on one device, and Ollama's API, which
+           loads and unloads models, goes as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
+import dataclasses
 import math
-import weakref
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nanollama import Models, log
+from nanollama import (
+    LLM,
+    SLOT_TOKENS,
+    Modelfile,
+    Models,
+    ModelSource,
+    ModelStore,
+    Pool,
+    RequestError,
+    UsageError,
+    available_memory,
+    excerpt,
+    first_line,
+    log,
+    mark_used,
+    memory_needed,
+    model_source,
+    open_checkpoint,
+    pick_device,
+    refuse,
+    use_model,
+)
 
 if TYPE_CHECKING:
-    from nanollama import Pool
+    from nanollama import EngineWorker, GenerationRequest, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
+MAX_REMEMBERED = 1024  # beginnings of prompts whose replica is known
 
 
-@dataclass(slots=True)
-class Stay:
-    """How long an idle model stays, and the memory that it takes."""
+def parse_duration(value: Any, name: str = "keep_alive") -> float:
+    """Seconds of a number or of 5m, 1h30m, 500ms, 30s; infinity for a negative duration. Raises
+    RequestError. Spec: https://pkg.go.dev/time#ParseDuration"""
+    units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    text = str(value).strip() if not isinstance(value, bool) else ""
+    terms = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)(ms|h|m|s)?", text)
+    if not terms or len(text) > 40 or text.removeprefix("-") != "".join(map("".join, terms)):
+        refuse(f"{name} is {excerpt(value)}; give 30s, 5m, 1h, 0 or -1", name)
+    seconds = sum(float(number) * units[unit or "s"] for number, unit in terms)
+    return math.inf if text.startswith("-") else seconds
 
-    keep_s: float = math.inf
-    timer: asyncio.TimerHandle | None = None
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel(ModelSource):
+    """A model that may come and go.
+
+    need_bytes: downloads the files that are missing and estimates the memory. locate: the path of
+    the files; None where they are not on this machine. replicas: a loader for each GPU, where there
+    are several."""
+
+    need_bytes: Callable[[], int] = int
+    locate: Callable[[], Path | None] = lambda: None
+    modelfile: Modelfile = field(default_factory=Modelfile)
+    replicas: tuple[Callable[[], LLM], ...] = ()
+
+
+def as_served(source: ModelSource) -> ServedModel:
+    """A source as one that needs no memory and has no files of its own, unless it says so."""
+    if isinstance(source, ServedModel):
+        return source
+    return ServedModel(source.name, source.load, source.sampling, source.opening)
+
+
+def served_model(settings: Settings, name: str, path: Path | None = None) -> ServedModel:
+    """The server's source of a model: its name, or a path."""
+    args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
+    settings = dataclasses.replace(settings, args=args)  # the flag goes before a Modelfile's FROM
+    plain, num_gpus = model_source(settings, name), args.num_gpus or 1
+    gpus = [f"cuda:{i}" for i in range(num_gpus)] if num_gpus > 1 else []
+
+    def need_bytes() -> int:
+        files = ModelStore().resolve(settings.model, args.revision)
+        mark_used(files)
+        return sum(memory_needed(open_checkpoint(files), settings, SLOT_TOKENS))
+
+    return ServedModel(
+        name,
+        plain.load,
+        plain.sampling,
+        plain.opening,
+        need_bytes,
+        lambda: path or ModelStore().find(settings.model, args.revision),
+        settings.modelfile,
+        tuple(partial(settings.load, gpu) for gpu in gpus),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """All models on this machine: `names` lists them, the last used first; `find` returns one."""
+
+    find: Callable[[str], ServedModel | None] = lambda name: None
+    names: Callable[[], list[str]] = list
+
+
+def library_of(settings: Settings) -> Library:
+    """The models in the cache, and those that were created over the API."""
+    store = ModelStore()
+
+    def find(name: str) -> ServedModel | None:
+        modelfile = store.modelfile(name) or Modelfile()
+        path = store.find_cached(modelfile.model or name)
+        its_settings = dataclasses.replace(settings, modelfile=modelfile)
+        return served_model(its_settings, name, path) if path else None
+
+    def names() -> list[str]:
+        return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
+
+    return Library(find, names)
+
+
+def open_shelf(settings: Settings, config: ServerConfig) -> Shelf:
+    """The models of --model or the Modelfile; without either, all models on this machine. Raises
+    UsageError."""
+    args = settings.args
+    if config.num_gpus > 1:
+        import torch
+
+        if config.num_gpus > (num_there := torch.cuda.device_count()):
+            message = f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs"
+            raise UsageError(message)
+    named = {name: served_model(use_model(settings, name), name) for name in args.models}
+    if args.modelfile and not named:
+        named = {settings.model: served_model(settings, settings.model)}
+    library = Library() if named else library_of(settings)
+    device = args.device
+    return Shelf(
+        named, config, library=library, free_bytes=lambda: available_memory(pick_device(device))
+    )
+
+
+# ---- the shelf -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ShelfPool(Pool):
+    """A model on the shelf: one replica, or several on GPUs of their own. The least busy one takes
+    a request, or the one that saw the same beginning, with the prefix in its cache, if it is about
+    as free."""
+
+    source: ServedModel
+    on_use: Callable[[ShelfPool], None] = lambda pool: None
+    keep_s: float = math.inf  # how long it stays when idle
+    used_s: float = field(default_factory=time.monotonic)
+    num_waiting: int = 0  # requests that wait for the model
     need_bytes: int = 0  # of the whole model, estimated; 0 until it is known
     loading_bytes: int = 0  # the part that loading has still to take
+    timer: asyncio.TimerHandle | None = None
+    loading: asyncio.Task[None] | None = None
+    seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a prompt's beginning
 
+    @property
+    def loads(self) -> tuple[Callable[[], LLM], ...]:
+        return self.source.replicas or (self.source.load,)
 
-def is_idle(pool: Pool) -> bool:
-    """True while no request uses a model or waits for it."""
-    return not pool.num_waiting and not any(worker.num_sequences for worker in pool.workers)
+    @property
+    def is_idle(self) -> bool:
+        """True while no request uses the model or waits for it."""
+        return not self.num_waiting and not any(worker.num_sequences for worker in self.workers)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the model in memory while the block waits for something."""
+        self.num_waiting += 1
+        try:
+            yield
+        finally:
+            self.num_waiting -= 1
+
+    def note_use(self) -> None:
+        self.on_use(self)
+
+    def pick(self, request: GenerationRequest) -> EngineWorker:
+        beginning = request.messages[0].get("content") if request.messages else request.prompt
+        key = hash(str((beginning or "")[:512]))
+        least = min(self.workers, key=lambda worker: worker.num_sequences)
+        known = self.seen.pop(key, least)
+        self.seen[key] = worker = known if known.num_sequences <= least.num_sequences + 1 else least
+        while len(self.seen) > MAX_REMEMBERED:
+            del self.seen[next(iter(self.seen))]
+        return worker
 
 
 @dataclass(eq=False)
 class Shelf(Models):
-    """The models in memory, each with its stay. Where memory is short, the idle model least
-    recently used leaves first, and busy ones are awaited."""
+    """The models in memory. A request for another model waits until it is loaded, which happens
+    once for all requests. Where memory is short, the idle model least recently used leaves first,
+    and busy ones are awaited. A single named model is loaded at the start.
 
-    stays: weakref.WeakKeyDictionary[Pool, Stay] = field(default_factory=weakref.WeakKeyDictionary)
+    library: the models that may be served where none is named. free_bytes: the memory for more."""
+
+    named: Mapping[str, ServedModel]
+    pools: dict[str, ShelfPool] = field(default_factory=dict)  # type: ignore[assignment]
+    library: Library = field(default_factory=Library)
+    free_bytes: Callable[[], float] = lambda: math.inf
     room: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a model makes room
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)  # the loop holds weak references
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        default_s = math.inf if self.starting else KEEP_ALIVE_S
-        self.keep_s = default_s if self.config.keep_alive_s is None else self.config.keep_alive_s
+        self.named = {name: as_served(source) for name, source in self.named.items()}
+        self.is_loading = len(self.named) == 1
+        self.keep_s = math.inf if self.is_loading else KEEP_ALIVE_S
+        if self.config.keep_alive is not None:
+            try:
+                self.keep_s = parse_duration(self.config.keep_alive)
+            except RequestError as error:
+                raise UsageError(str(error), error.param) from None
 
-    def stay(self, pool: Pool) -> Stay:
-        """The stay of a model, which may have left already."""
-        return self.stays.setdefault(pool, Stay())
+    @property
+    def plan(self) -> str:
+        models = ", ".join(self.named) or "the models on this machine"
+        return f"loading {models}" if self.is_loading else f"{models}, on demand"
 
-    async def pool(self, name: str | None, keep_s: float | None = None) -> Pool:
-        """As Models.pool. keep_s: the idle time from now on, instead of the server's."""
-        pool = await super().pool(name)
-        self.stay(pool).keep_s = self.keep_s if keep_s is None else keep_s
+    async def names(self) -> list[str]:
+        """The models that may be served; those in memory first, the last used before others."""
+        known: Iterable[str] = self.named or await asyncio.to_thread(self.library.names)
+        recent = sorted(self.pools.values(), key=lambda pool: -pool.used_s)
+        return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
+
+    async def find(self, name: str) -> ServedModel | None:
+        if name in self.pools:
+            return self.pools[name].source
+        if self.named:
+            return self.named.get(name)
+        return await asyncio.to_thread(self.library.find, name)
+
+    async def source(self, name: str | None) -> ServedModel:
+        return as_served(await super().source(name))
+
+    async def pool(self, name: str | None, keep_s: float | None = None) -> ShelfPool:
+        """As Models.pool; raises also the error of a model that cannot be loaded. keep_s: the idle
+        time from now on, instead of the server's."""
+        self.check_ready()
+        source = await self.source(name)
+        pool = self.pools.get(source.name) or self.open(source)
+        assert pool.loading is not None
+        with pool.held():
+            await asyncio.shield(pool.loading)
+        pool.keep_s = self.keep_s if keep_s is None else keep_s
         self.note_use(pool)
         return pool
 
-    async def load(self, pool: Pool) -> None:
-        try:
-            await super().load(pool)
-        except BaseException:
-            self.stays.pop(pool, None)
-            raise
-        self.stay(pool).loading_bytes = 0
+    async def start(self) -> None:
+        """Begin to load a single named model."""
+        if self.is_loading:
+            (source,) = self.named.values()
+            self.open(source)
 
-    async def make_room(self, pool: Pool) -> None:
-        """Unload other models until the memory suffices, or none is left. The model that the server
-        starts with needs no room."""
-        if self.starting:
-            return
+    def open(self, source: ServedModel) -> ShelfPool:
+        """Begin to load a model."""
+        pool = ShelfPool(source, self.config.max_queue, self.on_failure, self.note_use)
+        self.pools[source.name] = pool
+        pool.loading = asyncio.create_task(self.load(pool))
+        pool.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return pool
+
+    async def load(self, pool: ShelfPool) -> None:
+        """Load a model. Raises the error of one that cannot run."""
+        try:
+            if not self.is_loading:
+                await self.make_room(pool)
+            await pool.load()
+            pool.loading_bytes, self.is_loading = 0, False
+        except Exception as error:
+            await pool.stop()
+            if self.is_loading:
+                self.on_failure(error)
+            else:
+                log.error(f"{pool.source.name}: {first_line(error)}")
+                del self.pools[pool.source.name]
+            raise
+
+    async def make_room(self, pool: ShelfPool) -> None:
+        """Unload other models until the memory suffices, or none is left."""
         async with self.room:
-            stay = self.stay(pool)
-            stay.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
-            while stay.need_bytes > self.unclaimed_bytes():
+            pool.need_bytes = await asyncio.to_thread(pool.source.need_bytes)
+            while pool.need_bytes > self.unclaimed_bytes():
                 others = [other for other in self.pools.values() if other.ready]
                 if not others:
                     break
-                if idle := [other for other in others if is_idle(other)]:
+                if idle := [other for other in others if other.is_idle]:
                     await self.forget(min(idle, key=lambda other: other.used_s))
                 else:
                     self.idle.clear()
                     await self.idle.wait()
-            stay.loading_bytes = stay.need_bytes
+            pool.loading_bytes = pool.need_bytes
 
     def unclaimed_bytes(self) -> float:
         """The free memory that no model is about to take."""
-        return self.free_bytes() - sum(self.stay(p).loading_bytes for p in self.pools.values())
+        return self.free_bytes() - sum(pool.loading_bytes for pool in self.pools.values())
 
-    def note_use(self, pool: Pool) -> None:
+    def note_use(self, pool: ShelfPool) -> None:
         """Start the idle time of a model that has become idle."""
-        super().note_use(pool)
-        stay = self.stay(pool)
-        if stay.timer:
-            stay.timer.cancel()
-        if is_idle(pool):
+        pool.used_s = time.monotonic()
+        if pool.timer:
+            pool.timer.cancel()
+        if pool.is_idle:
             self.idle.set()
-            if 0 <= stay.keep_s < math.inf:
+            if 0 <= pool.keep_s < math.inf:
                 loop = asyncio.get_running_loop()
-                stay.timer = loop.call_later(stay.keep_s, self.expire, pool)
+                pool.timer = loop.call_later(pool.keep_s, self.expire, pool)
 
-    def expire(self, pool: Pool) -> None:
+    def expire(self, pool: ShelfPool) -> None:
         """Unload a model whose idle time is over."""
-        if is_idle(pool) and pool.ready:
+        if pool.is_idle and pool.ready:
             self.forget(pool)
 
-    def forget(self, pool: Pool) -> asyncio.Task[None]:
+    def forget(self, pool: ShelfPool) -> asyncio.Task[None]:
         """Take a model out of service. Returns the task that ends its threads after its last
         answer."""
 
         async def retire() -> None:
-            while not is_idle(pool):
+            while not pool.is_idle:
                 self.idle.clear()
                 await self.idle.wait()
             await pool.stop()
-            self.stays.pop(pool, None)
 
         if self.pools.get(pool.source.name) is pool:
             del self.pools[pool.source.name]
@@ -134,5 +356,5 @@ class Shelf(Models):
         the old one."""
         if pool := self.pools.get(name):
             task = self.forget(pool)
-            if is_idle(pool):
+            if pool.is_idle:
                 await task

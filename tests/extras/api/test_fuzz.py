@@ -17,6 +17,7 @@ from serving import Live, serving
 import nanollama
 from nanollama_extras.api.inspect import all_routes, openapi_body
 from nanollama_extras.api.ollama import OLLAMA_OPTIONS
+from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 
 pytestmark = pytest.mark.xdist_group("fuzz")
 
@@ -50,9 +51,9 @@ def fixed(tiny: Callable[..., Path]) -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def free(place: Path, tiny: Callable[..., Path]) -> Iterator[Live]:
     """A server that may pull, create and delete."""
-    source = nanollama.ModelSource("tiny", (lambda: nanollama.LLM(tiny(), parallel=4),))
-    catalog = nanollama.Catalog({}, {"tiny": source}.get, lambda: ["tiny"])
-    with serving(catalog=catalog) as live:
+    source = ServedModel("tiny", lambda: nanollama.LLM(tiny(), parallel=4))
+    library = Library({"tiny": source}.get, lambda: ["tiny"])
+    with serving(models=Shelf({}, library=library)) as live:
         yield live
 
 

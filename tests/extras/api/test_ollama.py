@@ -59,18 +59,17 @@ def hub(place: Path, tiny: Callable[..., Path]) -> Iterator[HubServer]:
         yield hub
 
 
-def catalog(*flags: str) -> nanollama.Catalog:
+def served(*flags: str, **config: Any) -> nanollama.Models:
     parser = nanollama.build_parser()
-    return nanollama.serve_catalog(
-        nanollama.read_settings(parser.parse_args(["--serve", *flags]), parser)
-    )
+    settings = nanollama.read_settings(parser.parse_args(["--serve", *flags]), parser)
+    return nanollama.served_models(settings, nanollama.ServerConfig(**config))
 
 
 @pytest.fixture(scope="module")
 def live(hub: HubServer) -> Iterator[Live]:
     """A server without --model; org/tiny is in its cache."""
     nanollama.ModelStore().pull(TINY)
-    with serving(catalog=catalog("--kernels", "torch", "--parallel", "2")) as live:
+    with serving(models=served("--kernels", "torch", "--parallel", "2")) as live:
         yield live
 
 
@@ -613,7 +612,7 @@ def test_web_pages_from_elsewhere_cannot_pull_or_delete(live: Live) -> None:
     for origin, status in (("http://evil.example", 403), ("http://localhost:3000", 400)):
         answer = live.http.post("/api/pull", json={}, headers={"origin": origin})
         assert answer.status_code == status
-    with serving(catalog=catalog(), cors_origins=("https://mine.example",)) as other:
+    with serving(models=served(cors_origins=("https://mine.example",))) as other:
         answer = other.http.post("/api/pull", json={}, headers={"origin": "https://mine.example"})
         assert answer.status_code == 400
 

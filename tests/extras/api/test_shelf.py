@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import time
@@ -17,8 +18,9 @@ import pytest
 from serving import Live, serving, wait_until
 
 import nanollama
-from nanollama import Catalog, ModelSource, RequestError, parse_duration
-from nanollama_extras.api.shelf import KEEP_ALIVE_S
+from nanollama import RequestError
+from nanollama_extras.api import shelf as api
+from nanollama_extras.api.shelf import KEEP_ALIVE_S, ServedModel, parse_duration
 
 pytestmark = pytest.mark.xdist_group("models")
 
@@ -34,7 +36,7 @@ class Shelf:
     loads: list[str] = field(default_factory=list)
     held: dict[str, threading.Event] = field(default_factory=dict)
 
-    def source(self, name: str) -> ModelSource:
+    def source(self, name: str) -> ServedModel:
         def load() -> nanollama.LLM:
             self.loads.append(name)
             if name in self.held:
@@ -45,10 +47,11 @@ class Shelf:
                 raise MemoryError("no room\nat all")
             return nanollama.LLM(self.directory, parallel=2)
 
-        return ModelSource(name, (load,), {"seed": 1}, need_bytes=lambda: 10)
+        return ServedModel(name, load, {"seed": 1}, need_bytes=lambda: 10)
 
-    def catalog(self, *names: str) -> Catalog:
-        return Catalog({name: self.source(name) for name in names})
+    def models(self, *names: str, keep_alive: str | None = None, **fields: Any) -> api.Shelf:
+        named = {name: self.source(name) for name in names}
+        return api.Shelf(named, nanollama.ServerConfig(keep_alive=keep_alive), **fields)
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def ask(live: Live, model: str, **fields: Any) -> httpx.Response:
 
 
 def test_a_model_is_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a", "b")) as live:
+    with serving(models=shelf.models("a", "b")) as live:
         assert live.http.get("/health").json()["ready"]
         assert states(live) == {"a": "unloaded", "b": "unloaded"}
         answer = ask(live, "b")
@@ -85,7 +88,7 @@ def test_a_model_is_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
 
 def test_those_who_ask_for_one_model_wait_for_one_load(shelf: Shelf) -> None:
     shelf.held["a"] = threading.Event()
-    with serving(catalog=shelf.catalog("a", "b")) as live, ThreadPoolExecutor(4) as threads:
+    with serving(models=shelf.models("a", "b")) as live, ThreadPoolExecutor(4) as threads:
         answers = [threads.submit(ask, live, "a") for _ in range(3)]
         wait_until(lambda: shelf.loads == ["a"])
         wait_until(lambda: live.pool.num_waiting == 3)
@@ -99,7 +102,7 @@ def test_those_who_ask_for_one_model_wait_for_one_load(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize(("name", "told"), [("broken", "not a model"), ("huge", "MemoryError: no")])
 def test_a_load_that_fails_is_its_callers_error_alone(shelf: Shelf, name: str, told: str) -> None:
-    with serving(catalog=shelf.catalog("a", name)) as live:
+    with serving(models=shelf.models("a", name)) as live:
         assert ask(live, "a").status_code == 200
         for num in (1, 2):  # a later request tries again
             answer = ask(live, name)
@@ -112,7 +115,7 @@ def test_a_load_that_fails_is_its_callers_error_alone(shelf: Shelf, name: str, t
 
 
 def test_an_idle_model_leaves_after_its_time(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a"), keep_alive_s=0.1) as live:
+    with serving(models=shelf.models("a", keep_alive="100ms")) as live:
         wait_until(lambda: states(live) == {"a": "loaded"})
         ask(live, "a")
         threads = list(live.pool.workers)
@@ -124,7 +127,7 @@ def test_an_idle_model_leaves_after_its_time(shelf: Shelf) -> None:
 
 
 def test_a_model_that_answers_stays_until_it_is_done(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a", "b"), keep_alive_s=0) as live:
+    with serving(models=shelf.models("a", "b", keep_alive="0")) as live:
         with live.http.stream("POST", "/v1/completions", json={"prompt": "a", **LONG}) as response:
             lines = [line for line in response.iter_lines() if line.startswith("data: {")]
         assert len(lines) > 100
@@ -132,7 +135,7 @@ def test_a_model_that_answers_stays_until_it_is_done(shelf: Shelf) -> None:
 
 
 def test_a_model_that_left_is_gone_from_memory(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a", "b")) as live:
+    with serving(models=shelf.models("a", "b")) as live:
         ask(live, "a", structured_outputs={"regex": "[a-z]{3}"})
         llm = live.pool.llm()
         parts = [llm, llm.engine, llm.engine.decoder, llm.tokenizer, llm.grammars]
@@ -147,7 +150,7 @@ def test_a_model_that_left_is_gone_from_memory(shelf: Shelf) -> None:
 
 
 def test_who_comes_as_a_model_leaves_gets_it_loaded_again(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a", "b"), keep_alive_s=0) as live:
+    with serving(models=shelf.models("a", "b", keep_alive="0")) as live:
         for _ in range(3):
             assert ask(live, "a").status_code == 200
         with ThreadPoolExecutor(4) as threads:
@@ -157,14 +160,14 @@ def test_who_comes_as_a_model_leaves_gets_it_loaded_again(shelf: Shelf) -> None:
 
 
 def test_one_model_that_is_named_stays_for_ever(shelf: Shelf) -> None:
-    with serving(catalog=shelf.catalog("a")) as live:
+    with serving(models=shelf.models("a")) as live:
         ask(live, "a")
-        assert live.models.stay(live.pool).keep_s == float("inf")
-        assert live.models.stay(live.pool).timer is None
-    with serving(catalog=shelf.catalog("a", "b")) as live:
+        assert live.pool.keep_s == float("inf")
+        assert live.pool.timer is None
+    with serving(models=shelf.models("a", "b")) as live:
         ask(live, "a")
-        assert live.models.stay(live.pool).keep_s == KEEP_ALIVE_S
-        assert live.models.stay(live.pool).timer is not None
+        assert live.pool.keep_s == KEEP_ALIVE_S
+        assert live.pool.timer is not None
 
 
 @pytest.fixture
@@ -174,7 +177,7 @@ def narrow(shelf: Shelf) -> Iterator[Live]:
     def free_bytes() -> float:
         return 20 - 10 * len(live.models.workers)
 
-    with serving(catalog=shelf.catalog(*"abcd"), free_bytes=free_bytes) as live:
+    with serving(models=shelf.models(*"abcd", free_bytes=free_bytes)) as live:
         yield live
 
 
@@ -212,7 +215,7 @@ def test_a_busy_model_is_waited_for(narrow: Live) -> None:
 
 def test_a_server_that_closes_leaves_no_thread(shelf: Shelf) -> None:
     before = threading.active_count()
-    with serving(catalog=shelf.catalog("a", "b")) as live:
+    with serving(models=shelf.models("a", "b")) as live:
         for name in "ab":
             ask(live, name)
         workers = live.models.workers
@@ -236,14 +239,13 @@ def test_models_named_on_the_command_line_and_no_others(
     paths = [str(tiny()), str(tiny("Qwen2"))]
     flags = ["--serve", "--model", paths[0], "--model", paths[1], "--keep-alive", "90s"]
     assert nanollama.main(flags) == 0
-    catalog, config, free_bytes, _ = served[0]
-    assert list(catalog.named) == paths
-    assert config.keep_alive_s == 90
-    assert free_bytes() > 0
-    assert catalog.find("smollm2") is None
-    for path, source in catalog.named.items():
-        (load,) = source.loaders
-        assert str(load().checkpoint.path) == path
+    models, _ = served[0]
+    assert list(models.named) == paths
+    assert models.keep_s == 90
+    assert models.free_bytes() > 0
+    assert asyncio.run(models.find("smollm2")) is None
+    for path, source in models.named.items():
+        assert str(source.load().checkpoint.path) == path
         assert 100_000 < source.need_bytes() < 1_000_000
 
 
@@ -252,9 +254,9 @@ def test_without_a_model_those_in_the_cache_and_no_path(
     tiny: Callable[..., Path],
 ) -> None:  # fmt: skip
     assert nanollama.main(["--serve", "--temp", "0"]) == 0
-    catalog = served[0][0]
-    assert "smollm2" in catalog.names()
-    source = catalog.find("smollm2")
+    library = served[0][0].library
+    assert "smollm2" in library.names()
+    source = library.find("smollm2")
     assert source.sampling == {"temperature": 0.0}
     assert source.need_bytes() > smollm2.stat().st_size
     (tmp_path / "org").mkdir()
@@ -269,7 +271,7 @@ def test_without_a_model_those_in_the_cache_and_no_path(
         "\0",
         "a/b.gguf",
     ):
-        assert catalog.find(name) is None
+        assert library.find(name) is None
 
 
 def test_several_models_are_for_the_server(capsys: pytest.CaptureFixture[str]) -> None:
