@@ -2,26 +2,26 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.4",
-#     "numpy>=1.26",
-#     "safetensors>=0.4.3",
-#     "huggingface_hub>=1.0",
+#     "torch>=2.6",
+#     "numpy>=2.0",
+#     "safetensors>=0.6.1",
+#     "huggingface_hub>=1.5",
 #     "tokenizers>=0.22.1",
 #     "jinja2>=3.1.6",
 #     "llguidance>=1.9",
-#     "gguf>=0.17",
+#     "gguf>=0.18",
 #     "tqdm>=4.66",
 #     "starlette>=0.46",
 #     "uvicorn>=0.34",
 #     "prometheus_client>=0.21",
-#     "pyyaml>=6",
+#     "pyyaml>=6.0.1",
 # ]
 # ///
 """nanollama: download, run, chat with and serve language models, in one file you can read.
 
     nanollama.py --model smollm2 --chat --prompt "Why is the sky blue?"   one answer
     nanollama.py --model smollm2 --interactive                            a conversation
-    nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts at once
+    nanollama.py --model smollm2 --batch-file prompts.txt                 many prompts
     nanollama.py --model smollm2 --serve                                  a server and a web chat
     nanollama.py pull | list | show | rm                                  the models on this machine
 
