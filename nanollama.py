@@ -449,11 +449,10 @@ class Family:
     gguf_key: str = ""  # metadata that only this family of the architecture has
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
-    plus_one: bool = False  # norms multiply with 1 + weight (GGUF files have the sum)
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
-    check: Callable[[Json], None] | None = None  # corrects a config.json, or refuses it
+    check: Callable[[ConfigValues], None] | None = None  # corrects a config.json, or refuses it
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
     layout: str = ""  # "module:function" of extras that splits tensors of its own layouts
@@ -665,10 +664,11 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     with errors_about(source):
         family = find_family(raw.get("model_type"))
         # null removes the family's default: no window, as many key/value heads as heads
-        merged = {k: v for k, v in {**DEFAULTS, **family.defaults, **raw}.items() if v is not None}
+        merged = {**DEFAULTS, **family.defaults, **raw}.items()
+        values = ConfigValues({key: value for key, value in merged if value is not None})
         if family.check:
-            family.check(merged)
-        return ModelConfig(str(raw["model_type"]), **_shape(ConfigValues(merged), family))
+            family.check(values)
+        return ModelConfig(str(raw["model_type"]), **_shape(values, family))
 
 
 def _shape(values: ConfigValues, family: Family) -> Json:
@@ -682,7 +682,7 @@ def _shape(values: ConfigValues, family: Family) -> Json:
             f"{n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: the width "
             "must be even and the heads must divide evenly"
         )
-    windows = _layer_windows(values, n_layers)
+    windows = layer_windows(values)
     ropes, layer_ropes = _ropes(values, windows, head_dim)
     switches = {**_switches(values), **family.switches}
     switches["embed_scale"] *= n_embd**0.5 if switches.pop("embed_root", False) else 1
@@ -719,11 +719,8 @@ def _switches(values: ConfigValues) -> Json:
     act = values.get("hidden_activation", values.get("hidden_act", "silu"))
     check_value(str(act) in ACTIVATIONS, "hidden_act", act, " or ".join(ACTIVATIONS))
     bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
-    # x + m f(norm(x)) in units of m: a layer's output needs no factor, and norms do not see it
-    residual = values.number("residual_multiplier", 1.0)
     eps_keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     eps_key = next(filter(values.get, eps_keys), eps_keys[0])
-    width = values.number_or(None, "query_pre_attn_scalar")
     return {
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "qkv_bias": bias,
@@ -731,9 +728,9 @@ def _switches(values: ConfigValues) -> Json:
         "mlp_bias": values.any("mlp_bias", "use_bias"),
         "act": ACTIVATIONS[act],
         "packing": method if quantized else "",
-        "embed_scale": values.number("embedding_multiplier", 1.0) / residual,
-        "norm_eps": values.number(eps_key, 1e-6) / residual**2,
-        "attn_scale": values.number_or(width and width**-0.5, "attention_multiplier"),
+        "embed_scale": values.number("embedding_multiplier", 1.0),
+        "norm_eps": values.number(eps_key, 1e-6),
+        "attn_scale": values.number_or(None, "attention_multiplier"),
         "attn_softcap": values.number_or(0.0, "attn_logit_softcapping"),
         "logit_softcap": values.number_or(0.0, "final_logit_softcapping"),
         "logit_scale": values.number("logit_scale", 1.0) / values.number("logits_scaling", 1.0),
@@ -762,28 +759,18 @@ def _ropes(
     values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
 ) -> tuple[tuple[Json, ...], tuple[int | None, ...]]:
     """The RoPEs of a model, and the index of each layer's. Version 5 writes `rope_parameters`, one
-    for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`, and
-    `rope_local_base_freq` for layers with a window."""
+    for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`.
+    `no_rope_layers` has 1 for each layer with a RoPE."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}
     check_value(isinstance(written, Mapping), "rope_parameters", written, "an object")
     ropes = [written]
     if any(isinstance(written.get(kind), Mapping) for kind in LAYER_TYPES):
         ropes = [written.get(kind) or {} for kind in LAYER_TYPES]
-    elif "rope_local_base_freq" in values:
-        ropes = [written, {"rope_theta": values["rope_local_base_freq"]}]
-    interval = values.get("no_rope_layer_interval")
-    is_turned = values.get("no_rope_layers") or [
-        (i + 1) % interval if isinstance(interval, int) and interval > 0 else 1
-        for i in range(len(windows))
-    ]
-    is_valid = isinstance(is_turned, list) and len(is_turned) >= len(windows)
-    check_value(is_valid, "no_rope_layers", is_turned, f"a list of {len(windows)} numbers")
-    if values.get("rope_only_in_windows") and any(windows):
-        is_turned = windows
+    turned = values.get("no_rope_layers") or [1] * len(windows)
+    is_valid = isinstance(turned, list) and len(turned) >= len(windows)
+    check_value(is_valid, "no_rope_layers", turned, f"a list of {len(windows)} numbers")
     in_window = len(ropes) - 1  # index of the RoPE of layers with a window
-    indices = [
-        in_window * (w is not None) if turns else None for turns, w in zip(is_turned, windows)
-    ]
+    indices = [in_window * (w is not None) if turns else None for turns, w in zip(turned, windows)]
     return tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes), tuple(indices)
 
 
@@ -815,23 +802,16 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     return rope
 
 
-def _layer_windows(values: ConfigValues, n_layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` (version 5) lists the layers; before, every n-th
-    layer had none (Gemma), or the layers from the n-th on had one (Qwen2), or all (Mistral)."""
+def layer_windows(values: ConfigValues) -> tuple[int | None, ...]:
+    """Each layer's sliding window. `layer_types` lists the layers; without it, those from
+    `max_window_layers` on have the window (Qwen2), or all (Mistral)."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
         return (None,) * n_layers
-    keys = "sliding_window_pattern", "_sliding_window_pattern"
-    pattern = next((values[key] for key in keys if key in values), 0)
-    pattern = len(pattern) if isinstance(pattern, str) else pattern
-    numbers = (window, first, pattern)
-    if not all(isinstance(n, int) for n in numbers) or window < 1 or pattern < 0:
-        raise CheckpointError(
-            f"sliding_window {excerpt(window)} from layer {excerpt(first)}, except for every "
-            f"{excerpt(pattern)}th"
-        )
-    slides = [(i + 1) % pattern > 0 if pattern else i >= first for i in range(n_layers)]
-    kinds = values.get("layer_types") or [LAYER_TYPES[slide] for slide in slides]
+    if not (isinstance(window, int) and isinstance(first, int)) or window < 1:
+        raise CheckpointError(f"sliding_window {excerpt(window)} from layer {excerpt(first)}")
+    kinds = values.get("layer_types") or [LAYER_TYPES[i >= first] for i in range(n_layers)]
     is_valid = isinstance(kinds, list) and [k in LAYER_TYPES for k in kinds] == [True] * n_layers
     check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {LAYER_TYPES}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -1548,11 +1528,8 @@ def attention(
     q = q.view(n, len(keys), -1, D).permute(1, 2, 0, 3).reshape(len(keys), num_rows, D)
     q = F.pad(q, (0, 0, 0, len(bias) - num_rows))  # (Hkv, rows, D)
     if softcap or sinks is not None:
-        if sinks is not None:  # (Hkv, rows, 1)
-            sinks = sinks.view(len(keys), -1, 1).repeat_interleave(n, dim=1)
-            sinks = F.pad(sinks, (0, 0, 0, len(bias) - num_rows))
         capped = extra("models.attention", "attention with a softcap or sinks").capped_attention
-        out: Tensor = capped(q, keys, values, bias, scale or D**-0.5, softcap, sinks)
+        out: Tensor = capped(q, keys, values, bias, scale or D**-0.5, softcap, sinks, n)
     else:
         out = F.scaled_dot_product_attention(
             q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
@@ -1915,41 +1892,35 @@ def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Te
 
 @dataclass(eq=False)
 class Norm:
-    """RMSNorm, or LayerNorm (https://arxiv.org/abs/1607.06450), which subtracts the mean."""
+    """RMSNorm; another kind is a subclass in extras."""
 
     backend: Backend
     weight: Tensor
     eps: float
-    is_centred: bool = False  # LayerNorm
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # of a LayerNorm
+    is_centred: ClassVar[bool] = False  # True for a LayerNorm
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """norm(x) + residual, (.., C) all"""
         return self.backend.norm(self, x, residual)
 
+    def plain(self, x: Tensor) -> Tensor:
+        """norm(x) by torch's operations, (.., C)"""
+        return rms_norm(x, self.weight, self.eps)
+
 
 def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> Norm:
     """The family's kind of norm, with the weights called `name`."""
-    if config.norm == "weightless":
-        weight = torch.ones(width, device=weights.device, dtype=weights.dtype)
-    else:
-        weight = weights.take(f"{name}.weight", width)
-    bias = weights.take(f"{name}.bias", width) if config.norm == "layer_bias" else None
-    is_centred = config.norm in ("layer", "layer_bias")
-    return Norm(weights.backend, weight, config.norm_eps, is_centred, bias)
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gpt-oss's activation: https://github.com/openai/gpt-oss/blob/main/gpt_oss/torch/model.py"""
-    gate = gate.clamp(max=7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    if config.norm != "rms":
+        special = extra("models.layers", f"a norm of kind {config.norm}")
+        return cast("Norm", special.make_norm(config, weights, name, width))
+    return Norm(weights.backend, weights.take(f"{name}.weight", width), config.norm_eps)
 
 
 # Functions that may be applied to a projection's input; those in GATED take gate and up.
 ACTS: dict[str, Callable[..., Tensor]] = {
     "swiglu": lambda gate, up: F.silu(gate) * up,
     "geglu": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
-    "clamped_swiglu": clamped_swiglu,
     "relu2": lambda x: F.relu(x).square(),
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
 }
@@ -2089,10 +2060,7 @@ class Backend:
 
     def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
         """norm(x) + residual, (.., C) all"""
-        if norm.is_centred:
-            y = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-        else:
-            y = rms_norm(x, norm.weight, norm.eps)
+        y = norm.plain(x)
         return y if residual is None else residual + y
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2169,6 +2137,8 @@ class Rotation(NamedTuple):
 
 
 class Attention:
+    sinks: Tensor | None = None  # scores (H,) that take weight and give nothing
+
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
         C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
         self.backend = weights.backend
@@ -2177,34 +2147,21 @@ class Attention:
         rows = {f"{prefix}.{name}": num_rows for name, num_rows in rows.items()}
         self.qkv_proj = weights.linear(rows, C, config.qkv_bias)
         self.o_proj = weights.linear({f"{prefix}.o_proj": C}, H * D, config.o_bias)
-        whole = config.qk_norm == "full"
         self.q_norm, self.k_norm = (
-            make_norm(config, weights, f"{prefix}.{name}", heads * D if whole else D)
-            if config.qk_norm
-            else None
-            for name, heads in (("q_norm", H), ("k_norm", Hkv))
+            make_norm(config, weights, f"{prefix}.{name}", D) if config.qk_norm == "head" else None
+            for name in ("q_norm", "k_norm")
         )
-        self.norm_last = config.qk_norm == "after_rope"
-        self.sinks: Tensor | None = None
-        if config.sinks:
-            self.sinks = weights.take(f"{prefix}.sinks.weight", H, dtype=torch.float32)
 
     def heads(self, qkv: Tensor, rotation: Rotation) -> Heads:
-        """qkv (N, (H + 2 Hkv) D) -> q, k and v; q and k rotated to their positions, and normed if
-        the family does that"""
+        """qkv (N, (H + 2 Hkv) D) -> q, k and v"""
         q, k, v = qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, dim=1)
-        angles = rotation.cos, rotation.sin
-        if rotation.q_scale is not None:
-            q = q * rotation.q_scale.unsqueeze(2)
-        rotate = self.backend.rotate
-        if self.norm_last:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = (
-                norm(x.reshape(len(x), -1, len(norm.weight))).view(x.shape)
-                for norm, x in ((self.q_norm, q), (self.k_norm, k))
-            )
-        return (q, k, v) if self.norm_last else (rotate(q, *angles), rotate(k, *angles), v)
+        q, k = self.turned(q, self.q_norm, rotation), self.turned(k, self.k_norm, rotation)
+        return q if rotation.q_scale is None else q * rotation.q_scale.unsqueeze(2), k, v
+
+    def turned(self, x: Tensor, norm: Norm | None, rotation: Rotation) -> Tensor:
+        """Queries or keys (N, heads, D), normed if the family does that, at their positions"""
+        x = x if norm is None else norm(x)
+        return self.backend.rotate(x, rotation.cos, rotation.sin)
 
     def __call__(
         self,
@@ -2315,27 +2272,23 @@ class DecoderLayer:
     mixer: type[Attention] = Attention
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        prefix, C = f"model.layers.{index}", config.n_embd
-        self.parallel = config.parallel
+        prefix = f"model.layers.{index}"
         self.self_attn = self.mixer(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
             self.mlp = weights.backend.experts(config, weights, f"{prefix}.mlp")
         else:
             self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
-        norms = {name: make_norm(config, weights, f"{prefix}.{name}", C) for name in config.norms}
-        self.input_layernorm, self.post_attention_layernorm = map(norms.get, PRE_NORMS)
-        self.post_self_attn_layernorm, self.post_mlp_layernorm = map(norms.get, POST_NORMS)
+        self.input_layernorm, self.post_attention_layernorm = (
+            make_norm(config, weights, f"{prefix}.{name}", config.n_embd)
+            if name in config.norms
+            else None
+            for name in PRE_NORMS
+        )
 
     def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
-        norm, post = self.input_layernorm, self.post_self_attn_layernorm
-        added = self.self_attn(x, norm, rotation, cache, batch, None if post else x)
-        h = post(added, x) if post else added
-        norm, post = self.post_attention_layernorm, self.post_mlp_layernorm
-        if self.parallel:
-            return self.mlp(x, self.input_layernorm, h)
-        added = self.mlp(h, norm, None if post else h)
-        return post(added, h) if post else added  # (N, C)
+        h = self.self_attn(x, self.input_layernorm, rotation, cache, batch, residual=x)
+        return self.mlp(h, self.post_attention_layernorm, residual=h)  # (N, C)
 
 
 class Decoder:
@@ -2525,6 +2478,7 @@ GGUF_VALUES = {
     "final_logit_softcapping": "final_logit_softcapping",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -3043,8 +2997,6 @@ def _gguf_config(
     eps = "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
     values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
-    if scale := own.get("logit_scale"):
-        values["logits_scaling"] = scale
     config = {
         **values,
         **family.gguf_values,
@@ -3133,12 +3085,10 @@ def canonical_tensors(
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
     for name, tensor in named.items():
-        if order is not None and re.search(r"self_attn\.[qk]_proj", name):
-            if tensor.shape and tensor.shape[0] % config.head_dim == 0:
-                starts = torch.arange(0, tensor.shape[0], config.head_dim).unsqueeze(1)
-                named[name] = tensor.rows((starts + order).flatten())
-        elif family.plus_one and not from_gguf and "norm" in name:
-            named[name] = dataclasses.replace(tensor, load=_one_more(tensor))
+        num_rows = math.prod(tensor.shape[:1]) if re.search(r"attn\.[qk]_proj", name) else 0
+        if order is not None and num_rows and num_rows % config.head_dim == 0:
+            starts = torch.arange(0, num_rows, config.head_dim).unsqueeze(1)
+            named[name] = tensor.rows((starts + order).flatten())
     return named
 
 
@@ -3160,10 +3110,6 @@ def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
     pairs = pairs.T if interleaved else pairs  # (2, n_rot/2)
     return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
-
-
-def _one_more(tensor: TensorSource) -> Callable[..., Tensor]:
-    return lambda *rows: tensor.load(*rows).float() + 1  # type: ignore[union-attr]
 
 
 def _split(

@@ -212,7 +212,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "--output": ({"commands.json_lines"}, write_json_lines),
     "--tools": ({"answers.toolbox", *FORMS}, run_tools),
     "an adapter": ({"models.lora"}, option(adapter="no-such-directory")),
-    "a rarer family": ({"models.families"}, load({"model_type": "olmo2"})),
+    "a rarer family": ({"models.families", "models.layers"}, load({"model_type": "olmo2"})),
     "a rarer rope": (
         {"models.ropes"},
         load({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),

@@ -1,16 +1,33 @@
 """Model families beyond Llama, Mistral and Qwen: Gemma, Phi-3, OLMo, Granite, gpt-oss and others.
 
-Adds       a row of FAMILIES for each further `model_type`.
+Adds       a row of FAMILIES for each further `model_type`. Their keys of config.json and GGUF that
+           the core does not know become keys that it knows.
 Seam       `find_family` and `all_families` of the core look here for what their own rows lack.
 Remove     delete this file, or a row; a model of such a family then says that it needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from nanollama import NO_WINDOW, POST_NORMS, PRE_NORMS, CheckpointError, Family, excerpt
+from nanollama import (
+    LAYER_TYPES,
+    NO_WINDOW,
+    POST_NORMS,
+    PRE_NORMS,
+    CheckpointError,
+    ConfigValues,
+    Family,
+    ModelConfig,
+    TensorSource,
+    excerpt,
+    layer_windows,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Values = dict[str, Any]
 SHORT_KEYS = {
@@ -40,20 +57,98 @@ def yarn(factor: float, n_old: int, **others: Any) -> Values:
     return {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, **stretch, **others}
 
 
-def check_gemma(values: Values) -> None:
-    """Gemma 1's files say gelu and mean its approximation by tanh."""
+# ---- keys of config.json -------------------------------------------------------------------------
+
+
+def list_windows(values: ConfigValues) -> None:
+    """`sliding_window_pattern` says which layers have no window: every n-th one; or it has a letter
+    for each of n layers, the last one without a window; or a boolean for each layer of the model.
+    They become `layer_types`."""
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    pattern = next((values[name] for name in names if name in values), 0)
+    if not pattern or values.get("layer_types"):
+        return
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    if isinstance(pattern, list):
+        slides = [bool(slide) for slide in pattern]
+    else:
+        step = len(pattern) if isinstance(pattern, str) else pattern
+        if not isinstance(step, int) or step < 1:
+            raise CheckpointError(f"sliding_window_pattern is {excerpt(pattern)}; n is needed")
+        slides = [(i + 1) % step > 0 for i in range(n_layers)]
+    values["layer_types"] = [LAYER_TYPES[slide] for slide in slides]
+
+
+def list_ropes(values: ConfigValues) -> None:
+    """Version 4 writes `rope_local_base_freq`, the theta of layers with a window; SmolLM3 leaves
+    out the RoPE of every n-th layer; others have it in layers with a window only."""
+    written = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    local = values.get("rope_local_base_freq")
+    is_plain = isinstance(written, Mapping) and not any(map(written.get, LAYER_TYPES))
+    if local is not None and is_plain:
+        nested = dict(written), {"rope_theta": local}
+        values["rope_parameters"] = dict(zip(LAYER_TYPES, nested))
+        values.pop("rope_scaling", None)
+    step = values.get("no_rope_layer_interval")
+    if isinstance(step, int) and step > 0 and not values.get("no_rope_layers"):
+        n_layers = values.count("num_hidden_layers", most=2**16)
+        values["no_rope_layers"] = [(i + 1) % step for i in range(n_layers)]
+    if values.get("rope_only_in_windows") and any(windows := layer_windows(values)):
+        values["no_rope_layers"] = [window or 0 for window in windows]
+
+
+def check_gemma(values: ConfigValues) -> None:
+    """Gemma 1's files say gelu and mean its approximation by tanh. `query_pre_attn_scalar` is the
+    width whose root divides scores."""
     key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
     if values.get(key) == "gelu":
         values[key] = "gelu_pytorch_tanh"
+    if values.get("query_pre_attn_scalar") and not values.get("attention_multiplier"):
+        values["attention_multiplier"] = values.number("query_pre_attn_scalar") ** -0.5
 
 
-def check_gpt_oss(values: Values) -> None:
+def check_granite(values: ConfigValues) -> None:
+    """x + m f(norm(x)) in units of m: a layer's output needs no factor, and norms do not see it."""
+    factor = values.number("residual_multiplier", 1.0)
+    values["embedding_multiplier"] = values.number("embedding_multiplier", 1.0) / factor
+    values["rms_norm_eps"] = values.number("rms_norm_eps", 1e-6) / factor**2
+
+
+def check_gpt_oss(values: ConfigValues) -> None:
     """Refuses limits of the activation that `clamped_swiglu` does not have."""
     for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if values.get(key, only) != only:
             raise CheckpointError(f"{key} {excerpt(values[key])} is not supported; {only} is")
         values.pop(key, None)
 
+
+def family(
+    defaults: Values, check: Callable[[ConfigValues], None] | None = None, **rest: Any
+) -> Family:
+    """A row whose keys of config.json become those that the core knows, after `check`."""
+
+    def check_all(values: ConfigValues) -> None:
+        if check:
+            check(values)
+        list_windows(values)
+        list_ropes(values)
+
+    return Family(defaults, check=check_all, **rest)
+
+
+def norms_plus_one(
+    tensors: Mapping[str, TensorSource], config: ModelConfig
+) -> dict[str, TensorSource]:
+    """Gemma's norms multiply with 1 + weight."""
+
+    def plus_one(tensor: TensorSource) -> TensorSource:
+        load = lambda *rows: cast("Tensor", tensor.load(*rows)).float() + 1  # noqa: E731
+        return dataclasses.replace(tensor, load=load)
+
+    return {name: plus_one(t) if "norm" in name else t for name, t in tensors.items()}
+
+
+# ---- metadata of GGUF files ----------------------------------------------------------------------
 
 # Models whose queries are scaled by another width than a head's, which GGUF files leave out:
 # https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
@@ -81,6 +176,9 @@ def cohere2_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values["logit_scale"] = values.pop("logits_scaling")
 
 
+# ---- the families --------------------------------------------------------------------------------
+
+VARIED = "models.layers:VariedDecoder"
 SANDWICH: Values = {"norms": PRE_NORMS + POST_NORMS}
 # Names of the norms in families with a norm after each block, in the order of renaming.
 POST_NORM_NAMES = {
@@ -92,17 +190,18 @@ EXPERTS: Values = {"norm_topk_prob": True, "n_experts": 8, "n_used": 2}
 GEMMA: Values = {"tied": True, "head_dim": 256}
 GEMMA2: Values = {**GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 4096}
 GEMMA2 |= {"query_pre_attn_scalar": 256}
+PLUS_ONE = "models.families:norms_plus_one"
 GEGLU: Values = {"act": "geglu", "embed_root": True}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
-    "ministral": Family(keys(131072, n_kv_heads=8, window=4096), gguf=""),
-    "ministral3": Family(
+    "ministral": family(keys(131072, n_kv_heads=8, window=4096), gguf=""),
+    "ministral3": family(
         keys(262144, n_kv_heads=8, head_dim=128, eps=1e-5, rope=MINISTRAL3_ROPE),
         gguf="mistral3",
         permuted=True,
     ),
-    "mixtral": Family(
+    "mixtral": family(
         keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, **EXPERTS),
         gguf="llama",
         gguf_key="expert_count",
@@ -115,48 +214,59 @@ FAMILIES: dict[str, Family] = {
             r"\.w2\.": ".down_proj.",
         },
     ),
-    "smollm3": Family(
+    "smollm3": family(
         keys(32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **NO_WINDOW),
         permuted=True,
     ),
-    "phi3": Family(keys(4096, eps=1e-5)),
-    "gemma": Family(
-        keys(8192, n_kv_heads=16, **GEMMA), plus_one=True, switches=GEGLU, check=check_gemma
+    "phi3": family(keys(4096, eps=1e-5)),
+    "gemma": family(
+        keys(8192, n_kv_heads=16, **GEMMA), layout=PLUS_ONE, switches=GEGLU, check=check_gemma
     ),
-    "gemma2": Family(
+    "gemma2": family(
         keys(8192, pattern=2, vocab_size=256000, **GEMMA2)
         | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        plus_one=True,
+        layout=PLUS_ONE,
         switches={**GEGLU, **SANDWICH},
         names=POST_NORM_NAMES,
+        check=check_gemma,
         from_gguf=gemma_from_gguf,
+        decoder=VARIED,
     ),
-    "gemma3_text": Family(
+    "gemma3_text": family(
         keys(131072, pattern=6, vocab_size=262208, theta=1e6, rope_local_base_freq=1e4, **GEMMA2),
         gguf="gemma3",
-        plus_one=True,
+        layout=PLUS_ONE,
         switches={**GEGLU, **SANDWICH, "qk_norm": "head"},
         names=POST_NORM_NAMES,
+        check=check_gemma,
         from_gguf=gemma_from_gguf,
+        decoder=VARIED,
     ),
-    "olmo2": Family(
-        keys(eps=1e-5), switches={"norms": POST_NORMS, "qk_norm": "full"}, names=POST_NORM_NAMES
+    "olmo2": family(
+        keys(eps=1e-5),
+        switches={"norms": POST_NORMS, "qk_norm": "full"},
+        names=POST_NORM_NAMES,
+        decoder=VARIED,
     ),
-    "olmo3": Family(
+    "olmo3": family(
         keys(eps=1e-5, theta=5e5, rope_local_base_freq=5e5, window=4096, pattern=4),
         gguf="olmo2",
         gguf_key="attention.sliding_window",
         switches={"norms": POST_NORMS, "qk_norm": "full"},
         names=POST_NORM_NAMES,
         from_gguf=olmo3_from_gguf,
+        decoder=VARIED,
     ),
-    "olmoe": Family(
-        keys(4096, eps=1e-5, n_experts=64, n_used=8), switches={"experts": True, "qk_norm": "full"}
+    "olmoe": family(
+        keys(4096, eps=1e-5, n_experts=64, n_used=8),
+        switches={"experts": True, "qk_norm": "full"},
+        decoder=VARIED,
     ),
-    "granite": Family(keys(attention_multiplier=1.0), permuted=True),
-    "granitemoe": Family(
+    "granite": family(keys(attention_multiplier=1.0), permuted=True, check=check_granite),
+    "granitemoe": family(
         keys(attention_multiplier=1.0, **EXPERTS),
         permuted=True,
+        check=check_granite,
         switches={"experts": True},
         names={
             r"block_sparse_moe\.router\.layer": "mlp.gate",
@@ -164,7 +274,7 @@ FAMILIES: dict[str, Family] = {
             r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
         },
     ),
-    "gpt_oss": Family(
+    "gpt_oss": family(
         keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)
         | keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
         | keys(attention_bias=True, rope=yarn(32.0, 4096, truncate=False)),
@@ -178,6 +288,7 @@ FAMILIES: dict[str, Family] = {
             "sinks$": "sinks.weight",
         },
         check=check_gpt_oss,
+        decoder=VARIED,
     ),
     "nanochat": Family(
         keys(hidden_act="relu2", final_logit_softcapping=15.0),
@@ -186,41 +297,45 @@ FAMILIES: dict[str, Family] = {
         names={r"mlp\.fc1\.": "mlp.up_proj.", r"mlp\.fc2\.": "mlp.down_proj."},
         decoder="models.nanochat:NanochatDecoder",
     ),
-    "seed_oss": Family(
+    "seed_oss": family(
         keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False)
     ),
-    "arcee": Family(keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
-    "hunyuan_v1_dense": Family(
+    "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
+    "hunyuan_v1_dense": family(
         keys(eps=1e-5),
         gguf="hunyuan-dense",
         switches={"qk_norm": "after_rope"},
         names={"query_layernorm": "q_norm", "key_layernorm": "k_norm"},
+        decoder=VARIED,
     ),
-    "exaone4": Family(
+    "exaone4": family(
         keys(eps=1e-5, n_kv_heads=32, window=4096, pattern=4, rope_only_in_windows=True),
         switches={"norms": POST_NORMS, "qk_norm": "head"},
         names=POST_NORM_NAMES,
+        decoder=VARIED,
     ),
-    "glm4": Family(
+    "glm4": family(
         keys(131072, n_kv_heads=2, head_dim=128, eps=1.5625e-7, attention_bias=True)
         | {"partial_rotary_factor": 0.5},
         interleaved=True,
         switches={**SANDWICH, "o_bias": False},
+        decoder=VARIED,
     ),
-    "cohere2": Family(
+    "cohere2": family(
         keys(8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4)
         | {"rope_only_in_windows": True},
         interleaved=True,
         switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
         from_gguf=cohere2_from_gguf,
+        decoder=VARIED,
     ),
-    "starcoder2": Family(
+    "starcoder2": family(
         keys(4096, n_kv_heads=2, tied=True, norm_epsilon=1e-5, use_bias=True)
         | {"hidden_act": "gelu_pytorch_tanh"},
         switches={"norm": "layer_bias", "act": "gelu"},
         names={r"mlp\.c_fc\.": "mlp.up_proj.", r"mlp\.c_proj\.": "mlp.down_proj."},
     ),
-    "stablelm": Family(
+    "stablelm": family(
         keys(4096, n_kv_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25),
         switches={"norm": "layer_bias", "o_bias": False},
     ),
