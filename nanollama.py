@@ -445,7 +445,7 @@ class Family:
     """The differences of one `model_type` from Llama."""
 
     defaults: Mapping[str, Any]  # values of keys that config.json leaves out
-    gguf: str | None = None  # general.architecture in GGUF files; None is the model_type
+    gguf: str = ""  # general.architecture in GGUF files; "" where there are none
     gguf_key: str = ""  # metadata that only this family of the architecture has
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
@@ -466,13 +466,13 @@ DEFAULTS = {"max_position_embeddings": 2048}  # of every family
 _QWEN: Json = {**NO_WINDOW, "max_position_embeddings": 32768, "sliding_window": 4096}
 _QWEN |= {"max_window_layers": 28, "num_key_value_heads": 32}
 FAMILIES: dict[str, Family] = {
-    "llama": Family(NO_WINDOW, permuted=True),
+    "llama": Family(NO_WINDOW, gguf="llama", permuted=True),
     "mistral": Family(
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         gguf="llama",
         permuted=True,
     ),
-    "qwen2": Family(_QWEN, switches={"qkv_bias": True, "o_bias": False}),
+    "qwen2": Family(_QWEN, gguf="qwen2", switches={"qkv_bias": True, "o_bias": False}),
     "qwen2_moe": Family(
         {**_QWEN, "num_key_value_heads": 16, "qkv_bias": True, "num_experts": 60}
         | {"num_experts_per_tok": 4, "moe_intermediate_size": 1408}
@@ -480,7 +480,7 @@ FAMILIES: dict[str, Family] = {
         gguf="qwen2moe",
         switches={"experts": True, "o_bias": False},
     ),
-    "qwen3": Family({**_QWEN, "head_dim": 128}, switches={"qk_norm": "head"}),
+    "qwen3": Family({**_QWEN, "head_dim": 128}, gguf="qwen3", switches={"qk_norm": "head"}),
     "qwen3_moe": Family(
         {**_QWEN, "max_window_layers": 0, "num_key_value_heads": 4, "num_experts": 128}
         | {"num_experts_per_tok": 8, "moe_intermediate_size": 768},
@@ -696,7 +696,7 @@ def _shape(values: ConfigValues, family: Family) -> Json:
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "head_dim": head_dim,
-        "n_ctx": ropes[0].get("n_ctx") or values.count("max_position_embeddings"),
+        "n_ctx": _longest_context(values, ropes[0]),
         "ropes": ropes,
         "layer_ropes": layer_ropes,
         "windows": windows,
@@ -774,9 +774,17 @@ def _ropes(
     return tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes), tuple(indices)
 
 
+def _longest_context(values: ConfigValues, rope: Json) -> int:
+    """`max_position_embeddings`, or more if a factor stretches the original context."""
+    n_ctx = values.count("max_position_embeddings")
+    if rope["rope_type"] not in ("linear", "dynamic", "yarn"):
+        return n_ctx
+    stretched = rope["original_max_position_embeddings"] * rope["factor"]
+    return max(n_ctx, int(min(stretched, 2**31 - 1)))
+
+
 def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     """rope_parameters, complete; their kind is `rope_type` or, in older files, `type`."""
-    rope.pop("n_ctx", None)  # a number made from others
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -1073,7 +1081,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #                   byte   0        1              15
 #                        [16|0]   [17|1]   ...   [31|15]     high nibble | low nibble
 #
-#   Invariant   repacking is exact, except that combined scales (K types) are rounded to float16.
+#   Invariant   repacking is exact. Native kernels round the combined scales of K types to float16.
 #   Extend      a GGUF type is one function in REPACK: raw blocks in, PackedLinear out.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block layouts)
 # ==================================================================================================
@@ -1118,8 +1126,8 @@ class PackedLinear:
     time."""
 
     q: Tensor  # (rows, G, group/2) uint8 or (rows, G, group) int8
-    scale: Tensor  # (rows, G) float16
-    offset: Tensor | None = None  # (rows, G) float16
+    scale: Tensor  # (rows, G) float16, or float32 from K types
+    offset: Tensor | None = None  # (rows, G), as scale
     bias: Tensor | None = None
     dtype: torch.dtype = field(default_factory=lambda: torch.float32)  # of the unpacked weight
     float4: bool = False  # whether 4-bit q are indices into FLOAT4
@@ -1137,17 +1145,23 @@ class PackedLinear:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.q, self.scale, self.offset) if t is not None)
 
+    def _changed(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PackedLinear:
+        q, scale = change(self.q), change(self.scale)
+        offset = None if self.offset is None else change(self.offset)
+        return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
+
     def select(self, rows: Tensor | slice) -> PackedLinear:
         """The given rows of the weight, still packed."""
-        offset = None if self.offset is None else self.offset[rows]
-        q, scale = self.q[rows], self.scale[rows]
-        return PackedLinear(q, scale, offset, dtype=self.dtype, float4=self.float4)
+        return self._changed(lambda part: part[rows], self.dtype)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PackedLinear:
-        """The weight on `device`, computing in `dtype`."""
-        offset = None if self.offset is None else self.offset.to(device)
-        q, scale = self.q.to(device), self.scale.to(device)
-        return PackedLinear(q, scale, offset, dtype=dtype, float4=self.float4)
+        """The weight on `device`, computing in `dtype`; only float32 is worth float32 scales."""
+
+        def moved(part: Tensor) -> Tensor:
+            is_halved = part.is_floating_point() and dtype != torch.float32
+            return part.to(device, torch.float16 if is_halved else part.dtype)
+
+        return self._changed(moved, dtype)
 
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
@@ -1348,12 +1362,12 @@ def _q8_0(b: Tensor) -> PackedLinear:  # d (2) | 32 int8
 
 def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     """The head of a Q4_K or Q5_K super-block, d (2) | dmin (2) | 8 scales and mins of 6 bits (12),
-    as scale and offset of its 8 groups: (rows, blocks * 8) float16 each."""
+    as scale and offset of its 8 groups: (rows, blocks * 8) float32 each."""
     d, d_min = _half(b, 0, 2).float(), _half(b, 2, 4).float()
     low, mid, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=-1)
     mins = torch.cat((mid & 63, (high >> 4) | ((mid >> 2) & 48)), dim=-1)
-    return (d * scales).half().flatten(1), (-d_min * mins).half().flatten(1)
+    return (d * scales).flatten(1), (-d_min * mins).flatten(1)
 
 
 # head (16) | 128 bytes: 32 low nibbles, then 32 high, 4 times
@@ -1375,7 +1389,7 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shift) & 3  # (rows, blocks, 2, 4, 32)
     q = (low | (high << 4)).view(torch.int8) - 32
     scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208, 210).float()
-    return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.half().flatten(1))
+    return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.flatten(1))
 
 
 def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
@@ -1551,7 +1565,8 @@ def attention(
 #
 #   Invariant   the decoder has no state; all of it is in the cache, and a slot's rows depend on
 #               that slot's tokens only.
-#   Extend      a new switch is a field of ModelConfig with a neutral default, used in one place.
+#   Extend      another layer, mixer or norm is a subclass in extras, which the family's decoder
+#               names; a new switch is a field of ModelConfig with a neutral default.
 #   Papers      https://arxiv.org/abs/2307.09288 (Llama 2)
 #               https://arxiv.org/abs/2002.05202 (SwiGLU), 2101.03961 (mixtures of experts)
 # ==================================================================================================
@@ -1570,22 +1585,12 @@ class TensorSource:
     load: Callable[..., Tensor | PackedLinear]
     is_packed: bool = False  # whether `load` gives a PackedLinear
 
-    def part(
-        self, shape: tuple[int, ...], load: Callable[..., Tensor | PackedLinear]
-    ) -> TensorSource:
-        """A tensor that consists of numbers of this one."""
+    def part(self, rows: Tensor, *expert: int) -> TensorSource:
+        """The tensor of these rows, or of these rows of one expert."""
+        shape = (len(rows), *self.shape[1 + len(expert) :])
         nbytes = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
+        load = lambda at=slice(None): self.load(*expert, rows[at])  # noqa: E731
         return TensorSource(shape, self.kind, nbytes, load, self.is_packed)
-
-    def rows(self, rows: Tensor) -> TensorSource:
-        """A tensor of these rows."""
-        shape = (len(rows), *self.shape[1:])
-        return self.part(shape, lambda at=slice(None): self.load(rows[at]))
-
-    def expert(self, expert: int, rows: Tensor) -> TensorSource:
-        """These rows of one expert."""
-        shape = (len(rows), *self.shape[2:])
-        return self.part(shape, lambda at=slice(None): self.load(expert, rows[at]))
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -1677,17 +1682,14 @@ class Weights:
         read_rows = cast("Callable[[slice], PackedLinear]", functools.partial(self._read, name))
         if not is_packed:
             weight = cast("Tensor", self._read(name)).to(self.device)
-            read_rows = self._quantize(name, weight, bits).select
+            try:
+                read_rows = quantize(weight, bits).select
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.source}: tensor {name} cannot be quantized: {error}; "
+                    "run it without --quantize"
+                ) from None
         return self.backend.pack(shape, read_rows, bias, is_table)
-
-    def _quantize(self, name: str, weight: Tensor, bits: int) -> PackedLinear:
-        try:
-            return quantize(weight, bits)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.source}: tensor {name} cannot be quantized: {error}; "
-                "run it without --quantize"
-            ) from None
 
     def check_used(self, harmless: Callable[[str], bool]) -> None:
         if self.adapter:
@@ -1822,14 +1824,10 @@ class KVCache:
         self.regimes[target] = self.regime_of(length)
         self.written[target] = self.written[source] if num_tokens else 0
         if num_tokens and source != target:
-            self.copy_prefix(source, target, num_tokens)
-
-    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        """Give slot `target` the first `num_tokens` positions of slot `source`."""
-        num_tokens = round_up(num_tokens, KV_BLOCK)
-        self.reserve(target, num_tokens)
-        self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
-        self.rings[target] = self.rings[source].clone()
+            num_tokens = round_up(num_tokens, KV_BLOCK)
+            self.reserve(target, num_tokens)
+            self.strips[target][:, :, :, :num_tokens] = self.strips[source][:, :, :, :num_tokens]
+            self.rings[target] = self.rings[source].clone()
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """Store the new keys and values of every span, then let its queries see its strip.
@@ -1853,7 +1851,7 @@ class KVCache:
         end = span.start + span.num_new
         strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
         new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-        encoded = encode_kv(new, self.kv_dtype)
+        encoded = self.encoded(new)
         if end <= (ring or end):
             strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
         else:
@@ -1863,31 +1861,18 @@ class KVCache:
             bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
             batch.memo[span.row, window] = bias
         seen = strips[:, :, : bias.shape[1]]
-        keys, values = decode_kv(seen, config.head_dim, self.kv_dtype, q.dtype)
+        keys, values = self.decoded(seen, q.dtype)
         out[rows] = attention(
             q[rows], keys, values, bias, config.attn_scale, config.attn_softcap, attn.sinks
         )
 
+    def encoded(self, x: Tensor) -> Tensor:
+        """Keys or values (.., D) as bytes (.., bytes of a head)"""
+        return x.to(getattr(torch, self.kv_dtype)).contiguous().view(torch.uint8)
 
-def encode_kv(x: Tensor, kv_dtype: str) -> Tensor:
-    """Keys or values (.., D) as bytes (.., bytes of a head)"""
-    if kv_dtype != "q8":
-        return x.to(getattr(torch, kv_dtype)).contiguous().view(torch.uint8)
-    groups = x.float().unflatten(-1, (-1, kv_group(x.shape[-1])))
-    scale = groups.abs().amax(-1) / 127
-    q = (groups / _nonzero(scale).unsqueeze(-1)).round_().to(torch.int8).flatten(-2)
-    return torch.cat((q.view(torch.uint8), scale.half().view(torch.uint8)), dim=-1)
-
-
-def decode_kv(x: Tensor, head_dim: int, kv_dtype: str, dtype: torch.dtype) -> Tensor:
-    """The inverse of `encode_kv`: (.., bytes of a head) -> (.., D) in `dtype`"""
-    if kv_dtype != "q8":
-        stored: torch.dtype = getattr(torch, kv_dtype)
-        return x.view(stored).to(dtype)
-    q = x[..., :head_dim].view(torch.int8).unflatten(-1, (-1, kv_group(head_dim)))
-    scale = x[..., head_dim:].contiguous().view(torch.float16).unsqueeze(-1)
-    y: Tensor = q.to(dtype) * scale.to(dtype)
-    return y.flatten(-2)
+    def decoded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `encoded`: (.., bytes of a head) -> (.., D) in `dtype`"""
+        return x.view(getattr(torch, self.kv_dtype)).to(dtype)
 
 
 @dataclass(eq=False)
@@ -1926,20 +1911,12 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class Operand(NamedTuple):
-    """The input of a projection: x, norm(x), or one of ACTS of x = gate | up or of x alone. A
-    backend may compute it together with the product."""
-
-    x: Tensor
-    norm: Norm | None
-    act: str
-
-    def tensor(self) -> Tensor:
-        """(N, cols)"""
-        x = self.x if self.norm is None else self.norm(self.x)
-        if not self.act:
-            return x
-        return ACTS[self.act](*(x.chunk(2, dim=-1) if self.act in GATED else (x,)))
+def operand(x: Tensor, norm: Norm | None, act: str) -> Tensor:
+    """x, norm(x), or one of ACTS of x = gate | up or of x alone (N, cols)"""
+    x = x if norm is None else norm(x)
+    if not act:
+        return x
+    return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
 
 
 class Projection:
@@ -1958,11 +1935,7 @@ class Projection:
         out: Tensor | None = None,
     ) -> Tensor:
         """x (N, cols) or gate | up (N, 2 cols); residual (N, rows) -> (N, rows), maybe in `out`"""
-        return self.multiply(Operand(x, norm, act), residual, out)
-
-    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
-        """`__call__` with its input as one object: the method that other projections override."""
-        x = operand.tensor()
+        x = operand(x, norm, act)
         outputs = [part(x) for part in self.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         y = y if residual is None else residual + y
@@ -2070,7 +2043,10 @@ class Backend:
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
         """A KVCache; its `attend` is the backend's attention."""
-        return KVCache(config, num_slots, kv_dtype, self.device, most_new)
+        kind = KVCache
+        if kv_dtype == "q8":
+            kind = extra("kernels.q8_cache", "a cache of 8-bit keys and values").Q8Cache
+        return kind(config, num_slots, kv_dtype, self.device, most_new)
 
     def array(self, x: Tensor) -> Any:
         """A tensor as `arrays` takes it."""
@@ -2350,14 +2326,14 @@ class Decoder:
         positions = lib.asarray(positions, dtype=lib.float32)[:, None]  # (N, 1)
         for i, rope in enumerate(self.ropes):
             angles = rope.angles(positions, batch, cache)  # (N, D/2)
-            cos, sin = lib.cos(angles) * rope.scales, lib.sin(angles) * rope.scales
+            cos, sin = tensor(lib.cos(angles) * rope.scales), tensor(lib.sin(angles) * rope.scales)
             grows = None
             if beta := rope.parameters.get("llama_4_scaling_beta"):
                 n_old = rope.parameters["original_max_position_embeddings"]
                 grows = tensor(1 + beta * lib.log(1 + positions // n_old))
-            found[i] = Rotation(tensor(cos), tensor(sin), grows)
+            found[i] = Rotation(cos, sin, grows)
         if None in self.config.layer_ropes:
-            found[None] = Rotation(tensor(lib.ones_like(cos)), tensor(lib.zeros_like(sin)))
+            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
         return found
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -2657,19 +2633,17 @@ def read_safetensors(file: Path) -> dict[str, TensorSource]:
         shape, kind = tuple(view.get_shape()), view.get_dtype()
         bits = re.search(r"\d+", kind)  # BF16, F8_E4M3, I64; BOOL takes a byte
         num_bytes = math.prod(shape) * int(bits[0] if bits else 8) // 8
-        tensors[key] = TensorSource(shape, kind, num_bytes, _safetensor_loader(opened, key))
+        load = functools.partial(_load_safetensor, opened, key)
+        tensors[key] = TensorSource(shape, kind, num_bytes, load)
     return tensors
 
 
-def _safetensor_loader(opened: Any, key: str) -> Callable[..., Tensor]:
-    def load(*index: Any) -> Tensor:
-        if index and isinstance(index[0], (int, slice)):  # reads this part of the file only
-            part: Tensor = opened.get_slice(key)[index[0]]
-            return part[index[1:]] if index[1:] else part
-        whole: Tensor = opened.get_tensor(key)
-        return whole[index] if index else whole
-
-    return load
+def _load_safetensor(opened: Any, key: str, *index: Any) -> Tensor:
+    if index and isinstance(index[0], (int, slice)):  # reads this part of the file only
+        part: Tensor = opened.get_slice(key)[index[0]]
+        return part[index[1:]] if index[1:] else part
+    whole: Tensor = opened.get_tensor(key)
+    return whole[index] if index else whole
 
 
 def tokenizer_file(names: Iterable[str]) -> str | None:
@@ -2750,26 +2724,27 @@ class GGUFCursor:
     def __init__(self, data: memoryview) -> None:
         self.data, self.at, self.part = data, 0, "header"
 
-    def need(self, num_bytes: int) -> int:
-        """Move past the next `num_bytes` bytes and return their position."""
-        start, self.at = self.at, self.at + num_bytes
-        if self.at > len(self.data):
+    def bounded(self, count: int, item_bytes: int) -> int:
+        """Return `count`, whose items of at least `item_bytes` must fit in the rest of the file."""
+        if count * item_bytes > len(self.data) - self.at:
             raise CheckpointError(
-                f"truncated or corrupt: the {self.part} needs {num_bytes} bytes at {start}, the "
-                f"file has {len(self.data)}"
+                f"truncated or corrupt: the {self.part} needs {count} x {item_bytes} bytes at "
+                f"{self.at}, the file has {len(self.data)}"
             )
-        return start
+        return count
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
-        start = self.need(count * struct.calcsize("<" + code))
+        start, size = self.at, struct.calcsize("<" + code)
+        self.at += self.bounded(count, size) * size
         return struct.unpack_from(f"<{count}{code}", self.data, start)
 
     def scalar(self, code: str) -> Any:
         return self.scalars(code, 1)[0]
 
     def string(self) -> str:
-        start = self.need(self.scalar("Q"))
-        return bytes(self.data[start : self.at]).decode("utf-8", errors="replace")
+        num_bytes = self.bounded(self.scalar("Q"), 1)
+        self.at += num_bytes
+        return bytes(self.data[self.at - num_bytes : self.at]).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind in GGUF_SCALARS:
@@ -2786,27 +2761,10 @@ class GGUFCursor:
         # a string takes 8 bytes or more
         return [self.string() for _ in range(self.bounded(count, 8))]
 
-    def bounded(self, count: int, item_bytes: int) -> int:
-        """Return `count`, whose items of at least `item_bytes` must fit in the rest of the file."""
-        left = len(self.data) - self.at
-        if count * item_bytes > left:
-            raise CheckpointError(
-                f"truncated or corrupt: the {self.part} claims {count} items, but only {left} "
-                "bytes are left"
-            )
-        return count
 
-
-class GGUFFile(NamedTuple):
-    """A parsed GGUF file. Shapes are row-major like torch's; the file lists dimensions innermost
-    first."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorSource]
-
-
-def read_gguf(path: Path) -> GGUFFile:
-    """Parse the header of a GGUF file and map its tensors into memory.
+def read_gguf(path: Path) -> tuple[Json, dict[str, TensorSource]]:
+    """Parse the metadata of a GGUF file and map its tensors into memory. Their shapes are row-major
+    like torch's; the file lists dimensions innermost first.
 
     Raises CheckpointError for a file that departs from the specification."""
     with errors_about(path):
@@ -2817,7 +2775,7 @@ def read_gguf(path: Path) -> GGUFFile:
         cursor = GGUFCursor(mapped.data)
         if (magic := bytes(mapped[:4])) != b"GGUF":
             raise CheckpointError(f"not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-        cursor.need(4)
+        cursor.at = 4
         version = cursor.scalar("I")
         if version not in (2, 3):
             raise CheckpointError(f"GGUF version {version} is not supported; 2 and 3 are")
@@ -2828,7 +2786,7 @@ def read_gguf(path: Path) -> GGUFFile:
             key = cursor.string()
             cursor.part = f"metadata value {excerpt(key)}"
             metadata[key] = cursor.value(cursor.scalar("I"))
-        return GGUFFile(metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata))
+        return metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata)
 
 
 def _gguf_tensors(
@@ -2872,7 +2830,7 @@ def _gguf_tensor(
         raise CheckpointError(
             f"{title} is truncated: it ends at byte {end}, the file has {len(mapped)}"
         )
-    load = _gguf_loader(mapped[start:end], kind, shape)
+    load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
     return TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
 
 
@@ -2880,29 +2838,27 @@ def _gguf_tensor(
 FLOAT_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def _gguf_loader(
-    raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...]
-) -> Callable[..., Tensor | PackedLinear]:
-    def load(*index: int | slice | Tensor) -> Tensor | PackedLinear:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        whole_rows = len(shape) > max(len(index), 1)
-        data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
-        for part in index:  # of experts' matrices, the first is the expert
-            data = data[part]
-        wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
-        if kind.name in REPACK and len(wanted) == 2:
-            blocks = data.reshape(-1, shape[-1] // block, block_bytes)
-            weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
-        elif kind.name in FLOAT_KINDS:
-            # a tensor may start at any byte that `general.alignment` allows: copy before the view
-            weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
-        else:
-            values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
-            weight = torch.from_numpy(values).view(wanted)
-        forget_pages(raw)
-        return weight
-
-    return load
+def _load_gguf(
+    raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...], *index: int | slice | Tensor
+) -> Tensor | PackedLinear:
+    """The tensor (shape) in these bytes; of `index`, the first may be an expert."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    whole_rows = len(shape) > max(len(index), 1)
+    data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
+    for part in index:
+        data = data[part]
+    wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
+    if kind.name in REPACK and len(wanted) == 2:
+        blocks = data.reshape(-1, shape[-1] // block, block_bytes)
+        weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
+    elif kind.name in FLOAT_KINDS:
+        # a tensor may start at any byte that `general.alignment` allows: copy before the view
+        weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
+    else:
+        values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
+        weight = torch.from_numpy(values).view(wanted)
+    forget_pages(raw)
+    return weight
 
 
 def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
@@ -2931,11 +2887,11 @@ def _open_gguf(path: Path) -> Checkpoint:
         files = [read_gguf(shard) for shard in gguf_shards(path)]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    metadata = files[0].metadata
-    tensors = {name: t for file in files for name, t in file.tensors.items()}
+    metadata = files[0][0]
+    tensors = {name: tensor for _, found in files for name, tensor in found.items()}
     with errors_about(path):
         model_type = _gguf_model_type(metadata)
-        prefix = gguf_name(model_type, find_family(model_type)) + "."
+        prefix = find_family(model_type).gguf + "."
         own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
@@ -2951,28 +2907,17 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
-    arch = metadata.get("general.architecture")
-    families = all_families()
-    named = {name: row for name, row in families.items() if arch and gguf_name(name, row) == arch}
+    arch, families = metadata.get("general.architecture"), all_families()
+    named = {name: row for name, row in families.items() if row.gguf and row.gguf == arch}
     if not named:
-        known = sorted({*itertools.starmap(gguf_name, families.items())} - {""})
         if families == FAMILIES:
             extra("models.families", f"general.architecture {excerpt(arch)}")
+        known = ", ".join(sorted({row.gguf for row in families.values()} - {""}))
         raise CheckpointError(
-            f"general.architecture {excerpt(arch)} is not supported; supported are: "
-            + ", ".join(known)
+            f"general.architecture {excerpt(arch)} is not supported; supported are: {known}"
         )
-    by_key = [
-        name
-        for name, row in named.items()
-        if row.gguf_key and metadata.get(f"{arch}.{row.gguf_key}")
-    ]
-    return [next(iter(named)), *by_key][-1]
-
-
-def gguf_name(model_type: str, family: Family) -> str:
-    """A family's general.architecture in GGUF files."""
-    return model_type if family.gguf is None else family.gguf
+    keyed = [n for n, row in named.items() if metadata.get(f"{arch}.{row.gguf_key}")]
+    return [*keyed, *named][0]
 
 
 def _gguf_config(
@@ -2982,11 +2927,11 @@ def _gguf_config(
 
     def need(name: str) -> Any:
         value = own.get(name)
-        check_value(isinstance(value, (int, float)), f"metadata {arch}.{name}", value, "a number")
+        is_number = isinstance(value, (int, float))
+        check_value(is_number, f"metadata {family.gguf}.{name}", value, "a number")
         return value
 
     family = find_family(model_type)
-    arch = gguf_name(model_type, family)
     if "token_embd.weight" not in tensors:
         raise CheckpointError("tensor token_embd.weight is missing")
     n_heads, n_embd = need("attention.head_count"), need("embedding_length")
@@ -3084,11 +3029,11 @@ def canonical_tensors(
             named = extra_object(family.layout, config.model_type)(named, config)
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
-    for name, tensor in named.items():
-        num_rows = math.prod(tensor.shape[:1]) if re.search(r"attn\.[qk]_proj", name) else 0
+    for name in filter(re.compile(r"self_attn\.[qk]_proj").search, named):
+        num_rows = math.prod(named[name].shape[:1])
         if order is not None and num_rows and num_rows % config.head_dim == 0:
             starts = torch.arange(0, num_rows, config.head_dim).unsqueeze(1)
-            named[name] = tensor.rows((starts + order).flatten())
+            named[name] = named[name].part((starts + order).flatten())
     return named
 
 
@@ -3131,11 +3076,11 @@ def _split(
         parts = dict(zip(fused[part], rows.chunk(2))) if is_fused else {part: rows}
         for key, part_rows in parts.items():
             for e in range(count):
-                yield f"{owner}.{e}.{key}.{suffix}", tensor.expert(e, part_rows)
+                yield f"{owner}.{e}.{key}.{suffix}", tensor.part(part_rows, e)
     elif part in fused and not count and tensor.shape[:1] == (sum(fused[part].values()),):
         rows = torch.arange(tensor.shape[0])
         for key, part_rows in zip(fused[part], rows.split(list(fused[part].values()))):
-            yield f"{owner}.{key}.{suffix}", tensor.rows(part_rows)
+            yield f"{owner}.{key}.{suffix}", tensor.part(part_rows)
     else:
         yield name, tensor
 

@@ -188,7 +188,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a batch": (set(), run_batch),
     "q8": (set(), option(quantize="q8")),
     "q4": (set(), option(quantize="q4")),
-    "keys and values in 8 bits": (set(), option(kv_dtype="q8")),
+    "keys and values in 8 bits": ({"kernels.q8_cache"}, option(kv_dtype="q8", kernels="torch")),
     "list": (set(), command("list")),
     "show": (set(), command("show", "MODEL")),
     "chat completions": (set(), request("POST", "/v1/chat/completions", CHAT)),

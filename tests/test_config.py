@@ -193,9 +193,30 @@ def test_windows_that_make_no_sense_are_named(values: dict[str, Any], named: str
         of("mistral", **values)
 
 
-def test_a_rope_cannot_set_the_context() -> None:
-    linear = {"type": "linear", "factor": 2.0, "n_ctx": "x"}
-    assert of(rope_scaling=linear).n_ctx == of().n_ctx
+@pytest.mark.parametrize(
+    ("rope", "n_ctx"),
+    [
+        ({"type": "linear", "factor": 4.0}, 2048),
+        ({"type": "dynamic", "factor": 4.0}, 2048),
+        ({"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"type": "yarn", "factor": 4.0}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({**LLAMA3, "original_max_position_embeddings": 128}, 512),
+        ({"type": "linear", "factor": 1e9}, 2**31 - 1),
+        (None, 512),
+    ],
+)
+def test_a_factor_stretches_the_original_context(rope: Any, n_ctx: int) -> None:
+    assert of("qwen2", rope_scaling=rope, max_position_embeddings=512).n_ctx == n_ctx
+
+
+def test_the_context_of_gemma_3_is_the_stretched_one() -> None:
+    linear = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    for rope in (linear, {"full_attention": linear, "sliding_attention": {"rope_theta": 1e4}}):
+        config = of("gemma3_text", rope_parameters=rope, max_position_embeddings=4096)
+        assert (config.n_ctx, len(config.ropes)) == (4096, 2)
 
 
 JSON = st.recursive(

@@ -306,7 +306,7 @@ def test_more_requests_than_slots_all_finish(tiny: Callable[..., Path]) -> None:
     assert idle(llm)
 
 
-@pytest.mark.parametrize("where", ["copy_prefix", "reserve", "attend"])
+@pytest.mark.parametrize("where", ["start", "reserve", "attend"])
 def test_an_interrupted_step_leaves_no_damage(
     where: str, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

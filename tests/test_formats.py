@@ -67,11 +67,7 @@ def test_a_gguf_is_the_model_it_was_made_from(tiny: Tiny, tmp_path: Path, varian
     oracle.assert_same_model(llm, reference(directory, weights), oracle.random_ids(70))
 
 
-# K types keep a combined scale in float16; nothing else is rounded.
-EXACT = [kind for kind in gguf_files.DEQUANTIZABLE if kind not in ("Q4_K", "Q5_K", "Q6_K")]
-
-
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", gguf_files.DEQUANTIZABLE)
 def test_every_type_that_the_gguf_package_dequantizes_loads(
     tiny: Tiny, tmp_path: Path, kind: str
 ) -> None:
@@ -82,19 +78,6 @@ def test_every_type_that_the_gguf_package_dequantizes_loads(
     oracle.assert_same_model(llm, reference(directory, weights), oracle.random_ids(24))
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
-def test_k_types_load_with_no_more_than_the_rounding_of_their_scales(
-    tiny: Tiny, tmp_path: Path, kind: str
-) -> None:
-    directory = tiny("Llama", hidden_size=256, intermediate_size=512)
-    path, weights = gguf_files.convert(directory, tmp_path / "model.gguf", kind)
-    ids = oracle.random_ids(24)
-    expected = oracle.logits(reference(directory, weights), ids)
-    error = LLM(path, kernels="torch").logits(ids) - expected
-    assert expected.std() > 0.1
-    assert error.std() < 2e-3 * expected.std()
-
-
 @pytest.mark.parametrize("kernels", ["torch"])
 @pytest.mark.parametrize("kind", nanollama.REPACK)
 def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels: str) -> None:
@@ -103,9 +86,9 @@ def test_packed_types_stay_packed(tiny: Tiny, tmp_path: Path, kind: str, kernels
     llm = LLM(path, kernels=kernels)
     weights = matrices(llm.engine.decoder)
     assert not any(isinstance(weight, nanollama.Linear) for weight in weights)
-    # five bits take eight: the most that is added to what the file holds
+    # five bits take eight, and scales of 6 bits float32: the most that is added to the file's bytes
     num_matrix_bytes = sum(t.nbytes for t in llm.checkpoint.tensors.values() if len(t.shape) == 2)
-    assert sum(weight.nbytes for weight in weights) < 1.7 * num_matrix_bytes
+    assert sum(weight.nbytes for weight in weights) < 1.85 * num_matrix_bytes
 
 
 @pytest.mark.parametrize("kind", ["Q8_1", "Q8_K", "I32"])
@@ -279,15 +262,15 @@ def test_metadata_and_tensors_are_read_as_the_gguf_package_reads_them(tmp_path: 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    ours, theirs = nanollama.read_gguf(path), gguf.GGUFReader(path)
+    (metadata, ours), theirs = nanollama.read_gguf(path), gguf.GGUFReader(path)
     expected = {
         name: field.contents() for name, field in theirs.fields.items() if name[:5] != "GGUF."
     }
-    assert ours.metadata == expected
-    assert list(ours.tensors) == list(tensors)
+    assert metadata == expected
+    assert list(ours) == list(tensors)
     for name, tensor in tensors.items():
-        assert ours.tensors[name].shape == tuple(tensor.shape)
-        assert torch.equal(ours.tensors[name].load(), tensor)
+        assert ours[name].shape == tuple(tensor.shape)
+        assert torch.equal(ours[name].load(), tensor)
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
@@ -383,9 +366,9 @@ def test_the_part_that_is_cut_is_named(tmp_path: Path) -> None:
     for cut, named in [
         (0, "the file is empty"),
         (3, "not a GGUF file: it starts with b'GGU'"),
-        (6, "the header needs 4 bytes at 4, the file has 6"),
+        (6, "the header needs 1 x 4 bytes at 4, the file has 6"),
         (20, "the header"),
-        (raw.index(b"general.arch") + 30, "the metadata claims 14 items"),
+        (raw.index(b"general.arch") + 30, "the metadata needs 14 x 13 bytes"),
         (raw.index(b"llama.rope.freq_base") + 25, "metadata value 'llama.rope.freq_base'"),
         (raw.index(b"tokenizer.ggml.tokens") + 40, "metadata value 'tokenizer.ggml.tokens'"),
         (raw.index(b"blk.0.ffn_up.weight") + 25, "tensor 'blk.0.ffn_up.weight'"),
@@ -406,9 +389,9 @@ def test_the_part_that_is_cut_is_named(tmp_path: Path) -> None:
         (gguf_files.smallest(version=1)[0], "GGUF version 1"),
         (gguf_files.smallest(version=4)[0], "GGUF version 4"),
         (gguf_files.smallest(version=3 << 24)[0], "GGUF version 50331648"),
-        (gguf_files.smallest(num_tensors=2**63)[0], "claims 9223372036854775808 items"),
+        (gguf_files.smallest(num_tensors=2**63)[0], "needs 9223372036854775808 x 24 bytes"),
         (gguf_files.smallest(num_tensors=100)[0], "tensor"),
-        (gguf_files.smallest(num_values=2**40)[0], "claims 1099511627776 items"),
+        (gguf_files.smallest(num_values=2**40)[0], "needs 1099511627776 x 13 bytes"),
         (gguf_files.smallest(num_values=15)[0], "metadata|truncated|tensor"),
     ],
 )
@@ -480,7 +463,7 @@ def test_arrays_and_strings_longer_than_the_file_are_refused(tmp_path: Path) -> 
     type_count = raw.index(b"tokenizer.ggml.token_type") + 25 + 4 + 4
     text_length = raw.index(b"general.architecture") + 20 + 4
     for at, named in [
-        (array_count, "the metadata value 'tokenizer.ggml.tokens' claims"),
+        (array_count, "the metadata value 'tokenizer.ggml.tokens' needs"),
         (type_count, "the metadata value 'tokenizer.ggml.token_type' needs"),
         (text_length, "the metadata value 'general.architecture' needs"),
     ]:

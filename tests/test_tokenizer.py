@@ -118,7 +118,7 @@ def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: 
 def smollm2_as_published(path: Path) -> tokenizers.Tokenizer:
     """SmolLM2's tokenizer as its tokenizer.json describes it: digits one by one, then GPT-2's own
     splitting. Only vocabulary and merges come from the GGUF file."""
-    metadata = nanollama.read_gguf(path).metadata
+    metadata = nanollama.read_gguf(path)[0]
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = tokenizers.Tokenizer(

@@ -138,7 +138,7 @@ def check_gguf_of_published_tokenizer(name: str, tmp_path: Path) -> None:
     theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     theirs.no_truncation()
     write_gguf(directory, tmp_path / "x.gguf", pre)
-    metadata = nanollama.read_gguf(tmp_path / "x.gguf").metadata
+    metadata = nanollama.read_gguf(tmp_path / "x.gguf")[0]
     ours = Tokenizer(TextFiles("x.gguf", gguf=metadata))
     texts, added = texts_for(theirs), theirs.get_added_tokens_decoder().values()
     # plain tokens that the converter turns into control tokens
@@ -164,7 +164,7 @@ def test_a_gguf_of_a_published_tokenizer_gives_hugging_faces_ids(name: str, tmp_
 
 def check_vocabulary_of_llama_cpp(name: str) -> None:
     path = published.llama_cpp() / f"ggml-vocab-{name}.gguf"
-    metadata = nanollama.read_gguf(path).metadata
+    metadata = nanollama.read_gguf(path)[0]
     ours = Tokenizer(TextFiles(path.name, gguf=metadata))
     with open(f"{path}.inp", encoding="utf-8", newline="") as file:
         texts = file.read().split("\n__ggml_vocab_test__\n")
@@ -184,7 +184,7 @@ def test_llama_cpps_vocabulary_files_give_the_ids_that_it_expects(name: str) -> 
 
 
 def test_phi_3s_control_tokens_swallow_the_spaces_behind_them() -> None:
-    metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf").metadata
+    metadata = nanollama.read_gguf(published.llama_cpp() / "ggml-vocab-phi-3.gguf")[0]
     for name in ("Phi-3-mini-4k-instruct", "Phi 3.5 Mini Instruct", "a fine-tune"):
         ours = Tokenizer(TextFiles("x", gguf=metadata | {"general.name": name}))
         tight, loose = (ours.encode(f"<|user|>{gap}hi") for gap in ("", " \n"))

@@ -568,6 +568,8 @@ class CudaBackend(Backend):
     def new_cache(
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
+        if kv_dtype == "q8":
+            return super().new_cache(config, num_slots, kv_dtype, most_new)
         return CudaKVCache(config, num_slots, kv_dtype, self.device, most_new)
 
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:

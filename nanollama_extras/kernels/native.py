@@ -48,7 +48,6 @@ from nanollama import (
     KVCache,
     MoE,
     Norm,
-    Operand,
     PackedLinear,
     Projection,
     Rotation,
@@ -417,8 +416,14 @@ class NativeProjection(Projection):
         self.address = ctypes.addressof(self.matrices)
         self.num_rows = sum(part.shape[0] for part in parts)
 
-    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
-        x, norm, act = operand
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        act: str = "",
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         fused = norm if norm is not None and not norm.is_centred else None
         if norm is not None and fused is None:
             x = norm(x)

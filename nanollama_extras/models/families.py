@@ -24,6 +24,7 @@ from nanollama import (
     TensorSource,
     excerpt,
     layer_windows,
+    positive,
 )
 
 if TYPE_CHECKING:
@@ -98,11 +99,17 @@ def list_ropes(values: ConfigValues) -> None:
 
 
 def check_gemma(values: ConfigValues) -> None:
-    """Gemma 1's files say gelu and mean its approximation by tanh. `query_pre_attn_scalar` is the
-    width whose root divides scores."""
+    """Gemma 1's files say gelu and mean its approximation by tanh. Gemma 3's
+    `max_position_embeddings` counts the factor of its RoPE. `query_pre_attn_scalar` is the width
+    whose root divides scores."""
     key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
     if values.get(key) == "gelu":
         values[key] = "gelu_pytorch_tanh"
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    full = rope.get("full_attention") or rope if isinstance(rope, dict) else {}
+    if isinstance(full, dict) and full.get("factor"):  # the context is the stretched one
+        n_old = values.count("max_position_embeddings") / positive(full["factor"], "rope: factor")
+        values.setdefault("original_max_position_embeddings", n_old)
     if values.get("query_pre_attn_scalar") and not values.get("attention_multiplier"):
         values["attention_multiplier"] = values.number("query_pre_attn_scalar") ** -0.5
 
@@ -195,7 +202,7 @@ GEGLU: Values = {"act": "geglu", "embed_root": True}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
-    "ministral": family(keys(131072, n_kv_heads=8, window=4096), gguf=""),
+    "ministral": family(keys(131072, n_kv_heads=8, window=4096)),
     "ministral3": family(
         keys(262144, n_kv_heads=8, head_dim=128, eps=1e-5, rope=MINISTRAL3_ROPE),
         gguf="mistral3",
@@ -217,10 +224,15 @@ FAMILIES: dict[str, Family] = {
     "smollm3": family(
         keys(32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **NO_WINDOW),
         permuted=True,
+        gguf="smollm3",
     ),
-    "phi3": family(keys(4096, eps=1e-5)),
+    "phi3": family(keys(4096, eps=1e-5), gguf="phi3"),
     "gemma": family(
-        keys(8192, n_kv_heads=16, **GEMMA), layout=PLUS_ONE, switches=GEGLU, check=check_gemma
+        keys(8192, n_kv_heads=16, **GEMMA),
+        layout=PLUS_ONE,
+        switches=GEGLU,
+        check=check_gemma,
+        gguf="gemma",
     ),
     "gemma2": family(
         keys(8192, pattern=2, vocab_size=256000, **GEMMA2)
@@ -231,6 +243,7 @@ FAMILIES: dict[str, Family] = {
         check=check_gemma,
         from_gguf=gemma_from_gguf,
         decoder=VARIED,
+        gguf="gemma2",
     ),
     "gemma3_text": family(
         keys(131072, pattern=6, vocab_size=262208, theta=1e6, rope_local_base_freq=1e4, **GEMMA2),
@@ -247,6 +260,7 @@ FAMILIES: dict[str, Family] = {
         switches={"norms": POST_NORMS, "qk_norm": "full"},
         names=POST_NORM_NAMES,
         decoder=VARIED,
+        gguf="olmo2",
     ),
     "olmo3": family(
         keys(eps=1e-5, theta=5e5, rope_local_base_freq=5e5, window=4096, pattern=4),
@@ -261,8 +275,11 @@ FAMILIES: dict[str, Family] = {
         keys(4096, eps=1e-5, n_experts=64, n_used=8),
         switches={"experts": True, "qk_norm": "full"},
         decoder=VARIED,
+        gguf="olmoe",
     ),
-    "granite": family(keys(attention_multiplier=1.0), permuted=True, check=check_granite),
+    "granite": family(
+        keys(attention_multiplier=1.0), gguf="granite", permuted=True, check=check_granite
+    ),
     "granitemoe": family(
         keys(attention_multiplier=1.0, **EXPERTS),
         permuted=True,
@@ -273,6 +290,7 @@ FAMILIES: dict[str, Family] = {
             r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
             r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
         },
+        gguf="granitemoe",
     ),
     "gpt_oss": family(
         keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)
@@ -292,15 +310,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "nanochat": Family(
         keys(hidden_act="relu2", final_logit_softcapping=15.0),
-        gguf="",
         switches={"norm": "weightless", "qk_norm": "head"},
         names={r"mlp\.fc1\.": "mlp.up_proj.", r"mlp\.fc2\.": "mlp.down_proj."},
         decoder="models.nanochat:NanochatDecoder",
     ),
     "seed_oss": family(
-        keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False)
+        keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False),
+        gguf="seed_oss",
     ),
-    "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), permuted=True),
+    "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), gguf="arcee", permuted=True),
     "hunyuan_v1_dense": family(
         keys(eps=1e-5),
         gguf="hunyuan-dense",
@@ -313,6 +331,7 @@ FAMILIES: dict[str, Family] = {
         switches={"norms": POST_NORMS, "qk_norm": "head"},
         names=POST_NORM_NAMES,
         decoder=VARIED,
+        gguf="exaone4",
     ),
     "glm4": family(
         keys(131072, n_kv_heads=2, head_dim=128, eps=1.5625e-7, attention_bias=True)
@@ -320,6 +339,7 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
         switches={**SANDWICH, "o_bias": False},
         decoder=VARIED,
+        gguf="glm4",
     ),
     "cohere2": family(
         keys(8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4)
@@ -328,15 +348,18 @@ FAMILIES: dict[str, Family] = {
         switches={"norms": PRE_NORMS[:1], "norm": "layer", "parallel": True},
         from_gguf=cohere2_from_gguf,
         decoder=VARIED,
+        gguf="cohere2",
     ),
     "starcoder2": family(
         keys(4096, n_kv_heads=2, tied=True, norm_epsilon=1e-5, use_bias=True)
         | {"hidden_act": "gelu_pytorch_tanh"},
         switches={"norm": "layer_bias", "act": "gelu"},
         names={r"mlp\.c_fc\.": "mlp.up_proj.", r"mlp\.c_proj\.": "mlp.down_proj."},
+        gguf="starcoder2",
     ),
     "stablelm": family(
         keys(4096, n_kv_heads=32, layer_norm_eps=1e-5, partial_rotary_factor=0.25),
         switches={"norm": "layer_bias", "o_bias": False},
+        gguf="stablelm",
     ),
 }

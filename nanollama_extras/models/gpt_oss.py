@@ -9,6 +9,7 @@ Remove     delete this file; the model_type gpt_oss then says that it needs it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -38,15 +39,16 @@ def split_experts(
             parts = {"gate_proj": rows[::2], "up_proj": rows[1::2]}
         for key, part_rows in parts.items():
             for e in range(count):
-                expert = transposed_expert if is_transposed else TensorSource.expert
-                split[f"{owner}.{e}.{key}.{suffix}"] = expert(tensor, e, part_rows)
+                expert = transposed_expert if is_transposed else TensorSource.part
+                split[f"{owner}.{e}.{key}.{suffix}"] = expert(tensor, part_rows, e)
     return split
 
 
-def transposed_expert(tensor: TensorSource, expert: int, rows: Tensor) -> TensorSource:
+def transposed_expert(tensor: TensorSource, rows: Tensor, expert: int) -> TensorSource:
     """These rows of one expert of a tensor (E, columns, rows)."""
 
     def load(at: slice | Tensor = slice(None)) -> Tensor:
         return cast("Tensor", tensor.load(expert)).T[rows[at]].contiguous()
 
-    return tensor.part((len(rows), tensor.shape[1]), load)
+    nbytes = tensor.nbytes * len(rows) // math.prod(tensor.shape[::2])
+    return TensorSource((len(rows), tensor.shape[1]), tensor.kind, nbytes, load)

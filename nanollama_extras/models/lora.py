@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nanollama
-from nanollama import CheckpointError, ModelConfig, Operand, Projection, TensorSource, Weights
+from nanollama import CheckpointError, ModelConfig, Norm, Projection, TensorSource, Weights, operand
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Keys of adapter_config.json by which an adapter is more than pairs of A and B.
@@ -87,8 +87,15 @@ class AdaptedProjection(Projection):
         super().__init__(base.parts)
         self.base, self.updates = base, updates
 
-    def multiply(self, operand: Operand, residual: Tensor | None, out: Tensor | None) -> Tensor:
-        x = operand.tensor()
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        act: str = "",
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x = operand(x, norm, act)
         y = self.base(x, residual=residual, out=out)
         tiled = F.pad(x, (0, 0, 0, -len(x) % nanollama.ROW_TILE))
         for start, a, b in self.updates:

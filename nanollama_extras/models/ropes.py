@@ -80,8 +80,8 @@ def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
         rope["factor"] = rope.get("factor") or n_ctx / rope["original_max_position_embeddings"]
     elif kind != "yarn" and rope["n_rot"] < 4:
         raise CheckpointError(f"rope turns {rope['n_rot']} columns; {kind} needs 4 or more")
-    elif kind == "dynamic":
-        rope["n_ctx"] = min(int(n_ctx * rope["factor"]), 2**31 - 1) or 1
+    elif kind == "dynamic":  # transformers ignores another number
+        rope["original_max_position_embeddings"] = n_ctx
 
 
 def check_factors(rope: Mapping[str, Any]) -> None:
