@@ -4429,11 +4429,11 @@ class ThoughtSplitter:
     def thinking(self) -> bool:
         return self.tags is not None
 
-    def push(self, text: str) -> list[tuple[bool, str]]:
-        return [pair for pair in self._split(text, final=False) if pair[1]]
+    def push(self, text: str, final: bool = False) -> list[tuple[bool, str]]:
+        return [pair for pair in self._split(text, final) if pair[1]]
 
-    def flush(self) -> list[tuple[bool, str]]:
-        return [pair for pair in self._split("", final=True) if pair[1]]
+    def flush(self, is_cut: bool = False) -> list[tuple[bool, str]]:
+        return [] if is_cut else self.push("", final=True)
 
     def _split(self, new: str, final: bool) -> Iterator[tuple[bool, str]]:
         text, self._held = self._held + new, ""
@@ -4461,9 +4461,9 @@ class ThoughtSplitter:
             self.done, self.tags = not self.tags.answer, None
             yield from self._split(rest, final)
         else:
-            keep = 0 if final else held_back(text, (self.tags.close,))
-            self._held = text[len(text) - keep :]
-            yield True, text[: len(text) - keep]
+            end = len(text) - (0 if final else held_back(text, (self.tags.close,)))
+            self._held = text[end:]
+            yield True, text[:end]
 
 
 class Piece(NamedTuple):
@@ -4475,12 +4475,12 @@ class Piece(NamedTuple):
 
 
 class CallSplitter(Protocol):
-    """Finds the calls in an answer: `push` text, get pieces."""
+    """Finds the calls in an answer: `push` text, get pieces; a cut drops begun tags."""
 
     @property
     def has_calls(self) -> bool: ...  # of which the last is complete
     def push(self, text: str) -> list[Piece]: ...
-    def flush(self) -> list[Piece]: ...
+    def flush(self, is_cut: bool = False) -> list[Piece]: ...
 
 
 class AnswerSplitter:
@@ -4495,9 +4495,9 @@ class AnswerSplitter:
     def push(self, text: str) -> list[Piece]:
         return self._pieces(self.thoughts.push(text))
 
-    def flush(self) -> list[Piece]:
-        pieces = self._pieces(self.thoughts.flush())
-        return pieces + self.tools.flush() if self.tools else pieces
+    def flush(self, is_cut: bool = False) -> list[Piece]:
+        pieces = self._pieces(self.thoughts.flush(is_cut))
+        return pieces + self.tools.flush(is_cut) if self.tools else pieces
 
     def _pieces(self, pairs: Iterable[tuple[bool, str]]) -> list[Piece]:
         pieces = []
@@ -5653,15 +5653,14 @@ TEXT_FIELDS = table(
 # OpenAI's fields that are accepted without effect
 HARMLESS = table(
     string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
-    object="prompt_cache_options prediction moderation",
+    object="prompt_cache_options prediction moderation audio",
     boolean="store",
 )
-# OpenAI's fields for features that this server lacks -> the values that are accepted
+# OpenAI's fields of features that this server lacks -> accepted values
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "audio": (),
     "web_search_options": (),
     "suffix": ("",),
 }
@@ -5746,9 +5745,8 @@ class WireRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
-    names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # SamplingParams field -> the body's name
+    # SamplingParams field -> the body's name
+    names: Mapping[str, str] = field(default_factory=dict)
     metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
@@ -5763,7 +5761,7 @@ def parse_chat(
     num_top = given.get("top_logprobs")
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; it must be 0 to 20, with logprobs", "top_logprobs")
-    sampling["logprobs"] = (num_top or 0) if given.get("logprobs") else None
+    sampling["logprobs"] = num_top or 0 if given.get("logprobs") else None
     tools, choice = None, ToolChoice()
     if given.get("tools") or "tool_choice" in given:
         tools, choice = extra("answers.tools", "a request with tools").read_tools(given)
@@ -5782,9 +5780,7 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     """A body of /v1/completions. Raises RequestError."""
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
-    # with echo, an answer of no tokens still reports on the prompt
-    least_tokens = 0 if echo else 1
-    sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens)
+    sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens=0)
     sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
@@ -5872,7 +5868,7 @@ def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
     value = required(given, name)
 
     def is_ids(value: Any) -> bool:
-        return isinstance(value, list) and all(type(i) is int for i in value) and bool(value)
+        return isinstance(value, list) and {type(i) for i in value} == {int}
 
     if isinstance(value, str) or is_ids(value):
         return [value]
@@ -5966,7 +5962,7 @@ class ChatReply(Reply):
         was_thinking = thoughts.thinking
         pieces = self.splitter.push(delta.text)
         if delta.finish_reason:
-            pieces += self.splitter.flush()
+            pieces += self.splitter.flush(delta.finish_reason == "length")
             self.finish_reason = self.splitter.finish_reason(delta.finish_reason)
             self.usage = delta.usage
         self.pending += self._entries(delta)
@@ -7328,7 +7324,7 @@ class AnswerPrinter:
     def push(self, delta: Delta) -> None:
         self.write(self.splitter.push(delta.text))
         if delta.finish_reason:
-            self.write(self.splitter.flush())
+            self.write(self.splitter.flush(delta.finish_reason == "length"))
 
     def write(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:

@@ -273,7 +273,7 @@ def test_a_value_out_of_range_is_refused_by_name(fields: dict[str, Any], param: 
         ({"prompt": [1.0]}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"n": 2, "best_of": 3}, "best_of"),
         ({"best_of": 2}, "best_of"),
         ({"n": 65, "prompt": ["a", "b"]}, "n"),
@@ -292,7 +292,7 @@ def test_token_limits() -> None:
     assert params(max_tokens=-1).max_tokens is None
     assert params(max_tokens=10**30).max_tokens == 2**31
     assert parse_text({"prompt": "a"}, {}).requests[0].params.max_tokens == 16
-    assert parse_text({"prompt": "a", "max_tokens": 0, "echo": True}, {}).echo
+    assert parse_text({"prompt": "a", "max_tokens": 0}, {}).requests[0].params.max_tokens == 0
 
 
 def test_request_over_server_defaults() -> None:
@@ -885,6 +885,12 @@ def test_a_prompt_that_cannot_be_run(live: Live, prompt: Any, message: str) -> N
     assert message in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "prompt"
     wait_until(live.is_idle)
+
+
+def test_a_completion_of_no_tokens(live: Live) -> None:
+    answer = live.text(max_tokens=0).json()
+    assert (answer["choices"][0]["text"], answer["usage"]["completion_tokens"]) == ("", 0)
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_max_tokens_beyond_the_context_ends_there(live: Live) -> None:

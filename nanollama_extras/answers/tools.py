@@ -35,6 +35,7 @@ from nanollama import (
     clean_message,
     excerpt,
     held_back,
+    in_turns,
     refuse,
 )
 
@@ -200,9 +201,9 @@ def probe_calls(template: ChatTemplate) -> tuple[ToolFormat | None, bool]:
         (form.mark.replace("NAME", PROBE) or form.begin + form.head(PROBE), form)
         for form in TOOL_FORMATS.values()
     ]
-    squeezed = "".join(text.split())  # formats that differ in spaces only are the same
     matches = [form for head, form in heads if head in text]
-    matches += [form for head, form in heads if "".join(head.split()) in squeezed]
+    # formats that differ in spaces only are the same
+    matches += [form for head, form in heads if squeezed(head) in squeezed(text)]
     is_known = bool(matches) and "done" + PROBE in text
     return (matches[0] if is_known else None), is_known
 
@@ -239,37 +240,79 @@ def call_as_content(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str
     if not isinstance(message, Mapping):
         return message
     if message.get("role") == "tool":
-        content = clean_message(message).get("content", "")
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+        return result_as_text(message)
     if not message.get("tool_calls"):
         return message
     functions = [call["function"] for call in message["tool_calls"]]
-    calls = [(str(f["name"]), json_text(parsed_object(f.get("arguments", {})))) for f in functions]
+    calls = [(str(f["name"]), json_text(arguments_object(f.get("arguments")))) for f in functions]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     content = clean_message(rest).get("content", "")
     return {**rest, "content": content + form.spell(calls)}
 
 
+def result_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a call as a user's message."""
+    content = clean_message(message).get("content", "")
+    return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+
+
+def arguments_object(value: Any) -> dict[str, Any]:
+    """Arguments of a call as an object: JSON is read, an end that is missing is added; a value that
+    is no object gets a name."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return arguments_object(json.loads(value))
+        if value.lstrip().startswith("{"):
+            return completed_object(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {} if value is None or value == "" else {"arguments": value}
+
+
+def completed_object(text: str) -> dict[str, Any]:
+    """The object that a text of JSON begins, without a member that has no value yet."""
+    # not in the middle of an escape sequence
+    text = re.sub(r"(?<!\\)((?:\\\\)*)\\(?:u[0-9a-fA-F]{0,3})?$", r"\1", text)
+    closers, quoted, escaped, without_last = "", False, False, "{}"
+    for i, character in enumerate(text):
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = not escaped and character == "\\"
+        elif character == '"':
+            quoted = True
+        elif character in "{[":
+            closers = ("}" if character == "{" else "]") + closers
+        elif character in "}]":
+            closers = closers[1:]
+        elif character == ",":
+            without_last = text[:i] + closers
+    found = (parsed_object(one) for one in (text + '"' * quoted + closers, without_last))
+    return next((value for value in found if isinstance(value, dict)), {})
+
+
 def call_shapes(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Messages with calls in each form that some template needs: arguments as objects, the usual
     form, then with short ids, which all others have, too."""
-    messages = [with_arguments(message, parsed_object) for message in messages]
-    short = [short_ids(message) for message in messages]  # Mistral
+    messages = [with_arguments(message, arguments_object) for message in messages]
+    short = [short_ids(message) for message in with_ids(messages)]  # Mistral
     as_text = [with_arguments(message, json_text) for message in short]  # Functionary
     without_content = [  # DeepSeek
         [{"content": None, **message} for message in shape] for shape in (short, as_text)
     ]
-    return [messages, short, as_text, *without_content]
+    matched = with_lone_results_as_text(short)  # gpt-oss
+    last = in_turns(with_answers(matched))
+    return [messages, short, as_text, *without_content, matched, last]
 
 
 def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls converted."""
+    """The message with the arguments of its calls converted; missing ones are None."""
 
     def converted(call: Any) -> Any:
         function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or "arguments" not in function:
+        if not isinstance(function, Mapping):
             return call
-        return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
+        arguments = convert(function.get("arguments"))
+        return {**call, "function": {**function, "arguments": arguments}}
 
     calls = message.get("tool_calls")
     return (
@@ -285,12 +328,51 @@ def parsed_object(value: Any) -> Any:
     return value
 
 
+def with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with an id for each call, and for each result that of its call."""
+    out, open_ids = [], list[str]()
+    for i, message in enumerate(messages):
+        if isinstance(calls := message.get("tool_calls"), list):
+            is_named = [isinstance(c, Mapping) and isinstance(c.get("id"), str) for c in calls]
+            calls = [
+                call if named or not isinstance(call, Mapping) else {**call, "id": f"call{i}x{j}"}
+                for j, (call, named) in enumerate(zip(calls, is_named))
+            ]
+            open_ids = [call["id"] for call in calls if isinstance(call, Mapping)]
+            message = {**message, "tool_calls": calls}
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            found = given if isinstance(given, str) else (open_ids or ["call"])[0]
+            open_ids = [name for name in open_ids if name != found]
+            message = {**message, "tool_call_id": found}
+        out.append(message)
+    return out
+
+
+def with_lone_results_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with each result that follows no call as a user's message."""
+    out, follows_call = [], False
+    for message in messages:
+        is_result = message.get("role") == "tool"
+        follows_call = follows_call if is_result else bool(message.get("tool_calls"))
+        out.append(result_as_text(message) if is_result and not follows_call else message)
+    return out
+
+
 def tool_shapes(tools: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The tools as they are; then with each description and parameters filled in (Seed-OSS)."""
     functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
     empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
     filled = [{"type": "function", "function": {**empty, **function}} for function in functions]
     return [tools, filled] if filled else [tools]
+
+
+def with_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with an empty answer between the result of a call and a question (Mistral)."""
+    roles = [message.get("role") for message in messages]
+    gaps = {i for i in range(1, len(roles)) if roles[i - 1 : i + 1] == ["tool", "user"]}
+    answer = {"role": "assistant", "content": ""}
+    return [one for i, m in enumerate(messages) for one in ([answer, m] if i in gaps else [m])]
 
 
 def short_ids(message: dict[str, Any]) -> dict[str, Any]:
@@ -452,6 +534,15 @@ def spaced_pattern(literal: str, names: Iterable[str] = ()) -> str:
     return r"\s*".join(known.get(word) or re.escape(word) for word in words)
 
 
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def is_begun(text: str, starts: Iterable[str]) -> bool:
+    """Whether a text is the beginning of one of `starts`, apart from space."""
+    return any(start.startswith(squeezed(text)) for start in starts)
+
+
 class ToolSplitter:
     """Finds the calls in an answer: `push` text, get pieces. Text is content unless it is a call in
     the model's format of a function in `schemas`, which has the schema of each one's arguments."""
@@ -469,13 +560,23 @@ class ToolSplitter:
         self.last = re.compile(r"\s*" + spaced_pattern(form.tail + form.end))
         self.reach = 2 * len(form.begin + head) + max(map(len, schemas), default=0)
         self.reach += 2 * len(form.parameter + form.tail)
+        # text without its space: all of a first call, or of a later one, before its arguments
+        key = form.parameter.partition("KEY")[0]
+        starts = [
+            form.head(n) + text for n in schemas for text in ((key, form.tail) if key else "{")
+        ]
+        self.first_starts = [squeezed(form.begin + start) for start in starts]
+        self.closing = squeezed(form.tail + form.end)
+        self.next_starts = [squeezed(form.tail + form.between + start) for start in starts]
         self.num_calls, self.has_content, self._held = 0, False, ""
         self.reader: JsonReader | ParameterReader | None = None  # of the call that is incomplete
 
     def push(self, text: str) -> list[Piece]:
         return self._split(text, final=False)
 
-    def flush(self) -> list[Piece]:
+    def flush(self, is_cut: bool = False) -> list[Piece]:
+        if is_cut:
+            self._held = self._held[: self._begun()]
         return self._split("", final=True)
 
     @property
@@ -513,6 +614,21 @@ class ToolSplitter:
         self.has_content |= any(piece.kind == "content" for piece in out)
         return out
 
+    def _begun(self) -> int:
+        """The place in held text where the tags of a call begin, which is cut before its
+        arguments."""
+        if self.reader:
+            return len(self._held)
+        if self.num_calls and is_begun(self._held, self.next_starts):
+            return 0
+        last = self.last.match(self._held) if self.num_calls else None
+        at = last.end() if last else 0
+        while (at := self._held.find(self.opener[0], at)) >= 0:
+            if is_begun(self._held[at:], self.first_starts):
+                return at
+            at += 1
+        return len(self._held)
+
     def _take(self, num: int) -> str:
         taken, self._held = self._held[:num], self._held[num:]
         return taken
@@ -520,7 +636,11 @@ class ToolSplitter:
     def _rest(self, final: bool) -> list[Piece]:
         """The content of held text in which no call begins; the end of it may have to wait."""
         if self.num_calls:  # `form.end` is not content; text after it is passed on at the end
-            text = self.last.sub("", self._take(len(self._held)), count=1) if final else ""
+            text = self._take(len(self._held)) if final else ""
+            if last := self.last.match(text):
+                text = text[last.end() :]
+            elif self.closing.startswith(squeezed(text)):
+                text = ""
             return [Piece("content", text)] if text.strip() else []
         text, at = self._held, self._held.find(self.opener)
         while 0 <= at < len(text) - self.reach - len(self.opener):
@@ -640,14 +760,14 @@ def read_tool_choice(choice: Any) -> ToolChoice:
 
 
 def check_calls(calls: Any, where: str) -> None:
-    """Raise RequestError for `tool_calls` of a message that are none."""
+    """Raise RequestError for `tool_calls` of a message that are none. Arguments may be of any kind:
+    a client sends back an answer that was cut, or that another model wrote."""
     check_type(where, calls, "array")
     for i, call in enumerate(calls):
         at = f"{where}[{i}].function"
         function: Any = call.get("function") if isinstance(call, dict) else call
         check_type(at, function, "object")
         check_type(f"{at}.name", function.get("name"), "string")
-        check_type(f"{at}.arguments", function.get("arguments", ""), "string or object")
 
 
 def add_to_calls(calls: list[Json], piece: Piece) -> Json:

@@ -11,6 +11,7 @@ Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
@@ -145,10 +146,7 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
             check_type(where, call, "object")
             check_type(where, call.get("function"), "object")
             last, num_calls = f"call_{num_calls}", num_calls + 1
-            function = dict(call["function"])
-            if not isinstance(function.get("arguments"), str):
-                function["arguments"] = json.dumps(function.get("arguments") or {})
-            calls.append({"id": last, "type": "function", "function": function})
+            calls.append({"id": last, "type": "function", "function": call["function"]})
         if calls:
             one["tool_calls"] = calls
         if message.get("role") == "tool":
@@ -205,17 +203,14 @@ class OllamaReply(ChatReply):
         ]
 
     def tool_calls(self) -> list[Json]:
-        return [
-            {
-                "id": call["id"],
-                "function": {
-                    "index": index,
-                    "name": call["function"]["name"],
-                    "arguments": json.loads(call["function"]["arguments"]),
-                },
-            }
-            for index, call in enumerate(self.calls)
-        ]
+        """The complete calls: this API has arguments as objects, and no place for half of one."""
+        calls = []
+        for index, call in enumerate(self.calls):
+            function = {"index": index, **call["function"]}
+            with contextlib.suppress(ValueError):
+                function["arguments"] = json.loads(function["arguments"])
+                calls.append({"id": call["id"], "function": function})
+        return calls
 
     def end(self) -> list[Json]:
         calls = self.tool_calls()

@@ -126,19 +126,17 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
         message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
         messages.append(message)
     elif kind == "function_call":
-        for name in ("call_id", "name", "arguments"):
-            check_type(f"{where}.{name}", item.get(name), "string")
-        function = {"name": item["name"], "arguments": item["arguments"]}
-        call = {"id": item["call_id"], "type": "function", "function": function}
+        check_type(f"{where}.name", item.get("name"), "string")
+        function = {"name": item["name"], "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
         if (
             not messages or messages[-1]["role"] != "assistant"
         ):  # the calls of one turn share a message
             messages.append({"role": "assistant", "content": None})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        check_type(f"{where}.call_id", item.get("call_id"), "string")
         text = _item_text(item.get("output"), where)
-        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
     elif kind != "reasoning":  # earlier thoughts are left out
         refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import ollama
 import openai
 import published
 import pydantic
@@ -302,6 +303,47 @@ def test_content_comes_as_soon_as_it_can_be_no_call() -> None:
 def test_text_behind_the_calls_is_content() -> None:
     text = FORMATS["hermes"].spell([("stop", "{}")]) + "\nDone."
     assert split("hermes", text) == [("name", "stop"), ("arguments", "{}"), ("content", "\nDone.")]
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_the_tags_of_a_call_that_is_cut_are_no_content(form: str) -> None:
+    before = "I look: " if form == "llama" else "I look, {a} < b: "
+    calls = [("weather", '{"city": "Bern", "days": 3}'), ("stop", "{}")]
+    text = before + FORMATS[form].spell(calls)
+    for cut in range(len(text) + 1):
+        splitter = ToolSplitter(FORMATS[form], dict.fromkeys(SCHEMAS, KINDS))
+        pieces = joined(splitter.push(text[:cut]) + splitter.flush(is_cut=True))
+        content = "".join(text for kind, text in pieces if kind == "content")
+        assert before.startswith(content), text[:cut]
+        assert content == before or cut <= len(before)
+
+
+def test_what_is_no_call_is_content_where_it_is_cut_too() -> None:
+    for text in ('<tool_call>\n{"name": "unknown"', "a <b", "{", "<tool_cake", "Done. [TOOL]"):
+        splitter = ToolSplitter(FORMATS["hermes"], SCHEMAS)
+        assert joined(splitter.push(text) + splitter.flush(is_cut=True)) == [("content", text)]
+    call = FORMATS["hermes"].spell([("stop", "{}")])
+    splitter = ToolSplitter(FORMATS["hermes"], SCHEMAS)
+    pieces = splitter.push(call + " Done, as <b") + splitter.flush(is_cut=True)
+    assert pieces[-1] == ("content", " Done, as <b")
+
+
+@pytest.mark.parametrize("form", sorted(FORMATS))
+def test_a_call_without_all_of_its_closing_tag_leaves_no_content(form: str) -> None:
+    style, arguments = FORMATS[form], '{"city": "Bern"}'
+    text = style.spell([("stop", arguments)])
+    start = len(style.begin + style.head("stop") + style.spell_arguments(arguments))
+    for cut in range(start, len(text)):
+        splitter = ToolSplitter(style, dict.fromkeys(SCHEMAS, KINDS))
+        pieces = splitter.push(text[:cut]) + splitter.flush()
+        assert {kind for kind, _ in pieces} <= {"name", "arguments"}, text[:cut]
+
+
+@pytest.mark.parametrize("text", ["<thi", " <think", "<|channel|>anal", "<think>hm</thi"])
+def test_the_tags_of_a_thought_that_is_cut_are_no_content(text: str) -> None:
+    splitter = nanollama.AnswerSplitter()
+    pieces = splitter.push(text) + splitter.flush(is_cut=True)
+    assert pieces == ([("thought", "hm")] if "hm" in text else [])
 
 
 def test_thoughts_come_first_and_may_speak_of_calls() -> None:
@@ -855,3 +897,119 @@ def test_the_rendered_prompt_shows_the_tools(live: Live) -> None:
     shown = live.http.post("/apply-template", json=body).json()
     assert "weather_now" in shown["prompt"]
     assert "sunny spells" in shown["prompt"]
+
+
+# ---- answers that are cut, and broken histories, on every API ------------------------------------
+
+
+def asked(server: nanollama.TestServer, stream: bool) -> dict[str, tuple[str, str, bool]]:
+    """API -> content, reason of the end, and whether there is a call, by each SDK."""
+    client = openai.OpenAI(base_url=server.base_url, api_key="any", max_retries=0)
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    chat: Any = client.chat.completions.create(
+        model="any", messages=USER, tools=TOOLS, stream=stream
+    )
+    response: Any = client.responses.create(model="any", input="?", tools=flat, stream=stream)
+    tools: Any = TOOLS
+    lines: Any = ollama.Client(server.url).chat("any", USER, tools=tools, stream=stream)
+    lines = list(lines) if stream else [lines]
+    if stream:
+        chunks = [chunk.choices[0] for chunk in chat]
+        content = "".join(chunk.delta.content or "" for chunk in chunks)
+        calls = any(chunk.delta.tool_calls for chunk in chunks)
+        found = {"chat": (content, chunks[-1].finish_reason, calls)}
+        response = list(response)[-1].response
+    else:
+        choice = chat.choices[0]
+        calls = bool(choice.message.tool_calls)
+        found = {"chat": (choice.message.content or "", choice.finish_reason, calls)}
+    calls = any(item.type == "function_call" for item in response.output)
+    found["responses"] = response.output_text, response.status, calls
+    content = "".join(line.message.content or "" for line in lines)
+    calls = any(line.message.tool_calls for line in lines)
+    found["ollama"] = content, lines[-1].done_reason, calls
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "has_name"),
+    [
+        ("I look: <tool_", False),
+        ('I look: <tool_call>\n{"name": "wea', False),
+        ('I look: <tool_call>\n{"name": "weather", "arguments": {"ci', True),
+        ('I look: <tool_call>\n{"name": "weather", "arguments": {"city": "Bern"', True),
+    ],
+)
+def test_an_answer_that_is_cut_in_a_call_has_the_text_so_far(
+    test_server: nanollama.TestServer, text: str, has_name: bool, stream: bool
+) -> None:
+    test_server.answers({"text": text, "finish_reason": "length"})
+    found = asked(test_server, stream)
+    assert {
+        api: (content.strip(), reason, has) for api, (content, reason, has) in found.items()
+    } == {
+        "chat": ("I look:", "length", has_name),
+        "responses": ("I look:", "incomplete", has_name),
+        "ollama": ("I look:", "length", False),  # whole calls only: arguments are objects there
+    }
+
+
+def test_whole_calls_before_the_cut_are_kept(test_server: nanollama.TestServer) -> None:
+    call = FORMATS["hermes"].spell([("weather", '{"city": "Bern"}')])
+    test_server.answers({"text": call + "\n<tool_call>\n{", "finish_reason": "length"})
+    for stream in (False, True):
+        assert asked(test_server, stream) == {
+            "chat": ("", "length", True),
+            "responses": ("", "incomplete", True),
+            "ollama": ("", "length", True),
+        }
+
+
+BROKEN: list[tuple[Any, dict[str, Any]]] = [
+    ('{"text": "cut of', {"text": "cut of"}),
+    ('{"a": 1, "te', {"a": 1}),
+    ('{"a": 1, "b": ', {"a": 1}),
+    ('{"a": {"b": [1, "x', {"a": {"b": [1, "x"]}}),
+    ('{"a": "x\\u00', {"a": "x"}),
+    ('{"a": "x\\', {"a": "x"}),
+    ('{"a": "x\\\\', {"a": "x\\"}),
+    ("{", {}),
+    ("", {}),
+    (None, {}),
+    ("null", {}),
+    ({"a": 1}, {"a": 1}),
+    ('"{}"', {}),
+    ([1, 2], {"arguments": [1, 2]}),
+    (7, {"arguments": 7}),
+    ("seven", {"arguments": "seven"}),
+]
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3-coder"])
+@pytest.mark.parametrize(("arguments", "expected"), BROKEN, ids=repr)
+def test_arguments_of_any_kind_are_an_object_for_the_template(
+    arguments: Any, expected: dict[str, Any], form: str
+) -> None:
+    def prompt(arguments: Any) -> str:
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        talk = parse(messages=[*USER, {"role": "assistant", "tool_calls": [call]}]).messages
+        return template(TEMPLATES[form]).prompt(talk or [])
+
+    assert prompt(arguments) == prompt(json.dumps(expected))
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.jinja")), ids=lambda path: path.stem)
+def test_a_broken_history_never_ends_the_talk(path: Path) -> None:
+    made = template(path.read_text(encoding="utf-8"))
+    for arguments, _ in BROKEN:
+        function = {"name": "weather", "arguments": arguments}
+        call = {"type": "function", "function": function}
+        result = {"role": "tool", "content": "sunny spells"}
+        for talk in (
+            [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result, *USER],
+            [*USER, {**result, "tool_call_id": "unknown"}, *USER],
+            [*USER, {"role": "assistant", "content": "Hm."}, result],
+        ):
+            prompt = made.prompt(parse(messages=talk, tools=TOOLS).messages or [], TOOLS)
+            assert "sunny spells" in prompt
