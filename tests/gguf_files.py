@@ -161,6 +161,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if config.get("add_eos_token"):
+        writer.add_add_eos_token(True)
     if "pooling_type" in config:
         writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
 

@@ -17,13 +17,18 @@ TOKEN = "hf_good"  # opens gated repos
 LFS = (".safetensors", ".gguf", ".bin", ".pt")
 
 
+def git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 class HubServer(ThreadingHTTPServer):
     """Serves what `add` was given, and fails as told.
 
     `gated`: repos whose files need TOKEN. `cuts`: file name -> after how many bytes each of its
     next downloads breaks off. `stalls`: names of files whose downloads stop halfway and wait; then
-    `stalled` is set. `status`, `body`: what to answer every request with. `seen`: (method,
-    path, headers) of each request about a repo."""
+    `stalled` is set. `damaged`: file name -> other content. `lies`: etag, or key of the list of
+    files -> a wrong value. `lists_hashes`: as the real hub does. `status`, `body`: what to answer
+    every request with. `seen`: (method, path, headers) of each request about a repo."""
 
     daemon_threads = True
 
@@ -36,6 +41,9 @@ class HubServer(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.cuts: dict[str, list[int]] = {}
         self.stalls: set[str] = set()
+        self.damaged: dict[str, bytes] = {}
+        self.lies: dict[str, str] = {}
+        self.lists_hashes = True
         self.stalled, self.closing = threading.Event(), threading.Event()
         self.status: int | None = None
         self.body: bytes | None = None
@@ -96,13 +104,22 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def model_info(self, repo: str, commit: str) -> None:
-        names = self.server.files[repo, commit]
-        self.json({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in names]})
+        lies, siblings = self.server.lies, []
+        for name, data in self.server.files[repo, commit].items():
+            sibling: dict[str, object] = {"rfilename": name}
+            if "blobs=true" in self.path and self.server.lists_hashes:
+                sibling |= {"size": len(data), "blobId": lies.get("blobId", git_id(data))}
+                if name.endswith(LFS):
+                    sha256 = lies.get("sha256", hashlib.sha256(data).hexdigest())
+                    lfs = {"sha256": sha256, "size": len(data), "pointerSize": 128}
+                    sibling |= {"lfs": lfs, "blobId": git_id(sha256.encode())}
+            siblings.append(sibling)
+        self.json({"id": repo, "sha": lies.get("sha", commit), "siblings": siblings})
 
     def tree(self, repo: str, commit: str) -> None:
         entries = []
         for name, data in self.server.files[repo, commit].items():
-            sha256, blob = hashlib.sha256(data).hexdigest(), hashlib.sha1(data).hexdigest()
+            sha256, blob = hashlib.sha256(data).hexdigest(), git_id(data)
             lfs = {"lfs": {"oid": sha256, "size": len(data), "pointerSize": 128}}
             entry = {"type": "file", "path": name, "size": len(data), "oid": blob}
             entries.append(entry | (lfs if name.endswith(LFS) else {}))
@@ -116,15 +133,17 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             return self.fail(404, "EntryNotFound", "Entry not found")
         sha256 = hashlib.sha256(data).hexdigest()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        etag = self.server.lies.get("etag")
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag or git_id(data)}"'}
         if name.endswith(LFS):
-            headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
+            headers |= {"X-Linked-Etag": f'"{etag or sha256}"', "X-Linked-Size": str(len(data))}
             host = f"http://localhost:{self.server.server_port}"  # another host than 127.0.0.1
             return self.answer(302, b"", headers | {"Location": f"{host}/cdn/{sha256}/{name}"})
         return self.content(data, name, headers)
 
     def content(self, data: bytes, name: str, headers: Mapping[str, str] | None = None) -> None:
         """A file, or what a Range header asks of it; broken off where `cuts` says so."""
+        data = self.server.damaged.get(name, data)
         start = re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", ""))
         part = data[int(start[1]) :] if start else data
         ranged = {"Content-Range": f"bytes {len(data) - len(part)}-{len(data) - 1}/{len(data)}"}

@@ -573,7 +573,7 @@ def test_a_usage_error_is_explained(cli: Callable[..., Ran], argv: str, message:
         ("--model ./absent", "./absent: no such file or directory"),
         ("--model smolm2", "did you mean smollm2?"),
         ("--model org/absent", "org/absent: cannot be fetched while HF_HUB_OFFLINE is set"),
-        ("--model {tmp}", "no config.json; a model directory needs config.json, tokenizer.json"),
+        ("--model {tmp}", "no config.json, which a model needs"),
         ("--model {tmp}/empty.gguf", "the file is empty"),
         ("--model {tmp}/wrong.gguf", "not a GGUF file: it starts with b'PK"),
         ("--model {tiny} --tokenizer absent", "absent: no such model"),

@@ -603,7 +603,7 @@ def refused_directory(path: Path, named: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (None, "no config.json; a model directory needs"),
+        (None, "no config.json, which a model needs"),
         (b"", r"config\.json: not readable as JSON"),
         (b"{", r"config\.json: not readable as JSON"),
         (b"[1, 2]", r"config\.json: holds a list; a JSON object is needed"),
@@ -628,6 +628,32 @@ def test_a_config_that_is_a_directory_is_refused(copied: Path) -> None:
     (copied / "config.json").unlink()
     (copied / "config.json").mkdir()
     refused_directory(copied, r"config\.json: not readable")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bfloat16", "F32", "BF16", "Q8_0", "Q4_0"])
+def test_a_file_that_changes_later_does_not_change_the_model(
+    tiny: Tiny, tmp_path: Path, form: str
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny(), directory)
+    path, file, options = directory, directory / "model.safetensors", {}
+    if form == "bfloat16":
+        options = {"dtype": "bfloat16"}
+        weights = safetensors.torch.load_file(file)
+        halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
+        safetensors.torch.save_file(halves, file)
+    elif form != "safetensors":
+        file, _ = gguf_files.convert(path, tmp_path / "model.gguf", form)
+        path = file
+    llm, ids = LLM(path, kernels="torch", **options), oracle.random_ids(20)
+    before, size = llm.logits(ids), file.stat().st_size
+    with file.open("r+b") as opened:  # the same file, in place
+        opened.seek(size // 4)
+        opened.write(b"\x11" * (size // 2))
+    assert torch.equal(llm.logits(ids), before)
+    with file.open("r+b") as opened:  # a page that is gone would end the process
+        opened.truncate(10)
+    assert torch.equal(llm.logits(ids), before)
 
 
 def test_pickles_are_never_opened(copied: Path) -> None:

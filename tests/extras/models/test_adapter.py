@@ -44,6 +44,11 @@ LORA = {
     "plain": {},
     "rank-stabilized": {"use_rslora": True},
     "some": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "PiSSA of ranks": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 8}},
+    "OLoRA": {"init_lora_weights": "olora", "use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
 }
 
@@ -72,6 +77,28 @@ def test_fused_and_reordered_matrices_are_adapted_too(
 ) -> None:
     path, adapter, model = made(name, overrides)
     oracle.assert_same_model(LLM(path, adapter=adapter), model, oracle.random_ids(50))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("name", ["Phi3", "Gemma3Text"])
+def test_fused_and_reordered_matrices_lose_what_they_lost_in_peft(
+    made: Made, name: str, start: str
+) -> None:
+    path, adapter, model = made(name, {"head_dim": 16}, init_lora_weights=start)
+    oracle.assert_same_model(LLM(path, adapter=adapter), model, oracle.random_ids(50))
+
+
+def test_an_adapter_that_peft_saved_answers_as_where_peft_loads_it(made: Made) -> None:
+    path, adapter, _ = made("Llama", {}, init_lora_weights="pissa")
+    loaded = peft.PeftModel.from_pretrained(oracle.load(path), adapter)
+    oracle.assert_same_model(LLM(path, adapter=adapter), loaded.eval(), oracle.random_ids(50))
+
+
+def test_what_only_float_weights_tell_is_not_guessed(made: Made, tmp_path: Path) -> None:
+    path, adapter, _ = made("Llama", {}, init_lora_weights="pissa")
+    file, _ = gguf_files.convert(path, tmp_path / "model.gguf", "Q8_0")
+    with pytest.raises(CheckpointError, match=r"'pissa' took a part of .*use the float model"):
+        LLM(file, adapter=adapter)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
@@ -125,6 +152,10 @@ def edited(adapter: Path, **changes: Any) -> Path:
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern .* plain names"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights '?{start}'? changed .* convert")
+            for start in ("pissa_niter_4", "corda", "loftq", "lora_ga", "unheard", 7)
+        ),
     ],
 )
 def test_what_is_more_than_a_and_b_is_refused(

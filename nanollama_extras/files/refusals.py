@@ -1,0 +1,138 @@
+"""Says what a file is that cannot be opened as a model, and what to do with it.
+
+Seam       `nanollama.open_checkpoint` hands every refusal to `explain`, which may raise another one
+           that says more; files.hub_files asks `check_start` about the first bytes of a download.
+Remove     delete this file and its tests; the core's own messages are then seen.
+Source     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (general.type, split.count)
+           https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanollama import CheckpointError, GGUFCursor, excerpt, gguf_model_type, read_json
+
+HEAD_BYTES = 1 << 24  # the start of a GGUF that is looked at
+# The start of a file -> what the file is, and what to do
+STARTS = {
+    rb"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in "
+    "its repository, or get the model with `nanollama pull`",
+    rb"(?i)\s*<(!doctype|html|\?xml)": "is a web page, not a model; download it again",
+    rb"lmgg|fmgg|tjgg|algg": "is a GGML file of before GGUF; convert the original model again",
+    rb"PK\x03\x04|\x80[\x02-\x05]": "is a PyTorch pickle, which is never opened; take the model's "
+    "safetensors or a GGUF file",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "is compressed; unpack it",
+}
+# Number of a tensor type that llama.cpp removed -> its name, and the type to make instead
+REMOVED_TYPES = {
+    4: ("Q4_2", "Q4_K_M"),
+    5: ("Q4_3", "Q4_K_M"),
+    **{n: (f"Q4_0_{m}", "Q4_0") for n, m in ((31, "4_4"), (32, "4_8"), (33, "8_8"))},
+    **{n: (f"IQ4_NL_{m}", "IQ4_NL") for n, m in ((36, "4_4"), (37, "4_8"), (38, "8_8"))},
+}
+# general.type or general.architecture -> what a GGUF is, and what to do
+GGUF_KINDS = {
+    "clip": "is the image part (mmproj) of a multimodal model; give the GGUF of its language model",
+    "adapter": "is a LoRA adapter; give the model that it changes, and to --adapter the directory "
+    "that PEFT saved",
+    "imatrix": "is a table of statistics for llama-quantize (imatrix); give the model's own GGUF",
+    "vocab": "holds a vocabulary without weights; give the model's own GGUF",
+}
+GGUF_KINDS["mmproj"] = GGUF_KINDS["clip"]
+
+
+def explain(path: Path, error: CheckpointError) -> None:
+    """Raise a CheckpointError that says more than `error` about a path, where there is one."""
+    with contextlib.suppress(OSError):
+        for file, words in described(path, str(error)):
+            raise CheckpointError(f"{file}: {words}") from None
+
+
+def described(path: Path, error: str) -> Iterator[tuple[Path, str]]:
+    """Files at a path that are no part of a model, each with a description."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    names = {file.name for file in files}
+    if path.is_dir() and "config.json" not in names:
+        if "adapter_config.json" in names:
+            settings = read_json(path / "adapter_config.json")
+            base = excerpt(settings.get("base_model_name_or_path"))
+            yield path, f"is a LoRA adapter; give its base ({base}) to --model, it to --adapter"
+        if ggufs := [name for name in sorted(names) if name.endswith(".gguf")]:
+            yield path, f"is a directory of GGUF files; give one of them: {', '.join(ggufs[:9])}"
+    for file in files:
+        if file.suffix in (".safetensors", ".gguf", ".json", ".model") and file.is_file():
+            with file.open("rb") as opened:
+                start = opened.read(64)
+            if words := start_words(start):
+                yield file, words
+            if start[:4] == b"GGUF" and file == path:
+                with file.open("rb") as opened:
+                    words = gguf_words(opened.read(HEAD_BYTES), error)
+                if words:
+                    yield file, words
+    if path.is_file() and path.suffix == ".safetensors":
+        yield path, "is one file of a model; give the directory that holds it and its config.json"
+    pickles = [f for f in files if f.suffix in (".bin", ".pt", ".pth")]
+    if pickles and path.is_dir() and "no model.safetensors" in error:
+        yield path, f"no model.safetensors; {pickles[0].name} is a pickle, which is never opened"
+
+
+def start_words(start: bytes) -> str | None:
+    """The description of a file that starts like this; None for what may be part of a model."""
+    if start[8:9] == b"{":  # safetensors; its first bytes are a length, thus any
+        return None
+    return next((words for head, words in STARTS.items() if re.match(head, start)), None)
+
+
+def gguf_words(data: bytes, error: str = "") -> str | None:
+    """The description of a GGUF that starts with `data`; None for a model that may run."""
+    version = int.from_bytes(data[4:8], "little")
+    if version == 1:
+        return "is of GGUF version 1; 2 and 3 are supported; convert the original model again"
+    if struct.unpack(">I", data[4:8].ljust(4, b"\0"))[0] in (1, 2, 3):
+        return "is big-endian; convert it with gguf-py's gguf_convert_endian.py, or get another one"
+    if removed := re.search(r"unknown type (\d+)", error):
+        name, instead = REMOVED_TYPES.get(int(removed[1]), ("", ""))
+        return name and (
+            f"has tensors of the type {name}, which llama.cpp removed; get the model as {instead}"
+        )
+    metadata = dict(first_metadata(data))
+    for key in ("general.type", "general.architecture"):
+        if words := GGUF_KINDS.get(str(metadata.get(key))):
+            return words
+    is_alone = re.search("not named like one|architecture None|embd.weight is missing", error)
+    if isinstance(count := metadata.get("split.count"), int) and count > 1 and is_alone:
+        number = metadata.get("split.no")
+        which = f"part {number + 1}" if isinstance(number, int) else "one"
+        return (
+            f"is {which} of {count} files of a model; keep them side by side, with names that end "
+            f"in -00001-of-{count:05d}.gguf and so on, and give the first"
+        )
+    return GGUF_KINDS["vocab"] if "token_embd.weight is missing" in error else None
+
+
+def first_metadata(data: bytes) -> Iterator[tuple[str, Any]]:
+    """The metadata of a GGUF's first bytes, as far as they go."""
+    with contextlib.suppress(CheckpointError):
+        cursor = GGUFCursor(memoryview(data))
+        cursor.at = 16
+        for _ in range(cursor.scalar("Q")):
+            key = cursor.string()
+            yield key, cursor.value(cursor.scalar("I"))
+
+
+def check_start(data: bytes) -> None:
+    """Raises CheckpointError where a file that starts with `data` is of no supported model."""
+    is_gguf = data[:4] == b"GGUF"
+    if words := gguf_words(data) if is_gguf else start_words(data[:64]):
+        raise CheckpointError(words)
+    if is_gguf:
+        metadata = dict(first_metadata(data))
+        if "general.architecture" in metadata:
+            gguf_model_type(metadata)
