@@ -3992,6 +3992,22 @@ def end_token_ids(control: Mapping[str, int], text: TextFiles) -> frozenset[int]
     return text.eos_ids | {control[name] for name in names & control.keys()}
 
 
+LONG_TEXT = 10_000  # characters, from which a text is encoded while other threads run
+
+
+def without_control(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer with the same vocabulary for texts whose control tokens are plain text. Two of
+    them need no lock between threads that encode texts of both kinds."""
+    added = tokenizer.get_added_tokens_decoder()
+    plain = tokenizers.Tokenizer(tokenizer.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor"):
+        if (part := getattr(tokenizer, name)) is not None:
+            setattr(plain, name, part)
+    plain.add_tokens([added[i] for i in sorted(added)])
+    plain.encode_special_tokens = True
+    return plain
+
+
 class Tokenizer:
     """text <-> token ids. Ids equal Hugging Face's for the same files.
 
@@ -4015,7 +4031,7 @@ class Tokenizer:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._lock = threading.Lock()
+        self._plain = without_control(self._tokenizer)
         self.text = dataclasses.replace(text, gguf=None)  # frees the list of tokens
         self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -4043,10 +4059,14 @@ class Tokenizer:
 
         Raises RequestError for a lone surrogate, CheckpointError where the library fails."""
         with errors_about(self.text.source), library_errors("fails"):
+            tokenizer = self._tokenizer if parse_special else self._plain
             try:
-                with self._lock:  # the server encodes in several threads
-                    self._tokenizer.encode_special_tokens = not parse_special
-                    return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+                if len(text) < LONG_TEXT:
+                    return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+                # lets other threads run meanwhile
+                return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                    0
+                ].ids
             except (UnicodeEncodeError, TypeError):  # releases of the library differ
                 problem = "the text holds a lone surrogate, which is not Unicode text"
                 raise RequestError(problem) from None
@@ -5426,6 +5446,18 @@ class LLM(TextSide):
             decoder = make_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """As TextSide.prepare. A text is refused before all of it is encoded where its beginning
+        alone fills the context twice."""
+        text, param, n_ctx = request.prompt, "prompt", self.engine.n_ctx
+        if request.messages is not None:
+            text, param = "".join(str(m.get("content")) for m in request.messages), "messages"
+        start = text[: 16 * n_ctx] if isinstance(text, str) else ""
+        if start != text and len(self.encode(start)) > 2 * n_ctx:
+            message = f"the prompt is longer than the context of {n_ctx} tokens; shorten it"
+            raise ContextLengthError(message, param)
+        return super().prepare(request)
+
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of T ids, computed without the engine's cache. Raises
         RequestError for no ids, and for ids outside the vocabulary."""
@@ -5900,16 +5932,12 @@ def _message(message: Any, where: str) -> Json:
 
 def usage_body(usages: list[Usage], per_prompt: int) -> Json:
     """`usage` of a response from the usage of each choice; a prompt counts once."""
-    num_prompt = sum(usage.prompt_tokens for usage in usages[::per_prompt])
+    prompts = usages[::per_prompt]
+    num_prompt = sum(usage.prompt_tokens for usage in prompts)
     num_new = sum(usage.completion_tokens for usage in usages)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_new,
-        "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(usage.cached_tokens for usage in usages[::per_prompt])
-        },
-    }
+    details = {"cached_tokens": sum(usage.cached_tokens for usage in prompts)}
+    body = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
+    return {**body, "total_tokens": num_prompt + num_new, "prompt_tokens_details": details}
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -5978,12 +6006,11 @@ class ChatReply(Reply):
 
     def _entries(self, delta: Delta) -> list[Json]:
         """The logprobs of a token; none for a control token, which has no text."""
-        if delta.logprobs is None or delta.token_id is None:
+        found, token_id = delta.logprobs, delta.token_id
+        if found is None or token_id is None or not self.tokenizer.token_bytes(token_id):
             return []
-        if not self.tokenizer.token_bytes(delta.token_id):
-            return []
-        top = [self._entry(*pair) for pair in delta.logprobs.top]
-        return [{**self._entry(delta.token_id, delta.logprobs.logprob), "top_logprobs": top}]
+        own, *top = [self._entry(*pair) for pair in ((token_id, found.logprob), *found.top)]
+        return [{**own, "top_logprobs": top}]
 
     def _entry(self, token_id: int, logprob: float) -> Json:
         return {
@@ -6077,10 +6104,9 @@ class TextChoice(Reply):
 
     def _add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         text, raw = token_text(self.tokenizer, token_id), self.tokenizer.token_bytes(token_id)
-        value: float | None = None
-        top: dict[str, float] | None = None
+        value = top = None
         if logprobs is not None:
-            value, top = max(logprobs.logprob, LEAST_LOGPROB), {}
+            value, top = max(logprobs.logprob, LEAST_LOGPROB), dict[str, float]()
             # tokens of the same text, such as parts of characters: the likeliest one counts
             for i, logprob in (*logprobs.top, (token_id, value)):
                 top.setdefault(token_text(self.tokenizer, i), max(logprob, LEAST_LOGPROB))
@@ -6121,8 +6147,8 @@ class ChoicesReply(Reply):
         chunks = self.choices[delta.index].push(delta)
         self.num_left -= bool(delta.finish_reason)
         events = [self._event([chunk]) for chunk in chunks]
-        if not self.num_left:
-            events[-1] |= self._timings()
+        if not self.num_left:  # `usage` has an event of its own
+            events[-1] |= {k: v for k, v in self._closing().items() if k != "usage"}
         return events
 
     def end(self) -> list[Json]:
@@ -6130,17 +6156,11 @@ class ChoicesReply(Reply):
 
     def _closing(self) -> Json:
         """The fields at the end of the finished answer."""
-        per_prompt = len(self.choices) // self.wire.num_prompts
-        return {"usage": usage_body(self._usages(), per_prompt), **self._timings()}
-
-    def _usages(self) -> list[Usage]:
-        return [choice.usage for choice in self.choices if choice.usage is not None]
-
-    def _timings(self) -> Json:
+        usages = [choice.usage for choice in self.choices if choice.usage is not None]
+        body: Json = {"usage": usage_body(usages, len(self.choices) // self.wire.num_prompts)}
         with contextlib.suppress(ExtraError):
-            timings_body = extra("api.timings", "timings").timings_body
-            return {"timings": timings_body(self._usages())}
-        return {}
+            body["timings"] = extra("api.timings", "timings").timings_body(usages)
+        return body
 
     def result(self) -> Json:
         body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
@@ -6159,8 +6179,7 @@ class ChoicesReply(Reply):
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
-#               `Models` serves one model. An extra, api.shelf, serves several, which come and go,
-#               and replicas on several GPUs.
+#               `Models` serves one model; an extra, api.shelf, several, and replicas on GPUs.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
 #               Every error becomes an error object (`client_error`). A request reaches the models
 #               of `Models.source` and no other file.
@@ -6169,52 +6188,48 @@ class ChoicesReply(Reply):
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
 # ==================================================================================================
 
-LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # origins of this machine
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+# origins of this machine: its web pages, and applications with a browser inside
+LOCAL_ORIGIN = (
+    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://.*"
+)
+LOCAL_NAME = r"(.+\.)?localhost|[\d.]+|\[[\da-f:.]+\]"  # no page can choose these
 PING_S = 15.0  # between two comments on a silent stream, so that proxies keep it open
-SHUTDOWN_S = 30.0  # for running answers to finish after SIGTERM
+SHUTDOWN_S = 30  # for running answers to finish after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """An API that a module of extras adds; the module's class `API` has its handlers and routes.
+    """An API of a module of nanollama_extras, whose class `API` has its handlers and routes.
 
-    module: its path in nanollama_extras. title: its name in errors. paths: each covers itself and
-    everything below. error: the body of an error. checks_origin: web pages of other origins are
-    refused, because the routes change models on this machine."""
+    paths: each covers itself and everything below. error: the body of an error."""
 
     module: str
-    title: str
     paths: str
     error: Callable[[NanollamaError], Json] = error_body
-    checks_origin: bool = False
-
-    def covers(self, path: str) -> bool:
-        """True for a path that the dialect answers."""
-        return any(path == own or path.startswith(own + "/") for own in self.paths.split())
 
     def load(self) -> type[Handlers]:
         """The dialect's handlers. Raises ExtraError where the module is not installed."""
-        return cast("type[Handlers]", extra(self.module, self.title).API)
+        return cast("type[Handlers]", extra(self.module, self.paths.split()[0]).API)
 
 
+INSPECTED = (
+    "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize /apply-template"
+)
 DIALECTS = (
-    Dialect("api.page", "the web chat", "/ /chat/completions"),
-    Dialect("api.responses", "the Responses API", "/v1/responses /responses"),
-    Dialect("api.embeddings", "the embeddings API", "/v1/embeddings /embeddings"),
-    Dialect("api.ollama", "Ollama's API", "/api", text_error, checks_origin=True),
-    Dialect("api.metrics", "GET /metrics", "/metrics"),
-    Dialect(
-        "api.inspect",
-        "the description of the server",
-        "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize "
-        "/apply-template",
-    ),
+    Dialect("api.page", "/ /chat/completions"),
+    Dialect("api.responses", "/v1/responses /responses"),
+    Dialect("api.embeddings", "/v1/embeddings /embeddings"),
+    Dialect("api.ollama", "/api", text_error),
+    Dialect("api.metrics", "/metrics"),
+    Dialect("api.inspect", INSPECTED),
 )
 
 
 def find_dialect(path: str) -> Dialect | None:
     """The dialect of a path; None for the core's own paths and unknown ones."""
-    return next((dialect for dialect in DIALECTS if dialect.covers(path)), None)
+    owners = {own: dialect for dialect in DIALECTS for own in dialect.paths.split()}
+    return next((owners[own] for own in owners if f"{path}/".startswith(f"{own}/")), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6230,17 +6245,19 @@ class ServerConfig:
     cors_origins: tuple[str, ...] = option(
         (), "--cors-origin ORIGIN: web origin to allow beside loopback; * for all", kind=str
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (), "--allowed-host NAME: name of this server in URLs; * for any; repeatable", kind=str
+    )
     max_queue: int = option(
         64, "--max-queue N: sequences that may wait; more get a 429", (0, math.inf)
     )
     keep_alive: str | None = option(
-        None,
-        "--keep-alive TIME: how long an idle model stays in memory: 5m, 30s, 0, -1 for ever "
-        "(default: 5m; for ever where one model is named)",
+        None, "--keep-alive TIME: how long an idle model stays: 5m, 30s, 0, -1 for ever"
     )
     timeout_s: float | None = option(
         None, "--timeout SECONDS: longest time for a request", (1e-3, math.inf), kind=float
     )
+    idle_s: int = option(75, "--idle-timeout N: seconds that an idle connection lasts", (1, 2**31))
     any_model: bool = option(False, "--any-model: answer for every model name")
     strict: bool = option(False, "--strict: refuse unknown fields in requests")
     log_prompts: bool = option(False, "--log-prompts: write request bodies to the log")
@@ -6285,11 +6302,6 @@ class Job:
         self.started_s = self.loop.time()
         self.worker.num_sequences += len(self.requests)
 
-    @property
-    def splitters(self) -> list[AnswerSplitter]:
-        """A new splitter for each sequence."""
-        return [prepared.splitter() for prepared in self.prepared]
-
     def finish(self) -> None:
         """Cancel the sequences that still run, and take the load off the worker."""
         self.worker.num_sequences -= len(self.requests)
@@ -6326,25 +6338,16 @@ class Job:
             yield event
 
 
-def cannot_run(error: BaseException) -> NanollamaError:
-    """The error about a model that cannot be loaded, or whose thread ended."""
-    if isinstance(error, NanollamaError):
-        return error
-    log.debug("", exc_info=error)
-    kind, reason = type(error).__name__, first_line(error)
-    return NanollamaError(f"the model cannot be run: {kind}: {reason}")
-
-
 class EngineWorker(threading.Thread):
     """A model and the thread that owns it: every function that touches the engine goes through
     `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
     loaded; `on_failure` gets the error that ends the thread later."""
 
     def __init__(
-        self, index: int, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
+        self, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
     ) -> None:
-        super().__init__(name=f"engine-{index}", daemon=True)
-        self.index, self.load_model, self.on_failure = index, load, on_failure
+        super().__init__(daemon=True)
+        self.load_model, self.on_failure = load, on_failure
         self.llm: LLM | None = None
         self.loaded: Future[None] = Future()
         self.inbox: queue.SimpleQueue[Callable[[LLM], None] | None] = queue.SimpleQueue()
@@ -6378,6 +6381,10 @@ class EngineWorker(threading.Thread):
             self.loaded.set_result(None)
             self.work(self.llm)
         except BaseException as error:
+            log.debug("", exc_info=error)
+            if not isinstance(error, NanollamaError):
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                error = NanollamaError(f"the model cannot be run: {reason}")
             if self.loaded.done():
                 self.on_failure(error)
             else:
@@ -6433,12 +6440,7 @@ class Pool:
     on_failure: Callable[[BaseException], None]
 
     def __post_init__(self) -> None:
-        self.workers = [EngineWorker(i, load, self.on_failure) for i, load in enumerate(self.loads)]
-
-    @property
-    def loads(self) -> tuple[Callable[[], LLM], ...]:
-        """A loader for each worker."""
-        return (self.source.load,)
+        self.workers = [EngineWorker(self.source.load, self.on_failure)]
 
     @property
     def ready(self) -> bool:
@@ -6464,10 +6466,7 @@ class Pool:
         started_s = time.perf_counter()
         for worker in self.workers:
             worker.start()
-        try:
-            await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
-        except Exception as error:
-            raise cannot_run(error) from None
+        await asyncio.gather(*(asyncio.wrap_future(worker.loaded) for worker in self.workers))
         log.info(f"{self.source.name}: loaded in {time.perf_counter() - started_s:.1f} s")
 
     async def stop(self) -> None:
@@ -6510,10 +6509,11 @@ class Pool:
 
 @dataclass(eq=False)
 class Models:
-    """The model that a server runs, from its start to its end. All methods run in the event loop.
+    """The model that a server runs from its start to its end; a subclass in api.shelf has any
+    number. All methods run in the event loop.
 
-    named: the models that the command line names; a subclass in api.shelf takes any number.
-    on_failure gets an error that must end the server. pools: the models in memory, by name."""
+    named: those of the command line. on_failure gets an error that must end the server. pools:
+    those in memory, by name."""
 
     named: Mapping[str, ModelSource]
     config: ServerConfig = field(default_factory=lambda: ServerConfig())
@@ -6521,10 +6521,9 @@ class Models:
     is_closing: Callable[[], bool] = lambda: False
     is_loading: bool = True  # until the server takes requests
     pools: dict[str, Pool] = field(default_factory=dict)
+    middleware: Iterable[starlette.middleware.Middleware] = ()  # between the gate and the routes
 
-    @property
-    def plan(self) -> str:
-        """The models, for the log."""
+    def __str__(self) -> str:
         return f"loading {', '.join(self.named)}"
 
     @property
@@ -6540,33 +6539,23 @@ class Models:
         """Raises WireError 503."""
         if not self.ready:
             code = "shutting_down" if self.is_closing() else "model_loading"
-            message = f"the server is not ready: {code.replace('_', ' ')}"
-            raise WireError(503, code, message, {"retry-after": "1"})
+            raise WireError(503, code, f"not ready: {code}", {"retry-after": "1"})
 
     async def names(self) -> list[str]:
         """The models that a request may name; the first one answers a request that names none."""
         return list(self.named)
 
-    async def find(self, name: str) -> ModelSource | None:
-        """A model by its exact name."""
-        return self.named.get(name)
-
     async def source(self, name: str | None) -> ModelSource:
         """The model that a request names. Raises WireError 404 for one that is not served."""
-        text = name or ""
-        for wanted in (text, text.removesuffix(":latest")):  # Ollama's clients add :latest
-            if wanted and (found := await self.find(wanted)):
-                return found
-        names = await self.names()
-        if names and (name is None or self.config.any_model):
-            return await self.source(names[0])
-        known = ", ".join(self.named or names) or "none yet; POST /api/pull"
-        problem = "no model is named" if name is None else f"model {name!r} is not served here"
-        raise WireError(404, "model_not_found", f"{problem}; there is: {known}")
+        (source,) = self.named.values()
+        own = (None, source.name, f"{source.name}:latest")  # Ollama's clients add :latest
+        if name in own or self.config.any_model:
+            return source
+        message = f"model {name!r} is not served here; there is: {source.name}"
+        raise WireError(404, "model_not_found", message)
 
     async def pool(self, name: str | None) -> Pool:
-        """The model that a request names, loaded. The caller starts a job before it awaits
-        anything, or the model may be gone. Raises WireError 404 or 503."""
+        """The model that a request names, loaded. Raises WireError 404 or 503."""
         self.check_ready()
         return self.pools[(await self.source(name)).name]
 
@@ -6591,7 +6580,7 @@ class Models:
 
 
 class Observer:
-    """Hears of the server's work, and does nothing; the one of api.metrics counts."""
+    """Hears of the server's work; the one of api.metrics counts."""
 
     def count_request(self, route: str, status: int) -> None:
         """Called after each request, with the name of its handler."""
@@ -6644,7 +6633,7 @@ class Gate:
 
         try:
             self.check_key(scope)
-            self.check_origin(scope)
+            self.check_site(scope)
             await self.app(scope, receive, note_status)
         except (Exception, asyncio.CancelledError) as error:
             if not status:  # nothing has been sent yet
@@ -6667,24 +6656,23 @@ class Gate:
             message = "this server needs its API key: Authorization: Bearer KEY"
             raise WireError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
-    def check_origin(self, scope: Scope) -> None:
-        """Raise WireError 403 for a web page of another origin that wants to change models."""
-        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
-        own = f"http://{self.config.host}:{self.config.port}"
-        known = not origin or origin in (own, *self.config.cors_origins)
-        known = known or "*" in self.config.cors_origins or bool(re.fullmatch(LOOPBACK, origin))
-        dialect = find_dialect(scope["path"])
-        if dialect and dialect.checks_origin and not known:
+    def check_site(self, scope: Scope) -> None:
+        """Raise WireError 403 for a web page of another site, and for a name of this server that
+        such a page may have chosen itself (DNS rebinding)."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", "").lower(), headers.get(b"origin", "")
+        config, name = self.config, re.sub(r":\d*$", "", host)
+        names = config.allowed_hosts or ("*",) * (config.host not in LOOPBACK_HOSTS)
+        if host and not ({"*", name} & {*names} or re.fullmatch(LOCAL_NAME, name)):
+            raise WireError(403, "host", f"{name} is not allowed here; see --allowed-host")
+        known = {"", f"http://{host}", f"https://{host}", *config.cors_origins}
+        if not ({"*", origin} & known or re.fullmatch(LOCAL_ORIGIN, origin)):
             raise WireError(403, "origin", f"{origin} is not allowed here; see --cors-origin")
 
 
 def parse_json(data: bytes | bytearray) -> Any:
-    """A value from JSON in UTF-8. Raises ValueError; Python's NaN and Infinity are no JSON."""
-
-    def refuse_constant(word: str) -> NoReturn:
-        raise ValueError(f"{word} is not JSON")
-
-    return json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
+    """A value from JSON in UTF-8. Raises ValueError."""
+    return json.loads(data.decode("utf-8"), parse_constant=int)  # int refuses NaN and Infinity
 
 
 def encode_json(value: Fields) -> bytes:
@@ -6701,7 +6689,7 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     """The header that names the fields of a request that had no effect; the log gets them too."""
     if not names:
         return {}
-    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000]  # clients limit headers
+    listed = ", ".join(ascii(name)[1:-1] for name in names)[:1000].strip()  # clients limit headers
     log.info(f"fields that have no effect: {listed}")
     return {"x-nanollama-ignored": listed}
 
@@ -6910,21 +6898,18 @@ class OpenAI(Handlers):
     ) -> Response:
         """Answer with choices of a kind, under the model's name in the request."""
         job = await pool.start(wire.requests, wire.names)
-        answers = enumerate(zip(job.sequences, job.splitters))
-        choices = [kind(index, *answer, setting) for index, answer in answers]
+        answers = zip(job.sequences, job.prepared)
+        choices = [kind(i, seq, made.splitter(), setting) for i, (seq, made) in enumerate(answers)]
         reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 once the server takes requests"""
-        workers, ready = self.models.workers, self.models.ready
-        body = {
-            "status": "ok" if ready else "closing" if self.models.is_closing() else "loading",
-            "ready": ready,
-            "num_gpus": len(workers),
-            "available_workers": sum(w.num_sequences == 0 for w in workers) if ready else 0,
-        }
-        return as_json(body, 200 if ready else 503)
+        models, ready, workers = self.models, self.models.ready, self.models.workers
+        num_free = sum(w.num_sequences == 0 for w in workers) if ready else 0
+        state = "ok" if ready else "closing" if models.is_closing() else "loading"
+        body = {"status": state, "ready": ready, "num_gpus": len(workers)}
+        return as_json({**body, "available_workers": num_free}, 200 if ready else 503)
 
     def model_body(self, name: str, alias: str | None = None) -> Json:
         """A model as /v1/models lists it, under its name in the request."""
@@ -6954,8 +6939,7 @@ class OpenAI(Handlers):
 
 
 def dialect_router(*shared: Any) -> ASGIApp:
-    """The ASGI application for paths without a route of the core: it imports the dialect of a path
-    with the first request for it. shared: the arguments of Handlers."""
+    """The application for paths without a route of the core, which imports their dialects."""
 
     @functools.cache
     def router(dialect: Dialect | None) -> starlette.routing.Router:
@@ -6968,10 +6952,8 @@ def dialect_router(*shared: Any) -> ASGIApp:
     return route
 
 
-def create_app(
-    models: Models, middleware: Iterable[starlette.middleware.Middleware] = ()
-) -> starlette.applications.Starlette:
-    """The ASGI application. middleware: layers between the gate and the routes."""
+def create_app(models: Models) -> starlette.applications.Starlette:
+    """The ASGI application."""
     config = models.config
     shared = models, config, preferred("api.metrics", "Metrics", Observer)()
     app = OpenAI(*shared)
@@ -6982,7 +6964,7 @@ def create_app(
     origins = starlette.middleware.Middleware(
         cors.CORSMiddleware,
         allow_origins=list(config.cors_origins),
-        allow_origin_regex=None if "*" in config.cors_origins else LOOPBACK,
+        allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
         allow_headers=["*"],
         expose_headers=["x-request-id", "x-nanollama-ignored"],
@@ -6992,7 +6974,7 @@ def create_app(
         routes=app.starlette_routes(),
         lifespan=models.lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[origins, gate, *middleware],
+        middleware=[origins, gate, *models.middleware],
     )
     application.router.default = dialect_router(*shared)
     return application
@@ -7001,23 +6983,18 @@ def create_app(
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises UsageError for an address that is taken or not valid."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # with this protocol, asyncio sets TCP_NODELAY and sends small pieces at once
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
-        ) from None
-    return listener
+        made = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
+    except (OSError, OverflowError, ValueError) as error:
+        message = f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
+        raise UsageError(message) from None
+    # with this protocol, asyncio sets TCP_NODELAY and sends small pieces at once
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, made.detach())
 
 
-def serve(models: Models, middleware: Iterable[starlette.middleware.Middleware] = ()) -> None:
-    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. Raises the
-    error that ended the server, or UsageError for an address that cannot be bound."""
+def serve(models: Models) -> None:
+    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. Raises
+    UsageError, or the error that ended the server."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:
@@ -7026,9 +7003,13 @@ def serve(models: Models, middleware: Iterable[starlette.middleware.Middleware] 
 
     config, models.on_failure = models.config, failed
     listener = listen(config.host, config.port)
-    app = create_app(models, middleware)
+    app = create_app(models)
     settings = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(SHUTDOWN_S)
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=config.idle_s,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )
     server = uvicorn.Server(settings)
     models.is_closing = lambda: server.should_exit  # open connections may send more
@@ -7037,10 +7018,10 @@ def serve(models: Models, middleware: Iterable[starlette.middleware.Middleware] 
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of lost connections
     host = f"[{config.host}]" if ":" in config.host else config.host
-    log.info(f"http://{host}:{listener.getsockname()[1]}  ({models.plan})")
+    log.info(f"http://{host}:{listener.getsockname()[1]}  ({models})")
     server.run(sockets=[listener])
     if failures:
-        raise cannot_run(failures[0])
+        raise failures[0]
     if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
         os._exit(0)  # a thread is inside torch: Python's own exit would abort
 
@@ -7677,25 +7658,14 @@ def model_source(settings: Settings, name: str) -> ModelSource:
     return ModelSource(name, settings.load, chosen, tuple(settings.messages()))
 
 
-def served_models(settings: Settings, config: ServerConfig) -> Models:
-    """The model of --model or the Modelfile. With api.shelf, several or all on this machine."""
+def open_model(settings: Settings, config: ServerConfig) -> Models:
+    """The model of --model or the Modelfile."""
     args = settings.args
-    is_one = len(set(args.models)) == 1 or (args.modelfile and not args.models) or args.script
-    for feature, is_wanted in (
-        ("--serve without one --model", not is_one),
-        ("--keep-alive", config.keep_alive is not None),
-        ("--num-gpus", config.num_gpus > 1),
-    ):
-        if is_wanted:
-            extra("api.shelf", feature)
-    shelf = preferred("api.shelf", "Shelf", Models)
-    if args.script:
-        source = extra("testing", "--script").script_source(args.script)
-    elif shelf is not Models:
-        return cast("Models", extra("api.shelf", "--serve").open_shelf(settings, config))
-    else:
-        source = model_source(settings, (args.models or [settings.model])[0])
-    return shelf({source.name: source}, config)
+    is_one = len(set(args.models)) == 1 or (args.modelfile and not args.models)
+    if not is_one or config.keep_alive is not None or config.num_gpus > 1:
+        extra("api.shelf", "--keep-alive, --num-gpus, or --serve without exactly one --model")
+    source = model_source(settings, (args.models or [settings.model])[0])
+    return Models({source.name: source}, config)
 
 
 def run_serve(settings: Settings) -> int:
@@ -7708,10 +7678,12 @@ def run_serve(settings: Settings) -> int:
         "api_keys": tuple(key.strip() for key in keys if key.strip()),
     }
     config = ServerConfig(**{**given_flags(args, ServerConfig), **own})
-    if not config.api_keys and config.host not in ("127.0.0.1", "::1", "localhost"):
+    if not config.api_keys and config.host not in LOOPBACK_HOSTS:
         log.warning(f"warning: other machines can reach {config.host}; no --api-key is set")
-    middleware = extra("testing", "a server for tests").middleware() if is_test else []
-    serve(served_models(settings, config), middleware)
+    open_models = preferred("api.shelf", "open_shelf", open_model)
+    if is_test:
+        open_models = extra("testing", "a server for tests").open_models
+    serve(open_models(settings, config))
     return 0
 
 

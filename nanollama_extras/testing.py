@@ -4,7 +4,7 @@ Adds an engine that reads its tokens from a script, and a layer around the serve
 requests and breaks answers off where the script says so. Scripted tool calls need answers/tools.py.
 It imports neither torch nor NumPy.
 
-Seam: an `LLM` that a `ModelSource` loads; middleware of `create_app`; `PUBLIC_EXTRAS`. To remove
+Seam: an `LLM` that a `ModelSource` loads; middleware of `Models`; `PUBLIC_EXTRAS`. To remove
 it, delete this file, its rows in PUBLIC_EXTRAS, and --script.
 """
 
@@ -21,7 +21,7 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -58,6 +58,7 @@ from nanollama import (
     extra,
     library,
     listen,
+    open_model,
     parse_json,
     preferred,
     read_fields,
@@ -67,7 +68,7 @@ from nanollama import (
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from nanollama import Calls, Constraint, Tokenizer
+    from nanollama import Calls, Constraint, Settings, Tokenizer
 
 MAX_RECORDED_REQUESTS, MAX_RECORDED_BYTES = 256, 1 << 20  # the bytes are those of one body
 
@@ -355,7 +356,7 @@ async def send_torn(send: Send, is_cut: bool) -> None:
 
 
 def middleware(requests: deque[Json] | None = None) -> list[Middleware]:
-    """The layer of a scripted server, for `create_app`; it records into `requests`."""
+    """The layer of a scripted server, for `Models`; it records into `requests`."""
     logging.getLogger("uvicorn.error").addFilter(is_unscripted)
     recorded = deque[Json](maxlen=MAX_RECORDED_REQUESTS) if requests is None else requests
     return [Middleware(FaultLayer, requests=recorded)]
@@ -366,10 +367,22 @@ def is_unscripted(record: logging.LogRecord) -> bool:
     return "without completing response" not in record.getMessage()
 
 
-def script_source(path: Path) -> ModelSource:
-    """The model that `--script FILE` serves. Raises UsageError."""
-    script = read_script(path)
-    return ModelSource("script", lambda: ScriptLLM(script))
+def scripted_models(
+    load: Callable[[], LLM], name: str, config: ServerConfig, requests: deque[Json] | None = None
+) -> Models:
+    """The model of a scripted server, whose requests are recorded."""
+    shelf = preferred("api.shelf", "Shelf", Models)
+    return shelf({name: ModelSource(name, load)}, config, middleware=middleware(requests))
+
+
+def open_models(settings: Settings, config: ServerConfig) -> Models:
+    """What `--script FILE`, or `--model tiny-random`, serves. Raises UsageError."""
+    if settings.args.script:
+        script = read_script(settings.args.script)
+        return scripted_models(lambda: ScriptLLM(script), "script", config)
+    models = preferred("api.shelf", "open_shelf", open_model)(settings, config)
+    models.middleware = middleware()
+    return models
 
 
 class TestServer:
@@ -388,10 +401,9 @@ class TestServer:
         self.script = Script(list(answers) or ["Hello!"])
         self.requests: deque[Json] = deque(maxlen=MAX_RECORDED_REQUESTS)
         self._llm: ScriptLLM | None = None
-        named = {"test-model": ModelSource("test-model", self._load)}
-        shelf = preferred("api.shelf", "Shelf", Models)
-        self._models = shelf(named, ServerConfig(any_model=True))
-        self._app = create_app(self._models, middleware(self.requests))
+        config = ServerConfig(any_model=True)
+        self._models = scripted_models(self._load, "test-model", config, self.requests)
+        self._app = create_app(self._models)
 
     def _load(self) -> LLM:
         self._llm = ScriptLLM(self.script)

@@ -142,7 +142,8 @@ def serve_all_models(llm: LLM) -> None:
     """What --serve without --model serves."""
     parser = nanollama.build_parser()
     settings = nanollama.read_settings(parser.parse_args(["--serve"]), parser)
-    assert not nanollama.served_models(settings, nanollama.ServerConfig()).named
+    open_models = nanollama.preferred("api.shelf", "open_shelf", nanollama.open_model)
+    assert not open_models(settings, nanollama.ServerConfig()).named
 
 
 def show_timings(llm: LLM) -> None:

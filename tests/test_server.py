@@ -128,7 +128,7 @@ def raw(live: Live, data: bytes, hang_up: bool = False) -> bytes:
 
 
 def test_a_length_that_lies(live: Live, caplog: pytest.LogCaptureFixture) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: "
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
     assert b" 400 " in raw(live, head + b'5\r\n\r\n{"prompt": "a"}\r\n\r\n')  # there is more
     raw(live, head + b'500\r\n\r\n{"prompt": "hello"}', hang_up=True)  # there is less
     raw(live, head + b"99999999999\r\n\r\n" + b" " * 19_000, hang_up=True)
@@ -139,7 +139,7 @@ def test_a_length_that_lies(live: Live, caplog: pytest.LogCaptureFixture) -> Non
 
 def test_a_client_that_asks_before_it_sends(live: Live) -> None:
     body = b'{"prompt": "hello", "max_tokens": 1}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
     more = b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     answer = raw(live, head + more + body)
     assert answer.startswith(b"HTTP/1.1 100 ")
@@ -203,6 +203,10 @@ def test_ignored_fields_of_any_name_fit_into_the_header(live: Live) -> None:
     named = response.headers["x-nanollama-ignored"]
     assert named.startswith(r"a\r\nset-cookie: b, \u20ac\ud800, field0, field1")
     assert len(named) == 1000
+    for more in ({"trace ": 1}, {" a": 1}, {"b": 1, "": 1}, {"": 1}, {"\t": 1, "\x7f": 1}):
+        response = live.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, **more})
+        assert response.status_code == 200
+        assert "x-nanollama-ignored" in response.headers
 
 
 def test_an_internal_error_is_an_error_object(
@@ -268,6 +272,55 @@ def test_a_host_header_is_not_a_way_round_the_key(locked: Live) -> None:
     for host in (b"x/health?", b"x/health#", b"x/?", b"x/\\"):
         request = b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n"
         assert raw(locked, request).split(b" ")[1] in (b"401", b"400")
+
+
+@pytest.mark.parametrize("route", ["/v1/models", "/health", "/", "/api/tags", "/nowhere"])
+def test_a_name_that_a_web_page_chose_is_refused(live: Live, route: str) -> None:
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.nip.io"):
+        response = live.http.get(route, headers={"host": host})
+        assert response.status_code == 403
+        assert "--allowed-host" in response.text
+    for host in ("localhost", "LOCALHOST:8000", "a.localhost", "192.168.0.7", "[::1]:8000"):
+        assert live.http.get(route, headers={"host": host}).status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("config", "host", "status"),
+    [
+        ({"allowed_hosts": ("box.lan",)}, "BOX.lan:80", 200),
+        ({"allowed_hosts": ("*",)}, "anything.example", 200),
+        ({"host": "0.0.0.0"}, "box.lan", 200),
+        ({"host": "0.0.0.0", "allowed_hosts": ("box.lan",)}, "box.lan", 200),
+        ({"host": "0.0.0.0", "allowed_hosts": ("box.lan",)}, "evil.example", 403),
+    ],
+)
+def test_names_of_the_server(config: dict[str, Any], host: str, status: int) -> None:
+    async def ask() -> int:
+        statuses: list[int] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200})
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status", 0))
+
+        scope = {"type": "http", "path": "/", "raw_path": b"/", "method": "GET"}
+        scope["headers"] = [(b"host", host.encode())]
+        gate = nanollama.Gate(app, nanollama.ServerConfig(**config), nanollama.Observer())
+        await gate(scope, None, send)  # type: ignore[arg-type]
+        return statuses[0]
+
+    assert asyncio.run(ask()) == status
+
+
+@pytest.mark.parametrize("route", ["/v1/models", "/v1/chat/completions", "/api/tags", "/health"])
+def test_a_page_of_another_site_is_refused_on_every_route(live: Live, route: str) -> None:
+    for origin in ("https://evil.example", "null", "http://localhost.evil.example", "file://"):
+        assert live.http.get(route, headers={"origin": origin}).status_code == 403
+    for origin in ("app://obsidian.md", "tauri://localhost", "vscode-webview://a1", live.url):
+        response = live.http.get(route, headers={"origin": origin})
+        assert response.status_code in (200, 405)
+        assert response.headers["access-control-allow-origin"] == origin
 
 
 def test_origins(locked: Live, live: Live, tiny: Callable[..., Path]) -> None:
@@ -640,6 +693,8 @@ def test_small_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     options = []
 
     def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        assert server.config.timeout_keep_alive == 75
+
         async def accept() -> None:
             def connected(_: Any, writer: asyncio.StreamWriter) -> None:
                 accepted = writer.get_extra_info("socket")
@@ -685,20 +740,21 @@ def test_flags_become_the_server_config(
 ) -> None:
     flags = (
         "--host ::1 --port 1234 --api-key a --api-key b --cors-origin https://x --max-queue 5 "
-        "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5"
+        "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5 "
+        "--allowed-host box --idle-timeout 9"
     )
     assert nanollama.main(["--serve", "--model", str(tiny()), *flags.split()]) == 0
-    models, middleware = served[0]
+    (models,) = served[0]
     assert models.config == nanollama.ServerConfig(
         host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
         cors_origins=("https://x",), timeout_s=2.5, any_model=True, strict=True, log_prompts=True,
-        reasoning_name="reasoning",
+        reasoning_name="reasoning", allowed_hosts=("box",), idle_s=9,
     )  # fmt: skip
     (source,) = models.named.values()
     assert source.name == str(tiny())
     assert source.sampling == {"temperature": 0.5}
     assert not source.replicas
-    assert not middleware
+    assert not models.middleware
     assert "warning" not in capsys.readouterr().err
 
 

@@ -190,10 +190,8 @@ class Caller:
     def __init__(self, live: Live, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
         self.socket = socket.create_connection(("127.0.0.1", httpx.URL(live.url).port))
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        self.socket.sendall(head.encode() + data)
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        self.socket.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
 
     def read(self, word: bytes) -> None:
         seen = b""
@@ -285,6 +283,35 @@ def test_a_long_text_is_read_while_others_are_answered(
         assert live.text("short", max_tokens=2).status_code == 200
         go.set()
         assert long.result().status_code == 200
+
+
+def test_a_text_that_cannot_fit_is_refused_before_all_of_it_is_encoded(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, encoded = live.pool.llm().tokenizer, []
+    encode = tokenizer.encode
+
+    def note(text: str, *rest: Any, **named: Any) -> list[int]:
+        encoded.append(len(text))
+        return encode(text, *rest, **named)
+
+    monkeypatch.setattr(tokenizer, "encode", note)
+    text = "the lazy dog " * 100_000
+    for path, body, param in (
+        ("/v1/completions", {"prompt": text}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+        ("/v1/responses", {"input": text}, "input"),
+        ("/v1/embeddings", {"input": ["short", text]}, "input"),
+        ("/api/chat", {"model": "model", "messages": [{"role": "user", "content": text}]}, ""),
+        ("/api/generate", {"model": "model", "prompt": text}, ""),
+    ):
+        answer = live.http.post(path, json=body)
+        assert answer.status_code == 400, path
+        assert "longer than the context" in answer.text
+        if param:
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert max(encoded) <= 16 * live.pool.llm().engine.n_ctx
 
 
 def test_the_event_loop_is_free_during_a_step(live: Live, steps: Steps) -> None:
@@ -471,13 +498,12 @@ def test_a_conversation_stays_with_the_replica_that_has_its_prefix(pair: Live) -
         return who, usage["prompt_tokens_details"]["cached_tokens"]
 
     talks = [[{"role": "user", "content": f"{i} is what I want to talk about"}] for i in "ab"]
-    first_words = pair.pool.workers[1]
     pair.pool.workers[0].num_sequences += 1  # as if it were busy: the second gets the talk
     try:
         homes = [ask(talks[0])[0]]
     finally:
         pair.pool.workers[0].num_sequences -= 1
-    assert homes == [first_words.index]
+    assert homes == [1]
     homes.append(ask(talks[1])[0])
     assert homes == [1, 0]
     for home, talk in zip(homes, talks):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import time
 import unicodedata
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +375,23 @@ def test_repeated_and_empty_pieces_keep_the_first_id() -> None:
 
 def test_ids_that_do_not_exist_stand_for_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([-1, 10**6, 2**40, 10**30]) == ""
+
+
+def test_a_long_text_has_the_same_ids_and_lets_other_threads_run(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The quick fox <|im_end|> said: 1234! " * 10_000
+    with ThreadPoolExecutor() as threads:
+        for parse_special in (True, False):
+            encoding = threads.submit(tokenizer.encode, text, parse_special=parse_special)
+            num_turns = 0
+            while not encoding.done():
+                num_turns += 1
+                time.sleep(0.001)
+            assert num_turns > 10
+            with monkeypatch.context() as patch:
+                patch.setattr(nanollama, "LONG_TEXT", 10**9)
+                assert tokenizer.encode(text, parse_special=parse_special) == encoding.result()
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:

@@ -94,9 +94,9 @@ class API(Handlers):
         """GET /stats: the load of each replica"""
         self.models.check_ready()
         rows = [
-            {"gpu_id": worker.index, "model": name, **worker.llm.engine.state()}
+            {"gpu_id": index, "model": name, **worker.llm.engine.state()}
             for name, pool in self.models.pools.items()
-            for worker in pool.workers
+            for index, worker in enumerate(pool.workers)
             if worker.llm is not None
         ]
         num_busy = sum(worker.num_sequences > 0 for worker in self.models.workers)

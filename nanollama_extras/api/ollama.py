@@ -291,7 +291,7 @@ class API(ModelHandlers):
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
         with_context = not is_chat and not given.get("raw")
-        seq, splitter = job.sequences[0], job.splitters[0]
+        seq, splitter = job.sequences[0], job.prepared[0].splitter()
         reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, with_context)
         is_stream = given.get("stream", True)
         return await self.answer(

@@ -108,7 +108,7 @@ class API(Handlers):
             values[name] = most if value is None else min(max(value, least), most)
         params = SamplingParams(**values)
         job = await pool.start((GenerationRequest(messages=messages, params=params),))
-        return await self.answer(request, job, PageReply(job.worker.index), WEB_SSE)
+        return await self.answer(request, job, PageReply(pool.workers.index(job.worker)), WEB_SSE)
 
     routes = (
         Route(page, ("GET /",)),

@@ -442,7 +442,7 @@ class API(Handlers):
         wire, given = parse_response(body, pool.sampling, strict, opening, self.stored)
         job = await pool.start(wire.requests, wire.names)
         model = wire.model or pool.source.name
-        seq, splitter = job.sequences[0], job.splitters[0]
+        seq, splitter = job.sequences[0], job.prepared[0].splitter()
         reply = ResponseReply(seq, splitter, wire, given, model, self.store)
         encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
         return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)

@@ -1,7 +1,7 @@
 """Models that come and go: several, or all on this machine, loaded when a request names them, and
 unloaded after an idle time (--keep-alive) or where another one needs room; and replicas on GPUs.
 
-Seam       subclasses of `nanollama.Models` and `nanollama.Pool`; `nanollama.served_models` asks for
+Seam       subclasses of `nanollama.Models` and `nanollama.Pool`; `nanollama.run_serve` asks for
            `open_shelf`.
 Remove     delete this file; a server then has one model on one device, and Ollama's API, which
            loads and unloads models, goes as well.
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from nanollama import (
     LLM,
     SLOT_TOKENS,
+    EngineWorker,
     Modelfile,
     Models,
     ModelSource,
@@ -32,6 +33,7 @@ from nanollama import (
     Pool,
     RequestError,
     UsageError,
+    WireError,
     available_memory,
     excerpt,
     first_line,
@@ -46,7 +48,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import EngineWorker, GenerationRequest, ServerConfig, Settings
+    from nanollama import GenerationRequest, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
 MAX_REMEMBERED = 1024  # beginnings of prompts whose replica is known
@@ -176,9 +178,9 @@ class ShelfPool(Pool):
     loading: asyncio.Task[None] | None = None
     seen: dict[int, EngineWorker] = field(default_factory=dict)  # hash of a prompt's beginning
 
-    @property
-    def loads(self) -> tuple[Callable[[], LLM], ...]:
-        return self.source.replicas or (self.source.load,)
+    def __post_init__(self) -> None:
+        loads = self.source.replicas or (self.source.load,)
+        self.workers = [EngineWorker(load, self.on_failure) for load in loads]
 
     @property
     def is_idle(self) -> bool:
@@ -234,8 +236,7 @@ class Shelf(Models):
             except RequestError as error:
                 raise UsageError(str(error), error.param) from None
 
-    @property
-    def plan(self) -> str:
+    def __str__(self) -> str:
         models = ", ".join(self.named) or "the models on this machine"
         return f"loading {models}" if self.is_loading else f"{models}, on demand"
 
@@ -246,6 +247,7 @@ class Shelf(Models):
         return list(dict.fromkeys([*(pool.source.name for pool in recent), *known]))
 
     async def find(self, name: str) -> ServedModel | None:
+        """A model by its exact name."""
         if name in self.pools:
             return self.pools[name].source
         if self.named:
@@ -253,11 +255,21 @@ class Shelf(Models):
         return await asyncio.to_thread(self.library.find, name)
 
     async def source(self, name: str | None) -> ServedModel:
-        return as_served(await super().source(name))
+        text = name or ""
+        for wanted in (text, text.removesuffix(":latest")):
+            if wanted and (found := await self.find(wanted)):
+                return found
+        names = await self.names()
+        if names and (name is None or self.config.any_model):
+            return await self.source(names[0])
+        problem = "no model is named" if name is None else f"model {name!r} is not served here"
+        known = ", ".join(self.named or names) or "none yet; POST /api/pull"
+        raise WireError(404, "model_not_found", f"{problem}; there is: {known}")
 
     async def pool(self, name: str | None, keep_s: float | None = None) -> ShelfPool:
-        """As Models.pool; raises also the error of a model that cannot be loaded. keep_s: the idle
-        time from now on, instead of the server's."""
+        """As Models.pool; raises also the error of a model that cannot be loaded. The caller starts
+        a job before it awaits anything, or the model may be gone. keep_s: the idle time from now
+        on, instead of the server's."""
         self.check_ready()
         source = await self.source(name)
         pool = self.pools.get(source.name) or self.open(source)

@@ -26,7 +26,7 @@ from test_store import use_endpoint
 import nanollama
 from nanollama import Modelfile, ModelfileError, parse_modelfile
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
-from nanollama_extras.api.shelf import KEEP_ALIVE_S
+from nanollama_extras.api.shelf import KEEP_ALIVE_S, open_shelf
 
 pytestmark = pytest.mark.xdist_group("ollama")
 
@@ -62,7 +62,7 @@ def hub(place: Path, tiny: Callable[..., Path]) -> Iterator[HubServer]:
 def served(*flags: str, **config: Any) -> nanollama.Models:
     parser = nanollama.build_parser()
     settings = nanollama.read_settings(parser.parse_args(["--serve", *flags]), parser)
-    return nanollama.served_models(settings, nanollama.ServerConfig(**config))
+    return open_shelf(settings, nanollama.ServerConfig(**config))
 
 
 @pytest.fixture(scope="module")

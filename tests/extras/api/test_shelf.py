@@ -239,7 +239,7 @@ def test_models_named_on_the_command_line_and_no_others(
     paths = [str(tiny()), str(tiny("Qwen2"))]
     flags = ["--serve", "--model", paths[0], "--model", paths[1], "--keep-alive", "90s"]
     assert nanollama.main(flags) == 0
-    models, _ = served[0]
+    (models,) = served[0]
     assert list(models.named) == paths
     assert models.keep_s == 90
     assert models.free_bytes() > 0
