@@ -629,9 +629,6 @@ def positive(value: Any, name: str) -> float:
 class ConfigValues(dict[str, Any]):
     """A config.json with its family's defaults. Its methods raise CheckpointError."""
 
-    def any(self, *keys: str) -> bool:
-        return any(map(self.get, keys))
-
     def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.get(key, default)
         is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
@@ -717,14 +714,14 @@ def _switches(values: ConfigValues) -> Json:
         raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
     act = values.get("hidden_activation", values.get("hidden_act", "silu"))
     check_value(str(act) in ACTIVATIONS, "hidden_act", act, " or ".join(ACTIVATIONS))
-    bias = values.any("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")
+    bias = any(map(values.get, ("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")))
     eps_keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
     eps_key = next(filter(values.get, eps_keys), eps_keys[0])
     return {
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "qkv_bias": bias,
         "o_bias": bool(values.get("attention_out_bias", bias)),
-        "mlp_bias": values.any("mlp_bias", "use_bias"),
+        "mlp_bias": bool(values.get("mlp_bias") or values.get("use_bias")),
         "act": ACTIVATIONS[act],
         "packing": method if quantized else "",
         "embed_scale": values.number("embedding_multiplier", 1.0),
@@ -1397,13 +1394,9 @@ def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
     return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
 
-def _mxfp4(b: Tensor) -> PackedLinear:  # exponent (1) | 16 bytes of nibbles
-    return mxfp4(b[..., 0], b[..., 1:].contiguous())
-
-
 REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
-    repack.__name__.removeprefix("_").upper(): repack
-    for repack in (_q4_0, _q4_1, _q5_0, _q5_1, _q8_0, _q4_k, _q5_k, _q6_k, _mxfp4)
+    **{f.__name__[1:].upper(): f for f in (_q4_0, _q4_1, _q5_0, _q5_1, _q8_0, _q4_k, _q5_k, _q6_k)},
+    "MXFP4": lambda b: mxfp4(b[..., 0], b[..., 1:].contiguous()),  # exponent (1) | nibbles (16)
 }
 
 
@@ -1690,16 +1683,28 @@ class Weights:
                 ) from None
         return self.backend.pack(shape, read_rows, bias, is_table)
 
-    def check_used(self, harmless: Callable[[str], bool]) -> None:
+    def is_copy(self, name: str, original: str) -> bool:
+        """Whether the matrix `name` is not in the file, or has the numbers of `original`."""
+        self.used.add(f"{name}.weight")
+        pair = [f"{each}.weight" for each in (name, original)]
+        copy, first = map(self.tensors.get, pair)
+        if copy is None or first is None or copy.shape != first.shape:
+            return copy is None
+        for at in range(0, first.shape[0], 4096):
+            rows = (cast("Tensor", self._read(each, slice(at, at + 4096))).float() for each in pair)
+            if not torch.equal(*rows):
+                return False
+        return True
+
+    def check_used(self) -> None:
         if self.adapter:
             self.adapter.check_used()
-        extra = sorted(
-            name for name in self.tensors if name not in self.used and not harmless(name)
-        )
-        if extra:
-            more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        buffers = ("rotary_emb.inv_freq", "masked_bias")  # in old files
+        unused = sorted({n for n in self.tensors if not n.endswith(buffers)} - self.used)
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             raise CheckpointError(
-                f"{self.source}: unexpected tensor {', '.join(map(excerpt, extra[:3]))}{more}; "
+                f"{self.source}: unexpected tensor {', '.join(map(excerpt, unused[:3]))}{more}; "
                 "the file holds more than its config describes"
             )
 
@@ -1964,6 +1969,7 @@ class DecodeSteps(Protocol):
     """Decode steps that a backend recorded, for up to `num_rows` sequences at a time."""
 
     num_rows: int
+    parts: list[Any]  # Decoder.parts when they were recorded
 
     def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
@@ -2214,11 +2220,8 @@ class MoE:
     def __call__(
         self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """(N, C) -> (N, C)"""
-        return self.mix(x if norm is None else norm(x), residual)
-
-    def mix(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The weighted sum of each token's experts + residual, (N, C) all"""
+        x = x if norm is None else norm(x)
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
         scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
         weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
@@ -2289,16 +2292,9 @@ class Decoder:
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C, is_table=True)
         self.layers = [self.layer(config, weights, i) for i in range(config.n_layers)]
         self.norm = make_norm(config, weights, "model.norm", C)
-        self.lm_head = (
-            self.embed_tokens if config.tie_embeddings else weights.linear({"lm_head": V}, C)
-        )
-        # a tied head may be stored once more, and old files carry buffers that are not weights
-        weights.check_used(
-            lambda name: (
-                name.endswith(("rotary_emb.inv_freq", "masked_bias"))
-                or (config.tie_embeddings and name == "lm_head.weight")
-            )
-        )
+        is_tied = config.tie_embeddings and weights.is_copy("lm_head", "model.embed_tokens")
+        self.lm_head = self.embed_tokens if is_tied else weights.linear({"lm_head": V}, C)
+        weights.check_used()
         self.row_tile = self.backend.row_tile(weights.num_float > 0)
         self.kv_dtype = self.backend.kv_dtype(kv_dtype, weights.num_packed > 0)
 
@@ -2306,6 +2302,11 @@ class Decoder:
     def kernels(self) -> str:
         """The backend's description."""
         return self.backend.describe()
+
+    @property
+    def parts(self) -> list[Any]:
+        """The modules of a step, each of which a program may replace."""
+        return [self.embed_tokens, *self.layers, self.norm, self.lm_head]
 
     def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
         """A KVCache for sequences that this decoder runs; `most_new` as there."""
@@ -2449,16 +2450,12 @@ NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  #
 GGUF_VALUES = {
     "attention.sliding_window": "sliding_window",
     "attention.scale": "attention_multiplier",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
     "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "use_parallel_residual": "use_parallel_residual",
 }
 
 # Sampling default in generation_config.json or GGUF metadata -> field of SamplingParams.
@@ -2597,11 +2594,9 @@ def weight_files(path: Path) -> list[str]:
             if "/" in name or "\\" in name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
         return names
-    if (path / "model.safetensors").exists():
-        return ["model.safetensors"]
-    names = sorted(p.name for p in path.glob("*.safetensors"))
-    if len(names) == 1:
-        return names
+    names = [p.name for p in path.glob("*.safetensors")]
+    if len(names) == 1 or "model.safetensors" in names:
+        return ["model.safetensors"] if len(names) > 1 else names
     raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json")
 
 
@@ -2800,34 +2795,26 @@ def _gguf_tensors(
         if not 1 <= num_dims <= 4:
             raise CheckpointError(f"{cursor.part} has {num_dims} dimensions")
         shape = cursor.scalars("Q", num_dims)[::-1]
-        kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-        if kind not in kinds:
-            raise CheckpointError(f"{cursor.part} has unknown type {kind}")
-        headers[name] = shape, kinds[kind], offset
+        kind, offset = kinds.get(number := cursor.scalar("I")), cursor.scalar("Q")
+        if kind is None:
+            raise CheckpointError(f"{cursor.part} has unknown type {number}")
+        headers[name] = shape, kind, offset
     alignment = metadata.get("general.alignment", 32)
     is_valid = isinstance(alignment, int) and alignment > 0 and alignment % 8 == 0
     check_value(is_valid, "general.alignment", alignment, "a multiple of 8")
-    data_start = round_up(cursor.at, alignment)
-    return {
-        name: _gguf_tensor(f"tensor {excerpt(name)}", mapped, shape, kind, data_start + offset)
-        for name, (shape, kind, offset) in headers.items()
-    }
-
-
-def _gguf_tensor(
-    title: str, mapped: np.ndarray[Any, Any], shape: tuple[int, ...], kind: Any, start: int
-) -> TensorSource:
-    """The tensor whose bytes begin at `start`; error messages call it `title`."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    if shape[-1] % block or min(shape) < 1:
-        raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
-    num_bytes = math.prod(shape) // block * block_bytes
-    if (end := start + num_bytes) > len(mapped):
-        raise CheckpointError(
-            f"{title} is truncated: it ends at byte {end}, the file has {len(mapped)}"
-        )
-    load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
-    return TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
+    tensors, data_start = {}, round_up(cursor.at, alignment)
+    for name, (shape, kind, offset) in headers.items():
+        title, (block, block_bytes) = f"tensor {excerpt(name)}", gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block or min(shape) < 1:
+            raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
+        start, num_bytes = data_start + offset, math.prod(shape) // block * block_bytes
+        if (end := start + num_bytes) > len(mapped):
+            raise CheckpointError(
+                f"{title} is truncated: it ends at byte {end}, the file has {len(mapped)}"
+            )
+        load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
+    return tensors
 
 
 # Float type in files -> torch's name
@@ -5172,7 +5159,8 @@ class Engine:
             num_rows = 0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new)
             inputs.append((seq.slot, seq.num_computed, new, num_rows))
         steps, is_decode = self.decode_steps, all(len(new) == 1 == n for _, _, new, n in inputs)
-        if steps and is_decode and len(inputs) <= steps.num_rows:
+        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == self.decoder.parts
+        if steps and is_decode and is_recorded:
             logits = steps([(slot, start, new[0]) for slot, start, new, _ in inputs]).cpu()
         else:
             batch = Batch(inputs, self.decoder.device, self.decoder.row_tile)

@@ -60,6 +60,36 @@ def test_a_head_stored_beside_a_tied_embedding_is_ignored(tiny: Tiny, tmp_path: 
     assert torch.equal(LLM(copy).logits(ids), LLM(path).logits(ids))
 
 
+@pytest.mark.parametrize("quantize", [None, "q8"])
+def test_a_head_that_differs_from_a_tied_embedding_is_the_head(
+    tiny: Tiny, tmp_path: Path, quantize: str | None
+) -> None:
+    path = tiny("Llama", tie_word_embeddings=True)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    copy = rewritten(path, tmp_path / "copy", lambda config: None)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    safetensors.torch.save_file(tensors, copy / "model.safetensors")
+    ids, model = oracle.random_ids(20), oracle.load(copy)
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])  # transformers keeps both
+    error = LLM(copy, quantize=quantize).logits(ids) - oracle.logits(model, ids)
+    assert error.abs().max() < (0.5 if quantize else 1e-4)
+    tied = LLM(path).logits(ids)
+    torch.testing.assert_close(LLM(copy).logits(ids).flip(1), tied, rtol=0, atol=1e-4)
+
+
+def test_a_head_of_another_shape_beside_a_tied_embedding_is_refused(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    path = broken(
+        tiny,
+        tmp_path / "broken",
+        lambda t: t.update({"lm_head.weight": torch.zeros(321, 64)}),
+        tie_word_embeddings=True,
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(321, 64\)"):
+        LLM(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_run_in_float32(tiny: Tiny, tmp_path: Path, dtype: Any) -> None:
     path = tiny("Llama")

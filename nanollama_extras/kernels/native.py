@@ -363,7 +363,7 @@ class DecodeCalls:
         """Raises KernelError for a decoder that computes with other operators too."""
         if not isinstance(cache, NativeKVCache):
             raise KernelError("attention is not a native kernel")
-        self.decoder, self.cache = decoder, cache
+        self.decoder, self.cache, self.parts = decoder, cache, decoder.parts
         self.num_rows = min(len(cache.strips), self.most_rows)
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
         batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
@@ -520,10 +520,12 @@ class NativeMoE(MoE):
         self.gate_ups = address_table([mlp.gate_up_proj for mlp in mlps])
         self.downs = address_table([mlp.down_proj for mlp in mlps])
 
-    def mix(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         if self.gate_ups is None or self.downs is None:
-            return super().mix(x, residual)
-        mlp = self.experts[0]
+            return super().__call__(x, norm, residual)
+        mlp, x = self.experts[0], x if norm is None else norm(x)
         return run_kernel(
             "experts",
             torch.empty(x.size(0), x.size(1)),

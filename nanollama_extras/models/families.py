@@ -58,6 +58,16 @@ def yarn(factor: float, n_old: int, **others: Any) -> Values:
     return {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, **stretch, **others}
 
 
+# GGUF metadata under {arch} -> key of config.json
+GGUF_KEYS = {
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "residual_scale": "residual_multiplier",
+    "use_parallel_residual": "use_parallel_residual",
+}
+
+
 # ---- keys of config.json -------------------------------------------------------------------------
 
 
@@ -130,7 +140,10 @@ def check_gpt_oss(values: ConfigValues) -> None:
 
 
 def family(
-    defaults: Values, check: Callable[[ConfigValues], None] | None = None, **rest: Any
+    defaults: Values,
+    check: Callable[[ConfigValues], None] | None = None,
+    from_gguf: Callable[[Mapping[str, Any], Values], None] | None = None,
+    **rest: Any,
 ) -> Family:
     """A row whose keys of config.json become those that the core knows, after `check`."""
 
@@ -140,7 +153,12 @@ def family(
         list_windows(values)
         list_ropes(values)
 
-    return Family(defaults, check=check_all, **rest)
+    def all_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+        values.update({theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if ours in own})
+        if from_gguf:
+            from_gguf(own, values)
+
+    return Family(defaults, check=check_all, from_gguf=all_from_gguf, **rest)
 
 
 def norms_plus_one(
@@ -169,7 +187,10 @@ def gemma_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     wide = values["hidden_size"] / max(n_heads, 1)
     values["query_pre_attn_scalar"] = wide if is_wide else values["head_dim"]
     if model_type == "gemma3_text":
-        values["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
+        local = own.get("rope.local.freq_base", 10000.0)  # Ollama's converter has its own keys
+        values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
+        if theta := own.get("rope.global.freq_base"):
+            values["rope_parameters"].setdefault("rope_theta", theta)
 
 
 def olmo3_from_gguf(own: Mapping[str, Any], values: Values) -> None:

@@ -108,6 +108,25 @@ def test_more_sequences_than_were_recorded_run_all_the_same(
     assert answers(few) == expected
 
 
+@pytest.mark.parametrize("name", ["layers", "lm_head"])
+def test_a_part_that_a_program_replaces_runs_in_every_step(tiny: oracle.Tiny, name: str) -> None:
+    llm = load("llama", tiny)
+    decoder, before = llm.engine.decoder, answers(llm)
+    part, calls = getattr(decoder, name), []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return (part[1] if name == "layers" else part)(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, name, [part[0], watched] if name == "layers" else watched)
+        assert answers(llm) == before
+        assert len(calls) >= 16
+    num_calls = len(calls)
+    assert answers(llm) == before  # the recorded steps again
+    assert len(calls) == num_calls
+
+
 def test_a_model_that_computes_with_torch_too_is_not_recorded(tiny: oracle.Tiny) -> None:
     llm = LLM(tiny(), kernels="native", parallel=3)  # weights are floats
     assert llm.engine.decode_steps is None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import conftest
+import gguf
 import gguf_files
 import oracle
 import pytest
@@ -380,6 +381,73 @@ def test_a_gguf_file_is_the_model_it_was_made_from(
     llm = LLM(gguf_made(tiny, tmp_path / "model.gguf", variant))
     model = oracle.load(tiny(name, **overrides))
     oracle.assert_same_model(llm, model, oracle.random_ids(70))
+
+
+# layers with a window by another pattern than the family's own
+PATTERNS = {
+    name: [True, False, False, True, True, False]
+    for name in ("gemma2", "gemma3_text", "olmo3", "exaone4", "cohere2", "gpt_oss")
+}
+
+
+@pytest.mark.parametrize("variant", PATTERNS)
+def test_a_gguf_says_which_of_its_layers_have_a_window(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    slides, add = PATTERNS[variant], gguf_files.add_metadata
+
+    def with_pattern(writer: Any, *args: Any) -> None:
+        add(writer, *args)
+        writer.add_sliding_window_pattern(slides)
+
+    monkeypatch.setattr(gguf_files, "add_metadata", with_pattern)
+    name, overrides = GGUF_ROWS[variant]
+    kinds = [nanollama.LAYER_TYPES[slide] for slide in slides]
+    path = tiny(name, **{**overrides, "num_hidden_layers": len(kinds), "layer_types": kinds})
+    llm = LLM(gguf_files.convert(path, tmp_path / "model.gguf")[0], kernels="torch")
+    assert [window is not None for window in llm.config.windows] == slides
+    ids, model = oracle.random_ids(40), oracle.load(path)
+    torch.testing.assert_close(llm.logits(ids), oracle.logits(model, ids), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("step", "num_full"), [(3, 2), (1, 6), (None, 1)])
+def test_a_gguf_may_say_that_every_nth_layer_has_no_window(step: Any, num_full: int) -> None:
+    values = {"model_type": "gemma3_text", "sliding_window_pattern": step, "hidden_size": 64}
+    values |= {"num_hidden_layers": 6, "intermediate_size": 64, "sliding_window": 8}
+    if step is None:  # the family's own
+        values.pop("sliding_window_pattern")
+    assert nanollama.model_config(values, "x").windows.count(None) == num_full
+
+
+def test_a_pattern_for_another_number_of_layers_is_refused() -> None:
+    values = {"model_type": "olmo3", "sliding_window_pattern": [True, False], "hidden_size": 64}
+    values |= {"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    for pattern in ([True, False], {"a": 1}, -2, 1.5):
+        with pytest.raises(CheckpointError, match=r"layer_types|sliding_window_pattern"):
+            nanollama.model_config({**values, "sliding_window_pattern": pattern}, "x")
+
+
+@pytest.mark.parametrize("variant", ["gemma3_text", "smollm3", "gpt_oss", "mixtral", "qwen3"])
+def test_a_gguf_without_theta_has_the_familys(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda *args: None)
+    theirs = transformers.CONFIG_MAPPING[variant]().rope_parameters
+    llm = LLM(gguf_made(tiny, tmp_path / "model.gguf", variant))
+    nested = theirs.get("full_attention", theirs)
+    assert llm.config.rope["rope_theta"] == nested["rope_theta"]
+
+
+def test_thetas_of_gemma_3_under_ollamas_keys(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(writer: Any, theta: float) -> None:
+        writer.add_float32("gemma3.rope.global.freq_base", 5e5)
+        writer.add_float32("gemma3.rope.local.freq_base", 2e4)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", add)
+    llm = LLM(gguf_made(tiny, tmp_path / "model.gguf", "gemma3_text"))
+    assert [rope["rope_theta"] for rope in llm.config.ropes] == [5e5, 2e4]
 
 
 @pytest.mark.parametrize("variant", GGUF_ROWS)
