@@ -2118,7 +2118,7 @@ class Rotation(NamedTuple):
 
 
 class Attention:
-    sinks: Tensor | None = None  # scores (H,) that take weight and give nothing
+    sinks: Tensor | None = None  # (H,)
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
         C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
@@ -2908,7 +2908,7 @@ def gguf_model_type(metadata: Mapping[str, Any]) -> str:
 def _gguf_config(
     own: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
 ) -> dict[str, Any]:
-    """The config.json that fits GGUF metadata, of which `own` is the part under {arch}."""
+    """The config.json of GGUF metadata, of which `own` is the part under {arch}."""
 
     def need(name: str) -> Any:
         value = own.get(name)
@@ -2940,7 +2940,7 @@ def _gguf_config(
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": own.get(eps) or need(eps.replace("_rms", "")),
-        "rope_parameters": _gguf_rope(own, tensors, family, head_dim),
+        "rope_parameters": _gguf_rope(own, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in tensors,
@@ -2951,10 +2951,8 @@ def _gguf_config(
     return config
 
 
-def _gguf_rope(
-    own: Mapping[str, Any], tensors: Mapping[str, TensorSource], family: Family, head_dim: Any
-) -> dict[str, Any]:
-    """The rope_parameters that fit GGUF metadata."""
+def _gguf_rope(own: Mapping[str, Any], tensors: Mapping[str, TensorSource], head_dim: Any) -> Json:
+    """The rope_parameters of GGUF metadata."""
     rope: Json = {"rope_theta": own["rope.freq_base"]} if "rope.freq_base" in own else {}
     kind, linear = own.get("rope.scaling.type", "none"), own.get("rope.scale_linear", 1.0)
     if kind != "none":
@@ -2967,7 +2965,7 @@ def _gguf_rope(
     n_rot = own.get("rope.dimension_count", head_dim)
     if isinstance(n_rot, int) and isinstance(head_dim, int) and head_dim:
         rope["partial_rotary_factor"] = n_rot / head_dim
-    return rope | dict(family.gguf_values.get("rope_parameters", {}))
+    return rope
 
 
 def _gguf_names(

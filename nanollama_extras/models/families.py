@@ -198,6 +198,11 @@ def olmo3_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     values["rope_local_base_freq"] = own.get("rope.freq_base_swa", own.get("rope.freq_base"))
 
 
+def gpt_oss_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Adds a number of yarn that gpt-oss leaves out."""
+    values["rope_parameters"]["truncate"] = False
+
+
 def cohere2_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     """Cohere multiplies logits with the number by which other families divide."""
     if "logits_scaling" in values:
@@ -319,7 +324,7 @@ FAMILIES: dict[str, Family] = {
         | keys(attention_bias=True, rope=yarn(32.0, 4096, truncate=False)),
         gguf="gpt-oss",
         layout="models.gpt_oss:split_experts",
-        gguf_values={"rope_parameters": {"truncate": False}},
+        from_gguf=gpt_oss_from_gguf,
         switches={"experts": True, "act": "clamped_swiglu", "sinks": True},
         names={
             r"mlp\.router": "mlp.gate",
