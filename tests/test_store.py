@@ -201,6 +201,14 @@ def test_only_what_a_model_needs_is_fetched(hub: HubServer) -> None:
     assert {name: (snapshot / name).read_bytes() for name in TINY} == TINY
 
 
+def test_the_modules_of_an_embedding_model_are_fetched(hub: HubServer) -> None:
+    modules = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json")
+    files = {**TINY, **dict.fromkeys(modules, b"{}"), "2_Dense/model.safetensors": b"dense"}
+    hub.add("org/embed", {**files, "2_Dense/pytorch_model.bin": b"pickle"})
+    assert (ModelStore().pull("org/embed") / "2_Dense/model.safetensors").read_bytes() == b"dense"
+    assert hub.fetched() == set(files)
+
+
 def test_a_pulled_model_answers_as_the_files_it_was_made_from(
     hub: HubServer, tiny: Callable[..., Path]
 ) -> None:
