@@ -989,130 +989,161 @@ def test_a_cache_that_cannot_be_written_is_done_without(desk: Desk) -> None:
     assert desk.files == []
 
 
-def test_a_cache_that_is_full_leaves_no_half_file(desk: Desk) -> None:
-    with desk.compiler.open("a") as file:
-        file.seek(0)
-    full = f'case "$*" in *{desk.cache}*) echo "x.s: No space left on device" >&2; exit 1;; esac'
-    executable(desk.compiler, desk.compiler.read_text().replace("exec", f"{full}\nexec"))
-    assert desk.load() == native_path()
-    assert (desk.num_runs, desk.files) == (2, [])
+# ---- places that are full, closed, or open to others ---------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["unwritable", "missing", "noexec", "open to others"])
-def test_another_temporary_folder_is_taken(desk: Desk, fault: str) -> None:
-    """The cache is a file; TMPDIR is no good either."""
-    desk.cache.write_text("a file where the directory should be")
-    before = ""
-    if fault == "missing":
-        desk.temporary.rmdir()
-    elif fault == "open to others":
-        desk.temporary.chmod(0o777)
-    else:  # as the system says it; root may write anywhere
-        of = "native.tempfile, 'TemporaryDirectory'" if fault == "unwritable" else "native, 'load'"
-        before = REFUSE.format(of=of, folder=str(desk.temporary))
-    assert desk.load(before) == native_path()
-    if fault == "missing":
-        desk.temporary.mkdir()
-    assert desk.files == []
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The kernels, compiled quickly."""
+    target = tmp_path_factory.mktemp("compiled") / "kernels.so"
+    kernels.compile_kernels(target, (*KERNEL_FLAGS, "-O0"))
+    return target.read_bytes()
 
 
-REFUSE = """
-import errno
-object, name = {of}
-native.load = native.ctypes.CDLL
-true = getattr(object, name)
-def refuse(*paths, **more):
-    if any(str(path).startswith({folder!r}) for path in (*paths, more.get("dir", ""))):
-        raise OSError(errno.EACCES, "cannot map or write this")
-    return true(*paths, **more)
-setattr(object, name, refuse)
-native.ctypes.CDLL = native.load
-"""
+@pytest.fixture
+def places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bytes
+) -> Callable[..., list[Path]]:
+    """places(refuse): load kernels that no compiler has to make, with `cache` and `temporary` in
+    tmp_path; the folders where they were made, in order. refuse(step, path) may raise OSError."""
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(cache))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    true = ctypes.CDLL
+
+    def load(refuse: Callable[[str, str], object] = lambda step, path: None) -> list[Path]:
+        made = []
+
+        def make(target: Path, *_: Any) -> None:
+            made.append(target.parent.parent)
+            refuse("compile", str(target))
+            target.write_bytes(compiled)
+
+        def link(path: str) -> ctypes.CDLL:
+            refuse("load", path)
+            return true(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "compile_kernels", make)
+            patch.setattr(ctypes, "CDLL", link)
+            library = kernels._load_kernels.__wrapped__(KERNEL_FLAGS)
+        assert library.path().decode() == native_path()
+        assert not temporary.exists() or list(temporary.iterdir()) == []
+        return made
+
+    return load
 
 
-def test_a_folder_that_may_hold_no_programs_is_one_line_of_warning(
-    desk: Desk, tiny: oracle.Tiny
+def refusing(step: str, folder: Path) -> Callable[[str, str], None]:
+    def refuse(at: str, path: str) -> None:
+        if at == step and path.startswith(str(folder)):
+            raise OSError(28, "No space left on device")
+
+    return refuse
+
+
+def test_the_folder_of_compiled_kernels_is_private(
+    places: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
-    done = python(
-        "from nanollama_extras.kernels import native\nimport nanollama\n"
-        "native.temporary_folders = list\n"
-        f"nanollama.LLM({str(tiny())!r}, quantize='q4')",
-        NANOLLAMA_CACHE=desk.compiler,  # a file
-        CC=desk.compiler,
-    )
-    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1), done.stderr
-    assert "there is no folder that only this user can write" in done.stderr
+    folder = tmp_path / "cache" / "kernels"
+    assert places() == [folder]
+    (library,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, library.stat().st_mode & 0o077) == (0o700, 0)
+    folder.chmod(0o755)  # as earlier releases made it
+    assert places() == []
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
-# ---- a cache that others can write ---------------------------------------------------------------
+@pytest.mark.parametrize("step", ["compile", "load"])
+def test_a_cache_that_is_full_or_may_hold_no_programs_is_done_without(
+    places: Callable[..., list[Path]], tmp_path: Path, step: str
+) -> None:
+    cache, temporary = tmp_path / "cache" / "kernels", tmp_path / "temporary"
+    assert places(refusing(step, cache)) == [cache, temporary]
+    assert list(cache.iterdir()) == []
 
-PLANTED = "int path(void) { return 0; }"
+
+@pytest.mark.parametrize("fault", ["compile", "load", "missing", "open to others"])
+def test_another_temporary_folder_is_taken(
+    places: Callable[..., list[Path]], tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    temporary = tmp_path / "temporary"
+    if fault == "missing":
+        temporary.rmdir()
+    elif fault == "open to others":
+        temporary.chmod(0o777)
+    made = places(refusing(fault, temporary))
+    assert made[-1] not in (tmp_path / "cache" / "kernels", temporary)
+    assert len(made) == (2 if fault in ("compile", "load") else 1)
 
 
-def plant(desk: Desk) -> Path:
-    """A library of somebody else in the place of ours, under the name that its content has."""
-    (library,) = desk.files
-    other = library.with_name("other.so")
-    kernels.compile_kernels(other, ("-O0", "-shared", "-fPIC"), PLANTED)
-    other.with_suffix(".c").unlink()
-    key = library.stem.split("-")[0]
-    planted = library.with_name(f"{key}-{kernels.short_hash(other.read_bytes())}.so")
-    other.rename(planted)
-    library.unlink()
-    return planted
+def test_without_any_folder_the_reason_is_one_line(
+    places: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KernelError, match=r"No space left on device; point .* TMPDIR") as error:
+        places(refusing("compile", Path("/")))
+    assert len(str(error.value).splitlines()) == 1
+    (tmp_path / "cache" / "kernels").rmdir()
+    (tmp_path / "cache" / "kernels").write_text("a file")
+    monkeypatch.setattr(kernels, "temporary_folders", list)
+    with pytest.raises(KernelError, match="no folder that only this user can write"):
+        places()
+
+
+@pytest.fixture
+def planted(tmp_path: Path, compiled: bytes) -> Path:
+    """A library in a cache, under the name that its content has."""
+    folder = tmp_path / "cache" / "kernels"
+    folder.mkdir(parents=True)
+    library = folder / f"key-{kernels.short_hash(compiled)}.so"
+    library.write_bytes(compiled)
+    library.chmod(0o700)
+    return library
+
+
+def is_loaded(planted: Path) -> bool:
+    folder = kernels.private_folder(planted.parent)
+    return folder is not None and kernels.cached_kernels(folder, "key") is not None
+
+
+@pytest.mark.parametrize("place", ["file", "folder", "parent", "link to a folder", "link"])
+def test_what_others_can_write_is_not_loaded(planted: Path, tmp_path: Path, place: str) -> None:
+    assert is_loaded(planted)
+    folder = planted.parent
+    if place == "file":
+        planted.chmod(0o702)
+    elif place == "folder":
+        planted.chmod(0o777)
+        folder.chmod(0o777)
+    elif place == "parent":
+        folder.parent.chmod(0o777)
+    elif place == "link":
+        planted.rename(tmp_path / "x.so")
+        planted.symlink_to(tmp_path / "x.so")
+    else:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    assert not is_loaded(planted)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid(), reason="only root changes owners")
-def test_a_library_of_another_user_is_not_loaded(desk: Desk) -> None:
-    desk.load()
-    planted = plant(desk)
-    os.chown(planted, 12345, -1)
-    desk.cache.chmod(0o755)
-    assert desk.load() == native_path()
-    assert desk.num_runs == 2
+@pytest.mark.parametrize("place", ["file", "folder", "parent"])
+def test_what_another_user_owns_is_not_loaded(planted: Path, place: str) -> None:
+    owned = {"file": planted, "folder": planted.parent, "parent": planted.parent.parent}
+    os.chown(owned[place], 12345, -1)
+    assert not is_loaded(planted)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="of Unix")
 def test_a_group_of_this_user_alone_may_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "kernels"
-    folder.mkdir()
-    tmp_path.chmod(0o775)
-    monkeypatch.setattr(kernels, "is_own_group", lambda gid: True)
-    assert kernels.private_folder(folder) == folder.resolve()
-    monkeypatch.setattr(kernels, "is_own_group", lambda gid: False)
-    assert kernels.private_folder(folder) is None
-    tmp_path.chmod(0o755)
-
-
-@pytest.mark.parametrize("place", ["file", "folder", "parent", "link"])
-def test_what_others_can_write_is_not_loaded(desk: Desk, place: str) -> None:
-    desk.load()
-    library = plant(desk)
-    folder = library.parent
-    if place == "file":
-        library.chmod(0o666)
-    elif place == "folder":
-        library.chmod(0o777)
-        folder.chmod(0o777)
-    elif place == "parent":
-        desk.cache.chmod(0o777)
-    else:
-        folder.rename(desk.cache / "elsewhere")
-        folder.symlink_to(desk.cache / "elsewhere")
-    assert desk.load() == native_path()
-    assert desk.num_runs == 2
-
-
-def test_the_folder_of_compiled_kernels_is_private(desk: Desk) -> None:
-    desk.load()
-    (library,) = desk.files
-    assert (library.parent.stat().st_mode & 0o777, library.stat().st_mode & 0o077) == (0o700, 0)
-    library.parent.chmod(0o755)  # as earlier releases made it
-    desk.load()
-    assert desk.num_runs == 1
-    assert library.parent.stat().st_mode & 0o777 == 0o700
+    planted.parent.parent.chmod(0o775)
+    for is_own in (True, False):
+        monkeypatch.setattr(kernels, "is_own_group", lambda gid, is_own=is_own: is_own)
+        assert is_loaded(planted) == is_own
 
 
 # ---- no kernels ----------------------------------------------------------------------------------
