@@ -219,6 +219,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
 
+    from nanollama_extras.answers.tools import Calls, ToolChoice, ToolSplitter
+
     Row = npt.NDArray[np.float32]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
     Heads = tuple[Tensor, Tensor, Tensor]  # q (N, H, D), k and v (N, Hkv, D)
@@ -337,6 +339,7 @@ def extra(path: str, feature: str) -> Any:
 
 PUBLIC_EXTRAS = {  # public name -> the extra that defines it
     "TestServer": "testing",
+    "ToolChoice": "answers.tools",
     "function_tool": "answers.toolbox",
     "test_server": "testing",
 }
@@ -375,6 +378,12 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@lru_cache(maxsize=64)
+def warn_once(notice: str) -> None:
+    """Write a notice once."""
+    log.warning(notice)
 
 
 def excerpt(value: object) -> str:
@@ -2407,15 +2416,6 @@ VOCABULARIES = {
     "tokenizer.pkl": "files.vocabularies",
 }
 
-# Control tokens that an answer shows as blocks of Markdown: nanochat's code, and its results.
-# nanochat's template turns the blocks of an earlier answer into the tokens again.
-SHOWN_CONTROL = {
-    "<|python_start|>": "\n~~~python\n",
-    "<|python_end|>": "\n~~~\n",
-    "<|output_start|>": "\n~~~~output\n",
-    "<|output_end|>": "\n~~~~\n",
-}
-
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -2654,10 +2654,11 @@ def _directory_text(path: Path) -> TextFiles:
     settings = read_json(path / "tokenizer_config.json", required=False)
     special = read_json(path / "special_tokens_map.json", required=False)
     special_tokens: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = settings.get(name) or special.get(name)
+    extra_tokens = settings.get("extra_special_tokens")
+    more = extra_tokens if isinstance(extra_tokens, dict) else {}
+    for name, token in {**special, **more, **settings}.items():
         content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
+        if name.endswith("_token") and isinstance(content, str):
             special_tokens[name] = content
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
@@ -3080,7 +3081,7 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         return TextFiles(source)  # a file without a tokenizer needs --tokenizer
     usual = {"bos": 1, "eos": 2, "unknown": 0} if metadata.get("model") == "llama" else {}
     keys = {name: name for name in ("bos", "eos", "eot", "eom")}
-    keys |= {"unk": "unknown", "pad": "padding"}
+    keys |= {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
     given = {name: metadata.get(f"{key}_token_id", usual.get(key)) for name, key in keys.items()}
     ids = {name: i for name, i in given.items() if isinstance(i, int)}
     special = {f"{n}_token": tokens[i] for n, i in ids.items() if 0 <= i < len(tokens)}
@@ -3150,8 +3151,7 @@ SIDE_FILES = (
     "model.safetensors.index.json modules.json [0-9]_*/config.json [0-9]_*/*.safetensors"
 ).split()
 TINY_RANDOM = "tiny-random"  # a model for tests
-# Name of a model, or of a folder in its directory, with a slash -> the extra whose `find_model`
-# finds the model
+# Name of a model, or of a folder in its directory (with a slash) -> the extra that finds the model
 FINDERS = {
     TINY_RANDOM: "files.tiny_random",
     **dict.fromkeys(
@@ -3190,9 +3190,8 @@ class HubRef:
 def parse_hub_ref(reference: str) -> HubRef | None:
     """A HubRef, or None when `reference` has another form."""
     word = r"[A-Za-z0-9][\w.-]*"
-    match = re.fullmatch(
-        rf"({word}/{word})(?::([\w.-]+)|/((?:[\w .-]+/)*[\w .-]+\.gguf))?", reference
-    )
+    file = r"(?:[\w .-]+/)*[\w .-]+\.gguf"
+    match = re.fullmatch(rf"(?:hf\.co/)?({word}/{word})(?::([\w.-]+)|/({file}))?", reference)
     if match is None or match[1].endswith(".gguf"):
         return None
     return HubRef(match[1], file=match[3], quant=match[2])
@@ -3215,8 +3214,7 @@ def mark_used(path: Path) -> None:
 
 
 def find_special(reference: str, root: Path) -> Path | None:
-    """The model that an extra of FINDERS finds or makes; None for other references. Raises
-    ExtraError."""
+    """The model that an extra of FINDERS finds; None for another reference. Raises ExtraError."""
     path = local_path(reference)
     for name, module in FINDERS.items():
         if path and (path / name).is_dir() if name.endswith("/") else name == reference:
@@ -3655,11 +3653,13 @@ class Modelfile:
 def read_modelfile(path: Path) -> Modelfile:
     """Parse a Modelfile. Raises ModelfileError with the line number."""
     try:
-        return parse_modelfile(path.read_text(encoding="utf-8-sig"), path)
+        is_wide = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
+        return parse_modelfile(text, path)
     except OSError as error:
         raise ModelfileError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ModelfileError(f"{path}: is not UTF-8 text") from None
+        raise ModelfileError(f"{path}: is not UTF-8 or UTF-16 text") from None
 
 
 def parse_modelfile(text: str, path: Path) -> Modelfile:
@@ -3690,20 +3690,16 @@ def read_directive(line: str, lines: Iterator[tuple[int, str]]) -> tuple[str, st
         raise ModelfileError(f"unknown directive {key!r}; known: {known}")
     if key in ("PARAMETER", "MESSAGE"):
         word, value = split_word(value)
-    if value.startswith('"""'):
-        block, value = [], value[3:]
-        while '"""' not in value:
-            block.append(value)
-            if (following := next(lines, None)) is None:
-                raise ModelfileError('this """ block is never closed')
-            value = following[1]
-        value, _, rest = value.partition('"""')
-        if rest.strip():
-            raise ModelfileError(f'{rest.strip()!r} follows the closing """')
-        value = "\n".join([*block, value]).removeprefix("\n").removesuffix("\n")
-    elif len(value) > 1 and value[0] == value[-1] == '"':
-        value = value[1:-1]
-    if not value.strip():
+    quote = next((mark for mark in ('"""', '"') if value.startswith(mark)), "")
+    while quote and (len(value) < 2 * len(quote) or not value.rstrip().endswith(quote)):
+        if (following := next(lines, None)) is None:
+            raise ModelfileError(f"the text after this {quote} is never closed")
+        value += "\n" + following[1]
+    if quote:
+        value = value.rstrip()[len(quote) : -len(quote)]
+    if len(quote) == 3:
+        value = value.removeprefix("\n").removesuffix("\n")
+    if not value.strip() and not (quote and key == "SYSTEM"):
         raise ModelfileError(f"{key} {word} needs a value".replace("  ", " "))
     return key, word, value
 
@@ -3753,7 +3749,7 @@ def split_word(text: str) -> tuple[str, str]:
 #   Spec        https://huggingface.co/docs/tokenizers, https://arxiv.org/abs/1508.07909 (BPE)
 # ==================================================================================================
 
-# Parts of the regular expressions in llama.cpp's table (llama-vocab.cpp)
+# Parts of the expressions in llama.cpp's table (llama-vocab.cpp)
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -3787,19 +3783,14 @@ TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TO
 )
 
 
-# Makes a tokenizer of metadata, the ids of the pieces, and the type of each piece
-Build = Callable[[Mapping[str, Any], dict[str, int], list[int]], "tokenizers.Tokenizer"]
-
-
 def gguf_tokenizer(
     metadata: Mapping[str, Any],
-    build: Build | None = None,
+    build: Callable[..., tokenizers.Tokenizer] | None = None,
     flags: Mapping[int, Mapping[str, bool]] | None = None,
 ) -> tokenizers.Tokenizer:
     """Tokenizer made of a GGUF file's metadata. Raises CheckpointError.
 
-    The readers of other vocabularies give a `build` of their own, and the flags that GGUF lacks of
-    control and user-defined tokens, by id."""
+    build(metadata, ids by piece, types): for other vocabularies. flags: of added tokens, by id."""
     metadata = without_prefix(metadata)
     kind = metadata.get("model")
     tokens = [str(token) for token in metadata["tokens"]]
@@ -3809,14 +3800,14 @@ def gguf_tokenizer(
     for i, token in enumerate(tokens):
         if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
             token = "▁" * len(token)  # Gemma's runs of spaces, which converters write as spaces
-        # an empty or repeated piece gets a name that occurs in no text
-        tokens[i] = token if token and token not in vocab else f"[EMPTY_{i}]"
+        # an empty or repeated piece gets a longer name, which `piece` cuts
+        tokens[i] = token if token and token not in vocab else f"{token}{REPEATED}{i}"
         vocab[tokens[i]] = i
     if kind not in GGUF_BUILDS and not build:
         rarer = extra("files.vocabularies", f"tokenizer.ggml.model {excerpt(kind)}")
-        build = cast(Build, rarer.find_build(kind))
+        build = rarer.find_build(kind)
     tokenizer = (build or GGUF_BUILDS[kind])(metadata, vocab, types)
-    if PHI3_TOKEN in vocab and flags is None:
+    if "<|placeholder1|>" in vocab and flags is None:
         flags = extra("files.vocabularies", "Phi-3's vocabulary").phi3_flags(tokens, types)
     _add_control_tokens(tokenizer, tokens, types, flags or {})
     adds_bos = kind != "gpt2" or pre_tokenizer(metadata).adds_bos
@@ -3855,6 +3846,8 @@ def _add_control_tokens(
 def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     """The PreTokenizer that metadata name. Raises CheckpointError for an unknown name."""
     name = metadata.get("pre", "default")
+    if "pre" not in metadata and "tokens" in metadata:
+        warn_once("warning: no tokenizer.ggml.pre in the file; text is split as by default")
     if known := PRE_TOKENIZERS.get(name):
         return known
     rarer = extra("files.pre_tokenizers", f"the pre-tokenizer {excerpt(name)}").PRE_TOKENIZERS
@@ -3864,12 +3857,6 @@ def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
             "directory or hub id"
         )
     return cast(PreTokenizer, rarer[name])
-
-
-def _gguf_bpe(
-    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
-) -> tokenizers.Tokenizer:
-    return byte_level_bpe(vocab, file_merges(metadata, vocab), pre_tokenizer(metadata))
 
 
 def byte_level_bpe(
@@ -3922,13 +3909,6 @@ def scored_merges(
     return [merge[4:] for merge in merges]
 
 
-def _gguf_sentencepiece(
-    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
-) -> tokenizers.Tokenizer:
-    merges = scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types)
-    return sentencepiece_bpe(vocab, types, merges, metadata.get("add_space_prefix", True))
-
-
 def sentencepiece_bpe(
     vocab: dict[str, int], types: list[int], merges: list[tuple[str, str]], has_prefix: bool
 ) -> tokenizers.Tokenizer:
@@ -3949,8 +3929,18 @@ def sentencepiece_bpe(
 
 
 # tokenizer.ggml.model -> its builder; the extra files.vocabularies has the rarer ones
-GGUF_BUILDS: Mapping[Any, Build] = {"gpt2": _gguf_bpe, "llama": _gguf_sentencepiece}
-PHI3_TOKEN = "<|placeholder1|>"  # only Phi-3's vocabulary has it
+GGUF_BUILDS: Mapping[Any, Callable[..., tokenizers.Tokenizer]] = {
+    "gpt2": lambda metadata, vocab, types: byte_level_bpe(
+        vocab, file_merges(metadata, vocab), pre_tokenizer(metadata)
+    ),
+    "llama": lambda metadata, vocab, types: sentencepiece_bpe(
+        vocab,
+        types,
+        scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types),
+        metadata.get("add_space_prefix", True),
+    ),
+}
+REPEATED = "\ufdd3"  # no text contains it
 
 
 @contextlib.contextmanager
@@ -3967,14 +3957,6 @@ def library_errors(problem: str) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"the tokenizer {problem}: {reason}") from None
-
-
-def end_token_ids(control: Mapping[str, int], text: TextFiles) -> frozenset[int]:
-    """Ids that end an answer: declared by the files, or known by name."""
-    names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
-    if "<|channel|>" in control and text.special_tokens.get("eos_token") != "<|end|>":
-        names -= {"<|end|>"}  # gpt-oss ends a thought with it, and goes on
-    return text.eos_ids | {control[name] for name in names & control.keys()}
 
 
 LONG_TEXT = 10_000  # characters, from which a text is encoded while other threads run
@@ -4020,11 +4002,16 @@ class Tokenizer:
         self.text = dataclasses.replace(text, gguf=None)  # frees the list of tokens
         self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self.added = {token.content: i for i, token in added.items()}
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self.end_ids = end_token_ids(self.control, text)
-        self._control_bytes = {
-            i: SHOWN_CONTROL.get(token, "").encode() for token, i in self.control.items()
-        }
+        names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
+        if "<|return|>" in self.control:
+            names -= {"<|end|>"}  # gpt-oss ends a thought with it, and goes on
+        self.end_ids = text.eos_ids | {self.control[name] for name in names & self.control.keys()}
+        self.shown: Mapping[str, str] = {}  # control token -> its text in an answer
+        if "<|python_start|>" in self.control:
+            self.shown = extra("files.vocabularies", "nanochat's vocabulary").SHOWN_CONTROL
         decoder = self._tokenizer.decoder
         described = decoder.__getstate__() if decoder is not None else b""
         self._byte_level = b"ByteLevel" in described
@@ -4056,24 +4043,30 @@ class Tokenizer:
                 problem = "the text holds a lone surrogate, which is not Unicode text"
                 raise RequestError(problem) from None
 
+    def spell(self, text: str) -> list[int]:
+        """Ids of a text in which no added token is recognized."""
+        parts = self._tokenizer
+        text = parts.normalizer.normalize_str(text) if parts.normalizer else text
+        split = parts.pre_tokenizer.pre_tokenize_str(text) if parts.pre_tokenizer else [(text, 0)]
+        return [token.id for piece, _ in split for token in parts.model.tokenize(piece)]
+
     def piece(self, token_id: int) -> str:
         """The token as the vocabulary spells it; '' for an id outside the vocabulary."""
         fits = 0 <= token_id < 1 << 32  # the library's ids are 32 bits wide
-        return self._tokenizer.id_to_token(token_id) or "" if fits else ""
+        piece = self._tokenizer.id_to_token(token_id) if fits else None
+        return (piece or "").partition(REPEATED)[0]
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """Bytes of text that a token stands for: for control tokens, those of SHOWN_CONTROL or
-        none."""
+        """Bytes of text that a token stands for: for control tokens, those in `shown` or none."""
         piece = self.piece(token_id)
-        if token_id in self._control_bytes:
-            return self._control_bytes[token_id]
-        if self._byte_level:
+        if self.control.get(piece) == token_id:
+            return self.shown.get(piece, "").encode()
+        if self._byte_level and token_id not in self._added_ids:
             with contextlib.suppress(KeyError):
                 return bytes(map(byte_alphabet().__getitem__, piece))
-            return piece.encode()
         if self._byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
+        return (piece if self._byte_level else piece.replace("▁", " ")).encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, without control tokens. Bytes that are not UTF-8 become U+FFFD."""
@@ -4085,9 +4078,10 @@ class TextStream:
     """Turns the ids of one sequence into text: `push` each id, `flush` at the end.
 
     Keeps back the bytes of an unfinished character, and text that may begin a stop string. Control
-    tokens are left out, except those in `shown`. `stopped` turns true when a stop string is
-    complete; the text ends before it. A text that `continues` another one keeps the space that
-    SentencePiece puts before a first word, which `decode` drops."""
+    tokens are left out, except those in `shown`, but may be part of a stop string. `stopped` turns
+    true when a stop string is complete; the text ends before it. `thoughts`, a ThoughtSplitter,
+    finds thoughts, in which no stop string counts. A text that `continues` another one keeps the
+    space that SentencePiece puts before a first word, which `decode` drops."""
 
     def __init__(
         self,
@@ -4095,9 +4089,17 @@ class TextStream:
         stop: Iterable[str] = (),
         continues: bool = False,
         shown: frozenset[int] = frozenset(),
+        thoughts: Any = None,
     ) -> None:
-        self.tokenizer, self.shown = tokenizer, shown
-        self.stop = tuple(stop)
+        self.tokenizer, self.shown, self.thoughts = tokenizer, shown, thoughts
+        self.stop = spelled = tuple(stop)
+        words = [word for word in tokenizer.control if any(word in text for text in spelled)]
+        words.sort(key=len, reverse=True)
+        # a character that is not emitted, for each control token of a stop string
+        self._signs = dict(zip(words, map(chr, range(0xFDD4, 0xFDF0))))
+        for word, sign in self._signs.items():
+            spelled = tuple(text.replace(word, sign) for text in spelled)
+        self.stop += spelled
         self.stopped = False
         self._drop_space = tokenizer.strips_space and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -4105,8 +4107,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token -> the text that has become certain."""
-        piece = self.tokenizer.piece(token_id).encode() if token_id in self.shown else b""
-        raw = piece or self.tokenizer.token_bytes(token_id)
+        piece = self.tokenizer.piece(token_id) if token_id in self.shown or self._signs else ""
+        shown = piece if token_id in self.shown else self._signs.get(piece, "")
+        raw = shown.encode() or self.tokenizer.token_bytes(token_id)
         return self._emit(self._utf8.decode(raw), final=False)
 
     def flush(self) -> str:
@@ -4114,31 +4117,31 @@ class TextStream:
         return self._emit(self._utf8.decode(b"", final=True), final=True)
 
     def _emit(self, new: str, final: bool) -> str:
-        if self.stopped:
-            return ""
         if self._drop_space and new:
             self._drop_space, new = False, new.removeprefix(" ")
-        text = self._held + new
+        pairs = self.thoughts.push(new) if self.thoughts else [(False, new)]
+        pairs += self.thoughts.flush() if self.thoughts and final else []
+        text = "".join(part if is_thought else self._cut(part) for is_thought, part in pairs)
+        return text + self._cut("", True) if final else text
+
+    def _cut(self, new: str, final: bool = False) -> str:
+        """Add text of the answer -> what has become certain."""
+        if self.stopped:
+            return ""
+        text, unsigned = self._held + new, dict.fromkeys(map(ord, self._signs.values()))
         matches = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if matches:
             self.stopped, self._held = True, ""
-            return text[: min(matches)[1]]
+            return text[: min(matches)[1]].translate(unsigned)
         num_certain = len(text) - (0 if final else held_back(text, self.stop))
         self._held = text[num_certain:]
-        return text[:num_certain]
+        return text[:num_certain].translate(unsigned)
 
 
 def held_back(text: str, words: Iterable[str]) -> int:
     """Number of characters at the end of `text` that may begin one of `words`."""
-    return max(
-        (
-            n
-            for word in words
-            for n in range(1, min(len(word), len(text) + 1))
-            if text.endswith(word[:n])
-        ),
-        default=0,
-    )
+    starts = (word[:n] for word in words for n in range(len(word)))
+    return max((len(start) for start in starts if text.endswith(start)), default=0)
 
 
 # ==================================================================================================
@@ -4148,20 +4151,18 @@ def held_back(text: str, words: Iterable[str]) -> int:
 #   Out         the prompt's text and ids as Hugging Face renders them; AnswerSplitter: an answer in
 #               thoughts, content and calls
 #   Idea        a template is a program from the internet: it runs in Jinja's sandbox. Templates
-#               disagree on the spelling of some messages, for example those without text: when a
-#               template refuses one spelling, the next one is tried (`message_shapes`).
+#               disagree on the form of messages; an extra finds one that a template takes.
 #   Invariant   control tokens come from the template alone. A caller's message is plain text, even
 #               where it spells a control token (see `encode_chat`).
 #   Extend      a function that templates may call is a filter or global of `template_environment`;
-#               another pair of tags around thoughts is a row of THOUGHTS. Tools and calls are an
-#               extra: nanollama_extras/answers/tools.py.
+#               another pair of tags around thoughts is a row of THOUGHTS. Tools, calls and forms of
+#               messages are extras: nanollama_extras/answers.
 #   Spec        https://huggingface.co/docs/transformers/chat_templating
 # ==================================================================================================
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -4212,6 +4213,9 @@ class Thoughts(NamedTuple):
 THOUGHTS = (
     Thoughts("<think>", "</think>"),
     Thoughts("<seed:think>", "</seed:think>"),
+    Thoughts("[THINK]", "[/THINK]"),
+    Thoughts("<|START_THINKING|>", "<|END_THINKING|>"),
+    Thoughts("<|inner_prefix|>", "<|inner_suffix|>"),
     Thoughts(
         "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"
     ),
@@ -4248,9 +4252,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         **template_kwargs: Any,
     ) -> str:
-        """As `render`, with tools and calls written into messages where the template cannot.
-
-        Raises TemplateError, and ExtraError for a conversation with tools."""
+        """As `render`, with tools and calls written into messages where the template cannot."""
         messages = list(messages)
         if tools or any(map(is_about_calls, messages)):
             tool_calls = extra("answers.tools", "a conversation with tools")
@@ -4270,50 +4272,44 @@ class ChatTemplate:
         clean = [clean_message(message) for message in messages]
         if not clean:
             raise TemplateError("there are no messages to render", "messages")
-        if continue_final_message:
-            clean[-1]["content"] = str(clean[-1].get("content", "")) + CUT_HERE
         variables = {
             **self.special_tokens,
             "documents": None,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **template_kwargs,
         }
-        errors: list[NanollamaError] = []
-        lists = extra("answers.tools", "a list of tools").tool_shapes(tools) if tools else [None]
-        for shaped, listed in itertools.product(message_shapes(clean), lists):
+
+        def draw(messages: Any, tools: Any) -> str:
             try:
-                text = compiled_template(source).render(variables, messages=shaped, tools=listed)
-                return up_to_cut(text) if continue_final_message else text
-            except NanollamaError as error:
-                errors.append(error)
+                return compiled_template(source).render(variables, messages=messages, tools=tools)
+            except NanollamaError:
+                raise
             except Exception as error:  # a template can fail in any way Python can
                 reason = f"the chat template failed: {type(error).__name__}: {first_line(error)}"
-                errors.append(TemplateError(reason, "messages"))
-        raise errors[0]
+                raise TemplateError(reason, "messages") from None
+
+        try:
+            shapes = extra("answers.shapes", "a message to continue")
+        except ExtraError:
+            if continue_final_message:
+                raise
+            return draw([{**m, "content": message_text(m)} for m in clean], tools)
+        return cast(str, shapes.draw_any(self.source, draw, clean, tools, continue_final_message))
 
 
+# Tags that templates and clients look for in messages
+TEXT_TAG = re.compile(r"</?[\w:]*(think|tool|answer)[\w:]*>")
 # Noncharacters, which Unicode reserves for a program's own use: no text contains them.
 PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around the name of a control token in a message
-CUT_HERE = "\ufdd2 "  # the space shows whether the template strips the content of messages
-
-
-def up_to_cut(text: str) -> str:
-    """A rendered conversation up to the end of its last message's content, where the model goes on.
-    Raises TemplateError where the template left that content out."""
-    before, cut, _ = text.rpartition(CUT_HERE[0])
-    if not cut:
-        raise TemplateError("there is no final message to continue", "continue_final_message")
-    return before if text.startswith(CUT_HERE, len(before)) else before.rstrip()
 
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as most templates expect it: text parts joined, no null values, "system" for
-    "developer", thoughts under both names in use."""
+    """A message as most templates expect it: no null values, "system" for "developer", thoughts
+    under both names in use. Raises RequestError for content that is not text."""
     if not isinstance(message, Mapping):
         raise TemplateError(f"a message is {excerpt(message)}; it must be an object", "messages")
     clean = {key: value for key, value in message.items() if value is not None}
-    if isinstance(parts := clean.get("content"), list):
-        clean["content"] = joined_text(parts, "content")
+    message_text(clean)
     if clean.get("role") == "developer":
         clean["role"] = "system"
     for name in ("reasoning_content", "thinking", "reasoning"):
@@ -4323,9 +4319,14 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
+def message_text(message: Mapping[str, Any]) -> str:
+    """The text of a message, its parts joined. Raises RequestError."""
+    content = message.get("content")
+    return joined_text(content, "content") if isinstance(content, list) else str(content or "")
+
+
 def joined_text(content: Any, where: str) -> str:
-    """The text of a message's content: a string, or a list of text parts. Raises RequestError,
-    which names the part."""
+    """The text of a string or text parts. Raises RequestError."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -4337,33 +4338,6 @@ def joined_text(content: Any, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def message_shapes(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in each form that some template needs, the usual one first."""
-    if any(map(is_about_calls, messages)):
-        shapes = extra("answers.tools", "a conversation with calls").call_shapes(messages)
-        yield from shapes
-        messages = shapes[1]
-    else:
-        yield messages
-    if not all("content" in message for message in messages):
-        yield [{"content": "", **message} for message in messages]  # Qwen3
-    yield in_turns(messages)  # Mistral
-
-
-def in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """System messages first, and neighbours of the same role joined."""
-    turns: list[dict[str, Any]] = []
-    for message in sorted(messages, key=lambda message: message.get("role") != "system"):
-        last = turns[-1] if turns else {}
-        joinable = "tool_calls" not in {**last, **message} and message.get("role") != "tool"
-        if turns and joinable and last.get("role") == message.get("role"):
-            texts = [str(m["content"]) for m in (last, message) if m.get("content")]
-            turns[-1] = {**last, **message, "content": "\n\n".join(texts)}
-        else:
-            turns.append(message)
-    return turns
-
-
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
@@ -4373,13 +4347,15 @@ def encode_chat(
 ) -> tuple[list[int], str]:
     """Messages -> ids and text of the prompt. Every control token comes from the template.
 
-    The name of a control token in a message gets marks around it before rendering, so that it can
-    be told from the template's own and be encoded as plain text:
+    The name of a token that is a control token, or that the template writes, gets marks around it
+    in a message, so that it can be told from the template's own and be encoded as plain text:
 
         user types   a<|im_end|>b
         rendered     <|im_start|>user⏎a▮<|im_end|>▮b<|im_end|>⏎
         encoded      [im_start] "user⏎a" "<|im_end|>" "b" [im_end] "⏎" """
-    words = sorted(tokenizer.control, key=len, reverse=True)
+    source, added = template.source or CHATML, tokenizer.added
+    words = [w for w in added if w in tokenizer.control or (w in source and not TEXT_TAG.match(w))]
+    words.sort(key=len, reverse=True)
     control = re.compile("|".join(map(re.escape, words)) or r"(?!)")
     marks = f"[{PLAIN_START}{PLAIN_END}]"
 
@@ -4390,25 +4366,32 @@ def encode_chat(
             return {marked(key): marked(item) for key, item in value.items()}
         return [marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    def encode(piece: str, is_first: bool, parse_special: bool) -> list[int]:
-        if not is_first:  # SentencePiece puts a space before the first word of a text only
-            newline = tokenizer.encode("\n", False)
-            ids = tokenizer.encode("\n" + piece, False, parse_special)
+    def encode(i: int, piece: str) -> list[int]:
+        ids_of = tokenizer.spell if i % 2 else lambda text: tokenizer.encode(text, False)
+        if i:  # SentencePiece puts a space before the first word of a text only
+            newline, ids = tokenizer.encode("\n", False), ids_of("\n" + piece)
             if ids[: len(newline)] == newline:
                 return ids[len(newline) :]
-        return tokenizer.encode(piece, False, parse_special)
+        return ids_of(piece)
 
-    # joined first: a control token's name may span the parts of a message
-    clean = [clean_message(message) for message in messages]
-    text = template.prompt(marked(clean), marked(tools), **marked(template_kwargs))
+    def safe(message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The message, its parts joined where the name of a control token may span them."""
+        clean = clean_message(message)
+        if not isinstance(parts := clean.get("content"), list):
+            return clean
+        spans = control.search("".join(part["text"].strip() for part in parts))
+        return {**clean, "content": message_text(clean)} if spans else clean
+
+    messages = [safe(message) for message in messages]
+    text = template.prompt(marked(messages), marked(tools), **marked(template_kwargs))
     # text, marked name, text, .., text; marks that a template has torn apart are dropped
     pieces = re.split(f"{PLAIN_START}({control.pattern}){PLAIN_END}|{marks}", text)
-    ids = [
-        token_id
-        for i, piece in enumerate(pieces)
-        if piece
-        for token_id in encode(piece, i == 0, parse_special=i % 2 == 0)
-    ]
+    ids = [token_id for i, piece in enumerate(pieces) if piece for token_id in encode(i, piece)]
+    if template.source is None:  # the model may need its BOS
+        bos = template.special_tokens.get("bos_token")
+        ids = [i for i in tokenizer.encode("") if tokenizer.piece(i) == bos] + ids
+        if added and "<|im_start|>" not in added:
+            warn_once("warning: the model has no chat template; ChatML is a guess")
     return ids, "".join(filter(None, pieces))
 
 
@@ -4437,7 +4420,7 @@ class ThoughtSplitter:
 
     def _split(self, new: str, final: bool) -> Iterator[tuple[bool, str]]:
         text, self._held = self._held + new, ""
-        if not self.thinking and not self.done:
+        if not self.tags and not self.done:
             start = text.lstrip()
             self.tags = next((tags for tags in THOUGHTS if start.startswith(tags.open)), None)
             if self.tags:
@@ -4450,8 +4433,10 @@ class ThoughtSplitter:
                 return
             else:
                 self.done = True
-                heads = [tags.answer for tags in THOUGHTS if tags.answer]
-                text = next((start[len(h) :] for h in heads if start.startswith(h)), text)
+                heads = [t.answer for t in THOUGHTS if t.answer and start.startswith(t.answer)]
+                if heads:
+                    text = start.removeprefix(heads[0])
+                    yield True, heads[0] * self.keep_tags
         if not self.tags:
             yield False, text
             return
@@ -4474,20 +4459,11 @@ class Piece(NamedTuple):
     text: str
 
 
-class CallSplitter(Protocol):
-    """Finds the calls in an answer: `push` text, get pieces; a cut drops begun tags."""
-
-    @property
-    def has_calls(self) -> bool: ...  # of which the last is complete
-    def push(self, text: str) -> list[Piece]: ...
-    def flush(self, is_cut: bool = False) -> list[Piece]: ...
-
-
 class AnswerSplitter:
     """Splits an answer to `prompt` into thoughts, content and calls: `push` text, get pieces."""
 
     def __init__(
-        self, prompt: str = "", tools: CallSplitter | None = None, keep_tags: bool = False
+        self, prompt: str = "", tools: ToolSplitter | None = None, keep_tags: bool = False
     ) -> None:
         self.prompt, self.tools = prompt, tools
         self.thoughts = ThoughtSplitter(prompt, keep_tags)
@@ -4511,26 +4487,6 @@ class AnswerSplitter:
     def finish_reason(self, reason: str) -> str:
         """The finish_reason of an answer that ended with `reason`."""
         return "tool_calls" if reason == "stop" and self.tools and self.tools.has_calls else reason
-
-
-class Calls(Protocol):
-    """The functions that an answer may call."""
-
-    def splitter(self) -> CallSplitter: ...
-    def control_ids(self, tokenizer: Tokenizer) -> frozenset[int]: ...  # that calls are written in
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """Whether an answer calls functions, and which ones it may call."""
-
-    mode: str = "auto"  # none, auto, required
-    names: tuple[str, ...] | None = None  # the functions that may be called; None for all
-    max_calls: int = 16
-
-    @property
-    def needs_tools(self) -> bool:
-        return self.mode == "required" or bool(self.names)
 
 
 # ==================================================================================================
@@ -5228,7 +5184,7 @@ class GenerationRequest:
     messages: list[dict[str, Any]] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     tools: list[dict[str, Any]] | None = None  # as OpenAI spells them
-    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    tool_choice: ToolChoice | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     embed: bool = False  # make an embedding of the prompt instead of an answer
 
@@ -5375,7 +5331,8 @@ class TextSide:
     def calls(self, request: GenerationRequest) -> Calls | None:
         """The functions that an answer may call; None for none. Raises RequestError."""
         choice = request.tool_choice
-        if request.messages is None or not (request.tools or choice.needs_tools):
+        needs_tools = request.tools or (choice and choice.needs_tools)
+        if request.messages is None or not needs_tools:
             return None
         find_calls = extra("answers.tools", "an answer with tools").find_calls
         return cast("Calls | None", find_calls(request, self.template, self.tokenizer))
@@ -5470,9 +5427,14 @@ class LLM(TextSide):
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         request, form = prepared.request, prepared.form
         shown = form.calls.control_ids(self.tokenizer) if form.calls else frozenset[int]()
+        thoughts = None
         if request.messages is not None:
+            if request.params.stop:
+                thoughts = ThoughtSplitter(prepared.prompt_text, keep_tags=True)
             tags = "".join(self.template.thoughts or ())
-            shown |= {i for word, i in self.tokenizer.control.items() if word in tags}
+            control = self.tokenizer.control
+            tags += "".join(t.open + t.close for t in THOUGHTS if t.open in control)
+            shown |= {i for word, i in control.items() if word in tags}
         pooler = None
         if request.embed:
             pooler = extra("answers.embeddings", "an embedding").new_pooler(self)
@@ -5483,7 +5445,7 @@ class LLM(TextSide):
             index,
             list(prepared.ids),
             request.params,
-            TextStream(self.tokenizer, request.params.stop, continues, shown),
+            TextStream(self.tokenizer, request.params.stop, continues, shown, thoughts),
             constraint=constraint,
             logprobs_from=logprobs_from,
             pooler=pooler,
@@ -5775,7 +5737,7 @@ def parse_chat(
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; it must be 0 to 20, with logprobs", "top_logprobs")
     sampling["logprobs"] = num_top or 0 if given.get("logprobs") else None
-    tools, choice = None, ToolChoice()
+    tools = choice = None
     if given.get("tools") or "tool_choice" in given:
         tools, choice = extra("answers.tools", "a request with tools").read_tools(given)
     request = GenerationRequest(
@@ -5900,7 +5862,7 @@ def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
 
 
 def _message(message: Any, where: str) -> Json:
-    """A checked message, its text parts joined."""
+    """A checked message."""
     check_type(where, message, "object")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -5910,7 +5872,8 @@ def _message(message: Any, where: str) -> Json:
         tools.check_calls(message["tool_calls"], f"{where}.tool_calls")
     if content is None and role == "assistant":
         return dict(message)
-    return {**message, "content": joined_text(content, f"{where}.content")}
+    joined_text(content, f"{where}.content")
+    return dict(message)
 
 
 # ---- answers -------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ from nanollama import (
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from nanollama import Calls, Constraint, Settings, Tokenizer
+    from nanollama import Constraint, Settings, Tokenizer
+    from nanollama_extras.answers.tools import Calls
 
 MAX_RECORDED_REQUESTS, MAX_RECORDED_BYTES = 256, 1 << 20  # the bytes are those of one body
 
@@ -153,6 +154,7 @@ class WordTokenizer:
     """A Tokenizer without a vocabulary: a token is a word and the space before it."""
 
     control: Mapping[str, int] = {}
+    added: Mapping[str, int] = {}
     end_ids: frozenset[int] = frozenset()
     strips_space = False
     MAX_WORDS = 1 << 16  # beyond, words share an id

@@ -186,6 +186,10 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type":
 FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a prompt": (set(), answer(prompt="hello")),
     "a chat": (set(), answer(messages=USER)),
+    "a message to continue": (
+        {"answers.shapes"},
+        answer(messages=USER, template_kwargs={"continue_final_message": True}),
+    ),
     "a batch": (set(), run_batch),
     "q8": (set(), option(quantize="q8")),
     "q4": (set(), option(quantize="q4")),

@@ -373,6 +373,59 @@ def test_repeated_and_empty_pieces_keep_the_first_id() -> None:
     assert ours.num_tokens == num_tokens + 3
 
 
+def test_repeated_and_added_pieces_are_written_as_their_text() -> None:
+    metadata = gguf_metadata(trained(PUBLISHED["gpt-2"]), "gpt-2")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    pieces = ["a", "Ġa", "", "", "ö", "▁", "Ü ö"]  # the last three as in deepseek-coder's files
+    ids = range(len(tokens), len(tokens) + len(pieces))
+    tokens += pieces
+    types += [nanollama.TOKEN_NORMAL] * 4 + [nanollama.TOKEN_USER_DEFINED] * 3
+    ours = Tokenizer(TextFiles("memory", gguf=metadata))
+    assert [ours.decode([i]) for i in ids] == ["a", " a", "", "", "ö", "▁", "Ü ö"]
+    assert [ours.piece(i) for i in ids] == pieces
+    assert ours.encode("xÜ öy")[1:-1] == [ids[-1]]
+    assert streamed(TextStream(ours), [*ids]) == "a aö▁Ü ö"
+
+
+def test_a_vocabulary_without_a_pre_tokenizer_is_split_as_by_default_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    metadata = gguf_metadata(trained(PUBLISHED["gpt-2"]), "gpt-2")
+    default = {**metadata, "tokenizer.ggml.pre": "default"}
+    del metadata["tokenizer.ggml.pre"]
+    nanollama.warn_once.cache_clear()
+    for _ in range(2):
+        ours = Tokenizer(TextFiles("memory", gguf=metadata))
+    assert ["tokenizer.ggml.pre" in line for line in caplog.messages] == [True]
+    named = Tokenizer(TextFiles("memory", gguf=default))
+    assert [ours.encode(text) for text in STRINGS] == [named.encode(text) for text in STRINGS]
+
+
+def test_templates_get_the_whole_map_of_special_tokens(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "sep", "pad", "cls")
+    }
+    values["mask_token"] = {"content": "<mask>", "__type": "AddedToken"}
+    values["extra_special_tokens"] = {"image_token": "<image>"}
+    trained(PUBLISHED["gpt-2"]).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
+    found = nanollama.open_text(tmp_path).special_tokens
+    assert found == {name: str(token) for name, token in theirs.items()}
+    (tmp_path / "tokenizer_config.json").rename(tmp_path / "special_tokens_map.json")
+    del found["image_token"]
+    assert nanollama.open_text(tmp_path).special_tokens == found
+
+
+def test_a_ggufs_other_special_tokens_are_found() -> None:
+    metadata = gguf_metadata(trained(PUBLISHED["gpt-2"]), "gpt-2")
+    for i, name in enumerate(("cls", "mask", "seperator"), 5):
+        metadata[f"tokenizer.ggml.{name}_token_id"] = i
+    found = nanollama._gguf_text(metadata, "x").special_tokens
+    names = ("cls_token", "mask_token", "sep_token")
+    assert [found[name] for name in names] == metadata["tokenizer.ggml.tokens"][5:8]
+
+
 def test_ids_that_do_not_exist_stand_for_nothing(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([-1, 10**6, 2**40, 10**30]) == ""
 
@@ -487,6 +540,7 @@ class Chunks:
     """Stands in for a tokenizer: id i is the i-th chunk of bytes."""
 
     strips_space = False
+    control: Mapping[str, int] = {}
 
     def __init__(self, chunks: list[bytes]) -> None:
         self.chunks = chunks

@@ -2,12 +2,13 @@
 in an answer, taken apart as it comes.
 
 Seam       Answer form. The core asks `read_tools` for the tools of a request body, `find_calls`
-           for the functions that an answer may call, and `fit_to_template`, `call_shapes` and
-           `tool_shapes` for messages and tools that a template can render.
+           for the functions that an answer may call, and `fit_to_template` for messages and tools
+           that a template can render. answers.shapes, which it imports, asks for `call_shapes` and
+           `tool_shapes`.
 Extend     another format of calls is a row of TOOL_FORMATS; a template that cannot render calls is
            recognized by a row of TOOL_MARKS.
 Remove     delete this file (and grammars.py, which imports it); requests with tools are then
-           refused, and templates render the calls of earlier turns by themselves.
+           refused, as are conversations with calls.
 Source     https://huggingface.co/docs/transformers/chat_extras and each model's chat template
 """
 
@@ -30,17 +31,29 @@ from nanollama import (
     Piece,
     RequestError,
     TemplateError,
-    ToolChoice,
     check_type,
-    clean_message,
     excerpt,
     held_back,
-    in_turns,
+    message_text,
     refuse,
 )
+from nanollama_extras.answers.shapes import in_turns
 
 if TYPE_CHECKING:
     from nanollama import ChatTemplate, Fields, GenerationRequest, Json, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether an answer calls functions, and which ones it may call."""
+
+    mode: str = "auto"  # none, auto, required
+    names: tuple[str, ...] | None = None  # the functions that may be called; None for all
+    max_calls: int = 16
+
+    @property
+    def needs_tools(self) -> bool:
+        return self.mode == "required" or bool(self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +243,7 @@ def introduce_tools(
     text = TOOLS_PROMPT.format(tools="\n".join(lines), example=example)
     first = messages[0] if messages else {}
     if first.get("role") in ("system", "developer"):
-        content = clean_message(first).get("content", "")
+        content = message_text(first)
         return [{**first, "content": f"{content}\n\n{text}"}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]
 
@@ -246,13 +259,13 @@ def call_as_content(message: Mapping[str, Any], form: ToolFormat) -> Mapping[str
     functions = [call["function"] for call in message["tool_calls"]]
     calls = [(str(f["name"]), json_text(arguments_object(f.get("arguments")))) for f in functions]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    content = clean_message(rest).get("content", "")
+    content = message_text(rest)
     return {**rest, "content": content + form.spell(calls)}
 
 
 def result_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """The result of a call as a user's message."""
-    content = clean_message(message).get("content", "")
+    content = message_text(message)
     return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
 
 
@@ -716,7 +729,7 @@ def find_calls(
     request: GenerationRequest, template: ChatTemplate, tokenizer: Tokenizer
 ) -> Calls | None:
     """The functions that the answer to a request may call; None for none. Raises RequestError."""
-    choice, form = request.tool_choice, tool_style(template).form
+    choice, form = request.tool_choice or ToolChoice(), tool_style(template).form
     functions = tool_functions(request.tools, choice)
     if not functions:
         return None

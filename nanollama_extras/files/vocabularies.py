@@ -5,7 +5,8 @@ Gemma 4's and Phi-3's vocabularies in GGUF need beyond Llama's.
 Seam: Vocabulary. The rows of `nanollama.VOCABULARIES` that name this module; the core then calls
 `read_vocabulary`, and `mistral_template` for a tekken.json. Each reader puts a file into the terms
 of GGUF metadata, from which `nanollama.gguf_tokenizer` builds the tokenizer. For a GGUF file the
-core calls `find_build`, and `phi3_flags` where the vocabulary is Phi-3's.
+core calls `find_build`, `phi3_flags` where the vocabulary is Phi-3's, and reads SHOWN_CONTROL where
+it is nanochat's.
 To remove it: delete this file, its rows in VOCABULARIES, and its tests.
 """
 
@@ -20,15 +21,21 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 import nanollama
 from nanollama import CheckpointError, PreTokenizer, TextFiles, excerpt
 
-if TYPE_CHECKING:
-    from nanollama import Build
+
+class Build(Protocol):
+    """Makes a tokenizer of metadata, the ids of the pieces, and the type of each piece."""
+
+    def __call__(
+        self, metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
+    ) -> Tokenizer: ...
+
 
 # The library reads SentencePiece's own format; it is imported when a tokenizer.model is opened.
 sentencepiece_model: Any = nanollama.LazyModule(
@@ -295,6 +302,14 @@ def build_sentencepiece(
 # ---- nanochat's tokenizer.pkl --------------------------------------------------------------------
 
 NANOCHAT_BOS = "<|bos|>"
+# Control tokens that an answer shows as blocks of Markdown: nanochat's code, and its results.
+# nanochat's template turns the blocks of an earlier answer into the tokens again.
+SHOWN_CONTROL = {
+    "<|python_start|>": "\n~~~python\n",
+    "<|python_end|>": "\n~~~\n",
+    "<|output_start|>": "\n~~~~output\n",
+    "<|output_end|>": "\n~~~~\n",
+}
 NANOCHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
     "{% if message.role == 'system' and loop.first %}"
@@ -304,7 +319,7 @@ NANOCHAT_TEMPLATE = (
     "{% else %}{% set ns.turn = ns.turn + 1 %}{% if message.role == 'user' %}"
     "<|user_start|>{{ ns.system + message.content }}<|user_end|>{% set ns.system = '' %}"
     "{% else %}<|assistant_start|>{{ message.content"
-    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in nanollama.SHOWN_CONTROL.items())
+    + "".join(f"|replace({shown!r}, {token!r})" for token, shown in SHOWN_CONTROL.items())
     + " }}<|assistant_end|>{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant_start|>{% endif %}"
 )
