@@ -3693,7 +3693,7 @@ def read_directive(line: str, lines: Iterator[tuple[int, str]]) -> tuple[str, st
     quote = next((mark for mark in ('"""', '"') if value.startswith(mark)), "")
     while quote and (len(value) < 2 * len(quote) or not value.rstrip().endswith(quote)):
         if (following := next(lines, None)) is None:
-            raise ModelfileError(f"the text after this {quote} is never closed")
+            raise ModelfileError(f"this {quote} is never closed")
         value += "\n" + following[1]
     if quote:
         value = value.rstrip()[len(quote) : -len(quote)]
@@ -3830,7 +3830,7 @@ def _add_control_tokens(
     types: list[int],
     flags: Mapping[int, Mapping[str, bool]],
 ) -> None:
-    """Make each control and user-defined token one unit that is matched before any merge."""
+    """Make each added token one unit that is matched before any merge."""
     for kind in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
         special = kind != TOKEN_USER_DEFINED
         added = [

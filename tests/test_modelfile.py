@@ -96,8 +96,9 @@ def test_parameters_have_our_names_and_ollamas(line: str, field: str, value: Any
         ("SYSTEM   \n", 1, "SYSTEM needs a value"),
         ("MESSAGE tool x", 1, "MESSAGE role 'tool'; use system, user or assistant"),
         ("MESSAGE user", 1, "MESSAGE user needs a value"),
-        ('FROM a\nSYSTEM """never\nclosed', 2, "block is never closed"),
-        ('FROM a\nSYSTEM """x""" y', 2, "'y' follows the closing"),
+        ('FROM a\nSYSTEM """never\nclosed', 2, 'this """ is never closed'),
+        ('FROM a\nSYSTEM """x""" y', 2, 'this """ is never closed'),
+        ('SYSTEM "x\ny', 1, 'this " is never closed'),
         ("TEMPLATE {{ .Prompt }}", 1, "this is a Go template; write it in Jinja"),
         ("TEMPLATE {{- if .System }}x{{ end }}", 1, "Go template"),
     ],
@@ -124,11 +125,34 @@ def test_paths_count_from_the_modelfile(tmp_path: Path) -> None:
     assert model("smollm2") == "smollm2"
 
 
-def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_files_of_other_systems_are_read(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "Modelfile"
-    path.write_bytes(b'\xef\xbb\xbfFROM smollm2\r\nSYSTEM """one\r\ntwo"""\r\n')
+    text = 'FROM smollm2\r\nSYSTEM """one\r\ntwö"""\r\n'
+    path.write_bytes(("\ufeff" * encoding.startswith("utf-16") + text).encode(encoding))
     modelfile = nanollama.read_modelfile(path)
-    assert (modelfile.model, modelfile.system) == ("smollm2", "one\ntwo")
+    assert (modelfile.model, modelfile.system) == ("smollm2", "one\ntwö")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ('"one line"', "one line"),
+        ('"two\nlines"', "two\nlines"),
+        ('"a "quoted" word"', 'a "quoted" word'),
+        ('"""a""" and """b"""', 'a""" and """b'),
+        ('""', ""),
+        ('""""""', ""),
+        ('"', None),
+    ],
+)
+def test_quotes_end_where_a_line_ends_with_them_as_in_ollama(value: str, text: str | None) -> None:
+    if text is None:
+        with pytest.raises(ModelfileError, match="never closed"):
+            parse_modelfile(f"SYSTEM {value}\nTOKENIZER x", HERE)
+    else:
+        modelfile = parse_modelfile(f"SYSTEM {value}\nTOKENIZER x", HERE)
+        assert (modelfile.system, modelfile.tokenizer) == (text, "x")
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "binary"])
