@@ -1,7 +1,7 @@
 """A scripted server for the tests of other programs: `TestServer`, `--script`, the pytest fixture.
 
 Adds an engine that reads its tokens from a script, and a layer around the server that records the
-requests and breaks answers off where the script says so. Scripted tool calls need answers/tools.py.
+requests and breaks answers off where the script says so. Scripted tool calls need answers.tools.
 It imports neither torch nor NumPy.
 
 Seam: an `LLM` that a `ModelSource` loads; middleware of `Models`; `PUBLIC_EXTRAS`. To remove
