@@ -934,24 +934,14 @@ class SamplingParams:
         0.7, "--temp --temperature -t X: 0 is greedy, higher is more random", (0, 100), also="temp"
     )
     top_k: int = option(50, "--top-k -k N: keep the k likeliest tokens; 0 is off", (0, 2**31))
-    top_p: float = option(
-        0.9, "--top-p X: keep the likeliest tokens that together reach X; 1 is off", (0, 1)
-    )
-    min_p: float = option(
-        0.0, "--min-p X: drop tokens less likely than X times the likeliest; 0 is off", (0, 1)
-    )
-    repeat_penalty: float = option(
-        1.1, "--repeat-penalty X: weaken tokens seen before; 1 is off", (0.01, 100)
-    )
+    top_p: float = option(0.9, "--top-p X: keep the top tokens that reach X; 1 is off", (0, 1))
+    min_p: float = option(0.0, "--min-p X: drop those under X times the best; 0 is off", (0, 1))
+    repeat_penalty: float = option(1.1, "--repeat-penalty X: weaken repeats; 1 is off", (0.01, 100))
     repeat_last_n: int = option(
-        -1, "--repeat-last-n N: tokens that --repeat-penalty looks back at; -1 is all", (-1, 2**31)
+        -1, "--repeat-last-n N: in the last N tokens (-1: all)", (-1, 2**31)
     )
-    presence_penalty: float = option(
-        0.0, "--presence-penalty X: subtract X from the logit of each generated token", (-2, 2)
-    )
-    frequency_penalty: float = option(
-        0.0, "--frequency-penalty X: subtract X for each time a token was generated", (-2, 2)
-    )
+    presence_penalty: float = option(0.0, "--presence-penalty X: weaken generated tokens", (-2, 2))
+    frequency_penalty: float = option(0.0, "--frequency-penalty X: weaken by their counts", (-2, 2))
     logit_bias: Mapping[int, float] = option(
         {}, "--logit-bias ID=BIAS: add BIAS to the logit of token ID; repeatable", kind=parse_bias
     )
@@ -960,23 +950,15 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = option((), "--stop TEXT: end before this text; repeatable", kind=str)
     max_tokens: int | None = option(  # None: up to the end of the context
-        200,
-        "--max-tokens -m N: longest answer, in tokens",
-        (0, 2**31),
-        optional=True,
-        also="num_predict",
+        200, "--max-tokens -m N: longest answer", (0, 2**31), optional=True, also="num_predict"
     )
     ignore_eos: bool = option(False)
     logprobs: int | None = option(None, limits=(0, 20), kind=int, on_wire=False)  # alternatives
     prompt_logprobs: bool = option(False, on_wire=False)  # logprobs of the prompt's tokens, too
     schema: Mapping[str, Any] | None = option(
-        None,
-        "--schema FILE: answer in JSON that fits a JSON Schema (FILE, or itself)",
-        on_wire=False,
+        None, "--schema FILE: answer in JSON of this JSON Schema (FILE, or itself)", on_wire=False
     )
-    regex: str | None = option(
-        None, "--regex RE: answer with text that RE matches as a whole", on_wire=False
-    )
+    regex: str | None = option(None, "--regex RE: answer that RE matches as a whole", on_wire=False)
     grammar: str | None = option(None, on_wire=False)  # in Lark's syntax or llama.cpp's GBNF
 
     @property
@@ -1017,13 +999,9 @@ MAX_PARALLEL = 16  # sequences, unless --parallel says more
 class EngineConfig:
     """How a model runs on this machine. Raises RequestError for a value outside its limits."""
 
-    device: str | None = option(
-        None, "--device --device-type DEVICE: cpu, cuda or mps (default: the best)"
-    )
+    device: str | None = option(None, "--device --device-type DEVICE: cpu, cuda, mps; or the best")
     dtype: str = option("float32", f"--dtype -d TYPE: {', '.join(DTYPES)}", choices=DTYPES)
-    quantize: str | None = option(
-        None, "--quantize: pack float weights to 8 or 4 bits", choices=("q8", "q4")
-    )
+    quantize: str | None = option(None, "--quantize: pack float weights", choices=("q8", "q4"))
     compile: bool = option(False, "--compile: record decode steps as CUDA graphs")
     ctx: int | None = option(
         None, "--ctx N: cap the context at N tokens", (1, 2**31), kind=int, also="num_ctx"
@@ -1033,17 +1011,13 @@ class EngineConfig:
     )
     parallel: int | None = option(  # each has a strip of keys and values of its own
         None,
-        f"--parallel N: sequences at once (default: from memory, up to {MAX_PARALLEL})",
+        f"--parallel N: sequences at once (default: up to {MAX_PARALLEL})",
         (1, 4096),
         kind=int,
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
     lookup: int = option(
-        0,
-        "--lookup N: draft up to N tokens from the context, verify them in one step; "
-        f"N is {DEFAULT_LOOKUP} unless given",
-        (0, 64),
-        bare=DEFAULT_LOOKUP,
+        0, "--lookup N: draft tokens from the context", (0, 64), bare=DEFAULT_LOOKUP
     )
     kernels: str = option(
         "auto",
@@ -1325,9 +1299,9 @@ def _nonzero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0, 1.0, divisor)
 
 
-def _half(blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Bytes start:stop of each block as float16."""
-    return blocks[..., start:stop].contiguous().view(torch.float16)
+def _half(blocks: Tensor, start: int) -> Tensor:
+    """The float16 at byte `start` of each block (.., blocks, bytes) -> (.., blocks)"""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
 def _high_bits(qh: Tensor) -> Tensor:
@@ -1342,33 +1316,31 @@ def _nibbles(qs: Tensor) -> Tensor:
 
 
 def _q4_0(b: Tensor) -> PackedLinear:  # d (2) | 16 bytes of nibbles
-    return PackedLinear(b[..., 2:].contiguous(), _half(b, 0, 2).squeeze(-1))
+    return PackedLinear(b[..., 2:].contiguous(), _half(b, 0))
 
 
 def _q4_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | 16 bytes of nibbles
-    return PackedLinear(
-        b[..., 4:].contiguous(), _half(b, 0, 2).squeeze(-1), _half(b, 2, 4).squeeze(-1)
-    )
+    return PackedLinear(b[..., 4:].contiguous(), _half(b, 0), _half(b, 2))
 
 
 def _q5_0(b: Tensor) -> PackedLinear:  # d (2) | fifth bits (4) | 16 bytes of nibbles
     q = (_nibbles(b[..., 6:]) | _high_bits(b[..., 2:6])).view(torch.int8) - 16
-    return PackedLinear(q, _half(b, 0, 2).squeeze(-1))
+    return PackedLinear(q, _half(b, 0))
 
 
 def _q5_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | fifth bits (4) | 16 bytes of nibbles
     q = (_nibbles(b[..., 8:]) | _high_bits(b[..., 4:8])).view(torch.int8)
-    return PackedLinear(q, _half(b, 0, 2).squeeze(-1), _half(b, 2, 4).squeeze(-1))
+    return PackedLinear(q, _half(b, 0), _half(b, 2))
 
 
 def _q8_0(b: Tensor) -> PackedLinear:  # d (2) | 32 int8
-    return PackedLinear(b[..., 2:].contiguous().view(torch.int8), _half(b, 0, 2).squeeze(-1))
+    return PackedLinear(b[..., 2:].contiguous().view(torch.int8), _half(b, 0))
 
 
 def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     """The head of a Q4_K or Q5_K super-block, d (2) | dmin (2) | 8 scales and mins of 6 bits (12),
     as scale and offset of its 8 groups: (rows, blocks * 8) float32 each."""
-    d, d_min = _half(b, 0, 2).float(), _half(b, 2, 4).float()
+    d, d_min = (_half(b, start).float().unsqueeze(-1) for start in (0, 2))
     low, mid, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=-1)
     mins = torch.cat((mid & 63, (high >> 4) | ((mid >> 2) & 48)), dim=-1)
@@ -1393,7 +1365,7 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     shift = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shift) & 3  # (rows, blocks, 2, 4, 32)
     q = (low | (high << 4)).view(torch.int8) - 32
-    scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208, 210).float()
+    scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208).float().unsqueeze(-1)
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.flatten(1))
 
 
