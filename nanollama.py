@@ -68,7 +68,6 @@ import argparse
 import asyncio
 import codecs
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import fnmatch
@@ -375,9 +374,15 @@ def human_bytes(num_bytes: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text."""
+    """The first non-empty line of an error's text, at most 400 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:400] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text for a terminal or a log, with control characters but tabs and line ends escaped."""
+    escaped = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+    return escaped.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r", ""))
 
 
 @lru_cache(maxsize=64)
@@ -402,19 +407,10 @@ def errors_about(source: object) -> Iterator[None]:
         raise CheckpointError(f"{source}: {error}") from None
 
 
-# A code segment in /proc/self/smaps whose pages all equal those of its file
-CODE = re.compile(r"(?m)^(\w+)-(\w+) r-xp .* /.*\n(?:[A-Z]\w+:.*\n)*?Anonymous: +0 kB")
-
-
 def return_unused_memory() -> None:
-    """Return freed memory from malloc (glibc) and the pages of libraries' code (Linux, 60 MB with
-    torch) to the system. Code that runs again is read from the system's file cache."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        for start, stop in CODE.findall(Path("/proc/self/smaps").read_text()):
-            size = ctypes.c_size_t(int(stop, 16) - int(start, 16))
-            libc.madvise(ctypes.c_void_p(int(start, 16)), size, mmap.MADV_DONTNEED)
+    """Return freed memory to the system, where the extra for it is installed."""
+    with contextlib.suppress(ExtraError):
+        extra("kernels.memory", "memory").return_unused_memory()
 
 
 def cache_root() -> Path:
@@ -853,9 +849,8 @@ class Option:
 
     @property
     def json_type(self) -> str:
-        if isinstance(self.default, (tuple, dict)):
-            return "string or array" if isinstance(self.default, tuple) else "object"
-        return {float: "number", int: "integer", bool: "boolean"}[self.kind]  # type: ignore[index]
+        kinds = {tuple: "string or array", dict: "object", bool: "boolean", float: "number"}
+        return kinds.get(type(self.default), "integer")
 
     @property
     def wanted(self) -> str:
@@ -876,7 +871,7 @@ class Option:
         if self.choices:
             return value in self.choices
         if self.kind is bool or isinstance(value, bool):
-            return self.kind is bool and isinstance(value, bool)
+            return type(value) is self.kind
         if self.limits is None:
             return True
         is_number = isinstance(value, numbers.Integral if self.kind is int else numbers.Real)
@@ -924,6 +919,14 @@ def parse_bias(text: str) -> tuple[int, float]:
         raise UsageError(f"{text!r} is not ID=BIAS, as in 42=-100", "logit_bias") from None
 
 
+# field of SamplingParams that gives the form of an answer -> its type, and that in an error
+ANSWER_FIELDS: dict[str, tuple[type, str]] = {
+    "schema": (Mapping, "an object"),
+    "regex": (str, "a string"),
+    "grammar": (str, "a string"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one sequence picks its tokens; section 10 gives the order in which the fields apply.
@@ -933,7 +936,7 @@ class SamplingParams:
     temperature: float = option(
         0.7, "--temp --temperature -t X: 0 is greedy, higher is more random", (0, 100), also="temp"
     )
-    top_k: int = option(50, "--top-k -k N: keep the k likeliest tokens; 0 is off", (0, 2**31))
+    top_k: int = option(50, "--top-k -k N: keep the k likeliest tokens; 0 is off", (-1, 2**31))
     top_p: float = option(0.9, "--top-p X: keep the top tokens that reach X; 1 is off", (0, 1))
     min_p: float = option(0.0, "--min-p X: drop those under X times the best; 0 is off", (0, 1))
     repeat_penalty: float = option(1.1, "--repeat-penalty X: weaken repeats; 1 is off", (0.01, 100))
@@ -964,22 +967,21 @@ class SamplingParams:
     @property
     def answer_field(self) -> str | None:
         """The field that gives the form of the answer."""
-        names = ("schema", "regex", "grammar")
-        return next((name for name in names if getattr(self, name) is not None), None)
+        return next((name for name in ANSWER_FIELDS if getattr(self, name) is not None), None)
 
     def __post_init__(self) -> None:
         check_options(self)
+        for name, neutral in (("seed", None), ("top_k", 0)):  # what -1 means to other programs
+            if getattr(self, name) == -1:
+                object.__setattr__(self, name, neutral)
         is_list = isinstance(self.stop, (list, tuple))
         are_words = is_list and all(isinstance(s, str) and s for s in self.stop)
         require(are_words, "stop", self.stop, "it must list non-empty strings")
-        forms = {"schema": Mapping, "regex": str, "grammar": str}
-        given = [name for name in forms if getattr(self, name) is not None]
-        if len(given) > 1:
-            both = " and a ".join(given)
-            raise RequestError(f"an answer cannot have both a {both}", given[1])
-        for name in given:
-            value, wanted = getattr(self, name), "an object" if name == "schema" else "a string"
-            require(isinstance(value, forms[name]), name, value, f"it must be {wanted}")
+        for name, (kind, wanted) in ANSWER_FIELDS.items():
+            value, first = getattr(self, name), self.answer_field
+            require(value is None or isinstance(value, kind), name, value, f"it must be {wanted}")
+            if value is not None and name != first:
+                raise RequestError(f"an answer cannot have both a {first} and a {name}", name)
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
         biases = self.logit_bias
@@ -1029,6 +1031,7 @@ class EngineConfig:
         "--kv-dtype: type of keys and values; auto: by the weights",
         choices=("auto", *DTYPES, "q8"),
     )
+    force: bool = option(False, "--force: load a model that is larger than the free memory")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -2534,23 +2537,28 @@ def read_json(path: Path, required: bool = True) -> dict[str, Any]:
 
 def _open_directory(path: Path) -> Checkpoint:
     config = model_config(read_json(path / "config.json"), str(path / "config.json"))
-    generation = read_json(path / "generation_config.json", required=False)
+    generation = path / "generation_config.json"
     return Checkpoint(
         path=path,
         format="safetensors",
         config=config,
         tensors=canonical_tensors(_safetensors(path), config),
         text=_directory_text(path),
-        sampling=_file_sampling(generation),
+        sampling=_file_sampling(read_json(generation, required=False), generation),
     )
 
 
-def _file_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        ours: values[theirs]
-        for theirs, ours in FILE_SAMPLING.items()
-        if isinstance(values.get(theirs), (int, float))
-    }
+def _file_sampling(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The defaults that a model brings; one that makes no sense is skipped, with a warning."""
+    chosen: Json = {}
+    rows = options_of(SamplingParams)
+    for theirs, ours in FILE_SAMPLING.items():
+        value = values.get(theirs)
+        if value is not None and rows[ours].accepts(value):
+            chosen[ours] = value
+        elif value is not None:
+            log.warning(f"{source}: {theirs} is {excerpt(value)}, which is left out")
+    return chosen
 
 
 def weight_files(path: Path) -> list[str]:
@@ -2859,7 +2867,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         config=config,
         tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
         text=_gguf_text(metadata, str(path)),
-        sampling=_file_sampling(metadata),
+        sampling=_file_sampling(metadata, path),
         pooling=own.get("pooling_type"),
     )
 
@@ -4830,16 +4838,9 @@ class Sequence:
     def usage(self) -> Usage:
         now = time.perf_counter()
         first = self.first_token_s or now
-        return Usage(
-            prompt_tokens=self.num_prompt,
-            completion_tokens=self.num_generated,
-            cached_tokens=self.num_cached,
-            queue_s=self.started_s - self.created_s,
-            prefill_s=first - self.started_s,
-            decode_s=now - first,
-            drafted_tokens=self.num_drafted,
-            accepted_tokens=self.num_accepted,
-        )
+        counts = (self.num_prompt, self.num_generated, self.num_cached)
+        seconds = (self.started_s - self.created_s, first - self.started_s, now - first)
+        return Usage(*counts, *seconds, self.num_drafted, self.num_accepted)
 
 
 WORTH_WAITING = 32  # tokens of prefill that waiting for another sequence must save
@@ -4964,15 +4965,10 @@ class EngineStats:
 
 
 def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
-    """Number of KV strips of a usual length that fit into half of the device's memory."""
-    if decoder.device.type == "cuda":
-        num_bytes = torch.cuda.mem_get_info(decoder.device)[0]
-    elif hasattr(os, "sysconf"):
-        num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:  # Windows reports memory through other libraries only
-        num_bytes = 8 << 30
+    """Number of KV strips of a usual length that fit into half of the free memory."""
     strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
-    return max(1, min(MAX_PARALLEL, num_bytes // 2 // strip_bytes))
+    num = available_memory(decoder.device) / 2 / strip_bytes
+    return max(1, int(min(MAX_PARALLEL, num)))
 
 
 class Engine:
@@ -4983,6 +4979,7 @@ class Engine:
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
         library("numpy")  # for Tensor.numpy(), which would fail without saying what to install
         self.decoder, self.end_ids = decoder, end_ids
+        self.lock = threading.RLock()  # held while sequences change
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         self.is_capped = self.n_ctx < decoder.config.n_ctx
@@ -5042,8 +5039,9 @@ class Engine:
 
     def cancel(self, seq: Sequence) -> None:
         """Drop a running or waiting sequence."""
-        seq.finish_reason = seq.finish_reason or "cancelled"
-        self.scheduler.retire(seq)
+        with self.lock:
+            seq.finish_reason = seq.finish_reason or "cancelled"
+            self.scheduler.retire(seq)
 
     def forget(self) -> None:
         """Drop the prefixes in free slots, as after a step that failed halfway."""
@@ -5053,7 +5051,7 @@ class Engine:
         """Run one forward pass for all running sequences. Each new token puts a Delta in the outbox
         of its sequence; a finished sequence has a finish_reason and leaves the scheduler."""
         started = time.perf_counter()
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
                 self.cache.start(source, seq.slot, seq.num_cached, len(seq.token_ids))
@@ -5310,8 +5308,19 @@ class TextSide:
         return cast("Calls | None", find_calls(request, self.template, self.tokenizer))
 
 
+def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """Bytes that the weights of a checkpoint take in memory."""
+    if checkpoint.quantization in REPACK:
+        return checkpoint.num_bytes
+    if not config.quantize:
+        return checkpoint.num_parameters * (4 if config.dtype == "float32" else 2)
+    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wide = sizes if config.quantize == "q8" else keep_8_bits(sizes)
+    return int(sum(n * (1.0625 if name in wide else 0.625) for name, n in sizes.items()))
+
+
 class LLM(TextSide):
-    """A loaded model: requests in, deltas out. Use it from one thread.
+    """A loaded model: requests in, deltas out. Threads may share it.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
     revision: branch, tag or commit of a hub model. tokenizer: a model whose tokenizer and template
@@ -5343,8 +5352,14 @@ class LLM(TextSide):
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = dataclasses.replace(checkpoint, text=text)
         return_unused_memory()
+        needed, free = weight_bytes(checkpoint, config), available_memory(used_device)
+        if needed > free and not config.force:
+            raise NanollamaError(
+                f"{model}: its weights take {human_bytes(needed)} of memory, and "
+                f"{human_bytes(free)} are free; take a smaller model, or load it with --force"
+            )
         if config.threads:
-            torch.set_num_threads(config.threads)
+            torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
         weights = Weights(
             self.checkpoint.tensors,
             str(self.checkpoint.path),
@@ -5383,7 +5398,7 @@ class LLM(TextSide):
         decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
         cache = decoder.new_cache(1, chunk)
         cache.reserve(0, len(token_ids))
-        with torch.inference_mode():
+        with self.engine.lock, torch.inference_mode():
             chunks = []
             for at in range(0, len(token_ids), chunk):
                 new = token_ids[at : at + chunk]
@@ -5451,16 +5466,17 @@ class LLM(TextSide):
                         raise
                     yield Delta(index, finish_reason="error", error=error)
             while sequences:
-                # between two deltas, the caller may run another stream, whose steps serve these
-                # sequences too: take all deltas, and step only when there is none
-                deltas = [delta for seq in sequences for delta in seq.take()]
-                sequences = [seq for seq in sequences if seq.finish_reason is None]
+                # meanwhile, the caller or another thread may run another stream, whose steps
+                # serve these sequences too: take all deltas, step only when there is none
+                with self.engine.lock:
+                    deltas = [delta for seq in sequences for delta in seq.take()]
+                    sequences = [seq for seq in sequences if seq.finish_reason is None]
+                    if not deltas:
+                        self.engine.step()
                 for delta in deltas:
                     if delta.error and raise_errors:
                         raise delta.error
                     yield delta
-                if not deltas:
-                    self.engine.step()
         finally:
             for seq in sequences:
                 self.engine.cancel(seq)
@@ -5476,28 +5492,6 @@ class LLM(TextSide):
         requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
         embeddings = {d.index: d.embedding for d in self.stream(requests) if d.embedding}
         return [embeddings[i] for i in range(len(requests))]
-
-    def fit_context(
-        self,
-        messages: list[dict[str, Any]],
-        num_reserved: int,
-        tools: list[dict[str, Any]] | None = None,
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Drop the oldest turns of a conversation, except system messages and the last message,
-        until `num_reserved` tokens of the context, at most half of it, are free -> the remaining
-        messages, and the number of dropped ones."""
-        n_ctx = self.engine.n_ctx
-        limit = n_ctx - min(num_reserved, n_ctx // 2)
-        recent = list(messages)
-        while len(self.prompt_ids(GenerationRequest(messages=recent, tools=tools))) > limit:
-            turns = [i for i, m in enumerate(recent[:-1]) if m["role"] != "system"]
-            if not turns:
-                break
-            # drop up to the next message of the user: a turn ends with its answers
-            after = (i for i in turns[1:] if recent[i]["role"] == "user")
-            end = next(after, len(recent) - 1)
-            recent = [m for i, m in enumerate(recent) if i >= end or m["role"] == "system"]
-        return recent, len(messages) - len(recent)
 
     def fingerprint(self) -> str:
         """A short hash of samples of the weights, the code's version and the precision."""
@@ -7097,13 +7091,7 @@ class Settings:
 
     @property
     def model(self) -> str:
-        """The reference of the model, or the file that --source, --model-tag and --step choose."""
-        reference, origin = self.value("model")
-        choice = [getattr(self.args, name, None) for name in ("source", "model_tag", "step")]
-        if choice == [None, None, None]:
-            return str(reference)
-        reference = "nanochat" if origin == "built-in" else reference
-        return str(extra("files.nanochat_store", "--source").choose_model(reference, *choice))
+        return str(self.value("model")[0])
 
     def value(self, name: str) -> tuple[Any, str]:
         """A setting (model, tokenizer, adapter, system, ctx or threads) and its origin."""
@@ -7184,7 +7172,12 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def use_model(settings: Settings, name: str | None) -> Settings:
-    """The settings with another model. A name created over the API stands for its Modelfile."""
+    """The settings with another model, which --source, --model-tag and --step may choose. A name
+    created over the API stands for its Modelfile."""
+    choice = [getattr(settings.args, name, None) for name in ("source", "model_tag", "step")]
+    if choice != [None] * 3:
+        choose_model = extra("files.nanochat_store", "--source").choose_model
+        name = str(choose_model(name or settings.modelfile.model or "nanochat", *choice))
     known = settings.args.modelfile or name is None or local_path(name)
     created = None if known else ModelStore().modelfile(str(name))
     args = argparse.Namespace(**{**vars(settings.args), "model": None if created else name})
@@ -7206,15 +7199,30 @@ def speed_line(stats: EngineStats) -> str:
     )
 
 
+class LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def put(text: str, out: TextIO | None = None, is_thought: bool = False) -> None:
+    """Write text to stdout or `out`: as it is, but printable on a terminal, where thoughts are
+    dimmed unless NO_COLOR (https://no-color.org) or TERM=dumb forbids it."""
+    out = out or sys.stdout
+    if out.isatty():
+        has_styles = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        dims = is_thought and has_styles
+        text = f"{DIM}{printable(text)}{PLAIN}" if dims else printable(text)
+    out.write(text)
+    out.flush()
+
+
 class AnswerPrinter:
-    """Writes an answer as it comes, thoughts dimmed on a terminal. Tool calls are collected."""
+    """Writes an answer as it comes. Tool calls are collected."""
 
     def __init__(
         self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
     ) -> None:
-        self.splitter, self.hide_thinking = splitter, hide_thinking
-        self.out = out or sys.stdout
-        self.dim = self.out.isatty()
+        self.splitter, self.hide_thinking, self.out = splitter, hide_thinking, out
         self.text = {"content": "", "thought": ""}
         self.calls: list[Json] = []
 
@@ -7234,8 +7242,7 @@ class AnswerPrinter:
                 text = text.lstrip("\n")  # between the hidden thoughts and the answer
             self.text[piece.kind] += text
             if not (is_thought and self.hide_thinking):
-                self.out.write(f"{DIM}{text}{PLAIN}" if is_thought and self.dim else text)
-        self.out.flush()
+                put(text, self.out, is_thought)
 
     def message(self) -> Json:
         """The answer as a message of the conversation."""
@@ -7255,7 +7262,7 @@ def read_toolbox(args: argparse.Namespace) -> Any:
 
 def confirmed(question: str) -> bool:
     """Ask the user. Returns whether the answer is yes."""
-    sys.stderr.write(question)
+    sys.stderr.write(printable(question))
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
@@ -7281,7 +7288,7 @@ def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catc
         if deltas:
             deltas.close()
         if is_started and (printer.text["content"] or not printer.calls):
-            print(flush=True)
+            put("\n")
     return printer.message()
 
 
@@ -7411,12 +7418,12 @@ def run_batch(
     llm = settings.load()
     make_request = functools.partial(settings.request, llm=llm)
     answers: Iterable[BatchRow] = answer_rows(rows, llm, make_request, settings.args.hide_thinking)
-    if write or not sys.stdout.isatty():  # on a terminal, answers and a bar would mix
+    if settings.args.output not in (None, "-") or not sys.stdout.isatty():  # no bar in answers
         answers = with_progress(answers, len(rows), unit="prompt")
     for row in answers:
         if row.error:
-            tqdm.tqdm.write(f"line {row.line}: {row.error}", file=sys.stderr)
-        write(row) if write else print(row.text, flush=True)
+            tqdm.tqdm.write(printable(f"line {row.line}: {row.error}"), file=sys.stderr)
+        write(row) if write else put(row.text + "\n")
     log.warning(speed_line(llm.engine.stats))
     return 1 if any(row.error for row in rows) else 0
 
@@ -7514,12 +7521,9 @@ class Repl:
         """Send messages, print the answer, and keep both. Ctrl-C ends the answer only."""
         llm = self.llm
         params = SamplingParams(**self.values)
-        messages, num_dropped = llm.fit_context(messages, params.max_tokens or 0, self.tools)
-        if num_dropped:
-            log.warning(
-                f"(the context of {llm.engine.n_ctx} tokens is full: "
-                f"dropped the oldest {num_dropped} messages)"
-            )
+        with contextlib.suppress(ExtraError):  # a full context loses its oldest turns
+            fit_context = extra("commands.conversation", "").fit_context
+            messages = fit_context(llm, messages, params.max_tokens or 0, self.tools)
         before = dataclasses.replace(llm.engine.stats)
         request = GenerationRequest(messages=messages, params=params)
         hide_thinking = self.settings.args.hide_thinking
@@ -7558,18 +7562,10 @@ def memory_needed(
     checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
 ) -> tuple[int, int]:
     """Bytes of the weights, and of the keys and values of the context, capped at `most_ctx`."""
-    engine, config, tensors = settings.engine(), checkpoint.config, checkpoint.tensors
+    engine, config = settings.engine(), checkpoint.config
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
-    packed = checkpoint.quantization in REPACK
-    itemsize = 4 if engine.dtype == "float32" else 2
-    weight_bytes = checkpoint.num_bytes if packed else checkpoint.num_parameters * itemsize
-    if engine.quantize and not packed:
-        wide = tensors if engine.quantize == "q8" else keep_8_bits(tensors)
-        weight_bytes = int(
-            sum(math.prod(t.shape) * (1.0625 if n in wide else 0.625) for n, t in tensors.items())
-        )
     kv_dtype = chosen_kernels(checkpoint, settings)[1]
-    return weight_bytes, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
+    return weight_bytes(checkpoint, engine), config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
 def model_source(settings: Settings, name: str) -> ModelSource:
@@ -7640,7 +7636,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
     kernels, kv_dtype = chosen_kernels(checkpoint, settings)
-    weight_bytes, kv_bytes = memory_needed(checkpoint, settings)
+    num_weights, kv_bytes = memory_needed(checkpoint, settings)
     rope = config.rope["rope_type"]
     return [
         f"model         {settings.model}",
@@ -7655,7 +7651,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         f"{config.n_kv_heads} key/value heads of {config.head_dim}",
         f"vocabulary    {config.n_vocab} tokens",
         f"template      {template.origin}",
-        f"memory        {human_bytes(weight_bytes)} weights + up to {human_bytes(kv_bytes)} for "
+        f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "
         f"the keys and values of {n_ctx} tokens",
         f"kernels       {kernels}; keys and values in {kv_dtype}",
     ]
@@ -7678,7 +7674,7 @@ def command_show(argv: list[str]) -> int:
     sampling = settings.sampling(checkpoint.sampling)
     lines = [*describe(checkpoint, settings, template), "settings"]
     supported = textwrap.wrap(f"supported architectures: {', '.join(all_families())}", 98)
-    print("\n".join([*lines, *settings_lines(settings, sampling), *supported]))
+    put("\n".join([*lines, *settings_lines(settings, sampling), *supported, ""]))
     return 0
 
 
@@ -7688,7 +7684,7 @@ def command_pull(argv: list[str]) -> int:
     parser.add_argument("ref", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     args = parser.parse_args(argv)
-    print(ModelStore().pull(args.ref, args.revision))
+    put(f"{ModelStore().pull(args.ref, args.revision)}\n")
     return 0
 
 
@@ -7699,10 +7695,10 @@ def command_list(argv: list[str]) -> int:
         log.warning(f"no models yet; get one with: {PROGRAM} pull smollm2")
         return 0
     width = max(len(model.id) for model in models)
-    print(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED")
+    put(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED\n")
     for m in models:
         used = datetime.fromtimestamp(m.last_used).strftime("%Y-%m-%d %H:%M")
-        print(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}")
+        put(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}\n")
     return 0
 
 
@@ -7771,6 +7767,7 @@ def main(argv: list[str] | None = None) -> int:
         elif isinstance(stream, io.TextIOWrapper):  # for text that the encoding does not have
             stream.reconfigure(errors="replace")
     log.handlers[:] = [logging.StreamHandler(sys.stderr)]
+    log.handlers[0].setFormatter(LogFormatter())
     log.setLevel(logging.INFO)
     try:
         code = run(sys.argv[1:] if argv is None else argv)

@@ -186,7 +186,7 @@ class ScriptEngine(Engine):
 
     def __init__(self) -> None:
         self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
-        self.num_slots, self.stats = 64, EngineStats()
+        self.num_slots, self.stats, self.lock = 64, EngineStats(), threading.RLock()
         self.scheduler = Scheduler(self.num_slots, 1)
         self.cache = cast("Any", types.SimpleNamespace(nbytes=0))
         self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}

@@ -311,12 +311,59 @@ def shown(pieces: list[str], out: io.StringIO, hide: bool, prompt: str = "") -> 
 PIECES = ["<thi", "nk>Let me", " see.</th", "ink>\n\nParis", " it is"]
 
 
-def test_thoughts_are_dimmed_on_a_terminal() -> None:
+def test_thoughts_are_dimmed_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     out = Terminal()
     shown(PIECES, out, hide=False)
     dimmed = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", out.getvalue()))
     assert dimmed == "<think>Let me see.</think>"
     assert re.sub(r"\x1b\[2m.*?\x1b\[0m", "", out.getvalue()) == "\n\nParis it is"
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_thoughts_are_not_dimmed_where_colours_are_off(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    out = Terminal()
+    shown(PIECES, out, hide=False)
+    assert out.getvalue() == "".join(PIECES)
+
+
+CONTROLS = ["\x1b]0;own", "ed\x07\x1b[2J", "\x9bA\x00\x7f", "one\rtwo\r\n", "\tü\n"]
+
+
+def test_a_terminal_shows_escape_sequences_and_does_not_obey_them() -> None:
+    out = Terminal()
+    shown(CONTROLS, out, hide=False)
+    first = r"\u001b]0;owned\u0007\u001b[2J\u009bA\u0000\u007f"
+    assert out.getvalue() == first + "onetwo\n\tü\n"
+    out = Terminal()
+    shown(["<think>\x1b[8m", "</think>"], out, hide=False)
+    assert r"\u001b[8m" in out.getvalue()
+
+
+def test_a_pipe_gets_the_bytes_of_the_answer() -> None:
+    out = io.StringIO()
+    shown(CONTROLS, out, hide=False)
+    assert out.getvalue() == "".join(CONTROLS)
+
+
+def test_a_log_line_has_no_escape_sequences(cli: Callable[..., Ran]) -> None:
+    assert cli("--model", "\x1b[31mabsent/x", "-p", "x").error.startswith(r"error: \u001b[31mab")
+
+
+def test_list_on_a_terminal_has_no_escape_sequences(
+    cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a model is that of a file, which an archive may have brought."""
+    model = nanollama.CachedModel("\x1b[2Jx", "gguf", 5, 0.0, ())
+    monkeypatch.setattr(nanollama.ModelStore, "models", lambda self: [model])
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert nanollama.main(["list"]) == 0
+    assert r"\u001b[2Jx" in out.getvalue()
 
 
 def test_without_a_terminal_thoughts_are_text() -> None:
@@ -437,6 +484,19 @@ def test_a_batch_can_hide_thoughts(
     assert cli("--batch-file", batch, "--chat", "--hide-thinking").out == "Paris it is!\n" * 3
 
 
+@pytest.mark.parametrize("flags", [(), ("--output", "-")])
+def test_answers_on_a_terminal_have_no_progress_bar_between_them(
+    tiny_llm: nanollama.LLM, batch: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(nanollama.Settings, "load", lambda self: tiny_llm)
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert nanollama.main(["--batch-file", str(batch), *BATCH, *flags]) == 0
+    assert SPEED.fullmatch(err.getvalue().strip())
+    assert out.getvalue().count("\n") >= 3
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\n"])
 def test_a_batch_without_prompts_is_an_error(
     cli: Callable[..., Ran], tmp_path: Path, content: bytes
@@ -533,7 +593,7 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
         ("-p x --temp -1", "temperature is -1.0; it must be a number between 0 and 100"),
         ("-p x --temp nan", "temperature is nan"),
         ("-p x --temp hot", "invalid float value: 'hot'"),
-        ("-p x --top-k -1", "top_k is -1"),
+        ("-p x --top-k -2", "top_k is -2"),
         ("-p x --top-k 1.5", "invalid int value: '1.5'"),
         ("-p x --top-p 1.1", "top_p is 1.1"),
         ("-p x --min-p -0.1", "min_p is -0.1"),

@@ -292,7 +292,7 @@ def test_the_size_of_keys_and_values_counts_both() -> None:
         ("temperature", float("nan")),
         ("temperature", "0.5"),
         ("temperature", True),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_k", 1.5),
         ("top_p", 1.01),
         ("min_p", -1),
@@ -322,6 +322,13 @@ def test_the_limits_of_sampling_values_are_allowed() -> None:
     SamplingParams(
         seed=2**64 - 1, max_tokens=None, logprobs=0, stop=("a", "b"), logit_bias={0: -100}
     )
+
+
+def test_minus_one_is_a_random_seed_and_no_top_k() -> None:
+    """As in vLLM, Ollama and llama.cpp."""
+    params = SamplingParams(seed=-1, top_k=-1)
+    assert (params.seed, params.top_k) == (None, 0)
+    assert nanollama.parse_parameter("seed", "-1") == ("seed", -1)
 
 
 @pytest.mark.parametrize(

@@ -766,9 +766,12 @@ def test_one_safetensors_file_of_any_name_is_the_model(copied: Path) -> None:
     refused_directory(copied, "no model.safetensors or model.safetensors.index.json")
 
 
-def test_side_files_with_odd_contents_do_no_harm(copied: Path) -> None:
-    (copied / "generation_config.json").write_text(
-        '{"eos_token_id": [1, null, "2", [3], 4], "temperature": "hot", "top_k": 5}'
+def test_side_files_with_odd_contents_do_no_harm(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = copied / "generation_config.json"
+    file.write_text(
+        '{"eos_token_id": [1, null, "2", [3], 4], "temperature": "hot", "top_k": -1, "top_p": 7}'
     )
     (copied / "tokenizer_config.json").write_text(
         '{"bos_token": {"content": 3}, "eos_token": {"content": "</s>"}, "pad_token": 7,'
@@ -776,7 +779,10 @@ def test_side_files_with_odd_contents_do_no_harm(copied: Path) -> None:
     )
     checkpoint = open_checkpoint(copied)
     assert checkpoint.text.eos_ids == {1, 4}
-    assert checkpoint.sampling == {"top_k": 5}
+    assert checkpoint.sampling == {"top_k": -1}  # -1 is off
+    values = {"temperature": "'hot'", "top_p": 7}
+    odd = [f"{file}: {name} is {value}, which is left out" for name, value in values.items()]
+    assert caplog.messages == odd
     assert checkpoint.text.special_tokens == {"eos_token": "</s>"}
     assert checkpoint.text.templates == {"default": "c"}
 

@@ -181,7 +181,8 @@ def test_bytes_are_written_as_disks_count_them(num_bytes: float, text: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("message", "line"), [("one\ntwo", "one"), ("\n\n  two \n", "two"), ("", "ValueError")]
+    ("message", "line"),
+    [("one\ntwo", "one"), ("\n\n  two \n", "two"), ("", "ValueError"), ("x" * 900, "x" * 400)],
 )
 def test_of_an_error_the_first_line_is_shown(message: str, line: str) -> None:
     assert nanollama.first_line(ValueError(message)) == line

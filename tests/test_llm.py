@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from nanollama import (
     RequestError,
     SamplingParams,
 )
+from nanollama_extras.commands.conversation import fit_context
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=6)
 
@@ -267,6 +270,49 @@ def test_quantized_weights_take_less_memory_and_answer_alike(
     assert weight < tiny_llm.engine.decoder.layers[0].mlp.down_proj.nbytes / 3
 
 
+def test_threads_may_share_a_model(tiny: Callable[..., Path]) -> None:
+    """Each answer is the one that its request gets alone, whichever thread runs the steps."""
+    llm = LLM(tiny(), parallel=3)
+    requests = [
+        GenerationRequest(prompt=text, params=SamplingParams(seed=1, max_tokens=24))
+        for text in ("fox", "the quick brown", "jumps over the lazy dog")
+    ]
+    alone = [llm.complete(request).token_ids for request in requests]
+    logits = llm.logits([5, 6, 7])
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(llm.complete, request) for request in requests * 6]
+        others = [pool.submit(llm.logits, [5, 6, 7]) for _ in range(6)]
+        assert [answer.result().token_ids for answer in answers] == alone * 6
+        assert all(torch.equal(other.result(), logits) for other in others)
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_is_at_most_one_thread_for_each_core(
+    tiny: Callable[..., Path], num_threads: None
+) -> None:
+    LLM(tiny(), threads=1024)
+    assert torch.get_num_threads() == os.cpu_count()
+
+
+def test_a_model_larger_than_the_free_memory_is_refused(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = nanollama.open_checkpoint(tiny()).num_parameters * 4
+    monkeypatch.setattr(nanollama, "available_memory", lambda device: needed / 2)
+    shown = f"{nanollama.human_bytes(needed)} of memory, and {nanollama.human_bytes(needed / 2)}"
+    with pytest.raises(nanollama.NanollamaError, match=f"weights take {shown} are free; .*--force"):
+        LLM(tiny())
+    LLM(tiny(), force=True)
+    LLM(tiny(), quantize="q8")
+    LLM(tiny(), dtype="float16")
+
+
 # ---- fit_context ---------------------------------------------------------------------------------
 
 
@@ -288,8 +334,8 @@ def test_the_oldest_turns_are_dropped_until_the_rest_fits(
     lengths: list[int], with_system: bool, num_reserved: int, tiny_llm: LLM
 ) -> None:
     messages = conversation(lengths, with_system)
-    kept, num_dropped = tiny_llm.fit_context(messages, num_reserved)
-    assert num_dropped == len(messages) - len(kept)
+    kept = fit_context(tiny_llm, messages, num_reserved)
+    num_dropped = len(messages) - len(kept)
     num_system = int(with_system)
     assert kept == messages[:num_system] + messages[num_system + num_dropped :]
     assert kept[-1] == messages[-1]
@@ -314,4 +360,4 @@ def test_fit_context_keeps_an_answers_tools_with_its_question(tiny_llm: LLM) -> 
         {"role": "assistant", "content": "done"},
         {"role": "user", "content": "next"},
     ]
-    assert tiny_llm.fit_context(messages, 60) == (messages[4:], 4)
+    assert fit_context(tiny_llm, messages, 60) == messages[4:]

@@ -235,7 +235,7 @@ def test_a_value_of_another_json_type_is_refused(route: str) -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": -1}, "min_p"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"seed": 2**64}, "seed"),

@@ -145,7 +145,7 @@ def test_parameters_can_be_set(talk: Callable[..., Said]) -> None:
         ("/set temperature", "/set needs a name and a value"),
         ("/set temprature 1", "unknown parameter 'temprature'; did you mean temperature?"),
         ("/set temperature hot", "temperature is 'hot'; it must be a number"),
-        ("/set top_k -1", "top_k is -1"),
+        ("/set top_k -2", "top_k is -2"),
         ('/set stop ""', "stop is ('',)"),
         ("/set num_ctx 9", "num_ctx cannot change now; start again with --ctx 9"),
         ("/load", "/load: no such file"),
@@ -338,6 +338,21 @@ def test_a_conversation_in_a_terminal(
     child.sendintr()
     child.expect_exact(">>> ")
     child.sendline("exit")
+    child.expect_exact("Goodbye!")
+
+
+def test_pasted_lines_are_one_message(
+    terminal: Callable[..., Any], tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal puts brackets around a paste: https://invisible-island.net/xterm/xterm-paste64.html"""
+    monkeypatch.setenv("TERM", "xterm")
+    child = terminal("--model", tiny(), "--temp", "0", "--max-tokens", "2")
+    child.send("\x1b[200~one\rtwo\rthree\x1b[201~")
+    child.send("\r")
+    child.expect(r"\[prefill: ")
+    child.send("/prompt\r")
+    child.expect_exact("one\r\ntwo\r\nthree<|im_end|>")
+    child.sendline("/quit")
     child.expect_exact("Goodbye!")
 
 

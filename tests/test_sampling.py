@@ -392,7 +392,7 @@ NAN, INF = float("nan"), float("inf")
     ("field", "values"),
     [
         ("temperature", [-0.1, 100.1, NAN, INF, -INF, "1", None, True, [1]]),
-        ("top_k", [-1, 2**31 + 1, 1.5, "5", None, True]),
+        ("top_k", [-2, 2**31 + 1, 1.5, "5", None, True]),
         ("top_p", [-0.1, 1.1, NAN, INF, "x", None, False]),
         ("min_p", [-0.1, 1.1, NAN, INF, "x", None, False]),
         ("repeat_penalty", [0, -1, 101, NAN, INF, "x", None, True]),

@@ -124,7 +124,7 @@ class Toolbox:
                 with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
                     result = self.functions[name](**arguments)
                 content = result if isinstance(result, str) else json.dumps(result, default=str)
-            except Exception as error:  # goes to the model, which may have caused it
+            except (Exception, SystemExit) as error:  # goes to the model, which may have caused it
                 content = f"{type(error).__name__}: {first_line(error)}"
             log.warning(f"{shown} -> {excerpt(content)}")
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}

@@ -1,7 +1,9 @@
-"""Commands of `--interactive` beyond /help, /clear and /quit; and the history of its lines.
+"""Commands of `--interactive` beyond /help, /clear and /quit; the history of its lines; and the end
+of old turns when the context is full.
 
 Seam: the rows of TALK_COMMANDS in nanollama.py. Each names a function here that takes the
-conversation and the text after the command. To remove it, delete this module and those rows.
+conversation and the text after the command. Repl also calls `open_history` and `fit_context`. To
+remove it, delete this module and those rows.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from nanollama import (
     GenerationRequest,
     Json,
     RequestError,
+    SamplingParams,
     UsageError,
     describe,
     local_path,
@@ -29,7 +32,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Repl
+    from nanollama import LLM, Repl
 
 # the message that /retry answered last, and the number of its retries
 RETRIES: weakref.WeakKeyDictionary[Repl, tuple[Json, int]] = weakref.WeakKeyDictionary()
@@ -50,6 +53,7 @@ def open_history(path: Path) -> None:
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)
+    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     atexit.register(save_history)
 
 
@@ -93,6 +97,29 @@ def tokens(repl: Repl, argument: str) -> None:
     ids = repl.llm.prompt_ids(sent)
     log.warning(" ".join(f"{i}:{repl.llm.tokenizer.piece(i)!r}" for i in ids))
     log.warning(f"{len(ids)} tokens")
+
+
+def fit_context(
+    llm: LLM, messages: list[Json], num_reserved: int, tools: list[Json] | None = None
+) -> list[Json]:
+    """Drop the oldest turns of a conversation, except system messages and the last message, until
+    `num_reserved` tokens of the context, at most half of it, are free. Returns the rest."""
+    n_ctx = llm.engine.n_ctx
+    limit = n_ctx - min(num_reserved, n_ctx // 2)
+    recent = list(messages)
+    while len(llm.prompt_ids(GenerationRequest(messages=recent, tools=tools))) > limit:
+        turns = [i for i, m in enumerate(recent[:-1]) if m["role"] != "system"]
+        if not turns:
+            break
+        # drop up to the next message of the user: a turn ends with its answers
+        after = (i for i in turns[1:] if recent[i]["role"] == "user")
+        end = next(after, len(recent) - 1)
+        recent = [m for i, m in enumerate(recent) if i >= end or m["role"] == "system"]
+    if num_dropped := len(messages) - len(recent):
+        log.warning(
+            f"(the context of {n_ctx} tokens is full: dropped the oldest {num_dropped} messages)"
+        )
+    return recent
 
 
 def system(repl: Repl, argument: str) -> None:
@@ -146,8 +173,9 @@ def retry(repl: Repl, argument: str) -> None:
     question = repl.messages[len(messages)]
     retried, num_retries = RETRIES.get(repl, ({}, 0))
     RETRIES[repl] = question, num_retries + 1 if retried is question else 1
-    if values["seed"] is not None:
-        repl.values = {**values, "seed": values["seed"] + RETRIES[repl][1]}
+    seed = SamplingParams(**values).seed
+    if seed is not None:
+        repl.values = {**values, "seed": seed + RETRIES[repl][1]}
     try:
         repl.answer([*messages, question])
     finally:

@@ -40,6 +40,8 @@ def weather(city: str, days: int = 1) -> str:
     return f"sunny in {Place(city).name} for {days}"
 
 def divide(a: float, b: float) -> dict:
+    if not a:
+        raise SystemExit("nothing to divide")
     return {"result": a / b}
 
 def _helper():
@@ -178,11 +180,12 @@ def test_calls_are_run_and_their_results_go_back(
 def test_a_tool_that_fails_tells_the_model(
     tiny: Callable[..., Path], file: Path, script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = script(spelled("divide", a=1, b=0), spelled("divide", a=1, b=4), "Done.")
+    calls = [spelled("divide", a=1, b=0), spelled("divide", a=1, b=4), spelled("divide", a=0, b=1)]
+    asked = script(*calls, "Done.")
     assert ask(tiny(), file, "--yes-tools") == 0
-    results = [m["content"] for m in asked[2].messages if m["role"] == "tool"]
+    results = [m["content"] for m in asked[3].messages if m["role"] == "tool"]
     assert results[0].startswith("ZeroDivisionError: ")
-    assert results[1] == '{"result": 0.25}'
+    assert results[1:] == ['{"result": 0.25}', "SystemExit: nothing to divide"]
     assert capsys.readouterr().out == "Done.\n"
 
 
