@@ -6369,8 +6369,8 @@ class Pool:
 
     @property
     def sampling(self) -> Json:
-        """Default SamplingParams fields: the server's flags over the model's own defaults."""
-        return {**self.llm().sampling, **self.source.sampling}
+        """Default SamplingParams fields: flags over the model's. Greedy answers have no penalty."""
+        return {"repeat_penalty": 1.0, **self.llm().sampling, **self.source.sampling}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -6908,8 +6908,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(models: Models) -> None:
-    """Listen until SIGTERM or Ctrl-C; running answers may finish within SHUTDOWN_S. Raises
-    UsageError, or the error that ended the server."""
+    """Listen until SIGTERM or Ctrl-C. Raises UsageError, or the error that ended the server."""
     failures: list[BaseException] = []
 
     def failed(error: BaseException) -> None:

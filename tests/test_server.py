@@ -226,6 +226,18 @@ def test_an_internal_error_is_an_error_object(
     assert "internal error: ZeroDivisionError: what only" in caplog.text
 
 
+def test_greedy_is_greedy_unless_a_penalty_is_asked_for(
+    live: Live, tiny: Callable[..., Path]
+) -> None:
+    params = nanollama.SamplingParams(temperature=0, repeat_penalty=1, max_tokens=20)
+    request = nanollama.GenerationRequest(prompt="the fox the fox the fox", params=params)
+    expected = nanollama.LLM(tiny()).complete(request).text
+    fields = {"prompt": request.prompt, "temperature": 0, "max_tokens": 20}
+    assert live.text(**fields).json()["choices"][0]["text"] == expected
+    assert live.text(**fields, repeat_penalty=2).json()["choices"][0]["text"] != expected
+    assert live.pool.sampling["repeat_penalty"] == 1
+
+
 # ---- keys and origins ----------------------------------------------------------------------------
 
 

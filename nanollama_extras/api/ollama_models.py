@@ -18,6 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from pathlib import Path
@@ -78,6 +79,8 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("files", "adapters"), ({},)),
     "quantize": ("",),
 }
+# Downloads wait for each other here, and not in the threads that read requests
+STORE_THREADS = ThreadPoolExecutor(4, "store")
 OLLAMA_VERSION = "0.12.6"  # the release with this API
 
 
@@ -374,13 +377,13 @@ class ModelHandlers(Handlers):
                 raise WireError(499, "client_gone", "the client went away")
             loop.call_soon_threadsafe(lines.put_nowait, line)
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Future[None]) -> None:
             lines.put_nowait(None)
             if not task.cancelled():
                 task.exception()  # marks it as seen: the client may be gone
 
         async def events() -> AsyncIterator[Json]:
-            task = asyncio.create_task(asyncio.to_thread(work, report))
+            task = asyncio.ensure_future(loop.run_in_executor(STORE_THREADS, work, report))
             task.add_done_callback(ended)
             while (line := await lines.get()) is not None:
                 yield line

@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from nanollama import (
     Models,
     ModelSource,
     ModelStore,
+    NanollamaError,
     Pool,
     RequestError,
     UsageError,
@@ -122,6 +123,17 @@ class Library:
     names: Callable[[], list[str]] = list
 
 
+@lru_cache(maxsize=1024)
+def can_run(path: Path, modified: float) -> bool:
+    """True for the files of a model of a known family, which were modified at that time."""
+    try:
+        open_checkpoint(path)
+    except (NanollamaError, OSError) as error:
+        log.debug(f"{path}: {error}")
+        return False
+    return True
+
+
 def library_of(settings: Settings) -> Library:
     """The models in the cache, and those that were created over the API."""
     store = ModelStore()
@@ -132,8 +144,15 @@ def library_of(settings: Settings) -> Library:
         its_settings = dataclasses.replace(settings, modelfile=modelfile)
         return served_model(its_settings, name, path) if path else None
 
+    def is_usable(name: str) -> bool:
+        path = store.find_cached((store.modelfile(name) or Modelfile()).model or name)
+        with contextlib.suppress(OSError):
+            return path is not None and can_run(path, path.stat().st_mtime)
+        return False
+
     def names() -> list[str]:
-        return [m.id for m in sorted(store.models(), key=lambda m: -m.last_used)]
+        recent = sorted(store.models(), key=lambda m: -m.last_used)
+        return [m.id for m in recent if is_usable(m.id)]
 
     return Library(find, names)
 

@@ -6,9 +6,12 @@ import asyncio
 import gc
 import json
 import math
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from test_store import use_endpoint
 
 import nanollama
 from nanollama import Modelfile, ModelfileError, parse_modelfile
+from nanollama_extras.api import ollama_models
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
 from nanollama_extras.api.shelf import KEEP_ALIVE_S, open_shelf
 
@@ -411,6 +415,51 @@ def test_pull_tells_how_far_it_is(client: ollama.Client, hub: HubServer) -> None
     assert "org/other" in [model.model for model in client.list().models]
     assert client.pull("org/other").status == "success"  # again, in one piece
     assert client.chat("org/other", USER, options=GREEDY).message.content
+
+
+def test_models_that_cannot_run_are_not_listed(
+    live: Live, client: ollama.Client, place: Path, tiny: Callable[..., Path]
+) -> None:
+    weights = (tiny() / "model.safetensors").read_bytes()
+    whole = {"model.safetensors": weights, "config.json": b'{"model_type": "whisper"}'}
+    folders = []
+    for name, files in (
+        ("whisper", whole),
+        ("tokenizer-alone", {"tokenizer.json": (tiny() / "tokenizer.json").read_bytes()}),
+        ("interrupted", {"config.json": (tiny() / "config.json").read_bytes()}),
+    ):
+        folders.append(folder := place / "hub" / f"models--org--{name}")
+        snapshot = folder / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+        for file, content in files.items():
+            (snapshot / file).write_bytes(content)
+    try:
+        assert TINY in [model.model for model in client.list().models]
+        listed = live.http.get("/v1/models").json()["data"]
+        for rows in ([m["id"] for m in listed], [m.model for m in client.list().models]):
+            assert not {"org/whisper", "org/tokenizer-alone", "org/interrupted"} & set(rows)
+        assert live.text(max_tokens=1).status_code == 200  # no model is named
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+def test_many_pulls_do_not_hold_up_an_answer(
+    live: Live, client: ollama.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(ollama_models, "pull_lines", lambda name, report: go.wait() and None)
+    num_threads = min(32, (os.cpu_count() or 1) + 4)  # of the event loop
+    with ThreadPoolExecutor(num_threads) as threads:
+        pulls = [threads.submit(client.pull, TINY) for _ in range(num_threads)]
+        try:
+            time.sleep(0.2)
+            assert client.chat(TINY, USER, options={"num_predict": 1}).done
+        finally:
+            go.set()
+        assert all(pull.result().status == "success" for pull in pulls)
 
 
 def test_a_pull_that_fails_says_why(client: ollama.Client, tiny: Any) -> None:
