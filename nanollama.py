@@ -419,11 +419,6 @@ def cache_root() -> Path:
     return Path(os.environ.get("NANOLLAMA_CACHE") or default).expanduser()
 
 
-def cached(owner: Any, method: Callable[[Any, Any], Item], most: int) -> Callable[[Any], Item]:
-    """A method with a cache of its `most` latest results, freed together with the owner."""
-    return lru_cache(maxsize=most)(functools.partial(method, weakref.proxy(owner)))
-
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -3980,7 +3975,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._plain = without_control(self._tokenizer)
         self.text = dataclasses.replace(text, gguf=None)  # frees the list of tokens
-        self.token_bytes = cached(self, Tokenizer._token_bytes, 1 << 16)
+        uncached = functools.partial(Tokenizer._token_bytes, weakref.proxy(self))
+        self.token_bytes = lru_cache(maxsize=1 << 16)(uncached)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         self.added = {token.content: i for i, token in added.items()}
@@ -6253,6 +6249,10 @@ class Job:
             yield event
 
 
+# Prepares requests: neither the engine nor the other work of asyncio's threads waits
+PREPARERS = ThreadPoolExecutor(128)
+
+
 class EngineWorker(threading.Thread):
     """A model and the thread that owns it: every function that touches the engine goes through
     `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
@@ -6273,8 +6273,8 @@ class EngineWorker(threading.Thread):
         """Start a job; called in the event loop. Raises RequestError for a request that cannot
         run."""
         assert self.llm is not None
-        # in a third thread, so that a long text delays neither the engine nor other clients
-        job.prepared = await asyncio.to_thread(self.llm.prepare_all, job.requests)
+        preparing = job.loop.run_in_executor(PREPARERS, self.llm.prepare_all, job.requests)
+        job.prepared = await preparing
 
         def start(llm: LLM) -> None:
             self.jobs.append(job)

@@ -176,7 +176,8 @@ def embed(llm: LLM) -> None:
     assert len(llm.embed(["hello"])) == 1
 
 
-FORMS = {"answers.grammars", "answers.tools"}
+GRAMMARS = {f"answers.{name}" for name in ("grammars", "sandbox", "sandboxed", "schemas")}
+FORMS = {*GRAMMARS, "answers.tools"}
 OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
 OLLAMA = {"model": "model", "stream": False, "options": {"num_predict": 4}}
 CHAT = {"messages": USER, "max_tokens": 4}
@@ -232,14 +233,11 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "guesses": ({"answers.lookup"}, option(lookup=4)),
     "scores": ({"answers.scores"}, score),
     "an embedding": ({"answers.embeddings"}, embed),
-    "a regular expression": (
-        {"answers.grammars"},
-        answer(messages=USER, params={"regex": "[a-c]{2}"}),
-    ),
+    "a regular expression": (GRAMMARS, answer(messages=USER, params={"regex": "[a-c]{2}"})),
     "tools": (FORMS, answer(messages=USER, tools=TOOLS)),
     "tools over HTTP": (FORMS, request("POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS})),
     "response_format": (
-        {"answers.grammars", "answers.guides"},
+        {*GRAMMARS, "answers.guides"},
         request("POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
     ),
     "Responses": (

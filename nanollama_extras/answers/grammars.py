@@ -3,29 +3,36 @@
 One grammar describes the whole answer, and where thoughts and calls may stand in it:
 
     schema | regex | grammar ─┐
-    tools in their ToolFormat ┴> Lark -> LLMatcher -> a mask (V,) for each token
+    tools in their ToolFormat ┴> Lark -> trial -> LLMatcher -> a mask (V,) for each token
+
+The trial compiles the grammar in another process: nothing that a request holds may end this one.
 
 Seam       Answer form. The core asks `Grammars.constraint` for a Constraint; the engine asks that
            one which tokens may come next. For the calls of an answer it asks for answers.tools.
+           It imports answers.schemas, which readies schemas, and answers.sandbox and
+           answers.sandboxed for the trial.
 Remove     delete this file; requests with a schema, regex, grammar or tools are then refused.
 Source     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 """
 
 from __future__ import annotations
 
-import decimal
 import functools
 import itertools
 import json
+import logging
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 import nanollama
-from nanollama import THOUGHTS, RequestError, cached, first_line
+from nanollama import THOUGHTS, RequestError
+from nanollama_extras.answers.sandbox import Kept, on_deep_stack, shared_sandbox
+from nanollama_extras.answers.sandboxed import PARSER_LIMITS, error_line, json_grammar
+from nanollama_extras.answers.schemas import BestEffort, check_rules, check_size, readied
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -34,19 +41,8 @@ if TYPE_CHECKING:
     from nanollama_extras.answers.tools import Argument, Calls, Function
 
 # The library that compiles grammars; it is imported when the first one is compiled.
-llguidance: Any = nanollama.LazyModule("llguidance", "gbnf_to_lark")
-
-# JSON as models write it: on one line, or indented. Small models never leave unlimited space.
-JSON_OPTIONS: Any = {
-    "whitespace_pattern": r" ?|\n[ \t]{0,16}",
-    "lenient": False,  # keywords that cannot be enforced are errors
-    "coerce_one_of": False,
-    "item_separator": ",",
-    "key_separator": ":",
-}
-# The largest sum of a schema's multipleOf, read without decimal points: each needs so many states.
-MAX_MULTIPLE = 10_000
-MAX_LEVELS = 32  # levels of a schema that are searched for a fault
+llguidance: Any = nanollama.LazyModule("llguidance")
+log = logging.getLogger("nanollama")
 
 
 class Vocabulary:
@@ -71,12 +67,15 @@ class Constraint:
     """The state of one answer: `allowed` says which tokens may come next, `push` takes the one that
     was chosen.
 
-    num_free: number of tokens that are allowed where any text is. is_free: whether the last call of
-    `allowed` allowed as many, as before a call or in a thought."""
+    num_free: number of tokens that are allowed where any text is. on_error: called when no more
+    tokens can be found. is_free: whether the last call of `allowed` allowed as many as `num_free`,
+    as before a call or in a thought."""
 
-    def __init__(self, matcher: Any, n_vocab: int, num_free: int) -> None:
+    def __init__(
+        self, matcher: Any, n_vocab: int, num_free: int, on_error: Callable[[], object] = str
+    ) -> None:
         self.matcher, self.n_vocab, self.num_free = matcher, n_vocab, num_free
-        self.is_free = False
+        self.on_error, self.is_free = on_error, False
 
     @property
     def is_done(self) -> bool:
@@ -89,12 +88,13 @@ class Constraint:
         allowed = np.unpackbits(mask, count=self.n_vocab, bitorder="little").view(np.bool_)
         if self.matcher.is_error() or not allowed.any():
             reason = error_line(self.matcher.get_error()) or "no token can follow"
+            self.on_error()
             raise RequestError(f"the answer cannot go on as it must: {reason}", "grammar")
         self.is_free = int(np.count_nonzero(allowed)) >= self.num_free
         return allowed
 
     def copy(self) -> Constraint:
-        return Constraint(self.matcher.deep_copy(), self.n_vocab, self.num_free)
+        return Constraint(self.matcher.deep_copy(), self.n_vocab, self.num_free, self.on_error)
 
     def push(self, token_id: int) -> None:
         self.matcher.consume_token(token_id)
@@ -102,58 +102,6 @@ class Constraint:
     def num_valid(self, token_ids: list[int]) -> int:
         """How many leading tokens of a draft could come next."""
         return int(self.matcher.validate_tokens(token_ids))
-
-
-def error_line(text: str) -> str:
-    """The first line of llguidance's message, and the reason that its regex compiler adds."""
-    head = text.partition("<state>")[0].strip().partition("\n")[0][:300]
-    head = head.replace("NoExtensionBias", "no token can follow")
-    reason = re.search(r"(?m)^error: (.+)$", text)
-    return f"{head} {reason[1]}" if reason else head
-
-
-def json_grammar(schema: Mapping[str, Any], strict: bool = True) -> str:
-    """A JSON Schema as an expression of llguidance's Lark; unless strict, without the keywords that
-    llguidance cannot enforce."""
-    options = JSON_OPTIONS if strict else {**JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
-    return "%json " + json.dumps({**schema, "x-guidance": options})
-
-
-def nested_values(value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    """The values inside a JSON value, down to a depth, each with its path."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, item in pairs if depth else ():
-        yield f"/{key}", item
-        if isinstance(item, (dict, list)):
-            yield from ((f"/{key}{path}", inner) for path, inner in nested_values(item, depth - 1))
-
-
-def schema_error(schema: Mapping[str, Any], strict: bool = True) -> str:
-    """The reason why a JSON Schema cannot be compiled; '' where it can."""
-    total = 0
-    for path, value in nested_values(schema, sys.maxsize):
-        if path.endswith("/multipleOf") and isinstance(value, (int, float)) and value:
-            total += int(f"{abs(decimal.Decimal(str(value))):f}".replace(".", ""))
-            if total > MAX_MULTIPLE:
-                return f"multipleOf {value} has too many digits"
-    grammar = f"start: {json_grammar(schema, strict)}"
-    error = error_line(llguidance.LLMatcher.validate_grammar(grammar))
-    return error.rpartition("failed to compile JSON schema: ")[2]
-
-
-def faulty_part(
-    schema: Mapping[str, Any],
-    error: str,
-    shared: Mapping[str, Any],
-    strict: bool,
-    num_levels: int = MAX_LEVELS,
-) -> str:
-    """The path to the innermost part of a schema that has this error. `shared` holds what a `$ref`
-    may refer to."""
-    for path, part in nested_values(schema, 2) if num_levels else ():
-        if isinstance(part, dict) and schema_error({**shared, **part}, strict) == error:
-            return path + faulty_part(part, error, shared, strict, num_levels - 1)
-    return ""
 
 
 # Keywords that the grammar of arguments written one by one cannot enforce.
@@ -175,12 +123,31 @@ def text_terminal(schema: Mapping[str, Any]) -> str:
     return f"/(.|\\n){length}/ & /{regex}/"
 
 
+def ready_schema(text: str) -> dict[str, Any]:
+    """The place of a schema in a request, whether to be strict, and the schema, as JSON -> the
+    schema as it is compiled. Raises RequestError with the place and the reason."""
+    name, strict, schema = json.loads(text)
+    schema = readied(schema, name)
+    with shared_sandbox().turn() as run:
+        result = run("check_schema" if strict else "mend_schema", schema=schema)
+    if error := result.get("error"):
+        raise RequestError(f"{name} cannot be used: {error}", name)
+    if lost := result.get("lost"):
+        log.warning("%s is used without %s, which cannot be enforced", name, ", ".join(lost)[:500])
+    return cast("dict[str, Any]", result.get("schema", schema))
+
+
+READY_SCHEMAS = Kept(ready_schema, 256)
+
+
 class Grammars:
     """Compiles the forms of answers for the vocabulary of one model. Threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer, self.n_vocab = tokenizer, n_vocab
-        self.compiled = cached(self, Grammars.compile, 64)
+        this = weakref.proxy(self)  # what is kept here is freed together with this
+        self.compiled = Kept[Any](lambda grammar: this.compile(grammar), 64)
+        self.checked = Kept[str](lambda grammar: this.check(grammar), 256)
 
     @functools.cached_property
     def vocabulary(self) -> Any:
@@ -191,12 +158,13 @@ class Grammars:
     @functools.cached_property
     def num_free(self) -> int:
         """The number of tokens that are allowed where any text is."""
-        anything = self.compile(llguidance.LLMatcher.grammar_from_lark(r"start: /(.|\n)+/"))
+        anything = self.matcher(llguidance.LLMatcher.grammar_from_lark(r"start: /(.|\n)+/"))
         return int(np.count_nonzero(Constraint(anything, self.n_vocab, 0).allowed()))
 
-    def compile(self, grammar: str) -> Any:
+    def matcher(self, grammar: str) -> Any:
         """A grammar in llguidance's notation -> its matcher. Raises RequestError."""
-        matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0)
+        limits = llguidance.LLParserLimits(**PARSER_LIMITS)
+        matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
         try:
             Constraint(matcher, self.n_vocab, 0).allowed()
         except RequestError:
@@ -204,37 +172,49 @@ class Grammars:
             raise RequestError(f"no answer fits: {reason}") from None
         return matcher
 
-    def check(self, name: str, grammar: str) -> None:
-        """Raises RequestError, naming the field, for a grammar that does not compile."""
-        if error := llguidance.LLMatcher.validate_grammar(grammar, self.vocabulary):
-            raise RequestError(f"the {name} cannot be used: {error_line(error)}", name)
+    def compile(self, grammar: str) -> Any:
+        """As `matcher`, for a grammar that a request may hold: first on trial. Raises RequestError,
+        and WireError 503 where too many wait for their trial."""
+        with shared_sandbox().turn() as run:
+            assert self.vocabulary  # made while the process starts
+            if error := run("begin", grammar=grammar, names=self.names(grammar)).get("error"):
+                raise RequestError(f"no answer fits: {error}")
+            return on_deep_stack(lambda: self.matcher(grammar))
+
+    def check(self, text: str) -> str:
+        """A field of SamplingParams and the regex or grammar in it, as JSON -> the regex as Lark
+        quotes it, or the grammar in Lark. Raises RequestError."""
+        name, source = json.loads(text)
+        check_size(source, name)
+        check_rules(source, name)
+        with shared_sandbox().turn() as run:
+            task = "regex_to_lark" if name == "regex" else "grammar_to_lark"
+            result = run(task, text=source, names=self.names(source))
+        if error := result.get("error"):
+            raise RequestError(f"the {name} cannot be used: {error}", name)
+        return str(result["lark"])
+
+    def names(self, grammar: str) -> list[str]:
+        """The control tokens that a grammar may name."""
+        return [name for name in self.tokenizer.control if name in grammar]
 
     def answer(self, params: SamplingParams) -> tuple[str, str]:
         """The form of an answer as an expression, '' for any text, and the grammar that the
         expression names as @answer. Raises RequestError."""
         if params.schema is not None:
-            return self.schema(params.schema, "schema"), ""
+            strict = not isinstance(params.schema, BestEffort)
+            return json_grammar(self.ready(params.schema, "schema", strict), strict), ""
         if params.regex is not None:
-            self.check("regex", llguidance.LLMatcher.grammar_from_regex(params.regex))
-            return f"/{llguidance.regex_to_lark(params.regex)}/", ""
+            return f"/{self.checked(json.dumps(['regex', params.regex]))}/", ""
         if params.grammar is not None:
-            try:
-                lark: str = llguidance.gbnf_to_lark.any_to_lark(params.grammar)
-            except Exception as error:  # the library's parser raises errors of many types
-                reason = f"the grammar cannot be used: {first_line(error)}"
-                raise RequestError(reason, "grammar") from None
-            self.check("grammar", lark)
-            return "@answer", lark
+            return "@answer", self.checked(json.dumps(["grammar", params.grammar]))
         return "", ""
 
-    def schema(self, schema: Mapping[str, Any], name: str, strict: bool = True) -> str:
-        """A JSON Schema as an expression. Raises RequestError with the place and the reason."""
+    def ready(self, schema: Mapping[str, Any], name: str, strict: bool = True) -> dict[str, Any]:
+        """A JSON Schema as it is compiled; unless strict, without the keywords that cannot be
+        enforced. Raises RequestError with the place and the reason."""
         try:
-            if error := schema_error(schema, strict):
-                shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-                where = faulty_part(schema, error, shared, strict) or "/"
-                raise RequestError(f"{name} cannot be used: at {where}: {error}", name)
-            return json_grammar(schema, strict)
+            return READY_SCHEMAS(json.dumps([name, strict, schema]))
         except RecursionError:
             raise RequestError(f"{name} is nested too deeply", name) from None
 
@@ -291,9 +271,12 @@ class Grammars:
                 first = self.until(trigger, open_name, rules)
                 first += " " + self.literal(opening.removeprefix(trigger))
             rules |= {f"first_{i}": f"{first} {tail}", f"next_{i}": f"{self.literal(head)} {tail}"}
-            rules[f"arguments_{i}"] = self.schema(function.schema, function.where, function.strict)
+            schema = self.ready(function.schema, function.where, function.strict)
+            schema = {**schema, "type": "object"}
+            rules[f"arguments_{i}"] = json_grammar(schema, function.strict)
             if form.parameter:
-                self.parameters(form.parameter, f"arguments_{i}", function, rules)
+                ready = function._replace(schema=schema)
+                self.parameters(form.parameter, f"arguments_{i}", ready, rules)
         for kind in ("first", "next"):
             rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
         return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
@@ -358,9 +341,11 @@ class Grammars:
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
         named = {"top": top, "answer": nested} if nested else {"top": top}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
+        grammar = json.dumps({"grammars": grammars})
         try:
-            matcher = self.compiled(json.dumps({"grammars": grammars}))
+            matcher = self.compiled(grammar)
         except RequestError as error:
             error.param = params.answer_field or "tools"
             raise
-        return Constraint(matcher, self.n_vocab, self.num_free)
+        forget = functools.partial(self.compiled.forget, grammar)  # its states may be used up
+        return Constraint(matcher, self.n_vocab, self.num_free, forget)

@@ -2,7 +2,8 @@
 grammar and their like, as vLLM, llama.cpp and OpenAI spell them.
 
 Seam       Answer form. The core's reader of bodies calls `read_guide` when a body has one of
-           `nanollama.GUIDE_FIELDS`; answers/grammars.py then compiles the form.
+           `nanollama.GUIDE_FIELDS`; answers/grammars.py then compiles the form. It imports
+           answers.schemas.
 Remove     delete this file; requests with such a field are then refused.
 Source     https://docs.vllm.ai/en/latest/features/structured_outputs.html
 """
@@ -13,6 +14,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nanollama import check_type, excerpt, first_line, refuse, required
+from nanollama_extras.answers.schemas import BestEffort
 
 if TYPE_CHECKING:
     from nanollama import Fields
@@ -63,8 +65,9 @@ def read_format(form: Fields, where: str) -> tuple[str, Any, str]:
         check_type(where, inner := required(form, "json_schema"), "object")
         if inner.get("strict") is not None:
             check_type(f"{where}.strict", inner["strict"], "boolean")
-        check_type(f"{where}.schema", inner.get("schema"), "object")
-        return "schema", inner["schema"], f"{where}.schema"
+        check_type(f"{where}.schema", schema := inner.get("schema"), "object")
+        kind_of_schema = BestEffort if inner.get("strict") is False else dict
+        return "schema", kind_of_schema(schema), f"{where}.schema"
     if kind == "json_object":
         return "json_object", True, where
     if kind != "text":

@@ -5,10 +5,8 @@ Seam       Answer form. The core asks `read_tools` for the tools of a request bo
            for the functions that an answer may call, and `fit_to_template` for messages and tools
            that a template can render. answers.shapes, which it imports, asks for `call_shapes` and
            `tool_shapes`.
-Extend     another format of calls is a row of TOOL_FORMATS; a template that cannot render calls is
-           recognized by a row of TOOL_MARKS.
-Remove     delete this file (and grammars.py, which imports it); requests with tools are then
-           refused, as are conversations with calls.
+Extend     a format of calls is a row of TOOL_FORMATS; a template without calls, of TOOL_MARKS.
+Remove     delete this file and grammars.py; requests with tools or calls are then refused.
 Source     https://huggingface.co/docs/transformers/chat_extras and each model's chat template
 """
 
@@ -327,10 +325,9 @@ def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> di
         arguments = convert(function.get("arguments"))
         return {**call, "function": {**function, "arguments": arguments}}
 
-    calls = message.get("tool_calls")
-    return (
-        {**message, "tool_calls": [*map(converted, calls)]} if isinstance(calls, list) else message
-    )
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    return {**message, "tool_calls": [*map(converted, calls)]}
 
 
 def parsed_object(value: Any) -> Any:
@@ -408,12 +405,11 @@ def json_text(value: Any) -> Any:
 
 # ---- arguments and their schemas -----------------------------------------------------------------
 
-JSON_TYPES = (str, int, float, bool, types.NoneType, list, dict)
-JSON_NAMES = dict(zip(JSON_TYPES, "string integer number boolean null array object".split()))
+JSON_KINDS = "string integer number boolean null array object".split()
+JSON_NAMES = dict(zip((str, int, float, bool, types.NoneType, list, dict), JSON_KINDS))
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # as templates write these
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-MAX_LEVELS = 32  # levels of a schema that are read
-MAX_BRANCHES = 64  # alternatives of an argument's schema that are read
+MAX_LEVELS, MAX_BRANCHES = 32, 64  # of a schema, and alternatives of an argument, that are read
 
 
 def branches(
@@ -421,6 +417,9 @@ def branches(
 ) -> Iterator[dict[str, Any]]:
     """Split a schema, a part of `root`, into alternatives that have at most one type each."""
     branch = dict(schema) if isinstance(schema, Mapping) and num_levels else {}
+    kinds = branch.pop("type", None)
+    known = [*filter(JSON_KINDS.__contains__, kinds if isinstance(kinds, list) else [kinds])]
+    branch |= {"type": known if known[1:] else known[0]} if known else {}
     if isinstance(path := branch.pop("$ref", None), str):
         target: Any = root
         for key in path.split("/")[1:]:
@@ -428,6 +427,7 @@ def branches(
         alternatives = [target]
     elif keys := branch.keys() & {"anyOf", "oneOf"}:
         alternatives = branch.pop(min(keys))
+        alternatives = alternatives if isinstance(alternatives, list) and alternatives else [{}]
     elif isinstance(branch.get("type"), list):
         alternatives = [{"type": kind} for kind in branch["type"]]
     else:
@@ -450,7 +450,8 @@ class Argument:
         self.texts, self.others, self.kinds = list[Any](), list[Any](), set[str]()
         for branch in itertools.islice(branches(schema, root), MAX_BRANCHES):
             kind = branch.get("type")
-            if values := branch.get("enum", [branch["const"]] if "const" in branch else ()):
+            values = branch.get("enum", [branch["const"]] if "const" in branch else ())
+            if isinstance(values, list) and values:
                 fit = [v for v in values if kind in (None, "number", JSON_NAMES[type(v)])]
                 self.listed |= {json_text(value): json_text([value])[1:-1] for value in fit}
             else:
@@ -477,8 +478,12 @@ class Argument:
 def read_arguments(schema: Mapping[str, Any]) -> dict[str, Argument]:
     """The arguments that a function's schema names."""
     top = next(branches(schema, schema))
-    required = top.get("required", ())
-    named = dict.fromkeys(required, top.get("additionalProperties")) | top.get("properties", {})
+    required, properties = top.get("required"), top.get("properties")
+    required = (
+        [key for key in required if isinstance(key, str)] if isinstance(required, list) else []
+    )
+    properties = properties if isinstance(properties, Mapping) else {}
+    named = dict.fromkeys(required, top.get("additionalProperties")) | dict(properties)
     return {key: Argument(part, schema, key in required) for key, part in named.items()}
 
 
@@ -694,8 +699,7 @@ def tool_functions(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> di
             raise RequestError(
                 f"{where}.parameters is {excerpt(schema)}; {problem}", f"{where}.parameters"
             )
-        closed = {"additionalProperties": False} if "properties" in schema else {}
-        schema = {**closed, "type": "object", **schema}
+        schema = {"type": "object", **schema}
         functions[name] = Function(schema, bool(function.get("strict")), f"{where}.parameters")
     if unknown := [name for name in choice.names or () if name not in functions]:
         raise RequestError(f"tool_choice names {unknown[0]!r}, which no tool has", "tool_choice")

@@ -678,6 +678,57 @@ def test_a_call_that_is_cut_has_the_finish_reason_length(models: Callable[[str],
     assert len(calls) <= 1
 
 
+UNUSUAL: list[dict[str, Any]] = [  # schemas of an argument, as zod, pydantic and people write them
+    {"type": "string", "pattern": r"^(?!\.)(?!.*\.\.)[a-z]+@[a-z]+$"},
+    {"type": "string", "format": "json-pointer"},
+    {"type": "number", "minimum": -1e300, "maximum": 1.7976931348623157e308},
+    {"type": "integer", "multipleOf": 0},
+    {"type": "object", "required": None, "properties": {"a": {"type": "boolean"}}},
+    {"type": "object", "properties": None},
+    {"$defs": {"n": {"type": "boolean"}}, "$ref": "#/$defs/n"},
+    {"$ref": "#/$defs/nowhere"},
+    {"type": "str"},
+    {"type": ["strnig", "null"]},
+    {"type": 3},
+    {"type": []},
+    {"enum": "ab"},
+    {"anyOf": None},
+    {"anyOf": [{"type": "wibble"}, 3]},
+    {"type": "array", "items": None},
+    {"type": "integer", "minimum": "3"},
+    {"type": "string", "minLength": -1},
+]
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3-coder"])
+def test_a_tool_with_an_unusual_schema_and_all_others_can_be_called(
+    models: Callable[[str], LLM], form: str
+) -> None:
+    functions = [
+        {"name": f"f{i}", "parameters": {"type": "object", "properties": {"x": part}}}
+        for i, part in enumerate(UNUSUAL)
+    ]
+    functions.append({"name": "junk", "parameters": {"properties": [], "required": None}})
+    tools = [{"type": "function", "function": function} for function in functions]
+    tools.append({"type": "function", "function": {"name": "good", "parameters": WEATHER}})
+    params = SamplingParams(**{**OPEN, "seed": 1, "max_tokens": 300})
+    for choice in (ToolChoice(), ToolChoice("required"), ToolChoice("required", ("junk",), 1)):
+        asked = GenerationRequest(messages=USER, params=params, tools=tools, tool_choice=choice)
+        form_of_calls = models(form).prepare(asked).form
+        assert form_of_calls.calls
+        assert form_of_calls.constraint
+        assert not form_of_calls.constraint.is_done
+    few = [tools[i] for i in (0, 1, 4, 6, -1)]
+    for name in ("f0", "f4", "f6", "good"):
+        choice = ToolChoice("required", (name,), 1)
+        asked = dataclasses.replace(asked, tools=few, tool_choice=choice)
+        _, calls, _ = called(models(form), asked)
+        assert [said for said, _ in calls] == [name]
+    strict = {"type": "function", "function": {**functions[0], "strict": True}}
+    with pytest.raises(RequestError, match="/properties/x"):
+        models(form).prepare(dataclasses.replace(asked, tools=[strict], tool_choice=ToolChoice()))
+
+
 def test_keywords_that_cannot_be_kept_are_left_out_unless_strict(
     models: Callable[[str], LLM],
 ) -> None:
@@ -690,7 +741,7 @@ def test_keywords_that_cannot_be_kept_are_left_out_unless_strict(
     assert called(llm, fine)[2] == "tool_calls"
     for function in (
         {"parameters": schema, "strict": True},
-        {"parameters": {"properties": {"x": {"type": "wibble"}}}},
+        {"parameters": {"properties": {"x": {"type": "wibble"}}}, "strict": True},
     ):
         bad = [{"type": "function", "function": {"name": "f", **function}}]
         with pytest.raises(RequestError) as caught:

@@ -1,0 +1,126 @@
+"""Grammars on trial: what ends the process that compiles them, and what is kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from nanollama import RequestError, WireError
+from nanollama_extras.answers import sandbox
+from nanollama_extras.answers.sandbox import Kept, Sandbox, on_deep_stack
+from nanollama_extras.answers.sandboxed import TOO_DEEP, TOO_LARGE
+
+pytestmark = pytest.mark.xdist_group("constraint")
+
+
+def chain(num: int) -> str:
+    return "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(num)) + f'r{num}: "a"\n'
+
+
+@pytest.fixture(scope="module")
+def box() -> Any:
+    box = Sandbox()
+    yield box
+    box.close()
+
+
+def attempt(box: Sandbox, grammar: str) -> str:
+    with box.turn() as run:
+        return str(run("begin", grammar=grammar, names=[])["error"])
+
+
+def test_a_grammar_that_ends_the_process_has_an_error_and_the_next_one_compiles(
+    box: Sandbox,
+) -> None:
+    slow = "start: " + " ".join(['"a"?'] * 9_000)
+    assert attempt(box, chain(20_000)) == TOO_DEEP
+    assert attempt(box, 'start: "a"') == ""
+    assert "takes longer than" in attempt(box, slow + "\n") or "too big" in attempt(box, slow)
+    assert attempt(box, 'start: "a"') == ""
+
+
+def test_memory_is_limited_where_the_system_can(box: Sandbox) -> None:
+    if sys.platform != "linux":
+        pytest.skip("RLIMIT_AS is enforced on Linux")
+    with box.turn() as run:
+        assert run("regex_to_lark", text="a" * 100_000_000, names=[])["error"] == TOO_LARGE
+    assert attempt(box, 'start: "a"') == ""
+
+
+def test_a_process_that_was_ended_from_outside_is_replaced(box: Sandbox) -> None:
+    assert attempt(box, 'start: "a"') == ""
+    process = box.idle[-1].popen
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert attempt(box, 'start: "a"') == ""
+
+
+def test_it_waits_for_its_turn_but_not_for_ever(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "WAIT_S", 0.01)
+    with box.turn(), box.turn(), pytest.raises(WireError) as caught, box.turn():
+        pass
+    assert caught.value.status == 503
+    assert attempt(box, 'start: "a"') == ""
+
+
+def test_the_processes_end_with_the_program() -> None:
+    code = (
+        "from nanollama_extras.answers.sandbox import shared_sandbox as s\n"
+        "with s().turn() as run: run('begin', grammar='start: \"a\"', names=[])\n"
+        "print(s().idle[0].popen.pid)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ran.stdout), 0)
+
+
+def test_what_is_kept_is_made_once_for_all_who_ask_together() -> None:
+    made = []
+
+    def make(text: str) -> str:
+        made.append(text)
+        time.sleep(0.05)
+        return text.upper()
+
+    kept = Kept(make, 2)
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(kept, "aaaa")] == ["A"] * 4
+    assert made == ["a"]
+    kept("b"), kept("c"), kept("a")
+    assert made == ["a", "b", "c", "a"]
+    kept.forget("a")
+    kept("a")
+    assert made[4:] == ["a"]
+
+
+def test_a_refusal_is_kept_and_other_errors_are_not() -> None:
+    made = []
+
+    def make(text: str) -> str:
+        made.append(text)
+        raise RequestError("no", "x") if text == "a" else WireError(503, "busy", "later")
+
+    kept = Kept(make, 9)
+    for text in "aabb":
+        with pytest.raises((RequestError, WireError)) as caught:
+            kept(text)
+        caught.value.param = "changed"
+    assert made == ["a", "b", "b"]
+
+
+def test_a_deep_stack_is_for_one_function() -> None:
+    usual = threading.stack_size()
+    assert on_deep_stack(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        on_deep_stack(lambda: 1 // 0)
+    assert threading.stack_size() == usual
