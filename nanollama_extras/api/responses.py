@@ -123,26 +123,26 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
     """Add an input item to the messages."""
     kind = item.get("type", "message")
     if kind == "message":
-        message = {"role": item.get("role"), "content": _item_text(item.get("content"), where)}
+        message = {"role": item.get("role"), "content": _item_text(item, "content", where)}
         messages.append(message)
     elif kind == "function_call":
         check_type(f"{where}.name", item.get("name"), "string")
         function = {"name": item["name"], "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        if (
-            not messages or messages[-1]["role"] != "assistant"
-        ):  # the calls of one turn share a message
+        # the calls of one turn share a message
+        if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": None})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        text = _item_text(item.get("output"), where)
+        text = _item_text(item, "output", where)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
     elif kind != "reasoning":  # earlier thoughts are left out
         refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
 
 
-def _item_text(content: Any, where: str) -> str:
-    """The text of an item; its parts are those of a chat under other names."""
+def _item_text(item: Fields, name: str, where: str) -> str:
+    """The text of a field of an item; its parts are those of a chat under other names."""
+    content = item.get(name)
 
     def chat_part(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else part
@@ -151,7 +151,7 @@ def _item_text(content: Any, where: str) -> str:
         return {**part, "type": "text"} if kind in ("input_text", "output_text") else part
 
     parts = [*map(chat_part, content)] if isinstance(content, list) else content
-    return joined_text(parts, f"{where}.content")
+    return joined_text(parts, f"{where}.{name}")
 
 
 def under_type(value: Any) -> Any:
