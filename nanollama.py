@@ -5535,14 +5535,9 @@ class LLM(TextSide):
 # ==================================================================================================
 
 Fields = Mapping[str, Any]  # a JSON object that is only read
-JSON_TYPES: dict[str, tuple[type, ...]] = {  # "string or array" stands for either
-    "number": (int, float),
-    "integer": (int,),
-    "boolean": (bool,),
-    "string": (str,),
-    "array": (list,),
-    "object": (dict,),
-}
+# "string or array" stands for either
+JSON_TYPES: Json = {"number": (int, float), "integer": int, "boolean": bool, "string": str}
+JSON_TYPES |= {"array": list, "object": dict}
 
 
 def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
@@ -5559,34 +5554,21 @@ SAMPLING_FIELDS = {
     name: row.json_type for name, row in options_of(SamplingParams).items() if row.on_wire
 }
 # The form of an answer, as vLLM, llama.cpp and OpenAI spell it; answers/guides.py reads them
-GUIDE_FIELDS = {
-    **dict.fromkeys(("guided_json", "json_schema"), "string or object"),
-    **table(string="guided_regex guided_grammar grammar", array="guided_choice"),
-    **table(object="structured_outputs response_format"),
-}
-COMMON_FIELDS = table(
-    SAMPLING_FIELDS,
-    GUIDE_FIELDS,
-    object="stream_options",
-    string="model",
-    integer="n",
-    boolean="stream",
-)
+GUIDE_FIELDS = table(string_or_object="guided_json json_schema", array="guided_choice")
+GUIDE_FIELDS |= table(object="structured_outputs response_format")
+GUIDE_FIELDS |= table(string="guided_regex guided_grammar grammar")
+COMMON = table(SAMPLING_FIELDS, GUIDE_FIELDS, string="model", integer="n", boolean="stream")
+COMMON |= table(object="stream_options")
 CHAT_FIELDS = table(
-    COMMON_FIELDS,
+    COMMON,
     array="messages tools",
     integer="max_completion_tokens top_logprobs",
-    boolean="logprobs parallel_tool_calls",
+    boolean="logprobs parallel_tool_calls continue_final_message add_generation_prompt",
     string="reasoning_effort",
-    object="metadata",
+    object="metadata chat_template_kwargs",
     string_or_object="tool_choice",
 )
-CHAT_FIELDS |= table(  # beyond OpenAI's
-    object="chat_template_kwargs", boolean="continue_final_message add_generation_prompt"
-)
-TEXT_FIELDS = table(
-    COMMON_FIELDS, string_or_array="prompt", integer="best_of logprobs", boolean="echo"
-)
+TEXT_FIELDS = table(COMMON, string_or_array="prompt", integer="best_of logprobs", boolean="echo")
 # OpenAI's fields that are accepted without effect
 HARMLESS = table(
     string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
@@ -5594,13 +5576,8 @@ HARMLESS = table(
     boolean="store",
 )
 # OpenAI's fields of features that this server lacks -> accepted values
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "web_search_options": (),
-    "suffix": ("",),
-}
+NEUTRAL: Json = {"functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],)}
+NEUTRAL |= {"web_search_options": (), "suffix": ("",)}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHOICES = 128
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -5609,9 +5586,7 @@ LEAST_LOGPROB = -9999.0  # JSON has no -inf
 class WireError(NanollamaError):
     """An error of the server, with its status, code and headers."""
 
-    def __init__(
-        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Fields | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.headers = status, code, dict(headers or {})
 
@@ -5624,11 +5599,6 @@ def error_body(error: NanollamaError) -> Json:
     return {"error": fields}
 
 
-def text_error(error: NanollamaError) -> Json:
-    """The error object of Ollama's API."""
-    return {"error": str(error)}
-
-
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
     """Raise RequestError about the field `param`."""
     error = RequestError(message, param)
@@ -5638,18 +5608,13 @@ def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
 
 def check_type(name: str, value: Any, kind: str) -> None:
     """Raise RequestError for a value that is not of the JSON type `kind`; true is no integer."""
-    types = tuple(one for word in kind.split(" or ") for one in JSON_TYPES[word])
+    types = tuple(JSON_TYPES[word] for word in kind.split(" or "))
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        refuse(
-            f"{name} is {excerpt(value)}; it must be of the JSON type {kind}", name, "invalid_type"
-        )
+        refuse(f"{name} is {excerpt(value)}; its JSON type must be {kind}", name, "invalid_type")
 
 
 def read_fields(
-    body: Fields,
-    known: Mapping[str, str],
-    strict: bool = False,
-    neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
+    body: Fields, known: Mapping[str, str], strict: bool = False, neutral: Fields = NEUTRAL
 ) -> tuple[Json, tuple[str, ...]]:
     """The known fields of a body that are not null, with their types checked; and the names of the
     fields without effect. Raises RequestError for a field that cannot be honoured."""
@@ -5682,8 +5647,7 @@ class WireRequest:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
-    # SamplingParams field -> the body's name
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)  # SamplingParams field -> body's name
     metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
 
@@ -5717,14 +5681,13 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     """A body of /v1/completions. Raises RequestError."""
     given, ignored = read_fields(body, TEXT_FIELDS, strict)
     echo, num_top = given.get("echo", False), given.get("logprobs")
-    sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least_tokens=0)
+    sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least=0)
     sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
     if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
         refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
     params = SamplingParams(**sampling)
-    requests = [
-        GenerationRequest(prompt=prompt, params=params) for prompt in read_prompts(given, "prompt")
-    ]
+    prompts = read_prompts(given, "prompt")
+    requests = [GenerationRequest(prompt=prompt, params=params) for prompt in prompts]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored)
 
 
@@ -5735,34 +5698,27 @@ def _wire(given: Fields, requests: list[GenerationRequest], **fields: Any) -> Wi
         refuse(f"n is {n} for {len(requests)} prompts; at most {MAX_CHOICES} choices in all", "n")
     if "stream_options" in given and not stream:
         refuse("stream_options needs stream to be true", "stream_options")
-    include_usage = given.get("stream_options", {}).get("include_usage")
-    if include_usage is not None:
-        check_type("stream_options.include_usage", include_usage, "boolean")
-    choices = tuple(
-        dataclasses.replace(request, params=_choice_params(request.params, i))
-        for request in requests
-        for i in range(n)
-    )
-    return WireRequest(
-        choices, given.get("model"), len(requests), stream, bool(include_usage), **fields
-    )
+    usage = given.get("stream_options", {}).get("include_usage")
+    if usage is not None:
+        check_type("stream_options.include_usage", usage, "boolean")
+    choices = tuple(_choice(request, i) for request in requests for i in range(n))
+    return WireRequest(choices, given.get("model"), len(requests), stream, bool(usage), **fields)
 
 
-def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of a choice: choice 0 has the request's seed, others derive theirs from it."""
-    if params.seed is None or index == 0:
-        return params
-    return dataclasses.replace(params, seed=int(uniform(params.seed, -index) * (1 << 53)))
+def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
+    """A choice: choice 0 has the request's seed, others derive theirs from it."""
+    if (seed := request.params.seed) is None or index == 0:
+        return request
+    params = dataclasses.replace(request.params, seed=int(uniform(seed, -index) * (1 << 53)))
+    return dataclasses.replace(request, params=params)
 
 
-def _sampling(
-    given: Fields, defaults: Fields, least_tokens: int = 1
-) -> tuple[Json, dict[str, str]]:
+def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, dict[str, str]]:
     """SamplingParams fields of a body over the defaults, and the body's names of some."""
     values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
     for name in ("max_tokens", "max_completion_tokens"):
-        if (limit := given.get(name, -1)) != -1 and limit < least_tokens:
-            refuse(f"{name} is {limit}; at least {least_tokens}, or -1 for no limit", name)
+        if (limit := given.get(name, -1)) != -1 and limit < least:
+            refuse(f"{name} is {limit}; at least {least}, or -1 for no limit", name)
         if name in given:
             values["max_tokens"] = None if limit == -1 else min(limit, 2**31)
     if given.get("temperature", 0) > 2:
@@ -5815,8 +5771,7 @@ def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
 
 
 def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
-    """The `messages` of a body, checked, after the opening. Raises RequestError, which names the
-    message."""
+    """The `messages` of a body, checked, after the opening. Raises RequestError."""
     check_type("messages", messages := required(given, "messages"), "array")
     read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     has_system = any(message["role"] in ("system", "developer") for message in read)
@@ -5832,9 +5787,8 @@ def _message(message: Any, where: str) -> Json:
     if message.get("tool_calls") not in (None, []):
         tools = extra("answers.tools", "a message with tool calls")
         tools.check_calls(message["tool_calls"], f"{where}.tool_calls")
-    if content is None and role == "assistant":
-        return dict(message)
-    joined_text(content, f"{where}.content")
+    if content is not None or role != "assistant":
+        joined_text(content, f"{where}.content")
     return dict(message)
 
 
@@ -5937,26 +5891,26 @@ class ChatChoice(ChatReply):
 
     object, chunk, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
-    def __init__(
-        self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning_name: str
-    ) -> None:
+    def __init__(self, index: int, seq: Sequence, splitter: AnswerSplitter, reasoning: str) -> None:
         super().__init__(seq, splitter)
-        self.index, self.names = index, {"content": "content", "thought": reasoning_name}
+        self.index, self.names = index, {"content": "content", "thought": reasoning}
 
-    def _chunk(self, delta: Json, entries: Any = None, reason: str | None = None) -> Json:
-        logprobs = {"content": entries, "refusal": None} if entries else None
-        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _part(self, own: Json, entries: list[Json] | None, reason: str | None = None) -> Json:
+        """A chunk or the whole choice: its delta or message, logprobs and end."""
+        logprobs = None if entries is None else {"content": entries, "refusal": None}
+        return {"index": self.index, **own, "logprobs": logprobs, "finish_reason": reason}
 
     def start(self) -> list[Json]:
-        return [self._chunk({"role": "assistant", "content": "", "refusal": None})]
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self._part({"delta": delta}, None)]
 
     def push(self, delta: Delta) -> list[Json]:
         chunks = []
         for kind, piece, entries in self.read(delta):
             fields = {"tool_calls": [piece]} if kind == "call" else {self.names[kind]: piece}
-            chunks.append(self._chunk(fields, entries))
+            chunks.append(self._part({"delta": fields}, entries or None))
         if self.finish_reason:
-            chunks.append(self._chunk({}, reason=self.finish_reason))
+            chunks.append(self._part({"delta": {}}, None, self.finish_reason))
         return chunks
 
     def result(self) -> Json:
@@ -5966,13 +5920,7 @@ class ChatChoice(ChatReply):
             message[self.names["thought"]] = self.text["thought"]
         if self.calls:
             message["tool_calls"] = self.calls
-        logprobs = self.logprobs
-        return {
-            "index": self.index,
-            "message": message,
-            "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
-            "finish_reason": self.finish_reason,
-        }
+        return self._part({"message": message}, self.logprobs, self.finish_reason)
 
 
 class TextChoice(Reply):
@@ -6034,20 +5982,14 @@ Choice = ChatChoice | TextChoice
 class ChoicesReply(Reply):
     """An answer of OpenAI's API: the chunks and the sums of its choices."""
 
-    def __init__(
-        self, wire: WireRequest, choices: list[Choice], model: str, fingerprint: str
-    ) -> None:
+    def __init__(self, wire: WireRequest, choices: list[Choice], model: str, system: str) -> None:
         self.wire, self.choices, self.num_left = wire, choices, len(choices)
-        self.envelope = {
-            "id": choices[0].id_prefix + secrets.token_hex(12),
-            "object": choices[0].object,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
+        head = {"id": choices[0].id_prefix + secrets.token_hex(12), "object": choices[0].object}
+        self.head = {**head, "created": int(time.time()), "model": model}
+        self.head["system_fingerprint"] = system
 
     def _event(self, choices: list[Json], **fields: Any) -> Json:
-        head = {**self.envelope, "object": self.choices[0].chunk}
+        head = {**self.head, "object": self.choices[0].chunk}
         usage = {"usage": None} if self.wire.include_usage else {}
         return {**head, **usage, "choices": choices, **fields}
 
@@ -6074,7 +6016,7 @@ class ChoicesReply(Reply):
         return body
 
     def result(self) -> Json:
-        body = {**self.envelope, "choices": [choice.result() for choice in self.choices]}
+        body = {**self.head, "choices": [choice.result() for choice in self.choices]}
         if self.wire.metadata is not None:
             body["metadata"] = self.wire.metadata
         return {**body, **self._closing()}
@@ -6131,7 +6073,7 @@ DIALECTS = (
     Dialect("api.page", "/ /chat/completions"),
     Dialect("api.responses", "/v1/responses /responses"),
     Dialect("api.embeddings", "/v1/embeddings /embeddings"),
-    Dialect("api.ollama", "/api", text_error),
+    Dialect("api.ollama", "/api", lambda error: {"error": str(error)}),
     Dialect("api.metrics", "/metrics"),
     Dialect("api.inspect", INSPECTED),
 )
@@ -6159,9 +6101,7 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = option(
         (), "--allowed-host NAME: name of this server in URLs; * for any; repeatable", kind=str
     )
-    max_queue: int = option(
-        64, "--max-queue N: sequences that may wait; more get a 429", (0, math.inf)
-    )
+    max_queue: int = option(64, "--max-queue N: sequences that wait; more get a 429", (0, math.inf))
     keep_alive: str | None = option(
         None, "--keep-alive TIME: how long an idle model stays: 5m, 30s, 0, -1 for ever"
     )

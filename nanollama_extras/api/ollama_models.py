@@ -57,7 +57,6 @@ from nanollama import (
     required,
     stream_response,
     table,
-    text_error,
     unless_disconnected,
 )
 from nanollama_extras.api.shelf import Shelf
@@ -69,7 +68,11 @@ if TYPE_CHECKING:
     from nanollama import CachedModel, Fields
     from nanollama_extras.api.shelf import ServedModel, ShelfPool
 
-NDJSON = Encoding("application/x-ndjson", lambda value: encode_json(value) + b"\n", text_error)
+NDJSON = Encoding(
+    "application/x-ndjson",
+    lambda value: encode_json(value) + b"\n",
+    lambda error: {"error": str(error)},
+)
 # Fields for features that this server lacks -> the values that are accepted
 OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "images": ([],),
