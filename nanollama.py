@@ -5014,19 +5014,6 @@ class Engine:
         seq.drafter = self.new_drafter() if self.new_drafter else None
         self.scheduler.waiting.append(seq)
 
-    def state(self) -> dict[str, Any]:
-        """The device, the load, and the totals since the start."""
-        return {
-            "device": str(self.decoder.device),
-            "kernels": self.decoder.kernels,
-            "kv_dtype": self.decoder.kv_dtype,
-            "running": len(self.scheduler.running),
-            "waiting": len(self.scheduler.waiting),
-            "slots": self.num_slots,
-            "kv_cache_bytes": self.cache.nbytes,
-            **dataclasses.asdict(self.stats),
-        }
-
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises RequestError, naming `param`, for an id outside the vocabulary."""
         bad = next((i for i in token_ids if not 0 <= i < self.n_vocab), None)
@@ -5385,22 +5372,8 @@ class LLM(TextSide):
         return super().prepare(request)
 
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Logits (T, V) float32 after each of T ids, computed without the engine's cache. Raises
-        RequestError for no ids, and for ids outside the vocabulary."""
-        token_ids = self.prompt_ids(GenerationRequest(token_ids))
-        self.engine.check_ids(token_ids, "token_ids")
-        if not token_ids:
-            raise RequestError("there are no token ids to run", "token_ids")
-        decoder, chunk = self.engine.decoder, self.engine.scheduler.prefill_chunk
-        cache = decoder.new_cache(1, chunk)
-        cache.reserve(0, len(token_ids))
-        with self.engine.lock, torch.inference_mode():
-            chunks = []
-            for at in range(0, len(token_ids), chunk):
-                new = token_ids[at : at + chunk]
-                batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
-                chunks.append(decoder(batch, cache))
-        return torch.cat(chunks)
+        """Logits (T, V) float32 after each of T ids. Raises RequestError."""
+        return cast("Tensor", extra("answers.scores", "LLM.logits").logits(self, token_ids))
 
     def start(
         self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1

@@ -189,10 +189,9 @@ class ScriptEngine(Engine):
         self.num_slots, self.stats, self.lock = 64, EngineStats(), threading.RLock()
         self.scheduler = Scheduler(self.num_slots, 1)
         self.cache = cast("Any", types.SimpleNamespace(nbytes=0))
+        device = {"device": "none", "kernels": "script", "kv_dtype": "none"}
+        self.decoder = cast("Any", types.SimpleNamespace(**device))
         self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}
-
-    def state(self) -> Json:
-        return {"device": "none", "kernels": "script", "slots": self.num_slots}
 
     def step(self) -> None:
         """Add a token to each sequence whose delay is over; sleep a little while none is."""

@@ -169,6 +169,7 @@ def write_json_lines(llm: LLM) -> None:
 
 
 def score(llm: LLM) -> None:
+    assert llm.logits([5, 6]).shape[0] == 2
     assert [index for index, _ in llm.score([([5, 6, 7], 1)])] == [0]
 
 

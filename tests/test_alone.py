@@ -200,13 +200,14 @@ import json, sys
 import torch
 from nanollama import LLM, GenerationRequest, SamplingParams
 torch.set_num_threads(1)
-params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=16, ignore_eos=True)
+options = {"temperature": 0, "repeat_penalty": 1, "max_tokens": 16, "logprobs": 5}
+params = SamplingParams(**options, ignore_eos=True)
 for line in sys.stdin:
     path, quantize, ids = json.loads(line)
     llm = LLM(path, quantize=quantize)
-    first = llm.logits(ids)[-1].topk(5).indices.tolist()
-    answer = llm.complete(GenerationRequest(prompt=ids, params=params)).token_ids
-    print(json.dumps([first, answer]), flush=True)
+    answer = llm.complete(GenerationRequest(prompt=ids, params=params))
+    first = [token_id for token_id, _ in answer.logprobs[0].top]
+    print(json.dumps([first, answer.token_ids]), flush=True)
 """
 
 

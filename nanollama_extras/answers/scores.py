@@ -1,7 +1,9 @@
-"""Scores of texts: log-probabilities of their tokens, for many texts together.
+"""Scores of texts: log-probabilities of their tokens, for many texts together; logits of one text.
 
-Seam       `LLM.score`. Each text is a sequence with prompt_logprobs and no answer.
-Remove     delete this file; `LLM.score` and `nanollama eval` then say that they need it.
+Seam       `LLM.score` and `LLM.logits`. Each text to score is a sequence with prompt_logprobs and
+           no answer.
+Remove     delete this file; `LLM.score`, `LLM.logits`, `nanollama eval` and `nanollama verify`
+           then say that they need it.
 """
 
 from __future__ import annotations
@@ -10,10 +12,33 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from nanollama import GenerationRequest, SamplingParams
+import torch
+
+from nanollama import Batch, GenerationRequest, RequestError, SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nanollama import LLM, Sequence
+
+
+def logits(llm: LLM, token_ids: list[int]) -> Tensor:
+    """Logits (T, V) float32 after each of T ids, computed without the engine's cache. Raises
+    RequestError for no ids, and for ids outside the vocabulary."""
+    token_ids, _ = llm.encode_request(GenerationRequest(token_ids))
+    llm.engine.check_ids(token_ids, "token_ids")
+    if not token_ids:
+        raise RequestError("there are no token ids to run", "token_ids")
+    decoder, chunk = llm.engine.decoder, llm.engine.scheduler.prefill_chunk
+    cache = decoder.new_cache(1, chunk)
+    cache.reserve(0, len(token_ids))
+    with llm.engine.lock, torch.inference_mode():
+        chunks = []
+        for at in range(0, len(token_ids), chunk):
+            new = token_ids[at : at + chunk]
+            batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
+            chunks.append(decoder(batch, cache))
+    return torch.cat(chunks)
 
 
 def score(llm: LLM, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from nanollama import Json
+    from nanollama import Engine, Json
 
 TOKENIZE_FIELDS = table(string="prompt", boolean="add_special_tokens")
 DETOKENIZE_FIELDS = table(array="tokens", string="model")
@@ -87,6 +88,20 @@ def openapi_operation(route: Route, method: str, path: str) -> Json:
     return {**body, "responses": answers}
 
 
+def engine_state(engine: Engine) -> Json:
+    """The device, the load, and the totals since the start."""
+    return {
+        "device": str(engine.decoder.device),
+        "kernels": engine.decoder.kernels,
+        "kv_dtype": engine.decoder.kv_dtype,
+        "running": len(engine.scheduler.running),
+        "waiting": len(engine.scheduler.waiting),
+        "slots": engine.num_slots,
+        "kv_cache_bytes": engine.cache.nbytes,
+        **dataclasses.asdict(engine.stats),
+    }
+
+
 class API(Handlers):
     """What a server shows of itself."""
 
@@ -94,7 +109,7 @@ class API(Handlers):
         """GET /stats: the load of each replica"""
         self.models.check_ready()
         rows = [
-            {"gpu_id": index, "model": name, **worker.llm.engine.state()}
+            {"gpu_id": index, "model": name, **engine_state(worker.llm.engine)}
             for name, pool in self.models.pools.items()
             for index, worker in enumerate(pool.workers)
             if worker.llm is not None

@@ -298,12 +298,12 @@ def cached_models(name: str) -> list[CachedModel]:
 
 def pool_state(pool: ShelfPool) -> Json:
     """The fields of /api/ps for a model in memory."""
-    states = [worker.llm.engine.state() for worker in pool.workers if worker.llm]
-    num_bytes = pool.need_bytes + sum(state.get("kv_cache_bytes", 0) for state in states)
+    engines = [worker.llm.engine for worker in pool.workers if worker.llm]
+    num_bytes = pool.need_bytes + sum(engine.cache.nbytes for engine in engines)
     left_s = 1e9 if math.isinf(pool.keep_s) else pool.used_s + pool.keep_s - time.monotonic()
     return {
         "size": num_bytes,
-        "size_vram": 0 if states[0]["device"] in ("cpu", "none") else num_bytes,
+        "size_vram": 0 if str(engines[0].decoder.device) in ("cpu", "none") else num_bytes,
         "expires_at": timestamp(time.time() + left_s),
         "context_length": pool.llm().engine.n_ctx,
     }
