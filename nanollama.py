@@ -4613,7 +4613,7 @@ def candidates(
     """Temperature and top-k -> probabilities (K,), best first, and their token ids (K,). Without
     top-k, K grows until top-p and min-p need no further token."""
     V = len(logits)
-    if params.top_k:
+    if params.top_k > 0:
         top, ids = likeliest(logits, min(params.top_k, V))
         return softmax(top, params.temperature), ids
     whole = softmax(logits, params.temperature)  # (V,)
@@ -5591,7 +5591,11 @@ def read_fields(
 ) -> tuple[Json, tuple[str, ...]]:
     """The known fields of a body that are not null, with their types checked; and the names of the
     fields without effect. Raises RequestError for a field that cannot be honoured."""
-    given = {name: value for name, value in body.items() if value is not None}
+    given = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in body.items()
+        if value is not None
+    }
     for name, value in given.items():
         if kind := known.get(name) or HARMLESS.get(name):
             check_type(name, value, kind)
@@ -5671,11 +5675,10 @@ def _wire(given: Fields, requests: list[GenerationRequest], **fields: Any) -> Wi
         refuse(f"n is {n} for {len(requests)} prompts; at most {MAX_CHOICES} choices in all", "n")
     if "stream_options" in given and not stream:
         refuse("stream_options needs stream to be true", "stream_options")
-    usage = given.get("stream_options", {}).get("include_usage")
-    if usage is not None:
-        check_type("stream_options.include_usage", usage, "boolean")
+    usage = given.get("stream_options", {}).get("include_usage") or False
+    check_type("stream_options.include_usage", usage, "boolean")
     choices = tuple(_choice(request, i) for request in requests for i in range(n))
-    return WireRequest(choices, given.get("model"), len(requests), stream, bool(usage), **fields)
+    return WireRequest(choices, given.get("model"), len(requests), stream, usage, **fields)
 
 
 def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
@@ -5697,8 +5700,8 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
     if given.get("temperature", 0) > 2:
         refuse(f"temperature is {given['temperature']}; it must be between 0 and 2", "temperature")
     if "stop" in given:
-        stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
-        values["stop"] = tuple(word for word in stop if word != "")
+        stop = given["stop"]
+        values["stop"] = tuple(w for w in ([stop] if isinstance(stop, str) else stop) if w != "")
     if "logit_bias" in given:
         values["logit_bias"] = dict(_token_bias(*pair) for pair in given["logit_bias"].items())
     if GUIDE_FIELDS.keys() & given.keys():
@@ -5745,8 +5748,8 @@ def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
 
 def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
     """The `messages` of a body, checked, after the opening. Raises RequestError."""
-    check_type("messages", messages := required(given, "messages"), "array")
-    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    messages = enumerate(required(given, "messages"))
+    read = [_message(message, f"messages[{i}]") for i, message in messages]
     has_system = any(message["role"] in ("system", "developer") for message in read)
     return [*([] if has_system else opening), *read]
 

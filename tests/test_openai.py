@@ -291,6 +291,7 @@ def test_token_limits() -> None:
     assert params(max_tokens=3, max_completion_tokens=5).max_tokens == 5
     assert params(max_tokens=-1).max_tokens is None
     assert params(max_tokens=10**30).max_tokens == 2**31
+    assert params(max_tokens=64.0, top_k=-1.0, seed=7.0) == params(max_tokens=64, top_k=-1, seed=7)
     assert parse_text({"prompt": "a"}, {}).requests[0].params.max_tokens == 16
     assert parse_text({"prompt": "a", "max_tokens": 0}, {}).requests[0].params.max_tokens == 0
 
@@ -885,6 +886,11 @@ def test_a_prompt_that_cannot_be_run(live: Live, prompt: Any, message: str) -> N
     assert message in response.json()["error"]["message"]
     assert response.json()["error"]["param"] == "prompt"
     wait_until(live.is_idle)
+
+
+def test_a_top_k_of_minus_one_is_off(live: Live) -> None:
+    body = {"temperature": 1.5, "seed": 3, "top_p": 1}
+    assert outcome(live.chat(**body, top_k=-1)) == outcome(live.chat(**body, top_k=0))
 
 
 def test_a_completion_of_no_tokens(live: Live) -> None:

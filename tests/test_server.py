@@ -475,6 +475,13 @@ def test_tokenize_and_back(live: Live) -> None:
     assert back == text.removesuffix("<|im_end|>")
     assert error_of(live.http.post("/tokenize", json={}), 400)["param"] == "prompt"
     assert error_of(live.http.post("/tokenize", json={"prompt": 5}), 400)["param"] == "prompt"
+    both = [
+        live.http.post("/tokenize", json={"content": text, **more}).json()["tokens"]
+        for more in ({}, {"add_special": True})
+    ]
+    assert both == [llm.encode(text, False), llm.encode(text)]
+    pieces = live.http.post("/tokenize", json={"content": "the", "with_pieces": True}).json()
+    assert "".join(one["piece"] for one in pieces["tokens"]) == "the"
     for bad in ([320], [-1], [True], ["a"], [None], "a"):
         error = error_of(live.http.post("/detokenize", json={"tokens": bad}), 400)
         assert error["param"] == "tokens"

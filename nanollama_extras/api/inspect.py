@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanollama import (
     CHAT_FIELDS,
@@ -33,6 +33,7 @@ from nanollama import (
     refuse,
     required,
     table,
+    token_text,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
 
     from nanollama import Engine, Json
 
-TOKENIZE_FIELDS = table(string="prompt", boolean="add_special_tokens")
+# content, add_special and with_pieces are llama.cpp's
+TOKENIZE_FIELDS = table(
+    string="prompt content", boolean="add_special_tokens add_special with_pieces"
+)
 DETOKENIZE_FIELDS = table(array="tokens", string="model")
 
 
@@ -138,7 +142,7 @@ class API(Handlers):
         return as_json(body)
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize {prompt | messages} -> {tokens, count, max_model_len}"""
+        """POST /tokenize {prompt | content | messages} -> {tokens, count, max_model_len}"""
         body, pool = await self.read_request(request)
         llm = pool.llm()
         if body.get("messages") is not None:
@@ -146,8 +150,12 @@ class API(Handlers):
             ids = await asyncio.to_thread(llm.prompt_ids, chat)
         else:
             given, _ = read_fields(body, TOKENIZE_FIELDS)
-            text, special = required(given, "prompt"), given.get("add_special_tokens", True)
+            is_prompt = "content" not in given  # llama.cpp adds special tokens when it is asked to
+            text = required(given, "prompt" if is_prompt else "content")
+            special = given.get("add_special_tokens", given.get("add_special", is_prompt))
             ids = await asyncio.to_thread(llm.encode, text, special)
+            if given.get("with_pieces"):
+                ids = [{"id": i, "piece": token_text(llm.tokenizer, i)} for i in ids]
         return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:

@@ -285,7 +285,9 @@ class API(ModelHandlers):
             return await self.ollama_load(given, is_chat)
         body, without_effect = ollama_body(given, self.config.strict)
         pool, clock = await self.ollama_pool(given)
-        wire = parse_chat(body, pool.sampling, False, pool.source.opening)
+        # as a default, temperature may be above 2, the limit of OpenAI's API
+        heat = {"temperature": body.pop("temperature")} if "temperature" in body else {}
+        wire = parse_chat(body, {**pool.sampling, **heat}, False, pool.source.opening)
         if not is_chat:
             with pool.held():
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())

@@ -110,7 +110,8 @@ def response_input(value: Any, earlier_items: Fields) -> list[Json]:
     for i, item in enumerate(value):
         check_type(f"input[{i}]", item, "object")
         if item.get("type") == "item_reference":
-            if item.get("id") not in earlier_items:
+            check_type(f"input[{i}].id", item.get("id"), "string")
+            if item["id"] not in earlier_items:
                 refuse(
                     f"input[{i}] refers to {excerpt(item.get('id'))}, which is not stored", "input"
                 )
@@ -126,16 +127,18 @@ def _add_item(messages: list[Json], item: Fields, where: str) -> None:
         message = {"role": item.get("role"), "content": _item_text(item, "content", where)}
         messages.append(message)
     elif kind == "function_call":
-        check_type(f"{where}.name", item.get("name"), "string")
+        for name in ("call_id", "name"):
+            check_type(f"{where}.{name}", item.get(name), "string")
         function = {"name": item["name"], "arguments": item.get("arguments")}
-        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        call = {"id": item["call_id"], "type": "function", "function": function}
         # the calls of one turn share a message
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": None})
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
+        check_type(f"{where}.call_id", item.get("call_id"), "string")
         text = _item_text(item, "output", where)
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text})
+        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
     elif kind != "reasoning":  # earlier thoughts are left out
         refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
 

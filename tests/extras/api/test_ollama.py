@@ -173,6 +173,14 @@ def test_options_without_effect_are_named_and_others_refused(live: Live) -> None
         assert next(iter(options)) in answer.json()["error"]
 
 
+def test_options_are_read_as_ollama_reads_them(client: ollama.Client) -> None:
+    floats: Any = {"num_predict": 8.0, "top_k": -1.0, "temperature": 2.5, "seed": 1.0}
+    numbers = {"num_predict": 8, "top_k": 0, "temperature": 2.5, "seed": 1}
+    answers = [client.chat(TINY, USER, options=options) for options in (floats, numbers)]
+    assert answers[0].message.content == answers[1].message.content
+    assert answers[0].eval_count <= 8
+
+
 def test_logprobs(client: ollama.Client) -> None:
     answer = client.chat(TINY, USER, options=GREEDY, logprobs=True, top_logprobs=2)
     assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 2 for entry in answer.logprobs)

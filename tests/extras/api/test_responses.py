@@ -292,6 +292,8 @@ def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.Monk
             {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
             "input[0].content[0]",
         ),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input[0].name"),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
@@ -312,6 +314,12 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
     with pytest.raises(RequestError) as caught:
         parse_response({"input": "hello", **fields}, {})
     assert caught.value.param == param
+
+
+def test_an_item_reference_needs_an_id_that_is_text(live: Live) -> None:
+    body = {"model": "tiny", "input": [{"type": "item_reference", "id": []}]}
+    answer = live.http.post("/v1/responses", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[0].id")
 
 
 def test_a_schema_that_cannot_be_used_names_the_field(live: Live) -> None:
