@@ -3974,7 +3974,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._plain = without_control(self._tokenizer)
-        self.text = dataclasses.replace(text, gguf=None)  # frees the list of tokens
+        self.text = dataclasses.replace(text, gguf=None)  # frees its tokens
         uncached = functools.partial(Tokenizer._token_bytes, weakref.proxy(self))
         self.token_bytes = lru_cache(maxsize=1 << 16)(uncached)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -3982,8 +3982,8 @@ class Tokenizer:
         self.added = {token.content: i for i, token in added.items()}
         self.control = {token.content: i for i, token in added.items() if token.special}
         names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
-        if "<|return|>" in self.control:
-            names -= {"<|end|>"}  # gpt-oss ends a thought with it, and goes on
+        if "<|channel|>" in self.control and text.special_tokens.get("eos_token") != "<|end|>":
+            names -= {"<|end|>"}  # ends a thought
         self.end_ids = text.eos_ids | {self.control[name] for name in names & self.control.keys()}
         self.shown: Mapping[str, str] = {}  # control token -> its text in an answer
         if "<|python_start|>" in self.control:

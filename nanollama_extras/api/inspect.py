@@ -152,11 +152,12 @@ class API(Handlers):
             given, _ = read_fields(body, TOKENIZE_FIELDS)
             is_prompt = "content" not in given  # llama.cpp adds special tokens when it is asked to
             text = required(given, "prompt" if is_prompt else "content")
-            special = given.get("add_special_tokens", given.get("add_special", is_prompt))
+            special = bool(given.get("add_special_tokens", given.get("add_special", is_prompt)))
             ids = await asyncio.to_thread(llm.encode, text, special)
-            if given.get("with_pieces"):
-                ids = [{"id": i, "piece": token_text(llm.tokenizer, i)} for i in ids]
-        return as_json({"tokens": ids, "count": len(ids), "max_model_len": llm.engine.n_ctx})
+        tokens: list[Any] = ids
+        if body.get("with_pieces"):
+            tokens = [{"id": i, "piece": token_text(llm.tokenizer, i)} for i in ids]
+        return as_json({"tokens": tokens, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize {tokens} -> {prompt}"""
