@@ -3045,8 +3045,10 @@ def _split(
 
 
 def without_prefix(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata in which the tokenizer's keys are short: tokens, scores, .."""
-    return {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    """Metadata in which the tokenizer's keys are short (tokens, scores, ..), with usual ids."""
+    short = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    usual = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    return usual | short if short.get("model") == "llama" else short
 
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
@@ -3054,10 +3056,9 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     tokens = metadata.get("tokens")
     if not isinstance(tokens, list):
         return TextFiles(source)  # a file without a tokenizer needs --tokenizer
-    usual = {"bos": 1, "eos": 2, "unknown": 0} if metadata.get("model") == "llama" else {}
     keys = {name: name for name in ("bos", "eos", "eot", "eom")}
     keys |= {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
-    given = {name: metadata.get(f"{key}_token_id", usual.get(key)) for name, key in keys.items()}
+    given = {name: metadata.get(f"{key}_token_id") for name, key in keys.items()}
     ids = {name: i for name, i in given.items() if isinstance(i, int)}
     special = {f"{n}_token": tokens[i] for n, i in ids.items() if 0 <= i < len(tokens)}
     ends = frozenset(ids[name] for name in ("eos", "eot", "eom") if name in ids)
@@ -3753,43 +3754,43 @@ PRE_TOKENIZERS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
 # tokenizer.ggml.token_type
-TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(
-    1, 7
-)
+TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED = 1, 2, 3, 4
+REPEATED = "\ufdd3"  # no text contains it
+
+Flags = Mapping[int, Mapping[str, bool]]  # of added tokens, by id
 
 
 def gguf_tokenizer(
     metadata: Mapping[str, Any],
     build: Callable[..., tokenizers.Tokenizer] | None = None,
-    flags: Mapping[int, Mapping[str, bool]] | None = None,
+    flags: Flags | None = None,
 ) -> tokenizers.Tokenizer:
     """Tokenizer made of a GGUF file's metadata. Raises CheckpointError.
 
-    build(metadata, ids by piece, types): for other vocabularies. flags: of added tokens, by id."""
+    build(metadata, ids by piece, types): for other vocabularies than byte-level BPE with merges."""
     metadata = without_prefix(metadata)
-    kind = metadata.get("model")
+    if (kind := metadata.get("model")) != "gpt2":
+        rarer = extra("files.vocabularies", f"tokenizer.ggml.model {excerpt(kind)}")
+        metadata, build, flags = rarer.complete(metadata, build, flags)
     tokens = [str(token) for token in metadata["tokens"]]
     types = list(metadata.get("token_type") or [TOKEN_NORMAL] * len(tokens))
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
     vocab: dict[str, int] = {}
     for i, token in enumerate(tokens):
-        if types[i] == TOKEN_USER_DEFINED and kind != "gpt2" and not token.strip(" "):
-            token = "▁" * len(token)  # Gemma's runs of spaces, which converters write as spaces
         # an empty or repeated piece gets a longer name, which `piece` cuts
         tokens[i] = token if token and token not in vocab else f"{token}{REPEATED}{i}"
         vocab[tokens[i]] = i
-    if kind not in GGUF_BUILDS and not build:
-        rarer = extra("files.vocabularies", f"tokenizer.ggml.model {excerpt(kind)}")
-        build = rarer.find_build(kind)
-    tokenizer = (build or GGUF_BUILDS[kind])(metadata, vocab, types)
-    if "<|placeholder1|>" in vocab and flags is None:
-        flags = extra("files.vocabularies", "Phi-3's vocabulary").phi3_flags(tokens, types)
-    _add_control_tokens(tokenizer, tokens, types, flags or {})
-    adds_bos = kind != "gpt2" or pre_tokenizer(metadata).adds_bos
+    if build:
+        tokenizer = build(metadata, vocab, types)
+    else:
+        pre = pre_tokenizer(metadata)
+        tokenizer = byte_level_bpe(vocab, file_merges(metadata, vocab), pre)
+        metadata = {"add_bos_token": pre.adds_bos, **metadata}
+    add_control_tokens(tokenizer, tokens, types, flags or {})
     single, special = ["$A"], []
-    for name, at, usual, adds in (("bos", 0, 1, adds_bos), ("eos", 2, 2, False)):
-        id = metadata.get(f"{name}_token_id", usual if kind == "llama" else None)
-        if metadata.get(f"add_{name}_token", adds) and id is not None:
+    for name, at in (("bos", 0), ("eos", 2)):
+        id = metadata.get(f"{name}_token_id")
+        if metadata.get(f"add_{name}_token") and id is not None:
             if not isinstance(id, int) or not 0 <= id < len(tokens):
                 raise CheckpointError(f"{name}_token_id is {excerpt(id)} of {len(tokens)} tokens")
             single.insert(at, f"{tokens[id]}:0")
@@ -3799,21 +3800,16 @@ def gguf_tokenizer(
     return tokenizer
 
 
-def _add_control_tokens(
-    tokenizer: tokenizers.Tokenizer,
-    tokens: list[str],
-    types: list[int],
-    flags: Mapping[int, Mapping[str, bool]],
+def add_control_tokens(
+    tokenizer: tokenizers.Tokenizer, tokens: list[str], types: list[int], flags: Flags
 ) -> None:
     """Make each added token one unit that is matched before any merge."""
     for kind in (TOKEN_CONTROL, TOKEN_UNKNOWN, TOKEN_USER_DEFINED):
         special = kind != TOKEN_USER_DEFINED
+        usual = {"special": special, "normalized": False}
+        of_kind = [(i, token) for i, token in enumerate(tokens) if types[i] == kind]
         added = [
-            tokenizers.AddedToken(
-                token, special=special, **{"normalized": False, **flags.get(i, {})}
-            )
-            for i, token in enumerate(tokens)
-            if types[i] == kind
+            tokenizers.AddedToken(token, **{**usual, **flags.get(i, {})}) for i, token in of_kind
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
@@ -3821,7 +3817,7 @@ def _add_control_tokens(
 def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     """The PreTokenizer that metadata name. Raises CheckpointError for an unknown name."""
     name = metadata.get("pre", "default")
-    if "pre" not in metadata and "tokens" in metadata:
+    if "pre" not in metadata:
         warn_once("warning: no tokenizer.ggml.pre in the file; text is split as by default")
     if known := PRE_TOKENIZERS.get(name):
         return known
@@ -3859,63 +3855,6 @@ def file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[t
         if space > 0 and left in vocab and right in vocab and left + right in vocab:
             merges.append((left, right))
     return merges
-
-
-def scored_merges(
-    scores: list[float], vocab: Mapping[str, int], types: list[int]
-) -> list[tuple[str, str]]:
-    """Merges of a vocabulary that has scores instead: each way to split a piece into two pieces.
-
-    A merge into a piece with a better score applies earlier; user-defined pieces come first,
-    because converters give them any score. Raises CheckpointError where scores are missing."""
-    if len(scores) < len(types):
-        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
-    user = TOKEN_USER_DEFINED
-    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
-    mergeable = {TOKEN_NORMAL, TOKEN_UNUSED, TOKEN_USER_DEFINED}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in mergeable}
-    merges = [
-        (order[i], i, pieces[left], pieces[right], left, right)
-        for piece, i in pieces.items()
-        for cut in range(1, len(piece))
-        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
-    ]
-    merges.sort()
-    return [merge[4:] for merge in merges]
-
-
-def sentencepiece_bpe(
-    vocab: dict[str, int], types: list[int], merges: list[tuple[str, str]], has_prefix: bool
-) -> tokenizers.Tokenizer:
-    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks
-    (https://github.com/google/sentencepiece). `has_prefix`: a text begins with a space."""
-    unknown = next((piece for piece, i in vocab.items() if types[i] == TOKEN_UNKNOWN), None)
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    prefix = [normalizers.Prepend("▁")] if has_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
-
-
-# tokenizer.ggml.model -> its builder; the extra files.vocabularies has the rarer ones
-GGUF_BUILDS: Mapping[Any, Callable[..., tokenizers.Tokenizer]] = {
-    "gpt2": lambda metadata, vocab, types: byte_level_bpe(
-        vocab, file_merges(metadata, vocab), pre_tokenizer(metadata)
-    ),
-    "llama": lambda metadata, vocab, types: sentencepiece_bpe(
-        vocab,
-        types,
-        scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types),
-        metadata.get("add_space_prefix", True),
-    ),
-}
-REPEATED = "\ufdd3"  # no text contains it
 
 
 @contextlib.contextmanager

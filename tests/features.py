@@ -85,13 +85,18 @@ def load(changes: dict[str, Any], **files: str) -> Callable[[LLM], None]:
     return run
 
 
-def load_gguf(llm: LLM) -> None:
-    """A GGUF whose pre-tokenizer only few models have."""
-    raw, _ = gguf_files.smallest({"tokenizer.ggml.pre": (gguf_files.STRING, "tekken")})
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.gguf"
-        path.write_bytes(raw)
-        LLM(path)
+def load_gguf(key: str, value: str) -> Callable[[LLM], None]:
+    """A GGUF with another vocabulary; it may be broken: only a missing extra counts."""
+
+    def run(llm: LLM) -> None:
+        raw, _ = gguf_files.smallest({f"tokenizer.ggml.{key}": (gguf_files.STRING, value)})
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.gguf"
+            path.write_bytes(raw)
+            with contextlib.suppress(nanollama.CheckpointError):
+                LLM(path)
+
+    return run
 
 
 def option(**options: Any) -> Callable[[LLM], None]:
@@ -227,7 +232,8 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a nanochat checkpoint": ({"models.nanochat"}, load_nanochat),
     "nanochat's directory": ({"files.nanochat_store"}, find_nanochat),
     "tiny-random": ({"files.tiny_random"}, make_tiny_random),
-    "a rarer pre-tokenizer": ({"files.pre_tokenizers"}, load_gguf),
+    "a rarer pre-tokenizer": ({"files.pre_tokenizers"}, load_gguf("pre", "tekken")),
+    "SentencePiece in GGUF": ({"files.vocabularies"}, load_gguf("model", "llama")),
     "tekken.json": ({"files.vocabularies"}, load({}, tekken_json="{}")),
     "capped attention": ({"models.attention"}, attend_capped),
     "native kernels": ({"kernels.native"}, option(kernels="native")),

@@ -211,12 +211,15 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_switched_off(tmp_path: P
 # ---- SentencePiece -------------------------------------------------------------------------------
 
 
+BYTE = 6  # tokenizer.ggml.token_type
+
+
 def gguf_of_sentencepiece(theirs: Any, add_space_prefix: bool) -> dict[str, Any]:
     """What a converter writes into a GGUF file for a SentencePiece model."""
     kinds = {
         nanollama.TOKEN_UNKNOWN: theirs.is_unknown,
         nanollama.TOKEN_CONTROL: theirs.is_control,
-        nanollama.TOKEN_BYTE: theirs.is_byte,
+        BYTE: theirs.is_byte,
         nanollama.TOKEN_USER_DEFINED: lambda i: theirs.id_to_piece(i) == "<tool>",
         nanollama.TOKEN_NORMAL: lambda i: True,
     }

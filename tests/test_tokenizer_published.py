@@ -90,16 +90,19 @@ def looks_special(token: str) -> bool:
     return bool(re.fullmatch(r"<\|.*\|>|<｜.*｜>|<unused.*>", token, re.DOTALL))
 
 
+UNUSED, BYTE = 5, 6  # tokenizer.ggml.token_type
+
+
 def write_gguf(directory: Path, path: Path, pre: str) -> None:
     """What llama.cpp's converter (get_vocab_base, _create_vocab_sentencepiece) writes."""
     described = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     model, added = described["model"], described["added_tokens"]
     vocab = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
     size = max(vocab.values()) + 1
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [nanollama.TOKEN_UNUSED] * size
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
     for token, i in vocab.items():
         is_byte = not pre and re.fullmatch("<0x[0-9A-F]{2}>", token)
-        tokens[i], types[i] = token, nanollama.TOKEN_BYTE if is_byte else nanollama.TOKEN_NORMAL
+        tokens[i], types[i] = token, BYTE if is_byte else nanollama.TOKEN_NORMAL
     for token in added:
         i, control = token["id"], token["special"] or looks_special(token["content"])
         types[i] = nanollama.TOKEN_CONTROL if control else nanollama.TOKEN_USER_DEFINED

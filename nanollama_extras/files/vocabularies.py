@@ -1,13 +1,14 @@
 """Vocabularies in other files than tokenizer.json and GGUF: Mistral's tekken.json, tiktoken's ranks
-(Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat; and what
-Gemma 4's and Phi-3's vocabularies in GGUF need beyond Llama's.
+(Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat; and
+SentencePiece's, Phi-3's and Gemma 4's vocabularies in GGUF files.
 
 Seam: Vocabulary. The rows of `nanollama.VOCABULARIES` that name this module; the core then calls
 `read_vocabulary`, and `mistral_template` for a tekken.json. Each reader puts a file into the terms
 of GGUF metadata, from which `nanollama.gguf_tokenizer` builds the tokenizer. For a GGUF file the
-core calls `find_build`, `phi3_flags` where the vocabulary is Phi-3's, and reads SHOWN_CONTROL where
-it is nanochat's.
-To remove it: delete this file, its rows in VOCABULARIES, and its tests.
+core calls `complete` for any tokenizer.ggml.model but gpt2, and reads SHOWN_CONTROL where the
+vocabulary is nanochat's.
+To remove it: delete this file, its rows in VOCABULARIES, and its tests. GGUF files with a
+vocabulary of SentencePiece then need --tokenizer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import pickle
 import re
 import struct
@@ -23,10 +25,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import nanollama
-from nanollama import CheckpointError, PreTokenizer, TextFiles, excerpt
+from nanollama import CheckpointError, Flags, PreTokenizer, TextFiles, excerpt
+
+TOKEN_UNUSED, TOKEN_BYTE = 5, 6  # tokenizer.ggml.token_type, as the core's TOKEN_NORMAL
 
 
 class Build(Protocol):
@@ -80,7 +84,7 @@ def name_added_tokens(metadata: dict[str, Any], directory: Path) -> dict[int, An
         raise CheckpointError(f"added tokens have the ids {min(added)} to {max(added)}")
     for i in range(len(tokens), max(added, default=0) + 1):
         tokens.append(f"[PAD{i}]")
-        types.append(nanollama.TOKEN_UNUSED)
+        types.append(TOKEN_UNUSED)
         scores.append(-1e4)
     for i, token in added.items():
         is_special = token.get("special")
@@ -96,21 +100,79 @@ def name_added_tokens(metadata: dict[str, Any], directory: Path) -> dict[int, An
 # ---- rarer vocabularies in GGUF files ------------------------------------------------------------
 
 
-def find_build(kind: Any) -> Build:
-    """The builder for a tokenizer.ggml.model that the core lacks. Raises CheckpointError."""
-    if kind != "gemma4":
+def complete(
+    metadata: Mapping[str, Any], build: Build | None, flags: Flags | None
+) -> tuple[Mapping[str, Any], Build, Flags | None]:
+    """Metadata, builder and flags of added tokens for a tokenizer.ggml.model that is not gpt2; a
+    builder or flags that are given stay. Raises CheckpointError for an unknown model."""
+    kind, tokens = metadata.get("model"), [str(token) for token in metadata["tokens"]]
+    types = list(metadata.get("token_type") or [])[: len(tokens)]
+    for i, token in enumerate(tokens[: len(types)]):
+        if types[i] == nanollama.TOKEN_USER_DEFINED and not token.strip(" "):
+            tokens[i] = "▁" * len(token)  # Gemma's runs of spaces, which converters write as spaces
+    builds: dict[Any, Build] = {"llama": build_llama, "gemma4": build_gemma4}
+    if not build and kind not in builds:
         raise CheckpointError(
             f"tokenizer.ggml.model {excerpt(kind)} is not supported (gpt2, llama and gemma4 "
             "are); give --tokenizer with a model directory or hub id"
         )
-    return build_gemma4
+    if flags is None and "<|placeholder1|>" in tokens:
+        flags = phi3_flags(tokens, types)
+    return {"add_bos_token": True, **metadata, "tokens": tokens}, build or builds[kind], flags
+
+
+def build_llama(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
+    """SentencePiece's pieces with scores."""
+    merges = scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types)
+    return sentencepiece_bpe(vocab, types, merges, metadata.get("add_space_prefix", True))
+
+
+def scored_merges(
+    scores: list[float], vocab: Mapping[str, int], types: list[int]
+) -> list[tuple[str, str]]:
+    """Merges of a vocabulary that has scores instead: each way to split a piece into two pieces.
+
+    A merge into a piece with a better score applies earlier; user-defined pieces come first,
+    because converters give them any score. Raises CheckpointError where scores are missing."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
+    user = nanollama.TOKEN_USER_DEFINED
+    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
+    mergeable = {nanollama.TOKEN_NORMAL, TOKEN_UNUSED, user}
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in mergeable}
+    merges = [
+        (order[i], i, pieces[left], pieces[right], left, right)
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
+    ]
+    merges.sort()
+    return [merge[4:] for merge in merges]
+
+
+def sentencepiece_bpe(
+    vocab: dict[str, int], types: list[int], merges: list[tuple[str, str]], has_prefix: bool
+) -> Tokenizer:
+    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks
+    (https://github.com/google/sentencepiece). `has_prefix`: a text begins with a space."""
+    unknown = next((p for p, i in vocab.items() if types[i] == nanollama.TOKEN_UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("▁")] if has_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
 
 
 def build_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
     """SentencePiece's pieces with merges in a list; newlines stay apart from other text."""
     merges = nanollama.file_merges(metadata, vocab)
     has_prefix = metadata.get("add_space_prefix", False)
-    tokenizer = nanollama.sentencepiece_bpe(vocab, types, merges, has_prefix)
+    tokenizer = sentencepiece_bpe(vocab, types, merges, has_prefix)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
     return tokenizer
 
@@ -135,7 +197,7 @@ def ranked_build(pre: PreTokenizer) -> Build:
     """The builder of a byte-level BPE whose pieces merge in the order of their ranks."""
 
     def build(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
-        merges = nanollama.scored_merges(metadata["scores"], vocab, types)
+        merges = scored_merges(metadata["scores"], vocab, types)
         return nanollama.byte_level_bpe(vocab, merges, pre._replace(ignore_merges=True))
 
     return build
@@ -292,7 +354,7 @@ def build_sentencepiece(
 ) -> Tokenizer:
     """As the core for GGUF, except that the legacy code alone puts a space behind control tokens,
     too (https://huggingface.co/docs/transformers/model_doc/llama, `legacy`)."""
-    tokenizer = nanollama.GGUF_BUILDS["llama"](metadata, vocab, types)
+    tokenizer = build_llama(metadata, vocab, types)
     if metadata["add_space_prefix"] and metadata["legacy"] is False:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
