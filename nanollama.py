@@ -5432,10 +5432,9 @@ class LLM(TextSide):
 #
 #   In          a request body (dict), settings; deltas
 #   Out         WireRequest; response objects and stream chunks (dicts)
-#   Idea        tables say for each field of a body whether it is honoured, accepted without effect
-#               (and named in a header), or refused with a 400; null means absent. A whole answer
-#               is the sum of its chunks. Other APIs (extras) translate their bodies to a chat, and
-#               wrap the same pieces of an answer:
+#   Idea        a field of a body is honoured, without effect (and named in a header), or refused;
+#               null means absent. A whole answer is the sum of its chunks. Other APIs (extras)
+#               translate their bodies to a chat, and wrap the same pieces of an answer:
 #
 #                 body --an API's translation--> chat body --parse_chat--> WireRequest
 #                 Delta --ChatReply.read--> pieces --an API's Reply--> events
@@ -5453,8 +5452,7 @@ JSON_TYPES |= {"array": list, "object": dict}
 
 
 def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
-    """Field -> JSON type: the rows of other tables, and names listed under their type, such as
-    string_or_array="stop prompt"."""
+    """Field -> JSON type: rows of other tables, and names, as in string_or_array="stop prompt"."""
     fields = {name: kind for other in others for name, kind in other.items()}
     for kind, names in listed.items():
         fields |= dict.fromkeys(names.split(), kind.replace("_", " "))
@@ -5555,9 +5553,9 @@ def required(given: Fields, name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class WireRequest:
-    """A checked request body; `requests` has an entry for each choice, in order."""
+    """A checked request body."""
 
-    requests: tuple[GenerationRequest, ...]
+    requests: tuple[GenerationRequest, ...]  # one for each choice
     model: str | None
     num_prompts: int = 1
     stream: bool = False
@@ -5571,8 +5569,8 @@ class WireRequest:
 def parse_chat(
     body: Fields, defaults: Fields, strict: bool = False, opening: Iterable[Json] = ()
 ) -> WireRequest:
-    """A body of /v1/chat/completions. defaults: SamplingParams fields. opening: messages before a
-    conversation without a system message. Raises RequestError."""
+    """A body of /v1/chat/completions. defaults: SamplingParams fields. opening: see ModelSource.
+    Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
@@ -5727,7 +5725,7 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class Reply:
-    """An answer in the form of an API: events of its stream, and their sum as one object."""
+    """An answer in an API's form: the events of a stream, and their sum as one object."""
 
     def start(self) -> list[Json]:
         """Events before the first delta."""
@@ -5942,15 +5940,13 @@ class ChoicesReply(Reply):
 #
 #   In          HTTP requests
 #   Out         JSON, server-sent events
-#   Idea        the model has a thread of its own, which steps its engine; the event loop parses and
-#               writes. Functions go in, deltas come out:
+#   Idea        the model has a thread of its own; the event loop parses and writes:
 #
 #                 handler --submit--> inbox | thread: run inbox, step, deliver | --deltas--> handler
 #
 #               `Models` serves one model; an extra, api.shelf, several, and replicas on GPUs.
 #   Invariant   asyncio lives in this section only. A client that goes away cancels its sequences.
-#               Every error becomes an error object (`client_error`). A request reaches the models
-#               of `Models.source` and no other file.
+#               Every error becomes an error object. A request reaches no file but the models'.
 #   Extend      a route is a row of a class's `routes`; another API is a module of extras with a
 #               class `API`, and a row of DIALECTS.
 #   Spec        https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -5968,13 +5964,11 @@ SHUTDOWN_S = 30  # for running answers to finish after SIGTERM
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """An API of a module of nanollama_extras, whose class `API` has its handlers and routes.
-
-    paths: each covers itself and everything below. error: the body of an error."""
+    """An API: the class `API` of a module of nanollama_extras."""
 
     module: str
-    paths: str
-    error: Callable[[NanollamaError], Json] = error_body
+    paths: str  # each covers itself and everything below
+    error: Callable[[NanollamaError], Json] = error_body  # the body of an error
 
     def load(self) -> type[Handlers]:
         """The dialect's handlers. Raises ExtraError where the module is not installed."""
@@ -6040,15 +6034,12 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelSource:
-    """A model that can be served; `load` makes it, in the thread that will own it.
-
-    sampling: default SamplingParams fields. opening: messages before those of a request without a
-    system message."""
+    """A model that can be served."""
 
     name: str
-    load: Callable[[], LLM]
-    sampling: Fields = field(default_factory=dict)
-    opening: tuple[Json, ...] = ()
+    load: Callable[[], LLM]  # called in the thread that will own the model
+    sampling: Fields = field(default_factory=dict)  # default SamplingParams fields
+    opening: tuple[Json, ...] = ()  # messages before those of a request without a system message
 
 
 @dataclass(eq=False)
@@ -6071,11 +6062,28 @@ class Job:
     def finish(self) -> None:
         """Cancel the sequences that still run, and take the load off the worker."""
         self.worker.num_sequences -= len(self.requests)
-        self.worker.inbox.put(lambda llm: self.worker.drop(self))
+        self.worker.inbox.put(self.drop)
         self.at_end()
 
+    def start(self, llm: LLM) -> None:
+        """Start the sequences; called in the worker's thread, as `drop` and `post` are."""
+        self.worker.jobs.append(self)
+        try:
+            for index, prepared in enumerate(self.prepared):
+                self.sequences.append(llm.start(prepared, index))
+            self.post([])
+        except Exception as error:
+            self.post(client_error(error))
+
+    def drop(self, llm: LLM) -> None:
+        """Cancel the sequences that still run."""
+        if self in self.worker.jobs:
+            self.worker.jobs.remove(self)
+            for seq in self.sequences:
+                llm.engine.cancel(seq)
+
     def post(self, event: list[Delta] | NanollamaError) -> None:
-        """Pass an event to the event loop; called in the worker's thread."""
+        """Pass an event to the event loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -6109,40 +6117,17 @@ PREPARERS = ThreadPoolExecutor(128)
 
 
 class EngineWorker(threading.Thread):
-    """A model and the thread that owns it: every function that touches the engine goes through
-    `inbox` and runs there. `loaded` completes when the model is in memory or cannot be
-    loaded; `on_failure` gets the error that ends the thread later."""
+    """A model and the thread that owns it, which runs the functions of `inbox`. `loaded` completes
+    when the model is in memory or cannot be loaded; `on_failure` gets a later error."""
 
-    def __init__(
-        self, load: Callable[[], LLM], on_failure: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, load: Callable[[], LLM], on_error: Callable[[BaseException], None]) -> None:
         super().__init__(daemon=True)
-        self.load_model, self.on_failure = load, on_failure
+        self.load_model, self.on_failure = load, on_error
         self.llm: LLM | None = None
         self.loaded: Future[None] = Future()
         self.inbox: queue.SimpleQueue[Callable[[LLM], None] | None] = queue.SimpleQueue()
         self.jobs: list[Job] = []
         self.num_sequences = 0  # submitted and not finished; the event loop counts
-
-    async def submit(self, job: Job) -> None:
-        """Start a job; called in the event loop. Raises RequestError for a request that cannot
-        run."""
-        assert self.llm is not None
-        preparing = job.loop.run_in_executor(PREPARERS, self.llm.prepare_all, job.requests)
-        job.prepared = await preparing
-
-        def start(llm: LLM) -> None:
-            self.jobs.append(job)
-            try:
-                for index, prepared in enumerate(job.prepared):
-                    job.sequences.append(llm.start(prepared, index))
-                job.post([])
-            except Exception as error:
-                job.post(client_error(error))
-
-        self.inbox.put(start)
-        if isinstance(started := await job.events.get(), NanollamaError):
-            raise started
 
     def run(self) -> None:
         """Load the model and work; the thread's own function."""
@@ -6181,14 +6166,6 @@ class EngineWorker(threading.Thread):
                 if all(seq.finish_reason for seq in job.sequences):
                     self.jobs.remove(job)
 
-    def drop(self, job: Job) -> None:
-        """Cancel the sequences of a job that still run."""
-        assert self.llm is not None
-        if job in self.jobs:
-            self.jobs.remove(job)
-            for seq in job.sequences:
-                self.llm.engine.cancel(seq)
-
     def fail(self, llm: LLM, error: Exception) -> None:
         """End the jobs whose sequences ran in a step that failed; the server goes on."""
         log.error("a step failed: %s: %s", type(error).__name__, first_line(error))
@@ -6196,7 +6173,7 @@ class EngineWorker(threading.Thread):
         running = list(llm.engine.scheduler.running)
         for job in list(self.jobs):
             if any(seq in running for seq in job.sequences):
-                self.drop(job)
+                job.drop(llm)
                 job.post(WireError(500, "step_failed", f"the model failed: {first_line(error)}"))
         llm.engine.forget()
 
@@ -6257,18 +6234,21 @@ class Pool:
     async def start(
         self, requests: tuple[GenerationRequest, ...], names: Mapping[str, str] | None = None
     ) -> Job:
-        """Start the requests of one body together. Raises RequestError, or WireError 429 when the
-        queue is full.
-
-        names: the body's names of the fields that an error may be about."""
+        """Start the requests of one body together. names: SamplingParams field -> body's name.
+        Raises RequestError, or WireError 429 when the queue is full."""
         worker = self.pick(requests[0])
         limit = self.llm().engine.num_slots + self.max_queue
         if worker.num_sequences and worker.num_sequences + len(requests) > limit:
             message = f"the queue of {self.max_queue} is full; try again soon"
             raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
         job = Job(worker, requests, self.note_use)
+        assert worker.llm is not None
         try:
-            await worker.submit(job)
+            # in a third thread, so that a long text delays neither the engine nor other clients
+            job.prepared = await asyncio.to_thread(worker.llm.prepare_all, requests)
+            worker.inbox.put(job.start)
+            if isinstance(started := await job.events.get(), NanollamaError):
+                raise started
         except BaseException as error:
             job.finish()
             if isinstance(error, RequestError):
@@ -6279,18 +6259,15 @@ class Pool:
 
 @dataclass(eq=False)
 class Models:
-    """The model that a server runs from its start to its end; a subclass in api.shelf has any
-    number. All methods run in the event loop.
+    """The model of a server; a subclass in api.shelf has any number. Methods run in the loop."""
 
-    named: those of the command line. on_failure gets an error that must end the server. pools:
-    those in memory, by name."""
-
-    named: Mapping[str, ModelSource]
-    config: ServerConfig = field(default_factory=lambda: ServerConfig())
+    named: Mapping[str, ModelSource]  # those of the command line
+    config: ServerConfig = field(default_factory=ServerConfig)
+    # called with an error that must end the server
     on_failure: Callable[[BaseException], None] = lambda error: None
     is_closing: Callable[[], bool] = lambda: False
     is_loading: bool = True  # until the server takes requests
-    pools: dict[str, Pool] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)  # those in memory, by name
     middleware: Iterable[starlette.middleware.Middleware] = ()  # between the gate and the routes
 
     def __str__(self) -> str:
@@ -6341,8 +6318,7 @@ class Models:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
-        """Listen while the model is loaded. At the end, end every thread, except those that still
-        load: they end with the process."""
+        """Listen while the model is loaded. A thread that still loads ends with the process."""
         starting = asyncio.create_task(self.start())
         yield
         starting.cancel()
@@ -6379,8 +6355,7 @@ def client_error(error: BaseException) -> NanollamaError:
 
 
 class Gate:
-    """ASGI middleware around all handlers: API keys, origins, request ids, the access log, and an
-    error object for every exception."""
+    """ASGI middleware around all handlers: API keys, origins, request ids, log, error objects."""
 
     OPEN = frozenset({"/", "/health"})  # without a key
 
@@ -6493,11 +6468,11 @@ SSE = Encoding("text/event-stream", sse, ping=b": ping\n\n", last=b"data: [DONE]
 def stream_response(
     events: AsyncIterator[Json | None],
     encoding: Encoding,
-    at_end: Callable[[], None] = lambda: None,
+    at_end: Callable[[], None],
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """A streamed response: the events, a ping for each None, and the encoding's last bytes. Calls
-    `at_end` in every case, even when the client leaves before the first event."""
+    `at_end` in every case."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
@@ -6557,12 +6532,11 @@ Handler = Callable[[Any, "Request"], Coroutine[Any, Any, "Response"]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A handler, whose docstring describes it; the methods and paths that it answers ("GET /x");
-    the fields of its body with their JSON types."""
+    """A handler, whose docstring describes it, and its methods and paths: "GET /x"."""
 
     handler: Handler
     names: tuple[str, ...]
-    fields: Mapping[str, str] | None = None
+    fields: Mapping[str, str] | None = None  # of the body -> JSON type
     required: tuple[str, ...] = ()
 
 
@@ -6584,8 +6558,7 @@ class Handlers:
         ]
 
     async def body(self, request: Request) -> Json:
-        """The JSON object of a request of any content type. Raises RequestError, or WireError
-        413."""
+        """The JSON object of a request of any content type. Raises RequestError or WireError."""
         data = bytearray()
         limit = self.config.max_body_bytes
         async for chunk in request.stream():
@@ -6603,8 +6576,7 @@ class Handlers:
         return value
 
     async def read_request(self, request: Request) -> tuple[Json, Pool]:
-        """The body of a request, and the model that it names, loaded. Raises as `body` and
-        `Models.pool` do."""
+        """The body of a request, and the model that it names. Raises as `body`, `Models.pool`."""
         body = await self.body(request)
         if (name := body.get("model")) is not None:
             check_type("model", name, "string")
@@ -6772,9 +6744,8 @@ def serve(models: Models) -> None:
 
     config, models.on_failure = models.config, failed
     listener = listen(config.host, config.port)
-    app = create_app(models)
     settings = uvicorn.Config(
-        app,
+        create_app(models),
         log_config=None,
         access_log=False,
         timeout_keep_alive=config.idle_s,

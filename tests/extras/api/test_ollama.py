@@ -570,7 +570,7 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
         {"from": TINY, "template": "{{ 1 }}"},
         {"from": TINY, "files": {"a": "b"}},
         {"from": TINY, "quantize": "q4_K_M"},
-        {"from": TINY, "system": 'three """ quotes'},
+        {"from": TINY, "system": 'three quotes """'},
         {"from": TINY, "parameters": {"temperature": "hot"}},
         {"from": TINY, "parameters": {"colour": 1}},
         {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
