@@ -2628,13 +2628,9 @@ def vocabulary_extra(file: Path) -> Any:
 def _directory_text(path: Path) -> TextFiles:
     settings = read_json(path / "tokenizer_config.json", required=False)
     special = read_json(path / "special_tokens_map.json", required=False)
-    special_tokens: dict[str, str] = {}
-    extra_tokens = settings.get("extra_special_tokens")
-    more = extra_tokens if isinstance(extra_tokens, dict) else {}
-    for name, token in {**special, **more, **settings}.items():
-        content = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(content, str):
-            special_tokens[name] = content
+    more = settings.get("extra_special_tokens")
+    given = special | (more if isinstance(more, dict) else {}) | settings
+    texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in given.items()}
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         values = read_json(path / name, required=False)
@@ -2648,7 +2644,11 @@ def _directory_text(path: Path) -> TextFiles:
         source=str(path),
         tokenizer_file=path / file if file else None,
         templates=_directory_templates(path, settings.get("chat_template")) or templates or {},
-        special_tokens=special_tokens,
+        special_tokens={
+            name: text
+            for name, text in texts.items()
+            if name.endswith("_token") and isinstance(text, str)
+        },
         eos_ids=frozenset(eos_ids),
     )
 
@@ -2665,14 +2665,12 @@ def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
         elif isinstance(found, list):
             named = [t for t in found if isinstance(t, dict) and {"name", "template"} <= t.keys()]
             templates |= {str(t["name"]): str(t["template"]) for t in named}
-    files = [path / "chat_template.jinja", *(path / "additional_chat_templates").glob("*.jinja")]
-    for file in files:
-        if file.is_file():
-            name = "default" if file.name == "chat_template.jinja" else file.stem
-            try:
-                templates[name] = file.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{file}: not readable: {first_line(error)}") from None
+    named_files = {file.stem: file for file in path.glob("additional_chat_templates/*.jinja")}
+    for name, file in {"default": path / "chat_template.jinja", **named_files}.items():
+        try:
+            templates |= {name: file.read_text(encoding="utf-8")} if file.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: not readable: {first_line(error)}") from None
     return templates
 
 
@@ -3114,8 +3112,8 @@ ALIASES = {
 }
 
 HUB_TIMEOUT_S = 5.0
+CREATED = ":created"  # behind the name of a created model where a hub model has it, too
 # Names that a created model may have: name, org/name, with or without :tag
-CREATED = ":created"  # where a hub model has the name
 MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?")
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
@@ -3183,7 +3181,7 @@ def local_path(reference: str, base: Path | None = None) -> Path | None:
 
 
 def mark_used(path: Path) -> None:
-    """Set the access time that `list` shows; many file systems leave it as it is."""
+    """Set the access time that `list` shows, which many file systems leave."""
     file = path / "config.json" if path.is_dir() else path
     with contextlib.suppress(OSError):
         os.utime(file, (time.time(), file.stat().st_mtime))
@@ -3459,10 +3457,8 @@ class ModelStore:
             raise UsageError(f"{reference}: a local path needs no pull; use it with --model")
         return self.fetch(reference, revision)
 
-    def fetch(
-        self, reference: str, revision: str | None = None, new_bar: NewBar | None = None
-    ) -> Path:
-        """`pull` for a reference that is not a path; `new_bar` makes classes of progress bars."""
+    def fetch(self, reference: str, revision: str | None = None, new_bar: Any = None) -> Path:
+        """`pull` for a reference that is not a path; `new_bar` is a NewBar or None."""
         if reference in FINDERS and (special := find_special(reference, self.root)):
             return special
         if reference in ALIASES:
@@ -3662,8 +3658,7 @@ def read_directive(line: str, lines: Iterator[tuple[int, str]]) -> tuple[str, st
     key, value = split_word(line)
     key, word = key.upper(), ""
     if key not in DIRECTIVES:
-        known = ", ".join(DIRECTIVES)
-        raise ModelfileError(f"unknown directive {key!r}; known: {known}")
+        raise ModelfileError(f"unknown directive {key!r}; known: {', '.join(DIRECTIVES)}")
     if key in ("PARAMETER", "MESSAGE"):
         word, value = split_word(value)
     quote = next((mark for mark in ('"""', '"') if value.startswith(mark)), "")
@@ -3808,9 +3803,7 @@ def add_control_tokens(
         special = kind != TOKEN_USER_DEFINED
         usual = {"special": special, "normalized": False}
         of_kind = [(i, token) for i, token in enumerate(tokens) if types[i] == kind]
-        added = [
-            tokenizers.AddedToken(token, **{**usual, **flags.get(i, {})}) for i, token in of_kind
-        ]
+        added = [tokenizers.AddedToken(t, **{**usual, **flags.get(i, {})}) for i, t in of_kind]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 
@@ -3823,10 +3816,8 @@ def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
         return known
     rarer = extra("files.pre_tokenizers", f"the pre-tokenizer {excerpt(name)}").PRE_TOKENIZERS
     if name not in rarer:
-        raise CheckpointError(
-            f"tokenizer.ggml.pre {excerpt(name)} is not known; give --tokenizer with a model "
-            "directory or hub id"
-        )
+        reason = f"tokenizer.ggml.pre {excerpt(name)} is not known"
+        raise CheckpointError(f"{reason}; give --tokenizer with a model directory or hub id")
     return cast(PreTokenizer, rarer[name])
 
 
@@ -3859,8 +3850,7 @@ def file_merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[t
 
 @contextlib.contextmanager
 def library_errors(problem: str) -> Iterator[None]:
-    """Turn errors of the tokenizers library, panics of its Rust code included, into
-    CheckpointErrors."""
+    """Turn errors of the tokenizers library, and panics of its Rust code, into CheckpointErrors."""
     try:
         yield
     except NanollamaError:
@@ -3877,8 +3867,8 @@ LONG_TEXT = 10_000  # characters, from which a text is encoded while other threa
 
 
 def without_control(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A tokenizer with the same vocabulary for texts whose control tokens are plain text. Two of
-    them need no lock between threads that encode texts of both kinds."""
+    """A tokenizer with the same vocabulary that takes control tokens in a text as plain text. Two
+    tokenizers need no lock between threads."""
     added = tokenizer.get_added_tokens_decoder()
     plain = tokenizers.Tokenizer(tokenizer.model)
     for name in ("normalizer", "pre_tokenizer", "post_processor"):
@@ -3898,10 +3888,8 @@ class Tokenizer:
     def __init__(self, text: TextFiles) -> None:
         file = None if text.gguf else text.tokenizer_file
         if not text.gguf and not (file and file.exists()):
-            raise CheckpointError(
-                f"{text.source}: holds no tokenizer ({', '.join(VOCABULARIES)}); give "
-                "--tokenizer with a model directory or hub id that does"
-            )
+            lacking = f"{text.source}: holds no tokenizer ({', '.join(VOCABULARIES)})"
+            raise CheckpointError(f"{lacking}; give --tokenizer with a model that has one")
         self._tokenizer: tokenizers.Tokenizer
         with errors_about(file or text.source), library_errors("cannot be built"):
             if file and (vocabulary := vocabulary_extra(file)):
@@ -3951,12 +3939,12 @@ class Tokenizer:
                 if len(text) < LONG_TEXT:
                     return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
                 # lets other threads run meanwhile
-                return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
-                    0
-                ].ids
+                encode = tokenizer.encode_batch_fast
+                return encode([text], add_special_tokens=add_special_tokens)[0].ids
             except (UnicodeEncodeError, TypeError):  # releases of the library differ
-                problem = "the text holds a lone surrogate, which is not Unicode text"
-                raise RequestError(problem) from None
+                raise RequestError(
+                    "the text holds a lone surrogate, which is not Unicode"
+                ) from None
 
     def spell(self, text: str) -> list[int]:
         """Ids of a text in which no added token is recognized."""
@@ -4137,10 +4125,9 @@ THOUGHTS = (
 )
 
 
-def is_about_calls(message: Mapping[str, Any]) -> bool:
-    return isinstance(message, Mapping) and (
-        bool(message.get("tool_calls")) or message.get("role") == "tool"
-    )
+def is_about_calls(message: Any) -> bool:
+    fields = message if isinstance(message, Mapping) else {}
+    return bool(fields.get("tool_calls")) or fields.get("role") == "tool"
 
 
 class ChatTemplate:
@@ -4151,9 +4138,8 @@ class ChatTemplate:
     def __init__(self, text: TextFiles, override: str | None = None) -> None:
         self.source = override or text.templates.get("default")
         self.tool_source = None if override else text.templates.get("tool_use")
-        self.origin = (
-            "Modelfile" if override else "model" if self.source else "ChatML (none in the model)"
-        )
+        from_model = "model" if self.source else "ChatML (none in the model)"
+        self.origin = "Modelfile" if override else from_model
         self.special_tokens = dict(text.special_tokens)
 
     @property
@@ -4227,10 +4213,9 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     message_text(clean)
     if clean.get("role") == "developer":
         clean["role"] = "system"
-    for name in ("reasoning_content", "thinking", "reasoning"):
-        if name in clean:
-            clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
-            break
+    names = (name for name in ("reasoning_content", "thinking", "reasoning") if name in clean)
+    if name := next(names, None):
+        clean = {"thinking": clean[name], **clean, "reasoning_content": clean[name]}
     return clean
 
 
