@@ -5511,8 +5511,7 @@ def check_type(name: str, value: Any, kind: str) -> None:
 def read_fields(
     body: Fields, known: Mapping[str, str], strict: bool = False, neutral: Fields = NEUTRAL
 ) -> tuple[Json, tuple[str, ...]]:
-    """The known fields of a body that are not null, with their types checked; and the names of the
-    fields without effect. Raises RequestError for a field that cannot be honoured."""
+    """The known fields that are not null, and the names without effect. Raises RequestError."""
     given = {
         name: int(value) if isinstance(value, float) and value.is_integer() else value
         for name, value in body.items()
@@ -5554,8 +5553,7 @@ class WireRequest:
 def parse_chat(
     body: Fields, defaults: Fields, strict: bool = False, opening: Iterable[Json] = ()
 ) -> WireRequest:
-    """A body of /v1/chat/completions. defaults: SamplingParams fields. opening: see ModelSource.
-    Raises RequestError."""
+    """A body of /v1/chat/completions, with fields of a ModelSource. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     num_top = given.get("top_logprobs")
@@ -5625,7 +5623,12 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
         stop = given["stop"]
         values["stop"] = tuple(w for w in ([stop] if isinstance(stop, str) else stop) if w != "")
     if "logit_bias" in given:
-        values["logit_bias"] = dict(_token_bias(*pair) for pair in given["logit_bias"].items())
+        for token_id, bias in given["logit_bias"].items():
+            if not re.fullmatch("[0-9]{1,9}", token_id):
+                problem = f"logit_bias has the key {excerpt(token_id)}; token ids are needed"
+                refuse(problem, "logit_bias")
+            check_type("logit_bias", bias, "number")
+        values["logit_bias"] = {int(i): bias for i, bias in given["logit_bias"].items()}
     if GUIDE_FIELDS.keys() & given.keys():
         guide = extra("answers.guides", "an answer in a given form").read_guide(given)
         if guide is not None:
@@ -5633,14 +5636,6 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
             values |= {"schema": None, "regex": None, "grammar": None}
             return (values | {name: value} if name else values), {name: where}
     return values, {}
-
-
-def _token_bias(token_id: str, bias: Any) -> tuple[int, float]:
-    """A row of logit_bias, checked."""
-    if not re.fullmatch("[0-9]{1,9}", token_id):
-        refuse(f"logit_bias has the key {excerpt(token_id)}; token ids are needed", "logit_bias")
-    check_type("logit_bias", bias, "number")
-    return int(token_id), bias
 
 
 def _template_kwargs(given: Fields) -> Json:
@@ -5776,12 +5771,9 @@ class ChatReply(Reply):
         return [{**own, "top_logprobs": top}]
 
     def _entry(self, token_id: int, logprob: float) -> Json:
-        return {
-            "token": token_text(self.tokenizer, token_id),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": list(self.tokenizer.token_bytes(token_id)),
-            "id": token_id,
-        }
+        text, raw = token_text(self.tokenizer, token_id), self.tokenizer.token_bytes(token_id)
+        value = max(logprob, LEAST_LOGPROB)
+        return {"token": text, "logprob": value, "bytes": list(raw), "id": token_id}
 
 
 class ChatChoice(ChatReply):
@@ -5960,16 +5952,14 @@ class Dialect:
         return cast("type[Handlers]", extra(self.module, self.paths.split()[0]).API)
 
 
-INSPECTED = (
-    "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize /apply-template"
-)
 DIALECTS = (
     Dialect("api.page", "/ /chat/completions"),
     Dialect("api.responses", "/v1/responses /responses"),
     Dialect("api.embeddings", "/v1/embeddings /embeddings"),
     Dialect("api.ollama", "/api", lambda error: {"error": str(error)}),
     Dialect("api.metrics", "/metrics"),
-    Dialect("api.inspect", INSPECTED),
+    Dialect("api.inspect", "/stats /v1/capabilities /openapi.json /tokenizer_info"),
+    Dialect("api.inspect", "/tokenize /detokenize /apply-template"),
 )
 
 
@@ -6073,8 +6063,7 @@ class Job:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     async def deltas(self, timeout_s: float | None) -> AsyncIterator[list[Delta]]:
-        """Lists of deltas until every sequence has finished, and an empty list after PING_S of
-        silence. Raises the error that ended the job, or WireError 504."""
+        """Lists of deltas; an empty one after PING_S. Raises the job's error or WireError 504."""
         end_s = math.inf if timeout_s is None else self.started_s + timeout_s
         num_left = len(self.requests)
         while num_left:
@@ -6342,8 +6331,6 @@ def client_error(error: BaseException) -> NanollamaError:
 class Gate:
     """ASGI middleware around all handlers: API keys, origins, request ids, log, error objects."""
 
-    OPEN = frozenset({"/", "/health"})  # without a key
-
     def __init__(self, app: ASGIApp, config: ServerConfig, observer: Observer) -> None:
         self.app, self.config, self.observer = app, config, observer
 
@@ -6382,7 +6369,7 @@ class Gate:
         # constant time: how long a comparison takes must not tell a prefix of the key
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
         # the router's path: a URL built from the Host header could name another one
-        if matches and not any(matches) and scope["path"] not in self.OPEN:
+        if matches and not any(matches) and scope["path"] not in ("/", "/health"):
             message = "this server needs its API key: Authorization: Bearer KEY"
             raise WireError(401, "invalid_api_key", message, {"www-authenticate": "Bearer"})
 
@@ -6456,8 +6443,7 @@ def stream_response(
     at_end: Callable[[], None],
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A streamed response: the events, a ping for each None, and the encoding's last bytes. Calls
-    `at_end` in every case."""
+    """A stream of events, a ping for each None, and `last`. Calls `at_end` in every case."""
 
     async def body() -> AsyncIterator[bytes]:
         try:
@@ -6492,8 +6478,7 @@ async def last_of(events: AsyncIterator[Item]) -> Item:
 async def unless_disconnected(
     receive: Receive, work: Coroutine[Any, Any, Any], at_end: Callable[[], None]
 ) -> Any:
-    """The result of `work`, which is cancelled when the client goes away first: ClientDisconnect.
-    Calls `at_end` in every case."""
+    """The result of `work`, or ClientDisconnect, which cancels it. Calls `at_end` in every case."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -6512,14 +6497,11 @@ async def unless_disconnected(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-Handler = Callable[[Any, "Request"], Coroutine[Any, Any, "Response"]]
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
     """A handler, whose docstring describes it, and its methods and paths: "GET /x"."""
 
-    handler: Handler
+    handler: Callable[[Any, Request], Coroutine[Any, Any, Response]]
     names: tuple[str, ...]
     fields: Mapping[str, str] | None = None  # of the body -> JSON type
     required: tuple[str, ...] = ()
@@ -6648,8 +6630,8 @@ class OpenAI(Handlers):
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the models that may be served, and whether they are in memory"""
-        bodies = [self.model_body(name) for name in await self.models.names()]
-        return as_json({"object": "list", "data": bodies})
+        data = [self.model_body(name) for name in await self.models.names()]
+        return as_json({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}"""
