@@ -105,17 +105,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypeVar,
-    cast,
-)
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 __version__ = "0.1.0"
 __all__ = [
@@ -221,6 +211,8 @@ if TYPE_CHECKING:
     from nanollama_extras.answers.tools import Calls, ToolChoice, ToolSplitter
 
     Row = npt.NDArray[np.float32]
+    Ids = npt.NDArray[np.int64]
+    Probs = npt.NDArray[np.float64]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
     Heads = tuple[Tensor, Tensor, Tensor]  # q (N, H, D), k and v (N, Hkv, D)
 else:
@@ -230,9 +222,7 @@ else:
     np = LazyModule("numpy")
     cors = LazyModule("starlette.middleware.cors")
     safetensors = LazyModule("safetensors", "torch")
-    starlette = LazyModule(
-        "starlette", *"applications exceptions middleware requests responses routing".split()
-    )
+    starlette = LazyModule("starlette", "applications")  # which imports its other parts
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
@@ -269,8 +259,7 @@ class NanollamaError(Exception):
 
 
 class UsageError(NanollamaError):
-    status = 400
-    exit_code = 2
+    status, exit_code = 400, 2
 
 
 class ModelfileError(NanollamaError):
@@ -295,8 +284,7 @@ class PackageError(NanollamaError): ...
 
 
 class ExtraError(NanollamaError):
-    status, code = 501, "extra_not_installed"
-    exit_code = 2
+    status, code, exit_code = 501, "extra_not_installed", 2
 
 
 class LogitsError(NanollamaError): ...
@@ -4457,7 +4445,7 @@ class DistinctTokens:
         self.num_read = 0
         self.ids: Any = None  # array of `known`; a server without a model needs no NumPy
 
-    def update(self, history: list[int]) -> npt.NDArray[np.int64]:
+    def update(self, history: list[int]) -> Ids:
         """The distinct ids of a history that begins with that of the last call."""
         new = set(history[self.num_read :]) - self.known
         if new:
@@ -4465,7 +4453,7 @@ class DistinctTokens:
             self.ids = np.append(self.ids, ids) if self.known else ids
             self.known |= new
         self.num_read = len(history)
-        return cast("npt.NDArray[np.int64]", self.ids)
+        return cast("Ids", self.ids)
 
 
 def penalize(
@@ -4503,7 +4491,7 @@ def penalize(
 VOCAB_BLOCK = 64  # tokens with a common maximum in `likeliest`; divides most vocabularies
 
 
-def likeliest(logits: Row, num: int) -> tuple[Row, npt.NDArray[np.int64]]:
+def likeliest(logits: Row, num: int) -> tuple[Row, Ids]:
     """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,);
     fewer where the rest are -inf.
 
@@ -4524,16 +4512,13 @@ def likeliest(logits: Row, num: int) -> tuple[Row, npt.NDArray[np.int64]]:
     return values[order], ids[order]
 
 
-def softmax(logits: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
+def softmax(logits: Row, temperature: float) -> Probs:
     """Probabilities. The largest logit becomes 0 first, so that no temperature can overflow it."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    probs: npt.NDArray[np.float64] = weights / weights.sum()
-    return probs
+    return cast("Probs", weights / weights.sum())
 
 
-def candidates(
-    logits: Row, params: SamplingParams
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
     """Temperature and top-k -> probabilities (K,), best first, and their token ids (K,). Without
     top-k, K grows until top-p and min-p need no further token."""
     V = len(logits)
@@ -4553,10 +4538,10 @@ def candidates(
 def check_number(value: float, name: str) -> None:
     """Raises LogitsError for nan and infinity, which an undamaged model never computes."""
     if not math.isfinite(value):
-        raise LogitsError(
-            f"the model's {name} is {value}: its weights are damaged, or too large for its dtype; "
-            "fetch the model again, or use --dtype float32"
+        problem = (
+            f"the model's {name} is {value}: its weights are damaged, or too large for its dtype"
         )
+        raise LogitsError(f"{problem}; fetch the model again, or use --dtype float32")
 
 
 def sample(
@@ -4727,9 +4712,7 @@ class Sequence:
             for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
                 self.prompt_logprobs.append(token_logprobs(row.numpy(), token_id, num_top))
 
-    def append(
-        self, token_id: int, logprobs: TokenLogprobs | None = None, is_end: bool = False
-    ) -> Delta:
+    def append(self, token_id: int, logprobs: TokenLogprobs | None, is_end: bool) -> Delta:
         """Add a token, and decide whether it is the last one."""
         self.token_ids.append(token_id)
         self.first_token_s = self.first_token_s or time.perf_counter()
@@ -4808,14 +4791,12 @@ class Scheduler:
             for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
         ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
-        coming = [(common_prefix(other.token_ids, wanted), other) for other in self.running]
-        alike = (
-            n
-            for n, other in coming
-            if n > other.num_computed and self.may_resume(other.slot, other.num_computed, length)
-        )
-        if max(alike, default=0) > shared[source] + WORTH_WAITING:
-            return None
+        least = shared[source] + WORTH_WAITING
+        for other in self.running:
+            slot, num = other.slot, other.num_computed
+            coming = common_prefix(other.token_ids, wanted)
+            if coming > max(num, least) and self.may_resume(slot, num, length):
+                return None
         self.waiting.popleft()
         # taking a slot over drops the rest of its contents: only if that is the smaller part
         own = source in self.free and shared[source] * 2 >= len(self.contents[source])
@@ -4903,14 +4884,13 @@ class Engine:
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         self.is_capped = self.n_ctx < decoder.config.n_ctx
-        most_new = max(config.prefill_chunk, config.lookup + 1)
+        chunk, lookup = config.prefill_chunk, config.lookup
+        most_new = max(chunk, lookup + 1)
         self.num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
         self.cache = decoder.new_cache(self.num_slots, most_new)
-        self.scheduler = Scheduler(
-            self.num_slots, config.prefill_chunk, config.lookup, self.cache.may_resume
-        )
+        self.scheduler = Scheduler(self.num_slots, chunk, lookup, self.cache.may_resume)
         self.stats = EngineStats()
-        if config.lookup:
+        if lookup:
             self.new_drafter = extra("answers.lookup", "--lookup").PromptLookup
         with torch.inference_mode():
             self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
@@ -4927,12 +4907,9 @@ class Engine:
         if not seq.token_ids:
             raise RequestError("the prompt is empty: there is no token to continue", "prompt")
         if seq.num_prompt >= self.n_ctx + bool(seq.pooler):  # an embedding needs no room
-            raise ContextLengthError(
-                f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}, the "
-                "answer included; shorten the prompt"
-                + (" or raise --ctx" if self.is_capped else ""),
-                "prompt",
-            )
+            problem = f"the prompt has {seq.num_prompt} tokens and the context holds {self.n_ctx}"
+            remedy = "shorten the prompt" + (" or raise --ctx" if self.is_capped else "")
+            raise ContextLengthError(f"{problem}, the answer included; {remedy}", "prompt")
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         seq.drafter = self.new_drafter() if self.new_drafter else None
@@ -5100,6 +5077,9 @@ class Prepared:
         return AnswerSplitter(self.prompt_text, calls.splitter() if calls else None, keep_tags)
 
 
+AnyRequest = GenerationRequest | Prepared
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer: the sum of its deltas."""
@@ -5261,24 +5241,16 @@ class LLM(TextSide):
         return_unused_memory()
         needed, free = weight_bytes(checkpoint, config), available_memory(used_device)
         if needed > free and not config.force:
+            problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
             raise NanollamaError(
-                f"{model}: its weights take {human_bytes(needed)} of memory, and "
-                f"{human_bytes(free)} are free; take a smaller model, or load it with --force"
+                f"{model}: {problem}; take a smaller model, or load it with --force"
             )
         if config.threads:
             torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
-        weights = Weights(
-            self.checkpoint.tensors,
-            str(self.checkpoint.path),
-            used_device,
-            getattr(torch, dtype),
-            {"q8": 8, "q4": 4}.get(quantize or ""),
-            config.kernels,
-            adapter
-            and extra("models.lora", "--adapter").open_adapter(
-                Path(adapter).expanduser(), self.config
-            ),
-        )
+        lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
+        files = (self.checkpoint.tensors, str(self.checkpoint.path))
+        kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
+        weights = Weights(*files, used_device, *kind, config.kernels, lora)
         with torch.inference_mode():
             decoder = make_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
@@ -5299,9 +5271,7 @@ class LLM(TextSide):
         """Logits (T, V) float32 after each of T ids. Raises RequestError."""
         return cast("Tensor", extra("answers.scores", "LLM.logits").logits(self, token_ids))
 
-    def start(
-        self, request: GenerationRequest | Prepared, index: int = 0, logprobs_from: int = 1
-    ) -> Sequence:
+    def start(self, request: AnyRequest, index: int = 0, logprobs_from: int = 1) -> Sequence:
         """Hand a request to the engine, whose `step` then works on it. prompt_logprobs, if wanted,
         begin at `logprobs_from`: earlier tokens may come from the cache. Raises as `prepare`."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
@@ -5339,15 +5309,13 @@ class LLM(TextSide):
         return seq
 
     def stream(
-        self,
-        requests: Iterable[GenerationRequest | Prepared] | GenerationRequest | Prepared,
-        raise_errors: bool = True,
+        self, requests: Iterable[AnyRequest] | AnyRequest, raise_errors: bool = True
     ) -> Iterator[Delta]:
         """Run requests together and yield their deltas at once; `delta.index` names the request.
 
         A request that cannot run raises or, unless `raise_errors`, yields a Delta with `error`.
         Leaving the loop early cancels all that still run."""
-        if isinstance(requests, (GenerationRequest, Prepared)):
+        if isinstance(requests, AnyRequest):
             requests = [requests]
         sequences: list[Sequence] = []
         try:
@@ -5400,7 +5368,7 @@ class LLM(TextSide):
                     digest.update(opened.read(1 << 16))
         return f"fp_{digest.hexdigest()[:12]}"
 
-    def complete(self, request: GenerationRequest | Prepared) -> Completion:
+    def complete(self, request: AnyRequest) -> Completion:
         """The whole answer to one request."""
         deltas = list(self.stream(request))
         text = "".join(delta.text for delta in deltas)
@@ -6769,9 +6737,7 @@ COMMANDS = {
     "show": Command("MODEL", "describe a model, and every setting with its origin", "command_show"),
     "rm": Command("MODEL", "delete a model from this machine", "command_rm"),
     "bench": Command("[--model MODEL]", "measure how fast a model runs here", "commands.bench"),
-    "eval": Command(
-        "[--text FILE] [--task FILE]", "measure how well a model predicts", "commands.eval"
-    ),
+    "eval": Command("[--text|--task FILE]", "measure how well a model predicts", "commands.eval"),
     "verify": Command("MODEL", "compare a model with transformers", "commands.verify"),
 }
 
@@ -6798,9 +6764,8 @@ def add_settings(add: Callable[..., None], settings: type) -> None:
         if row.kind is bool:
             rest["action"] = "store_true"
         else:
-            rest["kind"] = str.lower if row.choices else row.kind
-        if row.choices:
-            rest["choices"] = row.choices
+            kind = str.lower if row.choices else row.kind
+            rest |= {"kind": kind, "choices": row.choices or None}
         if isinstance(row.default, (tuple, dict)):
             rest["action"] = "append"
         if row.bare is not None:
@@ -6898,10 +6863,11 @@ class Settings:
     def sampling(self, model_defaults: Fields) -> dict[str, tuple[Any, str]]:
         """Each SamplingParams field with its value and its origin."""
         chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
-        for values, origin in (
-            (model_defaults, "model"),
-            (self.modelfile.parameters, "Modelfile"),
-            (self.flags, "flag"),
+        file = self.modelfile.parameters
+        for origin, values in (
+            ("model", model_defaults),
+            ("Modelfile", file),
+            ("flag", self.flags),
         ):
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
@@ -6983,12 +6949,11 @@ def speed_line(stats: EngineStats) -> str:
     """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s | lookup: 12 of 20 right]"""
     prefill = stats.prefill_tokens / max(stats.prefill_s, 1e-9)
     decode = stats.decode_tokens / max(stats.decode_s, 1e-9)
-    lookup = f" | lookup: {stats.accepted_tokens} of {stats.drafted_tokens} right"
-    return (
-        f"[prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
-        f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s"
-        f"{lookup if stats.drafted_tokens else ''}]"
-    )
+    line = f"prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
+    line += f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s"
+    if stats.drafted_tokens:
+        line += f" | lookup: {stats.accepted_tokens} of {stats.drafted_tokens} right"
+    return f"[{line}]"
 
 
 class LogFormatter(logging.Formatter):
@@ -6996,13 +6961,12 @@ class LogFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def put(text: str, out: TextIO | None = None, is_thought: bool = False) -> None:
+def put(text: str, out: IO[str] | None = None, is_thought: bool = False) -> None:
     """Write text to stdout or `out`: as it is, but printable on a terminal, where thoughts are
     dimmed unless NO_COLOR (https://no-color.org) or TERM=dumb forbids it."""
     out = out or sys.stdout
     if out.isatty():
-        has_styles = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        dims = is_thought and has_styles
+        dims = is_thought and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         text = f"{DIM}{printable(text)}{PLAIN}" if dims else printable(text)
     out.write(text)
     out.flush()
@@ -7012,7 +6976,7 @@ class AnswerPrinter:
     """Writes an answer as it comes. Tool calls are collected."""
 
     def __init__(
-        self, splitter: AnswerSplitter, hide_thinking: bool, out: TextIO | None = None
+        self, splitter: AnswerSplitter, hide_thinking: bool, out: IO[str] | None = None
     ) -> None:
         self.splitter, self.hide_thinking, self.out = splitter, hide_thinking, out
         self.text = {"content": "", "thought": ""}
@@ -7350,10 +7314,8 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str
     return backend.describe(), backend.kv_dtype(engine.kv_dtype, is_packed)
 
 
-def memory_needed(
-    checkpoint: Checkpoint, settings: Settings, most_ctx: int | None = None
-) -> tuple[int, int]:
-    """Bytes of the weights, and of the keys and values of the context, capped at `most_ctx`."""
+def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
+    """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
     engine, config = settings.engine(), checkpoint.config
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
     kv_dtype = chosen_kernels(checkpoint, settings)[1]
@@ -7458,9 +7420,8 @@ def command_show(argv: list[str]) -> int:
     settings = read_settings(args, parser)
     path = ModelStore().find(settings.model, args.revision)
     if path is None:
-        raise ModelNotFoundError(
-            f"{settings.model}: not on this machine; get it with: {PROGRAM} pull {settings.model}"
-        )
+        remedy = f"get it with: {PROGRAM} pull {settings.model}"
+        raise ModelNotFoundError(f"{settings.model}: not on this machine; {remedy}")
     checkpoint = open_checkpoint(path)
     template = ChatTemplate(checkpoint.text, settings.modelfile.template)
     sampling = settings.sampling(checkpoint.sampling)
@@ -7522,12 +7483,10 @@ def run(argv: list[str]) -> int:
         args = parser.parse_args(argv)
     except (RequestError, UsageError) as error:
         parser.error(str(error))
+    talks = args.interactive or (args.chat and args.prompt is not None)
     for is_wrong, message in (
         (len(args.models) > 1 and not args.serve, "several --model need --serve"),
-        (
-            args.tools and not (args.interactive or (args.chat and args.prompt is not None)),
-            "--tools needs --interactive, or --prompt and --chat",
-        ),
+        (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
         (args.output and args.batch_file is None, "--output needs --batch-file"),
         (args.embed and (args.interactive or args.serve), "--embed needs --prompt or --batch-file"),
         (args.script and (args.models or not args.serve), "--script needs --serve without --model"),

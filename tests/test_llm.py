@@ -305,7 +305,7 @@ def test_a_model_larger_than_the_free_memory_is_refused(
 ) -> None:
     needed = nanollama.open_checkpoint(tiny()).num_parameters * 4
     monkeypatch.setattr(nanollama, "available_memory", lambda device: needed / 2)
-    shown = f"{nanollama.human_bytes(needed)} of memory, and {nanollama.human_bytes(needed / 2)}"
+    shown = f"{nanollama.human_bytes(needed)}, and {nanollama.human_bytes(needed / 2)}"
     with pytest.raises(nanollama.NanollamaError, match=f"weights take {shown} are free; .*--force"):
         LLM(tiny())
     LLM(tiny(), force=True)

@@ -140,10 +140,11 @@ class AdaptedProjection(Projection):
         return self.base.nbytes + sum(a.nbytes + b.nbytes for _, a, b in self.updates)
 
 
-def open_adapter(path: Path, config: ModelConfig) -> Adapter:
+def open_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
     """Open a directory with adapter_config.json and adapter_model.safetensors.
 
     Raises CheckpointError, naming the file."""
+    path = Path(directory).expanduser()
     if not path.is_dir():
         problem = "not a directory" if path.exists() else "no such directory"
         raise CheckpointError(f"{path}: {problem}; an adapter is a directory with {ADAPTER_FILE}")
