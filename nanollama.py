@@ -215,6 +215,9 @@ if TYPE_CHECKING:
     Probs = npt.NDArray[np.float64]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
     Heads = tuple[Tensor, Tensor, Tensor]  # q (N, H, D), k and v (N, Hkv, D)
+    Tensors = Mapping[str, "TensorSource"]  # by name
+    Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
+    Limits = tuple[float, float]  # least and most
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -479,10 +482,8 @@ FAMILIES: dict[str, Family] = {
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
 GATED = ("swiglu", "geglu", "clamped_swiglu")  # activations of gate_proj and up_proj
-REFUSED = (
-    "clip_qkv qk_layernorm use_parallel_residual use_bidirectional_attention swiglu_limit "
-    "swiglu_alpha"
-).split()
+REFUSED = "clip_qkv qk_layernorm swiglu_limit swiglu_alpha use_parallel_residual".split()
+REFUSED += ["use_bidirectional_attention"]
 # quant_method of quantization_config -> the module of extras with `packed_tensors`
 PACKINGS = {"mxfp4": "files.mxfp4"}
 # rope_type -> numbers that it needs; nanollama_extras.models.ropes has further types
@@ -501,8 +502,7 @@ def all_families() -> dict[str, Family]:
 
 
 def find_family(model_type: object) -> Family:
-    """The family of a model_type. Raises CheckpointError for an unknown one, and ExtraError where
-    only nanollama_extras.models.families may know it."""
+    """A model_type's family. Raises CheckpointError, or ExtraError where only extras may know."""
     rows, shown = FAMILIES, excerpt(model_type)
     if isinstance(model_type, str) and model_type not in rows:
         rows = extra("models.families", f"model_type {shown}").FAMILIES
@@ -527,11 +527,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder.
-
-    ropes are Hugging Face's rope_parameters, always with rope_type and rope_theta, the main one
-    first; layer_ropes has the index of each layer's, None for a layer without positions; windows
-    has each layer's attention window, None for all keys."""
+    """The shape of a decoder."""
 
     model_type: str
     n_vocab: int  # V
@@ -543,9 +539,9 @@ class ModelConfig:
     head_dim: int  # D
     n_ctx: int  # longest context that the model was trained for
     norm_eps: float
-    ropes: tuple[Mapping[str, Any], ...]
-    layer_ropes: tuple[int | None, ...]
-    windows: tuple[int | None, ...]
+    ropes: tuple[Mapping[str, Any], ...]  # Hugging Face's rope_parameters, complete; the main first
+    layer_ropes: tuple[int | None, ...]  # each layer's index in ropes; None without positions
+    windows: tuple[int | None, ...]  # each layer's attention window; None for all keys
     tie_embeddings: bool
     qkv_bias: bool = False
     o_bias: bool = False
@@ -574,8 +570,7 @@ class ModelConfig:
         return int(self.rope["n_rot"])
 
     def ring_tokens(self, most_new: int) -> int:
-        """Number of positions that a layer with a window keeps, so that each of `most_new` tokens
-        of a step finds all keys that it sees."""
+        """Positions kept in a layer with a window: all that `most_new` tokens of a step see."""
         window = max((window for window in self.windows if window), default=0)
         return round_up(window + most_new, RING_TILE)
 
@@ -662,12 +657,10 @@ def _shape(values: ConfigValues, family: Family) -> Json:
     n_kv_heads = values.count("num_key_value_heads", n_heads)
     head_dim = values.count("head_dim", n_embd // n_heads, most=2**16)
     if n_heads % n_kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"{n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads: the width "
-            "must be even and the heads must divide evenly"
-        )
+        heads = f"{n_heads} heads of width {head_dim} over {n_kv_heads} key/value heads"
+        raise CheckpointError(f"{heads}: the width must be even, and the heads must divide evenly")
     windows = layer_windows(values)
-    ropes, layer_ropes = _ropes(values, windows, head_dim)
+    ropes = _ropes(values, windows, head_dim)
     switches = {**_switches(values), **family.switches}
     switches["embed_scale"] *= n_embd**0.5 if switches.pop("embed_root", False) else 1
     if switches.get("experts"):
@@ -680,23 +673,20 @@ def _shape(values: ConfigValues, family: Family) -> Json:
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "head_dim": head_dim,
-        "n_ctx": _longest_context(values, ropes[0]),
-        "ropes": ropes,
-        "layer_ropes": layer_ropes,
+        "n_ctx": _longest_context(values, ropes["ropes"][0]),
         "windows": windows,
+        **ropes,
         **switches,
     }
 
 
 def _switches(values: ConfigValues) -> Json:
-    """The fields of ModelConfig that any config.json may set. Raises CheckpointError for keys whose
-    arithmetic is not supported."""
+    """Fields that any config.json may set. Raises CheckpointError for unsupported arithmetic."""
     quantized = values.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
     if quantized and str(method) not in PACKINGS:
         raise CheckpointError(
-            f"quantization_config {excerpt(quantized)} is not supported; take the float weights "
-            "(with --quantize) or a GGUF file of this model"
+            f"quantization_config {excerpt(quantized)} is not supported; take float weights or GGUF"
         )
     for key in filter(values.get, REFUSED):
         raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
@@ -739,10 +729,8 @@ def _experts(values: ConfigValues, n_layers: int) -> Experts:
     )
 
 
-def _ropes(
-    values: ConfigValues, windows: tuple[int | None, ...], head_dim: int
-) -> tuple[tuple[Json, ...], tuple[int | None, ...]]:
-    """The RoPEs of a model, and the index of each layer's. Version 5 writes `rope_parameters`, one
+def _ropes(values: ConfigValues, windows: tuple[int | None, ...], head_dim: int) -> Json:
+    """The fields `ropes` and `layer_ropes` of ModelConfig. Version 5 writes `rope_parameters`, one
     for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`.
     `no_rope_layers` has 1 for each layer with a RoPE."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -755,7 +743,8 @@ def _ropes(
     check_value(is_valid, "no_rope_layers", turned, f"a list of {len(windows)} numbers")
     in_window = len(ropes) - 1  # index of the RoPE of layers with a window
     indices = [in_window * (w is not None) if turns else None for turns, w in zip(turned, windows)]
-    return tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes), tuple(indices)
+    complete = tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes)
+    return {"ropes": complete, "layer_ropes": tuple(indices)}
 
 
 def _longest_context(values: ConfigValues, rope: Json) -> int:
@@ -818,7 +807,7 @@ class Option:
     flags: str  # "--top-k -k N", where N stands for the value; "" for a field without a flag
     help: str
     kind: Callable[[str], Any]  # text -> value: float, int, bool, str or a function
-    limits: tuple[float, float] | None = None  # least and most
+    limits: Limits | None = None
     choices: tuple[str, ...] = ()
     bare: int | None = None  # value of the flag when it is given alone
     optional: bool = False  # None is a value
@@ -844,9 +833,8 @@ class Option:
             return "use True or False"
         least, most = self.limits
         kind = "an integer" if self.kind is int else "a number"
-        return f"it must be {kind} " + (
-            f"between {least} and {most}" if most < 2**31 else f"of at least {least}"
-        )
+        extent = f"between {least} and {most}" if most < 2**31 else f"of at least {least}"
+        return f"it must be {kind} {extent}"
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -861,9 +849,7 @@ class Option:
         return is_number and bool(self.limits[0] <= value <= self.limits[1])
 
 
-def option(
-    default: Any, text: str = "", limits: tuple[float, float] | None = None, **rest: Any
-) -> Any:
+def option(default: Any, text: str = "", limits: Limits | None = None, **rest: Any) -> Any:
     """A dataclass field with an Option; `text` holds its flags, a colon and its help."""
     flags, _, help_text = text.partition(": ")
     rest = {"kind": str if default is None else type(default), "optional": default is None, **rest}
@@ -923,17 +909,13 @@ class SamplingParams:
     top_p: float = option(0.9, "--top-p X: keep the top tokens that reach X; 1 is off", (0, 1))
     min_p: float = option(0.0, "--min-p X: drop those under X times the best; 0 is off", (0, 1))
     repeat_penalty: float = option(1.1, "--repeat-penalty X: weaken repeats; 1 is off", (0.01, 100))
-    repeat_last_n: int = option(
-        -1, "--repeat-last-n N: in the last N tokens (-1: all)", (-1, 2**31)
-    )
+    repeat_last_n: int = option(-1, "--repeat-last-n N: in the last N tokens; -1: all", (-1, 2**31))
     presence_penalty: float = option(0.0, "--presence-penalty X: weaken generated tokens", (-2, 2))
     frequency_penalty: float = option(0.0, "--frequency-penalty X: weaken by their counts", (-2, 2))
     logit_bias: Mapping[int, float] = option(
         {}, "--logit-bias ID=BIAS: add BIAS to the logit of token ID; repeatable", kind=parse_bias
     )
-    seed: int | None = option(
-        None, "--seed N: the same seed gives the same text", (-(2**63), 2**64 - 1), kind=int
-    )
+    seed: int | None = option(None, "--seed N: to repeat answers", (-(2**63), 2**64 - 1), kind=int)
     stop: tuple[str, ...] = option((), "--stop TEXT: end before this text; repeatable", kind=str)
     max_tokens: int | None = option(  # None: up to the end of the context
         200, "--max-tokens -m N: longest answer", (0, 2**31), optional=True, also="num_predict"
@@ -988,22 +970,15 @@ class EngineConfig:
     dtype: str = option("float32", f"--dtype -d TYPE: {', '.join(DTYPES)}", choices=DTYPES)
     quantize: str | None = option(None, "--quantize: pack float weights", choices=("q8", "q4"))
     compile: bool = option(False, "--compile: record decode steps as CUDA graphs")
-    ctx: int | None = option(
-        None, "--ctx N: cap the context at N tokens", (1, 2**31), kind=int, also="num_ctx"
-    )
+    ctx: int | None = option(None, "--ctx N: longest context", (1, 2**31), kind=int, also="num_ctx")
     threads: int | None = option(  # None: torch's choice
         None, "--threads N: CPU threads", (1, 1024), kind=int, also="num_thread"
     )
     parallel: int | None = option(  # each has a strip of keys and values of its own
-        None,
-        f"--parallel N: sequences at once (default: up to {MAX_PARALLEL})",
-        (1, 4096),
-        kind=int,
+        None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
-    lookup: int = option(
-        0, "--lookup N: draft tokens from the context", (0, 64), bare=DEFAULT_LOOKUP
-    )
+    lookup: int = option(0, "--lookup N: draft tokens from context", (0, 64), bare=DEFAULT_LOOKUP)
     kernels: str = option(
         "auto",
         "--kernels: native: compiled C for the CPU; torch: its operators; auto: native if possible",
@@ -1020,7 +995,6 @@ class EngineConfig:
         check_options(self)
 
 
-ENGINE_DEFAULTS = EngineConfig()
 SLOT_TOKENS = 8192  # context for which memory must suffice in the default number of slots
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 
@@ -1087,8 +1061,7 @@ class Linear:
 
 @dataclass(eq=False)
 class PackedLinear:
-    """Linear whose weight stays packed (see the section's banner) and is unpacked a few rows at a
-    time."""
+    """Linear whose weight stays packed (see the banner) and is unpacked a few rows at a time."""
 
     q: Tensor  # (rows, G, group/2) uint8 or (rows, G, group) int8
     scale: Tensor  # (rows, G) float16, or float32 from K types
@@ -1130,9 +1103,7 @@ class PackedLinear:
 
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
-        q = self.q
-        if self.bits == 4:
-            q = _nibbles(q).view(torch.int8)  # (rows, G, group)
+        q = _nibbles(self.q).view(torch.int8) if self.bits == 4 else self.q  # (rows, G, group)
         scale = self.scale.to(self.dtype).unsqueeze(-1)
         if self.float4:
             levels = torch.tensor(FLOAT4, dtype=self.dtype, device=q.device)
@@ -1147,10 +1118,8 @@ class PackedLinear:
         """x (N, cols) -> (N, rows)"""
         num_rows, num_cols = self.shape
         step = max(1, DEQUANT_WEIGHTS // num_cols)
-        parts = [
-            F.linear(x, self.select(slice(row, row + step)).dequantize())
-            for row in range(0, num_rows, step)
-        ]
+        pieces = (self.select(slice(at, at + step)) for at in range(0, num_rows, step))
+        parts = [F.linear(x, piece.dequantize()) for piece in pieces]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias
 
@@ -1234,20 +1203,14 @@ def _search(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     plain = _plain_grid(x, bits)
     centre = x.mean(-1, keepdim=True) * (bits == 4)
     centred = x - centre  # sums of centred values have smaller rounding errors in float32
-
-    fits = torch.stack(
-        [
-            _fit(centred, plain[0] * wider, plain[1] - centre + plain[0] * up, bits, q)
-            for wider, up in GRIDS[bits]
-        ]
-    )  # (grids, 3, rows, G, 1)
+    step, low = plain[0], plain[1] - centre
+    tried = [_fit(centred, step * wider, low + step * up, bits, q) for wider, up in GRIDS[bits]]
+    fits = torch.stack(tried)  # (grids, 3, rows, G, 1)
     best = torch.take_along_dim(fits, fits[:, :1].argmax(0, keepdim=True), dim=0)[0]
     _, scale, offset = _fit(centred, best[1], best[2], bits, q)
     grids = torch.stack((torch.stack((scale, offset + centre)), plain)).half().float()
-    errors = [
-        torch.linalg.vector_norm(_round(x, s, o, bits, q).mul_(s).add_(o).sub_(x), dim=-1)
-        for s, o in grids
-    ]
+    norm = torch.linalg.vector_norm
+    errors = [norm(_round(x, s, o, bits, q).mul_(s).add_(o).sub_(x), dim=-1) for s, o in grids]
     is_worse = (errors[0] > errors[1]).unsqueeze(-1)  # after the rounding to float16
     scale, offset = torch.where(is_worse, grids[1], grids[0])
     _round(x, scale, offset, bits, q)
@@ -1333,8 +1296,7 @@ def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     return (d * scales).flatten(1), (-d_min * mins).flatten(1)
 
 
-# head (16) | 128 bytes: 32 low nibbles, then 32 high, 4 times
-def _q4_k(b: Tensor) -> PackedLinear:
+def _q4_k(b: Tensor) -> PackedLinear:  # head (16) | 4 times 32 bytes: 32 low nibbles, then 32 high
     q = _nibbles(b[..., 16:].unflatten(-1, (4, 32)))  # (rows, blocks, 4, 64)
     return PackedLinear(pack_nibbles(q.unflatten(-1, (2, 32)).flatten(1, 3)), *_k_scales(b))
 
@@ -1399,30 +1361,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def inverse_wavelengths(theta: float, n_rot: int) -> Tensor:
     """1 / theta^(2i / n_rot) for each pair i of columns (n_rot/2,) float32."""
-    inverse: Tensor = 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
-    return inverse
+    return 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
 
 
 class Rope:
     """Rotary embeddings (https://arxiv.org/abs/2104.09864): angles by which heads are turned.
 
     freqs (D/2,) is a pair's angle per position, 0 for columns that stay; scales (D/2,) multiply cos
-    and sin. Both are whatever `array` makes of a tensor: Backend.array."""
+    and sin. Decoder makes arrays of its backend of both."""
+
+    freqs: Any
+    scales: Any
 
     def __init__(
-        self,
-        parameters: Mapping[str, Any],
-        head_dim: int,
-        divisors: Tensor | None = None,
-        array: Callable[[Tensor], Any] = lambda x: x,
+        self, parameters: Mapping[str, Any], head_dim: int, divisors: Tensor | None = None
     ) -> None:
         self.parameters = parameters
         self.n_rot: int = parameters.get("n_rot", head_dim)
         freqs, scale = self.frequencies()
         still = (head_dim - self.n_rot) // 2
-        scales = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
-        freqs = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
-        self.freqs, self.scales = array(freqs), array(scales)
+        self.scales = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
+        self.freqs = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position (n_rot/2,) float32, and the factor on cos and sin."""
@@ -1451,9 +1410,8 @@ class Rope:
 def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
     """The Rope of rope_parameters, which are checked."""
     kind = str(parameters["rope_type"])
-    is_own = kind in ROPE_NUMBERS
-    rope: Rope = (Rope if is_own else extra("models.ropes", kind).ROPES[kind])(parameters, *args)
-    return rope
+    rope = Rope if kind in ROPE_NUMBERS else extra("models.ropes", kind).ROPES[kind]
+    return cast("Rope", rope(parameters, *args))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1569,7 +1527,7 @@ class Weights:
 
     def __init__(
         self,
-        tensors: Mapping[str, TensorSource],
+        tensors: Tensors,
         source: str,
         device: torch.device,
         dtype: torch.dtype,
@@ -1586,13 +1544,11 @@ class Weights:
 
     def _find(self, name: str, shape: tuple[int, ...]) -> TensorSource:
         self.used.add(name)
-        found = self.tensors.get(name)
+        found, title = self.tensors.get(name), f"{self.source}: tensor {name}"
         if found is None:
-            raise CheckpointError(f"{self.source}: tensor {name} is missing")
+            raise CheckpointError(f"{title} is missing")
         if found.shape != shape:
-            raise CheckpointError(
-                f"{self.source}: tensor {name} has shape {found.shape}; its config asks for {shape}"
-            )
+            raise CheckpointError(f"{title} has shape {found.shape}; its config asks for {shape}")
         return found
 
     def _read(self, name: str, *rows: slice) -> Tensor | PackedLinear:
@@ -1600,10 +1556,8 @@ class Weights:
         try:
             return tensor.load(*rows)
         except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"{self.source}: tensor {name} of type {tensor.kind} cannot be read: "
-                + first_line(error)
-            ) from None
+            title = f"{self.source}: tensor {name} of type {tensor.kind}"
+            raise CheckpointError(f"{title} cannot be read: {first_line(error)}") from None
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A float tensor in the compute dtype, or in `dtype`."""
@@ -1621,14 +1575,12 @@ class Weights:
         parts: list[Any] = []
         for name, num_rows in outputs.items():
             b = self.take(f"{name}.bias", num_rows) if bias else None
-            parts.append(self._matrix(f"{name}.weight", (num_rows, num_cols), b, is_table))
+            parts.append(self._part(f"{name}.weight", (num_rows, num_cols), b, is_table))
         projection = self.backend.linear(parts)
         adapter = self.adapter
         return adapter.wrap(self, projection, outputs, num_cols) if adapter else projection
 
-    def _matrix(
-        self, name: str, shape: tuple[int, int], bias: Tensor | None, is_table: bool
-    ) -> Matrix:
+    def _part(self, name: str, shape: tuple[int, int], b: Tensor | None, is_table: bool) -> Matrix:
         """A weight (rows, cols) as the backend wants it: packed on disk, packed now, or float."""
         is_packed = self._find(name, shape).is_packed
         bits = 0 if is_packed or shape[1] % GROUP else self.quantize_bits or 0
@@ -1636,7 +1588,7 @@ class Weights:
             bits = 8
         if not is_packed and not bits:
             self.num_float += 1
-            return Linear(self.take(name, *shape), bias)
+            return Linear(self.take(name, *shape), b)
         self.num_packed += 1
         read_rows = cast("Callable[[slice], PackedLinear]", functools.partial(self._read, name))
         if not is_packed:
@@ -1644,11 +1596,9 @@ class Weights:
             try:
                 read_rows = quantize(weight, bits).select
             except ValueError as error:
-                raise CheckpointError(
-                    f"{self.source}: tensor {name} cannot be quantized: {error}; "
-                    "run it without --quantize"
-                ) from None
-        return self.backend.pack(shape, read_rows, bias, is_table)
+                failure = f"{self.source}: tensor {name} cannot be quantized: {error}"
+                raise CheckpointError(f"{failure}; run it without --quantize") from None
+        return self.backend.pack(shape, read_rows, b, is_table)
 
     def is_copy(self, name: str, original: str) -> bool:
         """Whether the matrix `name` is not in the file, or has the numbers of `original`."""
@@ -1678,13 +1628,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One sequence's rows in a batch: `num_new` tokens, at flat rows `row`.. and at positions
-    `start`.. of the strip in `slot`."""
+    """One sequence's rows in a batch."""
 
     slot: int
-    start: int
-    num_new: int
-    row: int
+    start: int  # first position in the slot's strip
+    num_new: int  # tokens
+    row: int  # first flat row
 
 
 class Batch:
@@ -1695,13 +1644,7 @@ class Batch:
     logit_rows            the rows that need logits, padded likewise
     num_logits            R: the number of logit_rows without padding"""
 
-    def __init__(
-        self,
-        work: Iterable[tuple[int, int, list[int], int]],
-        device: torch.device,
-        row_tile: int = ROW_TILE,
-    ) -> None:
-        """`work` lists (slot, start, new token ids, number of last rows that need logits)."""
+    def __init__(self, work: list[Work], device: torch.device, row_tile: int = ROW_TILE) -> None:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -1778,8 +1721,7 @@ class KVCache:
                 strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
 
     def may_resume(self, slot: int, num_tokens: int, length: int) -> bool:
-        """Whether the slot still has all that a text of `length` tokens sees of its first
-        `num_tokens`."""
+        """Whether the slot has what a text of `length` tokens sees of its first `num_tokens`."""
         if self.regimes[slot] != self.regime_of(length):
             return False
         window = self.ring and max(window for window in self.config.windows if window)
@@ -1790,8 +1732,7 @@ class KVCache:
         return self.regimes[slot] != self.regime_of(length)
 
     def start(self, source: int, target: int, num_tokens: int, length: int) -> None:
-        """Begin a text of `length` tokens in slot `target` with the first `num_tokens` positions of
-        slot `source`, which may be the same."""
+        """Begin a text of `length` tokens in `target` with `num_tokens` positions of `source`."""
         self.regimes[target] = self.regime_of(length)
         self.written[target] = self.written[source] if num_tokens else 0
         if num_tokens and source != target:
@@ -1807,13 +1748,11 @@ class KVCache:
         heads = attn.heads(qkv, rotation)
         out = torch.zeros_like(heads[0])  # rows that only pad the batch stay zero
         for span in batch.spans:
-            self.attend_span(attn, heads, batch, span, out)
+            out[span.row : span.row + span.num_new] = self.attend_span(attn, heads, batch, span)
         return out.flatten(1)
 
-    def attend_span(
-        self, attn: Attention, heads: Heads, batch: Batch, span: Span, out: Tensor
-    ) -> None:
-        """`attend` for one span: heads are q (N, H, D), k and v (N, Hkv, D); out (N, H, D)"""
+    def attend_span(self, attn: Attention, heads: Heads, batch: Batch, span: Span) -> Tensor:
+        """`attend` for one span: q (N, H, D), k and v (N, Hkv, D) -> (n, H, D)"""
         (q, k, v), config = heads, self.config
         window, num_groups = config.windows[attn.index], q.shape[1] // k.shape[1]
         in_ring, index = self.places[attn.index]
@@ -1831,11 +1770,9 @@ class KVCache:
         if bias is None:
             bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
             batch.memo[span.row, window] = bias
-        seen = strips[:, :, : bias.shape[1]]
-        keys, values = self.decoded(seen, q.dtype)
-        out[rows] = attention(
-            q[rows], keys, values, bias, config.attn_scale, config.attn_softcap, attn.sinks
-        )
+        keys, values = self.decoded(strips[:, :, : bias.shape[1]], q.dtype)
+        scaling = config.attn_scale, config.attn_softcap, attn.sinks
+        return attention(q[rows], keys, values, bias, *scaling)
 
     def encoded(self, x: Tensor) -> Tensor:
         """Keys or values (.., D) as bytes (.., bytes of a head)"""
@@ -1891,8 +1828,7 @@ def operand(x: Tensor, norm: Norm | None, act: str) -> Tensor:
 
 
 class Projection:
-    """Matrices that read the same operand, side by side:
-    y = concat(W_i operand + b_i) + residual."""
+    """Matrices side by side on one operand: y = concat(W_i operand + b_i) + residual."""
 
     def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
@@ -1982,13 +1918,11 @@ class Backend:
         """A packed weight (rows, cols) in the backend's layout. Single rows are read from it if
         `is_table`."""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
+        num_bytes = self.dtype.itemsize * math.prod(shape)  # as floats
         half = packed.to(self.device, torch.bfloat16) if self.missing else packed
         if Int4Linear.fits(half) and not is_table:
             matrix: Matrix = Int4Linear(half, bias)
-        elif (
-            self.missing
-            and self.dtype.itemsize * math.prod(shape) < available_memory(self.device) / 2
-        ):
+        elif self.missing and num_bytes < available_memory(self.device) / 2:
             matrix = Linear(packed.dequantize(), bias)
         else:
             matrix, packed.bias = packed, bias
@@ -2066,22 +2000,19 @@ def pick_backend(
             return Backend(device, dtype, f"torch ({error})", str(error))
         except (KernelError, PackageError, OSError, RuntimeError, AttributeError) as error:
             reason = first_line(error)  # of a library for the GPU, any of these
+            failure = f"native kernels cannot be had: {reason}"
             if wanted == "native":
-                raise RequestError(f"native kernels cannot be had: {reason}", "kernels") from None
-            log.warning(
-                "warning: torch's slower kernels are used (fastest with --dtype bfloat16), "
-                f"native ones cannot be had: {reason}"
-            )
+                raise RequestError(failure, "kernels") from None
+            log.warning(f"warning: torch's slower kernels run, fastest in bfloat16; {failure}")
     return Backend(device, dtype, f"torch ({reason})" if reason else "torch")
 
 
 class Rotation(NamedTuple):
-    """RoPE's cos and sin of each row (N, D/2), 1 and 0 for columns that are not rotated, and the
-    factor of q (N, 1) if scores grow with the position."""
+    """RoPE's cos and sin of each row (N, D/2): 1 and 0 for columns that are not rotated."""
 
     cos: Tensor
     sin: Tensor
-    q_scale: Tensor | None = None
+    q_scale: Tensor | None = None  # (N, 1), where scores grow with the position
 
 
 class Attention:
@@ -2138,7 +2069,6 @@ class MLP:
         rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
-
         # malloc gets larger blocks from the system each time; touching new pages costs more than
         # a larger matrix product saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
@@ -2184,9 +2114,7 @@ class MoE:
         bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
         return Linear(weights.take(f"{name}.weight", num_rows, num_cols), bias)
 
-    def __call__(
-        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
         """The weighted sum of each token's experts + residual, (N, C) all"""
         x = x if norm is None else norm(x)
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
@@ -2224,10 +2152,9 @@ class DecoderLayer:
             self.mlp = weights.backend.experts(config, weights, f"{prefix}.mlp")
         else:
             self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
+        C, norms = config.n_embd, config.norms
         self.input_layernorm, self.post_attention_layernorm = (
-            make_norm(config, weights, f"{prefix}.{name}", config.n_embd)
-            if name in config.norms
-            else None
+            make_norm(config, weights, f"{prefix}.{name}", C) if name in norms else None
             for name in PRE_NORMS
         )
 
@@ -2250,12 +2177,10 @@ class Decoder:
         divisors = None
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
             divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
-        self.ropes = [
-            make_rope(
-                rope, config.head_dim, divisors, lambda x: self.backend.array(x.to(self.device))
-            )
-            for rope in config.ropes
-        ]
+        self.ropes = [make_rope(row, config.head_dim, divisors) for row in config.ropes]
+        for rope in self.ropes:
+            tables = rope.freqs, rope.scales
+            rope.freqs, rope.scales = (self.backend.array(x.to(self.device)) for x in tables)
         self.embed_tokens = weights.linear({"model.embed_tokens": V}, C, is_table=True)
         self.layers = [self.layer(config, weights, i) for i in range(config.n_layers)]
         self.norm = make_norm(config, weights, "model.norm", C)
@@ -2366,13 +2291,9 @@ END_OF_GENERATION = frozenset(
 # File with the tokenizer of a model directory, as a glob pattern -> the extra whose
 # `read_vocabulary(TextFiles) -> (TextFiles, Tokenizer)` reads it; "" for the core. The first match
 # decides.
-VOCABULARIES = {
-    "tokenizer.json": "",
-    "tekken.json": "files.vocabularies",
-    "tokenizer.model*": "files.vocabularies",
-    "*.tiktoken": "files.vocabularies",
-    "tokenizer.pkl": "files.vocabularies",
-}
+VOCABULARIES = {"tokenizer.json": ""} | dict.fromkeys(
+    ("tekken.json", "tokenizer.model*", "*.tiktoken", "tokenizer.pkl"), "files.vocabularies"
+)
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -2418,15 +2339,10 @@ GGUF_VALUES = {
 
 # Sampling default in generation_config.json or GGUF metadata -> field of SamplingParams.
 FILE_SAMPLING = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p")},
     "repetition_penalty": "repeat_penalty",
     "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
+    **{f"general.sampling.{name}": name for name in ("top_k", "top_p", "min_p")},
     "general.sampling.penalty_repeat": "repeat_penalty",
     "general.sampling.penalty_last_n": "repeat_last_n",
 }
@@ -2454,7 +2370,7 @@ class Checkpoint:
     path: Path
     format: str  # safetensors, gguf or nanochat
     config: ModelConfig
-    tensors: Mapping[str, TensorSource]
+    tensors: Tensors
     text: TextFiles
     sampling: Mapping[str, Any]
     pooling: Any = None  # GGUF's {arch}.pooling_type
@@ -2563,7 +2479,7 @@ def weight_files(path: Path) -> list[str]:
     raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json")
 
 
-def _safetensors(path: Path) -> dict[str, TensorSource]:
+def _safetensors(path: Path) -> Tensors:
     tensors: dict[str, TensorSource] = {}
     for name in weight_files(path):
         tensors |= read_safetensors(path / name)
@@ -2572,7 +2488,7 @@ def _safetensors(path: Path) -> dict[str, TensorSource]:
     return tensors
 
 
-def read_safetensors(file: Path) -> dict[str, TensorSource]:
+def read_safetensors(file: Path) -> Tensors:
     """The tensors of a file by their names. Raises CheckpointError."""
     tensors: dict[str, TensorSource] = {}
     try:
@@ -2580,9 +2496,7 @@ def read_safetensors(file: Path) -> dict[str, TensorSource]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
     except (OSError, safetensors.SafetensorError) as error:  # OSError: not a plain file
-        raise CheckpointError(
-            f"{file}: not a whole safetensors file: {first_line(error)}"
-        ) from None
+        raise CheckpointError(f"{file}: not a full safetensors file: {first_line(error)}") from None
     for key in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
         view = opened.get_slice(key)
         shape, kind = tuple(view.get_shape()), view.get_dtype()
@@ -2680,10 +2594,8 @@ class GGUFCursor:
     def bounded(self, count: int, item_bytes: int) -> int:
         """Return `count`, whose items of at least `item_bytes` must fit in the rest of the file."""
         if count * item_bytes > len(self.data) - self.at:
-            raise CheckpointError(
-                f"truncated or corrupt: the {self.part} needs {count} x {item_bytes} bytes at "
-                f"{self.at}, the file has {len(self.data)}"
-            )
+            needed = f"the {self.part} needs {count} x {item_bytes} bytes at {self.at}"
+            raise CheckpointError(f"truncated or corrupt: {needed}, the file has {len(self.data)}")
         return count
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
@@ -2711,11 +2623,10 @@ class GGUFCursor:
             return list(self.scalars(GGUF_SCALARS[item], count))
         if item != GGUF_STRING:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
-        # a string takes 8 bytes or more
-        return [self.string() for _ in range(self.bounded(count, 8))]
+        return [self.string() for _ in range(self.bounded(count, 8))]  # of 8 bytes or more
 
 
-def read_gguf(path: Path) -> tuple[Json, dict[str, TensorSource]]:
+def read_gguf(path: Path) -> tuple[Json, Tensors]:
     """Parse the metadata of a GGUF file and map its tensors into memory. Their shapes are row-major
     like torch's; the file lists dimensions innermost first.
 
@@ -2723,8 +2634,7 @@ def read_gguf(path: Path) -> tuple[Json, dict[str, TensorSource]]:
     with errors_about(path):
         if path.stat().st_size == 0:
             raise CheckpointError("the file is empty")
-        # mode c: pages are shared with the file, as no code writes to them
-        mapped = np.memmap(path, dtype=np.uint8, mode="c")
+        mapped = np.memmap(path, dtype=np.uint8, mode="c")  # the file's own pages: none is written
         cursor = GGUFCursor(mapped.data)
         if (magic := bytes(mapped[:4])) != b"GGUF":
             raise CheckpointError(f"not a GGUF file: it starts with {magic!r}, not b'GGUF'")
@@ -2744,7 +2654,7 @@ def read_gguf(path: Path) -> tuple[Json, dict[str, TensorSource]]:
 
 def _gguf_tensors(
     cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
-) -> dict[str, TensorSource]:
+) -> Tensors:
     kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
     headers: dict[str, tuple[tuple[int, ...], Any, int]] = {}  # shape, type, offset
     cursor.part = "tensor list"
@@ -2771,9 +2681,7 @@ def _gguf_tensors(
             raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
         start, num_bytes = data_start + offset, math.prod(shape) // block * block_bytes
         if (end := start + num_bytes) > len(mapped):
-            raise CheckpointError(
-                f"{title} is truncated: it ends at byte {end}, the file has {len(mapped)}"
-            )
+            raise CheckpointError(f"{title} is truncated: it ends at byte {end} of {len(mapped)}")
         load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
         tensors[name] = TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
     return tensors
@@ -2802,16 +2710,10 @@ def _load_gguf(
     else:
         values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
         weight = torch.from_numpy(values).view(wanted)
-    forget_pages(raw)
-    return weight
-
-
-def forget_pages(mapped: np.ndarray[Any, Any]) -> None:
-    """Release the pages of a mapped file from this process; they stay in the system's cache. Its
-    whole mapping is released, since the system maps a page's neighbours with it."""
-    file = getattr(mapped, "_mmap", None)
-    if file is not None and hasattr(mmap, "MADV_DONTNEED"):
+    if (file := getattr(raw, "_mmap", None)) is not None and hasattr(mmap, "MADV_DONTNEED"):
+        # the pages stay in the system's cache only; all of them: neighbours were mapped, too
         file.madvise(mmap.MADV_DONTNEED)
+    return weight
 
 
 def gguf_shards(path: Path) -> list[Path]:
@@ -2855,21 +2757,18 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 def gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch, families = metadata.get("general.architecture"), all_families()
+    title = f"general.architecture {excerpt(arch)}"
     named = {name: row for name, row in families.items() if row.gguf and row.gguf == arch}
     if not named:
         if families == FAMILIES:
-            extra("models.families", f"general.architecture {excerpt(arch)}")
+            extra("models.families", title)
         known = ", ".join(sorted({row.gguf for row in families.values()} - {""}))
-        raise CheckpointError(
-            f"general.architecture {excerpt(arch)} is not supported; supported are: {known}"
-        )
+        raise CheckpointError(f"{title} is not supported; supported are: {known}")
     keyed = [n for n, row in named.items() if metadata.get(f"{arch}.{row.gguf_key}")]
     return [*keyed, *named][0]
 
 
-def _gguf_config(
-    own: Mapping[str, Any], tensors: Mapping[str, TensorSource], model_type: str
-) -> dict[str, Any]:
+def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> dict[str, Any]:
     """The config.json of GGUF metadata, of which `own` is the part under {arch}."""
 
     def need(name: str) -> Any:
@@ -2913,7 +2812,7 @@ def _gguf_config(
     return config
 
 
-def _gguf_rope(own: Mapping[str, Any], tensors: Mapping[str, TensorSource], head_dim: Any) -> Json:
+def _gguf_rope(own: Mapping[str, Any], tensors: Tensors, head_dim: Any) -> Json:
     """The rope_parameters of GGUF metadata."""
     rope: Json = {"rope_theta": own["rope.freq_base"]} if "rope.freq_base" in own else {}
     kind, linear = own.get("rope.scaling.type", "none"), own.get("rope.scale_linear", 1.0)
@@ -2930,9 +2829,7 @@ def _gguf_rope(own: Mapping[str, Any], tensors: Mapping[str, TensorSource], head
     return rope
 
 
-def _gguf_names(
-    tensors: Mapping[str, TensorSource], config: ModelConfig
-) -> dict[str, TensorSource]:
+def _gguf_names(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Hugging Face names for GGUF tensors."""
     renamed: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
@@ -2957,9 +2854,7 @@ def _gguf_names(
 # ---- one set of names and layouts ----------------------------------------------------------------
 
 
-def canonical_tensors(
-    tensors: Mapping[str, TensorSource], config: ModelConfig, from_gguf: bool = False
-) -> dict[str, TensorSource]:
+def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = False) -> Tensors:
     """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices split, the
     rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
 

@@ -126,7 +126,7 @@ def test_the_defaults_are_those_of_the_reference() -> None:
     params = settings.params({})
     assert (params.temperature, params.top_k, params.top_p) == (0.7, 50, 0.9)
     assert (params.repeat_penalty, params.max_tokens) == (1.1, 200)
-    assert nanollama.ENGINE_DEFAULTS.dtype == "float32"
+    assert nanollama.EngineConfig().dtype == "float32"
 
 
 @pytest.mark.parametrize(

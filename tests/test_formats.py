@@ -706,7 +706,7 @@ def lie(raw: bytes, **entry: Any) -> bytes:
 def test_a_safetensors_file_that_lies_is_refused_by_name(copied: Path, damage: Any) -> None:
     file = copied / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    refused_directory(copied, r"model\.safetensors: not a whole safetensors file")
+    refused_directory(copied, r"model\.safetensors: not a full safetensors file")
 
 
 @settings(max_examples=200)

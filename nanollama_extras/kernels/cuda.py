@@ -426,7 +426,7 @@ class CudaKVCache(KVCache):
             self.attend_rows(attn, heads, batch, out)
             spans = [span for span in spans if span.num_new > SHORT_SPAN]
         for span in spans:
-            self.attend_span(attn, heads, batch, span, out)
+            out[span.row : span.row + span.num_new] = self.attend_span(attn, heads, batch, span)
         return out.flatten(1)
 
     def attend_rows(
