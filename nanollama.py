@@ -495,7 +495,7 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 
 
 def all_families() -> dict[str, Family]:
-    """FAMILIES and, where it is installed, those of nanollama_extras.models.families."""
+    """FAMILIES and, where installed, those of extras."""
     with contextlib.suppress(ExtraError):
         return {**FAMILIES, **extra("models.families", "").FAMILIES}
     return FAMILIES
@@ -603,7 +603,7 @@ def check_value(is_valid: bool, name: str, value: object, needed: str) -> None:
 
 
 def positive(value: Any, name: str) -> float:
-    """A positive number, with no exponent so extreme that arithmetic on it could overflow."""
+    """A positive number, not so extreme that arithmetic on it could overflow."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     check_value(is_number and 1e-15 < value < 1e15, name, value, "a number from 1e-15 to 1e15")
     return float(value)
@@ -636,9 +636,7 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """The ModelConfig of a config.json dict of transformers 4 or 5.
-
-    Raises CheckpointError, naming `source`, for a family or a value that is not supported."""
+    """The ModelConfig of a config.json dict. Raises CheckpointError, which names `source`."""
     raw = text_config(raw)
     with errors_about(source):
         family = find_family(raw.get("model_type"))
@@ -757,7 +755,7 @@ def _longest_context(values: ConfigValues, rope: Json) -> int:
 
 
 def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
-    """rope_parameters, complete; their kind is `rope_type` or, in older files, `type`."""
+    """Complete rope_parameters; their kind is `rope_type`, or `type` in older files."""
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -784,8 +782,7 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
 
 
 def layer_windows(values: ConfigValues) -> tuple[int | None, ...]:
-    """Each layer's sliding window. `layer_types` lists the layers; without it, those from
-    `max_window_layers` on have the window (Qwen2), or all (Mistral)."""
+    """Each layer's sliding window: by `layer_types`, or from `max_window_layers` on, or in all."""
     n_layers = values.count("num_hidden_layers", most=2**16)
     window, first = values.get("sliding_window"), values.get("max_window_layers", 0)
     if not window or not values.get("use_sliding_window", True):
@@ -800,8 +797,7 @@ def layer_windows(values: ConfigValues) -> tuple[int | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """The values that a field of SamplingParams, EngineConfig or ServerConfig may have, and its
-    names: on the command line, in request bodies and in a Modelfile."""
+    """The values that a field of a settings class may have, and its names."""
 
     default: Any
     flags: str  # "--top-k -k N", where N stands for the value; "" for a field without a flag
@@ -898,8 +894,7 @@ ANSWER_FIELDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence picks its tokens; section 10 gives the order in which the fields apply.
-
+    """How one sequence picks its tokens, in the order that section 10 gives.
     Raises RequestError, naming the field, for a value outside its limits."""
 
     temperature: float = option(
@@ -1028,8 +1023,8 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 GROUP = 32  # columns that share a scale when we quantize
 FLOAT4 = [*(0, 1, 2, 3, 4, 6, 8, 12), *(0, -1, -2, -3, -4, -6, -8, -12)]  # twice its 16 values
 LEVELS = {4: (0, 15), 8: (-127, 127)}  # the smallest and largest q of `quantize`
-# Grids that `quantize` tries beside the plain grid, which just spans a group's values: the ratio of
-# their step to the plain step, and how many plain steps higher they start.
+# Grids that `quantize` tries beside the plain one, which just spans a group's values: the ratio of
+# their step to its step, and how many of its steps higher they start.
 GRIDS: dict[int, list[tuple[float, float]]] = {
     4: [(1 - (a + b) / 15, a) for a, b in itertools.product((-0.2, 0.2, 0.6), repeat=2)],
     8: [(1.03, 0), (1.015, 0), (1, 0)],
@@ -1129,8 +1124,7 @@ class PackedLinear:
 
 
 class Int4Linear:
-    """A 4-bit PackedLinear in the layout of torch's own CPU kernel, which computes in bfloat16:
-    w = (q - 8) * scale + offset, with a scale and an offset for each group of 32."""
+    """A 4-bit PackedLinear for torch's CPU kernel: w = (q - 8) * scale + offset in bfloat16."""
 
     def __init__(self, packed: PackedLinear, bias: Tensor | None) -> None:
         scale, self.bias = packed.scale.float(), bias
@@ -1165,9 +1159,8 @@ def pack_nibbles(q: Tensor) -> Tensor:
 
 
 def quantize(weight: Tensor, bits: int) -> PackedLinear:
-    """Round a float weight (rows, cols) to groups of 32: 8 bits symmetric, 4 bits with an offset.
-    Each group gets the scale and offset of least squared error among those searched.
-
+    """Round a float weight (rows, cols) to groups of 32: 8 bits symmetric, 4 bits with an offset,
+    of least squared error among those searched.
     Raises ValueError for weights that are too large or too small for float16 scales, or NaN."""
     largest = max(float(end.abs()) for end in weight.aminmax())
     if largest and not LEAST_WEIGHT <= largest <= MOST_WEIGHT:  # false for NaN
@@ -1183,7 +1176,7 @@ def quantize(weight: Tensor, bits: int) -> PackedLinear:
         with torch.inference_mode():
             q[rows], scale[rows], offset[rows] = _search(weight[rows].float(), bits)
 
-    # Each core works on rows of its own; sharing each small operation would make cores wait.
+    # each core works on rows of its own, as sharing small operations would make cores wait
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_threads, "", torch.set_num_threads, (1,)) as pool:
         list(pool.map(search_rows, range(0, num_rows, step)))
@@ -1194,10 +1187,9 @@ def quantize(weight: Tensor, bits: int) -> PackedLinear:
 def _search(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of a weight, float32 -> q, scale and offset of a PackedLinear.
 
-    A grid that spans a group's values exactly is seldom the best: narrower steps may be worth the
-    error of the outermost values. For each grid of GRIDS, the values are rounded to it and a grid
-    is fitted to the result (least squares); the grid that explains most of the variance is rounded
-    to and fitted once more."""
+    Narrower steps may be worth the error of the outermost values. For each grid of GRIDS, values
+    are rounded to it and a grid is fitted to the result (least squares); the grid that explains
+    most of the variance is rounded to and fitted once more."""
     x = weight.unflatten(1, (-1, GROUP))  # (rows, G, 32)
     q = torch.empty_like(x)
     plain = _plain_grid(x, bits)
@@ -1415,8 +1407,7 @@ def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head of x (N, H, D) by its position's angles, cos and sin (N, D/2): columns i and
-    i + D/2 are a pair."""
+    """Rotate each head of x (N, H, D), cos and sin (N, D/2): columns i and i + D/2 are a pair."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -1425,9 +1416,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_bias(
     start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
 ) -> Tensor:
-    """Numbers to add to the scores of `num_new` queries from position `start` on: 0 for visible
-    keys, -inf for later ones, for those outside `window` and for the strip's unused end. In a strip
-    of `ring` positions, later positions replace earlier ones.
+    """Numbers to add to scores of `num_new` queries from position `start` on: 0 for visible keys,
+    -inf for later ones, those outside `window` and the strip's unused end. `ring`: see KVCache.
 
     (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
     num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
@@ -1491,10 +1481,8 @@ def attention(
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor of a checkpoint, before it is read.
-
-    load() reads the whole tensor, load(rows) the rows of a slice or of indices, and
-    load(expert, rows) rows of one expert of a tensor (E, rows, ..)."""
+    """A tensor of a checkpoint, before it is read: load() reads all of it, load(rows) the rows of a
+    slice or of indices, load(expert, rows) rows of one expert of a tensor (E, rows, ..)."""
 
     shape: tuple[int, ...]
     kind: str  # its type on disk: BF16, Q4_K, ..
@@ -1511,8 +1499,8 @@ class TensorSource:
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
-    """The tensors that --quantize q4 gives 8 bits, because 4 bits do most harm there: in
-    SmolLM2-135M, 64 % of the KL divergence of the next token, with a quarter of the weights."""
+    """The tensors that --quantize q4 gives 8 bits: a quarter of SmolLM2-135M's weights, which in 4
+    bits cause 64 % of the KL divergence of the next token."""
     last = max(map(int, re.findall(r"layers\.(\d+)", " ".join(names))), default=0)
     sensitive = re.compile(rf"embed_tokens|lm_head|v_proj|layers\.{last}\.mlp")
     return set(filter(sensitive.search, names))
@@ -1520,10 +1508,9 @@ def keep_8_bits(names: Iterable[str]) -> set[str]:
 
 class Weights:
     """Hands a checkpoint's tensors to the decoder by Hugging Face name: checked for shape, on the
-    device, in the compute dtype or packed. `check_used` reports the tensors that nothing asked for.
-    `adapter`, an object with `wrap` and `check_used`, may wrap each projection.
-
-    Raises CheckpointError for a tensor that is missing, misshapen, left over or unpackable."""
+    device, in the compute dtype or packed. `adapter` may `wrap` each projection. Raises
+    CheckpointError for a tensor that is missing, misshapen, unpackable or (`check_used`) left over.
+    """
 
     def __init__(
         self,
@@ -1570,8 +1557,8 @@ class Weights:
     def linear(
         self, outputs: Mapping[str, int], num_cols: int, bias: bool = False, is_table: bool = False
     ) -> Projection:
-        """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and their
-        biases where the family has them. `is_table` if single rows are taken, too."""
+        """The matrices NAME.weight with the rows that `outputs` gives for each NAME, and perhaps
+        their biases. `is_table` if single rows are taken, too."""
         parts: list[Any] = []
         for name, num_rows in outputs.items():
             b = self.take(f"{name}.bias", num_rows) if bias else None
@@ -1671,9 +1658,9 @@ class KVCache:
     """Keys and values of every slot, and the attention over them.
 
     strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
-    empty and doubles as its sequence grows. Capacity is a multiple of `tile`; positions not written
-    yet are zero, and masked. rings[slot] is the same for layers with a window, but grows to `ring`
-    positions only: position p is stored at p % ring until position p + ring replaces it.
+    empty and doubles as needed. Capacity is a multiple of `tile`; positions not written yet are
+    zero, and masked. rings[slot] is the same for layers with a window, but has at most `ring`
+    positions: p is stored at p % ring until p + ring replaces it.
 
     With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
 
@@ -1687,8 +1674,7 @@ class KVCache:
         device: torch.device,
         most_new: int = 0,
     ) -> None:
-        """`most_new` is the most tokens that a step adds to a sequence; 0 for any number, for which
-        all layers have strips."""
+        """`most_new`: most tokens that a step adds to a sequence; 0: any number, and no rings."""
         self.config, self.kv_dtype = config, kv_dtype
         self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
         self.written = [0] * num_slots  # positions written so far; a ring holds the last of them
@@ -1882,9 +1868,8 @@ class DecodeSteps(Protocol):
 class Backend:
     """A model's arithmetic, here by torch's own operations, on any device.
 
-    `pick_backend` chooses the backend of a model, and Weights hands it to the modules. Faster ones
-    are subclasses in nanollama_extras/kernels. If these are not installed, `missing` says so, and
-    packed weights are multiplied in the fastest way that torch has."""
+    Faster ones are subclasses in nanollama_extras/kernels. If these are not installed, `missing`
+    says so, and packed weights are multiplied in the fastest way that torch has."""
 
     arrays: Any = None  # the library that computes small tables at each step; None is torch
     rounds_activations = False  # whether packed weights are multiplied with 8-bit activations
@@ -1896,12 +1881,11 @@ class Backend:
         self.description, self.missing, self.warning = description, missing, missing
 
     def describe(self) -> str:
-        """One line for `show`, --verbose and /stats."""
+        """One line for users."""
         return self.description
 
     def row_tile(self, has_float_weights: bool) -> int:
-        """The number whose multiples are the sizes of batches, so that no row's result depends on
-        the number of rows."""
+        """Batches have a multiple of so many rows: no result then depends on their number."""
         return ROW_TILE
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
@@ -1915,8 +1899,7 @@ class Backend:
         bias: Tensor | None,
         is_table: bool,
     ) -> Matrix:
-        """A packed weight (rows, cols) in the backend's layout. Single rows are read from it if
-        `is_table`."""
+        """A packed weight (rows, cols) in the backend's layout; single rows are read `is_table`."""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
         num_bytes = self.dtype.itemsize * math.prod(shape)  # as floats
         half = packed.to(self.device, torch.bfloat16) if self.missing else packed
@@ -1980,10 +1963,8 @@ BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `mak
 def pick_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, starts_gpu: bool = True
 ) -> Backend:
-    """The backend for a model; `wanted` is auto, native or torch. Unless it `starts_gpu`, it can
-    only be described on CUDA.
-
-    Raises RequestError or ExtraError if native kernels are wanted and cannot run here."""
+    """The backend for a model; on CUDA, one that not `starts_gpu` can only be described.
+    Raises RequestError or ExtraError if `wanted` is native, and native kernels cannot run here."""
     reason = ""
     if wanted != "torch" and (device.type != "cpu" or dtype != torch.float32):
         reason = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
@@ -2069,8 +2050,7 @@ class MLP:
         rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
-        # malloc gets larger blocks from the system each time; touching new pages costs more than
-        # a larger matrix product saves
+        # malloc's larger blocks are new pages, which cost more than a larger product saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
 
     def __call__(
@@ -2092,8 +2072,8 @@ class MLP:
 
 
 class MoE:
-    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router gives each token a weight
-    for each expert; the experts with its largest weights run, each once for all of its tokens."""
+    """A mixture of experts (https://arxiv.org/abs/1701.06538): a router weighs them for each token,
+    and those with the largest weights run, each once for all of its tokens."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         assert config.experts is not None
@@ -2125,8 +2105,8 @@ class MoE:
         weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            # In torch's matrix product or sigmoid of a single column, a row's result depends on the
-            # number of rows. Hence a sum, and the softmax of s and 0, which is the sigmoid of s.
+            # torch's product or sigmoid of one column depends on the number of rows. Hence a sum,
+            # and the softmax of s and 0, which is the sigmoid of s.
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
         places: dict[int, list[int]] = {}  # of each expert in `chosen`
@@ -2164,8 +2144,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """Embedding, L layers, norm, head. Built from Weights, which raises for tensors that are not as
-    the config says; afterwards nothing can be missing."""
+    """Embedding, L layers, norm, head. Weights raises for tensors that are not as config says."""
 
     layer: type[DecoderLayer] = DecoderLayer
     is_recordable = True  # False if the control flow of a step depends on values of tensors
@@ -2280,7 +2259,7 @@ def make_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") 
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
 
-# Special tokens by which chat models end a turn; config files often list one only.
+# Special tokens that end a turn; config files often list one only.
 # https://github.com/ggml-org/llama.cpp (llama-vocab.cpp)
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
@@ -2288,9 +2267,8 @@ END_OF_GENERATION = frozenset(
     "_<EOT> <|assistant_end|>".split()
 )
 
-# File with the tokenizer of a model directory, as a glob pattern -> the extra whose
-# `read_vocabulary(TextFiles) -> (TextFiles, Tokenizer)` reads it; "" for the core. The first match
-# decides.
+# Glob pattern of a directory's tokenizer file -> the extra whose `read_vocabulary(TextFiles) ->
+# (TextFiles, Tokenizer)` reads it; "" for the core. The first match decides.
 VOCABULARIES = {"tokenizer.json": ""} | dict.fromkeys(
     ("tekken.json", "tokenizer.model*", "*.tiktoken", "tokenizer.pkl"), "files.vocabularies"
 )
@@ -2365,7 +2343,7 @@ class TextFiles:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on disk, opened but not loaded. `sampling` has its own SamplingParams defaults."""
+    """A model on disk, opened but not loaded. `sampling`: its defaults of SamplingParams."""
 
     path: Path
     format: str  # safetensors, gguf or nanochat
@@ -2419,7 +2397,7 @@ def open_text(path: Path) -> TextFiles:
 # ---- directories of safetensors ------------------------------------------------------------------
 
 
-def read_json(path: Path, required: bool = True) -> dict[str, Any]:
+def read_json(path: Path, required: bool = True) -> Json:
     """A JSON object from a file; {} when the file is absent and not required."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -2447,8 +2425,8 @@ def _open_directory(path: Path) -> Checkpoint:
     )
 
 
-def _file_sampling(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The defaults that a model brings; one that makes no sense is skipped, with a warning."""
+def _file_sampling(values: Mapping[str, Any], source: Path) -> Json:
+    """A model's own defaults; one that makes no sense is skipped, with a warning."""
     chosen: Json = {}
     rows = options_of(SamplingParams)
     for theirs, ours in FILE_SAMPLING.items():
@@ -2461,8 +2439,8 @@ def _file_sampling(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[str]:
-    """Names of a directory's safetensors files: the index's shards, or model.safetensors, or the
-    only such file. Raises CheckpointError where there is none."""
+    """Names of a directory's safetensors files: the index's shards, model.safetensors or the only
+    one. Raises CheckpointError where there is none."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -2521,8 +2499,7 @@ def tokenizer_file(names: Iterable[str]) -> str | None:
 
 
 def vocabulary_extra(file: Path) -> Any:
-    """The module that reads a file of VOCABULARIES; None for a tokenizer.json, which the core
-    reads. Raises ExtraError."""
+    """The extra that reads a file of VOCABULARIES; None for the core. Raises ExtraError."""
     path = next(path for name, path in VOCABULARIES.items() if fnmatch.fnmatchcase(file.name, name))
     return extra(path, f"a vocabulary in {file.name}") if path else None
 
@@ -2584,9 +2561,7 @@ GGUF_STRING, GGUF_ARRAY = 8, 9
 
 
 class GGUFCursor:
-    """Reads little-endian values from a file's bytes.
-
-    Raises CheckpointError, naming the part of the file, where the bytes end too early."""
+    """Reads little-endian values. Raises CheckpointError, naming `part`, where they end early."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at, self.part = data, 0, "header"
@@ -2627,9 +2602,7 @@ class GGUFCursor:
 
 
 def read_gguf(path: Path) -> tuple[Json, Tensors]:
-    """Parse the metadata of a GGUF file and map its tensors into memory. Their shapes are row-major
-    like torch's; the file lists dimensions innermost first.
-
+    """The metadata and the tensors of a GGUF file, with row-major shapes as in torch.
     Raises CheckpointError for a file that departs from the specification."""
     with errors_about(path):
         if path.stat().st_size == 0:
@@ -2643,7 +2616,7 @@ def read_gguf(path: Path) -> tuple[Json, Tensors]:
         if version not in (2, 3):
             raise CheckpointError(f"GGUF version {version} is not supported; 2 and 3 are")
         num_tensors, num_values = cursor.scalar("Q"), cursor.scalar("Q")
-        metadata: dict[str, Any] = {}
+        metadata: Json = {}
         cursor.part = "metadata"
         for _ in range(cursor.bounded(num_values, 13)):  # a key's length, a type, a byte
             key = cursor.string()
@@ -2768,7 +2741,7 @@ def gguf_model_type(metadata: Mapping[str, Any]) -> str:
     return [*keyed, *named][0]
 
 
-def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> dict[str, Any]:
+def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> Json:
     """The config.json of GGUF metadata, of which `own` is the part under {arch}."""
 
     def need(name: str) -> Any:
@@ -2855,10 +2828,8 @@ def _gguf_names(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 
 def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = False) -> Tensors:
-    """A checkpoint's tensors as the decoder asks for them: Llama's names, fused matrices split, the
-    rows of q and k in the order in which `rotate` pairs them, norms that multiply by their weight.
-
-    Names are Hugging Face's. `from_gguf`: the files follow the conventions of GGUF."""
+    """A checkpoint's tensors, under Hugging Face's names, as the decoder wants them: with Llama's
+    names, fused matrices split, the rows of q and k in the order in which `rotate` pairs them."""
     family = find_family(config.model_type)
     named = {name: tensor for name, tensor in tensors.items() if not NOT_TEXT.match(name)}
     if not from_gguf:
@@ -2885,8 +2856,8 @@ def canonical_name(name: str, family: Family) -> str:
 
 
 def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
-    """The order of a head's columns that `rotate` needs, None for the order in the file. It turns
-    column i with i + D/2, so each half has one column of every pair, and then columns that stay.
+    """The order of a head's columns that `rotate` needs; None for the file's. Each half has one
+    column of every pair, then columns that stay.
 
     0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
     D, n_rot = config.head_dim, config.n_rot
@@ -2900,8 +2871,7 @@ def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
 def _split(
     name: str, tensor: TensorSource, config: ModelConfig
 ) -> Iterator[tuple[str, TensorSource]]:
-    """The matrices, or vectors, of a tensor with their names. A tensor of another shape than its
-    name needs stays whole, and the decoder refuses it."""
+    """The matrices, or vectors, of a tensor with their names; one of a wrong shape stays whole."""
     stem, _, suffix = name.rpartition(".")
     owner, _, part = stem.rpartition(".")
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads, "v_proj": config.n_kv_heads}
