@@ -349,7 +349,7 @@ def extra_object(place: str, feature: str) -> Any:
 
 
 def preferred(path: str, name: str, plain: Item) -> Item:
-    """The class `name` of the extra `path`; where that is missing, the core's plain one."""
+    """`name` of the extra `path`; where that is missing, the core's plain one."""
     with contextlib.suppress(ExtraError):
         return cast("Item", getattr(extra(path, name), name))
     return plain
@@ -4637,11 +4637,10 @@ class Scheduler:
     def admit(self) -> tuple[Sequence, int] | None:
         """Give the next waiting sequence a slot -> it, and the slot to copy its prefix from.
 
-        The slot with the longest common prefix saves the most work. If it is free, the sequence
-        takes it over; if it is in use, the prefix is copied to the least recently used slot. The
-        last prompt token is always processed, for its logits. None when no sequence waits, no slot
-        is free, or a running prompt will soon have a longer prefix to share: n samples of one
-        prompt then take one prefill."""
+        A free slot with the longest common prefix is taken over; from a slot in use, the prefix is
+        copied to the least recently used one. The last prompt token is always processed, for its
+        logits. None when no sequence waits, no slot is free, or a running prompt will soon have a
+        longer prefix to share: n samples of one prompt then take one prefill."""
         if not self.waiting or not self.free:
             return None
         seq = self.waiting[0]
@@ -4765,8 +4764,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence. Raises RequestError for ids outside the vocabulary, ContextLengthError
-        for a prompt that leaves no room for an answer."""
+        """Queue a sequence. Raises RequestError and ContextLengthError."""
         self.check_ids(seq.token_ids, "prompt")
         self.check_ids(seq.params.logit_bias, "logit_bias")
         if not seq.token_ids:
@@ -4822,9 +4820,8 @@ class Engine:
         self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
-        """Run the decoder on the new tokens and the draft of each sequence -> logits (rows, V) for
-        each: of its last new token and its draft, and of earlier tokens for prompt_logprobs. A
-        pooler takes states and gets no logits."""
+        """Run the decoder on each sequence's new tokens and draft -> logits (rows, V) for each: of
+        its last new token, draft and prompt_logprobs. A pooler takes states and gets no logits."""
         inputs = []
         for seq, num_new in work:
             new = seq.token_ids[seq.num_computed :][:num_new] + seq.draft
@@ -4969,7 +4966,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 class TextSide:
-    """The part of a model without tensors: makes requests into prompts and forms of answers."""
+    """A model without its tensors: makes requests into prompts and forms of answers."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -5021,16 +5018,15 @@ class TextSide:
         return self.encode_request(request)[0]
 
     def prepare(self, request: GenerationRequest) -> Prepared:
-        """Encode a request and compile the form of its answer, in any thread. Raises RequestError,
-        and ExtraError for a form that needs an extra."""
+        """Encode a request and compile the form of its answer, in any thread. Raises RequestError
+        and ExtraError."""
         calls = self.calls(request)
         ids, text = self.encode_request(request)
         constraint = self.constraint(request, ids, calls)
         return Prepared(request, ids, text, AnswerForm(calls, constraint))
 
     def prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Prepared]:
-        """Prepare the choices of one body. Choices of the same prompt, which differ in their seeds
-        only, share everything else. Raises as `prepare`."""
+        """Prepare the choices of one body. Those of one prompt differ in their seeds only."""
         by_prompt: dict[int, Prepared] = {}
         choices = []
         for request in requests:
@@ -5121,8 +5117,7 @@ class LLM(TextSide):
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
-        """As TextSide.prepare. A text is refused before all of it is encoded where its beginning
-        alone fills the context twice."""
+        """As TextSide.prepare; a text whose beginning fills the context twice is refused unread."""
         text, param, n_ctx = request.prompt, "prompt", self.engine.n_ctx
         if request.messages is not None:
             text, param = "".join(str(m.get("content")) for m in request.messages), "messages"
@@ -5137,8 +5132,8 @@ class LLM(TextSide):
         return cast("Tensor", extra("answers.scores", "LLM.logits").logits(self, token_ids))
 
     def start(self, request: AnyRequest, index: int = 0, logprobs_from: int = 1) -> Sequence:
-        """Hand a request to the engine, whose `step` then works on it. prompt_logprobs, if wanted,
-        begin at `logprobs_from`: earlier tokens may come from the cache. Raises as `prepare`."""
+        """Hand a request to the engine. prompt_logprobs, if wanted, begin at `logprobs_from`:
+        earlier tokens may come from the cache. Raises as `prepare`."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         request, form = prepared.request, prepared.form
         shown = form.calls.control_ids(self.tokenizer) if form.calls else frozenset[int]()
@@ -5208,8 +5203,7 @@ class LLM(TextSide):
                 self.engine.cancel(seq)
 
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
-        """For each (ids, start), its index and the log-probabilities of the ids from `start` on, in
-        the order in which texts are done. Raises LogitsError."""
+        """The index and the log-probabilities of each (ids, start), as `answers.scores.score`."""
         scores = extra("answers.scores", "LLM.score").score(self, texts)
         return cast("Iterator[tuple[int, list[float]]]", scores)
 
@@ -6622,8 +6616,7 @@ def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., N
 
 
 def add_settings(add: Callable[..., None], settings: type) -> None:
-    """Add an option for each field of a settings class that has flags. A flag that is not given is
-    None, or False."""
+    """Add an option for each field of a settings class with flags. None or False: not given."""
     for name, row in options_of(settings).items():
         rest: Json = {"dest": name}
         if row.kind is bool:
@@ -7071,8 +7064,7 @@ TALK_COMMANDS = {
 
 
 class Repl:
-    """--interactive: a conversation. Each turn sends all messages; the engine keeps the old ones in
-    its slot and reads only the new."""
+    """--interactive: a conversation. Each turn sends all messages; the engine reads new ones."""
 
     def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
