@@ -590,7 +590,7 @@ def kv_group(head_dim: int) -> int:
 
 
 def head_bytes(head_dim: int, kv_dtype: str) -> int:
-    """Bytes of one head's key, or value, at one position."""
+    """Bytes of a head's key or value at a position."""
     if kv_dtype == "q8":
         return head_dim + 2 * (head_dim // kv_group(head_dim))
     return head_dim * (4 if kv_dtype == "float32" else 2)
@@ -1360,10 +1360,7 @@ class Rope:
     """Rotary embeddings (https://arxiv.org/abs/2104.09864): angles by which heads are turned.
 
     freqs (D/2,) is a pair's angle per position, 0 for columns that stay; scales (D/2,) multiply cos
-    and sin. Decoder makes arrays of its backend of both."""
-
-    freqs: Any
-    scales: Any
+    and sin. Decoder makes them arrays of its backend."""
 
     def __init__(
         self, parameters: Mapping[str, Any], head_dim: int, divisors: Tensor | None = None
@@ -1372,8 +1369,8 @@ class Rope:
         self.n_rot: int = parameters.get("n_rot", head_dim)
         freqs, scale = self.frequencies()
         still = (head_dim - self.n_rot) // 2
-        self.scales = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
-        self.freqs = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
+        self.scales: Any = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
+        self.freqs: Any = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position (n_rot/2,) float32, and the factor on cos and sin."""
@@ -1714,7 +1711,7 @@ class KVCache:
         return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
 
     def outgrown(self, slot: int, length: int) -> bool:
-        """Whether the slot's text must be read again now that it has `length` tokens."""
+        """Whether the slot's text must be read again at `length` tokens."""
         return self.regimes[slot] != self.regime_of(length)
 
     def start(self, source: int, target: int, num_tokens: int, length: int) -> None:
@@ -2269,9 +2266,12 @@ END_OF_GENERATION = frozenset(
 
 # Glob pattern of a directory's tokenizer file -> the extra whose `read_vocabulary(TextFiles) ->
 # (TextFiles, Tokenizer)` reads it; "" for the core. The first match decides.
-VOCABULARIES = {"tokenizer.json": ""} | dict.fromkeys(
-    ("tekken.json", "tokenizer.model*", "*.tiktoken", "tokenizer.pkl"), "files.vocabularies"
-)
+VOCABULARIES = {
+    "tokenizer.json": "",
+    **dict.fromkeys(
+        ("tekken.json", "tokenizer.model*", "*.tiktoken", "tokenizer.pkl"), "files.vocabularies"
+    ),
+}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
