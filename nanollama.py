@@ -4060,8 +4060,10 @@ PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around the name of a control toke
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: no null values, "system" for "developer", thoughts
     under both names in use. Raises RequestError for content that is not text."""
-    if not isinstance(message, Mapping):
-        raise TemplateError(f"a message is {excerpt(message)}; it must be an object", "messages")
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise TemplateError(
+            f"a message is {excerpt(message)}; give an object with a role", "messages"
+        )
     clean = {key: value for key, value in message.items() if value is not None}
     message_text(clean)
     if clean.get("role") == "developer":

@@ -255,7 +255,7 @@ def test_what_is_no_text_is_refused_by_name() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(nanollama.RequestError, match=r"content\[0\] is of type .image_url"):
         template.render([{"role": "user", "content": [image]}])
-    with pytest.raises(TemplateError, match="'hello'; it must be an object"):
+    with pytest.raises(TemplateError, match="'hello'; give an object"):
         template.render(["hello"])  # type: ignore[list-item]
 
 

@@ -454,7 +454,7 @@ def test_a_prompt_over_the_context_names_both_counts(tiny: Callable[..., Path]) 
         (GenerationRequest([5], params=SamplingParams(logit_bias={320: 1})), "token id 320"),
         (GenerationRequest("a\udc80"), "surrogate"),
         (GenerationRequest(messages=[]), "no messages"),
-        (GenerationRequest(messages=[{"text": "hi"}]), "template failed"),
+        (GenerationRequest(messages=[{"text": "hi"}]), "an object with a role"),
     ],
 )
 def test_a_bad_request_is_refused_and_leaves_the_others_alone(
