@@ -483,7 +483,8 @@ def write_modelfile(name: str, modelfile: Modelfile) -> None:
 
 
 def format_modelfile(modelfile: Modelfile) -> str:
-    """Text that `parse_modelfile` reads as the same Modelfile, unless a value has triple quotes."""
+    """Text that `parse_modelfile` reads as the same Modelfile, unless a line of a value ends with
+    triple quotes."""
     block = '"""\n{}\n"""'.format
     rows: list[tuple[str, Any]] = [("FROM", modelfile.model)]
     for name, value in modelfile.parameters.items():

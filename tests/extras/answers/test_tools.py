@@ -934,7 +934,8 @@ def test_no_tool_choice_means_no_call(client: openai.OpenAI) -> None:
 
 def test_a_bad_tool_is_a_400_that_names_it_over_http(live: Live) -> None:
     schema = {"type": "object", "properties": {"x": {"type": "wibble"}}}
-    bad = [TOOLS[0], {"type": "function", "function": {"name": "f", "parameters": schema}}]
+    function = {"name": "f", "parameters": schema, "strict": True}
+    bad = [TOOLS[0], {"type": "function", "function": function}]
     for stream in (False, True):
         answer = live.chat(tools=bad, stream=stream)
         assert answer.status_code == 400

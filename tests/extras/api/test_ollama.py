@@ -728,6 +728,6 @@ def test_a_modelfile_that_is_written_is_read_back(modelfile: Modelfile) -> None:
 
 
 def test_a_text_that_no_modelfile_can_hold_is_noticed() -> None:
-    text = format_modelfile(Modelfile(model="a", system='x """ y'))
+    text = format_modelfile(Modelfile(model="a", system='x """\ny'))
     with pytest.raises(ModelfileError):
         parse_modelfile(text, Path("x"))
