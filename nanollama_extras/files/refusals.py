@@ -73,7 +73,7 @@ def described(path: Path, error: str) -> Iterator[tuple[Path, str]]:
                 yield file, words
             if start[:4] == b"GGUF" and file == path:
                 with file.open("rb") as opened:
-                    words = gguf_words(opened.read(HEAD_BYTES), error)
+                    words = gguf_words(opened.read(min(HEAD_BYTES, path.stat().st_size)), error)
                 if words:
                     yield file, words
     if path.is_file() and path.suffix == ".safetensors":
@@ -114,7 +114,9 @@ def gguf_words(data: bytes, error: str = "") -> str | None:
             f"is {which} of {count} files of a model; keep them side by side, with names that end "
             f"in -00001-of-{count:05d}.gguf and so on, and give the first"
         )
-    return GGUF_KINDS["vocab"] if "token_embd.weight is missing" in error else None
+    has_tensors = any(data[8:16])  # their number
+    is_vocabulary = "token_embd.weight is missing" in error and not has_tensors
+    return GGUF_KINDS["vocab"] if is_vocabulary else None
 
 
 def first_metadata(data: bytes) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import STRING, U32, smallest
+from gguf_files import SHAPES, STRING, U32, smallest
 
 import nanollama
 from nanollama_extras.files.refusals import check_start
@@ -54,7 +54,7 @@ def gguf(**metadata: Any) -> bytes:
         ("mm.gguf", gguf(general__type="mmproj", general__architecture="x"), "image part"),
         ("lora.gguf", gguf(general__type="adapter", llama__block_count=None), "LoRA adapter"),
         ("i.gguf", gguf(general__type="imatrix", general__architecture=None), "imatrix"),
-        ("v.gguf", smallest(shapes={"token_embd.weight": None})[0], "vocabulary without weights"),
+        ("v.gguf", smallest(shapes=dict.fromkeys(SHAPES))[0], "vocabulary without weights"),
         ("renamed.gguf", gguf(split__count=3, split__no=0), r"part 1 of 3 .*-00001-of-00003\.gguf"),
         (
             "renamed.gguf",
