@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import logging
 import math
@@ -150,7 +151,10 @@ def packed(kind: str, num_rows: int, num_cols: int, seed: int = 0) -> PackedLine
         return quantize(torch.from_numpy(weight), int(kind[1]))
     raw = encode(weight, Kind[kind], random)
     blocks = raw.reshape(num_rows, num_cols // (256 if "K" in kind else 32), -1)
-    return REPACK[kind](torch.from_numpy(blocks))
+    repacked = REPACK[kind](torch.from_numpy(blocks))
+    # the blocks of native kernels keep the combined scales of K types as float16
+    offset = None if repacked.offset is None else repacked.offset.half()
+    return dataclasses.replace(repacked, scale=repacked.scale.half(), offset=offset)
 
 
 def native(weight: PackedLinear, bias: Tensor | None = None) -> NativeLinear:
