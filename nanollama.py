@@ -2201,7 +2201,8 @@ class Decoder:
                 grows = tensor(1 + beta * lib.log(1 + positions // n_old))
             found[i] = Rotation(cos, sin, grows)
         if None in self.config.layer_ropes:
-            found[None] = Rotation(torch.ones_like(cos), torch.zeros_like(sin))
+            still = lib.ones_like(angles), lib.zeros_like(angles)
+            found[None] = Rotation(*map(tensor, still))
         return found
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
