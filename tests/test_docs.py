@@ -94,8 +94,9 @@ def shell(desk: Path, command: str) -> str:
 
 def converse(desk: Path, command: str, lines: list[str]) -> str:
     """What a terminal shows of an interactive command that is typed these lines."""
+    plain = {**environment(desk), "TERM": "dumb"}  # without marks around pasted text
     child = pexpect.spawn(
-        "bash", ["-c", command], cwd=desk, env=environment(desk), encoding="utf-8", timeout=120
+        "bash", ["-c", command], cwd=desk, env=plain, encoding="utf-8", timeout=120
     )
     child.setwinsize(50, 200)
     shown = ""
