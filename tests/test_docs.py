@@ -101,13 +101,13 @@ def converse(desk: Path, command: str, lines: list[str]) -> str:
     child.setwinsize(50, 200)
     shown = ""
     for line in lines:
-        child.expect(r"(?m)^(>>>|\.\.\.) ")
+        child.expect(r"(?m)^(?:\x1b\[\?2004[hl]\r?)*(>>>|\.\.\.) ")
         shown += child.before + child.after
         child.sendline(line)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    return (shown + child.before).replace("\r", "")
+    return re.sub(r"\r|\x1b\[\?2004[hl]", "", shown + child.before)
 
 
 def normal(text: str, desk: Path) -> str:
