@@ -901,19 +901,19 @@ class SamplingParams:
         0.7, "--temp --temperature -t X: 0 is greedy, higher is more random", (0, 100), also="temp"
     )
     top_k: int = option(50, "--top-k -k N: keep the k likeliest tokens; 0 is off", (-1, 2**31))
-    top_p: float = option(0.9, "--top-p X: keep the top tokens that reach X; 1 is off", (0, 1))
-    min_p: float = option(0.0, "--min-p X: drop those under X times the best; 0 is off", (0, 1))
+    top_p: float = option(0.9, "--top-p X: keep the likeliest, X in all; 1 is off", (0, 1))
+    min_p: float = option(0.0, "--min-p X: drop tokens under X times the best; 0 is off", (0, 1))
     repeat_penalty: float = option(1.1, "--repeat-penalty X: weaken repeats; 1 is off", (0.01, 100))
-    repeat_last_n: int = option(-1, "--repeat-last-n N: in the last N tokens; -1: all", (-1, 2**31))
+    repeat_last_n: int = option(-1, "--repeat-last-n N: look back N tokens; -1 is all", (-1, 2**31))
     presence_penalty: float = option(0.0, "--presence-penalty X: weaken generated tokens", (-2, 2))
-    frequency_penalty: float = option(0.0, "--frequency-penalty X: weaken by their counts", (-2, 2))
+    frequency_penalty: float = option(0.0, "--frequency-penalty X: weaken frequent ones", (-2, 2))
     logit_bias: Mapping[int, float] = option(
         {}, "--logit-bias ID=BIAS: add BIAS to the logit of token ID; repeatable", kind=parse_bias
     )
-    seed: int | None = option(None, "--seed N: to repeat answers", (-(2**63), 2**64 - 1), kind=int)
+    seed: int | None = option(None, "--seed N: repeatable text", (-(2**63), 2**64 - 1), kind=int)
     stop: tuple[str, ...] = option((), "--stop TEXT: end before this text; repeatable", kind=str)
     max_tokens: int | None = option(  # None: up to the end of the context
-        200, "--max-tokens -m N: longest answer", (0, 2**31), optional=True, also="num_predict"
+        200, "--max-tokens -m N: tokens in an answer", (0, 2**31), optional=True, also="num_predict"
     )
     ignore_eos: bool = option(False)
     logprobs: int | None = option(None, limits=(0, 20), kind=int, on_wire=False)  # alternatives
@@ -973,7 +973,7 @@ class EngineConfig:
         None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
-    lookup: int = option(0, "--lookup N: draft tokens from context", (0, 64), bare=DEFAULT_LOOKUP)
+    lookup: int = option(0, "--lookup N: draft from the context", (0, 64), bare=DEFAULT_LOOKUP)
     kernels: str = option(
         "auto",
         "--kernels: native: compiled C for the CPU; torch: its operators; auto: native if possible",
@@ -1882,7 +1882,7 @@ class Backend:
         return self.description
 
     def row_tile(self, has_float_weights: bool) -> int:
-        """Batches have a multiple of so many rows: no result then depends on their number."""
+        """Batches are padded to a multiple of this, so no row depends on their size."""
         return ROW_TILE
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
@@ -1896,7 +1896,7 @@ class Backend:
         bias: Tensor | None,
         is_table: bool,
     ) -> Matrix:
-        """A packed weight (rows, cols) in the backend's layout; single rows are read `is_table`."""
+        """A packed weight (rows, cols) in the backend's layout; `is_table`: rows are read, too"""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
         num_bytes = self.dtype.itemsize * math.prod(shape)  # as floats
         half = packed.to(self.device, torch.bfloat16) if self.missing else packed
@@ -1960,7 +1960,7 @@ BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `mak
 def pick_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, starts_gpu: bool = True
 ) -> Backend:
-    """The backend for a model; on CUDA, one that not `starts_gpu` can only be described.
+    """The backend for a model; without `starts_gpu`, one on CUDA is only described.
     Raises RequestError or ExtraError if `wanted` is native, and native kernels cannot run here."""
     reason = ""
     if wanted != "torch" and (device.type != "cpu" or dtype != torch.float32):
