@@ -94,20 +94,19 @@ def shell(desk: Path, command: str) -> str:
 
 def converse(desk: Path, command: str, lines: list[str]) -> str:
     """What a terminal shows of an interactive command that is typed these lines."""
-    plain = {**environment(desk), "TERM": "dumb"}  # without marks around pasted text
     child = pexpect.spawn(
-        "bash", ["-c", command], cwd=desk, env=plain, encoding="utf-8", timeout=120
+        "bash", ["-c", command], cwd=desk, env=environment(desk), encoding="utf-8", timeout=120
     )
     child.setwinsize(50, 200)
     shown = ""
     for line in lines:
-        child.expect(r"(?m)^(?:\x1b\[\?2004[hl]\r?)*(>>>|\.\.\.) ")
+        child.expect(r"(?m)^(>>>|\.\.\.) ")
         shown += child.before + child.after
         child.sendline(line)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
-    return re.sub(r"\r|\x1b\[\?2004[hl]", "", shown + child.before)
+    return (shown + child.before).replace("\r", "")
 
 
 def normal(text: str, desk: Path) -> str:
@@ -237,7 +236,7 @@ def test_every_form_of_a_reference_is_understood() -> None:
     for row in table("References"):
         for reference in codes(row[1]):
             local = reference.startswith((".", "/", "~"))
-            known = (*nanollama.ALIASES, "nanochat")
+            known = (*nanollama.ALIASES, nanollama.NANOCHAT)
             assert local or reference in known or nanollama.parse_hub_ref(reference)
 
 
@@ -267,7 +266,7 @@ def test_the_tables_of_the_seams_exist() -> None:
 def test_the_commands_of_the_repl_are_listed() -> None:
     own = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
     listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
-    assert own | set(nanollama.TALK_COMMANDS) <= listed
+    assert own | set(nanollama.MORE_COMMANDS) <= listed
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)

@@ -53,7 +53,8 @@ def open_history(path: Path) -> None:
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(1000)
-    readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
+    if os.environ.get("TERM") != "dumb":  # which shows the marks that this sends
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     atexit.register(save_history)
 
 
