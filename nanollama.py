@@ -3764,7 +3764,7 @@ class Tokenizer:
         self.control = {token.content: i for i, token in added.items() if token.special}
         names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
         if "<|channel|>" in self.control and text.special_tokens.get("eos_token") != "<|end|>":
-            names -= {"<|end|>"}  # ends a thought
+            names -= {"<|end|>"}  # of a thought
         self.end_ids = text.eos_ids | {self.control[name] for name in names & self.control.keys()}
         self.shown: Mapping[str, str] = {}  # control token -> its text in an answer
         if "<|python_start|>" in self.control:
@@ -3796,9 +3796,8 @@ class Tokenizer:
                 encode = tokenizer.encode_batch_fast
                 return encode([text], add_special_tokens=add_special_tokens)[0].ids
             except (UnicodeEncodeError, TypeError):  # releases of the library differ
-                raise RequestError(
-                    "the text holds a lone surrogate, which is not Unicode"
-                ) from None
+                problem = "the text holds a lone surrogate"
+                raise RequestError(problem) from None
 
     def spell(self, text: str) -> list[int]:
         """Ids of a text in which no added token is recognized."""
@@ -4062,9 +4061,8 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: no null values, "system" for "developer", thoughts
     under both names in use. Raises RequestError for content that is not text."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise TemplateError(
-            f"a message is {excerpt(message)}; give an object with a role", "messages"
-        )
+        problem = f"a message is {excerpt(message)}; give an object with a role"
+        raise TemplateError(problem, "messages")
     clean = {key: value for key, value in message.items() if value is not None}
     message_text(clean)
     if clean.get("role") == "developer":
@@ -5106,9 +5104,7 @@ class LLM(TextSide):
         needed, free = weight_bytes(checkpoint, config), available_memory(used_device)
         if needed > free and not config.force:
             problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
-            raise NanollamaError(
-                f"{model}: {problem}; take a smaller model, or load it with --force"
-            )
+            raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
         if config.threads:
             torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
         lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
@@ -5441,7 +5437,8 @@ def _choice(request: GenerationRequest, index: int) -> GenerationRequest:
 
 def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, dict[str, str]]:
     """SamplingParams fields of a body over the defaults, and the body's names of some."""
-    values = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
+    own = {**defaults, **{name: given[name] for name in SAMPLING_FIELDS if name in given}}
+    values = {"repeat_penalty": 1.0, **own}
     for name in ("max_tokens", "max_completion_tokens"):
         if (limit := given.get(name, -1)) != -1 and limit < least:
             refuse(f"{name} is {limit}; at least {least}, or -1 for no limit", name)
@@ -5463,6 +5460,8 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
         guide = extra("answers.guides", "an answer in a given form").read_guide(given)
         if guide is not None:
             name, value, where = guide
+            if "repeat_penalty" not in own:  # forms may loop
+                del values["repeat_penalty"]
             values |= {"schema": None, "regex": None, "grammar": None}
             return (values | {name: value} if name else values), {name: where}
     return values, {}
@@ -6005,8 +6004,8 @@ class Pool:
 
     @property
     def sampling(self) -> Json:
-        """Default SamplingParams fields: flags over the model's. Greedy answers have no penalty."""
-        return {"repeat_penalty": 1.0, **self.llm().sampling, **self.source.sampling}
+        """Default SamplingParams fields."""
+        return {**self.llm().sampling, **self.source.sampling}
 
     @functools.cached_property
     def fingerprint(self) -> str:

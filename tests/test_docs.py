@@ -236,7 +236,7 @@ def test_every_form_of_a_reference_is_understood() -> None:
     for row in table("References"):
         for reference in codes(row[1]):
             local = reference.startswith((".", "/", "~"))
-            known = (*nanollama.ALIASES, nanollama.NANOCHAT)
+            known = (*nanollama.ALIASES, "nanochat")
             assert local or reference in known or nanollama.parse_hub_ref(reference)
 
 
@@ -266,7 +266,7 @@ def test_the_tables_of_the_seams_exist() -> None:
 def test_the_commands_of_the_repl_are_listed() -> None:
     own = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
     listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
-    assert own | set(nanollama.MORE_COMMANDS) <= listed
+    assert own | set(nanollama.TALK_COMMANDS) <= listed
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)

@@ -102,7 +102,7 @@ class API(Handlers):
         pool = await self.models.pool(given.get("model"))
         messages = parse_messages(given, pool.source.opening)
         check_length(messages)
-        values = pool.sampling
+        values = {"repeat_penalty": 1.0, **pool.sampling}
         for name, (least, most, default) in CLAMPS.items():
             value = given.get(name, values.get(name, default))
             values[name] = most if value is None else min(max(value, least), most)
