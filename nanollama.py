@@ -11,7 +11,7 @@
 #     "llguidance>=1.9",
 #     "gguf>=0.18",
 #     "tqdm>=4.66",
-#     "starlette>=0.46",
+#     "starlette>=0.51",
 #     "uvicorn>=0.34",
 #     "prometheus_client>=0.21",
 #     "pyyaml>=6.0.1",
@@ -1705,7 +1705,7 @@ class KVCache:
 
     def may_resume(self, slot: int, num_tokens: int, length: int) -> bool:
         """Whether the slot has what a text of `length` tokens sees of its first `num_tokens`."""
-        if self.regimes[slot] != self.regime_of(length):
+        if self.outgrown(slot, length):
             return False
         window = self.ring and max(window for window in self.config.windows if window)
         return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
@@ -2231,13 +2231,6 @@ class Decoder:
         if config.logit_scale == 1 and not config.logit_softcap:
             return scores
         return self.backend.capped(scores, config.logit_scale, config.logit_softcap)
-
-
-def make_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> Decoder:
-    """The decoder of a model's family: Decoder, or a class of extras derived from it."""
-    place = find_family(config.model_type).decoder
-    kind = extra_object(place, config.model_type) if place else Decoder
-    return cast("Decoder", kind(config, weights, kv_dtype))
 
 
 # ==================================================================================================
@@ -3280,7 +3273,9 @@ class ModelStore:
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
         """The path of a model that is complete in the two caches; None for any other path."""
         if reference in ALIASES:
-            return self._find_alias(reference)
+            alias, own = ALIASES[reference], self._alias_path(reference)
+            path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
+            return path if path and path.stat().st_size == alias.num_bytes else None
         if reference == TINY_RANDOM:
             return find_special(reference, self.root)
         hub = parse_hub_ref(reference)
@@ -3296,11 +3291,6 @@ class ModelStore:
         if close:
             hint = f"did you mean {' or '.join(short[name] for name in close)}?"
         return f"{reference}: no such model; {hint}"
-
-    def _find_alias(self, name: str) -> Path | None:
-        alias, own = ALIASES[name], self._alias_path(name)
-        path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
-        return path if path and path.stat().st_size == alias.num_bytes else None
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
@@ -3769,8 +3759,12 @@ class Tokenizer:
         self.shown: Mapping[str, str] = {}  # control token -> its text in an answer
         if "<|python_start|>" in self.control:
             self.shown = extra("files.vocabularies", "nanochat's vocabulary").SHOWN_CONTROL
-        decoder = self._tokenizer.decoder
-        described = decoder.__getstate__() if decoder is not None else b""
+        described, split = (
+            part.__getstate__() if part is not None else b""
+            for part in (self._tokenizer.decoder, self._tokenizer.pre_tokenizer)
+        )
+        if b"ByteLevel" in split and b"ByteLevel" not in described:
+            described = split  # tekken's, with a decoder of SentencePiece
         self._byte_level = b"ByteLevel" in described
         self._byte_fallback = b"ByteFallback" in described
         metaspace = b'"Metaspace"' in described and b'"never"' not in described
@@ -4730,13 +4724,6 @@ class EngineStats:
         return EngineStats(*(now - then for now, then in totals))
 
 
-def default_slots(decoder: Decoder, n_ctx: int, most_new: int) -> int:
-    """Number of KV strips of a usual length that fit into half of the free memory."""
-    strip_bytes = decoder.config.kv_bytes(min(n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new)
-    num = available_memory(decoder.device) / 2 / strip_bytes
-    return max(1, int(min(MAX_PARALLEL, num)))
-
-
 class Engine:
     """Runs sequences to their end: `add` them, then `step` while there is work."""
 
@@ -4751,7 +4738,12 @@ class Engine:
         self.is_capped = self.n_ctx < decoder.config.n_ctx
         chunk, lookup = config.prefill_chunk, config.lookup
         most_new = max(chunk, lookup + 1)
-        self.num_slots = config.parallel or default_slots(decoder, self.n_ctx, most_new)
+        # KV strips of a usual length that fit into half of the free memory
+        strip_bytes = decoder.config.kv_bytes(
+            min(self.n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new
+        )
+        num_strips = min(MAX_PARALLEL, available_memory(decoder.device) / 2 / strip_bytes)
+        self.num_slots = config.parallel or max(1, int(num_strips))
         self.cache = decoder.new_cache(self.num_slots, most_new)
         self.scheduler = Scheduler(self.num_slots, chunk, lookup, self.cache.may_resume)
         self.stats = EngineStats()
@@ -5111,8 +5103,11 @@ class LLM(TextSide):
         files = (self.checkpoint.tensors, str(self.checkpoint.path))
         kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
+        family = self.config.model_type
+        place = find_family(family).decoder  # of a class derived from Decoder
+        new_decoder = extra_object(place, family) if place else Decoder
         with torch.inference_mode():
-            decoder = make_decoder(self.config, weights, config.kv_dtype)
+            decoder = new_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
@@ -5527,10 +5522,10 @@ def usage_body(usages: list[Usage], per_prompt: int) -> Json:
     return {**body, "total_tokens": num_prompt + num_new, "prompt_tokens_details": details}
 
 
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """The text of a single token, as logprobs show it."""
+def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
+    """The text of a single token, as logprobs show it, and its bytes."""
     raw = tokenizer.token_bytes(token_id)
-    return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id)
+    return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id), raw
 
 
 class Reply:
@@ -5596,13 +5591,12 @@ class ChatReply(Reply):
         found, token_id = delta.logprobs, delta.token_id
         if found is None or token_id is None or not self.tokenizer.token_bytes(token_id):
             return []
-        own, *top = [self._entry(*pair) for pair in ((token_id, found.logprob), *found.top)]
+        own, *top = [
+            {"token": text, "logprob": max(value, LEAST_LOGPROB), "bytes": list(raw), "id": i}
+            for i, value in ((token_id, found.logprob), *found.top)
+            for text, raw in [token_text(self.tokenizer, i)]
+        ]
         return [{**own, "top_logprobs": top}]
-
-    def _entry(self, token_id: int, logprob: float) -> Json:
-        text, raw = token_text(self.tokenizer, token_id), self.tokenizer.token_bytes(token_id)
-        value = max(logprob, LEAST_LOGPROB)
-        return {"token": text, "logprob": value, "bytes": list(raw), "id": token_id}
 
 
 class ChatChoice(ChatReply):
@@ -5649,13 +5643,16 @@ class TextChoice(Reply):
     LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes", "token_ids")
 
     def __init__(self, index: int, seq: Sequence, splitter: AnswerSplitter, echo: bool) -> None:
-        self.index, self.seq, self.tokenizer = index, seq, seq.text.tokenizer
+        self.index, self.seq, self.tokenizer = index, seq, (tokenizer := seq.text.tokenizer)
         self.echo = splitter.prompt if echo else None
         self.text = ""
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self.rows: list[tuple[Any, ...]] = []  # the columns LOGPROBS of each token
-        self.offset = 0
+        # text that the rows spell, whose length is the offset of the next one
+        names = tokenizer.control.items()
+        shown = frozenset(i for name, i in names if name in (self.echo or ""))
+        self.spelled, self.offset = TextStream(tokenizer, (), not echo, shown), 0
 
     def _chunk(self, text: str, rows: Any = None, reason: str | None = None) -> Json:
         logprobs = None
@@ -5681,15 +5678,15 @@ class TextChoice(Reply):
         return chunks
 
     def _add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        text, raw = token_text(self.tokenizer, token_id), self.tokenizer.token_bytes(token_id)
+        text, raw = token_text(self.tokenizer, token_id)
         value = top = None
         if logprobs is not None:
             value, top = max(logprobs.logprob, LEAST_LOGPROB), dict[str, float]()
             # tokens of the same text, such as parts of characters: the likeliest one counts
             for i, logprob in (*logprobs.top, (token_id, value)):
-                top.setdefault(token_text(self.tokenizer, i), max(logprob, LEAST_LOGPROB))
+                top.setdefault(token_text(self.tokenizer, i)[0], max(logprob, LEAST_LOGPROB))
         self.rows.append((text, value, top, self.offset, list(raw), token_id))
-        self.offset += len(text)
+        self.offset += len(self.spelled.push(token_id))
 
     def result(self) -> Json:
         return self._chunk(self.text, self.rows, self.finish_reason)
@@ -6505,6 +6502,7 @@ def create_app(models: Models) -> starlette.applications.Starlette:
         allow_origin_regex=LOCAL_ORIGIN,
         allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
         allow_headers=["*"],
+        allow_private_network=True,  # Chrome asks before a page of the internet calls this machine
         expose_headers=["x-request-id", "x-nanollama-ignored"],
     )
     gate = starlette.middleware.Middleware(Gate, config=config, observer=app.observer)
@@ -7220,13 +7218,6 @@ def run_serve(settings: Settings) -> int:
 # ---- subcommands ---------------------------------------------------------------------------------
 
 
-def run_command(name: str, argv: list[str]) -> int:
-    """Run a subcommand. Raises ExtraError where its module is not installed."""
-    runs = COMMANDS[name].runs
-    run = extra(runs, f"{PROGRAM} {name}").run if "." in runs else globals()[runs]
-    return int(run(argv))
-
-
 def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
     text = COMMANDS[name].help.capitalize() + "."
     return argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text, **options)
@@ -7337,7 +7328,9 @@ def run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
             parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
-        return run_command(argv[0], argv[1:])
+        runs = COMMANDS[argv[0]].runs
+        module = extra(runs, f"{PROGRAM} {argv[0]}") if "." in runs else None
+        return int((module.run if module else globals()[runs])(argv[1:]))
     try:
         args = parser.parse_args(argv)
     except (RequestError, UsageError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import puppets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -864,10 +865,27 @@ def test_echo_scores_a_prompt_as_lm_eval_does(live: Live, max_tokens: int) -> No
             assert value == pytest.approx(float(rows[i - 1, scored["token_ids"][i]]), abs=1e-4)
             is_greedy = value == max(scored["top_logprobs"][i].values())
             assert is_greedy == (int(everything[i - 1].argmax()) == scored["token_ids"][i])
-        offsets = scored["text_offset"]
-        lengths = [len(token) for token in scored["tokens"]]
-        assert offsets == [sum(lengths[:i]) for i in range(len(lengths))]
+        # a token that begins inside a character has the place of the character
+        known = [llm.decode(scored["token_ids"][:i]) for i in range(len(scored["tokens"]))]
+        assert scored["text_offset"] == [len(text.rstrip("\ufffd")) for text in known]
     assert choice["text"].startswith("caf\u00e9 \U0001f600")  # without the <s> in front
+
+
+def test_offsets_are_places_in_the_text(tmp_path: Path) -> None:
+    path = puppets.write(tmp_path, [" w\u00f6rld", " \U0001f600", "!"])
+    with serving(lambda: nanollama.LLM(path)) as live:
+        for echo in (False, True):
+            answer = live.text(
+                "\u00e9<|im_end|>z", echo=echo, logprobs=0, temperature=0, max_tokens=3
+            )
+            choice = answer.json()["choices"][0]
+            scored, whole = choice["logprobs"], 0
+            for token, offset in zip(scored["tokens"], scored["text_offset"]):
+                if "\ufffd" not in token:
+                    assert choice["text"].startswith(token, offset)
+                    whole += 1
+            assert whole == (5 if echo else 3)
+            assert scored["text_offset"][:2] == ([0, 0] if echo else [0, 6])
 
 
 def test_a_prompt_as_text_and_as_ids_is_the_same(live: Live) -> None:

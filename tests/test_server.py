@@ -356,12 +356,14 @@ def test_browsers_may_ask_first_without_a_key(locked: Live) -> None:
             "origin": "https://chat.example",
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization, content-type, x-stainless-os",
+            "access-control-request-private-network": "true",  # Chrome, for a page of the internet
         },
     )
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://chat.example"
     assert "POST" in response.headers["access-control-allow-methods"]
     assert "x-stainless-os" in response.headers["access-control-allow-headers"]
+    assert response.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.parametrize(

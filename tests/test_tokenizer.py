@@ -117,6 +117,20 @@ def test_ids_from_gguf_metadata_equal_those_of_the_published_pre_tokenizer(pre: 
     check_published_pre_tokenizer(pre)
 
 
+def test_a_byte_level_vocabulary_stays_one_with_another_decoder(tmp_path: Path) -> None:
+    """Mistral's conversions of tekken have SentencePiece's decoder, which leaves bytes spelled."""
+    tokenizer = trained(PUBLISHED["llama-bpe"])
+    space = decoders.Strip(" ", 1, 0)
+    replace = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence(
+        [replace, decoders.ByteFallback(), decoders.Fuse(), space]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer(TextFiles("memory", tokenizer_file=tmp_path / "tokenizer.json"))
+    for text in STRINGS:
+        assert ours.decode(ours.encode(text, parse_special=False)) == text
+
+
 def smollm2_as_published(path: Path) -> tokenizers.Tokenizer:
     """SmolLM2's tokenizer as its tokenizer.json describes it: digits one by one, then GPT-2's own
     splitting. Only vocabulary and merges come from the GGUF file."""

@@ -156,7 +156,7 @@ class API(Handlers):
             ids = await asyncio.to_thread(llm.encode, text, special)
         tokens: list[Any] = ids
         if body.get("with_pieces"):
-            tokens = [{"id": i, "piece": token_text(llm.tokenizer, i)} for i in ids]
+            tokens = [{"id": i, "piece": token_text(llm.tokenizer, i)[0]} for i in ids]
         return as_json({"tokens": tokens, "count": len(ids), "max_model_len": llm.engine.n_ctx})
 
     async def detokenize(self, request: Request) -> Response:
