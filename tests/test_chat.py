@@ -128,6 +128,21 @@ def outcome(render: Callable[..., str], *args: Any, **options: Any) -> str | Non
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_refusal_is_text(name: str) -> None:
+    template = chat_template(TEMPLATES[name])
+    parts: list[list[dict[str, str]]] = [
+        [{"type": "refusal", "refusal": "I cannot."}],
+        [{"type": "text", "text": "I cannot."}],
+    ]
+    talks = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+        for content in parts
+    ]
+    first, second = (outcome(template.render, talk) for talk in talks)
+    assert first == second
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_equal_those_of_apply_chat_template(
     name: str, hugging_face: Callable[..., str]
 ) -> None:

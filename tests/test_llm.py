@@ -361,3 +361,12 @@ def test_fit_context_keeps_an_answers_tools_with_its_question(tiny_llm: LLM) -> 
         {"role": "user", "content": "next"},
     ]
     assert fit_context(tiny_llm, messages, 60) == messages[4:]
+
+
+def test_the_fingerprint_tells_weights_and_precision_apart(tiny: Callable[..., Path]) -> None:
+    models = [tiny(), tiny(hidden_size=128)]
+    builds = [LLM(path, quantize=q) for path in models for q in (None, "q8", "q4")]
+    builds.append(LLM(models[0], dtype="bfloat16"))
+    prints = [llm.fingerprint() for llm in builds]
+    assert len(set(prints)) == len(prints)
+    assert LLM(models[0], quantize="q4").fingerprint() == prints[2]

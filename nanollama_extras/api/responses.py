@@ -149,8 +149,6 @@ def _item_text(item: Fields, name: str, where: str) -> str:
 
     def chat_part(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind == "refusal":
-            return {"type": "text", "text": part.get("refusal")}
         return {**part, "type": "text"} if kind in ("input_text", "output_text") else part
 
     parts = [*map(chat_part, content)] if isinstance(content, list) else content
@@ -258,7 +256,7 @@ class ResponseReply(ChatReply):
     ) -> None:
         super().__init__(seq, splitter)
         self.wire, self.store = wire, store
-        self.num_events = self.num_thought = 0
+        self.num_events = 0
         self.item: Json | None = None  # the open one, whose text and logprobs follow
         self.item_text = ""
         self.item_logprobs: list[Json] = []
@@ -375,8 +373,7 @@ class ResponseReply(ChatReply):
         return [self._at("function_call_arguments.delta", delta=function["arguments"])]
 
     def push(self, delta: Delta) -> list[Json]:
-        thoughts = self.splitter.thoughts
-        was_thinking, events = thoughts.thinking, []
+        events = []
         for kind, piece, entries in self.read(delta):
             if kind == "call":
                 events += self._call(piece)
@@ -384,7 +381,6 @@ class ResponseReply(ChatReply):
                 events += self._text(
                     "message" if kind == "content" else "reasoning", piece, entries
                 )
-        self.num_thought += was_thinking or thoughts.thinking
         return events
 
     def end(self) -> list[Json]:

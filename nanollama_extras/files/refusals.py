@@ -1,7 +1,8 @@
 """Says what a file is that cannot be opened as a model, and what to do with it.
 
 Seam       `nanollama.open_checkpoint` hands every refusal to `explain`, which may raise another one
-           that says more; files.hub_files asks `check_start` about the first bytes of a download.
+           that says more; files.hub_files asks `check_start` about the first bytes of a download,
+           and `nanollama list` asks `cached_note` about each model.
 Remove     delete this file and its tests; the core's own messages are then seen.
 Source     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (general.type, split.count)
            https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
@@ -16,9 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanollama import CheckpointError, GGUFCursor, excerpt, gguf_model_type, read_json
+from nanollama import (
+    CachedModel,
+    CheckpointError,
+    GGUFCursor,
+    ModelStore,
+    NanollamaError,
+    excerpt,
+    find_family,
+    first_line,
+    gguf_model_type,
+    read_json,
+    read_modelfile,
+    text_config,
+)
 
 HEAD_BYTES = 1 << 24  # the start of a GGUF that is looked at
+NOTE_BYTES = 1 << 16  # and for `list`: the general metadata come first
 # The start of a file -> what the file is, and what to do
 STARTS = {
     rb"version https://git-lfs": "is a git-lfs pointer, not the file itself; run `git lfs pull` in "
@@ -138,3 +153,32 @@ def check_start(data: bytes) -> None:
         metadata = dict(first_metadata(data))
         if "general.architecture" in metadata:
             gguf_model_type(metadata)
+
+
+def cached_note(model: CachedModel) -> str:
+    """The end of a model's line in `list`: the reason why it cannot run, or nothing. Reads the
+    beginning of its files, and neither weights nor torch."""
+    try:
+        check_cached(model)
+    except (NanollamaError, OSError) as error:
+        return f"  cannot run: {first_line(error).partition(';')[0]}"
+    return ""
+
+
+def check_cached(model: CachedModel) -> None:
+    """Raises CheckpointError for a model of the caches that surely cannot run."""
+    if model.format == "other":
+        raise CheckpointError("it has no weights")
+    name = model.id
+    if model.format == "modelfile":
+        name = read_modelfile(model.paths[0]).model or ""
+    path = ModelStore().find_cached(name)
+    if path is None:
+        reason = f"its base {excerpt(name)} is missing" if name != model.id else "it is incomplete"
+        raise CheckpointError(f"{reason}; pull it")
+    if path.is_dir():
+        find_family(text_config(read_json(path / "config.json")).get("model_type"))
+        return
+    with path.open("rb") as file:
+        data = file.read(NOTE_BYTES)
+    check_start(data)

@@ -57,7 +57,7 @@ class Kernel:
         return triton.jit(self.function, do_not_specialize=varying)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.jit[grid]  # type: ignore[no-any-return]
+        return self.jit[grid]
 
     def fitting(
         self, tiles: list[dict[str, int]], *arguments: Any, **constants: Any

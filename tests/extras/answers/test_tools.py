@@ -882,7 +882,7 @@ def test_streamed_calls_add_up_to_the_whole_answer(client: openai.OpenAI) -> Non
     reasons = []
     for chunk in client.chat.completions.create(**body, stream=True):
         choice = chunk.choices[0]
-        assert not choice.delta.content
+        assert choice.delta.content is None
         for delta in choice.delta.tool_calls or []:
             if delta.index == len(calls):
                 assert delta.id.startswith("call_")
