@@ -326,6 +326,7 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     # module of nanollama_extras; method, path and body of a request that needs it
     ("answers.guides", "POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
     ("answers.tools", "POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS}),
+    ("api.best_of", "POST", "/v1/completions", {"prompt": "x", "best_of": 2}),
     ("api.embeddings", "POST", "/v1/embeddings", {"input": "x"}),
     ("api.inspect", "POST", "/tokenize", {"prompt": "x"}),
     ("api.inspect", "POST", "/detokenize", {"tokens": [5]}),

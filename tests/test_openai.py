@@ -104,7 +104,7 @@ CHAT_EXAMPLES = {
     "web_search_options": {},
 }
 TEXT_EXAMPLES = {
-    "best_of": 2,
+    "best_of": 5,
     "echo": True,
     "logprobs": 1,
     "prompt": "another",
@@ -277,7 +277,7 @@ def test_a_value_out_of_range_is_refused_by_name(fields: dict[str, Any], param: 
         ({"max_tokens": -2}, "max_tokens"),
         ({"n": 3, "best_of": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
-        ({"best_of": 129}, "n"),
+        ({"best_of": 129}, "best_of"),
         ({"n": 65, "prompt": ["a", "b"]}, "n"),
     ],
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from nanollama import ChoicesReply, TextChoice, refuse
+from nanollama import MAX_CHOICES, ChoicesReply, TextChoice, excerpt, refuse
 
 if TYPE_CHECKING:
     from nanollama import Fields, Json
@@ -21,8 +21,10 @@ def widen(given: Fields, sampling: Json) -> tuple[Json, Json, Any]:
     """A body and its sampling fields -> those of `best_of` choices with log-probabilities, and the
     class of the reply. Raises RequestError."""
     n, best_of = given.get("n", 1), given["best_of"]
-    if best_of < n:
-        refuse(f"best_of is {best_of}; it must be at least n, which is {n}", "best_of")
+    if not n <= best_of <= MAX_CHOICES:
+        refuse(
+            f"best_of is {excerpt(best_of)}; it must be from {n} (n) to {MAX_CHOICES}", "best_of"
+        )
     if given.get("stream"):
         refuse(f"best_of is {best_of}; a stream can only have the value of n, {n}", "best_of")
     wanted = sampling["logprobs"]

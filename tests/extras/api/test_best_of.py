@@ -44,4 +44,5 @@ def test_the_likeliest_answers_are_kept(live: Live, echo: bool) -> None:
 def test_log_probabilities_come_if_they_are_wanted(live: Live) -> None:
     body = {"max_tokens": 3, "best_of": 2, "logprobs": 2}
     (choice,) = live.text(**body).json()["choices"]
-    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2, 2, 2]
+    assert len(choice["logprobs"]["top_logprobs"]) == 3
+    assert all(len(top) >= 2 for top in choice["logprobs"]["top_logprobs"])
