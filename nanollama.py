@@ -5191,12 +5191,15 @@ class LLM(TextSide):
         embeddings = {d.index: d.embedding for d in self.stream(requests) if d.embedding}
         return [embeddings[i] for i in range(len(requests))]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of samples of the weights, the code's version and the precision."""
         path, digest = self.checkpoint.path, hashlib.sha256(self.build.encode())
         for file in gguf_shards(path) if path.is_file() else map(path.joinpath, weight_files(path)):
-            for part in np.array_split(np.memmap(file, mode="r"), 16):
-                digest.update(part[: 1 << 16])
+            with file.open("rb") as opened:
+                for i in range(16):
+                    opened.seek(file.stat().st_size * i // 16)
+                    digest.update(opened.read(1 << 16))
         return f"fp_{digest.hexdigest()[:12]}"
 
     def complete(self, request: AnyRequest) -> Completion:
@@ -5995,10 +5998,6 @@ class Pool:
         """Default SamplingParams fields."""
         return {**self.llm().sampling, **self.source.sampling}
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return self.llm().fingerprint()
-
     async def load(self) -> None:
         """Start the workers. Raises the first error of one that cannot run."""
         started_s = time.perf_counter()
@@ -6424,7 +6423,7 @@ class OpenAI(Handlers):
         answers = zip(job.sequences, job.prepared)
         choices = [kind(i, seq, made.splitter(), setting) for i, (seq, made) in enumerate(answers)]
         model, new = wire.model or pool.source.name, wire.reply or ChoicesReply
-        reply = new(wire, choices, model, pool.fingerprint)
+        reply = new(wire, choices, model, pool.llm().fingerprint)
         return await self.answer(request, job, reply, SSE, wire.stream, wire.ignored)
 
     async def health(self, request: Request) -> Response:

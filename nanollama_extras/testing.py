@@ -247,6 +247,7 @@ class ScriptLLM(LLM):
         self.template = ChatTemplate(TextFiles("script"))
         self.sampling = {}
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The fingerprint of the code: there are no weights."""
         return f"fp_{__version__}"

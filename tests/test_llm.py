@@ -367,6 +367,6 @@ def test_the_fingerprint_tells_weights_and_precision_apart(tiny: Callable[..., P
     models = [tiny(), tiny(hidden_size=128)]
     builds = [LLM(path, quantize=q) for path in models for q in (None, "q8", "q4")]
     builds.append(LLM(models[0], dtype="bfloat16"))
-    prints = [llm.fingerprint() for llm in builds]
+    prints = [llm.fingerprint for llm in builds]
     assert len(set(prints)) == len(prints)
-    assert LLM(models[0], quantize="q4").fingerprint() == prints[2]
+    assert LLM(models[0], quantize="q4").fingerprint == prints[2]
