@@ -5605,7 +5605,7 @@ class ChatChoice(ChatReply):
         return {"index": self.index, **own, "logprobs": logprobs, "finish_reason": reason}
 
     def start(self) -> list[Json]:
-        content = None if self.splitter.tools else ""  # as OpenAI's before a call
+        content = None if self.splitter.tools else ""  # before a call
         delta = {"role": "assistant", "content": content, "refusal": None}
         return [self._part({"delta": delta}, None)]
 
