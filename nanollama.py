@@ -5361,7 +5361,7 @@ def parse_chat(
     sampling, names = _sampling(given, {"max_tokens": None, **defaults})
     names["prompt"] = "messages"
     num_top = given.get("top_logprobs")
-    if num_top is not None and not (given.get("logprobs") and 0 <= num_top <= 20):
+    if num_top and not 0 <= num_top <= 20 * bool(given.get("logprobs")):
         refuse(f"top_logprobs is {num_top}; it must be 0 to 20, with logprobs", "top_logprobs")
     sampling["logprobs"] = num_top or 0 if given.get("logprobs") else None
     tools = choice = None

@@ -824,6 +824,14 @@ def test_a_completion_through_the_sdk(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 16
 
 
+def test_zero_alternatives_may_be_asked_for_without_logprobs() -> None:
+    """vLLM takes this, too: some clients send both fields with each request."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "top_logprobs": 0}
+    for logprobs, expected in ((None, None), (False, None), (True, 0)):
+        wire = parse_chat({**body, "logprobs": logprobs}, {})
+        assert wire.requests[0].params.logprobs == expected
+
+
 def test_a_completion_streams_every_choice_of_every_prompt(client: openai.OpenAI) -> None:
     request: dict[str, Any] = {
         "model": "org/tiny:Q4", "prompt": ["a", "b"], "n": 2, "seed": 1, "max_tokens": 9,

@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import types
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -152,7 +153,7 @@ def are_schemas(values: Any) -> bool:
 
 def target(root: Any, pointer: str) -> Any:
     """The part of a schema that a `$ref` within it points to; None without one."""
-    for key in pointer.split("/")[1:]:
+    for key in urllib.parse.unquote(pointer).split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")
         if isinstance(root, list) and key.isdecimal():
             root = dict(enumerate(root)).get(int(key))

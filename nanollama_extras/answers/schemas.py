@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -142,10 +143,15 @@ def is_condition(value: Any) -> bool:
 
 
 def plain(schema: Any) -> Any:
-    """A schema without annotations and without keywords that allow everything."""
+    """A schema without annotations and without keywords that allow everything, with its patterns as
+    the compiler reads them."""
     if not isinstance(schema, dict):
         return schema
     parts = {key: mapped(plain, key, value) for key, value in schema.items()}
+    if isinstance(pattern := parts.get("pattern"), str):
+        parts["pattern"] = rust_regex(pattern)
+    if isinstance(by_pattern := parts.get("patternProperties"), dict):
+        parts["patternProperties"] = {rust_regex(key): part for key, part in by_pattern.items()}
     return {key: value for key, value in parts.items() if not has_no_effect(key, value, parts)}
 
 
@@ -156,6 +162,54 @@ def mapped(function: Any, key: str, value: Any) -> Any:
     if (key in SCHEMA_LISTS or key == "items") and isinstance(value, list):
         return [function(part) for part in value]
     return function(value) if key in SCHEMAS else value
+
+
+# ---- patterns ------------------------------------------------------------------------------------
+
+# Parts of a regex of ECMA-262 that the compiler, written in Rust, reads otherwise; or a character
+ECMA_PARTS = re.compile(
+    r"""\\u(?P<high>[dD][89abAB][0-9a-fA-F]{2})\\u(?P<low>[dD][c-fC-F][0-9a-fA-F]{2})
+    | \\c(?P<control>[A-Za-z]) | \\[upPx]\{[^}]*\} | \\.
+    | \[:\^?[a-z]+:\] | \[\^?\]? | -- | \{(?:\d+(?:,\d*)?\})? | .""",
+    re.VERBOSE | re.DOTALL,
+)
+RUST_ESCAPES = {
+    r"\0": r"\x00",
+    r"\<": "<",  # in Rust the beginning of a word
+    r"\>": ">",
+    r"\s": r"[\s\x{feff}--\x{85}]",
+    r"\S": r"[^\s\x{feff}--\x{85}]",
+}
+
+
+def rust_regex(pattern: str) -> str:
+    """A pattern of a JSON Schema, whose dialect is that of ECMA-262, in that of Rust."""
+    out, in_class = list[str](), False
+    for match in ECMA_PARTS.finditer(pattern):
+        part = match[0]
+        if part[0] == "\\":
+            part = rust_escape(match, in_class)
+        elif not in_class:
+            in_class = part in ("[", "[^")
+            part = {"[]": r"[^\s\S]", "[^]": r"[\s\S]", "{": r"\{"}.get(part, part)
+        elif part.endswith("]") and not part.startswith("[:"):
+            in_class, part = False, part.replace("[", r"\[")
+        elif part == "--":  # from or to a minus
+            part = r"\--" if out[-1] in ("[", "[^") else r"-\-"
+        else:  # signs of nested classes, intersections and differences
+            part = re.sub(r"^([&~]|\[(?!:))", r"\\\1", part)
+        out.append(part)
+    return "".join(out)
+
+
+def rust_escape(match: re.Match[str], in_class: bool) -> str:
+    """An escape sequence of ECMA-262 in the dialect of Rust."""
+    high, low, control = match["high"], match["low"], match["control"]
+    if high:
+        return rf"\x{{{0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF):x}}}"
+    if control:
+        return rf"\x{ord(control) % 32:02x}"
+    return r"\x08" if in_class and match[0] == r"\b" else RUST_ESCAPES.get(match[0], match[0])
 
 
 # ---- references to definitions of a part ---------------------------------------------------------
@@ -175,11 +229,15 @@ def rooted(schema: Any, root: Any, path: str, scopes: tuple[tuple[str, Any], ...
         escaped = str(key).replace("~", "~0").replace("/", "~1")
         out[key] = rooted(value, root, f"{path}/{escaped}", scopes)
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference[:2] == "#/" and target(root, reference) is None:
+    if not isinstance(reference, str) or reference[:2] != "#/":
+        return out
+    if target(root, reference) is None:
         for scope_path, scope in scopes:
             if target(scope, reference) is not None and "$id" not in scope:
-                return {**out, "$ref": f"#{scope_path}{reference[1:]}"}
-    return out
+                reference = f"#{scope_path}{reference[1:]}"
+                break
+    # names such as List[int] and Größe, which some tools do not encode
+    return {**out, "$ref": urllib.parse.quote(reference, safe="#%/~!$&'()*+,;=:@?")}
 
 
 # ---- closed objects ------------------------------------------------------------------------------

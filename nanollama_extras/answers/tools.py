@@ -35,6 +35,7 @@ from nanollama import (
     message_text,
     refuse,
 )
+from nanollama_extras.answers.sandboxed import target
 from nanollama_extras.answers.shapes import in_turns
 
 if TYPE_CHECKING:
@@ -421,10 +422,7 @@ def branches(
     known = [*filter(JSON_KINDS.__contains__, kinds if isinstance(kinds, list) else [kinds])]
     branch |= {"type": known if known[1:] else known[0]} if known else {}
     if isinstance(path := branch.pop("$ref", None), str):
-        target: Any = root
-        for key in path.split("/")[1:]:
-            target = target.get(key) if isinstance(target, Mapping) else None
-        alternatives = [target]
+        alternatives = [target(root, path)]
     elif keys := branch.keys() & {"anyOf", "oneOf"}:
         alternatives = branch.pop(min(keys))
         alternatives = alternatives if isinstance(alternatives, list) and alternatives else [{}]

@@ -23,6 +23,7 @@ from serving import Live, serving, wait_until
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, parse_chat, parse_text
 from nanollama_extras.answers.grammars import Constraint, Grammars
+from nanollama_extras.answers.tools import branches
 
 pytestmark = pytest.mark.xdist_group("constraint")
 USER = [{"role": "user", "content": "hello"}]
@@ -161,7 +162,8 @@ def suite() -> dict[str, list[dict[str, Any]]]:
         wanted = ["--no-deps", "--no-binary", "jsonschema", "-d", str(directory), SUITE]
         subprocess.run([*pip, *wanted], check=True)
     with tarfile.open(path) as archive:
-        files = [m for m in archive if re.search(r"/tests/draft2020-12/[\w-]+\.json$", m.name)]
+        wanted_file = r"/tests/draft2020-12/(optional/ecmascript-regex|[\w-]+)\.json$"
+        files = [m for m in archive if re.search(wanted_file, m.name)]
         opened = {Path(member.name).name: archive.extractfile(member) for member in files}
         return {name: json.load(file) for name, file in opened.items() if file is not None}
 
@@ -206,15 +208,15 @@ def opened(schema: Any) -> Any:
     return free | {key: opened(part) for key, part in schema.items()}
 
 
+def accepts(constraint: Constraint, text: str) -> bool:
+    ids, matcher = list(text.encode()), constraint.matcher.deep_copy()
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
 def test_the_official_suite_agrees_about_every_schema_that_compiles(
     suite: dict[str, list[dict[str, Any]]],
 ) -> None:
     grammars = Grammars(Bytes(), 256)  # type: ignore[arg-type]
-
-    def accepts(constraint: Constraint, text: str) -> bool:
-        ids, matcher = list(text.encode()), constraint.matcher.deep_copy()
-        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
-
     num_compiled, wrong = 0, set()
     for name, groups in suite.items():
         for group in groups:
@@ -233,6 +235,65 @@ def test_the_official_suite_agrees_about_every_schema_that_compiles(
                     assert test["valid"], f"accepted: {test['data']} for {group['schema']}"
     assert wrong == NOT_WRITTEN
     assert num_compiled > 150
+
+
+PATTERNS = [  # of ECMA-262: what fits, and what does not
+    (r'^[^<>()[\]\\.,;:\s@"]+$', ["ab"], ["a[b", "a]b", "a b"]),
+    ("^[[a]$", ["[", "a"], ["b"]),
+    ("^[^[]$", ["a"], ["["]),
+    ("^[[:alpha:]]$", ["a"], [":"]),  # as Rust has it: no ECMA-262 means its own
+    ("^[a&&b]$", ["a", "&", "b"], ["c"]),
+    ("^[a~~b]$", ["a", "~"], ["c"]),
+    ("^[+--]$", ["+", ",", "-"], ["."]),
+    ("^[--0]$", ["-", "/", "0"], ["1"]),
+    ("^a[^]b$", ["a\nb", "a]b"], ["ab"]),
+    (r"^\<b\>$", ["<b>"], ["b"]),
+    (r"^\ud83d\ude00\u{1f600}$", ["\U0001f600\U0001f600"], ["\U0001f600"]),
+    (r"^[\b]\cJ\0$", ["\b\n\0"], ["b"]),
+    (r"^\${a}{b}c{,3}{2}$", ["${a}{b}c{,3}}"], ["$"]),
+    (r"^(\[\p{L}{2}\]){1,}$", ["[ab][cd]"], ["[a]"]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "fitting", "others"), PATTERNS, ids=[p[0] for p in PATTERNS])
+def test_a_pattern_is_read_as_ecma_262(pattern: str, fitting: list[str], others: list[str]) -> None:
+    schemas = {"type": "string", "pattern": pattern}, {"patternProperties": {pattern: {}}}
+    for schema in (schemas[0], {**schemas[1], "type": "object", "additionalProperties": False}):
+        constraint = Grammars(Bytes(), 256).constraint(  # type: ignore[arg-type]
+            SamplingParams(schema=schema), "", None
+        )
+        assert constraint
+        for texts, fits in ((fitting, True), (others, False)):
+            for text in texts:
+                spelled = json.dumps(text, ensure_ascii=False)
+                whole = f"{{{spelled}:1}}" if "patternProperties" in schema else spelled
+                assert accepts(constraint, whole) == fits, text
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("List[int]", "List[int]"),
+        ("List[int]", "List%5Bint%5D"),
+        ("Gr\u00f6\u00dfe", "Gr\u00f6\u00dfe"),
+        ("a b<c>|d", "a b<c>|d"),
+        ("a/b~c", "a~1b~0c"),
+    ],
+)
+def test_a_definition_may_have_any_name(name: str, reference: str) -> None:
+    """References are URIs, which many tools do not encode."""
+    schema = {
+        "$defs": {name: {"type": "object", "properties": {"n": {"type": "integer"}}}},
+        "type": "array",
+        "items": {"$ref": f"#/$defs/{reference}"},
+    }
+    grammars = Grammars(Bytes(), 256)  # type: ignore[arg-type]
+    constraint = grammars.constraint(SamplingParams(schema=schema), "", None)
+    assert constraint
+    assert accepts(constraint, '[{"n":3}]')
+    assert not accepts(constraint, '[{"n":"x"}]')
+    assert not accepts(constraint, '[{"m":3}]')  # closed
+    assert [*branches({"$ref": f"#/$defs/{reference}"}, schema)] == [schema["$defs"][name]]
 
 
 # ---- what is refused, and where ------------------------------------------------------------------
