@@ -129,7 +129,7 @@ def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, .
 
 def ollama_messages(messages: list[Any]) -> list[Any]:
     """Ollama's messages as OpenAI's, whose tool calls have ids for the results to name."""
-    out, last, num_calls = [], "", 0
+    out, num_calls, latest, answered = [], 0, list[dict[str, Any]](), set[str]()
     for i, message in enumerate(messages):
         check_type(f"messages[{i}]", message, "object")
         if message.get("images"):
@@ -145,15 +145,28 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
         for call in message.get("tool_calls") or []:
             check_type(where, call, "object")
             check_type(where, call.get("function"), "object")
-            last, num_calls = f"call_{num_calls}", num_calls + 1
-            calls.append({"id": last, "type": "function", "function": call["function"]})
+            given, num_calls = call.get("id"), num_calls + 1
+            call_id = given if given and isinstance(given, str) else f"call_{num_calls - 1}"
+            calls.append({"id": call_id, "type": "function", "function": call["function"]})
         if calls:
-            one["tool_calls"] = calls
+            one["tool_calls"], latest, answered = calls, calls, set()
         if message.get("role") == "tool":
-            one["tool_call_id"] = message.get("tool_call_id") or last
+            one["tool_call_id"] = answered_call(message, latest, answered)
+            answered.add(one["tool_call_id"])
             one |= {"name": message["tool_name"]} if message.get("tool_name") else {}
         out.append(one)
     return out
+
+
+def answered_call(message: Json, calls: list[Json], answered: set[str]) -> str:
+    """The id of the call whose result a message is: the one that it names by id or function, else
+    the first that has no result yet."""
+    if given := message.get("tool_call_id"):
+        return str(given)
+    left = [call for call in calls if call["id"] not in answered] or calls[-1:]
+    name = message.get("tool_name")
+    named = [call for call in left if call["function"].get("name") == name]
+    return next((str(call["id"]) for call in named or left), "")
 
 
 @dataclass(frozen=True, slots=True)

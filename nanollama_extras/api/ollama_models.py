@@ -53,6 +53,7 @@ from nanollama import (
     parse_hub_ref,
     parse_modelfile,
     parse_parameter,
+    read_directive,
     read_fields,
     refuse,
     required,
@@ -268,6 +269,19 @@ def base_modelfile(name: str) -> Modelfile:
     return Modelfile(model=name)
 
 
+def named_base(text: str) -> str:
+    """The value of FROM in the text of a Modelfile, which is never a path here. Raises
+    RequestError."""
+    lines, named = enumerate(text.split("\n")), ""
+    for _, line in lines:
+        if line.strip() and not line.strip().startswith("#"):
+            key, _, value = read_directive(line, lines)
+            named = value.strip() if key == "FROM" else named
+    if not named:
+        refuse("the Modelfile has no FROM", "modelfile")
+    return named
+
+
 def create_model(name: str, given: Fields, report: Report) -> None:
     """Create a model that is based on another one."""
     report({"status": "reading model metadata"})
@@ -276,9 +290,7 @@ def create_model(name: str, given: Fields, report: Report) -> None:
         whole = parse_modelfile(text, Path("Modelfile"))
         if whole.template or whole.tokenizer or whole.adapter:
             refuse("TEMPLATE, TOKENIZER and ADAPTER are not allowed in a request", "modelfile")
-        if not (wanted := re.search(r"(?im)^[ \t]*FROM[ \t]+(\S+)", text)):
-            refuse("the Modelfile has no FROM", "modelfile")
-        reference = wanted[1]
+        reference = named_base(text)
     modelfile = base_modelfile(reference or required(given, "from"))
     report({"status": "writing manifest"})
     for own in (whole, created_modelfile(given)):  # the later one overrides

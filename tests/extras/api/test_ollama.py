@@ -29,6 +29,7 @@ from test_store import use_endpoint
 import nanollama
 from nanollama import Modelfile, ModelfileError, parse_modelfile
 from nanollama_extras.api import ollama_models
+from nanollama_extras.api.ollama import ollama_messages
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
 from nanollama_extras.api.shelf import KEEP_ALIVE_S, open_shelf
 
@@ -237,6 +238,30 @@ def test_tools_are_called_and_answered(test_server: nanollama.TestServer) -> Non
         )
         asked = test_server.requests[1]["body"]["messages"]
         assert asked[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
+
+
+@pytest.mark.parametrize(
+    ("calls", "results", "expected"),
+    [
+        ([{}, {}], [{}, {}], [0, 1]),  # in order, as Ollama takes them
+        ([{}, {}], [{"tool_name": "f1"}, {"tool_name": "f0"}], [1, 0]),
+        ([{"id": "a"}, {"id": "b"}], [{"tool_call_id": "b"}, {"tool_call_id": "a"}], [1, 0]),
+        ([{"id": "a"}, {"id": "b"}], [{"tool_name": "f1"}, {}], [1, 0]),
+        ([{}], [{}, {}], [0, 0]),
+    ],
+)
+def test_a_result_belongs_to_its_call(calls: Any, results: Any, expected: list[int]) -> None:
+    made = [
+        {**call, "function": {"name": f"f{i}", "arguments": {}}} for i, call in enumerate(calls)
+    ]
+    turn: list[Any] = [{"role": "assistant", "tool_calls": made}]
+    turn += [{"role": "tool", "content": "r", **result} for result in results]
+    for messages in (turn, turn + turn):
+        said = ollama_messages(messages)[-len(turn) :]
+        ids = [call["id"] for call in said[0]["tool_calls"]]
+        assert len(set(ids)) == len(ids)
+        assert [given or own for given, own in zip((c.get("id") for c in calls), ids)] == ids
+        assert [ids.index(message["tool_call_id"]) for message in said[1:]] == expected
 
 
 def test_thoughts_are_apart_and_may_be_left_out(tiny: Callable[..., Path]) -> None:
@@ -556,6 +581,22 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
     assert shown["system"] == "Be kind."
     assert "0.25" in shown["parameters"]
     assert live.http.request("DELETE", "/api/delete", json={"name": "kind"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'FROM "{TINY}"\r\nSYSTEM Be kind.',
+        f'SYSTEM """\nFROM elsewhere\n"""\nFROM   {TINY}  \n',
+        f"# FROM elsewhere\nfrom hf.co/{TINY}",
+    ],
+)
+def test_the_base_of_a_modelfile_is_read_as_its_other_values(live: Live, text: str) -> None:
+    body = {"name": "based", "modelfile": text, "stream": False}
+    assert live.http.post("/api/create", json=body).json() == {"status": "success"}
+    shown = live.http.post("/api/show", json={"name": "based"}).json()
+    assert shown["modelfile"].startswith(("FROM org/tiny\n", "FROM hf.co/org/tiny\n"))
+    assert live.http.request("DELETE", "/api/delete", json={"name": "based"}).status_code == 200
 
 
 @pytest.mark.parametrize(
