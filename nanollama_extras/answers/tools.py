@@ -3,8 +3,8 @@ in an answer, taken apart as it comes.
 
 Seam       Answer form. The core asks `read_tools` for the tools of a request body, `find_calls`
            for the functions that an answer may call, and `fit_to_template` for messages and tools
-           that a template can render. answers.shapes, which it imports, asks for `call_shapes` and
-           `tool_shapes`.
+           that a template can render. It imports answers.sandboxed, to follow references, and
+           answers.shapes, which asks for `call_shapes` and `tool_shapes`.
 Extend     a format of calls is a row of TOOL_FORMATS; a template without calls, of TOOL_MARKS.
 Remove     delete this file and grammars.py; requests with tools or calls are then refused.
 Source     https://huggingface.co/docs/transformers/chat_extras and each model's chat template
