@@ -733,16 +733,15 @@ def _ropes(values: ConfigValues, windows: tuple[int | None, ...], head_dim: int)
     for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`.
     `no_rope_layers` has 1 for each layer with a RoPE."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    check_value(isinstance(written, Mapping), "rope_parameters", written, "an object")
     ropes = [written]
-    if any(isinstance(written.get(kind), Mapping) for kind in LAYER_TYPES):
+    if isinstance(written, Mapping) and any(map(written.get, LAYER_TYPES)):
         ropes = [written.get(kind) or {} for kind in LAYER_TYPES]
     turned = values.get("no_rope_layers") or [1] * len(windows)
     is_valid = isinstance(turned, list) and len(turned) >= len(windows)
     check_value(is_valid, "no_rope_layers", turned, f"a list of {len(windows)} numbers")
     in_window = len(ropes) - 1  # index of the RoPE of layers with a window
     indices = [in_window * (w is not None) if turns else None for turns, w in zip(turned, windows)]
-    complete = tuple(_rope_parameters(dict(rope), values, head_dim) for rope in ropes)
+    complete = tuple(_rope_parameters(rope, values, head_dim) for rope in ropes)
     return {"ropes": complete, "layer_ropes": tuple(indices)}
 
 
@@ -757,6 +756,8 @@ def _longest_context(values: ConfigValues, rope: Json) -> int:
 
 def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     """Complete rope_parameters; their kind is `rope_type`, or `type` in older files."""
+    check_value(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
+    rope = dict(rope)
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -2494,26 +2495,19 @@ def _directory_text(path: Path) -> TextFiles:
     more = settings.get("extra_special_tokens")
     given = special | (more if isinstance(more, dict) else {}) | settings
     texts = {name: t.get("content") if isinstance(t, dict) else t for name, t in given.items()}
+    special = {n: t for n, t in texts.items() if n.endswith("_token") and isinstance(t, str)}
     eos_ids: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         values = read_json(path / name, required=False)
         declared = values.get("eos_token_id", text_config(values).get("eos_token_id"))
         listed = declared if isinstance(declared, list) else [declared]
-        eos_ids |= {i for i in listed if isinstance(i, int)}
+        eos_ids |= {i for i in listed if type(i) is int and i >= 0}  # -1 is none
     file, templates = tokenizer_file(os.listdir(path)), None
     if file == "tekken.json":
         templates = {"default": vocabulary_extra(path / file).mistral_template(path / file)}
-    return TextFiles(
-        source=str(path),
-        tokenizer_file=path / file if file else None,
-        templates=_directory_templates(path, settings.get("chat_template")) or templates or {},
-        special_tokens={
-            name: text
-            for name, text in texts.items()
-            if name.endswith("_token") and isinstance(text, str)
-        },
-        eos_ids=frozenset(eos_ids),
-    )
+    templates = _directory_templates(path, settings.get("chat_template")) or templates or {}
+    vocabulary = path / file if file else None
+    return TextFiles(str(path), vocabulary, None, templates, special, frozenset(eos_ids))
 
 
 def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
@@ -2889,13 +2883,12 @@ def without_prefix(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     metadata = without_prefix(metadata)
     tokens = metadata.get("tokens")
-    if not isinstance(tokens, list):
-        return TextFiles(source)  # a file without a tokenizer needs --tokenizer
+    tokens = tokens if isinstance(tokens, list) else []
     keys = {name: name for name in ("bos", "eos", "eot", "eom")}
     keys |= {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
     given = {name: metadata.get(f"{key}_token_id") for name, key in keys.items()}
-    ids = {name: i for name, i in given.items() if isinstance(i, int)}
-    special = {f"{n}_token": tokens[i] for n, i in ids.items() if 0 <= i < len(tokens)}
+    ids = {name: i for name, i in given.items() if type(i) is int and i >= 0}
+    special = {f"{n}_token": tokens[i] for n, i in ids.items() if i < len(tokens)}
     ends = frozenset(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     prefix = "tokenizer.chat_template"
     templates = {
@@ -2903,7 +2896,7 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
         for key, value in metadata.items()
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
-    return TextFiles(source, None, metadata, templates, special, ends)
+    return TextFiles(source, None, metadata if tokens else None, templates, special, ends)
 
 
 @lru_cache(maxsize=1)
@@ -3719,8 +3712,7 @@ class Tokenizer:
     whose extra is not installed."""
 
     def __init__(self, text: TextFiles) -> None:
-        file = None if text.gguf else text.tokenizer_file
-        if not text.gguf and not (file and file.exists()):
+        if not ((file := text.tokenizer_file) or text.gguf):
             lacking = f"{text.source}: holds no tokenizer ({', '.join(VOCABULARIES)})"
             raise CheckpointError(f"{lacking}; give --tokenizer with a model that has one")
         self._tokenizer: tokenizers.Tokenizer
@@ -4994,7 +4986,8 @@ class TextSide:
         except TypeError:
             reason = f"a prompt is {excerpt(prompt)}; it must be text or ids"
             raise RequestError(reason, "prompt") from None
-        return ids, self.decode(ids)
+        is_bare = not (self.tokenizer.num_tokens or request.params.stop)  # ids without any text
+        return ids, "" if is_bare else self.decode(ids)
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt. Raises RequestError."""
@@ -5055,7 +5048,8 @@ class LLM(TextSide):
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
     revision: branch, tag or commit of a hub model. tokenizer: a model whose tokenizer and template
     to use instead. adapter: directory of a LoRA adapter. template: Jinja source to use instead of
-    the model's. options: other fields of EngineConfig. Raises subclasses of NanollamaError."""
+    the model's. needs_text: refuse a model without a tokenizer, which takes and gives ids alone.
+    options: other fields of EngineConfig. Raises subclasses of NanollamaError."""
 
     def __init__(
         self,
@@ -5068,6 +5062,7 @@ class LLM(TextSide):
         tokenizer: str | None = None,
         adapter: str | Path | None = None,
         template: str | None = None,
+        needs_text: bool = False,
         **options: Any,
     ) -> None:
         config = EngineConfig(device=device, dtype=dtype, quantize=quantize, **options)
@@ -5075,7 +5070,8 @@ class LLM(TextSide):
         store = ModelStore()
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
-        self.tokenizer = Tokenizer(text)
+        new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
+        self.tokenizer = Tokenizer(text) if needs_text else new(text)
         self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         self.build = f"{__version__} {dtype} {quantize} {config.kv_dtype} {adapter}"
@@ -5102,10 +5098,11 @@ class LLM(TextSide):
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """As TextSide.prepare; a text whose beginning fills the context twice is refused unread."""
-        text, n_ctx = request.prompt, self.engine.n_ctx
+        n_ctx = self.engine.n_ctx
+        text = request.prompt if isinstance(request.prompt, str) else ""
         if request.messages is not None:
             text = "".join(str(m.get("content")) for m in request.messages)
-        start = text[: 16 * n_ctx] if isinstance(text, str) else ""
+        start = text[: 16 * n_ctx]
         if start != text and len(self.encode(start)) > 2 * n_ctx:
             message = f"the prompt is longer than the context of {n_ctx} tokens; shorten it"
             raise ContextLengthError(message, "prompt")
@@ -6745,18 +6742,19 @@ class Settings:
         own = {name: self.value(name)[0] for name in ("ctx", "threads")}
         return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
 
-    def load(self, device: str | None = None) -> LLM:
-        config = self.engine()
+    def load(self, device: str | None = None, needs_text: bool = True) -> LLM:
+        options = dataclasses.asdict(self.engine())
+        options["device"] = device or options["device"]
         if self.model == TINY_RANDOM and not self.args.kernels:
-            # its tests take less time than compiling kernels
-            config = dataclasses.replace(config, kernels="torch")
+            options["kernels"] = "torch"  # its tests take less time than compiling kernels
         llm = LLM(
             self.model,
-            **{**dataclasses.asdict(config), "device": device or config.device},
+            **options,
             revision=self.args.revision,
             tokenizer=self.value("tokenizer")[0],
             adapter=self.value("adapter")[0],
             template=self.modelfile.template,
+            needs_text=needs_text,
         )
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
@@ -7078,27 +7076,15 @@ class Repl:
             raise EOFError
         return line.rstrip("\n")
 
-    def read_turn(self) -> str:
-        """One line, or all lines between two triple quotes."""
-        text = self.read_line(">>> ")
-        if not text.lstrip().startswith('"""'):
-            return text.strip()
-        lines = [text.lstrip()[3:]]
-        try:
-            while '"""' not in lines[-1]:
-                lines.append(self.read_line("... "))
-        except EOFError:
-            raise UsageError('the message was not sent: no """ closed it') from None
-        return "\n".join(lines).replace('"""', "", 1).strip("\n")
-
     def run(self) -> int:
+        whole: Any = preferred("commands.conversation", "whole", lambda repl, text: text.strip())
         if self.is_terminal:
             with contextlib.suppress(ExtraError):
                 extra("commands.conversation", "history").open_history(cache_root() / "history")
             log.warning(f"{self.settings.model}  ·  /help lists the commands, Ctrl-D leaves")
         while True:
             try:
-                self.handle(self.read_turn())
+                self.handle(whole(self, self.read_line(">>> ")))
             except EOFError:
                 break
             except KeyboardInterrupt:

@@ -157,7 +157,7 @@ class WordTokenizer:
     added: Mapping[str, int] = {}
     end_ids: frozenset[int] = frozenset()
     strips_space = False
-    MAX_WORDS = 1 << 16  # beyond, words share an id
+    MAX_WORDS = num_tokens = 1 << 16  # beyond, words share an id
 
     def __init__(self) -> None:
         self.ids: dict[str, int] = {"": 0}

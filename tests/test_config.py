@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import re
 from typing import Any
 
+import families
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_formats_fuzz import places
 
 import nanollama
 from nanollama import CheckpointError, EngineConfig, RequestError, SamplingParams, model_config
@@ -21,6 +26,12 @@ DIMENSIONS = {
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 32,
+}
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.all_families()}
 
@@ -275,6 +286,61 @@ def test_any_config_is_either_usable_or_refused_in_one_line(
         assert config.n_rot <= config.head_dim
     assert message.startswith("dir/config.json: ")
     assert "\n" not in message
+
+
+def saved_config(name: str) -> Any:
+    """The config.json of a tiny model of a family."""
+    kind, values = families.ALL[name]
+    theirs = getattr(transformers, f"{kind}Config")(**{**DIMENSIONS, **SMALL, **values})
+    return json.loads(theirs.to_json_string(use_diff=False))
+
+
+SAVED = {name: saved_config(name) for name in families.ALL}
+ODD = JSON | st.sampled_from(
+    [10**400, 2**70, -1, 1e300, {"rope_type": []}, {"full_attention": 5, "sliding_attention": {}}]
+)
+
+
+@pytest.mark.parametrize("is_version_4", [False, True])
+@settings(max_examples=400)
+@given(st.sampled_from([*SAVED]), st.data())
+def test_any_value_anywhere_in_a_familys_config_is_usable_or_refused(
+    is_version_4: bool, name: str, data: st.DataObject
+) -> None:
+    raw = copy.deepcopy(SAVED[name])
+    if is_version_4:  # rope_theta beside rope_scaling
+        rope = raw["rope_scaling"] = raw.pop("rope_parameters")
+        raw["rope_theta"] = rope.pop("rope_theta", 1e4)
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from(sorted(list(places(raw))[1:], key=repr)))
+        parent = functools.reduce(lambda value, key: value[key], place[:-1], raw)
+        parent[place[-1]] = copy.deepcopy(data.draw(ODD))
+    message = "config.json: usable"
+    try:
+        config = model_config(raw, "config.json")
+        for parameters in config.ropes:
+            nanollama.make_rope(parameters, config.head_dim)
+    except CheckpointError as error:
+        message = str(error)
+    assert re.fullmatch("config.json: .{3,900}", message)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        5,
+        [],
+        "yarn",
+        {"full_attention": 5},
+        {"full_attention": {"rope_theta": 1e4}, "sliding_attention": [1]},
+        {"full_attention": "yarn", "sliding_attention": {}},
+    ],
+)
+def test_a_rope_that_is_no_object_is_named(key: str, rope: Any) -> None:
+    values = {key: rope} if rope else {key: [1]}
+    with pytest.raises(CheckpointError, match=r"^dir/config.json: rope_parameters is .* an object"):
+        of("qwen2", **values)
 
 
 def test_the_size_of_keys_and_values_counts_both() -> None:

@@ -771,7 +771,8 @@ def test_side_files_with_odd_contents_do_no_harm(
 ) -> None:
     file = copied / "generation_config.json"
     file.write_text(
-        '{"eos_token_id": [1, null, "2", [3], 4], "temperature": "hot", "top_k": -1, "top_p": 7}'
+        '{"eos_token_id": [1, null, "2", [3], 4, -1, true, 1e3, -7],'
+        ' "temperature": "hot", "top_k": -1, "top_p": 7}'
     )
     (copied / "tokenizer_config.json").write_text(
         '{"bos_token": {"content": 3}, "eos_token": {"content": "</s>"}, "pad_token": 7,'
@@ -785,6 +786,22 @@ def test_side_files_with_odd_contents_do_no_harm(
     assert caplog.messages == odd
     assert checkpoint.text.special_tokens == {"eos_token": "</s>"}
     assert checkpoint.text.templates == {"default": "c"}
+
+
+@pytest.mark.parametrize("declared", [-1, [-1], True, "</s>", {"a": 1}, [[[1]]], 10**30, 1.0])
+def test_a_model_that_declares_no_end_runs_to_the_limit(declared: Any, copied: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        file = copied / name
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**old, "eos_token_id": declared}))
+    (copied / "tokenizer_config.json").unlink()
+    (copied / "tokenizer.json").write_text(
+        (copied / "tokenizer.json").read_text().replace('"</s>"', '"<end>"')
+    )
+    llm = nanollama.LLM(copied)
+    params = nanollama.SamplingParams(temperature=0, max_tokens=5, regex="[ab]+")
+    answer = llm.complete(nanollama.GenerationRequest("fox", params=params))
+    assert (len(answer.token_ids), answer.finish_reason) == (5, "length")
 
 
 def test_templates_are_found_wherever_they_are_kept(copied: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_tokenizer_can_come_from_elsewhere(tiny: Callable[..., Path], tmp_path
     shutil.copytree(tiny("Llama"), bare)
     (bare / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="--tokenizer"):
-        LLM(bare)
+        LLM(bare, needs_text=True)
     llm = LLM(bare, tokenizer=str(tiny("Llama")))
     assert llm.encode("the fox") == LLM(tiny("Llama")).encode("the fox")
 

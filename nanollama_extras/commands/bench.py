@@ -231,7 +231,7 @@ def run(argv: list[str]) -> int:
         parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
     args.parallel = max(args.parallel or 0, *args.batch)
     settings = read_settings(args, parser)
-    llm = settings.load()
+    llm = settings.load(needs_text=False)
     length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
     if length > llm.engine.n_ctx:
         raise UsageError(f"the test needs {length} tokens; the context holds {llm.engine.n_ctx}")

@@ -1,9 +1,9 @@
-"""Commands of `--interactive` beyond /help, /clear and /quit; the history of its lines; and the end
-of old turns when the context is full.
+"""Commands of `--interactive` beyond /help, /clear and /quit; messages of several lines; the
+history of lines; and the end of old turns when the context is full.
 
 Seam: the rows of TALK_COMMANDS in nanollama.py. Each names a function here that takes the
-conversation and the text after the command. Repl also calls `open_history` and `fit_context`. To
-remove it, delete this module and those rows.
+conversation and the text after the command. Repl also calls `open_history`, `whole` and
+`fit_context`. To remove it, delete this module and those rows.
 """
 
 from __future__ import annotations
@@ -56,6 +56,20 @@ def open_history(path: Path) -> None:
     if os.environ.get("TERM") != "dumb":  # which shows the marks that this sends
         readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     atexit.register(save_history)
+
+
+def whole(repl: Repl, text: str) -> str:
+    """A message that begins with this line: the line, or all lines between two triple quotes.
+    Raises UsageError."""
+    if not text.lstrip().startswith('"""'):
+        return text.strip()
+    lines = [text.lstrip()[3:]]
+    try:
+        while '"""' not in lines[-1]:
+            lines.append(repl.read_line("... "))
+    except EOFError:
+        raise UsageError('the message was not sent: no """ closed it') from None
+    return "\n".join(lines).replace('"""', "", 1).strip("\n")
 
 
 def save(repl: Repl, argument: str) -> None:

@@ -85,6 +85,19 @@ def test_mistrals_tekken_files_give_the_ids_of_mistral_common(tmp_path: Path, fi
     assert ours.end_ids == {2}
 
 
+def test_no_vocabulary_file_is_said_to_lack_what_gguf_files_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nanollama.warn_once.cache_clear()
+    for name, file in (("tekken.json", "tekken*"), ("tokenizer.model", "*.v1")):
+        directory = tmp_path / file[-2:]
+        directory.mkdir()
+        tokenizer_of(directory, name, next(MISTRAL.glob(file)).read_bytes())
+    files.save_tokenizer(tmp_path)
+    Tokenizer(nanollama.open_text(tmp_path / "tokenizer"))
+    assert caplog.messages == []
+
+
 @pytest.mark.node
 @pytest.mark.parametrize(
     ("name", "file", "eos"),
