@@ -44,12 +44,10 @@ from nanollama import (
 if TYPE_CHECKING:
     import safetensors.torch
     import torch
-    import torch.nn.functional as F
     from torch import Tensor
 
     from nanollama import LLM, Fields, Json
 else:  # --help and usage errors do without these
-    F = LazyModule("torch.nn.functional")
     safetensors = LazyModule("safetensors", "torch")
     torch = LazyModule("torch")
 
@@ -62,7 +60,7 @@ class Tolerance:
     error: float  # largest of a logit
     divergence: float  # mean Kullback-Leibler divergence in nats
     agreement: float  # least share of tokens with the same likeliest next token
-    layer: float  # relative error of a layer's input; only names the first layer that differs
+    layer: float  # relative error of a layer's output; only names the first place that differs
 
 
 # Measured: tiny models in float32 differ by less than 1e-4; SmolLM2-135M in Q4_1 by 0.003 nats.
@@ -177,14 +175,21 @@ def reference_tokenizer(tokenizer: Any, path: Path) -> Json:
 
 def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
     """Run a prompt through transformers' model. Returns the tensors (logits, their ids, logsumexp,
-    each layer's input), the greedy continuation, and the lead of each of its logits."""
+    streams: each layer's input, and the last norm's input and output), the greedy continuation, and
+    the lead of each of its logits."""
+    ends: list[Tensor] = []  # of the last norm; nanochat's norms the embeddings, too
+    hook = model.get_decoder().norm.register_forward_hook(
+        lambda norm, args, output: ends.extend((args[0], output))
+    )
     out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    logits, streams = out.logits[0].float(), torch.stack(out.hidden_states[:-1])[:, 0].float()
+    hook.remove()
+    logits = out.logits[0].float()
+    streams = torch.stack([*out.hidden_states[:-1], *ends[-2:]])[:, 0].float()  # (L + 2, T, C)
     top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
     others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
     saved_ids = torch.cat((top, others), dim=1)
-    num_layers, _, width = streams.shape
-    channels = spread(width, max(4, VERIFY_STREAM // (num_layers * len(ids))))
+    num_streams, _, width = streams.shape
+    channels = spread(width, max(4, VERIFY_STREAM // (num_streams * len(ids))))
     tensors = {
         "ids": saved_ids.int(),
         "logits": logits.gather(1, saved_ids),
@@ -265,27 +270,37 @@ def read_reference(path: Path) -> tuple[Json, dict[str, Tensor]]:
 
 
 def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits (T, V), and the input of each layer (L, T, C)"""
+    """Logits (T, V), and the streams (L + 2, T, C) as `reference_run` has them"""
     decoder: Any = llm.engine.decoder
-    layers, streams = decoder.layers, []
+    layers, hidden, streams = decoder.layers, decoder.hidden, []
+
+    def keep(x: Tensor) -> None:
+        streams.append(x[: len(ids)].float().cpu())
 
     def traced(layer: Any) -> Callable[..., Any]:
         def call(x: Tensor, *rest: Any) -> Any:
-            streams.append(x[: len(ids)].float().cpu())
+            keep(x)
             return layer(x, *rest)
 
         return call
 
-    decoder.layers = [traced(layer) for layer in layers]
+    def traced_hidden(*batch: Any) -> Tensor:
+        x: Tensor = hidden(*batch)
+        keep(x)
+        keep(decoder.norm(x))
+        return x
+
+    decoder.layers, decoder.hidden = [traced(layer) for layer in layers], traced_hidden
     try:
         return llm.logits(ids).cpu(), torch.stack(streams)
     finally:
         decoder.layers = layers
+        del decoder.hidden  # the class has its own
 
 
 def compare_prompt(llm: LLM, ids: list[int], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The differences from the reference for each token (T,) of a prompt: of logits, of
-    probabilities in nats, of the likeliest token; and for each layer and token (L, T)."""
+    probabilities in nats, of the likeliest token; and for each stream and token (L + 2, T)."""
 
     def chances(logits: Tensor, total: Tensor) -> Tensor:
         """Probabilities of the likeliest tokens, and the sum of all others."""
@@ -297,25 +312,31 @@ def compare_prompt(llm: LLM, ids: list[int], reference: Mapping[str, Tensor]) ->
     own_logits = logits.gather(1, saved_ids)
     p = chances(reference["logits"], reference["total"])
     q = chances(own_logits, logits.logsumexp(1))
-    streams = streams[:, :, spread(streams.size(2), reference["streams"].size(2))]
-    # normalized, since some families scale the stream in another way, which norms undo
-    own, others = F.normalize(streams, dim=2), F.normalize(reference["streams"], dim=2)
+    others = reference["streams"]  # older files end with the last layer's input
+    own = streams[: len(others), :, spread(streams.size(2), others.size(2))]
+    sizes, their_sizes = (x.norm(dim=2, keepdim=True).clamp_min(1e-12) for x in (own, others))
+    # layers are compared by direction: some families scale the stream in another way, which norms
+    # undo; the last norm's output is not
+    sizes[llm.config.n_layers + 1 :] = their_sizes[llm.config.n_layers + 1 :]
     return {
         "errors": (own_logits - reference["logits"]).abs().amax(1),
         "divergences": (p * (p / q).log()).sum(1),
         "agrees": logits.argmax(1) == saved_ids[:, 0],
-        "layers": (own - others).norm(dim=2),
+        "streams": (own / sizes - others / their_sizes).norm(dim=2),
     }
 
 
-def first_place(differences: Mapping[str, Tensor], limit: Tolerance) -> dict[str, int | None]:
-    """The first layer whose output differs, or -1 for the embedding; and the first token whose
-    prediction differs. None where all agree."""
+def first_place(differences: Mapping[str, Tensor], limit: Tolerance, n_layers: int) -> Json:
+    """The first place whose output differs: the embedding, a layer, the final norm, or the head if
+    only logits differ; and the first token whose prediction differs. None where all agree."""
     # `~(a <= b)` and not `a > b`: NaN differs, too
-    bad_layers = (~(differences["layers"] <= limit.layer)).any(1).nonzero()
-    bad_tokens = (~(differences["errors"] <= limit.error) | ~differences["agrees"]).nonzero()
+    bad_streams = (~(differences["streams"] <= limit.layer)).any(1).nonzero()
+    bad_logits = ~(differences["errors"] <= limit.error)
+    bad_tokens = (bad_logits | ~differences["agrees"]).nonzero()
+    names = ["embedding", *(f"layer {i}" for i in range(n_layers)), "final norm"]
+    place = names[int(bad_streams[0])] if len(bad_streams) else None
     return {
-        "layer": int(bad_layers[0]) - 1 if len(bad_layers) else None,
+        "place": place or ("head" if bad_logits.any() else None),
         "token": int(bad_tokens[0]) if len(bad_tokens) else None,
     }
 
@@ -372,7 +393,7 @@ def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Toler
             n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{number}.")
         }
         prompts.append(compare_prompt(llm, ids, reference))
-        places.append(first_place(prompts[-1], limit))
+        places.append(first_place(prompts[-1], limit, llm.config.n_layers))
         num_same = common_prefix(greedy_tokens(llm, ids), about["greedy"][number])
         margin = about["margins"][number][num_same] if num_same < VERIFY_GREEDY else None
         greedy.append({"same": num_same, "margin": margin})
@@ -382,7 +403,7 @@ def compare(llm: LLM, about: Fields, tensors: Mapping[str, Tensor], limit: Toler
         "error": float(joined["errors"].max()),
         "divergence": float(joined["divergences"].mean()),
         "agreement": float(joined["agrees"].float().mean()),
-        "layer_error": float(joined["layers"].max()),
+        "layer_error": float(joined["streams"].max()),
         "first": places,
         "greedy": greedy,
     }
@@ -413,7 +434,8 @@ def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
     yield f"               same likeliest next token at {top}"
     yield f"layers         largest relative error {result['layer_error']:.2g}"
     for number, place in enumerate(result["first"]):
-        if words := [f"{name} {at}" for name, at in place.items() if at is not None]:
+        token = None if place["token"] is None else f"token {place['token']}"
+        if words := [word for word in (place["place"], token) if word]:
             yield f"               prompt {number} first differs at {', '.join(words)}"
     same = ", ".join(str(g["same"]) for g in result["greedy"])
     yield f"greedy         {same} of {VERIFY_GREEDY} tokens equal"

@@ -20,6 +20,7 @@ import transformers
 import nanollama
 from nanollama_extras.commands import verify as verify_command
 
+SAME = [{"place": None, "token": None}] * 2
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
 
@@ -62,7 +63,7 @@ def test_a_model_passes_and_the_figures_are_those_of_float32(
     assert 0 <= found["divergence"] < 1e-6
     assert found["agreement"] == 1
     assert found["layer_error"] < 1e-4
-    assert found["first"] == [{"layer": None, "token": None}] * 2
+    assert found["first"] == SAME
     assert [g["same"] for g in found["greedy"]] == [16, 16]
 
 
@@ -71,7 +72,7 @@ def test_families_pass(
     name: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = verify(capsys, tiny(name))
-    assert (code, found["first"]) == (0, [{"layer": None, "token": None}] * 2)
+    assert (code, found["first"]) == (0, SAME)
     assert found["layer_error"] < 1e-4
 
 
@@ -105,8 +106,8 @@ def test_the_layer_and_token_that_first_differ_are_named(
     code, found = verify(capsys, model, "--reference", reference, "--kernels", kernels)
     assert code == 1
     assert not found["passed"]
-    assert [place["layer"] for place in found["first"]] == [1, 1]
-    assert all(place["token"] is not None for place in found["first"])
+    assert [first["place"] for first in found["first"]] == ["layer 1"] * 2
+    assert all(first["token"] is not None for first in found["first"])
     assert found["texts"] == []
     assert nanollama.main(["verify", str(model), "--reference", str(reference)]) == 1
     assert "prompt 0 first differs at layer 1, token " in capsys.readouterr().out
@@ -120,7 +121,7 @@ def test_a_model_of_nans_fails(
     assert "prompt 0 first differs at layer 1, token 0" in capsys.readouterr().out
 
 
-def test_an_embedding_that_differs_is_layer_minus_one_and_one_token_is_named(
+def test_an_embedding_that_differs_and_its_token_are_named(
     model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     about, _ = verify_command.read_reference(reference)
@@ -133,7 +134,66 @@ def test_an_embedding_that_differs_is_layer_minus_one_and_one_token_is_named(
 
     change_tensor(model, "model.embed_tokens.weight", change)
     _, found = verify(capsys, model, "--reference", reference)
-    assert found["first"][0] == {"layer": -1, "token": ids.index(rare)}
+    assert found["first"][0] == {"place": "embedding", "token": ids.index(rare)}
+
+
+LAYER_1 = "model.layers.1."
+DAMAGED = [
+    ("Llama", "model.embed_tokens.weight", "embedding"),
+    ("Llama", "model.layers.0.input_layernorm.weight", "layer 0"),
+    ("Llama", LAYER_1 + "self_attn.v_proj.weight", "layer 1"),
+    ("Llama", LAYER_1 + "mlp.down_proj.weight", "layer 1"),
+    ("Llama", "model.norm.weight", "final norm"),
+    ("Llama", "lm_head.weight", "head"),
+    ("Qwen2", LAYER_1 + "self_attn.q_proj.bias", "layer 1"),
+    ("Gemma2", LAYER_1 + "post_feedforward_layernorm.weight", "layer 1"),
+    ("Gemma2", "model.norm.weight", "final norm"),
+    ("Starcoder2", "model.norm.bias", "final norm"),
+    ("NanoChat", LAYER_1 + "mlp.fc2.weight", "layer 1"),
+    ("NanoChat", "lm_head.weight", "head"),
+    ("Cohere2", "model.norm.weight", "final norm"),
+    ("GptOss", LAYER_1 + "self_attn.sinks", "layer 1"),
+]
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize(("family", "name", "place"), DAMAGED)
+def test_the_place_of_the_damage_is_named(
+    family: str,
+    name: str,
+    place: str,
+    kernels: str,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Layer 1 is the last one."""
+    path = shutil.copytree(tiny(family), tmp_path / "damaged")
+    change_tensor(path, name, lambda weight: weight * 1.7 + 0.1)
+    file = tmp_path / "reference.safetensors"
+    assert nanollama.main(["verify", str(tiny(family)), "--save-reference", str(file)]) == 0
+    code, found = verify(capsys, path, "--reference", file, "--kernels", kernels)
+    assert (code, [first["place"] for first in found["first"]]) == (1, [place] * 2)
+
+
+def test_a_rope_that_differs_is_its_first_layers(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (model / "config.json").write_text(json.dumps(config))
+    _, found = verify(capsys, model, "--reference", reference)
+    assert [first["place"] for first in found["first"]] == ["layer 0"] * 2
+
+
+def test_a_reference_of_an_older_release_ends_with_the_last_layers_input(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, tensors = verify_command.read_reference(reference)
+    tensors |= {f"{i}.streams": tensors[f"{i}.streams"][:3] for i in range(2)}
+    reference.write_bytes(safetensors.torch.save(tensors, {"nanollama": json.dumps(about)}))
+    code, found = verify(capsys, model, "--reference", reference)
+    assert (code, found["first"]) == (0, SAME)
 
 
 def test_another_tokenizer_or_template_fails(
@@ -148,7 +208,7 @@ def test_another_tokenizer_or_template_fails(
     assert code == 1
     assert found["texts"]
     assert len(found["chats"]) == 3
-    assert found["first"] == [{"layer": None, "token": None}] * 2  # the model is the same
+    assert found["first"] == SAME  # the model is the same
 
 
 def test_the_side_that_deviates_from_sentencepiece_is_named(
