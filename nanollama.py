@@ -202,7 +202,6 @@ if TYPE_CHECKING:
     import torch.nn.functional as F
     import tqdm
     import uvicorn
-    from starlette.middleware import cors
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -223,7 +222,6 @@ else:
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
     np = LazyModule("numpy")
-    cors = LazyModule("starlette.middleware.cors")
     safetensors = LazyModule("safetensors", "torch")
     starlette = LazyModule("starlette", "applications")  # which imports its other parts
     tokenizers = LazyModule("tokenizers")
@@ -400,8 +398,7 @@ def errors_about(source: object) -> Iterator[None]:
 
 def return_unused_memory() -> None:
     """Return freed memory to the system, where the extra for it is installed."""
-    with contextlib.suppress(ExtraError):
-        extra("kernels.memory", "memory").return_unused_memory()
+    preferred("kernels.memory", "return_unused_memory", lambda: None)()
 
 
 def cache_root() -> Path:
@@ -2995,10 +2992,24 @@ def parse_hub_ref(reference: str) -> HubRef | None:
     """A HubRef, or None when `reference` has another form."""
     word = r"[A-Za-z0-9][\w.-]*"
     file = r"(?:[\w .-]+/)*[\w .-]+\.gguf"
-    match = re.fullmatch(rf"(?:hf\.co/)?({word}/{word})(?::([\w.-]+)|/({file}))?", reference)
+    match = re.fullmatch(rf"({word}/{word})(?::([\w.-]+)|/({file}))?", plain_name(reference))
     if match is None or match[1].endswith(".gguf"):
         return None
     return HubRef(match[1], file=match[3], quant=match[2])
+
+
+def plain_name(name: str) -> str:
+    """A model's name without the hub's address and Ollama's :latest."""
+    return re.sub(r"^(https?://)?(hf|huggingface)\.co/|:latest\Z", "", name)
+
+
+def public_name(reference: str) -> str:
+    """A model's name for clients: of a path, the last part without .gguf."""
+    name = plain_name(reference)
+    if local_path(name) or not parse_hub_ref(name):
+        name = os.path.basename(os.path.abspath(os.path.expanduser(name)))
+        name = GGUF_SHARD.sub("", name).removesuffix(".gguf")
+    return name
 
 
 def local_path(reference: str, base: Path | None = None) -> Path | None:
@@ -3115,9 +3126,7 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
         )
     sha, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
     needed = model_files(hub, (name for name in files if not name.endswith(".pkl")))
-    fetch = fetch_file
-    with contextlib.suppress(ExtraError):
-        fetch = extra("files.hub_files", "resuming").fetch_file
+    fetch = preferred("files.hub_files", "fetch_file", fetch_file)
     with hub_errors(hub):
         for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
             bar = new_bar and new_bar(name)
@@ -5190,14 +5199,8 @@ class LLM(TextSide):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of samples of the weights, the code's version and the precision."""
-        path, digest = self.checkpoint.path, hashlib.sha256(self.build.encode())
-        for file in gguf_shards(path) if path.is_file() else map(path.joinpath, weight_files(path)):
-            with file.open("rb") as opened:
-                for i in range(16):
-                    opened.seek(file.stat().st_size * i // 16)
-                    digest.update(opened.read(1 << 16))
-        return f"fp_{digest.hexdigest()[:12]}"
+        """A short hash of the model, its precision and the code."""
+        return preferred("api.fingerprint", "fingerprint", lambda _: f"fp_{__version__}")(self)
 
     def complete(self, request: AnyRequest) -> Completion:
         """The whole answer to one request."""
@@ -5803,6 +5806,9 @@ class ServerConfig:
         (), "--allowed-host NAME: name of this server in URLs; * for any; repeatable", kind=str
     )
     max_queue: int = option(64, "--max-queue N: sequences that wait; more get a 429", (0, math.inf))
+    served_names: tuple[str, ...] = option(
+        (), "--served-model-name --alias NAME: name of the model for clients", kind=str
+    )
     keep_alive: str | None = option(
         None, "--keep-alive TIME: how long an idle model stays: 5m, 30s, 0, -1 for ever"
     )
@@ -5901,10 +5907,6 @@ class Job:
                 raise error
             num_left -= sum(1 for delta in event if delta.finish_reason)
             yield event
-
-
-# Prepares requests: neither the engine nor the other work of asyncio's threads waits
-PREPARERS = ThreadPoolExecutor(128)
 
 
 class EngineWorker(threading.Thread):
@@ -6082,8 +6084,7 @@ class Models:
     async def source(self, name: str | None) -> ModelSource:
         """The model that a request names. Raises WireError 404 for one that is not served."""
         (source,) = self.named.values()
-        own = (None, source.name, f"{source.name}:latest")  # Ollama's clients add :latest
-        if name in own or self.config.any_model:
+        if name is None or self.config.any_model or source.name in (name, plain_name(name)):
             return source
         message = f"model {name!r} is not served here; there is: {source.name}"
         raise WireError(404, "model_not_found", message)
@@ -6106,6 +6107,8 @@ class Models:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
         """Listen while the model is loaded. A thread that still loads ends with the process."""
+        # long prompts, compiled answers and files wait in threads; no kind holds up the others
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(128))
         starting = asyncio.create_task(self.start())
         yield
         starting.cancel()
@@ -6125,6 +6128,7 @@ class Observer:
 def client_error(error: BaseException) -> NanollamaError:
     """The error that a client reads for any exception; the cause of a 500 goes to the log only."""
     if isinstance(error, NanollamaError):
+        preferred("api.shelf", "hide_paths", str)(error)
         return error
     if isinstance(error, RecursionError):
         return RequestError("the body is nested too deeply")
@@ -6485,21 +6489,16 @@ def create_app(models: Models) -> starlette.applications.Starlette:
         text = f"there is no route {request.method} {excerpt(path)}; {remedy}"
         return error_response(WireError(error.status_code, code, text, error.headers), path)
 
-    origins = starlette.middleware.Middleware(
-        cors.CORSMiddleware,
-        allow_origins=list(config.cors_origins),
-        allow_origin_regex=LOCAL_ORIGIN,
-        allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
-        allow_headers=["*"],
-        allow_private_network=True,  # Chrome asks before a page of the internet calls this machine
-        expose_headers=["x-request-id", "x-nanollama-ignored"],
-    )
+    def layer(module: str) -> Any:
+        plain = preferred(module, "layer", lambda app, _: app)
+        return starlette.middleware.Middleware(plain, config)
+
     gate = starlette.middleware.Middleware(Gate, config=config, observer=app.observer)
     application = starlette.applications.Starlette(
         routes=app.starlette_routes(),
         lifespan=models.lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[origins, gate, *models.middleware],
+        middleware=[layer("api.origins"), gate, *models.middleware],
     )
     application.router.default = dialect_router(*shared)
     return application
@@ -7170,8 +7169,8 @@ def open_model(settings: Settings, config: ServerConfig) -> Models:
     is_one = len(set(args.models)) == 1 or (args.modelfile and not args.models)
     if not is_one or config.keep_alive is not None or config.num_gpus > 1:
         extra("api.shelf", "--keep-alive, --num-gpus, or --serve without exactly one --model")
-    source = model_source(settings, (args.models or [settings.model])[0])
-    return Models({source.name: source}, config)
+    name = (*config.served_names, public_name((args.models or [settings.model])[0]))[0]
+    return Models({name: model_source(settings, name)}, config)
 
 
 def run_serve(settings: Settings) -> int:
@@ -7179,11 +7178,8 @@ def run_serve(settings: Settings) -> int:
     args = settings.args
     keys = args.api_keys or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
     is_test = bool(args.script) or settings.model == TINY_RANDOM
-    own = {
-        "any_model": args.any_model or is_test,
-        "api_keys": tuple(key.strip() for key in keys if key.strip()),
-    }
-    config = ServerConfig(**{**given_flags(args, ServerConfig), **own})
+    own = given_flags(args, ServerConfig) | {"any_model": args.any_model or is_test}
+    config = ServerConfig(**own | {"api_keys": tuple(k.strip() for k in keys if k.strip())})
     if not config.api_keys and config.host not in LOOPBACK_HOSTS:
         log.warning(f"warning: other machines can reach {config.host}; no --api-key is set")
     open_models = preferred("api.shelf", "open_shelf", open_model)

@@ -381,7 +381,8 @@ def open_models(settings: Settings, config: ServerConfig) -> Models:
     """What `--script FILE`, or `--model tiny-random`, serves. Raises UsageError."""
     if settings.args.script:
         script = read_script(settings.args.script)
-        return scripted_models(lambda: ScriptLLM(script), "script", config)
+        name = (*config.served_names, "script")[0]
+        return scripted_models(lambda: ScriptLLM(script), name, config)
     models = preferred("api.shelf", "open_shelf", open_model)(settings, config)
     models.middleware = middleware()
     return models

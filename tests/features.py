@@ -157,6 +157,19 @@ def show_timings(llm: LLM) -> None:
             raise NanollamaError("needs nanollama_extras.api.timings, which is not installed")
 
 
+def show_fingerprint(llm: LLM) -> None:
+    with serving(lambda: llm) as live:
+        if live.text(max_tokens=1).json()["system_fingerprint"] == f"fp_{nanollama.__version__}":
+            raise NanollamaError("needs nanollama_extras.api.fingerprint, which is not installed")
+
+
+def read_from_another_origin(llm: LLM) -> None:
+    with serving(lambda: llm) as live:
+        response = live.http.get("/health", headers={"origin": "http://localhost:3000"})
+        if "access-control-allow-origin" not in response.headers:
+            raise NanollamaError("needs nanollama_extras.api.origins, which is not installed")
+
+
 def run_tools(llm: LLM) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write('def f() -> str:\n    """Nothing."""\n    return ""\n')
@@ -211,6 +224,8 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "health": (set(), request("GET", "/health")),
     "several models": ({"api.shelf"}, serve_all_models),
     "timings": ({"api.timings"}, show_timings),
+    "fingerprint": ({"api.fingerprint"}, show_fingerprint),
+    "web pages of other origins": ({"api.origins"}, read_from_another_origin),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
     "eval": (
         {"commands.eval", "answers.scores"},

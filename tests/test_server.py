@@ -774,7 +774,7 @@ def test_flags_become_the_server_config(
     flags = (
         "--host ::1 --port 1234 --api-key a --api-key b --cors-origin https://x --max-queue 5 "
         "--timeout 2.5 --any-model --strict --log-prompts --reasoning-name reasoning --temp 0.5 "
-        "--allowed-host box --idle-timeout 9"
+        "--allowed-host box --idle-timeout 9 --alias me"
     )
     assert nanollama.main(["--serve", "--model", str(tiny()), *flags.split()]) == 0
     (models,) = served[0]
@@ -782,9 +782,10 @@ def test_flags_become_the_server_config(
         host="::1", port=1234, api_keys=("a", "b"), max_queue=5,
         cors_origins=("https://x",), timeout_s=2.5, any_model=True, strict=True, log_prompts=True,
         reasoning_name="reasoning", allowed_hosts=("box",), idle_s=9,
+        served_names=("me",),
     )  # fmt: skip
     (source,) = models.named.values()
-    assert source.name == str(tiny())
+    assert source.name == "me"
     assert source.sampling == {"temperature": 0.5}
     assert not source.replicas
     assert not models.middleware

@@ -53,6 +53,8 @@ from nanollama import (
     parse_hub_ref,
     parse_modelfile,
     parse_parameter,
+    plain_name,
+    public_name,
     read_directive,
     read_fields,
     refuse,
@@ -142,9 +144,8 @@ Report = Callable[[Json], None]  # receives a line of progress
 
 
 def ollama_name(given: Fields) -> str:
-    """The name of a body's model, without prefixes and tags of Ollama. Raises RequestError."""
-    name = given.get("model") or given.get("name") or required(given, "model")
-    return str(name).removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
+    """The name of a body's model. Raises RequestError."""
+    return str(given.get("model") or given.get("name") or required(given, "model"))
 
 
 @lru_cache(maxsize=64)
@@ -203,7 +204,7 @@ def ollama_model(source: ServedModel) -> Json:
     except (NanollamaError, OSError) as error:
         log.debug(f"{source.name}: {error}")
         return {}
-    pinned = ALIASES.get(source.name)
+    pinned = ALIASES.get(source.reference)
     blob = pinned.sha256 if pinned else (source.locate() or Path()).resolve().name
     identity = f"{source.name} {found['size']} {modified} {format_modelfile(source.modelfile)}"
     is_hash = re.fullmatch("[0-9a-f]{64}", blob) and not source.modelfile.model
@@ -220,7 +221,9 @@ def ollama_model(source: ServedModel) -> Json:
 def ollama_show(source: ServedModel) -> Json:
     """The answer of /api/show. Raises CheckpointError."""
     found, modified = source_details(source)
-    file = dataclasses.replace(source.modelfile, model=source.modelfile.model or source.name)
+    file = dataclasses.replace(source.modelfile, model=source.reference or source.name)
+    tokenizer, adapter = (name and public_name(name) for name in (file.tokenizer, file.adapter))
+    file = dataclasses.replace(file, tokenizer=tokenizer, adapter=adapter)
     rows = {**source.sampling, **file.parameters}
     names = {"max_tokens": "num_predict", "ctx": "num_ctx", "threads": "num_thread"}
     lines = [
@@ -260,8 +263,7 @@ def pull_lines(name: str, report: Report) -> None:
 def base_modelfile(name: str) -> Modelfile:
     """The Modelfile of a model that another one is based on. Raises ModelNotFoundError for a model
     outside the cache, such as a path."""
-    store = ModelStore()
-    name = name.removesuffix(":latest")
+    store, name = ModelStore(), plain_name(name)
     if found := store.modelfile(name):
         return found
     if store.find_cached(name) is None:
@@ -373,14 +375,14 @@ class ModelHandlers(Handlers):
         """POST /api/pull: download a model"""
         given, _ = await self.ollama_given(request, OLLAMA_PULL)
         self.check_open()
-        name = ollama_name(given)
+        name = plain_name(ollama_name(given))
         return await self.progress(request, given, lambda report: pull_lines(name, report))
 
     async def ollama_create(self, request: Request) -> Response:
         """POST /api/create: make a model that is based on another one"""
         given, _ = await self.ollama_given(request, OLLAMA_CREATE)
         self.check_open()
-        name = ollama_name(given)
+        name = plain_name(ollama_name(given))
         await self.models.renew(name)
         return await self.progress(request, given, lambda report: create_model(name, given, report))
 
@@ -417,7 +419,7 @@ class ModelHandlers(Handlers):
         """POST /api/copy: another name for a model"""
         given, _ = await self.ollama_given(request, OLLAMA_COPY)
         self.check_open()
-        source, target = required(given, "source"), required(given, "destination")
+        source, target = required(given, "source"), plain_name(required(given, "destination"))
         await self.models.renew(target)
         await asyncio.to_thread(lambda: write_modelfile(target, base_modelfile(source)))
         return as_json({})
@@ -426,7 +428,7 @@ class ModelHandlers(Handlers):
         """DELETE /api/delete: unload a model and delete its files"""
         given, _ = await self.ollama_given(request, OLLAMA_MODEL)
         self.check_open()
-        name = ollama_name(given)
+        name = plain_name(ollama_name(given))
         found = await asyncio.to_thread(cached_models, name)
         await self.models.renew(name)
         await asyncio.to_thread(ModelStore().remove, found)

@@ -13,7 +13,9 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,12 +40,15 @@ from nanollama import (
     available_memory,
     excerpt,
     first_line,
+    local_path,
     log,
     mark_used,
     memory_needed,
     model_source,
     open_checkpoint,
     pick_device,
+    plain_name,
+    public_name,
     refuse,
     use_model,
 )
@@ -52,6 +57,10 @@ if TYPE_CHECKING:
     from nanollama import GenerationRequest, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
+# The directories of an absolute path; no part of a URL, a hub id or a quotient
+DIRECTORIES = re.compile(
+    r"""(?<![\w./:~-])([A-Za-z]:\\|~?/)(?=\S)(([^\\/:;\n'"]|'(?=\w))*[\\/])*"""
+)
 MAX_REMEMBERED = 1024  # beginnings of prompts whose replica is known
 
 
@@ -67,7 +76,29 @@ def parse_duration(value: Any, name: str = "keep_alive") -> float:
     return math.inf if text.startswith("-") else seconds
 
 
+def hide_paths(error: NanollamaError) -> None:
+    """Leave the last part of each absolute path in an error for a client; the log gets the whole
+    text. An error about a request may repeat its text."""
+    is_own = not isinstance(error, (RequestError, WireError)) or error.status >= 500
+    if is_own and (text := DIRECTORIES.sub("", str(error))) != str(error):
+        log.error(str(error))
+        error.args = (text,)
+
+
 # ---- models --------------------------------------------------------------------------------------
+
+
+def public_names(models: Iterable[str], given: tuple[str, ...]) -> dict[str, str]:
+    """Name for clients -> model: the `given` names in order, then the models' own. A name that is
+    taken gets a number. Raises UsageError for more names than models."""
+    names: dict[str, str] = {}
+    for model, name in itertools.zip_longest(dict.fromkeys(models), given):
+        if model is None:
+            raise UsageError(f"--alias {name} has no --model: {len(names)} are given")
+        own = name or public_name(model)
+        numbered = itertools.chain([own], (f"{own}-{i}" for i in itertools.count(2)))
+        names[next(name for name in numbered if name not in names)] = model
+    return names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +107,13 @@ class ServedModel(ModelSource):
 
     need_bytes: downloads the files that are missing and estimates the memory. locate: the path of
     the files; None where they are not on this machine. replicas: a loader for each GPU, where there
-    are several."""
+    are several. reference: the model's own name, where that is no path."""
 
     need_bytes: Callable[[], int] = int
     locate: Callable[[], Path | None] = lambda: None
     modelfile: Modelfile = field(default_factory=Modelfile)
     replicas: tuple[Callable[[], LLM], ...] = ()
+    reference: str = ""
 
 
 def as_served(source: ModelSource) -> ServedModel:
@@ -92,9 +124,13 @@ def as_served(source: ModelSource) -> ServedModel:
 
 
 def served_model(settings: Settings, name: str, path: Path | None = None) -> ServedModel:
-    """The server's source of a model: its name, or a path."""
-    args = argparse.Namespace(**{**vars(settings.args), "model": str(path or settings.model)})
-    settings = dataclasses.replace(settings, args=args)  # the flag goes before a Modelfile's FROM
+    """The server's source of a model under a name; `path` leads to the files, where it is known."""
+    files: dict[str, Any] = {"model": str(path) if path else absolute(settings.model)}
+    for name_of in ("tokenizer", "adapter"):
+        files[name_of] = absolute(settings.value(name_of)[0])
+    args = argparse.Namespace(**{**vars(settings.args), **files})
+    reference = public_name((settings.modelfile.model or name) if path else settings.model)
+    settings = dataclasses.replace(settings, args=args)  # a flag goes before a Modelfile's line
     plain, num_gpus = model_source(settings, name), args.num_gpus or 1
     gpus = [f"cuda:{i}" for i in range(num_gpus)] if num_gpus > 1 else []
 
@@ -112,7 +148,15 @@ def served_model(settings: Settings, name: str, path: Path | None = None) -> Ser
         lambda: path or ModelStore().find(settings.model, args.revision),
         settings.modelfile,
         tuple(partial(settings.load, gpu) for gpu in gpus),
+        reference,
     )
+
+
+def absolute(reference: str | None) -> str | None:
+    """A reference, or the absolute form of a relative path, which `hide_paths` knows in errors.
+    A single word may be an alias."""
+    is_path = reference and Path(reference).name != reference and local_path(reference)
+    return os.path.abspath(is_path) if is_path else reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +211,11 @@ def open_shelf(settings: Settings, config: ServerConfig) -> Shelf:
         if config.num_gpus > (num_there := torch.cuda.device_count()):
             message = f"--num-gpus is {config.num_gpus}; this machine has {num_there} CUDA GPUs"
             raise UsageError(message)
-    named = {name: served_model(use_model(settings, name), name) for name in args.models}
-    if args.modelfile and not named:
-        named = {settings.model: served_model(settings, settings.model)}
+    one = {model: use_model(settings, model) for model in args.models}
+    if args.modelfile and not one:
+        one = {settings.model: settings}
+    names = public_names(one, config.served_names)
+    named = {name: served_model(one[model], name) for name, model in names.items()}
     library = Library() if named else library_of(settings)
     device = args.device
     return Shelf(
@@ -271,12 +317,11 @@ class Shelf(Models):
             return self.pools[name].source
         if self.named:
             return self.named.get(name)
-        return await asyncio.to_thread(self.library.find, name)
+        return await asyncio.to_thread(self.library.find, plain_name(name))
 
     async def source(self, name: str | None) -> ServedModel:
-        text = name or ""
-        for wanted in (text, text.removesuffix(":latest")):
-            if wanted and (found := await self.find(wanted)):
+        for wanted in dict.fromkeys((name, plain_name(name)) if name else ()):
+            if found := await self.find(wanted):
                 return found
         names = await self.names()
         if names and (name is None or self.config.any_model):

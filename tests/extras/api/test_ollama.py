@@ -347,6 +347,29 @@ def test_a_model_that_is_not_here(client: ollama.Client, live: Live, tiny: Any) 
         list(client.generate("nothing", "a", stream=True))
 
 
+@pytest.mark.parametrize("prefix", ["", "hf.co/", "huggingface.co/", "https://hf.co/"])
+@pytest.mark.parametrize("suffix", ["", ":latest"])
+def test_the_hubs_address_before_a_name_on_every_api(
+    client: ollama.Client, live: Live, prefix: str, suffix: str
+) -> None:
+    name = prefix + TINY + suffix
+    chat = {"model": name, "messages": USER, "max_tokens": 1}
+    for route in ("/v1/chat/completions", "/chat/completions", "/apply-template"):
+        assert live.http.post(route, json=chat).status_code == 200
+    body = {"model": name, "input": "a", "max_output_tokens": 1}
+    assert live.http.post("/v1/responses", json=body).status_code == 200
+    assert live.http.post("/v1/embeddings", json=body).status_code == 200
+    assert live.text(model=name, max_tokens=1).json()["model"] == name
+    assert live.http.get(f"/v1/models/{name}").json()["id"] == name
+    assert client.chat(name, USER, options=GREEDY).message.content
+    assert client.show(name).details.family == "llama"
+    assert client.copy(name, f"{prefix}org/again{suffix}").status == "success"
+    assert client.chat("org/again", USER, options=GREEDY).message.content
+    assert client.delete(f"{prefix}org/again{suffix}").status == "success"
+    assert TINY in live.models.pools
+    assert not any(other.startswith("h") or ":" in other for other in live.models.pools)
+
+
 # ---- loading, unloading, looking around ----------------------------------------------------------
 
 
