@@ -71,6 +71,20 @@ TINY = {
 }
 
 
+# families whose text part transformers runs in a multimodal model only -> its classes
+MULTIMODAL = {"Qwen3VLText": "Qwen3VL", "Qwen3VLMoeText": "Qwen3VLMoe"}
+
+
+def multimodal_config(name: str, text: Any) -> Any:
+    """The config of a multimodal model with a tiny part for images."""
+    import transformers
+
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"out_hidden_size": text.hidden_size, "deepstack_visual_indexes": [0]}
+    kind = getattr(transformers, f"{MULTIMODAL[name]}Config")
+    return kind(text_config=text.to_dict(), vision_config=vision)
+
+
 def save_tiny_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer of 320 tokens: <s>, </s>, ChatML's markers, 256 bytes, some merges."""
     import tokenizers
@@ -107,7 +121,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
             config = getattr(transformers, f"{name}Config")(**{**TINY, **overrides})
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            auto: Any = transformers.AutoModelForCausalLM
+            if name in MULTIMODAL:
+                config, auto = (
+                    multimodal_config(name, config),
+                    transformers.AutoModelForMultimodalLM,
+                )
+            model = auto.from_config(config).eval()
             for part, parameter in model.named_parameters():  # large enough that every term matters
                 torch.nn.init.normal_(parameter, mean=float("norm" in part), std=0.2)
             directory = tmp_path_factory.mktemp(name)

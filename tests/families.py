@@ -101,6 +101,24 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nanochat": ("NanoChat", {}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
+    "qwen3_vl_text": ("Qwen3VLText", {"head_dim": 16}),
+    "qwen3_vl_moe_text": ("Qwen3VLMoeText", {**EXPERTS, "num_experts": 5, "head_dim": 16}),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "intermediate_size": 64,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 2,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 0.25,
+        },
+    ),
     "arcee": ("Arcee", {}),
     "hunyuan_v1_dense": (
         "HunYuanDenseV1",
@@ -125,6 +143,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "Phi3",
         {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    ),
+    "ernie4_5-biased": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "granitemoehybrid-nope": (
+        "GraniteMoeHybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": ["full_attention"] * 2,
+            "mamba_n_heads": 2,
+        },
     ),
     "stablelm-whole": ("StableLm", {"partial_rotary_factor": 1.0}),
     "smollm3-listed": ("SmolLM3", {"no_rope_layers": [0, 1]}),

@@ -106,9 +106,14 @@ ARCH = {
     "gemma3_text": "GEMMA3",
     "olmo3": "OLMO2",
     "granitemoe": "GRANITE_MOE",
+    "granitemoehybrid": "GRANITE",  # without state space layers
     "hunyuan_v1_dense": "HUNYUAN_DENSE",
+    "qwen3_vl_text": "QWEN3VL",
+    "qwen3_vl_moe_text": "QWEN3VLMOE",
 }
-PERMUTED = "llama mistral mixtral ministral3 smollm3 granite granitemoe arcee".split()
+PERMUTED = (
+    "llama mistral mixtral ministral3 smollm3 granite granitemoe granitemoehybrid arcee".split()
+)
 # config.json -> the writer's method, as the set_gguf_parameters of the same script call them
 WRITTEN = {
     "max_position_embeddings": "context_length",
@@ -139,6 +144,10 @@ WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
 
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
     model_type = config["model_type"]
+    if model_type == "granitemoehybrid":  # GraniteHybridModel counts the heads of each layer
+        heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
+        config = {**config, "num_key_value_heads": heads, "num_experts_per_tok": 0}
+        config["intermediate_size"] = config["shared_intermediate_size"]
     for key, method in WRITTEN.items():
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
@@ -206,8 +215,14 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3][:-5])
             layer = expert[1].replace("model.layers", "blk")
             experts.setdefault(f"{layer}.ffn_{part}_exps.weight", {})[int(expert[2])] = tensor
+        elif "shared_mlp.input_linear" in name:
+            parts = zip(("gate", "up"), np.split(tensor, 2))
+            layer = f"blk.{name.split('.')[2]}"
+            found |= {f"{layer}.ffn_{part}.weight": half for part, half in parts}
+        elif "shared_mlp.output_linear" in name:
+            found[f"blk.{name.split('.')[2]}.ffn_down.weight"] = tensor
         elif "experts." in name or "put_linear" in name:
-            found |= fused_experts(name, tensor)
+            found |= fused_experts(name, tensor, model_type)
         else:
             stem, suffix = name.rsplit(".", 1)
             if stem.endswith(".self_attn") and suffix == "sinks":
@@ -224,12 +239,12 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
     return found
 
 
-def fused_experts(name: str, tensor: Any) -> dict[str, Any]:
-    """GraniteMoe's input_linear and output_linear, gpt-oss's gate_up_proj and down_proj"""
+def fused_experts(name: str, tensor: Any, model_type: str) -> dict[str, Any]:
+    """GraniteMoe's input_linear and output_linear, gate_up_proj and down_proj of others"""
     layer = f"blk.{name.split('.')[2]}"
     if "output_linear" in name:
         return {f"{layer}.ffn_down_exps.weight": tensor}
-    if "input_linear" in name:
+    if "input_linear" in name or (model_type != "gpt_oss" and "gate_up" in name):
         half = tensor.shape[1] // 2
         both = tensor[:, :half], tensor[:, half:]
     else:
@@ -248,6 +263,8 @@ def convert(
     the file, and the weights that it stands for, by their Hugging Face names."""
     config = json.loads((directory / "config.json").read_text())
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    is_tied = config.get("tie_word_embeddings")
+    config = {**config.get("text_config", config), "tie_word_embeddings": is_tied}
     model_type = config["model_type"]
     arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch], **writer_options)
@@ -256,6 +273,9 @@ def convert(
     weights: dict[str, torch.Tensor] = {}
     raws: dict[str, Any] = {}
     for name, tensor in safetensors.torch.load_file(directory / "model.safetensors").items():
+        if name.startswith("model.visual."):
+            continue
+        name = name.replace("model.language_model.", "model.")
         value = tensor.float().numpy()
         if value.ndim == 3 and model_type == "gpt_oss":
             value = value.swapaxes(1, 2)

@@ -99,9 +99,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def load(path: Path) -> Any:
     """transformers' model of a checkpoint directory, in float32 and with its plainest attention."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    auto: Any = transformers.AutoModelForCausalLM
+    if "text_config" in json.loads((path / "config.json").read_text()):
+        auto = transformers.AutoModelForMultimodalLM
+    options: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return auto.from_pretrained(path, **options).eval()
 
 
 @torch.inference_mode()

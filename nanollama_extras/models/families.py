@@ -131,6 +131,25 @@ def check_granite(values: ConfigValues) -> None:
     values["rms_norm_eps"] = values.number("rms_norm_eps", 1e-6) / factor**2
 
 
+def check_granite_hybrid(values: ConfigValues) -> None:
+    """Granite 4 without state space layers: a Granite whose MLP is called `shared_mlp`."""
+    if values.get("num_local_experts"):
+        key = "num_local_experts"
+        raise CheckpointError(f"{key} {values[key]} beside a shared_mlp is not supported")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    kinds = values.pop("layer_types", None) or values.pop("layers_block_type", None)
+    kinds = kinds if isinstance(kinds, list) else ["mamba"] * n_layers
+    for i, kind in enumerate(kinds[:n_layers]):
+        if kind not in ("attention", "full_attention"):
+            raise CheckpointError(
+                f"layer {i} is of type {excerpt(kind)}; only attention is supported"
+            )
+    values["intermediate_size"] = values.count("shared_intermediate_size")
+    if values.get("position_embedding_type") != "rope":
+        values["no_rope_layers"] = [0] * n_layers
+    check_granite(values)
+
+
 def check_gpt_oss(values: ConfigValues) -> None:
     """Refuses limits of the activation that `clamped_swiglu` does not have."""
     for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
@@ -155,6 +174,9 @@ def family(
 
     def all_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values.update({theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if ours in own})
+        heads = values["num_key_value_heads"]  # of each layer, in files of Granite 4
+        if isinstance(heads, list) and heads and heads == heads[:1] * len(heads):
+            values["num_key_value_heads"] = heads[0]
         if from_gguf:
             from_gguf(own, values)
 
@@ -318,6 +340,14 @@ FAMILIES: dict[str, Family] = {
         },
         gguf="granitemoe",
     ),
+    "granitemoehybrid": family(
+        keys(attention_multiplier=1.0),
+        check=check_granite_hybrid,
+        names={
+            r"shared_mlp\.input_linear": "mlp.gate_up_proj",
+            r"shared_mlp\.output_linear": "mlp.down_proj",
+        },
+    ),
     "gpt_oss": family(
         keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)
         | keys(n_experts=128, n_used=4, norm_topk_prob=True, expert_bias=True)
@@ -343,6 +373,23 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": family(
         keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False),
         gguf="seed_oss",
+    ),
+    "ernie4_5": family(
+        keys(131072, n_kv_heads=2, head_dim=128, eps=1e-5, theta=5e5, tied=True),
+        interleaved=True,
+        gguf="ernie4_5",
+    ),
+    "qwen3_vl_text": family(
+        keys(128000, n_kv_heads=32, head_dim=128, theta=5e5),
+        gguf="qwen3vl",
+        switches={"qk_norm": "head"},
+    ),
+    "qwen3_vl_moe_text": family(
+        keys(128000, n_kv_heads=16, theta=5e5, norm_topk_prob=True, tied=True)
+        | keys(n_experts=60, n_used=4, moe_intermediate_size=1408),
+        gguf="qwen3vlmoe",
+        switches={"experts": True, "qk_norm": "head"},
+        layout="models.qwen3_vl:split_experts",
     ),
     "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), gguf="arcee", permuted=True),
     "hunyuan_v1_dense": family(

@@ -73,6 +73,7 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(
 
 def as_in_4x(config: dict[str, Any]) -> None:
     """rope_theta beside rope_scaling (and rope_local_base_freq), and how many instead of which."""
+    whole, config = config, config.get("text_config", config)
     rope = config.pop("rope_parameters")
     local = rope.get("sliding_attention")
     rope = dict(rope.get("full_attention", rope))
@@ -86,7 +87,7 @@ def as_in_4x(config: dict[str, Any]) -> None:
             config[key] = rope.pop(key)
     rope["type"] = rope.pop("rope_type")
     config["rope_scaling"] = None if rope == {"type": "default"} else rope
-    config["torch_dtype"] = config.pop("dtype")
+    whole["torch_dtype"] = whole.pop("dtype")
     if config["model_type"] in ("gemma2", "gpt_oss", "mistral", "qwen2"):  # patterns of their own
         config.pop("layer_types", None)
     if "hidden_activation" in config:
@@ -168,6 +169,37 @@ def test_experts_in_mxfp4_are_what_transformers_unpacks(tiny: Tiny, tmp_path: Pa
     safetensors.torch.save_file(tensors, packed / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"down_proj.*is missing"):
         LLM(packed)
+
+
+def test_experts_in_columns_are_those_in_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """Files of Qwen3-VL on the hub have each expert's matrices transposed."""
+    path = made(tiny, "qwen3_vl_moe_text")
+    hub = rewritten(path, tmp_path / "hub", lambda c: None)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    turned = {
+        name: tensor.transpose(1, 2).contiguous() if "experts" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    safetensors.torch.save_file(turned, hub / "model.safetensors")
+    ids = oracle.random_ids(40)
+    assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer 1 is of type 'linear"),
+        ({"layer_types": ["mamba", "attention"]}, "layer 0 is of type 'mamba'"),
+        ({"layer_types": None}, "layer 0 is of type 'mamba'"),
+        ({"num_local_experts": 4}, "num_local_experts 4"),
+    ],
+)
+def test_a_granite_with_other_layers_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, edit: dict[str, Any], message: str
+) -> None:
+    path = rewritten(made(tiny, "granitemoehybrid"), tmp_path / "x", lambda c: c.update(edit))
+    with pytest.raises(CheckpointError, match=message):
+        LLM(path)
 
 
 def test_only_the_chosen_experts_run(tiny: Tiny) -> None:
