@@ -3412,10 +3412,14 @@ PARAMETERS: dict[str, tuple[Callable[..., Any], str, Option]] = {
 }
 
 
-def parse_parameter(name: str, text: str) -> tuple[str, Any]:
-    """One PARAMETER or `/set` pair as (field, value). Raises RequestError, listing the names."""
+def set_parameter(parameters: Json, name: str, text: str) -> None:
+    """Set the field of a PARAMETER or `/set` pair; a stop string is added, and what has no effect
+    here is left out. Raises RequestError, listing the names."""
     key = name.lower().replace("-", "_")
     if key not in PARAMETERS:
+        no_effect: Any = preferred("files.parameters", "has_no_effect", lambda *_: False)
+        if no_effect(key, text):
+            return
         close = difflib.get_close_matches(key, PARAMETERS, n=1)
         hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(PARAMETERS)
         raise RequestError(f"unknown parameter {name!r}; {hint}", name)
@@ -3427,7 +3431,7 @@ def parse_parameter(name: str, text: str) -> tuple[str, Any]:
     if field_name == "max_tokens" and value < 0:  # Ollama's way to say: no limit
         value = None
     settings(**{field_name: value})
-    return field_name, value
+    parameters[field_name] = parameters.get("stop", ()) + value if row.default == () else value
 
 
 # Directive of a Modelfile -> the field that it sets
@@ -3513,9 +3517,7 @@ def read_directive(line: str, lines: Iterator[tuple[int, str]]) -> tuple[str, st
 def set_directive(fields: dict[str, Any], directory: Path, key: str, word: str, value: str) -> None:
     """Put a directive into the fields of a Modelfile in `directory`."""
     if key == "PARAMETER":
-        name, parsed = parse_parameter(word, value)
-        parameters = fields["parameters"]
-        parameters[name] = (*parameters.get(name, ()), *parsed) if name == "stop" else parsed
+        set_parameter(fields["parameters"], word, value)
     elif key == "MESSAGE":
         if word.lower() not in ("system", "user", "assistant"):
             raise ModelfileError(f"MESSAGE role {word!r}; use system, user or assistant")
@@ -3688,11 +3690,9 @@ def library_errors(problem: str) -> Iterator[None]:
     """Turn errors of the tokenizers library, and panics of its Rust code, into CheckpointErrors."""
     try:
         yield
-    except NanollamaError:
-        raise
     except BaseException as error:
         is_panic = type(error).__module__ == "pyo3_runtime"  # derived from BaseException
-        if not isinstance(error, Exception) and not is_panic:
+        if isinstance(error, NanollamaError) or not (isinstance(error, Exception) or is_panic):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"the tokenizer {problem}: {reason}") from None
@@ -3908,15 +3908,8 @@ CHATML = (
 @lru_cache(maxsize=1)
 def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Jinja set up as Hugging Face's templates expect."""
-
-    class GenerationTag(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's part for training; here it renders its body."""
-
-        tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment
+    bounded = preferred("answers.templates", "Environment", sandbox)
 
     def raise_exception(message: Any) -> NoReturn:
         reason = " ".join(str(message).split())
@@ -3925,8 +3918,8 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
+    environment = bounded(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {
@@ -6709,12 +6702,8 @@ class Settings:
     def sampling(self, model_defaults: Fields) -> dict[str, tuple[Any, str]]:
         """Each SamplingParams field with its value and its origin."""
         chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
-        file = self.modelfile.parameters
-        for origin, values in (
-            ("model", model_defaults),
-            ("Modelfile", file),
-            ("flag", self.flags),
-        ):
+        layers = {"model": model_defaults, "Modelfile": self.modelfile.parameters}
+        for origin, values in {**layers, "flag": self.flags}.items():
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
 
@@ -6726,7 +6715,7 @@ class Settings:
         """The start of a conversation: the system prompt and the Modelfile's MESSAGE lines."""
         text = self.value("system")[0]
         system = [{"role": "system", "content": text}] if text else []
-        return [*system, *(dict(message) for message in self.modelfile.messages)]
+        return [*system, *map(dict, self.modelfile.messages)]
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
         """The request for a prompt: an answer with --chat, else a continuation."""

@@ -400,7 +400,8 @@ def test_minus_one_is_a_random_seed_and_no_top_k() -> None:
     """As in vLLM, Ollama and llama.cpp."""
     params = SamplingParams(seed=-1, top_k=-1)
     assert (params.seed, params.top_k) == (None, 0)
-    assert nanollama.parse_parameter("seed", "-1") == ("seed", -1)
+    nanollama.set_parameter(fields := {}, "seed", "-1")
+    assert fields == {"seed": -1}
 
 
 @pytest.mark.parametrize(

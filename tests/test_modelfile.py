@@ -78,12 +78,31 @@ def test_parameters_have_our_names_and_ollamas(line: str, field: str, value: Any
     assert parse_modelfile(f"PARAMETER {line}", HERE).parameters == {field: value}
 
 
+def test_ollamas_parameters_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of Ollama's api/types.go, and of its older releases."""
+    nanollama.warn_once.cache_clear()
+    numbers = "num_keep num_batch num_gpu main_gpu mirostat_tau mirostat_eta".split()
+    booleans = "use_mmap use_mlock low_vram f16_kv numa vocab_only penalize_newline".split()
+    off = {"mirostat": "0", "tfs_z": "1.0", "typical_p": "1"}
+    lines = [f"PARAMETER {name} 4" for name in numbers]
+    lines += [f"PARAMETER {name} {word}" for name in booleans for word in ("true", "False")]
+    lines += [f"PARAMETER {name} {value}" for name, value in off.items()]
+    read = parse_modelfile("\n".join([*lines, "PARAMETER NUM-GPU 9", "PARAMETER top_k 3"]), HERE)
+    assert read == Modelfile(parameters={"top_k": 3})
+    names = [*numbers, *booleans, *off]
+    assert caplog.messages == [f"the parameter {name} has no effect here" for name in names]
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
         ("\n\nADAPTR x", 3, "unknown directive 'ADAPTR'; known: FROM, TOKENIZER, ADAPTER"),
         ("FROM a\nPARAMETER temprature 1", 2, "did you mean temperature?"),
-        ("PARAMETER mirostat 1", 1, "unknown parameter 'mirostat'; known: temperature, "),
+        ("PARAMETER microstat 1", 1, "unknown parameter 'microstat'; known: temperature, "),
+        ("PARAMETER mirostat 2", 1, "mirostat 2 is not supported; leave it out, or set it to 0"),
+        ("PARAMETER tfs_z 0.5", 1, "tfs_z 0.5 is not supported; leave it out, or set it to 1"),
+        ("PARAMETER typical_p 0.9", 1, "typical_p 0.9 is not supported"),
+        ("PARAMETER num_gpu many", 1, "num_gpu is 'many'; a number, true or false is needed"),
         ("PARAMETER temperature hot", 1, "temperature is 'hot'; it must be a number"),
         ("PARAMETER top_k 1.5", 1, "top_k is '1.5'; it must be an integer"),
         ("PARAMETER temperature -1", 1, "it must be a number between 0 and 100"),

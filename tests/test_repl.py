@@ -147,6 +147,7 @@ def test_parameters_can_be_set(talk: Callable[..., Said]) -> None:
         ("/set temperature hot", "temperature is 'hot'; it must be a number"),
         ("/set top_k -2", "top_k is -2"),
         ('/set stop ""', "stop is ('',)"),
+        ("/set mirostat 2", "mirostat 2 is not supported; leave it out, or set it to 0"),
         ("/set num_ctx 9", "num_ctx cannot change now; start again with --ctx 9"),
         ("/load", "/load: no such file"),
         ("/load absent.json", "absent.json: no such file"),

@@ -1,7 +1,8 @@
 """Ollama's API: POST /api/chat, /api/generate, /api/embed and /api/embeddings.
 
 A body is translated to OpenAI's chat; the pieces of the answer become Ollama's lines. The routes
-about models are in api.ollama_models; vectors come from api.embeddings, and models from api.shelf.
+about models are in api.ollama_models; vectors come from api.embeddings, models from api.shelf, and
+the options without effect from files.parameters.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
 Remove     delete this file, api/ollama_models.py and the row.
@@ -37,6 +38,7 @@ from nanollama import (
 )
 from nanollama_extras.api.ollama_models import NDJSON, ModelHandlers, ollama_name, timestamp
 from nanollama_extras.api.shelf import parse_duration
+from nanollama_extras.files.parameters import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -78,17 +80,9 @@ OLLAMA_OPTIONS = table(
 )
 
 
-OLLAMA_LOAD_OPTIONS = (
-    "num_ctx num_batch num_gpu main_gpu num_thread num_keep use_mmap use_mlock low_vram numa "
-    "f16_kv vocab_only logits_all embedding_only penalize_newline mirostat_tau mirostat_eta"
-).split()
-
-
-OLLAMA_NEUTRAL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mirostat": (0,),
-    "tfs_z": (1,),
-    "typical_p": (1,),
-}
+# without effect on a model in memory
+OLLAMA_LOAD_OPTIONS = {"num_ctx", "num_thread", *(n for n, v in WITHOUT_EFFECT.items() if not v)}
+OLLAMA_NEUTRAL_OPTIONS = {name: values for name, values in WITHOUT_EFFECT.items() if values}
 
 
 OLLAMA_NAMES = {"content": "content", "thought": "thinking"}  # piece of an answer -> Ollama's field

@@ -52,13 +52,13 @@ from nanollama import (
     open_checkpoint,
     parse_hub_ref,
     parse_modelfile,
-    parse_parameter,
     plain_name,
     public_name,
     read_directive,
     read_fields,
     refuse,
     required,
+    set_parameter,
     stream_response,
     table,
     unless_disconnected,
@@ -122,8 +122,7 @@ def created_modelfile(given: Fields) -> Modelfile:
     parameters: Json = {}
     for name, value in given.get("parameters", {}).items():
         for text in value if isinstance(value, list) else [value]:
-            key, parsed = parse_parameter(name, str(text))
-            parameters[key] = (*parameters.get(key, ()), *parsed) if key == "stop" else parsed
+            set_parameter(parameters, name, str(text))
     messages = []
     for i, message in enumerate(given.get("messages", [])):
         check_type(f"messages[{i}]", message, "object")

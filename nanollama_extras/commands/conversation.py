@@ -25,8 +25,8 @@ from nanollama import (
     describe,
     local_path,
     log,
-    parse_parameter,
     read_json,
+    set_parameter,
     settings_lines,
     split_word,
 )
@@ -151,11 +151,13 @@ def set(repl: Repl, argument: str) -> None:
     name, value = split_word(argument)
     if not value:
         raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
-    key, parsed = parse_parameter(name, value.strip('"'))
-    if key not in repl.values:
-        raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
-    repl.values[key] = parsed
-    log.warning(f"{key} = {parsed}")
+    given: Json = {}
+    set_parameter(given, name, value.strip('"'))
+    for key, parsed in given.items():
+        if key not in repl.values:
+            raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
+        repl.values[key] = parsed
+        log.warning(f"{key} = {parsed}")
 
 
 def show(repl: Repl, argument: str) -> None:

@@ -606,6 +606,16 @@ def test_create_reads_a_modelfile_too(live: Live) -> None:
     assert live.http.request("DELETE", "/api/delete", json={"name": "kind"}).status_code == 200
 
 
+def test_create_accepts_parameters_without_effect(live: Live) -> None:
+    parameters = {"num_keep": 4, "use_mmap": True, "mirostat": 0, "num_gpu": 99, "top_k": 5}
+    body = {"model": "kept", "from": TINY, "parameters": parameters, "stream": False}
+    assert live.http.post("/api/create", json=body).json() == {"status": "success"}
+    shown = live.http.post("/api/show", json={"name": "kept"}).json()
+    assert "top_k 5" in shown["modelfile"]
+    assert not parameters.keys() & {*shown["modelfile"].replace("top_k", "").split()}
+    assert live.http.request("DELETE", "/api/delete", json={"name": "kept"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -638,6 +648,8 @@ def test_the_base_of_a_modelfile_is_read_as_its_other_values(live: Live, text: s
         {"from": TINY, "system": 'three quotes """'},
         {"from": TINY, "parameters": {"temperature": "hot"}},
         {"from": TINY, "parameters": {"colour": 1}},
+        {"from": TINY, "parameters": {"mirostat": 2}},
+        {"modelfile": f"FROM {TINY}\nPARAMETER tfs_z 0.5"},
         {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
         {"modelfile": f"FROM {TINY}\nTEMPLATE x"},
         {"modelfile": f"FROM {TINY}\nADAPTER x"},
