@@ -238,14 +238,14 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             check_text(right)
         return made(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """The result of a function, unless it is too large."""
         step()
-        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
+        method = getattr(function, "__wrapped__", function)  # str.format comes wrapped
         if isinstance(owner := getattr(method, "__self__", None), str):
             if method.__name__ == "join" and args:
                 args = (list(args[0]), *args[1:])
                 check_joined(args[0], owner)
             check_text([*args, *kwargs.values()])
             check_call(method.__name__, [owner, *args, *kwargs.values()])
-        return made(super().call(__context, __obj, *args, **kwargs))
+        return made(super().call(context, function, *args, **kwargs))
