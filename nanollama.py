@@ -396,6 +396,18 @@ def errors_about(source: object) -> Iterator[None]:
         raise CheckpointError(f"{source}: {error}") from None
 
 
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a lack of memory, as Python or torch reports it, into an error with a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
+            raise
+        remedy = "take a smaller model, --ctx or --parallel"
+        raise NanollamaError(f"out of memory: {first_line(error)}; {remedy}") from None
+
+
 def return_unused_memory() -> None:
     """Return freed memory to the system, where the extra for it is installed."""
     preferred("kernels.memory", "return_unused_memory", lambda: None)()
@@ -449,7 +461,6 @@ class Family:
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, before the MLP
 POST_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # of the outputs of both
 NO_WINDOW: Json = {"use_sliding_window": False}
-DEFAULTS = {"max_position_embeddings": 2048}  # of every family
 _QWEN: Json = {**NO_WINDOW, "max_position_embeddings": 32768, "sliding_window": 4096}
 _QWEN |= {"max_window_layers": 28, "num_key_value_heads": 32}
 FAMILIES: dict[str, Family] = {
@@ -493,20 +504,17 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 
 def all_families() -> dict[str, Family]:
     """FAMILIES and, where installed, those of extras."""
-    with contextlib.suppress(ExtraError):
-        return {**FAMILIES, **extra("models.families", "").FAMILIES}
-    return FAMILIES
+    return {**FAMILIES, **preferred("models.families", "FAMILIES", {})}
 
 
 def find_family(model_type: object) -> Family:
     """A model_type's family. Raises CheckpointError, or ExtraError where only extras may know."""
-    rows, shown = FAMILIES, excerpt(model_type)
-    if isinstance(model_type, str) and model_type not in rows:
-        rows = extra("models.families", f"model_type {shown}").FAMILIES
-    if str(model_type) not in rows:
-        supported = ", ".join((*FAMILIES, *rows))
-        raise CheckpointError(f"model_type {shown} is not supported; supported are: {supported}")
-    return rows[str(model_type)]
+    families, title = all_families(), f"model_type {excerpt(model_type)}"
+    if isinstance(model_type, str) and model_type not in families:
+        extra("models.families", title)
+    if str(model_type) not in families:
+        raise CheckpointError(f"{title} is not supported; supported are: {', '.join(families)}")
+    return families[str(model_type)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,8 +610,8 @@ def check_value(
 
 def positive(value: Any, name: str) -> float:
     """A positive number, not so extreme that arithmetic on it could overflow."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check_value(is_number and 1e-15 < value < 1e15, name, value, "a number from 1e-15 to 1e15")
+    fits = type(value) in (int, float) and 1e-15 < value < 1e15
+    check_value(fits, name, value, "a number from 1e-15 to 1e15")
     return float(value)
 
 
@@ -612,7 +620,7 @@ class ConfigValues(dict[str, Any]):
 
     def count(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self.get(key, default)
-        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+        is_count = type(value) is int and 0 < value <= most
         check_value(is_count, key, value, f"an integer from 1 to {most}")
         return cast(int, value)
 
@@ -639,7 +647,7 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
     with errors_about(source):
         family = find_family(raw.get("model_type"))
         # null removes the family's default: no window, as many key/value heads as heads
-        merged = {**DEFAULTS, **family.defaults, **raw}.items()
+        merged = {"max_position_embeddings": 2048, **family.defaults, **raw}.items()
         values = ConfigValues({key: value for key, value in merged if value is not None})
         if family.check:
             family.check(values)
@@ -1532,7 +1540,8 @@ class Weights:
     def _read(self, name: str, *rows: slice) -> Tensor | PackedLinear:
         tensor = self.tensors[name]
         try:
-            return tensor.load(*rows)
+            with memory_errors():
+                return tensor.load(*rows)
         except (RuntimeError, OSError, safetensors.SafetensorError) as error:
             title = f"{self.source}: tensor {name} of type {tensor.kind}"
             raise CheckpointError(f"{title} cannot be read: {first_line(error)}") from None
@@ -1942,10 +1951,6 @@ class Backend:
         if compile:
             log.warning(f"compile has nothing to gain on {self.device}: it is left off")
         return None
-
-    def read_all(self, buffer: Tensor) -> None:
-        """Read a tensor as fast as a step reads its weights, and wait for the end."""
-        buffer.sum().item()
 
 
 BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `make_backend`
@@ -2708,8 +2713,7 @@ def gguf_model_type(metadata: Mapping[str, Any]) -> str:
     title = f"general.architecture {excerpt(arch)}"
     named = {name: row for name, row in families.items() if row.gguf and row.gguf == arch}
     if not named:
-        if families == FAMILIES:
-            extra("models.families", title)
+        extra("models.families", title)
         known = ", ".join(sorted({row.gguf for row in families.values()} - {""}))
         raise CheckpointError(f"{title} is not supported; supported are: {known}")
     keyed = [n for n, row in named.items() if metadata.get(f"{arch}.{row.gguf_key}")]
@@ -2879,8 +2883,8 @@ def without_prefix(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     metadata = without_prefix(metadata)
-    tokens = metadata.get("tokens")
-    tokens = tokens if isinstance(tokens, list) else []
+    if not isinstance(tokens := metadata.get("tokens"), list):
+        tokens = []
     keys = {name: name for name in ("bos", "eos", "eot", "eom")}
     keys |= {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
     given = {name: metadata.get(f"{key}_token_id") for name, key in keys.items()}
@@ -4140,10 +4144,6 @@ class ThoughtSplitter:
         self.keep_tags = keep_tags
         self._held = ""
 
-    @property
-    def thinking(self) -> bool:
-        return self.tags is not None
-
     def push(self, text: str, final: bool = False) -> list[tuple[bool, str]]:
         return [pair for pair in self._split(text, final) if pair[1]]
 
@@ -4771,9 +4771,10 @@ class Engine:
         """Drop the prefixes in free slots, as after a step that failed halfway."""
         self.scheduler.contents = [[] for _ in self.scheduler.contents]
 
+    @memory_errors()
     def step(self) -> None:
         """Run one forward pass for all running sequences. Each new token puts a Delta in the outbox
-        of its sequence; a finished sequence has a finish_reason and leaves the scheduler."""
+        of its sequence; a finished one has a finish_reason and leaves the scheduler."""
         started = time.perf_counter()
         with self.lock, torch.inference_mode():
             while admitted := self.scheduler.admit():
@@ -4974,6 +4975,7 @@ class TextSide:
         template_kwargs["add_generation_prompt"] = add_generation_prompt
         return self.template.prompt(messages, tools, **template_kwargs)
 
+    @memory_errors()
     def encode_request(self, request: GenerationRequest) -> tuple[list[int], str]:
         """The prompt of a request as ids and as text. Raises RequestError."""
         prompt, messages = request.prompt, request.messages
@@ -5053,6 +5055,7 @@ class LLM(TextSide):
     the model's. needs_text: refuse a model without a tokenizer, which takes and gives ids alone.
     options: other fields of EngineConfig. Raises subclasses of NanollamaError."""
 
+    @memory_errors()
     def __init__(
         self,
         model: str | Path = DEFAULT_MODEL,
@@ -5433,7 +5436,7 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
             name, value, where = guide
             if "repeat_penalty" not in own:  # forms may loop
                 del values["repeat_penalty"]
-            values |= {"schema": None, "regex": None, "grammar": None}
+            values |= dict.fromkeys(ANSWER_FIELDS)
             return (values | {name: value} if name else values), {name: where}
     return values, {}
 
@@ -5546,7 +5549,7 @@ class ChatReply(Reply):
         """The pieces of a delta: `content` or `thought` with a text, or `call` with its stream
         delta; each with the logprobs of its tokens."""
         thoughts = self.splitter.thoughts
-        was_thinking = thoughts.thinking
+        was_thinking = bool(thoughts.tags)
         pieces = self.splitter.push(delta.text)
         if delta.finish_reason:
             pieces += self.splitter.flush(delta.finish_reason == "length")
@@ -5554,7 +5557,7 @@ class ChatReply(Reply):
             self.usage = delta.usage
         self.pending += self._entries(delta)
         added = [self._add(piece) for piece in pieces]
-        is_thought = was_thinking or thoughts.thinking
+        is_thought = was_thinking or bool(thoughts.tags)
         self.num_thought += is_thought
         if is_thought or self.calls:
             self.pending = []  # logprobs are those of the content alone
@@ -6854,8 +6857,7 @@ def read_toolbox(args: argparse.Namespace) -> Any:
 
 def confirmed(question: str) -> bool:
     """Ask the user. Returns whether the answer is yes."""
-    sys.stderr.write(printable(question))
-    sys.stderr.flush()
+    put(printable(question), sys.stderr)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -7046,14 +7048,11 @@ class Repl:
 
     def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
-        self.values = {n: v for n, (v, _) in settings.sampling(llm.sampling).items()}
+        self.values = dataclasses.asdict(settings.params(llm.sampling))
         self.messages = settings.messages()
         self.sent: list[Json] = []  # messages of the last prompt
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-
-    @property
-    def tools(self) -> list[Json] | None:
-        return self.toolbox.tools if self.toolbox else None
+        self.tools: list[Json] | None = toolbox.tools if toolbox else None
 
     def read_line(self, prompt: str) -> str:
         """One line of input. Raises EOFError at its end."""
@@ -7287,6 +7286,7 @@ def command_rm(argv: list[str]) -> int:
     return 0
 
 
+@memory_errors()
 def run(argv: list[str]) -> int:
     parser = build_parser()
     if argv and not argv[0].startswith("-"):

@@ -692,6 +692,53 @@ def test_a_bad_prompt_is_one_line(
     assert message in cli("--model", tiny(), *argv, stdin=stdin).error
 
 
+MODES = ["--prompt fox", "--prompt fox --chat", "--batch-file -", "--embed --prompt fox"]
+SHORT = [
+    MemoryError("Unable to allocate 3 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA out of memory. Tried to allocate 3 TB\nand more lines"),
+]
+
+
+@pytest.mark.parametrize("where", ["new_cache", "forward", "take"])
+@pytest.mark.parametrize("error", SHORT, ids=lambda error: str(error)[:8])
+@pytest.mark.parametrize("flags", MODES)
+def test_a_lack_of_memory_is_one_line_with_a_remedy(
+    flags: str,
+    error: Exception,
+    where: str,
+    cli: Callable[..., Ran],
+    tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owners = {"new_cache": nanollama.Decoder, "forward": nanollama.Engine}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    if where == "take":  # while the weights are read
+        monkeypatch.setattr(nanollama, "_load_safetensor", fail)
+    else:
+        monkeypatch.setattr(owners[where], where, fail)
+    ran = cli("--model", tiny(), *flags.split(), stdin=b"fox\n")
+    assert ran.code == 1
+    line = [line for line in ran.err.splitlines() if "out of memory: " in line][-1]
+    remedy = "take a smaller model, --ctx or --parallel"
+    assert line.endswith(f"out of memory: {nanollama.first_line(error)}; {remedy}")
+    assert "Traceback" not in ran.err
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory(
+    cli: Callable[..., Ran], tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(nanollama.Engine, "forward", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cli("--model", tiny(), "--prompt", "fox")
+
+
 def test_a_device_that_is_not_there_is_refused_before_the_download(cli: Callable[..., Ran]) -> None:
     assert "device 'gpu'" in cli("--model", "org/large", "--device", "gpu", "-p", "x").error
 

@@ -49,6 +49,25 @@ def talk(
     return run
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried 3 TB")])
+def test_the_chat_goes_on_when_memory_was_short(
+    error: Exception, talk: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = talk("hello", "fox").answers
+    forward, calls = nanollama.Engine.forward, iter(range(1000))
+
+    def fail_once(engine: nanollama.Engine, work: Any) -> Any:
+        if next(calls) == 2:  # while the first answer grows
+            raise error
+        return forward(engine, work)
+
+    monkeypatch.setattr(nanollama.Engine, "forward", fail_once)
+    said = talk("hello", "/clear", "hello", "fox")
+    remedy = "take a smaller model, --ctx or --parallel"
+    assert f"error: out of memory: {nanollama.first_line(error)}; {remedy}\n" in said.notes
+    assert (said.code, said.answers[-2:]) == (0, usual)
+
+
 def prompt(said: Said) -> str:
     """What /prompt printed, which must have been the last command."""
     return said.notes[said.notes.index("<|im_start|>") : -1]

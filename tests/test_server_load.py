@@ -397,17 +397,33 @@ def test_a_failed_step_fails_what_ran_in_it_and_nothing_else(
         assert whole.result().status_code == 500
         error = whole.result().json()["error"]
         assert error == {
-            "message": "the model failed: out of memory", "type": "server_error",
+            "message": "the model failed: out of memory: out of memory; "
+            "take a smaller model, --ctx or --parallel", "type": "server_error",
             "param": None, "code": "step_failed",
         }  # fmt: skip
         events = stream.result().text.split("\n\n")
         assert json.loads(events[-3][6:]) == {"error": error}
         assert events[-2:] == ["data: [DONE]", ""]
         assert queued.result().json()["usage"]["completion_tokens"] == 3
-    assert "a step failed: MemoryError: out of memory" in caplog.text
+    assert "a step failed: NanollamaError: out of memory: out of memory; take" in caplog.text
     steps.allow(100)
     again = live.chat(max_tokens=3, seed=1, ignore_eos=True).json()
     assert again["choices"][0]["message"] == queued.result().json()["choices"][0]["message"]
+
+
+def test_a_prompt_too_large_for_the_memory_is_its_clients_error_alone(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    encode = nanollama.Tokenizer.encode
+    monkeypatch.setattr(nanollama.Tokenizer, "encode", fail)
+    answer = live.text("fox")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"].startswith("out of memory: MemoryError; take a ")
+    monkeypatch.setattr(nanollama.Tokenizer, "encode", encode)
+    assert live.text("fox", max_tokens=1).status_code == 200
 
 
 def test_work_that_outlasts_the_shutdown_ends_with_an_error_event(
