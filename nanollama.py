@@ -935,9 +935,9 @@ class SamplingParams:
         for name, neutral in (("seed", None), ("top_k", 0)):  # what -1 means to other programs
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, neutral)
-        is_list = isinstance(self.stop, (list, tuple))
-        are_words = is_list and all(isinstance(s, str) and s for s in self.stop)
-        check_value(are_words, "stop", self.stop, "a list of non-empty strings", RequestError)
+        is_list = isinstance(self.stop, (list, tuple)) and len(self.stop) <= 64
+        are_words = is_list and all(isinstance(s, str) and 0 < len(s) <= 1000 for s in self.stop)
+        check_value(are_words, "stop", self.stop, "up to 64 texts of 1 to 1000 chars", RequestError)
         for name, (kind, wanted) in ANSWER_FIELDS.items():
             value, first = getattr(self, name), self.answer_field
             is_valid = value is None or isinstance(value, kind)
@@ -2945,7 +2945,7 @@ ALIASES = {
 HUB_TIMEOUT_S = 5.0
 CREATED = ":created"  # behind the name of a created model where a hub model has it, too
 # Names that a created model may have: name, org/name, with or without :tag
-MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(/[A-Za-z0-9][\w.-]{0,99})?(:[\w.-]{1,99})?")
+MODEL_NAME = re.compile(r"(?=.{,200}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", re.A)
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
 GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -3347,7 +3347,7 @@ class ModelStore:
         for name, alias in ALIASES.items():
             copies = [m for m in models if m.id == f"{alias.repo}/{alias.file}"]
             path = self._alias_path(name)
-            if path.exists():
+            with contextlib.suppress(FileNotFoundError):
                 copies.append(own_model(name, "gguf", path))
             if copies:
                 num_bytes, used = sum(m.num_bytes for m in copies), max(m.last_used for m in copies)
@@ -3356,7 +3356,8 @@ class ModelStore:
         for path in (self.root / "modelfiles").glob("*[!~]"):
             name = path.name.replace("%2F", "/").replace("%3A", ":")
             name += CREATED if any(model.id == name for model in models) else ""
-            models.append(own_model(name, "modelfile", path))
+            with contextlib.suppress(FileNotFoundError):
+                models.append(own_model(name, "modelfile", path))
         return sorted(models, key=lambda model: model.id.lower())
 
     def cached(self, reference: str) -> list[CachedModel]:
@@ -3472,7 +3473,8 @@ def read_modelfile(path: Path) -> Modelfile:
         text = path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
         return parse_modelfile(text, path)
     except OSError as error:
-        raise ModelfileError(f"{path}: cannot be read: {error.strerror}") from None
+        kind = ModelfileError if path.exists() else ModelNotFoundError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ModelfileError(f"{path}: is not UTF-8 or UTF-16 text") from None
 
@@ -3883,7 +3885,7 @@ class TextStream:
 
 def held_back(text: str, words: Iterable[str]) -> int:
     """Number of characters at the end of `text` that may begin one of `words`."""
-    starts = (word[:n] for word in words for n in range(len(word)))
+    starts = (word[:n] for word in words for n in range(min(len(word), len(text) + 1)))
     return max((len(start) for start in starts if text.endswith(start)), default=0)
 
 
@@ -5820,7 +5822,7 @@ class ServerConfig:
         "--reasoning-name NAME: field for thoughts in answers",
         choices=("reasoning_content", "reasoning"),
     )
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 16 << 20
 
     def __post_init__(self) -> None:
         check_options(self, UsageError)
@@ -6103,7 +6105,6 @@ class Models:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
         """Listen while the model is loaded. A thread that still loads ends with the process."""
-        # long prompts, compiled answers and files wait in threads; no kind holds up the others
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(128))
         starting = asyncio.create_task(self.start())
         yield
@@ -6343,7 +6344,7 @@ class Handlers:
             if len(data) > limit:
                 raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
         try:
-            value = parse_json(data)
+            value = preferred("api.limits", "read_json", parse_json)(data)
         except ValueError as error:
             raise RequestError(f"the body is not JSON: {first_line(error)}") from None
         if not isinstance(value, dict):
@@ -6485,16 +6486,15 @@ def create_app(models: Models) -> starlette.applications.Starlette:
         text = f"there is no route {request.method} {excerpt(path)}; {remedy}"
         return error_response(WireError(error.status_code, code, text, error.headers), path)
 
-    def layer(module: str) -> Any:
-        plain = preferred(module, "layer", lambda app, _: app)
-        return starlette.middleware.Middleware(plain, config)
+    def layer(name: str) -> Any:
+        return starlette.middleware.Middleware(preferred(name, "layer", lambda app, _: app), config)
 
     gate = starlette.middleware.Middleware(Gate, config=config, observer=app.observer)
     application = starlette.applications.Starlette(
         routes=app.starlette_routes(),
         lifespan=models.lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[layer("api.origins"), gate, *models.middleware],
+        middleware=[layer("api.origins"), gate, layer("api.limits"), *models.middleware],
     )
     application.router.default = dialect_router(*shared)
     return application
@@ -6522,14 +6522,10 @@ def serve(models: Models) -> None:
 
     config, models.on_failure = models.config, failed
     listener = listen(config.host, config.port)
-    settings = uvicorn.Config(
-        create_app(models),
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=config.idle_s,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-    )
-    server = uvicorn.Server(settings)
+    options: Json = {"log_config": None, "access_log": False, "proxy_headers": False}
+    options |= {"timeout_keep_alive": config.idle_s, "timeout_graceful_shutdown": SHUTDOWN_S}
+    options |= preferred("api.limits", "CONNECTIONS", {})
+    server = uvicorn.Server(uvicorn.Config(create_app(models), **options))
     models.is_closing = lambda: server.should_exit  # open connections may send more
     # uvicorn restores these handlers and raises the signal again: the exit code stays 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -6553,8 +6549,7 @@ def serve(models: Models) -> None:
 #               one after the other, --batch-file all of its lines together.
 #   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
 #               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
-#   Extend      a subcommand is a row of COMMANDS; a command of the conversation is a row of
-#               TALK_COMMANDS.
+#   Extend      a subcommand is a row of COMMANDS; a conversation's command, a line of TALK_HELP.
 # ==================================================================================================
 
 USAGE = f"""\
@@ -7025,22 +7020,24 @@ def run_batch(
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-# Lines of /help. A command that is no method `do_NAME` of Repl is a function of
+# For /help. A command that is no method `do_NAME` of Repl is a function of
 # nanollama_extras/commands/conversation.py.
-TALK_COMMANDS = {
-    "clear": "/clear              forget all messages but the system prompt",
-    "help": "/help               print this list",
-    "load": "/load FILE          continue a conversation written by /save",
-    "prompt": "/prompt             print the text last sent to the model",
-    "quit": "/quit, /exit        leave; so does Ctrl-D",
-    "retry": "/retry              answer the last message again",
-    "save": "/save FILE          write the conversation to a JSON file",
-    "set": "/set NAME VALUE     change a sampling parameter, as in /set temperature 0.2",
-    "show": "/show               print the model and the sampling parameters",
-    "system": "/system [TEXT]      set or print the system prompt",
-    "tokens": "/tokens             print the token ids last sent, with their text",
-    "undo": "/undo               remove the last message and its answer",
-}
+TALK_HELP = '''\
+  /clear              forget all messages but the system prompt
+  /help               print this list
+  /load FILE          continue a conversation written by /save
+  /prompt             print the text last sent to the model
+  /quit, /exit        leave; so does Ctrl-D
+  /retry              answer the last message again
+  /save FILE          write the conversation to a JSON file
+  /set NAME VALUE     change a sampling parameter, as in /set temperature 0.2
+  /show               print the model and the sampling parameters
+  /system [TEXT]      set or print the system prompt
+  /tokens             print the token ids last sent, with their text
+  /undo               remove the last message and its answer
+  """                 start and end a message of several lines
+  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer'''
+TALK_COMMANDS = re.findall(r"(?m)^  /(\w+)", TALK_HELP)
 
 
 class Repl:
@@ -7111,10 +7108,7 @@ class Repl:
         log.warning(speed_line(llm.engine.stats.since(before)))
 
     def do_help(self) -> None:
-        for line in TALK_COMMANDS.values():
-            log.warning(f"  {line}")
-        log.warning('  """                 start and end a message of several lines')
-        log.warning("  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer")
+        log.warning(TALK_HELP)
 
     def do_quit(self) -> None:
         raise EOFError

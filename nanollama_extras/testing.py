@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from nanollama import Constraint, Settings, Tokenizer
     from nanollama_extras.answers.tools import Calls
 
+SECRET = re.compile("auth|cookie|api-?key|token|secret|password")  # in the name of a header
 MAX_RECORDED_REQUESTS, MAX_RECORDED_BYTES = 256, 1 << 20  # the bytes are those of one body
 
 SCRIPT_FIELDS = {  # of an answer -> JSON type
@@ -286,7 +287,7 @@ class FaultLayer:
     """ASGI middleware that records requests, shows them at /_test/requests, and carries out faults.
 
     requests: {method, path, headers, body} of each request whose body was read, oldest first; the
-    body is None where it is no JSON or too long."""
+    body is None where it is no JSON or too long. Headers with a client's secrets are left out."""
 
     def __init__(self, app: ASGIApp, requests: deque[Json]) -> None:
         self.app, self.requests = app, requests
@@ -332,7 +333,8 @@ class FaultLayer:
         async def receive_on() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                body.extend(message.get("body", b""))
+                if len(body) <= MAX_RECORDED_BYTES:
+                    body.extend(message.get("body", b""))
                 if not message.get("more_body"):
                     self.record(scope, body)
             return message
@@ -345,7 +347,8 @@ class FaultLayer:
             with contextlib.suppress(ValueError):
                 value = parse_json(body)
         entry = {"method": scope["method"], "path": scope["path"], "body": value}
-        self.requests.append({**entry, "headers": dict(Headers(scope=scope))})
+        headers = {k: v for k, v in Headers(scope=scope).items() if not SECRET.search(k)}
+        self.requests.append({**entry, "headers": headers})
 
 
 async def send_torn(send: Send, is_cut: bool) -> None:
@@ -423,7 +426,9 @@ class TestServer:
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.base_url = f"{self.url}/v1"
-        settings = uvicorn.Config(self._app, log_config=None, timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(
+            self._app, log_config=None, proxy_headers=False, timeout_graceful_shutdown=1
+        )
         self._server = uvicorn.Server(settings)
         run = functools.partial(self._server.run, sockets=[listener])
         self._thread = threading.Thread(target=run, daemon=True)

@@ -163,6 +163,12 @@ def show_fingerprint(llm: LLM) -> None:
             raise NanollamaError("needs nanollama_extras.api.fingerprint, which is not installed")
 
 
+def limit_bodies(llm: LLM) -> None:
+    with serving(lambda: llm) as live:
+        if live.text(max_tokens=1, unknown=[{}] * 10_001).status_code == 200:
+            raise NanollamaError("needs nanollama_extras.api.limits, which is not installed")
+
+
 def read_from_another_origin(llm: LLM) -> None:
     with serving(lambda: llm) as live:
         response = live.http.get("/health", headers={"origin": "http://localhost:3000"})
@@ -225,6 +231,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "several models": ({"api.shelf"}, serve_all_models),
     "timings": ({"api.timings"}, show_timings),
     "fingerprint": ({"api.fingerprint"}, show_fingerprint),
+    "limits": ({"api.limits"}, limit_bodies),
     "web pages of other origins": ({"api.origins"}, read_from_another_origin),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
     "eval": (

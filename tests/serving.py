@@ -81,7 +81,14 @@ def serving(
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    settings = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=shutdown_s)
+    settings = uvicorn.Config(
+        app,
+        proxy_headers=False,
+        **nanollama.preferred("api.limits", "CONNECTIONS", {}),
+        timeout_keep_alive=models.config.idle_s,
+        log_config=None,
+        timeout_graceful_shutdown=shutdown_s,
+    )
     server = uvicorn.Server(settings)
 
     def stop() -> None:

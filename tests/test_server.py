@@ -727,6 +727,7 @@ def test_small_pieces_are_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
         assert server.config.timeout_keep_alive == 75
+        assert not server.config.proxy_headers  # the log has the address of the connection
 
         async def accept() -> None:
             def connected(_: Any, writer: asyncio.StreamWriter) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import re
 import secrets
 import threading
@@ -88,6 +87,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Downloads wait for each other here, and not in the threads that read requests
 STORE_THREADS = ThreadPoolExecutor(4, "store")
+FAR_S = 1e9  # the end of a time without one; a date has at most four digits for its year
 OLLAMA_VERSION = "0.13.4"  # clients ask for this release or a later one before they use Responses
 
 
@@ -317,7 +317,7 @@ def pool_state(pool: ShelfPool) -> Json:
     """The fields of /api/ps for a model in memory."""
     engines = [worker.llm.engine for worker in pool.workers if worker.llm]
     num_bytes = pool.need_bytes + sum(engine.cache.nbytes for engine in engines)
-    left_s = 1e9 if math.isinf(pool.keep_s) else pool.used_s + pool.keep_s - time.monotonic()
+    left_s = min(pool.used_s + pool.keep_s - time.monotonic(), FAR_S)
     return {
         "size": num_bytes,
         "size_vram": 0 if str(engines[0].decoder.device) in ("cpu", "none") else num_bytes,
@@ -343,7 +343,8 @@ class ModelHandlers(Handlers):
 
     async def ollama_tags(self, request: Request) -> Response:
         """GET /api/tags: the models that may be served"""
-        sources = [await self.models.source(name) for name in await self.models.names()]
+        found = [await self.models.find(name) for name in await self.models.names()]
+        sources = [source for source in found if source]  # others were deleted meanwhile
         bodies = await asyncio.to_thread(lambda: [ollama_model(source) for source in sources])
         return as_json({"models": [body for body in bodies if body]})
 
@@ -482,12 +483,17 @@ def write_modelfile(name: str, modelfile: Modelfile) -> None:
     """Write the Modelfile of a model under its name. Raises RequestError for a bad name or that of
     another model, DownloadError where the file cannot be written."""
     if not MODEL_NAME.fullmatch(name):
-        raise RequestError(f"{excerpt(name)} is no name for a model; use name or name:tag", "model")
+        raise RequestError(
+            f"{excerpt(name)} is no name for a model; use name or name:tag of up to 200 letters",
+            "model",
+        )
     store = ModelStore()
     path = store.modelfile_path(name)
     if name in (*ALIASES, TINY_RANDOM) or store.find_cached(name):
         raise RequestError(f"{name} is a model already; choose another name", "model")
     text = format_modelfile(modelfile)
+    if re.search("[\ud800-\udfff]", text):
+        raise RequestError("a lone surrogate is not text; no file can hold it", "system")
     if parse_modelfile(text, path) != modelfile:
         raise RequestError('a Modelfile cannot hold """, or text that is all space', "system")
     try:

@@ -57,9 +57,9 @@ if TYPE_CHECKING:
     from nanollama import GenerationRequest, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
-# The directories of an absolute path; no part of a URL, a hub id or a quotient
+# The directories of an absolute path; no part of a URL, a route, a hub id or a quotient
 DIRECTORIES = re.compile(
-    r"""(?<![\w./:~-])([A-Za-z]:\\|~?/)(?=\S)(([^\\/:;\n'"]|'(?=\w))*[\\/])*"""
+    r"""(?<![\w./:~-])(?<!GET )(?<!POST )([A-Za-z]:\\|~?/)(?=\S)(([^\\/:;\n'"]|'(?=\w))*[\\/])*"""
 )
 MAX_REMEMBERED = 1024  # beginnings of prompts whose replica is known
 
@@ -189,8 +189,8 @@ def library_of(settings: Settings) -> Library:
         return served_model(its_settings, name, path) if path else None
 
     def is_usable(name: str) -> bool:
-        path = store.find_cached((store.modelfile(name) or Modelfile()).model or name)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, NanollamaError):  # damaged, or deleted meanwhile
+            path = store.find_cached((store.modelfile(name) or Modelfile()).model or name)
             return path is not None and can_run(path, path.stat().st_mtime)
         return False
 

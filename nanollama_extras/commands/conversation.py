@@ -1,7 +1,7 @@
 """Commands of `--interactive` beyond /help, /clear and /quit; messages of several lines; the
 history of lines; and the end of old turns when the context is full.
 
-Seam: the rows of TALK_COMMANDS in nanollama.py. Each names a function here that takes the
+Seam: the lines of TALK_HELP in nanollama.py. Each names a function here that takes the
 conversation and the text after the command. Repl also calls `open_history`, `whole` and
 `fit_context`. To remove it, delete this module and those rows.
 """

@@ -162,6 +162,38 @@ def test_what_was_asked_is_kept_within_bounds(test_server: TestServer) -> None:
     assert httpx.get(url).json() == {"requests": []}
 
 
+def test_secrets_of_clients_are_not_kept(test_server: TestServer) -> None:
+    secrets = dict.fromkeys(
+        "authorization x-api-key api-key cookie proxy-authorization x-goog-api-key "
+        "x-auth-token openai-api-key x-amz-security-token".split(),
+        "hunter2",
+    )
+    url = f"{test_server.base_url}/completions"
+    httpx.post(url, json={"prompt": "a"}, headers={**secrets, "x-other": "kept"})
+    shown = httpx.get(f"{test_server.url}/_test/requests")
+    (asked,) = shown.json()["requests"]
+    assert asked["headers"]["x-other"] == "kept"
+    assert not secrets.keys() & asked["headers"].keys()
+    assert "hunter2" not in shown.text
+    assert "hunter2" not in str(test_server.requests)
+
+
+def test_a_script_has_metrics_and_statistics(test_server: TestServer) -> None:
+    ask(test_server)
+    for route in ("/metrics", "/stats", "/health", "/api/ps", "/api/tags"):
+        assert httpx.get(test_server.url + route).status_code == 200, route
+    assert "nanollama_generated_tokens_total" in httpx.get(f"{test_server.url}/metrics").text
+
+
+def test_the_log_has_the_address_of_the_connection(
+    test_server: TestServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nanollama")
+    httpx.get(f"{test_server.url}/health", headers={"x-forwarded-for": "203.0.113.7"})
+    assert "127.0.0.1 GET /health" in caplog.text
+    assert "203.0.113.7" not in caplog.text
+
+
 def test_other_servers_keep_nothing(tiny_llm: LLM) -> None:
     with serving(lambda: tiny_llm) as live:
         live.chat()

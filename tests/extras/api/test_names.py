@@ -203,6 +203,7 @@ def test_names_that_collide_are_numbered() -> None:
             "org/name/x.gguf at https://hf.co/org/x: no",
             "org/name/x.gguf at https://hf.co/org/x: no",
         ),
+        ("not in the cache; POST /api/pull it first", "not in the cache; POST /api/pull it first"),
         ("1 / 2 and/or 3", "1 / 2 and/or 3"),
     ],
 )

@@ -392,7 +392,10 @@ def test_a_request_without_a_prompt_loads_and_unloads(client: ollama.Client, liv
 
 
 def test_a_request_says_how_long_its_model_stays(client: ollama.Client) -> None:
-    for keep, least, most in (("2h", 7000, 7300), (-1, 10**8, math.inf), (None, 200, 301)):
+    for keep, least, most in (
+        *(("2h", 7000, 7300), (-1, 10**8, math.inf), (None, 200, 301)),
+        *(("70000000h", 10**8, math.inf), ("999999999h", 10**8, math.inf)),
+    ):
         client.chat(TINY, USER, options={"num_predict": 1}, keep_alive=keep)
         (model,) = client.ps().models
         left = (model.expires_at - datetime.now(timezone.utc)).total_seconds()
@@ -667,6 +670,87 @@ def test_what_no_model_can_be_made_of(live: Live, place: Path, fields: dict[str,
         assert answer.status_code in ((200, 400, 404) if stream else (400, 404))
     after = sorted((place / "own").rglob("*"))
     assert set(after) - set(before) <= {place / "own" / "modelfiles"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"system": "\ud800"},
+        {"license": ["MIT", "\udfff"]},
+        {"messages": [{"role": "user", "content": "a\ud800"}]},
+        {"parameters": {"stop": ["\ud800"]}},
+        {"modelfile": f"FROM {TINY}\nSYSTEM \ud800"},
+        {"model": "\ud800"},
+        {"from": "\ud800"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_lone_surrogate_is_no_text_of_a_model(live: Live, fields: dict[str, Any]) -> None:
+    body = {"model": "new", "from": TINY, "stream": False, **fields}
+    answer = live.http.post("/api/create", content=json.dumps(body))
+    assert answer.status_code in (400, 404)
+    assert "internal" not in answer.text
+    assert live.http.post("/api/show", json={"model": "new"}).status_code == 404
+
+
+LONG_NAMES = [
+    *("a" * 201, "a" + "\u00e9" * 99, "a" + "\U0001d4b3" * 99, "a" * 100_000),
+    *(f"{'a' * 100}/{'b' * 100}:{'c' * 99}", f"org/{'b' * 300}", f"{TINY}:{'q' * 300}"),
+    *(f"org/x/{'y' * 300}.gguf", "~\ud800/x", "a\0b", "~" + "x" * 300),
+]
+
+
+@pytest.mark.parametrize("name", LONG_NAMES, ids=lambda name: ascii(name[:8]) + str(len(name)))
+def test_a_name_that_no_file_can_have_is_refused(live: Live, name: str) -> None:
+    chat = {"model": name, "messages": USER, "input": "a", "prompt": "a"}
+    routes = "chat generate embed embeddings show".split()
+    paths = [f"/api/{route}" for route in routes] + ["/v1/chat/completions", "/v1/embeddings"]
+    for path in (*paths, "/v1/responses", "/tokenize"):
+        answer = live.http.post(path, content=json.dumps(chat))
+        assert answer.status_code == 404, path
+    for path, body in (
+        ("create", {"model": name, "from": TINY, "stream": False}),
+        ("create", {"model": "new", "from": name, "stream": False}),
+        ("copy", {"source": TINY, "destination": name}),
+        ("copy", {"source": name, "destination": "new"}),
+    ):
+        answer = live.http.post(f"/api/{path}", content=json.dumps(body))
+        assert answer.status_code in (400, 404), path
+    answer = live.http.request("DELETE", "/api/delete", content=json.dumps({"model": name}))
+    assert answer.status_code == 404
+    for path in ("/api/tags", "/v1/models", "/api/ps"):
+        assert live.http.get(path).status_code == 200
+
+
+def test_the_longest_name_works(client: ollama.Client) -> None:
+    name = f"{'a' * 120}/{'b' * 60}:{'c' * 18}"
+    assert len(name) == 200
+    assert client.create(name, from_=TINY).status == "success"
+    assert client.chat(name, USER, options=GREEDY).message.content
+    assert name in [model.model for model in client.list().models]
+    assert client.delete(name).status == "success"
+
+
+def test_models_are_created_listed_and_deleted_at_once(live: Live) -> None:
+    body = {"model": "racy", "from": TINY, "stream": False}
+    requests: list[tuple[str, str, Any]] = [
+        ("POST", "/api/create", body),
+        ("DELETE", "/api/delete", {"model": "racy"}),
+        ("GET", "/api/tags", None),
+        ("POST", "/api/show", {"model": "racy"}),
+        ("GET", "/v1/models", None),
+        ("DELETE", "/api/delete", {"model": "racy"}),
+    ]
+
+    def work(i: int) -> set[int]:
+        method, path, json = requests[i]
+        with httpx.Client(base_url=live.url, timeout=60) as http:
+            return {http.request(method, path, json=json).status_code for _ in range(30)}
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        for i, statuses in enumerate(threads.map(work, range(len(requests)))):
+            assert statuses <= ({200, 404} if i % 2 else {200}), requests[i]
+    live.http.request("DELETE", "/api/delete", json={"model": "racy"})
 
 
 def test_copy_and_delete(client: ollama.Client) -> None:
