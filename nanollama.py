@@ -3339,7 +3339,9 @@ class ModelStore:
             path = self.modelfile_path(name.removesuffix(CREATED))
         elif self.find_cached(name):  # pulled later
             return None
-        return read_modelfile(path) if path.is_file() else None
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            return parse_modelfile(path.read_text("utf-8", "replace"), path)
+        return None
 
     def models(self) -> list[CachedModel]:
         """All models in the two caches; the file of an alias has a line for each name."""
@@ -3347,7 +3349,7 @@ class ModelStore:
         for name, alias in ALIASES.items():
             copies = [m for m in models if m.id == f"{alias.repo}/{alias.file}"]
             path = self._alias_path(name)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 copies.append(own_model(name, "gguf", path))
             if copies:
                 num_bytes, used = sum(m.num_bytes for m in copies), max(m.last_used for m in copies)
@@ -3356,7 +3358,7 @@ class ModelStore:
         for path in (self.root / "modelfiles").glob("*[!~]"):
             name = path.name.replace("%2F", "/").replace("%3A", ":")
             name += CREATED if any(model.id == name for model in models) else ""
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 models.append(own_model(name, "modelfile", path))
         return sorted(models, key=lambda model: model.id.lower())
 
@@ -3473,8 +3475,7 @@ def read_modelfile(path: Path) -> Modelfile:
         text = path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
         return parse_modelfile(text, path)
     except OSError as error:
-        kind = ModelfileError if path.exists() else ModelNotFoundError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from None
+        raise ModelfileError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ModelfileError(f"{path}: is not UTF-8 or UTF-16 text") from None
 
