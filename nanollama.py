@@ -3339,7 +3339,7 @@ class ModelStore:
             path = self.modelfile_path(name.removesuffix(CREATED))
         elif self.find_cached(name):  # pulled later
             return None
-        with contextlib.suppress(OSError):  # deleted meanwhile
+        with contextlib.suppress(OSError):  # deleted
             return parse_modelfile(path.read_text("utf-8", "replace"), path)
         return None
 
