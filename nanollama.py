@@ -2438,7 +2438,7 @@ def weight_files(path: Path) -> list[str]:
             if "/" in name or "\\" in name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
         return names
-    names = [p.name for p in path.glob("*.safetensors")]
+    names = [p.name for p in path.glob("*.safetensors") if not p.match("adapter_*")]
     if len(names) == 1 or "model.safetensors" in names:
         return ["model.safetensors"] if len(names) > 1 else names
     raise CheckpointError(f"{path}: no model.safetensors or model.safetensors.index.json")
@@ -3051,23 +3051,20 @@ def model_files(hub: HubRef, names: Iterable[str]) -> list[str]:
     names = list(names)
     if hub.file:
         if hub.file not in names:
-            known = ", ".join(n for n in names if n.endswith(".gguf")) or "none"
+            known = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
             raise ModelNotFoundError(f"{hub.tag}: no such file; GGUF files there: {known}")
         return fnmatch.filter(names, GGUF_SHARD.sub(r"-?????-of-\1.gguf", hub.file))
-    weights = [n for n in names if re.fullmatch(r"[^/]+\.safetensors", n)]
+    weights = [n for n in names if re.fullmatch(r"(?!adapter_)[^/]+\.safetensors", n)]
     if hub.quant or not weights:
-        if not any(n.endswith(".gguf") for n in names):
+        if not fnmatch.filter(names, "*.gguf"):
             raise ModelNotFoundError(f"{hub.tag}: the repo has no safetensors and no GGUF weights")
         return choose_gguf(names, hub.quant, hub.tag)
     tokenizer = tokenizer_file(names) or "tokenizer.json"
-    for name in ("config.json", tokenizer):
-        if name not in names:
-            raise ModelNotFoundError(f"{hub.tag}: the repo has no {name}")
-    patterns = [*SIDE_FILES, tokenizer]
-    side = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-    shards = [n for n in weights if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", n)]
-    if "model.safetensors.index.json" in names:
-        shards = [n for n in shards if n != "model.safetensors"]
+    if absent := {"config.json", tokenizer} - {*names}:
+        raise ModelNotFoundError(f"{hub.tag}: the repo has no {min(absent)}")
+    side = [n for pattern in (*SIDE_FILES, tokenizer) for n in fnmatch.filter(names, pattern)]
+    mark = "" if "model.safetensors.index.json" in names else "?"
+    shards = [n for n in weights if re.fullmatch(rf"model(-\d+-of-\d+){mark}\.safetensors", n)]
     return side + (shards or weights)
 
 
@@ -3129,7 +3126,9 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
             hub.repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
         )
     sha, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
-    needed = model_files(hub, (name for name in files if not name.endswith(".pkl")))
+    check: Any = preferred("files.refusals", "check_repo", lambda *_: None)
+    check(hub, sha, files)
+    needed = model_files(hub, (n for n in files if not n.endswith(".pkl")))
     fetch = preferred("files.hub_files", "fetch_file", fetch_file)
     with hub_errors(hub):
         for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
@@ -4993,8 +4992,8 @@ class TextSide:
         except TypeError:
             reason = f"a prompt is {excerpt(prompt)}; it must be text or ids"
             raise RequestError(reason, "prompt") from None
-        is_bare = not (self.tokenizer.num_tokens or request.params.stop)  # ids without any text
-        return ids, "" if is_bare else self.decode(ids)
+        needs_text = self.tokenizer.num_tokens or request.params.stop
+        return ids, self.decode(ids) if needs_text else ""
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt. Raises RequestError."""

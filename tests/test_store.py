@@ -147,6 +147,56 @@ def test_any_reference_is_found_or_refused_cleanly(reference: str) -> None:
         assert found is None or found.exists()
 
 
+ADAPTER = {
+    "adapter_config.json": b'{"base_model_name_or_path": "org/base", "peft_type": "LORA"}',
+    "adapter_model.safetensors": b"low rank",
+    "tokenizer.json": b'{"model": {}}',
+    "README.md": b"read me",
+}
+REMEDY = "a LoRA adapter, not a model; fetch it with `hf download org/lora --local-dir DIR`, then "
+REMEDY += "give its base ('org/base') to --model, and DIR to --adapter"
+
+
+@pytest.mark.parametrize("more", [{}, {"config.json": TINY["config.json"]}])
+def test_a_repo_of_an_adapter_names_its_base_and_the_flags(
+    more: dict[str, bytes], hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("org/lora", {**ADAPTER, **more})
+    for argv in (["pull", "org/lora"], ["--model", "org/lora", "--prompt", "x"]):
+        assert nanollama_main(argv) == 1
+        assert capsys.readouterr().err == f"error: org/lora: is {REMEDY}\n"
+    assert hub.fetched() == {"adapter_config.json"}
+    assert ModelStore().find("org/lora") is None
+
+
+def test_a_repo_of_a_model_with_an_adapter_beside_it_is_the_model(hub: HubServer) -> None:
+    hub.add("org/both", {**TINY, **ADAPTER})
+    path = ModelStore().pull("org/both")
+    assert not (path / "adapter_model.safetensors").exists()
+    assert (path / "model.safetensors").read_bytes() == TINY["model.safetensors"]
+
+
+def test_an_adapter_of_another_kind_or_without_a_base_is_named(hub: HubServer) -> None:
+    hub.add("org/ia3", {**ADAPTER, "adapter_config.json": b'{"peft_type": "IA3"}'})
+    with pytest.raises(nanollama.ModelNotFoundError) as error:
+        ModelStore().pull("org/ia3")
+    assert "is an adapter of the kind 'IA3', not a model;" in reason(error)
+    assert "give its base (it names none) to --model" in reason(error)
+
+
+def test_a_cached_adapter_is_marked_in_the_list(
+    caches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = caches / "hub" / "models--org--lora" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    for name, data in ADAPTER.items():
+        (folder / name).write_bytes(data)
+    assert nanollama_main(["list"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row.startswith("org/lora ")
+    assert row.endswith("cannot run: it is a LoRA adapter, with the base 'org/base'")
+
+
 def test_a_local_path_is_run_in_place(caches: Path) -> None:
     file = caches / "some.gguf"
     file.write_bytes(b"GGUF")

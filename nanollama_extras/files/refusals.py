@@ -1,8 +1,9 @@
 """Says what a file is that cannot be opened as a model, and what to do with it.
 
 Seam       `nanollama.open_checkpoint` hands every refusal to `explain`, which may raise another one
-           that says more; files.hub_files asks `check_start` about the first bytes of a download,
-           and `nanollama list` asks `cached_note` about each model.
+           that says more; `pull_from_hub` asks `check_repo` about the files of a repo,
+           files.hub_files `check_start` about the first bytes of a download, and `nanollama list`
+           `cached_note` about each model.
 Remove     delete this file and its tests; the core's own messages are then seen.
 Source     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (general.type, split.count)
            https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from nanollama import (
     CachedModel,
     CheckpointError,
     GGUFCursor,
+    HubRef,
+    ModelNotFoundError,
     ModelStore,
     NanollamaError,
     excerpt,
+    fetch_file,
     find_family,
     first_line,
     gguf_model_type,
+    hub_errors,
     read_json,
     read_modelfile,
     text_config,
@@ -73,13 +78,12 @@ def described(path: Path, error: str) -> Iterator[tuple[Path, str]]:
     """Files at a path that are no part of a model, each with a description."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     names = {file.name for file in files}
-    if path.is_dir() and "config.json" not in names:
-        if "adapter_config.json" in names:
-            settings = read_json(path / "adapter_config.json")
-            base = excerpt(settings.get("base_model_name_or_path"))
-            yield path, f"is a LoRA adapter; give its base ({base}) to --model, it to --adapter"
-        if ggufs := [name for name in sorted(names) if name.endswith(".gguf")]:
-            yield path, f"is a directory of GGUF files; give one of them: {', '.join(ggufs[:9])}"
+    if path.is_dir() and is_adapter(names):
+        title, base = adapter_title(path / "adapter_config.json")
+        yield path, f"is {title}; give its base ({base}) to --model, it to --adapter"
+    ggufs = [name for name in sorted(names) if name.endswith(".gguf")]
+    if path.is_dir() and ggufs and "config.json" not in names:
+        yield path, f"is a directory of GGUF files; give one of them: {', '.join(ggufs[:9])}"
     for file in files:
         if file.suffix in (".safetensors", ".gguf", ".json", ".model") and file.is_file():
             with file.open("rb") as opened:
@@ -96,6 +100,34 @@ def described(path: Path, error: str) -> Iterator[tuple[Path, str]]:
     pickles = [f for f in files if f.suffix in (".bin", ".pt", ".pth")]
     if pickles and path.is_dir() and "no model.safetensors" in error:
         yield path, f"no model.safetensors; {pickles[0].name} is a pickle, which is never opened"
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether these files, some in a folder, are those of an adapter alone."""
+    own = [name for name in names if "/" not in name]
+    weights = [name for name in own if name.endswith((".safetensors", ".gguf"))]
+    return "adapter_config.json" in own and all(n.startswith("adapter_") for n in weights)
+
+
+def adapter_title(config: Path) -> tuple[str, str]:
+    """What an adapter_config.json describes, and the model that it changes."""
+    settings = read_json(config)
+    kind, base = settings.get("peft_type", "LORA"), settings.get("base_model_name_or_path")
+    title = "a LoRA adapter" if kind == "LORA" else f"an adapter of the kind {excerpt(kind)}"
+    return title, excerpt(base) if base else "it names none"
+
+
+def check_repo(hub: HubRef, sha: str, files: Mapping[str, Any]) -> None:
+    """Raises ModelNotFoundError for a repo that holds an adapter and no model; it names the base
+    and the flags."""
+    if hub.file or hub.quant or not is_adapter(files):
+        return
+    with hub_errors(hub):
+        title, base = adapter_title(fetch_file(hub.repo, sha, files["adapter_config.json"], None))
+    raise ModelNotFoundError(
+        f"{hub.tag}: is {title}, not a model; fetch it with `hf download {hub.repo} --local-dir "
+        f"DIR`, then give its base ({base}) to --model, and DIR to --adapter"
+    )
 
 
 def start_words(start: bytes) -> str | None:
@@ -173,6 +205,10 @@ def check_cached(model: CachedModel) -> None:
     if model.format == "modelfile":
         name = read_modelfile(model.paths[0]).model or ""
     path = ModelStore().find_cached(name)
+    for folder in {file.parent for file in model.paths[0].glob("snapshots/*/adapter_config.json")}:
+        if is_adapter([file.name for file in folder.iterdir()]):
+            title, base = adapter_title(folder / "adapter_config.json")
+            raise CheckpointError(f"it is {title}, with the base {base}")
     if path is None:
         reason = f"its base {excerpt(name)} is missing" if name != model.id else "it is incomplete"
         raise CheckpointError(f"{reason}; pull it")

@@ -90,11 +90,18 @@ def test_a_pointer_in_a_directory_is_named(
         nanollama.open_checkpoint(path)
 
 
-def test_an_adapter_given_as_the_model_names_its_base(tmp_path: Path) -> None:
+def test_an_adapter_given_as_the_model_names_its_base(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
-    assert "is a LoRA adapter; give its base ('org/base') to --model" in refusal(tmp_path)
+    words = "is a LoRA adapter; give its base ('org/base') to --model"
+    assert words in refusal(tmp_path)
+    shutil.copy(tiny() / "config.json", tmp_path)  # some have the base's
+    assert words in refusal(tmp_path)
+    shutil.copy(tiny() / "model.safetensors", tmp_path)
+    nanollama.open_checkpoint(tmp_path)
 
 
 def test_a_directory_of_gguf_files_names_them(tmp_path: Path) -> None:
