@@ -81,7 +81,7 @@ def hide_paths(error: NanollamaError) -> None:
     text. An error about a request may repeat its text."""
     is_own = not isinstance(error, (RequestError, WireError)) or error.status >= 500
     if is_own and (text := DIRECTORIES.sub("", str(error))) != str(error):
-        log.error(str(error))
+        log.error(str(error).encode(errors="backslashreplace").decode())  # no lone surrogates
         error.args = (text,)
 
 
