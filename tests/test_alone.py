@@ -378,14 +378,22 @@ def test_every_feature_works_or_names_its_extra(
 
 
 # A GPU, a conversation (`test_a_conversation`), weights of gpt-oss, and a hub that does not answer
-# are more than a use of a feature can bring; without kernels.memory, no feature fails.
+# are more than a use of a feature can bring; without kernels.memory and those of templates, of
+# parameters without effect and of models without a tokenizer, no feature of these fails.
 UNUSED = {
     "kernels.cuda",
     "commands.conversation",
     "files.mxfp4",
     "models.gpt_oss",
     "models.qwen3_vl",
-} | {"files.hub_files", "files.package_index", "files.refusals", "kernels.memory"}
+    "answers.templates",
+    "files.hub_files",
+    "files.ids_only",
+    "files.package_index",
+    "files.parameters",
+    "files.refusals",
+    "kernels.memory",
+}
 
 
 def test_every_extra_has_a_feature() -> None:

@@ -205,7 +205,8 @@ def check_cached(model: CachedModel) -> None:
     if model.format == "modelfile":
         name = read_modelfile(model.paths[0]).model or ""
     path = ModelStore().find_cached(name)
-    for folder in {file.parent for file in model.paths[0].glob("snapshots/*/adapter_config.json")}:
+    found = [file for path in model.paths for file in path.glob("snapshots/*/adapter_config.json")]
+    for folder in {file.parent for file in found}:
         if is_adapter([file.name for file in folder.iterdir()]):
             title, base = adapter_title(folder / "adapter_config.json")
             raise CheckpointError(f"it is {title}, with the base {base}")
