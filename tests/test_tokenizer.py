@@ -510,10 +510,15 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_no_tokenizer_at_all_asks_for_one(tmp_path: Path) -> None:
-    for text in (TextFiles("here"), TextFiles("here", tmp_path / "tokenizer.json")):
-        with pytest.raises(CheckpointError, match=r"here.*--tokenizer"):
-            Tokenizer(text)
+def test_no_tokenizer_at_all_asks_for_one() -> None:
+    with pytest.raises(CheckpointError, match=r"here.*--tokenizer"):
+        Tokenizer(TextFiles("here"))
+
+
+def test_a_tokenizer_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "here/tokenizer.json"
+    with pytest.raises(CheckpointError, match="here/tokenizer.json: .*No such file"):
+        Tokenizer(TextFiles("here", path))
 
 
 # ---- TextStream ----------------------------------------------------------------------------------
