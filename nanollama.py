@@ -451,7 +451,8 @@ class Family:
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
-    check: Callable[[ConfigValues], None] | None = None  # corrects a config.json, or refuses it
+    # corrects a config.json, or refuses it -> further fields of ModelConfig
+    check: Callable[[ConfigValues], Json | None] | None = None
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
     layout: str = ""  # "module:function" of extras that splits tensors of its own layouts
@@ -557,6 +558,7 @@ class ModelConfig:
     parallel: bool = False  # the MLP has the same input as attention
     act: str = "swiglu"  # a key of section 5's ACTS
     experts: Experts | None = None
+    routing: Any = None  # a Routing of extras; None weighs by softmax
     embed_scale: float = 1.0
     attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
     attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
@@ -649,9 +651,8 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         # null removes the family's default: no window, as many key/value heads as heads
         merged = {"max_position_embeddings": 2048, **family.defaults, **raw}.items()
         values = ConfigValues({key: value for key, value in merged if value is not None})
-        if family.check:
-            family.check(values)
-        return ModelConfig(str(raw["model_type"]), **_shape(values, family))
+        more = family.check(values) if family.check else None
+        return ModelConfig(str(raw["model_type"]), **_shape(values, family) | (more or {}))
 
 
 def _shape(values: ConfigValues, family: Family) -> Json:
@@ -716,7 +717,7 @@ def _switches(values: ConfigValues) -> Json:
 
 
 def _experts(values: ConfigValues, n_layers: int) -> Experts:
-    """The experts of a model. Only Qwen's configs list layers without experts."""
+    """The experts of a model."""
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
     count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers", [])
@@ -1917,8 +1918,8 @@ class Backend:
     def linear(self, parts: list[Matrix]) -> Projection:
         return Projection(parts)
 
-    def experts(self, config: ModelConfig, weights: Weights, prefix: str) -> MoE:
-        return MoE(config, weights, prefix)
+    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None) -> Tensor:
+        return moe.plain(x, residual)
 
     def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
         """norm(x) + residual, (.., C) all"""
@@ -2068,12 +2069,13 @@ class MLP:
 
 class MoE:
     """A mixture of experts (https://arxiv.org/abs/1701.06538): a router weighs them for each token,
-    and those with the largest weights run, each once for all of its tokens."""
+    and the best run, each once for all of its tokens."""
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        assert config.experts is not None
-        self.config = experts = config.experts
-        self.gate = self.router(weights, f"{prefix}.gate", experts.count, config.n_embd)
+        self.config = experts = cast(Experts, config.experts)
+        self.backend, C = weights.backend, config.n_embd
+        bias = weights.take(f"{prefix}.gate.bias", experts.count) if experts.bias else None
+        self.gate = Linear(weights.take(f"{prefix}.gate.weight", experts.count, C), bias)
         self.experts = [
             MLP(config, weights, f"{prefix}.experts.{i}", experts.n_ff, experts.bias)
             for i in range(experts.count)
@@ -2083,48 +2085,48 @@ class MoE:
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
             name = f"{prefix}.shared_expert_gate.weight"
-            self.shared_expert_gate = weights.take(name, 1, config.n_embd)
-
-    def router(self, weights: Weights, name: str, num_rows: int, num_cols: int) -> Linear:
-        bias = weights.take(f"{name}.bias", num_rows) if self.config.bias else None
-        return Linear(weights.take(f"{name}.weight", num_rows, num_cols), bias)
+            self.shared_expert_gate = weights.take(name, 1, C)
 
     def __call__(self, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
         """The weighted sum of each token's experts + residual, (N, C) all"""
-        x = x if norm is None else norm(x)
-        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
-        scores = self.gate(tiled)[: len(x)].float().softmax(dim=-1)  # (N, experts)
-        weight, chosen = scores.topk(self.config.num_used, dim=-1)  # (N, num_used) each
-        if self.config.renormalized:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        weight, num_used = weight.to(x.dtype).flatten(), self.config.num_used
+        return self.backend.experts(self, x if norm is None else norm(x), residual)
+
+    def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The same by torch's operations"""
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             # torch's product or sigmoid of one column depends on the number of rows. Hence a sum,
             # and the softmax of s and 0, which is the sigmoid of s.
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
-        places: dict[int, list[int]] = {}  # of each expert in `chosen`
-        for place, expert in enumerate(chosen.flatten().tolist()):
-            places.setdefault(expert, []).append(place)
-        for expert in sorted(places):  # the order of a row's sum must not depend on other rows
-            at = torch.tensor(places[expert], device=x.device)
-            rows = at // num_used
+        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        return self.mix(x, y, *self.choose(self.gate(tiled)[: len(x)].float()))
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, experts) -> weights and indices of experts (N, num_used)"""
+        weight, chosen = scores.softmax(dim=-1).topk(self.config.num_used, dim=-1)
+        return weight / (weight.sum(-1, True) if self.config.renormalized else 1), chosen
+
+    def mix(self, x: Tensor, y: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        """Add the weighted outputs of each token's experts to y (N, C)"""
+        for expert in chosen.unique().tolist():  # sorted: a row's sum must not depend on other rows
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
             padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
             out = self.experts[expert](x[padded])[: len(rows)]
-            y.index_add_(0, rows, out * weight[at].unsqueeze(1))
+            y.index_add_(0, rows, out * weight[rows, places].to(x.dtype).unsqueeze(1))
         return y
 
 
 class DecoderLayer:
     mixer: type[Attention] = Attention
+    mixture: type[MoE] = MoE
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix = f"model.layers.{index}"
         self.self_attn = self.mixer(config, weights, f"{prefix}.self_attn", index)
         self.mlp: MLP | MoE
         if config.experts and index in config.experts.layers:
-            self.mlp = weights.backend.experts(config, weights, f"{prefix}.mlp")
+            self.mlp = self.mixture(config, weights, f"{prefix}.mlp")
         else:
             self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
         C, norms = config.n_embd, config.norms
@@ -2212,11 +2214,8 @@ class Decoder:
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
         """`hidden` (N, C) -> logits (R, V) float32 of the rows asked for"""
-        return self.capped(self.scores(x, batch))
-
-    def scores(self, x: Tensor, batch: Batch) -> Tensor:
-        """`hidden` (N, C) -> the head's output for the rows asked for (R, V) float32"""
-        return self.lm_head(x[batch.logit_rows], norm=self.norm)[: batch.num_logits].float()
+        scores = self.lm_head(x[batch.logit_rows], norm=self.norm)
+        return self.capped(scores[: batch.num_logits].float())
 
     def capped(self, scores: Tensor) -> Tensor:
         """The head's scores (R, V) -> logits"""
@@ -2758,6 +2757,7 @@ def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> J
         "attention_bias": "blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
     }
     if family.from_gguf:
         family.from_gguf(own, config)
@@ -2819,7 +2819,7 @@ def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = F
             named = extra_object(family.layout, config.model_type)(named, config)
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
-    for name in filter(re.compile(r"self_attn\.[qk]_proj").search, named):
+    for name in filter(re.compile(r"self_attn\.[qk]_(proj|norm)").search, named):
         num_rows = math.prod(named[name].shape[:1])
         if order is not None and num_rows and num_rows % config.head_dim == 0:
             starts = torch.arange(0, num_rows, config.head_dim).unsqueeze(1)

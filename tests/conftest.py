@@ -130,6 +130,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = auto.from_config(config).eval()
             for part, parameter in model.named_parameters():  # large enough that every term matters
                 torch.nn.init.normal_(parameter, mean=float("norm" in part), std=0.2)
+            for part, buffer in model.named_buffers():
+                if part.endswith("bias"):  # of a router
+                    torch.nn.init.normal_(buffer, std=0.2)
             directory = tmp_path_factory.mktemp(name)
             model.save_pretrained(directory)
             save_tiny_tokenizer(directory)

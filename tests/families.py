@@ -7,6 +7,8 @@ from typing import Any
 from oracle import KINDS, LLAMA3, YARN
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# no width of a matrix is that of another one
+ROUTED = {"num_experts_per_tok": 3, "moe_intermediate_size": 96, "intermediate_size": 160}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
@@ -134,6 +136,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4": ("Exaone4", {"sliding_window": 8, "layer_types": KINDS}),
     "glm4": ("Glm4", {"head_dim": 16}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **ROUTED,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "head_dim": 32,
+        },
+    ),
     "cohere2": ("Cohere2", {"sliding_window": 8, "layer_types": KINDS, "logit_scale": 0.5}),
     "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": 8}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
@@ -143,6 +159,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "Phi3",
         {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    ),
+    "glm4_moe-normed": (
+        "Glm4Moe",
+        {**ROUTED, "n_routed_experts": 6, "use_qk_norm": True, "norm_topk_prob": False},
     ),
     "ernie4_5-biased": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
     "granitemoehybrid-nope": (

@@ -110,6 +110,7 @@ ARCH = {
     "hunyuan_v1_dense": "HUNYUAN_DENSE",
     "qwen3_vl_text": "QWEN3VL",
     "qwen3_vl_moe_text": "QWEN3VLMOE",
+    "glm4_moe": "GLM4_MOE",
 }
 PERMUTED = (
     "llama mistral mixtral ministral3 smollm3 granite granitemoe granitemoehybrid arcee".split()
@@ -138,6 +139,13 @@ WRITTEN = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "n_routed_experts": "expert_count",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "num_nextn_predict_layers": "nextn_predict_layers",
 }
 WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
 
@@ -148,6 +156,10 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
         config = {**config, "num_key_value_heads": heads, "num_experts_per_tok": 0}
         config["intermediate_size"] = config["shared_intermediate_size"]
+    if num_predicted := config.get("num_nextn_predict_layers"):
+        num_blocks = config["num_hidden_layers"] + num_predicted
+        config = {**config, "num_hidden_layers": num_blocks}
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     for key, method in WRITTEN.items():
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
@@ -207,7 +219,8 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
     them: experts stacked, q and k permuted, norms that multiply with their weights."""
     model_type = config["model_type"]
     arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    num_blocks = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
+    names = gguf.get_tensor_name_map(arch, num_blocks)
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, tensor in tensors.items():
@@ -221,9 +234,10 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             found |= {f"{layer}.ffn_{part}.weight": half for part, half in parts}
         elif "shared_mlp.output_linear" in name:
             found[f"blk.{name.split('.')[2]}.ffn_down.weight"] = tensor
-        elif "experts." in name or "put_linear" in name:
+        elif ".experts." in name or "put_linear" in name:
             found |= fused_experts(name, tensor, model_type)
         else:
+            name = name.replace("e_score_correction_bias", "e_score_correction.bias")
             stem, suffix = name.rsplit(".", 1)
             if stem.endswith(".self_attn") and suffix == "sinks":
                 stem, suffix = f"{stem}.sinks", "weight"
@@ -256,6 +270,18 @@ def fused_experts(name: str, tensor: Any, model_type: str) -> dict[str, Any]:
     return dict(zip((f"{layer}.ffn_{part}_exps.weight" for part in ("gate", "up")), both))
 
 
+def prediction_block(tensors: dict[str, Any], n_layers: int) -> dict[str, Any]:
+    """The tensors of a block behind the layers that predicts the token after the next, as files of
+    GLM-4.5 on the hub have it."""
+    last = f"model.layers.{n_layers - 1}."
+    block = {k.removeprefix(last): t.clone() for k, t in tensors.items() if k.startswith(last)}
+    norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"]
+    block |= {f"{name}.weight": norm.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    block |= {f"{name}.weight": head.clone() for name in ("embed_tokens", "shared_head.head")}
+    block["eh_proj.weight"] = torch.cat((head[: len(norm)], head[-len(norm) :]), dim=1)
+    return {f"model.layers.{n_layers}.{name}": tensor for name, tensor in block.items()}
+
+
 def convert(
     directory: Path, target: Path, kind: str = "F32", unpacked: bool = False, **writer_options: Any
 ) -> tuple[Path, dict[str, torch.Tensor]]:
@@ -272,7 +298,10 @@ def convert(
     random = np.random.default_rng(0)
     weights: dict[str, torch.Tensor] = {}
     raws: dict[str, Any] = {}
-    for name, tensor in safetensors.torch.load_file(directory / "model.safetensors").items():
+    tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    if config.get("num_nextn_predict_layers"):
+        tensors |= prediction_block(tensors, config["num_hidden_layers"])
+    for name, tensor in tensors.items():
         if name.startswith("model.visual."):
             continue
         name = name.replace("model.language_model.", "model.")

@@ -74,7 +74,13 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         assert experts.n_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
         assert experts.renormalized == getattr(theirs, "norm_topk_prob", True)
         shared = getattr(theirs, "shared_expert_intermediate_size", 0)
-        assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers)
+        num_dense = getattr(theirs, "first_k_dense_replace", 0)
+        assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
+    if router := ours.routing:
+        assert router.n_ff_shared == getattr(theirs, "n_shared_experts", 0) * ours.experts.n_ff
+        assert router.factor == getattr(theirs, "routed_scaling_factor", 1)
+        assert router.num_groups == getattr(theirs, "n_group", 1)
+        assert router.groups_used == getattr(theirs, "topk_group", 1)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -621,12 +621,21 @@ void norm(const void *call, int64_t n, int64_t num_threads) {
 
 /* ---- a mixture of experts ---- */
 
+/* Weights from scores: a softmax; each score's sigmoid; for each choice, a softmax of those within
+ * `jitter` of it */
+enum { SOFTMAX, SIGMOID, SPARSEMIXER };
+
 typedef struct {
     const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
     const float *x, *gate, *bias;                 /* (N, C); (E, C); (E) or NULL */
     const float *shared_gate, *residual;          /* (C); (N, C); NULL for none */
-    float *out;                                   /* (N, C) */
-    int64_t num_parts, num_experts, num_used, is_renormalized, before, cols;
+    const float *correction; /* (E), added to weights for the choice alone; NULL for none */
+    float *out;              /* (N, C) */
+    int64_t num_parts, num_experts, num_used, num_shared, is_renormalized, before, cols;
+    int64_t scoring, num_groups, groups_used; /* experts are chosen in the best groups only */
+    int64_t group_best;   /* so many of a group's experts decide how good it is */
+    int64_t scales_input; /* an expert's input has the weight, not its output */
+    float factor, least, jitter; /* of the weights; added to their sum */
     float *weights; /* (N, E + 1), set by `experts`: each token's weight for each expert */
 } experts_call;
 
@@ -636,6 +645,7 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
     return sum_of(sum);
 }
 
+#define MAX_BEST 8 /* most of a group's experts that decide how good it is */
 #define ROUTES 4 /* pieces that a token's scores are computed in */
 static void route_piece(const void *job, int64_t piece) {
     const experts_call *c = job;
@@ -646,57 +656,106 @@ static void route_piece(const void *job, int64_t piece) {
             dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
 }
 
-/* Scores -> softmax; all but the num_used largest become 0. Of equal ones the first counts. */
-static void choose_experts(const experts_call *c, float *weights, const float *x) {
-    int64_t E = c->num_experts;
-    float most = weights[0], sum = 0, chosen = 0;
-    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
-    for (int64_t e = 0; e < E; e++) sum += weights[e] = expf(weights[e] - most);
-    for (int64_t i = 0; i < c->num_used; i++) { /* a chosen weight is kept as a negative number */
-        int64_t best = 0;
-        for (int64_t e = 1; e < E; e++)
-            if (weights[e] > weights[best]) best = e;
-        chosen += weights[best];
-        weights[best] = -weights[best];
+/* The index of the largest of x (n), of equal ones the first; -1 if there is none above -inf */
+INLINE int64_t largest_at(const float *x, int64_t n) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < n; e++)
+        if (x[e] > (best < 0 ? -INFINITY : x[best])) best = e;
+    return best;
+}
+
+/* Set the ranks (E) of experts outside the best groups to -inf; `sums` (E) is scratch */
+static void choose_groups(const experts_call *c, float *ranks, float *sums) {
+    int64_t G = c->num_groups, size = c->num_experts / G;
+    float kept[MAX_BEST];
+    for (int64_t g = 0; g < G; g++) {
+        float *group = ranks + g * size;
+        int64_t places[MAX_BEST], num = 0, at;
+        for (sums[g] = 0; num < c->group_best && (at = largest_at(group, size)) >= 0; num++) {
+            places[num] = at, kept[num] = group[at], sums[g] += group[at], group[at] = -INFINITY;
+        }
+        while (num--) group[places[num]] = kept[num];
     }
-    float total = isnan(sum) || !c->is_renormalized ? sum : chosen; /* passes NaN on */
-    for (int64_t e = 0; e < E; e++) weights[e] = (weights[e] < 0 ? -weights[e] : 0) / total;
-    weights[E] = c->shared_gate ? 1 / (1 + expf(-dot(x, c->shared_gate, c->cols))) : 0;
+    for (int64_t i = 0, g; i < c->groups_used && (g = largest_at(sums, G)) >= 0; i++)
+        sums[g] = -INFINITY;
+    for (int64_t g = 0; g < G; g++)
+        for (int64_t e = 0; e < size && sums[g] != -INFINITY; e++) ranks[g * size + e] = -INFINITY;
+}
+
+/* A choice's weight by sparsemixer (https://arxiv.org/abs/2409.12136): the softmax of the scores
+ * left that are as good as it, within the jitter */
+INLINE float mixer_weight(const experts_call *c, const float *scores, const float *left, int64_t best) {
+    float sum = 0, most = left[best];
+    for (int64_t e = 0; e < c->num_experts; e++)
+        if (most - left[e] <= 2 * c->jitter * MAX(fabsf(scores[e]), most)) sum += expf(left[e] - most);
+    return 1 / sum;
+}
+
+/* A token's scores `weights` (E) -> its weights, 0 for all but the num_used experts that rank
+ * highest. Of equal ones the first counts. `ranks` (3, E) is scratch. */
+static void choose_experts(const experts_call *c, float *weights, const float *x, float *ranks) {
+    int64_t E = c->num_experts;
+    float most = weights[0], sum = 0, chosen = c->least, *used = ranks + E, *sums = used + E;
+    for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
+    for (int64_t e = 0; e < E; e++) {
+        float score = weights[e];
+        if (c->scoring == SOFTMAX) weights[e] = expf(score - most);
+        if (c->scoring == SIGMOID) weights[e] = 1 / (1 + expf(-score));
+        sum += weights[e], used[e] = 0;
+    }
+    float total = c->scoring == SOFTMAX ? sum : 1;
+    for (int64_t e = 0; e < E; e++)
+        ranks[e] = c->correction ? weights[e] / total + c->correction[e] : weights[e];
+    if (c->num_groups > 1) choose_groups(c, ranks, sums);
+    for (int64_t i = 0, best; i < c->num_used && (best = largest_at(ranks, E)) >= 0; i++) {
+        used[best] = weights[best];
+        if (c->scoring == SPARSEMIXER) used[best] = mixer_weight(c, weights, ranks, best);
+        chosen += used[best] / total, ranks[best] = -INFINITY;
+    }
+    total *= c->is_renormalized ? chosen : 1;
+    if (isnan(sum)) total = sum; /* passes NaN on */
+    for (int64_t e = 0; e < E; e++) weights[e] = used[e] / total * c->factor;
+    weights[E] = c->num_shared;
+    if (c->shared_gate) weights[E] = 1 / (1 + expf(-dot(x, c->shared_gate, c->cols)));
 }
 
 /* out = residual + the weighted outputs of each token's experts, added in the experts' order */
 void experts(const void *call, int64_t n, int64_t num_threads) {
     experts_call c = *(const experts_call *)call;
-    int64_t E = c.num_experts, C = c.cols, num_all = E + !!c.shared_gate, width = 0;
+    int64_t E = c.num_experts, C = c.cols, num_all = E + c.num_shared, width = 0;
     for (int64_t e = 0; e < num_all; e++) width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
     float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
     float *hidden = malloc(n * width * sizeof(float));
     int64_t *tokens = malloc(n * sizeof(int64_t));
+    float *ranks = malloc(3 * E * sizeof(float));
     c.weights = malloc(n * (E + 1) * sizeof(float));
     share_out(route_piece, &c, n * ROUTES, num_threads);
-    for (int64_t t = 0; t < n; t++) choose_experts(&c, c.weights + t * (E + 1), c.x + t * C);
+    for (int64_t t = 0; t < n; t++) choose_experts(&c, c.weights + t * (E + 1), c.x + t * C, ranks);
     if (c.residual)
         memcpy(c.out, c.residual, n * C * sizeof(float));
     else
         memset(c.out, 0, n * C * sizeof(float));
     for (int64_t e = 0; e < num_all; e++) {
-        int64_t num = 0;
-        for (int64_t t = 0; t < n; t++)
-            if (c.weights[t * (E + 1) + e] != 0) {
-                memcpy(x + num * C, c.x + t * C, C * sizeof(float));
-                tokens[num++] = t;
-            }
+        int64_t num = 0, scales_input = c.scales_input && e < E;
+        for (int64_t t = 0; t < n; t++) {
+            float weight = c.weights[t * (E + 1) + e];
+            if (weight == 0) continue;
+            for (int64_t d = 0; d < C; d++)
+                x[num * C + d] = c.x[t * C + d] * (scales_input ? weight : 1);
+            tokens[num++] = t;
+        }
         linear_call up = {.parts = c.gate_ups[e], .num_parts = c.num_parts, .x = x, .out = hidden};
         linear_call down = {
             .parts = c.downs[e], .num_parts = 1, .x = hidden, .out = y, .before = c.before};
         if (num) linear(&up, num, num_threads), linear(&down, num, num_threads);
         for (int64_t i = 0; i < num; i++) {
             float *out = c.out + tokens[i] * C, weight = c.weights[tokens[i] * (E + 1) + e];
+            if (scales_input) weight = 1;
             for (int64_t d = 0; d < C; d += LANES)
                 store(out + d, load(out + d) + load(y + i * C + d) * weight);
         }
     }
-    free(x), free(y), free(hidden), free(tokens), free(c.weights);
+    free(x), free(y), free(hidden), free(tokens), free(ranks), free(c.weights);
 }
 
 /* ---- attention ---- */

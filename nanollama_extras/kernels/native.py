@@ -33,6 +33,7 @@ import stat
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Attention, Decoder, ModelConfig, Weights
+    from nanollama import Attention, Decoder, ModelConfig
 
 SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
 THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -369,7 +370,9 @@ class DecodeCalls:
         batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
         for in_ring in (False, True):
             batch.memo["spans", in_ring] = (STRUCTURES["span"] * (self.num_rows + 1))()
-        self.calls = KernelCalls(lambda: decoder.scores(decoder.hidden(batch, cache), batch))
+        self.calls = KernelCalls(
+            lambda: decoder.lm_head(decoder.hidden(batch, cache), norm=decoder.norm).float()
+        )
 
     def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
         """As in DecodeSteps."""
@@ -511,38 +514,34 @@ class NativeProjection(Projection):
         return rows
 
 
-class NativeMoE(MoE):
-    """MoE in one kernel call, if all of its matrices are native."""
+class ExpertsCall:
+    """The fields of the kernel `experts` that stay the same for a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        super().__init__(config, weights, prefix)
-        mlps = [*self.experts, *([self.shared_expert] if self.shared_expert else [])]
-        self.gate_ups = address_table([mlp.gate_up_proj for mlp in mlps])
-        self.downs = address_table([mlp.down_proj for mlp in mlps])
-
-    def __call__(
-        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        if self.gate_ups is None or self.downs is None:
-            return super().__call__(x, norm, residual)
-        mlp, x = self.experts[0], x if norm is None else norm(x)
-        return run_kernel(
-            "experts",
-            torch.empty(x.size(0), x.size(1)),
-            gate_ups=ctypes.addressof(self.gate_ups),
-            downs=ctypes.addressof(self.downs),
-            x=x,
-            gate=self.gate.weight,
-            bias=self.gate.bias,
-            shared_gate=self.shared_expert_gate,
-            residual=residual,
-            num_parts=len(mlp.gate_up_proj.parts),
-            num_experts=len(self.experts),
-            num_used=self.config.num_used,
-            is_renormalized=self.config.renormalized,
-            before=NUMBERS[mlp.act.upper()],
-            cols=x.size(1),
-        )
+    def __init__(self, moe: MoE) -> None:
+        shared = [moe.shared_expert] if moe.shared_expert else []
+        mlps = [*moe.experts, *shared]
+        gate_ups = address_table([mlp.gate_up_proj for mlp in mlps])
+        downs = address_table([mlp.down_proj for mlp in mlps])
+        self.fields: dict[str, Any] = {}  # empty if not all matrices are native
+        if gate_ups is None or downs is None:
+            return
+        self.tables = gate_ups, downs  # their addresses are in the fields
+        config, mlp, routing = moe.config, mlps[0], getattr(moe, "routing", None)
+        self.fields = {
+            "gate_ups": ctypes.addressof(gate_ups),
+            "downs": ctypes.addressof(downs),
+            "num_parts": len(mlp.gate_up_proj.parts),
+            "num_experts": len(moe.experts),
+            "num_used": config.num_used,
+            "num_shared": len(shared),
+            "is_renormalized": config.renormalized,
+            "before": NUMBERS[mlp.act.upper()],
+            "scoring": NUMBERS[routing.scoring.upper() if routing else "SOFTMAX"],
+            "factor": 1.0,
+        }
+        if routing:
+            names = "num_groups groups_used group_best scales_input factor least jitter".split()
+            self.fields |= {name: getattr(routing, name) for name in names}
 
 
 def address_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
@@ -620,6 +619,10 @@ class NativeBackend(Backend):
     arrays = np  # torch would wake its threads, which then take a core from the kernels
     rounds_activations = True
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.calls: weakref.WeakKeyDictionary[MoE, ExpertsCall] = weakref.WeakKeyDictionary()
+
     def row_tile(self, has_float_weights: bool) -> int:
         return super().row_tile(has_float_weights) if has_float_weights else 1
 
@@ -646,8 +649,24 @@ class NativeBackend(Backend):
             [NativeProjection([p]) if native else p for p, native in zip(parts, is_native)]
         )
 
-    def experts(self, config: ModelConfig, weights: Weights, prefix: str) -> MoE:
-        return NativeMoE(config, weights, prefix)
+    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None) -> Tensor:
+        call = self.calls.get(moe)
+        if call is None:
+            call = self.calls[moe] = ExpertsCall(moe)
+        if not call.fields:
+            return super().experts(moe, x, residual)
+        return run_kernel(
+            "experts",
+            torch.empty(x.size(0), x.size(1)),
+            x=x,
+            residual=residual,
+            gate=moe.gate.weight,
+            bias=moe.gate.bias,
+            shared_gate=moe.shared_expert_gate,
+            correction=getattr(moe, "correction", None),
+            cols=x.size(1),
+            **call.fields,
+        )
 
     def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
         num_cols = len(norm.weight)

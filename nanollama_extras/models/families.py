@@ -3,6 +3,7 @@
 Adds       a row of FAMILIES for each further `model_type`. Their keys of config.json and GGUF that
            the core does not know become keys that it knows.
 Seam       `find_family` and `all_families` of the core look here for what their own rows lack.
+           Imports models.routing, which reads the keys of routers.
 Remove     delete this file, or a row; a model of such a family then says that it needs it.
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import nanollama
 from nanollama import (
     LAYER_TYPES,
     NO_WINDOW,
@@ -26,6 +28,7 @@ from nanollama import (
     layer_windows,
     positive,
 )
+from nanollama_extras.models import routing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +68,9 @@ GGUF_KEYS = {
     "final_logit_softcapping": "final_logit_softcapping",
     "residual_scale": "residual_multiplier",
     "use_parallel_residual": "use_parallel_residual",
+    **routing.GGUF_KEYS,
 }
+nanollama.GGUF_TENSORS["exp_probs_b"] = "mlp.gate.e_score_correction"
 
 
 # ---- keys of config.json -------------------------------------------------------------------------
@@ -158,19 +163,25 @@ def check_gpt_oss(values: ConfigValues) -> None:
         values.pop(key, None)
 
 
+def check_glm4_moe(values: ConfigValues) -> Values:
+    """Adds the router; some of these models norm queries and keys."""
+    router = routing.read_router(values, scoring="sigmoid", correction=True, least=1e-20)
+    return {"routing": router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
+
+
 def family(
     defaults: Values,
-    check: Callable[[ConfigValues], None] | None = None,
+    check: Callable[[ConfigValues], Values | None] | None = None,
     from_gguf: Callable[[Mapping[str, Any], Values], None] | None = None,
     **rest: Any,
 ) -> Family:
     """A row whose keys of config.json become those that the core knows, after `check`."""
 
-    def check_all(values: ConfigValues) -> None:
-        if check:
-            check(values)
+    def check_all(values: ConfigValues) -> Values | None:
+        more = check(values) if check else None
         list_windows(values)
         list_ropes(values)
+        return more
 
     def all_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values.update({theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if ours in own})
@@ -231,9 +242,20 @@ def cohere2_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values["logit_scale"] = values.pop("logits_scaling")
 
 
+def glm4_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Takes off the blocks that predict further tokens; the count of experts has another name."""
+    routing.without_predictions(own, values)
+    values["n_routed_experts"] = values.pop("num_experts", None)
+
+
 # ---- the families --------------------------------------------------------------------------------
 
 VARIED = "models.layers:VariedDecoder"
+ROUTED = "models.routers:RoutedDecoder"
+ROUTED_NAMES = {
+    r"gate\.e_score_correction_bias$": "gate.e_score_correction.bias",
+    r"shared_experts\.": "shared_expert.",
+}
 SANDWICH: Values = {"norms": PRE_NORMS + POST_NORMS}
 # Names of the norms in families with a norm after each block, in the order of renaming.
 POST_NORM_NAMES = {
@@ -413,6 +435,17 @@ FAMILIES: dict[str, Family] = {
         switches={**SANDWICH, "o_bias": False},
         decoder=VARIED,
         gguf="glm4",
+    ),
+    "glm4_moe": family(
+        keys(131072, n_kv_heads=8, eps=1e-5, partial_rotary_factor=0.5, norm_topk_prob=True)
+        | keys(n_used=8, n_routed_experts=128, moe_intermediate_size=1408, n_shared_experts=1)
+        | keys(first_k_dense_replace=1),
+        check=check_glm4_moe,
+        switches={"experts": True, "o_bias": False},
+        names=ROUTED_NAMES,
+        from_gguf=glm4_moe_from_gguf,
+        decoder=ROUTED,
+        gguf="glm4moe",
     ),
     "cohere2": family(
         keys(8192, tied=True, layer_norm_eps=1e-5, logit_scale=0.0625, window=4096, pattern=4)

@@ -185,6 +185,43 @@ def test_experts_in_columns_are_those_in_rows(tiny: Tiny, tmp_path: Path) -> Non
     assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
 
 
+def test_a_block_that_predicts_further_tokens_is_left_out(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = made(tiny, "glm4_moe")
+    hub = rewritten(path, tmp_path / "hub", lambda c: None)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    block = gguf_files.prediction_block(tensors, 3)
+    safetensors.torch.save_file(tensors | block, hub / "model.safetensors")
+    ids = oracle.random_ids(40)
+    assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
+    assert not caplog.records
+    block.pop("model.layers.3.eh_proj.weight")  # a layer that config.json does not count
+    safetensors.torch.save_file(tensors | block, hub / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"unexpected tensor 'model.layers.3"):
+        LLM(hub)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"n_group": 3}, "8 experts in 3 groups"),
+        ({"topk_group": 5}, "8 experts in 4 groups, of which 5"),
+        ({"n_group": 8}, "8 experts in 8 groups"),
+        ({"num_experts_per_tok": 5}, "5 experts are used, of 2 groups of 2"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0"),
+        ({"n_shared_experts": "2"}, "n_shared_experts is '2'"),
+    ],
+)
+def test_a_router_that_makes_no_sense_is_refused(
+    tiny: Tiny, tmp_path: Path, edit: dict[str, Any], message: str
+) -> None:
+    path = rewritten(made(tiny, "glm4_moe"), tmp_path / "x", lambda c: c.update(edit))
+    with pytest.raises(CheckpointError, match=message):
+        LLM(path)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

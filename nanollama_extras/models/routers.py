@@ -1,0 +1,121 @@
+"""Mixtures of experts with other routers than a softmax: GLM-4.5, MiniMax-M2, ERNIE 4.5 and others.
+
+Adds       `RoutedMoE`, whose router weighs by sigmoids, a corrected softmax or sparsemixer, in the
+           best groups of experts only, and whose shared expert has no gate. The native kernel
+           `experts` computes the same.
+Seam       Family.decoder names `RoutedDecoder`, whose layers have it as their `mixture`.
+           ModelConfig.routing is a Routing. Imports models.layers and models.routing.
+Source     https://arxiv.org/abs/2412.19437 (DeepSeek-V3), 2409.12136 (sparsemixer)
+Remove     delete this file; the families that name it then say that they need it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nanollama import MLP, ModelConfig, MoE, Weights
+from nanollama_extras.models.layers import VariedDecoder, VariedLayer
+from nanollama_extras.models.routing import Routing
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """torch's own depends on the number of elements; this is the softmax of x and 0."""
+    return torch.stack((x, torch.zeros_like(x)), dim=-1).softmax(dim=-1)[..., 0]
+
+
+def best_groups(ranks: Tensor, routing: Routing) -> Tensor:
+    """The ranks of experts (N, E), -inf for those outside the best groups"""
+    groups = ranks.unflatten(1, (routing.num_groups, -1))
+    good = groups.topk(routing.group_best, dim=-1)[0].sum(dim=-1)  # (N, groups)
+    best = good.topk(routing.groups_used, dim=-1)[1]
+    is_out = torch.ones_like(good, dtype=torch.bool).scatter(1, best, False)
+    return groups.masked_fill(is_out.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def mix_sparsely(scores: Tensor, num_used: int, jitter: float) -> tuple[Tensor, Tensor]:
+    """Sparsemixer: the best expert, the best of the others, ..; each with its share in a softmax of
+    those scores left that are, within the jitter, as good as it -> as `choose`"""
+    left, weights, chosen = scores, [], []
+    for _ in range(num_used):
+        most, best = left.max(dim=-1, keepdim=True)
+        is_worse = most - left > 2 * jitter * scores.abs().maximum(most)
+        shares = left.masked_fill(is_worse, -torch.inf).softmax(dim=-1)
+        weights.append(shares.gather(1, best))
+        chosen.append(best)
+        left = left.scatter(1, best, -torch.inf)
+    return torch.cat(weights, dim=1), torch.cat(chosen, dim=1)
+
+
+class RoutedMoE(MoE):
+    """A mixture with a router of any kind, and perhaps an expert that runs for every token."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        super().__init__(config, weights, prefix)
+        self.routing: Routing = config.routing or Routing()
+        self.correction: Tensor | None = None
+        if self.routing.correction:
+            name, count = f"{prefix}.gate.e_score_correction.bias", self.config.count
+            found = weights.tensors.get(name)
+            shape = (1, count) if found and found.shape == (1, count) else (count,)
+            self.correction = weights.take(name, *shape, dtype=torch.float32).view(-1)
+        if width := self.routing.n_ff_shared:
+            name = f"{prefix}.shared_expert"
+            self.shared_expert = MLP(config, weights, name, width, config.mlp_bias)
+
+    def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.shared_expert is not None and self.shared_expert_gate is None:
+            residual = self.shared_expert(x, residual=residual)
+        return super().plain(x, residual)
+
+    def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        routing, num_used = self.routing, self.config.num_used
+        if routing.scoring == "sparsemixer":
+            return mix_sparsely(scores, num_used, routing.jitter)
+        weights = sigmoid(scores) if routing.scoring == "sigmoid" else scores.softmax(dim=-1)
+        ranks = weights if self.correction is None else weights + self.correction
+        if routing.num_groups > 1:
+            ranks = best_groups(ranks, routing)
+        chosen = ranks.topk(num_used, dim=-1)[1]
+        weight = weights.gather(1, chosen)
+        if self.config.renormalized:
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + routing.least)
+        return weight * routing.factor, chosen
+
+    def mix(self, x: Tensor, y: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+        if not self.routing.scales_input:
+            return super().mix(x, y, weight, chosen)
+        for share, expert in zip(weight.to(x.dtype).split(1, 1), chosen.split(1, 1)):
+            y = super().mix(x * share, y, torch.ones_like(share), expert)
+        return y
+
+
+class RoutedLayer(VariedLayer):
+    mixture = RoutedMoE
+
+
+class RoutedDecoder(VariedDecoder):
+    layer = RoutedLayer
+
+    def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
+        weights.used |= prediction_tensors(weights.tensors, config.n_layers)
+        bias = "lm_head.bias" in weights.tensors
+        weights.used |= {"lm_head.bias"} if bias else set()
+        super().__init__(config, weights, kv_dtype)
+        if bias:
+            self.lm_head = weights.linear({"lm_head": config.n_vocab}, config.n_embd, True)
+
+
+def prediction_tensors(names: Iterable[str], n_layers: int) -> set[str]:
+    """The tensors of blocks that predict further tokens, which lie behind the layers."""
+    block = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
+    marks = {int(found[1]) for name in names if "eh_proj" in name and (found := block.match(name))}
+    return {
+        name
+        for name in names
+        if re.match(r"(model\.)?mtp", name)
+        or ((found := block.match(name)) and int(found[1]) in marks and int(found[1]) >= n_layers)
+    }

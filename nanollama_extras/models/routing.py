@@ -1,0 +1,82 @@
+"""How a mixture of experts chooses: the data of models.routers, read from config.json or GGUF.
+
+Adds       `Routing`, and `read_router`, which makes it of the keys that DeepSeek-V3 introduced.
+Seam       checks of families.py return what `read_router` gives as ModelConfig's `routing`.
+Remove     delete this file with routers.py; models with such routers then say what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanollama import CheckpointError, ConfigValues, check_value
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The weights of a token's experts, from the router's scores."""
+
+    scoring: str = "softmax"  # or "sigmoid", "sparsemixer"
+    correction: bool = False  # a bias is added to weights, to choose experts and for nothing else
+    num_groups: int = 1
+    groups_used: int = 1  # experts are chosen in the best groups only
+    group_best: int = 2  # so many of a group's experts, added up, decide how good it is
+    factor: float = 1.0  # of all weights
+    least: float = 0.0  # added to the sum by which weights are divided
+    jitter: float = 0.0  # sparsemixer's distance of scores that count as equal, relative
+    scales_input: bool = False  # an expert's input has the weight, not its output
+    n_ff_shared: int = 0  # width of an expert, without a gate, that every token goes to
+
+
+# GGUF metadata under {arch} -> key of config.json
+GGUF_KEYS = {
+    "expert_shared_count": "n_shared_experts",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+
+
+def read_router(values: ConfigValues, **fixed: Any) -> Routing:
+    """The Routing of `values`, whose other keys of experts become those of the core. `fixed` are
+    fields that the family, and no key, decides."""
+    if "n_routed_experts" in values:
+        values["num_experts"] = values["n_routed_experts"]
+    if "mlp_only_layers" not in values:
+        values["mlp_only_layers"] = dense_layers(values)
+    count = values.count("num_experts", most=2**16)
+    groups, used = values.count("n_group", 1), values.count("topk_group", 1)
+    best = fixed.setdefault("group_best", 2)
+    if groups > 1 and (count % groups or used > groups or count // groups < best):
+        raise CheckpointError(f"{count} experts in {groups} groups, of which {used} are used")
+    if (num_used := values.count("num_experts_per_tok")) > count // groups * used:
+        raise CheckpointError(f"{num_used} experts are used, of {used} groups of {count // groups}")
+    shared = values.count("n_shared_experts") if values.get("n_shared_experts") else 0
+    return Routing(
+        num_groups=groups,
+        groups_used=used,
+        factor=values.number("routed_scaling_factor", 1.0),
+        n_ff_shared=values.count("moe_intermediate_size") * shared,
+        **fixed,
+    )
+
+
+def dense_layers(values: ConfigValues) -> list[int]:
+    """The layers without experts: the first `first_k_dense_replace`, and of the others all but
+    every `moe_layer_freq`-th."""
+    first, step = values.get("first_k_dense_replace", 0), values.count("moe_layer_freq", 1)
+    is_number = type(first) is int and first >= 0
+    check_value(is_number, "first_k_dense_replace", first, "a number of layers")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    return [i for i in range(n_layers) if i < first or i % step]
+
+
+def without_predictions(own: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """GGUF files count the blocks that predict further tokens as layers."""
+    num_extra = own.get("nextn_predict_layers", 0)
+    if isinstance(num_extra, int) and isinstance(values["num_hidden_layers"], int):
+        values["num_hidden_layers"] -= num_extra
