@@ -347,9 +347,9 @@ def extra_object(place: str, feature: str) -> Any:
 
 
 def preferred(path: str, name: str, plain: Item) -> Item:
-    """`name` of the extra `path`; where that is missing, the core's plain one."""
+    """`name` of the extra `path`; where either is missing, the core's plain one."""
     with contextlib.suppress(ExtraError):
-        return getattr(extra(path, name), name)
+        return getattr(extra(path, name), name, plain)
     return plain
 
 
@@ -5111,7 +5111,7 @@ class LLM(TextSide):
             text = "".join(str(m.get("content")) for m in request.messages)
         start = text[: 16 * n_ctx]
         if start != text and len(self.encode(start)) > 2 * n_ctx:
-            message = f"the prompt is longer than the context of {n_ctx} tokens; shorten it"
+            message = f"the prompt has over {2 * n_ctx} tokens, the context {n_ctx}; shorten it"
             raise ContextLengthError(message, "prompt")
         return super().prepare(request)
 
@@ -5372,8 +5372,7 @@ def parse_chat(
         tool_choice=choice,
         template_kwargs=_template_kwargs(given),
     )
-    metadata = given.get("metadata")
-    return _wire(given, [request], names=names, metadata=metadata, ignored=ignored)
+    return _wire(given, [request], names=names, metadata=given.get("metadata"), ignored=ignored)
 
 
 def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequest:
@@ -5470,8 +5469,7 @@ def read_prompts(given: Fields, name: str) -> list[str | list[int]]:
 
 def parse_messages(given: Fields, opening: Iterable[Json] = ()) -> list[Json]:
     """The `messages` of a body, checked, after the opening. Raises RequestError."""
-    messages = enumerate(required(given, "messages"))
-    read = [_message(message, f"messages[{i}]") for i, message in messages]
+    read = [_message(m, f"messages[{i}]") for i, m in enumerate(required(given, "messages"))]
     has_system = any(message["role"] in ("system", "developer") for message in read)
     return [*([] if has_system else opening), *read]
 
@@ -5773,6 +5771,7 @@ class Dialect:
 DIALECTS = (
     Dialect("api.page", "/ /chat/completions"),
     Dialect("api.responses", "/v1/responses /responses"),
+    Dialect("api.anthropic", "/v1/messages"),
     Dialect("api.embeddings", "/v1/embeddings /embeddings"),
     Dialect("api.ollama", "/api", lambda error: {"error": str(error)}),
     Dialect("api.metrics", "/metrics"),
@@ -5783,8 +5782,8 @@ DIALECTS = (
 
 def find_dialect(path: str) -> Dialect | None:
     """The dialect of a path; None for the core's own paths and unknown ones."""
-    owners = {own: dialect for dialect in DIALECTS for own in dialect.paths.split()}
-    return next((owners[own] for own in owners if f"{path}/".startswith(f"{own}/")), None)
+    rows = (d for d in DIALECTS for own in d.paths.split() if f"{path}/".startswith(f"{own}/"))
+    return next(rows, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6154,8 +6153,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = (b"x-request-id", request_id.encode())
-                message = {**message, "headers": [*message.get("headers", []), own]}
+                own = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
         try:
@@ -6175,7 +6174,9 @@ class Gate:
 
     def check_key(self, scope: Scope) -> None:
         """Raise WireError 401 for a request without a key of the server."""
-        given = re.sub(rb"(?i)^bearer +", b"", dict(scope["headers"]).get(b"authorization", b""))
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization") or headers.get(b"x-api-key", b"")
+        given = re.sub(rb"(?i)^bearer +", b"", given)
         # constant time: how long a comparison takes must not tell a prefix of the key
         matches = [hmac.compare_digest(given, key.encode()) for key in self.config.api_keys]
         # the router's path: a URL built from the Host header could name another one
@@ -6224,8 +6225,8 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
 def error_response(error: BaseException, path: str = "") -> Response:
     """The error object of the API that `path` belongs to."""
     shown, dialect = client_error(error), find_dialect(path)
-    body = dialect.error(shown) if dialect else error_body(shown)
-    return as_json(body, shown.status, getattr(shown, "headers", None))
+    own = preferred(dialect.module, "error_body", dialect.error) if dialect else error_body
+    return as_json(own(shown), shown.status, getattr(shown, "headers", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -6276,13 +6277,6 @@ def stream_response(
             await unless_disconnected(receive, stream.stream_response(send), at_end)
 
     return cast("Response", send_all)  # Starlette calls the result of a handler, no more
-
-
-async def last_of(events: AsyncIterator[Item]) -> Item:
-    """The last event of a stream."""
-    async for event in events:
-        last = event
-    return last
 
 
 async def unless_disconnected(
@@ -6394,7 +6388,12 @@ class Handlers:
         events, headers = self.events(job, reply), ignored_header(ignored)
         if is_stream:
             return stream_response(events, encoding, job.finish, headers)
-        await unless_disconnected(request.receive, last_of(events), job.finish)
+
+        async def run() -> None:
+            async for _ in events:
+                pass
+
+        await unless_disconnected(request.receive, run(), job.finish)
         return as_json(reply.result(), headers=headers)
 
 
@@ -6464,8 +6463,8 @@ def dialect_router(*shared: Any) -> ASGIApp:
 
     @functools.cache
     def router(dialect: Dialect | None) -> starlette.routing.Router:
-        handlers = dialect.load()(*shared) if dialect else None
-        return starlette.routing.Router(handlers.starlette_routes() if handlers else [])
+        routes = dialect.load()(*shared).starlette_routes() if dialect else []
+        return starlette.routing.Router(routes)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         await router(find_dialect(scope["path"]))(scope, receive, send)
@@ -6923,8 +6922,7 @@ def run_prompt(settings: Settings) -> int:
     toolbox, llm = read_toolbox(args), settings.load()
     if settings.value("system")[0] and not args.chat:
         log.warning("the system prompt is used with --chat only")
-    request = settings.request(text, llm)
-    print_answers(llm, request, toolbox, args.hide_thinking)
+    print_answers(llm, settings.request(text, llm), toolbox, args.hide_thinking)
     log.warning(speed_line(llm.engine.stats))
     return 0
 

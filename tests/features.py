@@ -273,6 +273,10 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         {"api.responses"},
         request("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 4}),
     ),
+    "Messages": (
+        {"api.anthropic", "api.anthropic_body", "api.sealed"},
+        request("POST", "/v1/messages", {"messages": USER, "max_tokens": 4}),
+    ),
     "embeddings": (
         {"api.embeddings", "answers.embeddings"},
         request("POST", "/v1/embeddings", {"input": "hi"}),

@@ -337,6 +337,7 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("api.page", "POST", "/chat/completions", CHAT),
     ("api.responses", "POST", "/v1/responses", {"input": "x"}),
     ("api.responses", "GET", "/v1/responses/resp_1", None),
+    ("api.anthropic", "POST", "/v1/messages", CHAT),
 ]
 
 

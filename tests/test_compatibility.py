@@ -15,6 +15,7 @@ from serving import Live, serving
 
 import nanollama
 from nanollama_extras.answers.guides import GUIDES
+from nanollama_extras.api import anthropic as anthropic_api
 from nanollama_extras.api import ollama as ollama_api
 from nanollama_extras.api import ollama_models
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
@@ -202,7 +203,9 @@ CHECKS: dict[str, Callable[[Live], bool]] = {
     "`/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`": three_endpoints,
     "`/v1/responses`": lambda live: bool(post(live, "/v1/responses", input="a")["output"]),
     "`previous_response_id`": goes_on,
-    "Anthropic's `/v1/messages`": lambda live: live.http.post("/v1/messages").status_code == 200,
+    "Anthropic's `/v1/messages`": lambda live: bool(
+        post(live, "/v1/messages", messages=USER, max_tokens=2)["content"]
+    ),
     "Ollama's `/api/chat`, `/api/generate`, `/api/pull`": ollama,
     "reranking": lambda live: live.http.post("/v1/rerank").status_code == 200,
     "images in messages": images,
@@ -257,6 +260,11 @@ def test_the_table_of_ollamas_fields_is_the_codes() -> None:
     (options,) = [row[1] for row in table("Ollama's API") if row[0] == "`options`"]
     honoured = set(codes(options.partition(" are honoured")[0]))
     assert honoured == set(ollama_api.OLLAMA_OPTIONS) - {"ignore_eos", "max_tokens"}
+
+
+def test_the_table_of_anthropics_fields_is_the_codes() -> None:
+    known = {name for route in anthropic_api.API.routes for name in route.fields or {}}
+    assert names("Anthropic's API") == known
 
 
 def test_the_fields_of_openais_table_are_known() -> None:

@@ -18,6 +18,8 @@ from nanollama import TemplateError, extra, is_about_calls, message_text, warn_o
 Messages = list[dict[str, Any]]
 Draw = Callable[[Messages, Any], str]  # messages and tools -> the prompt. Raises TemplateError.
 NO_SYSTEM = "the chat template takes no system message: its text goes before the first question"
+NO_LATE_SYSTEM = "the chat template takes a system message first only: a later one is the user's"
+IN_TURNS = "the chat template takes turns only: neighbouring messages of a role are joined"
 
 
 # A noncharacter, which Unicode reserves for a program's own use; the space shows whether a template
@@ -72,17 +74,31 @@ def message_shapes(messages: Messages) -> Iterator[tuple[Messages, str]]:
         messages = shapes[1]
     if not all("content" in message for message in messages):
         shapes.append([{"content": "", **message} for message in messages])  # Qwen3
-    shapes.append(in_turns(messages))  # Mistral
     yield from ((shape, "") for shape in shapes)
+    asked = late_system_as_user(messages)
+    turns = in_turns(asked)  # Mistral
+    yield turns, IN_TURNS if asked == messages else NO_LATE_SYSTEM
     if any(message.get("role") == "system" for message in messages):  # Gemma 2, Mistral 7B
-        asked = [{**m, "role": "user"} if m.get("role") == "system" else m for m in shapes[-1]]
-        yield in_turns(asked), NO_SYSTEM
+        yield in_turns([as_user(message) for message in turns]), NO_SYSTEM
+
+
+def as_user(message: dict[str, Any]) -> dict[str, Any]:
+    """A system message as the user's; any other as it is."""
+    return {**message, "role": "user"} if message.get("role") == "system" else message
+
+
+def late_system_as_user(messages: Messages) -> Messages:
+    """The messages, of which those from the system are the user's unless they come first. They stay
+    where they are: what goes before them is a prefix that later requests share."""
+    roles = [message.get("role") for message in messages]
+    num_first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    return messages[:num_first] + [as_user(message) for message in messages[num_first:]]
 
 
 def in_turns(messages: Messages) -> Messages:
-    """System messages first, and neighbours of the same role joined."""
+    """The messages with neighbours of the same role joined."""
     turns: Messages = []
-    for message in sorted(messages, key=lambda message: message.get("role") != "system"):
+    for message in messages:
         last = turns[-1] if turns else {}
         joinable = "tool_calls" not in {**last, **message} and message.get("role") != "tool"
         if turns and joinable and last.get("role") == message.get("role"):

@@ -36,7 +36,7 @@ from nanollama import (
     refuse,
 )
 from nanollama_extras.answers.sandboxed import target
-from nanollama_extras.answers.shapes import in_turns
+from nanollama_extras.answers.shapes import in_turns, late_system_as_user
 
 if TYPE_CHECKING:
     from nanollama import ChatTemplate, Fields, GenerationRequest, Json, Tokenizer
@@ -224,8 +224,10 @@ def fit_to_template(
     template: ChatTemplate, messages: list[Mapping[str, Any]], tools: list[dict[str, Any]] | None
 ) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools for a template to render: tools that it does not list are described in the
-    system prompt, calls and results that it cannot write become content."""
+    system prompt, calls and results that it cannot write become content. Tools with `defer_loading`
+    may be called, and are described in some message."""
     style = tool_style(template)
+    tools = [tool for tool in tools or () if not tool.get("defer_loading")] or None
     if tools and not style.lists_tools:
         messages, tools = introduce_tools(messages, tools, style.form), None
     if not style.writes_calls:
@@ -312,7 +314,7 @@ def call_shapes(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         [{"content": None, **message} for message in shape] for shape in (short, as_text)
     ]
     matched = with_lone_results_as_text(short)  # gpt-oss
-    last = in_turns(with_answers(matched))
+    last = in_turns(with_answers(late_system_as_user(matched)))
     return [messages, short, as_text, *without_content, matched, last]
 
 

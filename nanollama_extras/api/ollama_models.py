@@ -46,7 +46,6 @@ from nanollama import (
     check_type,
     encode_json,
     excerpt,
-    last_of,
     log,
     open_checkpoint,
     parse_hub_ref,
@@ -324,6 +323,13 @@ def pool_state(pool: ShelfPool) -> Json:
         "expires_at": timestamp(time.time() + left_s),
         "context_length": pool.llm().engine.n_ctx,
     }
+
+
+async def last_of(events: AsyncIterator[Json]) -> Json:
+    """The last event of a stream."""
+    async for event in events:
+        last = event
+    return last
 
 
 class ModelHandlers(Handlers):

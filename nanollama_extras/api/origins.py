@@ -29,5 +29,5 @@ def layer(app: ASGIApp, config: ServerConfig) -> ASGIApp:
         allow_methods=["GET", "POST", "DELETE", "OPTIONS"],
         allow_headers=["*"],
         allow_private_network=True,  # Chrome asks before a page of the internet calls this machine
-        expose_headers=["x-request-id", "x-nanollama-ignored"],
+        expose_headers=["x-request-id", "request-id", "x-nanollama-ignored"],
     )
