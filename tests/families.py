@@ -43,6 +43,36 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {**EXPERTS, "num_experts": 5, "head_dim": 16, "norm_topk_prob": True},
     ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "head_dim": 32,
+            "rope_parameters": {**LOCAL, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 4,
+            "moe_layer_interval": 2,
+            "head_dim": 16,
+        },
+    ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "num_local_experts": 5,
+            "router_jitter_noise": 0.1,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 20}),
     "gemma": ("Gemma", {"head_dim": 32}),
@@ -154,6 +184,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": 8}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
 }
+PHI_MOE_LONGROPE = {**LONGROPE, "short_mscale": 1.243163121016122, "long_mscale": 1.6}
 # what a family does only with other values
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
@@ -163,6 +194,27 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-normed": (
         "Glm4Moe",
         {**ROUTED, "n_routed_experts": 6, "use_qk_norm": True, "norm_topk_prob": False},
+    ),
+    "phimoe-longrope": (  # transformers takes short_factor for long texts, too
+        "Phimoe",
+        {
+            "num_local_experts": 5,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {**PHI_MOE_LONGROPE, "long_factor": LONGROPE["short_factor"]},
+        },
+    ),
+    "ernie4_5_moe-biased": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 96,
+            "moe_num_shared_experts": 0,
+            "num_hidden_layers": 3,
+            "moe_layer_end_index": 1,
+            "use_bias": True,
+            "tie_word_embeddings": False,
+        },
     ),
     "ernie4_5-biased": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
     "granitemoehybrid-nope": (

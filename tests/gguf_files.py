@@ -111,6 +111,8 @@ ARCH = {
     "qwen3_vl_text": "QWEN3VL",
     "qwen3_vl_moe_text": "QWEN3VLMOE",
     "glm4_moe": "GLM4_MOE",
+    "minimax_m2": "MINIMAXM2",
+    "ernie4_5_moe": "ERNIE4_5_MOE",
 }
 PERMUTED = (
     "llama mistral mixtral ministral3 smollm3 granite granitemoe granitemoehybrid arcee".split()
@@ -145,6 +147,11 @@ WRITTEN = {
     "n_shared_experts": "expert_shared_count",
     "first_k_dense_replace": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale",
+    "moe_num_experts": "expert_count",
+    "moe_k": "expert_used_count",
+    "moe_num_shared_experts": "expert_shared_count",
+    "moe_layer_start_index": "leading_dense_block_count",
+    "moe_layer_interval": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
 WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
@@ -160,6 +167,11 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         num_blocks = config["num_hidden_layers"] + num_predicted
         config = {**config, "num_hidden_layers": num_blocks}
         writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if model_type == "minimax_m2":
+        config = {**config, "moe_intermediate_size": config["intermediate_size"]}
+    if model_type == "ernie4_5_moe":  # as Ernie4_5MoeModel computes it
+        width = config["intermediate_size"] // config["num_key_value_heads"]
+        writer.add_expert_shared_feed_forward_length(width)
     for key, method in WRITTEN.items():
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
@@ -237,7 +249,9 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
         elif ".experts." in name or "put_linear" in name:
             found |= fused_experts(name, tensor, model_type)
         else:
-            name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+            if "e_score_correction_bias" in name:
+                name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+                tensor = tensor.squeeze()
             stem, suffix = name.rsplit(".", 1)
             if stem.endswith(".self_attn") and suffix == "sinks":
                 stem, suffix = f"{stem}.sinks", "weight"
@@ -308,7 +322,7 @@ def convert(
         value = tensor.float().numpy()
         if value.ndim == 3 and model_type == "gpt_oss":
             value = value.swapaxes(1, 2)
-        routed = re.search(r"router|mlp\.gate\.|shared_expert_gate|_bias$", name)
+        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$", name)
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
         raw = encode(np.ascontiguousarray(value), its_kind, random)
         decoded = decode(raw, its_kind).copy()

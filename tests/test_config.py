@@ -19,6 +19,7 @@ from test_formats_fuzz import places
 import nanollama
 from nanollama import CheckpointError, EngineConfig, RequestError, SamplingParams, model_config
 from nanollama_extras.models import ropes
+from nanollama_extras.models.routing import Routing
 
 DIMENSIONS = {
     "vocab_size": 320,
@@ -72,12 +73,15 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         assert experts.count == getattr(theirs, "num_experts", None) or theirs.num_local_experts
         assert experts.num_used == theirs.num_experts_per_tok
         assert experts.n_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
-        assert experts.renormalized == getattr(theirs, "norm_topk_prob", True)
+        is_plain = not hasattr(theirs, "input_jitter_noise")  # as in Phi-MoE
+        assert experts.renormalized == getattr(theirs, "norm_topk_prob", is_plain)
         shared = getattr(theirs, "shared_expert_intermediate_size", 0)
-        num_dense = getattr(theirs, "first_k_dense_replace", 0)
+        names = ("first_k_dense_replace", "moe_layer_start_index")
+        num_dense = sum(getattr(theirs, name, 0) for name in names)
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
-    if router := ours.routing:
-        assert router.n_ff_shared == getattr(theirs, "n_shared_experts", 0) * ours.experts.n_ff
+        router = ours.routing or Routing()
+        names = ("n_shared_experts", "moe_num_shared_experts")
+        assert router.n_ff_shared == sum(getattr(theirs, n, 0) for n in names) * experts.n_ff
         assert router.factor == getattr(theirs, "routed_scaling_factor", 1)
         assert router.num_groups == getattr(theirs, "n_group", 1)
         assert router.groups_used == getattr(theirs, "topk_group", 1)

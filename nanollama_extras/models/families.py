@@ -24,6 +24,7 @@ from nanollama import (
     Family,
     ModelConfig,
     TensorSource,
+    check_value,
     excerpt,
     layer_windows,
     positive,
@@ -169,6 +170,42 @@ def check_glm4_moe(values: ConfigValues) -> Values:
     return {"routing": router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
 
 
+def check_minimax_m2(values: ConfigValues) -> Values:
+    """Adds the router; files on the hub count the columns that RoPE turns."""
+    if n_rot := values.get("rotary_dim"):
+        width = values.count("head_dim")
+        values["partial_rotary_factor"] = positive(n_rot, "rotary_dim") / width
+    return {"routing": routing.read_router(values, scoring="sigmoid", correction=True)}
+
+
+def check_ernie_moe(values: ConfigValues) -> Values:
+    """Adds the router, whose bias corrects the choice alone; every n-th layer from a first to a
+    last one has experts."""
+    values["num_experts"] = values.count("moe_num_experts")
+    values["num_experts_per_tok"] = values.count("moe_k")
+    values["n_shared_experts"] = values.get("moe_num_shared_experts")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    first: Any = values.get("moe_layer_start_index")
+    last: Any = values.get("moe_layer_end_index")
+    for name, index in (("moe_layer_start_index", first), ("moe_layer_end_index", last)):
+        check_value(type(index) is int, name, index, "a number")
+    sparse = range(first, n_layers if last == -1 else last + 1)
+    step = values.count("moe_layer_interval")
+    dense = [i for i in range(n_layers) if (i + 1) % step or i not in sparse]
+    values["mlp_only_layers"] = dense
+    return {"routing": routing.read_router(values, correction=True, least=1e-12)}
+
+
+def check_phimoe(values: ConfigValues) -> Values:
+    """Adds the router, which always chooses two experts. `sliding_window` has no effect."""
+    values.pop("sliding_window", None)
+    if values.get("num_experts_per_tok") != 2:
+        used = excerpt(values.get("num_experts_per_tok"))
+        raise CheckpointError(f"num_experts_per_tok is {used}; 2 is needed")
+    jitter = values.number("router_jitter_noise")
+    return {"routing": routing.read_router(values, scoring="sparsemixer", jitter=jitter)}
+
+
 def family(
     defaults: Values,
     check: Callable[[ConfigValues], Values | None] | None = None,
@@ -248,14 +285,42 @@ def glm4_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     values["n_routed_experts"] = values.pop("num_experts", None)
 
 
+def ernie_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Renames what counts experts. The width of the shared one is that of its parts."""
+    values.pop("shared_expert_intermediate_size", None)
+    renamed = {
+        "moe_num_experts": "expert_count",
+        "moe_k": "expert_used_count",
+        "moe_num_shared_experts": "expert_shared_count",
+        "moe_layer_start_index": "leading_dense_block_count",
+        "moe_layer_interval": "interleave_moe_layer_step",
+    }
+    values |= {theirs: own[ours] for theirs, ours in renamed.items() if ours in own}
+
+
+def phimoe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Replaces the factor on cos and sin by that of Phi-3.5-MoE, which the converter computes by
+    Phi-3's formula."""
+    if "rope.scaling.attn_factor" in own:
+        values["rope_parameters"]["attention_factor"] = PHI_MOE_MSCALE
+
+
 # ---- the families --------------------------------------------------------------------------------
 
 VARIED = "models.layers:VariedDecoder"
 ROUTED = "models.routers:RoutedDecoder"
+CORRECTION = "gate.e_score_correction.bias"
 ROUTED_NAMES = {
-    r"gate\.e_score_correction_bias$": "gate.e_score_correction.bias",
+    r"gate\.e_score_correction_bias$": CORRECTION,
     r"shared_experts\.": "shared_expert.",
 }
+MIXTRAL_NAMES = {
+    "block_sparse_moe": "mlp",
+    r"\.w1\.": ".gate_proj.",
+    r"\.w3\.": ".up_proj.",
+    r"\.w2\.": ".down_proj.",
+}
+PHI_MOE_MSCALE = 1.243163121016122
 SANDWICH: Values = {"norms": PRE_NORMS + POST_NORMS}
 # Names of the norms in families with a norm after each block, in the order of renaming.
 POST_NORM_NAMES = {
@@ -284,12 +349,16 @@ FAMILIES: dict[str, Family] = {
         gguf_key="expert_count",
         permuted=True,
         switches={"experts": True},
-        names={
-            "block_sparse_moe": "mlp",
-            r"\.w1\.": ".gate_proj.",
-            r"\.w3\.": ".up_proj.",
-            r"\.w2\.": ".down_proj.",
-        },
+        names=MIXTRAL_NAMES,
+    ),
+    "minimax_m2": family(
+        keys(196608, n_kv_heads=8, head_dim=128, theta=5e6, n_experts=256, n_used=8)
+        | keys(norm_topk_prob=True),
+        check=check_minimax_m2,
+        switches={"experts": True, "qk_norm": "full"},
+        names=MIXTRAL_NAMES | {r"mlp\.e_score_correction_bias$": f"mlp.{CORRECTION}"},
+        decoder=ROUTED,
+        gguf="minimax-m2",
     ),
     "smollm3": family(
         keys(32768, n_kv_heads=4, theta=2e6, tied=True, no_rope_layer_interval=4, **NO_WINDOW),
@@ -297,6 +366,16 @@ FAMILIES: dict[str, Family] = {
         gguf="smollm3",
     ),
     "phi3": family(keys(4096, eps=1e-5), gguf="phi3"),
+    "phimoe": family(
+        keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, n_experts=16, n_used=2)
+        | {"router_jitter_noise": 0.01},
+        check=check_phimoe,
+        switches={"experts": True, "norm": "layer_bias"},
+        names=MIXTRAL_NAMES | {r"mlp\.router\.": "mlp.gate."},
+        from_gguf=phimoe_from_gguf,
+        decoder=ROUTED,
+        gguf="phimoe",
+    ),
     "gemma": family(
         keys(8192, n_kv_heads=16, **GEMMA),
         layout=PLUS_ONE,
@@ -400,6 +479,18 @@ FAMILIES: dict[str, Family] = {
         keys(131072, n_kv_heads=2, head_dim=128, eps=1e-5, theta=5e5, tied=True),
         interleaved=True,
         gguf="ernie4_5",
+    ),
+    "ernie4_5_moe": family(
+        keys(131072, n_kv_heads=4, eps=1e-5, theta=5e5, tied=True, norm_topk_prob=True)
+        | keys(moe_k=6, moe_num_experts=64, moe_intermediate_size=1536, moe_num_shared_experts=2)
+        | keys(moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1),
+        check=check_ernie_moe,
+        interleaved=True,
+        switches={"experts": True},
+        names=ROUTED_NAMES | {r"(gate\.)?moe_statics\.e_score_correction_bias$": CORRECTION},
+        from_gguf=ernie_moe_from_gguf,
+        decoder=ROUTED,
+        gguf="ernie4_5-moe",
     ),
     "qwen3_vl_text": family(
         keys(128000, n_kv_heads=32, head_dim=128, theta=5e5),

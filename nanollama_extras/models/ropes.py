@@ -35,7 +35,8 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "ntk": ("alpha",),
     "longrope": (),
 }
-OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+OPTIONS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
+OPTIONS += ["short_mscale", "long_mscale"]
 ALIASES = {"su": "longrope"}
 # GGUF metadata under {arch} -> key of rope_parameters
 GGUF_KEYS = {
@@ -85,7 +86,10 @@ def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
 
 
 def check_factors(rope: Mapping[str, Any]) -> None:
-    """Checks the lists of divisors, one for short texts and one for long ones."""
+    """Checks the lists of divisors, one for short texts and one for long ones, and perhaps two
+    factors on cos and sin."""
+    if bool(rope.get("short_mscale")) != bool(rope.get("long_mscale")):
+        raise CheckpointError("rope short_mscale and long_mscale are needed, or neither")
     for key in ("short_factor", "long_factor"):
         factors, size = rope.get(key), rope["n_rot"] // 2
         if not isinstance(factors, list) or len(factors) != size:
@@ -169,13 +173,17 @@ class LongRope(Rope):
     """Two sets of frequencies: for texts within the old context, and for longer ones. Keys of one
     set are of no use to the other, so a text that outgrows the old context is read again."""
 
+    short_scales: Any = None  # `scales` of short texts, where long ones have others (Phi-MoE)
+
     def frequencies(self) -> tuple[Tensor, float]:
         rope = self.parameters
         factor, n_old = float(rope["factor"]), rope["original_max_position_embeddings"]
         scale = math.sqrt(1 + math.log(factor) / math.log(n_old)) if factor > 1 else 1.0
         inv_freq = nanollama.inverse_wavelengths(float(rope["rope_theta"]), self.n_rot)
         divisors = torch.tensor([rope["short_factor"], rope["long_factor"]])
-        return inv_freq / divisors, float(rope.get("attention_factor") or scale)
+        return inv_freq / divisors, float(
+            rope.get("short_mscale") or rope.get("attention_factor") or scale
+        )
 
     def regime(self, num_tokens: int) -> int:
         return int(num_tokens > self.parameters["original_max_position_embeddings"])
@@ -185,6 +193,11 @@ class LongRope(Rope):
         is_long = positions[:, 0] + 1 > self.parameters["original_max_position_embeddings"]
         for span in batch.spans:
             is_long[span.row : span.row + span.num_new] = bool(cache.regimes[span.slot])
+        if "long_mscale" in self.parameters:
+            if self.short_scales is None:
+                self.short_scales = self.scales
+            ratio = self.parameters["long_mscale"] / self.parameters["short_mscale"]
+            self.scales = self.short_scales * (1 + (ratio - 1) * is_long[:, None])
         return positions * self.freqs[is_long * 1]
 
 

@@ -55,12 +55,14 @@ def read_router(values: ConfigValues, **fixed: Any) -> Routing:
         raise CheckpointError(f"{count} experts in {groups} groups, of which {used} are used")
     if (num_used := values.count("num_experts_per_tok")) > count // groups * used:
         raise CheckpointError(f"{num_used} experts are used, of {used} groups of {count // groups}")
-    shared = values.count("n_shared_experts") if values.get("n_shared_experts") else 0
+    width = 0
+    if values.get("n_shared_experts"):
+        width = values.count("n_shared_experts") * values.count("moe_intermediate_size")
     return Routing(
         num_groups=groups,
         groups_used=used,
         factor=values.number("routed_scaling_factor", 1.0),
-        n_ff_shared=values.count("moe_intermediate_size") * shared,
+        n_ff_shared=width,
         **fixed,
     )
 

@@ -800,6 +800,7 @@ def test_norms_are_torchs(code_path: str, is_centred: bool, num_cols: int) -> No
 # ---- a mixture of experts ------------------------------------------------------------------------
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "glm4_moe")
+MIXTURES += ("minimax_m2", "ernie4_5_moe", "phimoe")
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import ALL, EXPERTS, LOCAL, MORE, ROWS
+from families import ALL, EXPERTS, LOCAL, LONGROPE, MORE, PHI_MOE_LONGROPE, ROWS
 from oracle import YARN, Tiny, rewritten
 
 import nanollama
@@ -182,6 +182,29 @@ def test_experts_in_columns_are_those_in_rows(tiny: Tiny, tmp_path: Path) -> Non
     }
     safetensors.torch.save_file(turned, hub / "model.safetensors")
     ids = oracle.random_ids(40)
+    assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
+
+
+def count_rotated_columns(config: dict[str, Any]) -> None:
+    """As config.json of MiniMax-M2 on the hub does."""
+    rope = config.pop("rope_parameters")
+    config["rotary_dim"] = int(config["head_dim"] * rope["partial_rotary_factor"])
+    config["rope_theta"] = rope["rope_theta"]
+
+
+def end_with_the_last_layer(config: dict[str, Any]) -> None:
+    config["moe_layer_end_index"] = -1
+
+
+@pytest.mark.parametrize(
+    ("variant", "edit"),
+    [("minimax_m2", count_rotated_columns), ("ernie4_5_moe", end_with_the_last_layer)],
+)
+def test_keys_of_files_on_the_hub_mean_the_same(
+    tiny: Tiny, tmp_path: Path, variant: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    path, ids = made(tiny, variant), oracle.random_ids(40)
+    hub = rewritten(path, tmp_path / "hub", edit)
     assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
 
 
@@ -380,6 +403,20 @@ def test_longrope_reads_a_text_anew_when_it_outgrows_the_old_context(
         assert done.usage.cached_tokens == num_cached
 
 
+def test_phi_moe_has_other_factors_for_long_texts(tiny: Tiny, tmp_path: Path, kernels: str) -> None:
+    """The model's own code takes long_factor for them; transformers, short_factor always."""
+    path = made(tiny, "phimoe-longrope")
+    longer = {"long_factor": LONGROPE["long_factor"]}
+    both = rewritten(path, tmp_path / "both", lambda c: c["rope_parameters"].update(longer))
+    stretched = {"short_factor": LONGROPE["long_factor"]}
+    as_long = rewritten(both, tmp_path / "long", lambda c: c["rope_parameters"].update(stretched))
+    llm = LLM(both, kernels=kernels)
+    for length, judge in ((64, path), (65, as_long)):
+        ids = oracle.random_ids(length)
+        expected = oracle.logits(oracle.load(judge), ids)
+        torch.testing.assert_close(llm.logits(ids), expected, rtol=0, atol=1e-4)
+
+
 def test_prompt_logprobs_of_a_text_that_outgrows_it_are_counted_once(tiny: Tiny) -> None:
     params = SamplingParams(max_tokens=9, logprobs=0, prompt_logprobs=True, ignore_eos=True)
     llm = LLM(made(tiny, "phi3-longrope"))
@@ -433,6 +470,19 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5}),
     "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": None}),
     "phi3-longrope": MORE["phi3-longrope"],
+    "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe-longrope": (
+        "Phimoe",
+        {
+            "num_local_experts": 5,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **PHI_MOE_LONGROPE,
+                "long_factor": LONGROPE["short_factor"],
+                "long_mscale": PHI_MOE_LONGROPE["short_mscale"],
+            },
+        },
+    ),
 }
 del GGUF_ROWS["mistral"], GGUF_ROWS["ministral"], GGUF_ROWS["nanochat"]
 
