@@ -451,7 +451,7 @@ class Family:
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
-    # corrects a config.json, or refuses it -> further fields of ModelConfig
+    # corrects a config.json, or refuses it -> fields of ModelConfig, or None
     check: Callable[[ConfigValues], Json | None] | None = None
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
@@ -558,7 +558,6 @@ class ModelConfig:
     parallel: bool = False  # the MLP has the same input as attention
     act: str = "swiglu"  # a key of section 5's ACTS
     experts: Experts | None = None
-    routing: Any = None  # a Routing of extras; None weighs by softmax
     embed_scale: float = 1.0
     attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
     attn_softcap: float = 0.0  # c: scores become c tanh(score / c); 0 for none
@@ -566,6 +565,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     packing: str = ""  # a key of PACKINGS
+    own: Mapping[str, Any] = field(default_factory=dict)  # settings of the family's own decoder
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -651,8 +651,8 @@ def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
         # null removes the family's default: no window, as many key/value heads as heads
         merged = {"max_position_embeddings": 2048, **family.defaults, **raw}.items()
         values = ConfigValues({key: value for key, value in merged if value is not None})
-        more = family.check(values) if family.check else None
-        return ModelConfig(str(raw["model_type"]), **_shape(values, family) | (more or {}))
+        fields = family.check(values) if family.check else None
+        return ModelConfig(str(raw["model_type"]), **_shape(values, family) | (fields or {}))
 
 
 def _shape(values: ConfigValues, family: Family) -> Json:
@@ -2092,7 +2092,7 @@ class MoE:
         return self.backend.experts(self, x if norm is None else norm(x), residual)
 
     def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """The same by torch's operations"""
+        """By torch's operations"""
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             # torch's product or sigmoid of one column depends on the number of rows. Hence a sum,
@@ -2103,12 +2103,12 @@ class MoE:
         return self.mix(x, y, *self.choose(self.gate(tiled)[: len(x)].float()))
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (N, experts) -> weights and indices of experts (N, num_used)"""
+        """Scores (N, experts) -> weights and experts (N, num_used)"""
         weight, chosen = scores.softmax(dim=-1).topk(self.config.num_used, dim=-1)
         return weight / (weight.sum(-1, True) if self.config.renormalized else 1), chosen
 
     def mix(self, x: Tensor, y: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-        """Add the weighted outputs of each token's experts to y (N, C)"""
+        """Add each token's weighted experts to y (N, C)"""
         for expert in chosen.unique().tolist():  # sorted: a row's sum must not depend on other rows
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
@@ -2693,7 +2693,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         if (count := metadata.get("split.count", 1)) not in (0, len(files)):
             raise CheckpointError(f"one of {excerpt(count)} files, and not named like one")
         prefix = find_family(model_type).gguf + "."
-        own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+        own = {key.removeprefix(prefix): value for key, value in metadata.items()}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
     return Checkpoint(
@@ -2720,7 +2720,7 @@ def gguf_model_type(metadata: Mapping[str, Any]) -> str:
 
 
 def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> Json:
-    """The config.json of GGUF metadata, of which `own` is the part under {arch}."""
+    """The config.json of GGUF metadata, whose keys in `own` have {arch} cut off."""
 
     def need(name: str) -> Any:
         value = own.get(name)

@@ -73,6 +73,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "lm_head_bias": True,
         },
     ),
+    "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 20}),
     "gemma": ("Gemma", {"head_dim": 32}),

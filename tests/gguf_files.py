@@ -236,6 +236,8 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, tensor in tensors.items():
+        if ".act_fn." in name:
+            continue
         if expert := re.fullmatch(r"(model\.layers\.\d+)\..*experts\.(\d+)\.(\w+)\.weight", name):
             part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3][:-5])
             layer = expert[1].replace("model.layers", "blk")
@@ -328,6 +330,10 @@ def convert(
         decoded = decode(raw, its_kind).copy()
         weights[name] = torch.from_numpy(decoded)
         raws[name] = decoded if unpacked else raw
+    for key in ("alpha_p", "alpha_n", "beta", "eps") if model_type == "apertus" else ():
+        layers = range(config["num_hidden_layers"])
+        numbers = [tensors[f"model.layers.{i}.mlp.act_fn.{key}"].item() for i in layers]
+        getattr(writer, f"add_xielu_{key}")(numbers)
     for name, raw in gguf_tensors(config, raws).items():
         packed = raw.dtype == np.uint8
         writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=Kind[kind] if packed else None)

@@ -79,7 +79,7 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         names = ("first_k_dense_replace", "moe_layer_start_index")
         num_dense = sum(getattr(theirs, name, 0) for name in names)
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
-        router = ours.routing or Routing()
+        router = ours.own.get("routing", Routing())
         names = ("n_shared_experts", "moe_num_shared_experts")
         assert router.n_ff_shared == sum(getattr(theirs, n, 0) for n in names) * experts.n_ff
         assert router.factor == getattr(theirs, "routed_scaling_factor", 1)

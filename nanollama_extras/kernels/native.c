@@ -319,7 +319,7 @@ typedef struct {
 } matrix;
 
 /* The operand: x, rms_norm(x), an activation of gate and up, or (RELU2, GELU) one of x alone */
-enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU };
+enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU, XIELU };
 
 typedef struct {
     const matrix *parts; /* all are multiplied with the same operand; outputs stand side by side */
@@ -329,7 +329,7 @@ typedef struct {
     const float *residual; /* as out, or NULL */
     float *out;            /* (N, rows of all parts) */
     int64_t before;
-    float eps;
+    float eps, alpha_p, alpha_n, beta, least; /* the last four of xIELU */
     int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* from here on set by `linear` */
     uint8_t *acts;
 } linear_call;
@@ -383,6 +383,9 @@ INLINE vec operand(const linear_call *in, int64_t token, int64_t col, float fact
         return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
     case RELU2: return larger((vec){0}, x) * x;
     case GELU: return gelu(x);
+    case XIELU: /* as in Apertus */
+        up = exp_of(smaller(splat(in->least), x)) - 1.0f - x;
+        return pick(x > 0.0f, x * x * in->alpha_p, up * in->alpha_n) + x * in->beta;
     default: return x;
     }
 }

@@ -477,6 +477,9 @@ def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
             at += 2 * BLOCK_ROWS
 
 
+ACT_NUMBERS = ("alpha_p", "alpha_n", "beta", "least")  # behind the name `xielu`
+
+
 class NativeProjection(Projection):
     """Projection in one kernel call."""
 
@@ -497,15 +500,17 @@ class NativeProjection(Projection):
         fused = norm if norm is not None and not norm.is_centred else None
         if norm is not None and fused is None:
             x = norm(x)
+        kind, *numbers = act.split() or ("norm" if fused else "plain",)
         return run_kernel(
             "linear",
             torch.empty(x.size(0), self.num_rows) if out is None else out,
+            **dict(zip(ACT_NUMBERS, map(float, numbers))),
             parts=self.address,
             num_parts=len(self.parts),
             x=x,
             norm=fused and fused.weight,
             residual=residual,
-            before=NUMBERS[act.upper() or ("NORM" if fused else "PLAIN")],
+            before=NUMBERS[kind.upper()],
             eps=fused.eps if fused else 0.0,
         )
 

@@ -74,6 +74,9 @@ GGUF_KEYS = {
 nanollama.GGUF_TENSORS["exp_probs_b"] = "mlp.gate.e_score_correction"
 
 
+XIELU = ("alpha_p", "alpha_n", "beta", "eps")  # numbers of Apertus's activation
+
+
 # ---- keys of config.json -------------------------------------------------------------------------
 
 
@@ -164,10 +167,15 @@ def check_gpt_oss(values: ConfigValues) -> None:
         values.pop(key, None)
 
 
+def routed(values: ConfigValues, **fixed: Any) -> Values:
+    """The router of `values`, as a field of ModelConfig."""
+    return {"own": {"routing": routing.read_router(values, **fixed)}}
+
+
 def check_glm4_moe(values: ConfigValues) -> Values:
     """Adds the router; some of these models norm queries and keys."""
-    router = routing.read_router(values, scoring="sigmoid", correction=True, least=1e-20)
-    return {"routing": router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
+    router = routed(values, scoring="sigmoid", correction=True, least=1e-20)
+    return {**router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
 
 
 def check_minimax_m2(values: ConfigValues) -> Values:
@@ -175,7 +183,7 @@ def check_minimax_m2(values: ConfigValues) -> Values:
     if n_rot := values.get("rotary_dim"):
         width = values.count("head_dim")
         values["partial_rotary_factor"] = positive(n_rot, "rotary_dim") / width
-    return {"routing": routing.read_router(values, scoring="sigmoid", correction=True)}
+    return routed(values, scoring="sigmoid", correction=True)
 
 
 def check_ernie_moe(values: ConfigValues) -> Values:
@@ -193,7 +201,7 @@ def check_ernie_moe(values: ConfigValues) -> Values:
     step = values.count("moe_layer_interval")
     dense = [i for i in range(n_layers) if (i + 1) % step or i not in sparse]
     values["mlp_only_layers"] = dense
-    return {"routing": routing.read_router(values, correction=True, least=1e-12)}
+    return routed(values, correction=True, least=1e-12)
 
 
 def check_phimoe(values: ConfigValues) -> Values:
@@ -203,7 +211,22 @@ def check_phimoe(values: ConfigValues) -> Values:
         used = excerpt(values.get("num_experts_per_tok"))
         raise CheckpointError(f"num_experts_per_tok is {used}; 2 is needed")
     jitter = values.number("router_jitter_noise")
-    return {"routing": routing.read_router(values, scoring="sparsemixer", jitter=jitter)}
+    return routed(values, scoring="sparsemixer", jitter=jitter)
+
+
+def check_apertus(values: ConfigValues) -> Values:
+    """Adds the numbers of each layer's activation, which are metadata in a GGUF file."""
+    act = values.pop("hidden_act", "xielu")
+    check_value(act == "xielu", "hidden_act", act, "xielu")
+    n_layers, numbers = values.count("num_hidden_layers", most=2**16), []
+    for name in XIELU:
+        listed = values.get(f"xielu.{name}")
+        if listed is None:
+            return {}
+        is_valid = isinstance(listed, list) and [type(x) for x in listed] == [float] * n_layers
+        check_value(is_valid, f"xielu.{name}", listed, f"a list of {n_layers} numbers")
+        numbers.append(listed)
+    return {"own": {"xielu": list(zip(*numbers))}}
 
 
 def family(
@@ -298,6 +321,12 @@ def ernie_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     values |= {theirs: own[ours] for theirs, ours in renamed.items() if ours in own}
 
 
+def apertus_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Adds the numbers of each layer's activation."""
+    for name in XIELU:
+        values[f"xielu.{name}"] = own.get(f"xielu.{name}", [])
+
+
 def phimoe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     """Replaces the factor on cos and sin by that of Phi-3.5-MoE, which the converter computes by
     Phi-3's formula."""
@@ -320,6 +349,9 @@ MIXTRAL_NAMES = {
     r"\.w3\.": ".up_proj.",
     r"\.w2\.": ".down_proj.",
 }
+APERTUS_ROPE: Values = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0}
+APERTUS_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+APERTUS_ROPE |= {"original_max_position_embeddings": 8192}
 PHI_MOE_MSCALE = 1.243163121016122
 SANDWICH: Values = {"norms": PRE_NORMS + POST_NORMS}
 # Names of the norms in families with a norm after each block, in the order of renaming.
@@ -491,6 +523,18 @@ FAMILIES: dict[str, Family] = {
         from_gguf=ernie_moe_from_gguf,
         decoder=ROUTED,
         gguf="ernie4_5-moe",
+    ),
+    "apertus": family(
+        keys(65536, eps=1e-5, theta=12e6, rope=APERTUS_ROPE),
+        check=check_apertus,
+        switches={"act": "xielu", "qk_norm": "head"},
+        names={
+            "attention_layernorm": "input_layernorm",
+            "feedforward_layernorm": "post_attention_layernorm",
+        },
+        from_gguf=apertus_from_gguf,
+        decoder="models.apertus:XieluDecoder",
+        gguf="apertus",
     ),
     "qwen3_vl_text": family(
         keys(128000, n_kv_heads=32, head_dim=128, theta=5e5),

@@ -4,7 +4,7 @@ Adds       `RoutedMoE`, whose router weighs by sigmoids, a corrected softmax or 
            best groups of experts only, and whose shared expert has no gate. The native kernel
            `experts` computes the same.
 Seam       Family.decoder names `RoutedDecoder`, whose layers have it as their `mixture`.
-           ModelConfig.routing is a Routing. Imports models.layers and models.routing.
+           ModelConfig.own has a Routing. Imports models.layers and models.routing.
 Source     https://arxiv.org/abs/2412.19437 (DeepSeek-V3), 2409.12136 (sparsemixer)
 Remove     delete this file; the families that name it then say that they need it.
 """
@@ -55,7 +55,7 @@ class RoutedMoE(MoE):
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         super().__init__(config, weights, prefix)
-        self.routing: Routing = config.routing or Routing()
+        self.routing: Routing = config.own.get("routing", Routing())
         self.correction: Tensor | None = None
         if self.routing.correction:
             name, count = f"{prefix}.gate.e_score_correction.bias", self.config.count

@@ -1,7 +1,7 @@
 """How a mixture of experts chooses: the data of models.routers, read from config.json or GGUF.
 
 Adds       `Routing`, and `read_router`, which makes it of the keys that DeepSeek-V3 introduced.
-Seam       checks of families.py return what `read_router` gives as ModelConfig's `routing`.
+Seam       checks of families.py return what `read_router` gives, for ModelConfig.own.
 Remove     delete this file with routers.py; models with such routers then say what they need.
 """
 

@@ -857,6 +857,8 @@ def test_python_threads_that_share_weights_get_the_same_bits() -> None:
 FORK = """
 import ctypes, os, signal, sys
 from nanollama_extras.kernels import native
+
+ACTS["xielu 0.9 0.6 0.5 -1e-06"] = functools.partial(xielu, 0.9, 0.6, 0.5, -1e-6)
 kernels, data = native.load_kernels(), bytes([1, 0, 0, 0]) * 2**18
 def read(num_threads): return kernels.read_all(data, len(data), num_threads)
 expected, total = [1, 1, 2, 4, 4], 2**18
