@@ -270,7 +270,13 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         request("POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
     ),
     "Responses": (
-        {"api.responses"},
+        {
+            "api.responses",
+            "api.response_input",
+            "api.response_tools",
+            "api.sealed",
+            "answers.lark_regex",
+        },
         request("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 4}),
     ),
     "Messages": (

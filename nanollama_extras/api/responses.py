@@ -1,9 +1,11 @@
 """OpenAI's Responses API: POST /v1/responses, and a store of earlier responses.
 
-A body is translated to a chat; the pieces of the answer become items and their events.
+A body is translated to a chat; the pieces of the answer become items and their events. Items in
+are read by api.response_input, tools by api.response_tools. Thoughts go out sealed (api.sealed) to
+clients that keep them.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
-Remove     delete this file and its row.
+Remove     delete this file, api/response_input.py, api/response_tools.py and the row.
 Spec       https://developers.openai.com/api/reference/resources/responses
 """
 
@@ -11,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,6 @@ from nanollama import (
     as_json,
     check_type,
     excerpt,
-    joined_text,
     parse_chat,
     read_fields,
     refuse,
@@ -36,6 +38,9 @@ from nanollama import (
     sse,
     table,
 )
+from nanollama_extras.api.response_input import add_item, response_input, without_lone_thoughts
+from nanollama_extras.api.response_tools import CallItem, Tool, ToolSet, in_own_words, read_tools
+from nanollama_extras.api.sealed import seal
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -45,10 +50,12 @@ if TYPE_CHECKING:
         AnswerSplitter,
         Delta,
         Fields,
+        Job,
         Json,
         Models,
         NanollamaError,
         Observer,
+        Reply,
         Sequence,
         ServerConfig,
         WireRequest,
@@ -75,7 +82,7 @@ RESPONSE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-WITH_LOGPROBS = "message.output_text.logprobs"
+WITH_LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
 
 
 # Field of a chat -> its name in this API, for errors
@@ -94,90 +101,21 @@ RESPONSE_TEXTS = {
 }  # item -> type of its parts
 
 
-RESPONSE_ITEMS = {
-    "message": "msg",
-    "reasoning": "rs",
-    "function_call": "fc",
-}  # item -> prefix of its id
+RESPONSE_ITEMS = {"message": "msg", "reasoning": "rs"}  # item -> prefix of its id
 
 
-def response_input(value: Any, earlier_items: Fields) -> list[Json]:
-    """`input` as messages of a chat. earlier_items: output items of earlier responses by id. Raises
-    RequestError, which names the item."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    messages: list[Json] = []
-    for i, item in enumerate(value):
-        check_type(f"input[{i}]", item, "object")
-        if item.get("type") == "item_reference":
-            check_type(f"input[{i}].id", item.get("id"), "string")
-            if item["id"] not in earlier_items:
-                refuse(
-                    f"input[{i}] refers to {excerpt(item.get('id'))}, which is not stored", "input"
-                )
-            item = earlier_items[item["id"]]
-        _add_item(messages, item, f"input[{i}]")
-    return messages
-
-
-def _add_item(messages: list[Json], item: Fields, where: str) -> None:
-    """Add an input item to the messages."""
-    kind = item.get("type", "message")
-    if kind == "message":
-        message = {"role": item.get("role"), "content": _item_text(item, "content", where)}
-        messages.append(message)
-    elif kind == "function_call":
-        for name in ("call_id", "name"):
-            check_type(f"{where}.{name}", item.get(name), "string")
-        function = {"name": item["name"], "arguments": item.get("arguments")}
-        call = {"id": item["call_id"], "type": "function", "function": function}
-        # the calls of one turn share a message
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": None})
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        check_type(f"{where}.call_id", item.get("call_id"), "string")
-        text = _item_text(item, "output", where)
-        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
-    elif kind != "reasoning":  # earlier thoughts are left out
-        refuse(f"{where} is of type {excerpt(kind)}, which is not supported", where)
-
-
-def _item_text(item: Fields, name: str, where: str) -> str:
-    """The text of a field of an item; its parts are those of a chat under other names."""
-    content = item.get(name)
-
-    def chat_part(part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, dict) else part
-        return {**part, "type": "text"} if kind in ("input_text", "output_text") else part
-
-    parts = [*map(chat_part, content)] if isinstance(content, list) else content
-    return joined_text(parts, f"{where}.{name}")
-
-
-def under_type(value: Any) -> Any:
-    """Tools or a tool choice, flat in this API, in the form of a chat: their fields are below the
-    name of their type."""
-    if isinstance(value, list):
-        return [under_type(item) for item in value]
-    if not isinstance(value, dict) or not isinstance(kind := value.get("type"), str):
-        return value
-    inner = {k: v for k, v in value.items() if k != "type" and v is not None}
-    if kind == "allowed_tools":
-        inner["tools"] = under_type(inner.get("tools", []))
-    return {"type": kind, kind: inner}
-
-
-def response_body(given: Fields, earlier: list[Json], earlier_items: Fields) -> Json:
+def response_body(
+    given: Fields, earlier: list[Json], earlier_items: Fields, tools: ToolSet
+) -> Json:
     """The fields of a body of /v1/responses as those of /v1/chat/completions. earlier: the messages
     of the response that it continues. earlier_items: see `response_input`. Raises RequestError."""
     shared = ("model", "stream", "parallel_tool_calls", "metadata")
     body = {name: given[name] for name in (*shared, *SAMPLING_FIELDS) if name in given}
-    body |= {name: under_type(given[name]) for name in ("tools", "tool_choice") if name in given}
-    for i, tool in enumerate(given.get("tools", [])):
-        check_type(at := f"tools[{i}]", tool, "object")
-        if (kind := tool.get("type")) != "function":
-            refuse(f"{at} is of type {excerpt(kind)}; only function is supported", at)
+    if tools.functions:
+        body["tools"] = tools.functions
+    choice = given.get("tool_choice")
+    if choice is not None and (tools.functions or choice not in ("auto", "none")):
+        body["tool_choice"] = tools.choice(choice)
     system = (
         [{"role": "system", "content": given["instructions"]}] if given.get("instructions") else []
     )
@@ -203,9 +141,9 @@ def parse_response(
     strict: bool = False,
     opening: Iterable[Json] = (),
     stored: Mapping[str, StoredResponse] | None = None,
-) -> tuple[WireRequest, Json]:
-    """A body of /v1/responses -> the request, and the fields of the body. stored: earlier responses
-    by id. Raises RequestError."""
+) -> tuple[WireRequest, Json, ToolSet]:
+    """A body of /v1/responses -> the request, the fields of the body, its tools. stored: earlier
+    responses by id. Raises RequestError."""
     given, ignored = read_fields(body, RESPONSE_FIELDS, strict, RESPONSE_NEUTRAL)
     stored, earlier = stored or {}, []
     if (last := given.get("previous_response_id")) is not None:
@@ -216,15 +154,17 @@ def parse_response(
     earlier_items = {
         item["id"]: item for response in stored.values() for item in response.body["output"]
     }
+    tools = read_tools(given, strict)
     try:
-        wire = parse_chat(response_body(given, earlier, earlier_items), defaults, False, opening)
+        chat = response_body(given, earlier, earlier_items, tools)
+        wire = parse_chat(chat, defaults, False, opening)
     except RequestError as error:  # it names a field of the chat
-        param = error.param or ""
+        param = in_own_words(error, tools).param or ""
         if (name := _response_name(param)) == param:
             raise
         refuse(str(error).replace(param, name), name, error.code)
     names = {"messages": "input"} | {n: _response_name(where) for n, where in wire.names.items()}
-    return dataclasses.replace(wire, ignored=ignored, names=names), given
+    return dataclasses.replace(wire, ignored=(*ignored, *tools.ignored), names=names), given, tools
 
 
 def _response_name(name: str) -> str:
@@ -234,10 +174,12 @@ def _response_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that later ones may continue: its body, and its conversation as messages."""
+    """A response that later ones may continue: its body, its conversation as messages, and the
+    items of its request."""
 
     body: Json
     messages: list[Json]
+    input_items: list[Json]
     num_chars: int
 
 
@@ -251,11 +193,14 @@ class ResponseReply(ChatReply):
         splitter: AnswerSplitter,
         wire: WireRequest,
         given: Fields,
+        tools: ToolSet,
         model: str,
         store: Callable[[ResponseReply], None],
     ) -> None:
         super().__init__(seq, splitter)
-        self.wire, self.store = wire, store
+        self.wire, self.given, self.tools, self.store = wire, given, tools, store
+        self.seals = SEALED in given.get("include", [])
+        self.call: CallItem | None = None  # the open item, if that is a call
         self.num_events = 0
         self.item: Json | None = None  # the open one, whose text and logprobs follow
         self.item_text = ""
@@ -312,13 +257,17 @@ class ResponseReply(ChatReply):
         kinds = ("response.created", "response.in_progress")
         return [self._event(kind, response=body) for kind in kinds]
 
-    def _open(self, kind: str, **fields: Any) -> list[Json]:
+    def alive(self) -> Json:
+        """An event that says no more than that the answer is on its way."""
+        return self._event("response.in_progress", response={**self.body, "output": []})
+
+    def _open(self, item: Json) -> list[Json]:
         """Close the open item, and begin another."""
-        events, head = self._close(), {"type": kind, "status": "in_progress"}
-        self.item = {"id": f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}", **head, **fields}
-        self.body["output"].append(self.item)
+        events = self._close()
+        self.item = item
+        self.body["output"].append(item)
         events.append(self._whole("added"))
-        if kind != "function_call":
+        if item["type"] in RESPONSE_TEXTS:
             part = self._part()
             events.append(self._at("content_part.added", content_index=0, part=part))
         return events
@@ -336,19 +285,20 @@ class ResponseReply(ChatReply):
         if (item := self.item) is None:
             return []
         item["status"] = status
-        if item["type"] == "function_call":
-            item["arguments"] = self.item_text
-            call = {"name": item["name"], "arguments": self.item_text}
-            events = [self._at("function_call_arguments.done", **call)]
+        if self.call:
+            ending = self.call.end()
+            events = [self._at(ending[0], **ending[1])] if ending else []
         else:
             item["content"] = [part := self._part()]
+            if self.seals and item["type"] == "reasoning":
+                item["encrypted_content"] = seal(self.item_text)
             fields = {key: part[key] for key in ("text", "logprobs") if key in part}
             events = [
                 self._at(f"{part['type']}.done", content_index=0, **fields),
                 self._at("content_part.done", content_index=0, part=part),
             ]
         events.append(self._whole("done"))
-        self.item, self.item_text, self.item_logprobs = None, "", []
+        self.item, self.call, self.item_text, self.item_logprobs = None, None, "", []
         return events
 
     def _text(self, kind: str, text: str, entries: list[Json]) -> list[Json]:
@@ -356,7 +306,10 @@ class ResponseReply(ChatReply):
         events = []
         if self.item is None or self.item["type"] != kind:
             head: Any = {"role": "assistant"} if kind == "message" else {"summary": []}
-            events = self._open(kind, content=[], **head)
+            name = f"{RESPONSE_ITEMS[kind]}_{secrets.token_hex(12)}"
+            events = self._open(
+                {"id": name, "type": kind, "status": "in_progress", "content": [], **head}
+            )
         self.item_text += text
         self.item_logprobs += entries
         logprobs = {"logprobs": entries} if kind == "message" else {}
@@ -367,10 +320,14 @@ class ResponseReply(ChatReply):
         """Events of the beginning of a tool call, or of a piece of its arguments."""
         function = piece["function"]
         if "id" in piece:
-            call = {"call_id": piece["id"], "name": function["name"]}
-            return self._open("function_call", **call, arguments="")
-        self.item_text += function["arguments"]
-        return [self._at("function_call_arguments.delta", delta=function["arguments"])]
+            name = function["name"]
+            call = CallItem(self.tools.tools.get(name) or Tool("function", name), piece["id"])
+            events = self._open(call.item)
+            self.call = call
+            return events
+        assert self.call is not None
+        added = self.call.push(function["arguments"])
+        return [self._at(added[0], delta=added[1])] if added else []
 
     def push(self, delta: Delta) -> list[Json]:
         events = []
@@ -418,8 +375,19 @@ class ResponseReply(ChatReply):
         while messages and messages[0]["role"] == "system":
             messages.pop(0)
         for item in self.body["output"]:
-            _add_item(messages, item, "output")
-        return StoredResponse(self.body, messages, len(json.dumps([self.body, messages])))
+            add_item(messages, item, "output")
+        messages, items = without_lone_thoughts(messages), self.input_items()
+        size = len(json.dumps([self.body, messages, items]))
+        return StoredResponse(self.body, messages, items, size)
+
+    def input_items(self) -> list[Json]:
+        """The items of the request, each with an id."""
+        value = self.given["input"]
+        if isinstance(value, str):
+            value = [{"role": "user", "content": [{"type": "input_text", "text": value}]}]
+        name = self.body["id"].removeprefix("resp_")
+        heads = ({"type": "message", "id": f"item_{name}_{i}"} for i in range(len(value)))
+        return [{**head, **item} for head, item in zip(heads, value)]
 
 
 NAMED_SSE = dataclasses.replace(
@@ -438,11 +406,14 @@ class API(Handlers):
         """POST /v1/responses"""
         body, pool = await self.read_request(request)
         strict, opening = self.config.strict, pool.source.opening
-        wire, given = parse_response(body, pool.sampling, strict, opening, self.stored)
-        job = await pool.start(wire.requests, wire.names)
+        wire, given, tools = parse_response(body, pool.sampling, strict, opening, self.stored)
+        try:
+            job = await pool.start(wire.requests, wire.names)
+        except RequestError as error:
+            raise in_own_words(error, tools) from None
         model = wire.model or pool.source.name
         seq, splitter = job.sequences[0], job.prepared[0].splitter()
-        reply = ResponseReply(seq, splitter, wire, given, model, self.store)
+        reply = ResponseReply(seq, splitter, wire, given, tools, model, self.store)
         encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
         return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
 
@@ -456,17 +427,50 @@ class API(Handlers):
         ):
             del self.stored[next(iter(self.stored))]
 
-    async def response(self, request: Request) -> Response:
-        """GET, DELETE /v1/responses/{id}: a stored response"""
+    async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
+        """The events of a reply. A silence has an event, too: Codex counts no comments, and starts
+        over when no event comes for long."""
+        async for event in super().events(job, reply):
+            yield reply.alive() if event is None and isinstance(reply, ResponseReply) else event
+
+    def find(self, request: Request) -> StoredResponse:
+        """The response that a path names. Raises WireError 404."""
         name = request.path_params["id"]
         if name not in self.stored:
             raise WireError(404, "not_found", f"response {name!r} is not stored (any more)")
+        return self.stored[name]
+
+    async def response(self, request: Request) -> Response:
+        """GET, DELETE /v1/responses/{id}: a stored response"""
+        stored, name = self.find(request), request.path_params["id"]
         if request.method == "DELETE":
             del self.stored[name]
             return as_json({"id": name, "object": "response", "deleted": True})
-        return as_json(self.stored[name].body)
+        return as_json(stored.body)
+
+    async def input_items(self, request: Request) -> Response:
+        """GET /v1/responses/{id}/input_items: the items of its request, the last one first"""
+        items, query = list(self.find(request).input_items), request.query_params
+        if query.get("order", "desc") == "desc":
+            items.reverse()
+        limit = query.get("limit", "20")
+        if not re.fullmatch("[1-9][0-9]?|100", limit):
+            refuse(f"limit is {excerpt(limit)}; it must be from 1 to 100", "limit")
+        ids = [item["id"] for item in items]
+        first = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
+        page = items[first : first + int(limit)]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
+        has_more = first + len(page) < len(items)
+        return as_json({"object": "list", "data": page, **ends, "has_more": has_more})
+
+    async def cancel(self, request: Request) -> Response:
+        """POST /v1/responses/{id}/cancel: refused, for no response runs in the background"""
+        self.find(request)
+        refuse("only a response in the background can be cancelled; close the stream", "id")
 
     routes = (
         Route(respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
         Route(response, ("GET /v1/responses/{id}", "DELETE /v1/responses/{id}")),
+        Route(input_items, ("GET /v1/responses/{id}/input_items",)),
+        Route(cancel, ("POST /v1/responses/{id}/cancel",)),
     )

@@ -51,7 +51,7 @@ def tokens_read(answer: dict[str, Any]) -> tuple[int, int]:
     return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
-@pytest.mark.parametrize("name", [n for n in names() if "codex" not in n])
+@pytest.mark.parametrize("name", names())
 def test_each_request_is_answered_and_the_next_one_reads_its_prompt_from_the_cache(
     live: Live, name: str
 ) -> None:

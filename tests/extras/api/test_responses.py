@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lark
 import openai
 import pydantic
 import pytest
@@ -17,6 +20,7 @@ from serving import Live, serving
 import nanollama
 from nanollama import LLM, RequestError, TestServer
 from nanollama_extras.api import responses
+from nanollama_extras.api.response_tools import TextArgument, chat_name
 from nanollama_extras.api.responses import parse_response
 
 pytestmark = pytest.mark.xdist_group("openai")
@@ -296,7 +300,10 @@ def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.Monk
         ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input[0].name"),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "telepathy"}]}, "tools[0]"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [3]}]}, "tools[0].tools[0]"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].name"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
@@ -360,3 +367,268 @@ def test_the_async_client(live: Live) -> None:
         assert events[-1].response.output_text == whole.output_text
 
     asyncio.run(talk())
+
+
+# ---- tools of other types ------------------------------------------------------------------------
+
+PATCH = r"""start: "*** Begin Patch" LF hunk+ "*** End Patch" LF?
+hunk: "*** Add File: " /[a-z]{1,8}/ LF line+
+line: "+" /[a-c"\\]{1,4}/ LF
+%import common.LF
+"""
+APPLY_PATCH: Any = {
+    "type": "custom",
+    "name": "apply_patch",
+    "description": "Edit files",
+    "format": {"type": "grammar", "syntax": "lark", "definition": PATCH},
+}
+AGENTS: Any = {
+    "type": "namespace",
+    "name": "agents",
+    "description": "Other agents",
+    "tools": [{**WEATHER, "name": "close", "strict": False}],
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "custom", "name": "apply_patch"}])
+def test_the_input_of_a_custom_tool_keeps_to_its_grammar(
+    client: openai.OpenAI, choice: Any
+) -> None:
+    for seed in range(3):
+        response = client.responses.create(
+            model="tiny",
+            input="hello",
+            tools=[APPLY_PATCH],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            extra_body={"seed": seed, "temperature": 1.5},
+        )
+        (call,) = response.output
+        assert (call.type, call.name) == ("custom_tool_call", "apply_patch")
+        assert call.id.startswith("ctc_")
+        lark.Lark(PATCH, parser="earley", lexer="dynamic_complete").parse(call.input)
+
+
+def test_a_regex_of_a_custom_tool_is_kept(client: openai.OpenAI) -> None:
+    form = {"type": "grammar", "syntax": "regex", "definition": '[0-9]{3}"x"\n'}
+    tool: Any = {"type": "custom", "name": "dial", "format": form}
+    response = client.responses.create(
+        model="tiny", input="a", tools=[tool], tool_choice="required", parallel_tool_calls=False
+    )
+    assert re.fullmatch('[0-9]{3}"x"\n', response.output[0].input)
+
+
+@pytest.mark.parametrize("definition", ['start: "(" start ")" | "x"', "start: /(?!x)y/"])
+def test_a_grammar_that_cannot_be_enforced_is_told_and_any_text_may_come(
+    live: Live, definition: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    form = {"type": "grammar", "syntax": "lark", "definition": definition}
+    tool = {"type": "custom", "name": "edit", "format": form}
+    with caplog.at_level(logging.WARNING):
+        answer = live.http.post(
+            "/v1/responses", json={"input": "a", "tools": [tool], "max_output_tokens": 4}
+        )
+    assert answer.status_code == 200, answer.text
+    assert "tools[0]" in caplog.text
+    assert "cannot be enforced" in caplog.text
+
+
+def test_a_custom_call_is_streamed_and_goes_back(test_server: TestServer) -> None:
+    text = '*** Begin "Patch"\n\t\\ é 🙂 \u2028'
+    call = {"name": "apply_patch", "arguments": {"input": text}}
+    test_server.answers({"tool_calls": [call]}, "Done.")
+    client = scripted(test_server)
+    with client.responses.stream(model="any", input="Edit.", tools=[APPLY_PATCH]) as stream:
+        events = list(stream)
+        (made,) = stream.get_final_response().output
+    assert (made.type, made.input) == ("custom_tool_call", text)
+    pieces = [e.delta for e in events if e.type == "response.custom_tool_call_input.delta"]
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    assert [e.input for e in events if e.type == "response.custom_tool_call_input.done"] == [text]
+    for event in events:
+        type(event).model_validate(event.model_dump(warnings=False))
+    result: Any = {"type": "custom_tool_call_output", "call_id": made.call_id, "output": "ok"}
+    items: Any = [{"role": "user", "content": "Edit."}, made.model_dump(), result]
+    assert client.responses.create(model="any", input=items).output_text == "Done."
+    (_, answer, told) = messages_of(items)
+    function = {"name": "apply_patch", "arguments": {"input": text}}
+    assert answer["tool_calls"] == [{"id": made.call_id, "type": "function", "function": function}]
+    assert told == {"role": "tool", "tool_call_id": made.call_id, "content": "ok"}
+
+
+def messages_of(items: Any, **fields: Any) -> list[Any]:
+    """The chat that items ask for."""
+    wire, _, _ = parse_response({"input": items, **fields}, {})
+    return list(wire.requests[0].messages or [])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_the_text_of_a_custom_tool_comes_whole_however_it_is_cut(size: int) -> None:
+    text = 'a"b\\c\n\té🙂\u2028\x01/'
+    for spelled in (json.dumps({"input": text}), json.dumps({"input": text}, ensure_ascii=False)):
+        reader = TextArgument()
+        parts = [spelled[i : i + size] for i in range(0, len(spelled), size)]
+        assert "".join(map(reader.read, parts)) == text
+
+
+def test_a_function_of_a_namespace_is_called_under_both_names(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model="tiny", input="a", tools=[AGENTS, WEATHER], tool_choice="required"
+    )
+    assert {item.type for item in response.output} == {"function_call"}
+    choice: Any = {"type": "function", "name": "close", "namespace": "agents"}
+    response = client.responses.create(
+        model="tiny", input="a", tools=[AGENTS, WEATHER], tool_choice=choice
+    )
+    (call,) = response.output
+    assert (call.name, call.namespace) == ("close", "agents")
+    (message,) = messages_of([{k: v for k, v in call.model_dump().items() if v is not None}])
+    assert message["tool_calls"][0]["function"]["name"] == "agents.close"
+
+
+def test_long_names_of_functions_stay_apart() -> None:
+    names = [chat_name(f"{'n' * 80}{i}", "space") for i in range(2)]
+    assert len(set(names)) == 2
+    assert {len(name) for name in names} == {64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "field", "expected"),
+    [
+        (
+            "local_shell",
+            {"command": ["ls", "-l"]},
+            "action",
+            {"type": "exec", "command": ["ls", "-l"], "env": {}},
+        ),
+        (
+            "shell",
+            {"commands": ["ls"], "timeout_ms": 9},
+            "action",
+            {"commands": ["ls"], "timeout_ms": 9, "max_output_length": None},
+        ),
+        (
+            "apply_patch",
+            {"type": "create_file", "path": "a", "diff": "+x"},
+            "operation",
+            {"type": "create_file", "path": "a", "diff": "+x"},
+        ),
+    ],
+)
+def test_tools_with_a_schema_of_openais_have_items_of_their_own(
+    test_server: TestServer, kind: str, arguments: Any, field: str, expected: Any
+) -> None:
+    test_server.answers({"tool_calls": [{"name": kind, "arguments": arguments}]})
+    client = scripted(test_server)
+    tool: Any = {"type": kind}
+    with client.responses.stream(model="any", input="Go.", tools=[tool]) as stream:
+        events = list(stream)
+        (call,) = stream.get_final_response().output
+    for event in events:
+        type(event).model_validate(event.model_dump(warnings=False))
+    item = events[-1].response.output[0].model_dump(exclude_unset=True)
+    assert (item["type"], item[field], item["status"]) == (f"{kind}_call", expected, "completed")
+    output = {"type": f"{kind}_call_output", "call_id": call.call_id, "output": "done"}
+    (_, answer, result) = messages_of([{"role": "user", "content": "Go."}, item, output])
+    (made,) = answer["tool_calls"]
+    assert made["function"] == {
+        "name": kind,
+        "arguments": {k: v for k, v in expected.items() if v is not None and k in arguments},
+    }
+    assert result["content"] == "done"
+
+
+@pytest.mark.parametrize(
+    "kind", ["web_search", "image_generation", "mcp", "tool_search", "file_search"]
+)
+def test_tools_of_openais_servers_are_left_out_and_named(live: Live, kind: str) -> None:
+    body = {"input": "a", "max_output_tokens": 1, "tools": [{"type": kind}, WEATHER]}
+    answer = live.http.post("/v1/responses", json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-nanollama-ignored"] == f"tools.{kind}"
+    refused = live.http.post("/v1/responses", json={**body, "tool_choice": {"type": kind}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+    with pytest.raises(RequestError, match=kind):
+        parse_response(body, {}, strict=True)
+
+
+def test_tools_may_come_with_the_input() -> None:
+    items = [
+        {"type": "additional_tools", "role": "developer", "tools": [AGENTS]},
+        {"role": "user", "content": "a"},
+    ]
+    wire, _, _ = parse_response({"input": items}, {})
+    assert [t["function"]["name"] for t in wire.requests[0].tools or []] == ["agents.close"]
+
+
+def test_an_error_in_a_tools_schema_names_its_place(live: Live) -> None:
+    bad = {"type": "function", "name": "bad", "parameters": {"type": "object", "properties": 3}}
+    inner = {"type": "namespace", "name": "n", "tools": [{**bad, "strict": True}]}
+    tools = [{"type": "web_search"}, inner]
+    answer = live.http.post("/v1/responses", json={"input": "a", "tools": tools})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "tools[1].tools[0].parameters"
+
+
+# ---- thoughts that the client keeps --------------------------------------------------------------
+
+
+def test_sealed_thoughts_come_back(test_server: TestServer) -> None:
+    test_server.answers({"reasoning": "hm so", "text": "Yes."})
+    include: Any = ["reasoning.encrypted_content"]
+    response = scripted(test_server).responses.create(
+        model="any", input="hello", include=include, store=False
+    )
+    thought, message = response.output
+    assert thought.encrypted_content
+    sealed = {"type": "reasoning", "summary": [], "encrypted_content": thought.encrypted_content}
+    expected = {"role": "assistant", "content": "Yes.", "reasoning_content": "hm so"}
+    assert messages_of([sealed, message.model_dump()]) == [expected]
+    plain = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm so"}]}
+    assert messages_of([plain, message.model_dump()]) == [expected]
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    (answer,) = messages_of([sealed, call])
+    assert answer["reasoning_content"] == "hm so"
+    assert len(answer["tool_calls"]) == 1
+    foreign = {**sealed, "encrypted_content": "gAAAAABo"}
+    question = {"role": "user", "content": "a"}
+    assert messages_of([question, foreign]) == [question]
+    assert messages_of([question, sealed]) == [question]
+    assert messages_of([question, {"type": "compaction", "encrypted_content": "x"}]) == [question]
+
+
+# ---- Codex ---------------------------------------------------------------------------------------
+
+
+def test_a_silent_stream_has_events(
+    test_server: TestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanollama.PING_S", 0.01)
+    test_server.answers({"text": "late", "delay": 0.2})
+    events = list(scripted(test_server).responses.create(model="a", input="a", stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[1:5] == ["response.in_progress"] * 4
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert kinds[-1] == "response.completed"
+
+
+def test_the_warm_up_of_codex(live: Live) -> None:
+    answer = live.http.post("/v1/responses", json={"input": "", "max_output_tokens": 1})
+    assert answer.status_code == 200
+
+
+def test_the_items_of_a_request_can_be_listed(client: openai.OpenAI) -> None:
+    items: Any = [{"role": "user", "content": f"{i}"} for i in range(3)]
+    made = client.responses.create(model="tiny", input=items, **GREEDY)
+    listed = client.responses.input_items.list(made.id, limit=2)
+    assert [item.content for item in listed] == ["2", "1", "0"]  # two pages
+    ordered = client.responses.input_items.list(made.id, order="asc")
+    assert [item.content for item in ordered.data] == ["0", "1", "2"]
+    text = client.responses.create(model="tiny", input="one", **GREEDY)
+    (item,) = client.responses.input_items.list(text.id).data
+    assert item.content[0].text == "one"
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_none")
+    with pytest.raises(openai.BadRequestError):
+        client.responses.cancel(made.id)
