@@ -132,6 +132,11 @@ sys.modules.setdefault("nanollama", sys.modules[__name__])
 # In MKL's strict mode, a row of a matrix product does not depend on how many rows there are
 # (oneMKL Developer Guide, "Conditional Numerical Reproducibility"). MKL reads this on first use.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Torch's threads spin before they sleep; not so where others use half the cores.
+with contextlib.suppress(OSError, IndexError, ValueError):
+    _others = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+    if 2 * _others >= (os.cpu_count() or 1) and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
 # The name in usage lines: of the installed command, or of the script
 _IS_INSTALLED = Path((sys.argv or [""])[0]).name in ("nanollama", "nanollama.exe")
 PROGRAM = "nanollama" if _IS_INSTALLED else "nanollama.py"
@@ -456,6 +461,7 @@ class Family:
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
     layout: str = ""  # "module:function" of extras that splits tensors of its own layouts
+    gguf_layout: str = ""  # the same for GGUF files
     decoder: str = ""  # "module:class" of extras that replaces Decoder
 
 
@@ -547,7 +553,7 @@ class ModelConfig:
     norm_eps: float
     ropes: tuple[Mapping[str, Any], ...]  # Hugging Face's rope_parameters, complete; the main first
     layer_ropes: tuple[int | None, ...]  # each layer's index in ropes; None without positions
-    windows: tuple[int | None, ...]  # each layer's attention window; None for all keys
+    windows: tuple[int | None, ...]  # each layer's attention window; None for all keys, 0 for none
     tie_embeddings: bool
     qkv_bias: bool = False
     o_bias: bool = False
@@ -565,6 +571,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     packing: str = ""  # a key of PACKINGS
+    state_bytes: int = 0  # that layers without keys keep of a sequence
     own: Mapping[str, Any] = field(default_factory=dict)  # settings of the family's own decoder
 
     @property
@@ -582,10 +589,12 @@ class ModelConfig:
         return round_up(window + most_new, RING_TILE)
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
-        """Bytes of keys and values for `num_tokens` positions, with `most_new` in a step."""
+        """Bytes of keys, values and states of `num_tokens` tokens, with `most_new` in a step."""
+        kept = {None: num_tokens, 0: 0}
         in_ring = min(num_tokens, self.ring_tokens(most_new))
-        num_positions = sum(in_ring if window else num_tokens for window in self.windows)
-        return 2 * self.n_kv_heads * num_positions * head_bytes(self.head_dim, kv_dtype)
+        num_positions = sum(kept.get(window, in_ring) for window in self.windows)
+        per_position = 2 * self.n_kv_heads * head_bytes(self.head_dim, kv_dtype)
+        return num_positions * per_position + self.state_bytes
 
 
 RING_TILE = 512  # a multiple of the tiles of every kernel
@@ -819,16 +828,6 @@ class Option:
     also: str = ""  # other names in a Modelfile and after /set
 
     @property
-    def is_parameter(self) -> bool:
-        """Whether a Modelfile and /set accept the field, if it is one of SamplingParams."""
-        return bool(self.flags) and (self.limits is not None or self.default == ())
-
-    @property
-    def json_type(self) -> str:
-        kinds = {tuple: "string or array", dict: "object", bool: "boolean", float: "number"}
-        return kinds.get(type(self.default), "integer")
-
-    @property
     def wanted(self) -> str:
         """The end of an error message."""
         if self.choices:
@@ -972,10 +971,11 @@ class EngineConfig:
     threads: int | None = option(  # None: torch's choice
         None, "--threads N: CPU threads", (1, 1024), kind=int, also="num_thread"
     )
-    parallel: int | None = option(  # each has a strip of keys and values of its own
+    parallel: int | None = option(
         None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
+    state_mb: int = option(1024, "--state-mb N: saved states of hybrid models", (0, 2**24))
     lookup: int = option(0, "--lookup N: draft from the context", (0, 64), bare=DEFAULT_LOOKUP)
     kernels: str = option(
         "auto",
@@ -1622,6 +1622,7 @@ class Span:
     start: int  # first position in the slot's strip
     num_new: int  # tokens
     row: int  # first flat row
+    num_rows: int = 0  # last tokens that need logits: a draft is among them
 
 
 class Batch:
@@ -1638,7 +1639,7 @@ class Batch:
         rows: list[int] = []
         self.spans: list[Span] = []
         for slot, start, new, num_rows in work:
-            self.spans.append(Span(slot, start, len(new), len(ids)))
+            self.spans.append(Span(slot, start, len(new), len(ids), num_rows))
             ids += new
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
@@ -1679,9 +1680,9 @@ class KVCache:
         self.config, self.kv_dtype = config, kv_dtype
         self.ring = config.ring_tokens(most_new) if most_new and any(config.windows) else 0
         self.written = [0] * num_slots  # positions written so far; a ring holds the last of them
-        in_ring = [bool(self.ring and window) for window in config.windows]
+        in_ring = [bool(self.ring and w) if w != 0 else None for w in config.windows]
         # of each layer: whether it is in the ring, and its index there or in the strip
-        self.places = [(ring, in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
+        self.places = [(bool(ring), in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
         layers = [(2, in_ring.count(ring), config.n_kv_heads, 0, width) for ring in (False, True)]
         self.strips, self.rings = (
@@ -1707,20 +1708,19 @@ class KVCache:
                 wanted = min(round_up(max(num_tokens, 2 * capacity), self.tile), most)
                 strips[slot] = F.pad(strip, (0, 0, 0, wanted - capacity))
 
-    def may_resume(self, slot: int, num_tokens: int, length: int) -> bool:
-        """Whether the slot has what a text of `length` tokens sees of its first `num_tokens`."""
-        if self.outgrown(slot, length):
-            return False
+    def resumable(self, slot: int, num_tokens: int, length: int) -> int:
+        """How many of the slot's first `num_tokens` a text of `length` tokens may begin with."""
         window = self.ring and max(window for window in self.config.windows if window)
-        return not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
+        is_whole = not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
+        return num_tokens if is_whole and not self.outgrown(slot, length) else 0
 
     def outgrown(self, slot: int, length: int) -> bool:
         """Whether the slot's text must be read again at `length` tokens."""
         return self.regimes[slot] != self.regime_of(length)
 
-    def start(self, source: int, target: int, num_tokens: int, length: int) -> None:
-        """Begin a text of `length` tokens in `target` with `num_tokens` positions of `source`."""
-        self.regimes[target] = self.regime_of(length)
+    def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
+        """Begin a text in `target` with `num_tokens` positions of `source`."""
+        self.regimes[target] = self.regime_of(len(token_ids))
         self.written[target] = self.written[source] if num_tokens else 0
         if num_tokens and source != target:
             num_tokens = round_up(num_tokens, KV_BLOCK)
@@ -2144,7 +2144,6 @@ class Decoder:
     """Embedding, L layers, norm, head. Weights raises for tensors that are not as config says."""
 
     layer: type[DecoderLayer] = DecoderLayer
-    is_recordable = True  # False if the control flow of a step depends on values of tensors
 
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
@@ -2171,8 +2170,9 @@ class Decoder:
         """The modules of a step, each of which a program may replace."""
         return [self.embed_tokens, *self.layers, self.norm, self.lm_head]
 
-    def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
-        """A KVCache for sequences that this decoder runs; `most_new` as there."""
+    def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
+        """A KVCache for sequences that this decoder runs; `most_new` as there. `saving` is for
+        layers that keep states: see models.recurrent."""
         cache = self.backend.new_cache(self.config, num_slots, self.kv_dtype, most_new)
         cache.regime_of = self.ropes[0].regime
         return cache
@@ -2815,8 +2815,8 @@ def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = F
         named = {canonical_name(name, family): tensor for name, tensor in named.items()}
         if config.packing:
             named = extra(PACKINGS[config.packing], config.packing).packed_tensors(named)
-        if family.layout:
-            named = extra_object(family.layout, config.model_type)(named, config)
+    if layout := family.gguf_layout if from_gguf else family.layout:
+        named = extra_object(layout, config.model_type)(named, config)
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
     order = head_order(config, family.interleaved or (from_gguf and family.permuted))
     for name in filter(re.compile(r"self_attn\.[qk]_(proj|norm)").search, named):
@@ -3413,7 +3413,7 @@ PARAMETERS: dict[str, tuple[Callable[..., Any], str, Option]] = {
     name: (settings, field_name, row)
     for settings in (SamplingParams, EngineConfig)
     for field_name, row in options_of(settings).items()
-    if (row.is_parameter if settings is SamplingParams else row.also)
+    if row.also or row.default == () or (settings is SamplingParams and row.flags and row.limits)
     for name in (field_name, *row.also.split())
 }
 
@@ -4603,12 +4603,12 @@ class Scheduler:
         self,
         num_slots: int,
         prefill_chunk: int,
-        lookup: int = 0,
-        may_resume: Callable[[int, int, int], bool] = lambda slot, num_tokens, length: True,
+        lookup: int,
+        resumable: Callable[[int, int, int], int],
     ) -> None:
-        """`may_resume` is that of KVCache."""
+        """`resumable` is that of KVCache."""
         self.prefill_chunk, self.lookup = prefill_chunk, lookup
-        self.may_resume = may_resume
+        self.resumable = resumable
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         # tokens that finished sequences left in each slot
@@ -4632,15 +4632,15 @@ class Scheduler:
             computed[other.slot] = other.token_ids[: other.num_computed]
         length = len(seq.token_ids)
         shared = [
-            num if self.may_resume(slot, num, length) else 0
-            for slot, num in enumerate(common_prefix(tokens, wanted) for tokens in computed)
+            self.resumable(slot, common_prefix(tokens, wanted), length)
+            for slot, tokens in enumerate(computed)
         ]
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
         least = shared[source] + WORTH_WAITING
         for other in self.running:
-            slot, num = other.slot, other.num_computed
             coming = common_prefix(other.token_ids, wanted)
-            if coming > max(num, least) and self.may_resume(slot, num, length):
+            coming = self.resumable(other.slot, coming, length)
+            if coming > max(other.num_computed, least):
                 return None
         self.waiting.popleft()
         # taking a slot over drops the rest of its contents: only if that is the smaller part
@@ -4722,7 +4722,7 @@ class Engine:
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         self.is_capped = self.n_ctx < decoder.config.n_ctx
-        chunk, lookup = config.prefill_chunk, config.lookup
+        chunk, lookup, state_mb = config.prefill_chunk, config.lookup, config.state_mb
         most_new = max(chunk, lookup + 1)
         # KV strips of a usual length that fit into half of the free memory
         strip_bytes = decoder.config.kv_bytes(
@@ -4730,8 +4730,8 @@ class Engine:
         )
         num_strips = min(MAX_PARALLEL, available_memory(decoder.device) / 2 / strip_bytes)
         self.num_slots = config.parallel or max(1, int(num_strips))
-        self.cache = decoder.new_cache(self.num_slots, most_new)
-        self.scheduler = Scheduler(self.num_slots, chunk, lookup, self.cache.may_resume)
+        self.cache = decoder.new_cache(self.num_slots, most_new, end_ids=end_ids, state_mb=state_mb)
+        self.scheduler = Scheduler(self.num_slots, chunk, lookup, self.cache.resumable)
         self.stats = EngineStats()
         if lookup:
             self.new_drafter = extra("answers.lookup", "--lookup").PromptLookup
@@ -4781,7 +4781,7 @@ class Engine:
         with self.lock, torch.inference_mode():
             while admitted := self.scheduler.admit():
                 seq, source = admitted
-                self.cache.start(source, seq.slot, seq.num_cached, len(seq.token_ids))
+                self.cache.start(source, seq.slot, seq.num_cached, seq.token_ids)
                 seq.num_computed = seq.num_cached  # after the copy, which Ctrl-C may interrupt
             work = self.scheduler.schedule()
             if not work:
@@ -4843,7 +4843,7 @@ class Engine:
         if seq.finish_reason:
             self.scheduler.retire(seq)
         elif is_outgrown:
-            self.cache.start(seq.slot, seq.slot, 0, len(seq.token_ids))
+            self.cache.start(seq.slot, seq.slot, 0, seq.token_ids)
             seq.num_computed = 0
 
     def extend(self, seq: Sequence, logits: Row | None) -> None:
@@ -5245,8 +5245,11 @@ def table(*others: Mapping[str, str], **listed: str) -> dict[str, str]:
 
 
 # The fields of SamplingParams that a request body may have
+_KINDS = {tuple: "string or array", dict: "object", bool: "boolean", float: "number"}
 SAMPLING_FIELDS = {
-    name: row.json_type for name, row in options_of(SamplingParams).items() if row.on_wire
+    name: _KINDS.get(type(row.default), "integer")
+    for name, row in options_of(SamplingParams).items()
+    if row.on_wire
 }
 # The form of an answer, as vLLM, llama.cpp and OpenAI spell it; answers/guides.py reads them
 GUIDE_FIELDS = table(string_or_object="guided_json json_schema", array="guided_choice")
@@ -6548,7 +6551,7 @@ def serve(models: Models) -> None:
 #               one after the other, --batch-file all of its lines together.
 #   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
 #               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
-#   Extend      a subcommand is a row of COMMANDS; a conversation's command, a line of TALK_HELP.
+#   Extend      a subcommand is a row of COMMANDS; one of a conversation, a name in TALK_COMMANDS.
 # ==================================================================================================
 
 USAGE = f"""\
@@ -7018,24 +7021,8 @@ def run_batch(
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-# For /help. A command that is no method `do_NAME` of Repl is a function of
-# nanollama_extras/commands/conversation.py.
-TALK_HELP = '''\
-  /clear              forget all messages but the system prompt
-  /help               print this list
-  /load FILE          continue a conversation written by /save
-  /prompt             print the text last sent to the model
-  /quit, /exit        leave; so does Ctrl-D
-  /retry              answer the last message again
-  /save FILE          write the conversation to a JSON file
-  /set NAME VALUE     change a sampling parameter, as in /set temperature 0.2
-  /show               print the model and the sampling parameters
-  /system [TEXT]      set or print the system prompt
-  /tokens             print the token ids last sent, with their text
-  /undo               remove the last message and its answer
-  """                 start and end a message of several lines
-  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer'''
-TALK_COMMANDS = re.findall(r"(?m)^  /(\w+)", TALK_HELP)
+# Functions of extras' commands/conversation.py
+TALK_COMMANDS = "load prompt retry save set show system tokens undo".split()
 
 
 class Repl:
@@ -7106,7 +7093,7 @@ class Repl:
         log.warning(speed_line(llm.engine.stats.since(before)))
 
     def do_help(self) -> None:
-        log.warning(TALK_HELP)
+        log.warning(preferred("commands.conversation", "TALK_HELP", "/help /clear /quit"))
 
     def do_quit(self) -> None:
         raise EOFError
@@ -7195,7 +7182,10 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
     kernels, kv_dtype = chosen_kernels(checkpoint, settings)
     num_weights, kv_bytes = memory_needed(checkpoint, settings)
-    rope = config.rope["rope_type"]
+    rope, states = config.rope["rope_type"], ""
+    if config.state_bytes:
+        each = human_bytes(config.kv_bytes(2, kv_dtype) - config.kv_bytes(1, kv_dtype))
+        states = f", {each} each, and a state of {human_bytes(config.state_bytes)}"
     return [
         f"model         {settings.model}",
         f"path          {checkpoint.path}",
@@ -7210,7 +7200,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         f"vocabulary    {config.n_vocab} tokens",
         f"template      {template.origin}",
         f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "
-        f"the keys and values of {n_ctx} tokens",
+        f"the keys and values of {n_ctx} tokens{states}",
         f"kernels       {kernels}; keys and values in {kv_dtype}",
     ]
 

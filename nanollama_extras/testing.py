@@ -188,7 +188,7 @@ class ScriptEngine(Engine):
     def __init__(self) -> None:
         self.n_ctx, self.n_vocab, self.is_capped = 1 << 20, WordTokenizer.MAX_WORDS, False
         self.num_slots, self.stats, self.lock = 64, EngineStats(), threading.RLock()
-        self.scheduler = Scheduler(self.num_slots, 1)
+        self.scheduler = Scheduler(self.num_slots, 1, 0, lambda slot, num, length: num)
         self.cache = cast("Any", types.SimpleNamespace(nbytes=0))
         device = {"device": "none", "kernels": "script", "kv_dtype": "none"}
         self.decoder = cast("Any", types.SimpleNamespace(**device))

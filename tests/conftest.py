@@ -129,7 +129,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 )
             model = auto.from_config(config).eval()
             for part, parameter in model.named_parameters():  # large enough that every term matters
-                torch.nn.init.normal_(parameter, mean=float("norm" in part), std=0.2)
+                plus_one = name.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn" not in part
+                mean = float("norm" in part and not plus_one)  # of weights that 1 is added to
+                torch.nn.init.normal_(parameter, mean=mean, std=0.2)
             for part, buffer in model.named_buffers():
                 if part.endswith("bias"):  # of a router
                     torch.nn.init.normal_(buffer, std=0.2)

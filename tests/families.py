@@ -9,6 +9,16 @@ from oracle import KINDS, LLAMA3, YARN
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # no width of a matrix is that of another one
 ROUTED = {"num_experts_per_tok": 3, "moe_intermediate_size": 96, "intermediate_size": 160}
+SHARED_EXPERT = {**EXPERTS, "num_experts": 5, "shared_expert_intermediate_size": 96}
+DELTA_NET = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
@@ -137,6 +147,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
     "qwen3_vl_text": ("Qwen3VLText", {"head_dim": 16}),
     "qwen3_vl_moe_text": ("Qwen3VLMoeText", {**EXPERTS, "num_experts": 5, "head_dim": 16}),
+    "qwen3_5_text": ("Qwen3_5Text", DELTA_NET),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**DELTA_NET, **SHARED_EXPERT}),
+    "qwen3_next": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT}),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
         {
@@ -227,6 +240,9 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_heads": 2,
         },
     ),
+    "qwen3_next-dense": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT, "mlp_only_layers": [1]}),
+    "qwen3_5-equal-heads": ("Qwen3_5Text", {**DELTA_NET, "linear_num_value_heads": 2}),
+    "qwen3_5-odd-widths": ("Qwen3_5Text", {**DELTA_NET, "linear_key_head_dim": 12}),
     "stablelm-whole": ("StableLm", {"partial_rotary_factor": 1.0}),
     "smollm3-listed": ("SmolLM3", {"no_rope_layers": [0, 1]}),
     "starcoder2-unbiased": ("Starcoder2", {"use_bias": False}),

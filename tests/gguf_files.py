@@ -108,6 +108,9 @@ ARCH = {
     "granitemoe": "GRANITE_MOE",
     "granitemoehybrid": "GRANITE",  # without state space layers
     "hunyuan_v1_dense": "HUNYUAN_DENSE",
+    "qwen3_5_text": "QWEN35",
+    "qwen3_5_moe_text": "QWEN35MOE",
+    "qwen3_next": "QWEN3NEXT",
     "qwen3_vl_text": "QWEN3VL",
     "qwen3_vl_moe_text": "QWEN3VLMOE",
     "glm4_moe": "GLM4_MOE",
@@ -179,6 +182,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     if config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if "linear_num_key_heads" in config:
+        add_delta_net(writer, config)
     rope = config["rope_parameters"]
     rope = rope.get("full_attention", rope)
     add_rope(writer, rope, config)
@@ -198,6 +203,75 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         writer.add_add_eos_token(True)
     if "pooling_type" in config:
         writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
+
+
+def add_delta_net(writer: Any, config: dict[str, Any]) -> None:
+    """Qwen3NextModel.set_gguf_parameters"""
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    width = config["linear_value_head_dim"] * config["linear_num_value_heads"]
+    writer.add_ssm_inner_size(width)
+    arch = ARCH[config["model_type"]].lower()
+    recurrent = [kind == "linear_attention" for kind in config["layer_types"]]
+    writer.add_array(f"{arch}.attention.recurrent_layers", recurrent)
+    writer.add_uint32(f"{arch}.full_attention_interval", 4)
+    if "qwen3_5" in config["model_type"]:
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+
+
+def tiled(rows: Any, config: dict[str, Any], first: int = 0) -> Any:
+    """_reorder_v_heads of _LinearAttentionVReorderBase: from row `first` on, value heads in turns
+    of key heads"""
+    groups = config["linear_num_key_heads"], -1
+    per_key = config["linear_num_value_heads"] // groups[0]
+    moved = rows[first:].reshape(groups[0], per_key, -1, *rows.shape[1:]).swapaxes(0, 1)
+    return np.concatenate((rows[:first], moved.reshape(rows[first:].shape)))
+
+
+def delta_net_tensor(name: str, tensor: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A tensor of `linear_attn`, as modify_tensors of the same classes has it"""
+    layer, part = f"blk.{name.split('.')[2]}", name.split("linear_attn.")[1]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    if part == "A_log":
+        tensor = -np.exp(tensor)
+    if part == "conv1d.weight":
+        tensor = tensor.squeeze(1)
+    theirs = {
+        "in_proj_qkv.weight": "attn_qkv.weight",
+        "in_proj_z.weight": "attn_gate.weight",
+        "in_proj_a.weight": "ssm_alpha.weight",
+        "in_proj_b.weight": "ssm_beta.weight",
+        "in_proj_ba.weight": "ssm_ba.weight",
+        "conv1d.weight": "ssm_conv1d.weight",
+        "A_log": "ssm_a",
+        "dt_bias": "ssm_dt.bias",
+        "norm.weight": "ssm_norm.weight",
+        "out_proj.weight": "ssm_out.weight",
+    }
+    if part == "in_proj_qkvz.weight":
+        D, values = config["linear_key_head_dim"], config["linear_value_head_dim"]
+        group = config["linear_num_value_heads"] // config["linear_num_key_heads"] * values
+        rows = tensor.reshape(config["linear_num_key_heads"], -1, *tensor.shape[1:])
+        q, k, v, z = (
+            one.reshape(-1, *tensor.shape[1:])
+            for one in np.split(rows, [D, 2 * D, 2 * D + group], 1)
+        )
+        return {
+            f"{layer}.attn_qkv.weight": np.concatenate((q, k, v)),
+            f"{layer}.attn_gate.weight": z,
+        }
+    if "qwen3_5" in config["model_type"]:
+        if part in ("in_proj_z.weight", "in_proj_a.weight", "in_proj_b.weight", "A_log", "dt_bias"):
+            tensor = tiled(tensor, config)
+        elif part in ("in_proj_qkv.weight", "conv1d.weight"):
+            tensor = tiled(tensor, config, 2 * keys)
+        elif part == "out_proj.weight":
+            per_head = tensor.shape[1] // config["linear_num_value_heads"]
+            heads = tensor.reshape(len(tensor), -1, per_head)
+            tensor = np.stack([tiled(row, config) for row in heads]).reshape(tensor.shape)
+    return {f"{layer}.{theirs[part]}": tensor}
 
 
 def add_rope(writer: Any, rope: dict[str, Any], config: dict[str, Any]) -> None:
@@ -242,6 +316,8 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3][:-5])
             layer = expert[1].replace("model.layers", "blk")
             experts.setdefault(f"{layer}.ffn_{part}_exps.weight", {})[int(expert[2])] = tensor
+        elif "linear_attn." in name:
+            found |= delta_net_tensor(name, tensor, config)
         elif "shared_mlp.input_linear" in name:
             parts = zip(("gate", "up"), np.split(tensor, 2))
             layer = f"blk.{name.split('.')[2]}"
@@ -260,7 +336,7 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             if model_type in PERMUTED and ("q_proj" in stem or "k_proj" in stem):
                 heads = "num_attention_heads" if "q_proj" in stem else "num_key_value_heads"
                 tensor = permute(tensor, config[heads])
-            if model_type.startswith("gemma") and "norm" in name:
+            if model_type.startswith(("gemma", "qwen3_5", "qwen3_next")) and "norm" in name:
                 tensor = tensor + 1
             theirs = names.get_name(stem)
             assert theirs, stem
@@ -324,7 +400,7 @@ def convert(
         value = tensor.float().numpy()
         if value.ndim == 3 and model_type == "gpt_oss":
             value = value.swapaxes(1, 2)
-        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$", name)
+        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d", name)
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
         raw = encode(np.ascontiguousarray(value), its_kind, random)
         decoded = decode(raw, its_kind).copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,11 @@ def load(path: Path) -> Any:
     if "text_config" in json.loads((path / "config.json").read_text()):
         auto = transformers.AutoModelForMultimodalLM
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return auto.from_pretrained(path, **options).eval()
+    model = auto.from_pretrained(path, **options).eval()
+    its_module = sys.modules[type(model).__module__]
+    if rule := getattr(its_module, "torch_recurrent_gated_delta_rule", None):
+        its_module.torch_chunk_gated_delta_rule = rule  # type: ignore[attr-defined]  # is exacter
+    return model
 
 
 @torch.inference_mode()

@@ -47,10 +47,11 @@ def of(model_type: str = "llama", **values: Any) -> nanollama.ModelConfig:
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:
-    """Each layer's window as transformers' modelling code reads its config."""
+    """Each layer's window as transformers' modelling code reads its config; 0: without keys."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or None
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    by_kind = {"sliding_attention": window, "full_attention": None}
+    return tuple(by_kind.get(kind, 0) for kind in kinds)
 
 
 def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:

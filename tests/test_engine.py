@@ -528,7 +528,7 @@ class Simulation:
     """Drives a Scheduler as the engine does. A strip is the list of tokens written to it."""
 
     def __init__(self, num_slots: int, prefill_chunk: int) -> None:
-        self.scheduler = Scheduler(num_slots, prefill_chunk)
+        self.scheduler = Scheduler(num_slots, prefill_chunk, 0, lambda slot, num, length: num)
         self.strips: list[list[int]] = [[] for _ in range(num_slots)]
         self.finished: list[nanollama.Sequence] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -191,3 +192,30 @@ def test_of_an_error_the_first_line_is_shown(message: str, line: str) -> None:
 @pytest.mark.parametrize(("n", "multiple", "result"), [(0, 8, 0), (1, 8, 8), (8, 8, 8), (9, 8, 16)])
 def test_round_up(n: int, multiple: int, result: int) -> None:
     assert nanollama.round_up(n, multiple) == result
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="Linux tells what runs")
+def test_threads_do_not_spin_where_others_use_the_cores() -> None:
+    shown = "import nanollama, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environ = {name: value for name, value in os.environ.items() if name not in names}
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
+    try:
+        for added, expected in (({}, "0"), ({names[1]: "active"}, "None"), ({names[0]: "9"}, "9")):
+            command = [sys.executable, "-c", shown]
+            ran = subprocess.run(
+                command,
+                env=environ | added,
+                cwd=Path(nanollama.__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert ran.stdout.strip() == expected
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

@@ -263,8 +263,8 @@ def test_a_copied_prefix_continues_like_the_original(tiny_llm: LLM) -> None:
     cache, ids = new_cache(tiny_llm, 3), oracle.random_ids(30)
     forward(tiny_llm, cache, [(0, 0, ids), (2, 0, [7] * 40)])
     source = cache.strips[0].clone()
-    cache.start(0, 1, 18, 20)
-    cache.start(0, 2, 18, 20)  # over a slot that held something longer
+    cache.start(0, 1, 18, [*ids[:18], 4, 5])
+    cache.start(0, 2, 18, [*ids[:18], 4, 5])  # over a slot that held something longer
     for slot in (1, 2):
         rows = forward(tiny_llm, cache, [(slot, 18, [4, 5])])
         assert torch.equal(rows, tiny_llm.logits([*ids[:18], 4, 5])[18:])

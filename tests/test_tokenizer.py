@@ -517,7 +517,7 @@ def test_no_tokenizer_at_all_asks_for_one() -> None:
 
 def test_a_tokenizer_file_that_has_gone_is_named(tmp_path: Path) -> None:
     path = tmp_path / "here/tokenizer.json"
-    with pytest.raises(CheckpointError, match=r"here/tokenizer.json: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"here/tokenizer\.json: .*No such file"):
         Tokenizer(TextFiles("here", path))
 
 

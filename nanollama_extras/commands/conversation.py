@@ -1,9 +1,9 @@
 """Commands of `--interactive` beyond /help, /clear and /quit; messages of several lines; the
 history of lines; and the end of old turns when the context is full.
 
-Seam: the lines of TALK_HELP in nanollama.py. Each names a function here that takes the
-conversation and the text after the command. Repl also calls `open_history`, `whole` and
-`fit_context`. To remove it, delete this module and those rows.
+Seam: TALK_COMMANDS in nanollama.py. Each names a function here that takes the conversation and
+the text after the command; TALK_HELP here is the text of /help. Repl also calls `open_history`,
+`whole` and `fit_context`. To remove it, delete this module and those rows.
 """
 
 from __future__ import annotations
@@ -34,6 +34,21 @@ from nanollama import (
 if TYPE_CHECKING:
     from nanollama import LLM, Repl
 
+TALK_HELP = '''\
+  /clear              forget all messages but the system prompt
+  /help               print this list
+  /load FILE          continue a conversation written by /save
+  /prompt             print the text last sent to the model
+  /quit, /exit        leave; so does Ctrl-D
+  /retry              answer the last message again
+  /save FILE          write the conversation to a JSON file
+  /set NAME VALUE     change a sampling parameter, as in /set temperature 0.2
+  /show               print the model and the sampling parameters
+  /system [TEXT]      set or print the system prompt
+  /tokens             print the token ids last sent, with their text
+  /undo               remove the last message and its answer
+  """                 start and end a message of several lines
+  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer'''
 # the message that /retry answered last, and the number of its retries
 RETRIES: weakref.WeakKeyDictionary[Repl, tuple[Json, int]] = weakref.WeakKeyDictionary()
 

@@ -575,7 +575,7 @@ class CudaBackend(Backend):
 
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         """Raises RequestError if the first step cannot be recorded."""
-        looks_at_results = decoder.config.experts or not decoder.is_recordable
+        looks_at_results = decoder.config.experts or not getattr(decoder, "is_recordable", True)
         is_direct = getattr(torch, decoder.kv_dtype, None) == decoder.dtype
         if not compile or not is_direct or looks_at_results:
             return super().record(decoder, cache, compile)

@@ -1113,6 +1113,207 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
     free(c.partials);
 }
 
+/* ---- layers with a state ---- */
+
+/* `num_new` tokens of a sequence, rows `row`.. of the call; `state` has those of all layers */
+typedef struct {
+    float *state;
+    int64_t num_new, row;
+} state_span;
+
+#define MAX_TAPS 8
+#define CONV_BLOCK 64 /* channels of a piece */
+
+/* y[t] = sum of weight[j] x[t - taps + 1 + j] over taps j, for each channel of a sequence. The state
+ * has the last taps - 1 inputs, the oldest first. An input may be a product of two columns. */
+typedef struct {
+    const float *x, *times, *weight, *bias; /* (N, stride), the same; (taps, channels), (channels) */
+    const float *gate;                      /* (N, stride): multiplies y */
+    const state_span *spans;
+    float *out; /* (N, channels) */
+    int64_t stride, channels, taps, first, with_silu;
+} conv_job;
+
+static void conv_piece(const void *job, int64_t piece) {
+    const conv_job *j = job;
+    int64_t num_blocks = (j->channels + CONV_BLOCK - 1) / CONV_BLOCK, last = j->taps - 1;
+    const state_span *s = j->spans + piece / num_blocks;
+    int64_t start = piece % num_blocks * CONV_BLOCK, stop = MIN(j->channels, start + CONV_BLOCK);
+    for (int64_t c = start; c < stop; c += LANES) {
+        vec past[MAX_TAPS];
+        float *tail = s->state + j->first + c;
+        for (int64_t i = 0; i < last; i++) past[i] = load(tail + i * j->channels);
+        for (int64_t t = 0; t < s->num_new; t++) {
+            int64_t at = (s->row + t) * j->stride + c;
+            past[last] = load(j->x + at);
+            if (j->times) past[last] *= load(j->times + at);
+            vec y = j->bias ? load(j->bias + c) : (vec){0};
+            for (int64_t i = 0; i <= last; i++)
+                y = madd(load(j->weight + i * j->channels + c), past[i], y);
+            if (j->with_silu) y = y / (1.0f + exp_of(-y));
+            if (j->gate) y *= load(j->gate + at);
+            store(j->out + (s->row + t) * j->channels + c, y);
+            for (int64_t i = 0; i < last; i++) past[i] = past[i + 1];
+        }
+        for (int64_t i = 0; i < last; i++) store(tail + i * j->channels, past[i]);
+    }
+}
+
+static int64_t count_spans(const state_span *spans) {
+    int64_t num = 0;
+    while (spans[num].num_new) num++;
+    return num;
+}
+
+static void convolve(const conv_job *j, int64_t num_threads) {
+    int64_t num_blocks = (j->channels + CONV_BLOCK - 1) / CONV_BLOCK;
+    share_out(conv_piece, j, count_spans(j->spans) * num_blocks, num_threads);
+}
+
+typedef struct {
+    const float *x, *conv, *bias; /* (N, 3 C): B | C | x; (taps, C); (C) or NULL */
+    const state_span *spans;      /* the last one is followed by one without tokens */
+    float *out;                   /* (N, C) */
+    int64_t cols, taps, first;
+} short_conv_call;
+
+/* out = C conv(B x) */
+void short_conv(const void *call, int64_t n, int64_t num_threads) {
+    (void)n;
+    const short_conv_call *c = call;
+    conv_job j = {.x = c->x + 2 * c->cols, .times = c->x, .gate = c->x + c->cols, .out = c->out};
+    j.weight = c->conv, j.bias = c->bias, j.spans = c->spans, j.stride = 3 * c->cols;
+    j.channels = c->cols, j.taps = c->taps, j.first = c->first;
+    convolve(&j, num_threads);
+}
+
+/* A state: the convolution's, then for each value head a matrix S in blocks of 16 of its columns,
+ * (Hv, value width / 16, key width, 16), so that a block stays in the first cache. */
+typedef struct {
+    const float *x;              /* (N, width): q | k | v | z | b | a, of which q | k | v convolved */
+    const float *conv, *norm;    /* (taps, columns of q | k | v), (value width) */
+    const float *A, *dt_bias;    /* (Hv) each */
+    const state_span *spans;     /* the last one is followed by one without tokens */
+    float *out;                  /* (N, Hv value width) */
+    int64_t width, taps, k_heads, v_heads, k_dim, v_dim, first, is_tiled;
+    float eps;
+    float *mixed;   /* (N, columns of q | k | v), convolved; from here on set by `delta_net` */
+    float *factors; /* (N, 2 Hk + 2 Hv): of q, of k, exp(g), beta */
+    int64_t channels;
+} delta_net_call;
+
+INLINE int64_t row_of(const state_span *s, int64_t token) {
+    for (; token >= s->num_new; s++) token -= s->num_new;
+    return s->row + token;
+}
+
+/* A piece is a token: lengths of q and k become factors, a and b become exp(g) and beta */
+static void factor_piece(const void *job, int64_t piece) {
+    const delta_net_call *c = job;
+    int64_t row = row_of(c->spans, piece), Hk = c->k_heads, Hv = c->v_heads, D = c->k_dim;
+    const float *q = c->mixed + row * c->channels, *k = q + Hk * D;
+    const float *b = c->x + row * c->width + c->channels + Hv * c->v_dim, *a = b + Hv;
+    float *f = c->factors + row * 2 * (Hk + Hv);
+    for (int64_t h = 0; h < Hk; h++) {
+        f[h] = 1.0f / sqrtf(dot(q + h * D, q + h * D, D) + 1e-6f) / sqrtf(D);
+        f[Hk + h] = 1.0f / sqrtf(dot(k + h * D, k + h * D, D) + 1e-6f);
+    }
+    for (int64_t h = 0; h < Hv; h++) {
+        float y = a[h] + c->dt_bias[h], softplus = y > 20 ? y : log1pf(expf(y));
+        f[2 * Hk + h] = expf(c->A[h] * softplus);
+        f[2 * Hk + Hv + h] = 1.0f / (1.0f + expf(-b[h]));
+    }
+}
+
+/* A piece is a value head of a sequence: its tokens one after another, 16 columns of S at a time */
+static void recur_piece(const void *job, int64_t piece) {
+    const delta_net_call *c = job;
+    int64_t Hk = c->k_heads, Hv = c->v_heads, D = c->k_dim, E = c->v_dim;
+    const state_span *s = c->spans + piece / Hv;
+    int64_t h = piece % Hv, kh = c->is_tiled ? h % Hk : h / (Hv / Hk);
+    float *head = s->state + c->first + (c->taps - 1) * c->channels + h * D * E;
+    for (int64_t col = 0; col < E; col += 16)
+        for (int64_t t = 0; t < s->num_new; t++) {
+            const float *q = c->mixed + (s->row + t) * c->channels + kh * D, *k = q + Hk * D;
+            const float *v = c->mixed + (s->row + t) * c->channels + 2 * Hk * D + h * E + col;
+            const float *f = c->factors + (s->row + t) * 2 * (Hk + Hv);
+            float of_q = f[kh], of_k = f[Hk + kh], decay = f[2 * Hk + h], beta = f[2 * Hk + Hv + h];
+            float *S = head + col * D, *out = c->out + ((s->row + t) * Hv + h) * E + col;
+            vec sum[4][VECS] = {0}, change[VECS];
+            for (int64_t i = 0; i < D; i += 4)
+                for (int u = 0; u < 4; u++)
+                    for (int w = 0; w < VECS; w++)
+                        sum[u][w] = madd(splat(k[i + u]), load(S + 16 * (i + u) + w * LANES),
+                                         sum[u][w]);
+            for (int w = 0; w < VECS; w++) {
+                vec known = sum[0][w] + sum[1][w] + (sum[2][w] + sum[3][w]);
+                change[w] = (load(v + w * LANES) - known * (of_k * decay)) * (beta * of_k);
+            }
+            memset(sum, 0, sizeof sum);
+            for (int64_t i = 0; i < D; i += 4)
+                for (int u = 0; u < 4; u++)
+                    for (int w = 0; w < VECS; w++) {
+                        float *at = S + 16 * (i + u) + w * LANES;
+                        vec new = madd(splat(k[i + u]), change[w], load(at) * decay);
+                        store(at, new);
+                        sum[u][w] = madd(splat(q[i + u]), new, sum[u][w]);
+                    }
+            for (int w = 0; w < VECS; w++)
+                store(out + w * LANES, (sum[0][w] + sum[1][w] + (sum[2][w] + sum[3][w])) * of_q);
+        }
+}
+
+/* A piece is a token: out = norm(out) silu(z), each head by itself */
+static void gated_norm_piece(const void *job, int64_t piece) {
+    const delta_net_call *c = job;
+    int64_t row = row_of(c->spans, piece), E = c->v_dim;
+    const float *z = c->x + row * c->width + c->channels;
+    float *out = c->out + row * c->v_heads * E;
+    for (int64_t h = 0; h < c->v_heads; h++, out += E, z += E) {
+        float factor = rms_factor(out, E, c->eps);
+        for (int64_t i = 0; i < E; i += LANES) {
+            vec gate = load(z + i);
+            gate = gate / (1.0f + exp_of(-gate));
+            store(out + i, load(out + i) * factor * load(c->norm + i) * gate);
+        }
+    }
+}
+
+/* Gated delta nets (https://arxiv.org/abs/2412.06464), token by token, so that a text's results do
+ * not depend on how it is cut into calls */
+void delta_net(const void *call, int64_t n, int64_t num_threads) {
+    delta_net_call c = *(const delta_net_call *)call;
+    int64_t num_spans = count_spans(c.spans), num_tokens = 0;
+    for (int64_t i = 0; i < num_spans; i++) num_tokens += c.spans[i].num_new;
+    c.channels = 2 * c.k_heads * c.k_dim + c.v_heads * c.v_dim;
+    c.mixed = malloc(n * c.channels * sizeof(float));
+    c.factors = malloc(n * 2 * (c.k_heads + c.v_heads) * sizeof(float));
+    conv_job j = {.x = c.x, .weight = c.conv, .spans = c.spans, .out = c.mixed, .with_silu = 1};
+    j.stride = c.width, j.channels = c.channels, j.taps = c.taps, j.first = c.first;
+    convolve(&j, num_threads);
+    share_out(factor_piece, &c, num_tokens, num_threads);
+    share_out(recur_piece, &c, num_spans * c.v_heads, num_threads);
+    share_out(gated_norm_piece, &c, num_tokens, num_threads);
+    free(c.mixed), free(c.factors);
+}
+
+typedef struct {
+    const float *x, *gate; /* (n, cols) each */
+    float *out;
+    int64_t cols; /* a multiple of 16 */
+} sigmoid_gate_call;
+
+static void sigmoid_gate_piece(const void *job, int64_t token) {
+    const sigmoid_gate_call *c = job;
+    for (int64_t i = token * c->cols; i < (token + 1) * c->cols; i += LANES)
+        store(c->out + i, load(c->x + i) / (1.0f + exp_of(-load(c->gate + i))));
+}
+
+/* out = x sigmoid(gate) */
+void sigmoid_gate(const void *call, int64_t n, int64_t num_threads) {
+    share_out(sigmoid_gate_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
 /* ---- a step ---- */
 
 /* The number of rows is not in a kernel's structure, so that a step of the model can be recorded as

@@ -36,7 +36,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -362,14 +362,14 @@ class DecodeCalls:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         """Raises KernelError for a decoder that computes with other operators too."""
-        if not isinstance(cache, NativeKVCache):
+        if not hasattr(cache, "fill"):
             raise KernelError("attention is not a native kernel")
-        self.decoder, self.cache, self.parts = decoder, cache, decoder.parts
+        self.decoder, self.parts = decoder, decoder.parts
+        self.cache = cast("NativeKVCache", cache)
         self.num_rows = min(len(cache.strips), self.most_rows)
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
         batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
-        for in_ring in (False, True):
-            batch.memo["spans", in_ring] = (STRUCTURES["span"] * (self.num_rows + 1))()
+        self.cache.new_tables(batch, self.num_rows)
         self.calls = KernelCalls(
             lambda: decoder.lm_head(decoder.hidden(batch, cache), norm=decoder.norm).float()
         )
@@ -380,9 +380,8 @@ class DecodeCalls:
         _, positions, token_ids = zip(*rows)
         batch.token_ids.numpy()[:num_rows] = token_ids
         batch.positions.numpy()[:num_rows] = positions
-        batch.spans = spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
-        for in_ring in (False, True):
-            self.cache.fill_spans(batch.memo["spans", in_ring], spans, in_ring)
+        batch.spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
+        self.cache.fill(batch)
         for name, rotation in self.decoder.rotations(batch, self.cache).items():
             for old, new in zip(batch.rotations[name], rotation):
                 if old is not None and new is not None:
@@ -570,9 +569,9 @@ class NativeKVCache(KVCache):
         strips = self.rings if in_ring else self.strips
         spans = batch.memo.get(("spans", in_ring))
         if spans is None:
-            spans = (STRUCTURES["span"] * (len(batch.spans) + 1))()
-            self.fill_spans(spans, batch.spans, in_ring)
-            batch.memo["spans", in_ring] = spans
+            self.new_tables(batch, len(batch.spans))
+            self.fill(batch)
+            spans = batch.memo["spans", in_ring]
         config = self.config
         return run_kernel(
             "attention",
@@ -600,19 +599,26 @@ class NativeKVCache(KVCache):
             softcap=config.attn_softcap,
         )
 
-    def fill_spans(self, table: Any, spans: Iterable[Span], in_ring: bool) -> None:
-        """Write spans as the kernel reads them; after the last one follows one without tokens."""
-        strips, row = self.rings if in_ring else self.strips, -1
-        for row, span in enumerate(spans):
-            strip = strips[span.slot]
-            table[row] = STRUCTURES["span"](
-                strip=strip.data_ptr(),
-                num_blocks=strip.shape[3] // KV_BLOCK,
-                start=span.start,
-                num_new=span.num_new,
-                row=span.row,
-            )
-        table[row + 1] = STRUCTURES["span"]()
+    def new_tables(self, batch: Batch, num_spans: int) -> None:
+        """Put tables for `num_spans` spans into a batch, as the kernel reads them; the last span is
+        followed by one without tokens."""
+        for in_ring in (False, True):
+            batch.memo["spans", in_ring] = (STRUCTURES["span"] * (num_spans + 1))()
+
+    def fill(self, batch: Batch) -> None:
+        """Write a batch's spans into its tables."""
+        for in_ring, strips in ((False, self.strips), (True, self.rings)):
+            table = batch.memo["spans", in_ring]
+            for row, span in enumerate(batch.spans):
+                strip = strips[span.slot]
+                table[row] = STRUCTURES["span"](
+                    strip=strip.data_ptr(),
+                    num_blocks=strip.shape[3] // KV_BLOCK,
+                    start=span.start,
+                    num_new=span.num_new,
+                    row=span.row,
+                )
+            table[len(batch.spans)] = STRUCTURES["span"]()
 
 
 # ---- the backend ---------------------------------------------------------------------------------
@@ -621,6 +627,7 @@ class NativeKVCache(KVCache):
 class NativeBackend(Backend):
     """Packed weights, norms, attention and experts by kernels in C; the rest by torch."""
 
+    run_kernel = staticmethod(run_kernel)
     arrays = np  # torch would wake its threads, which then take a core from the kernels
     rounds_activations = True
 
@@ -696,6 +703,12 @@ class NativeBackend(Backend):
         if D % 16 or D > 512 or kv_dtype not in NativeKVCache.kinds:
             return super().new_cache(config, num_slots, kv_dtype, most_new)
         return NativeKVCache(config, num_slots, kv_dtype, self.device, most_new)
+
+    def state_table(self, spans: Iterable[Any]) -> Any:
+        """StateSpans of models.recurrent as kernels read them."""
+        kind = STRUCTURES["state_span"]
+        rows = [kind(state=s.state.data_ptr(), num_new=s.num_new, row=s.row) for s in spans]
+        return (kind * (len(rows) + 1))(*rows)
 
     def array(self, x: Tensor) -> Any:
         return x.numpy()

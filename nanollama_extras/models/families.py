@@ -2,6 +2,7 @@
 
 Adds       a row of FAMILIES for each further `model_type`. Their keys of config.json and GGUF that
            the core does not know become keys that it knows.
+           Those with states have their configs read by models.hybrid_config.
 Seam       `find_family` and `all_families` of the core look here for what their own rows lack.
            Imports models.routing, which reads the keys of routers.
 Remove     delete this file, or a row; a model of such a family then says that it needs it.
@@ -30,6 +31,7 @@ from nanollama import (
     positive,
 )
 from nanollama_extras.models import routing
+from nanollama_extras.models.hybrid_config import check_delta_net, delta_net_from_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -366,6 +368,16 @@ GEMMA2: Values = {**GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 
 GEMMA2 |= {"query_pre_attn_scalar": 256}
 PLUS_ONE = "models.families:norms_plus_one"
 GEGLU: Values = {"act": "geglu", "embed_root": True}
+DELTA_NET: Values = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+DELTA_NET |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+DELTA_NET |= {"linear_conv_kernel_dim": 4}
+QWEN_HYBRID: Values = {
+    "check": check_delta_net,
+    "from_gguf": delta_net_from_gguf,
+    "layout": "models.delta_net:hub_layout",
+    "gguf_layout": "models.delta_net:gguf_layout",
+    "decoder": "models.delta_net:DeltaNetDecoder",
+}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
@@ -547,6 +559,30 @@ FAMILIES: dict[str, Family] = {
         gguf="qwen3vlmoe",
         switches={"experts": True, "qk_norm": "head"},
         layout="models.qwen3_vl:split_experts",
+    ),
+    "qwen3_5_text": family(
+        keys(32768, n_kv_heads=4, head_dim=256, partial_rotary_factor=0.25, **DELTA_NET),
+        gguf="qwen35",
+        switches={"qk_norm": "head"},
+        **QWEN_HYBRID,
+    ),
+    "qwen3_5_moe_text": family(
+        keys(32768, n_kv_heads=2, head_dim=256, partial_rotary_factor=0.25, n_experts=256)
+        | keys(n_used=8, norm_topk_prob=True, moe_intermediate_size=512, intermediate_size=512)
+        | keys(shared_expert_intermediate_size=512, **DELTA_NET),
+        gguf="qwen35moe",
+        gguf_values={"norm_topk_prob": True},
+        switches={"qk_norm": "head", "experts": True},
+        **QWEN_HYBRID,
+    ),
+    "qwen3_next": family(
+        keys(32768, n_kv_heads=2, head_dim=256, partial_rotary_factor=0.25, n_experts=512)
+        | keys(n_used=10, norm_topk_prob=True, moe_intermediate_size=512, intermediate_size=5632)
+        | keys(shared_expert_intermediate_size=512, **DELTA_NET),
+        gguf="qwen3next",
+        gguf_values={"norm_topk_prob": True},
+        switches={"qk_norm": "head", "experts": True},
+        **QWEN_HYBRID,
     ),
     "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), gguf="arcee", permuted=True),
     "hunyuan_v1_dense": family(

@@ -103,7 +103,7 @@ class NanochatDecoder(Decoder):
         for rope in self.ropes:  # nanochat turns the other way
             rope.freqs = -rope.freqs
 
-    def new_cache(self, num_slots: int, most_new: int = 0) -> KVCache:
+    def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
         cache = super().new_cache(num_slots, most_new)
         return (
             cast("KVCache", SmearCache(cache, num_slots)) if self.smear_gate is not None else cache
@@ -142,9 +142,9 @@ class SmearCache:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
-    def start(self, source: int, target: int, num_tokens: int, *length: int) -> None:
+    def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
         """KVCache.start, with the token ids."""
-        self.cache.start(source, target, num_tokens, *length)
+        self.cache.start(source, target, num_tokens, token_ids)
         self.tokens[target] = self.tokens[source][:num_tokens]
 
     def previous_tokens(self, batch: Batch) -> Tensor:

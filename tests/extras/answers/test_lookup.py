@@ -323,7 +323,7 @@ def test_statistics_add_up_over_a_batch(looking: LLM) -> None:
 
 def decoding(num: int, lookup: int, max_length: int = 1000) -> Scheduler:
     """A scheduler whose `num` sequences all repeat themselves and decode."""
-    scheduler = Scheduler(num, 512, lookup)
+    scheduler = Scheduler(num, 512, lookup, lambda slot, num, length: num)
     for index in range(num):
         text = TextStream.__new__(TextStream)
         seq = Sequence(index, [1, 2, 3] * 9, SamplingParams(), text, max_length=max_length)

@@ -671,7 +671,7 @@ def test_a_strip_that_grows_or_is_copied_holds_the_same(code_path: str, kv_dtype
     attend = Attend((4, 2, 32), kv_dtype, [200, 200])
     attend.qkv[1] = attend.qkv[0]
     (whole,) = attend((0, 0, 200))
-    attend.cache.start(0, 1, 101, 102)
+    attend.cache.start(0, 1, 101, [0] * 102)
     attend.cache.reserve(1, 5000)
     assert torch.equal(attend((1, 101, 200))[0], whole[101:])
 

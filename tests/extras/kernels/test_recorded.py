@@ -43,6 +43,9 @@ COMPUTES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+RECORDED = [kind for kind in ALL if kind != "qwen3_5-odd-widths"]  # which no kernel takes
+
+
 def load(kind: str, tiny: oracle.Tiny, parallel: int = 3) -> LLM:
     name, overrides = ALL[kind]
     options = {"quantize": "q8", **OPTIONS.get(kind, {})}
@@ -66,7 +69,7 @@ def answers(llm: LLM) -> list[list[tuple[int, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", RECORDED)
 def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -> None:
     decoder = load(kind, tiny).engine.decoder
     caches = [decoder.new_cache(4, 16) for _ in range(2)]
@@ -74,13 +77,15 @@ def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -
         steps = DecodeCalls(decoder, caches[0])
         for cache in caches:
             for slot in range(3):
-                cache.reserve(slot, 80)
+                cache.reserve(slot, 120)
             work = [(slot, 0, [7, 8, 9][: slot + 1], 1) for slot in (2, 0, 1)]
             decoder(Batch(work, CPU, decoder.row_tile), cache)
-        for turn in range(70):  # around rings, and past the short context of longrope
+        lengths = [1, 2, 3]
+        for turn in range(110):  # around rings, and past the short context of longrope
             slots = [[2, 0, 1], [0, 1], [2], [1, 2]][turn % 4]
-            rows = [(slot, 1 + slot + turn, 30 + slot) for slot in slots]
-            for slot in slots:  # strips move when they grow
+            rows = [(slot, lengths[slot], 30 + slot) for slot in slots]
+            for slot in slots:
+                lengths[slot] += 1  # strips move when they grow
                 caches[0].strips[slot] = caches[0].strips[slot].clone()
             work = [(slot, at, [token], 1) for slot, at, token in rows]
             expected = decoder(Batch(work, CPU, decoder.row_tile), caches[1])
@@ -89,7 +94,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(kind: str, tiny: oracle.Tiny) -
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", RECORDED)
 def test_answers_are_the_same_without_recorded_steps(kind: str, tiny: oracle.Tiny) -> None:
     llm = load(kind, tiny)
     recorded = answers(llm)

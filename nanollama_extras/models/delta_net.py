@@ -1,0 +1,274 @@
+"""Qwen3.5's and Qwen3-Next's layers: the gated delta net, and attention with a gate.
+
+Adds       `GatedDeltaNet`, a layer with a state of a matrix for each head; `GatedAttention`;
+           `DeltaNetDecoder`, which has one or the other in each layer; their layouts of tensors.
+Seam       Family.layout, .gguf_layout and .decoder of these families. models.hybrid_config reads
+           their configs, models.recurrent keeps the states.
+Source     https://arxiv.org/abs/2412.06464 (gated delta networks), https://qwen.ai (models)
+           https://github.com/huggingface/transformers (src/transformers/models/qwen3_5)
+Remove     delete this file and the rows of these families.
+
+For each head, with a state S (key width, value width) and unit vectors q and k:
+
+    S = exp(g) S;   S = S + k (beta (v - S^T k))^T;   o = S^T q / sqrt(key width)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nanollama
+from nanollama import (
+    Attention,
+    Batch,
+    DecoderLayer,
+    KVCache,
+    ModelConfig,
+    Norm,
+    Rotation,
+    TensorSource,
+    Weights,
+)
+from nanollama_extras.models.hybrid_config import DeltaNetShape
+from nanollama_extras.models.recurrent import RecurrentDecoder, RecurrentMixer
+
+Tensors = Mapping[str, TensorSource]
+
+# ---- layouts of tensors --------------------------------------------------------------------------
+
+
+def changed(tensor: TensorSource, change: Any, shape: tuple[int, ...] = ()) -> TensorSource:
+    """The tensor after `change`, which keeps its shape unless another one is given."""
+    load = lambda *rows: change(cast("Tensor", tensor.load(*rows)).float())  # noqa: E731
+    return dataclasses.replace(tensor, load=load, shape=shape or tensor.shape)
+
+
+def split_gate(name: str, tensor: TensorSource, config: ModelConfig) -> dict[str, TensorSource]:
+    """q_proj, whose rows of a head are queries, then gates -> q_proj and gate_proj"""
+    D, stem = config.head_dim, name.rpartition(".q_proj.")
+    if tensor.shape[:1] != (2 * config.n_heads * D,):
+        return {name: tensor}
+    rows = torch.arange(tensor.shape[0]).view(-1, 2, D)
+    return {
+        f"{stem[0]}.{part}.{stem[2]}": tensor.part(rows[:, i].flatten())
+        for i, part in enumerate(("q_proj", "gate_proj"))
+    }
+
+
+def split_fused(name: str, tensor: TensorSource, shape: DeltaNetShape) -> dict[str, TensorSource]:
+    """in_proj_qkvz and in_proj_ba, whose rows follow key heads -> in_proj_qkv, _z, _b and _a"""
+    stem, _, part = name.removesuffix(".weight").rpartition("in_proj_")
+    group = shape.v_heads // shape.k_heads
+    sizes = {"q": shape.k_dim, "k": shape.k_dim, "v": group * shape.v_dim, "z": group * shape.v_dim}
+    sizes = sizes if part == "qkvz" else {"b": group, "a": group}
+    if part not in ("qkvz", "ba") or tensor.shape[0] != shape.k_heads * sum(sizes.values()):
+        return {name: tensor}
+    columns = torch.arange(tensor.shape[0]).view(shape.k_heads, -1).split([*sizes.values()], dim=1)
+    rows = {key: each.flatten() for key, each in zip(sizes, columns)}
+    if part == "qkvz":
+        rows = {"qkv": torch.cat([rows[key] for key in "qkv"]), "z": rows["z"]}
+    return {f"{stem}in_proj_{key}.weight": tensor.part(each) for key, each in rows.items()}
+
+
+def hub_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
+    """Tensors of safetensors files as `DeltaNetDecoder` wants them: A = -exp(A_log), norms with 1
+    added. Layers that predict several tokens ahead (mtp) are left out."""
+    named: dict[str, TensorSource] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(("mtp.", "model.mtp.")):
+            continue
+        if name.endswith(".A_log"):
+            named[name.removesuffix("_log")] = changed(tensor, lambda x: -x.exp())
+        elif name.endswith("norm.weight") and "linear_attn" not in name:
+            named[name] = changed(tensor, lambda x: x + 1)
+        else:
+            named[name] = tensor
+    return common_layout(named, config)
+
+
+# GGUF's name of a tensor -> the decoder's
+GGUF_NAMES = {
+    r"self_attn\.qkv_proj\.weight": "linear_attn.in_proj_qkv.weight",
+    r"attn_gate\.weight": "linear_attn.in_proj_z.weight",
+    r"ssm_alpha\.weight": "linear_attn.in_proj_a.weight",
+    r"ssm_beta\.weight": "linear_attn.in_proj_b.weight",
+    r"ssm_ba\.weight": "linear_attn.in_proj_ba.weight",
+    r"ssm_in\.weight": "linear_attn.in_proj_qkvz.weight",
+    r"ssm_conv1d\.weight": "linear_attn.conv1d.weight",
+    r"ssm_dt\.bias": "linear_attn.dt_bias",
+    r"ssm_a": "linear_attn.A",
+    r"ssm_norm\.weight": "linear_attn.norm.weight",
+    r"ssm_out\.weight": "linear_attn.out_proj.weight",
+}
+
+
+def gguf_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
+    """Tensors of GGUF files as `DeltaNetDecoder` wants them; see `hub_layout`."""
+    named: dict[str, TensorSource] = {}
+    for name, tensor in tensors.items():
+        place = re.fullmatch(r"(?:blk|model\.layers)\.(\d+)\.(.+)", name)
+        if place is None:
+            named[name] = tensor
+        elif int(place[1]) < config.n_layers:
+            ours = next((o for g, o in GGUF_NAMES.items() if re.fullmatch(g, place[2])), place[2])
+            named[f"model.layers.{place[1]}.{ours}"] = tensor
+    return common_layout(named, config)
+
+
+def common_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
+    """conv1d as (taps, channels); fused projections split."""
+    shape: DeltaNetShape = config.own["delta_net"]
+    named: dict[str, TensorSource] = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
+            named |= split_gate(name, tensor, config)
+        elif name.endswith("conv1d.weight"):
+            taps = (tensor.shape[-1], tensor.shape[0])
+            named[name] = changed(tensor, lambda x: x.flatten(1).T.contiguous(), taps)
+        elif "in_proj_" in name:
+            named |= split_fused(name, tensor, shape)
+        else:
+            named[name] = tensor
+    return named
+
+
+# ---- the layers ----------------------------------------------------------------------------------
+
+
+class GatedDeltaNet(RecurrentMixer):
+    """A gated delta net. Its state: the last inputs of the convolution, then S of each head."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        self.shape = s = cast("DeltaNetShape", config.own["delta_net"])
+        self.eps, self.num_floats = config.norm_eps, s.num_floats
+        rows = {"qkv": s.channels, "z": s.v_heads * s.v_dim, "b": s.v_heads, "a": s.v_heads}
+        named = {f"{prefix}.in_proj_{part}": num for part, num in rows.items()}
+        self.in_proj = weights.linear(named, config.n_embd)
+        self.out_proj = weights.linear({f"{prefix}.out_proj": config.n_embd}, rows["z"])
+        take = {"dtype": torch.float32}
+        self.conv = weights.take(f"{prefix}.conv1d.weight", s.taps, s.channels, **take)
+        self.A, self.dt_bias = (
+            weights.take(f"{prefix}.{name}", s.v_heads, **take) for name in ("A", "dt_bias")
+        )
+        self.norm = weights.take(f"{prefix}.norm.weight", s.v_dim, **take)
+        heads = torch.arange(s.v_heads, device=weights.device)
+        self.key_head = heads % s.k_heads if s.tiled else heads // (s.v_heads // s.k_heads)
+        fits = s.k_dim % 16 == s.v_dim % 16 == s.channels % 16 == 0 and s.taps <= 8
+        self.run_kernel = getattr(weights.backend, "run_kernel", None) if fits else None
+
+    def scan(self, x: Tensor, spans: Any, out: Tensor | None) -> Tensor:
+        s = self.shape
+        if self.run_kernel is None:
+            out = x.new_zeros(len(x), s.v_heads * s.v_dim) if out is None else out
+            for span in spans:
+                rows = slice(span.row, span.row + span.num_new)
+                out[rows] = self.scan_span(x[rows], self.part(span.state)).to(x.dtype)
+            return out
+        out = torch.empty(x.size(0), s.v_heads * s.v_dim) if out is None else out
+        return self.run_kernel(
+            "delta_net",
+            out,
+            x=x,
+            conv=self.conv,
+            norm=self.norm,
+            A=self.A,
+            dt_bias=self.dt_bias,
+            spans=ctypes.addressof(spans),
+            width=x.size(1),
+            taps=s.taps,
+            k_heads=s.k_heads,
+            v_heads=s.v_heads,
+            k_dim=s.k_dim,
+            v_dim=s.v_dim,
+            first=self.first,
+            is_tiled=s.tiled,
+            eps=self.eps,
+        )
+
+    def scan_span(self, x: Tensor, state: Tensor) -> Tensor:
+        """Rows (n, columns of in_proj) of one sequence, its state -> (n, Hv * value width)"""
+        s = self.shape
+        n, keys, last = len(x), s.k_heads * s.k_dim, (s.taps - 1) * s.channels
+        parts = [s.channels, s.v_heads * s.v_dim, s.v_heads, s.v_heads]
+        qkv, z, b, a = x.float().split(parts, dim=1)
+        tail, S = state[:last].view(-1, s.channels), state[last:].view(-1, s.k_dim, s.v_dim)
+        seen = torch.cat((tail, qkv))  # (taps - 1 + n, channels)
+        tail.copy_(seen[n:])
+        mixed = self.conv[0] * seen[:n]
+        for j in range(1, s.taps):
+            mixed += self.conv[j] * seen[j : j + n]
+        mixed = by_row(F.silu, mixed)
+        q, k, v = mixed.split([keys, keys, s.v_heads * s.v_dim], dim=1)
+        q, k = (unit(part.view(n, -1, s.k_dim))[:, self.key_head] for part in (q, k))
+        q, v = q * s.k_dim**-0.5, v.view(n, -1, s.v_dim)
+        decay = by_row(torch.exp, self.A * by_row(F.softplus, a + self.dt_bias))  # (n, Hv)
+        beta = by_row(torch.sigmoid, b)
+        o = torch.empty_like(v)
+        for t in range(n):
+            S *= decay[t, :, None, None]
+            known = (S * k[t, :, :, None]).sum(1)  # (Hv, value width)
+            S += k[t, :, :, None] * (beta[t, :, None] * (v[t] - known))[:, None]
+            o[t] = (S * q[t, :, :, None]).sum(1)
+        o = nanollama.rms_norm(o, self.norm, self.eps)
+        return o.flatten(1) * by_row(F.silu, z)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors (.., D) of length 1."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def by_row(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) of each row of x (n, columns), whatever n is: torch computes the last elements of
+    a tensor, which do not fill a vector, by other instructions."""
+    return function(F.pad(x, (0, -x.shape[1] % 32)))[:, : x.shape[1]]
+
+
+class GatedAttention(Attention):
+    """Attention whose output is multiplied with the sigmoid of a gate."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
+        super().__init__(config, weights, prefix, index)
+        rows = {f"{prefix}.gate_proj": config.n_heads * config.head_dim}
+        self.gate_proj = weights.linear(rows, config.n_embd, config.qkv_bias)
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        rotation: Rotation,
+        cache: KVCache,
+        batch: Batch,
+        residual: Tensor | None,
+    ) -> Tensor:
+        out = cache.attend(self, self.qkv_proj(x, norm=norm), rotation, batch)
+        gate = self.gate_proj(x, norm=norm)  # (N, H D)
+        run_kernel = getattr(self.backend, "run_kernel", None)
+        if run_kernel is None or out.size(1) % 16:
+            gated = out * by_row(torch.sigmoid, gate)
+        else:
+            empty = torch.empty(out.size(0), out.size(1))
+            gated = run_kernel("sigmoid_gate", empty, x=out, gate=gate, cols=out.size(1))
+        return self.o_proj(gated, residual=residual)
+
+
+class DeltaNetLayer(DecoderLayer):
+    @staticmethod
+    def mixer(  # type: ignore[override]
+        config: ModelConfig, weights: Weights, prefix: str, index: int
+    ) -> GatedAttention | GatedDeltaNet:
+        if config.windows[index] == 0:
+            return GatedDeltaNet(config, weights, prefix.replace("self_attn", "linear_attn"))
+        return GatedAttention(config, weights, prefix, index)
+
+
+class DeltaNetDecoder(RecurrentDecoder):
+    layer = DeltaNetLayer

@@ -1,0 +1,109 @@
+"""The configs of families some of whose layers keep a state instead of keys and values.
+
+Adds       what config.json and GGUF metadata say about such layers, as fields of ModelConfig. This
+           needs no torch, so that a list of models is quick.
+Seam       Family.check and Family.from_gguf.
+Remove     delete this file and the rows of these families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+from nanollama import CheckpointError, ConfigValues, check_value
+
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeltaNetShape:
+    """Heads and widths of gated delta nets."""
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int  # tokens that the convolution sees
+    tiled: bool  # value head i has key head i % k_heads, not i // (v_heads / k_heads)
+
+    @property
+    def channels(self) -> int:
+        """Columns of q | k | v."""
+        return 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+
+    @property
+    def num_floats(self) -> int:
+        """Of a state: the inputs of the convolution's earlier taps, and a matrix for each head."""
+        return (self.taps - 1) * self.channels + self.v_heads * self.k_dim * self.v_dim
+
+
+def layer_kinds(values: ConfigValues) -> list[str]:
+    """The type of each layer, which older files give by `full_attention_interval`."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    every = values.count("full_attention_interval", 4)
+    kinds = values.get("layer_types")
+    if kinds is None:
+        kinds = [
+            "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
+        ]
+    known = ("linear_attention", "full_attention")
+    is_valid = isinstance(kinds, list) and [k in known for k in kinds] == [True] * n_layers
+    check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {known}")
+    return cast("list[str]", kinds)
+
+
+def check_delta_net(values: ConfigValues) -> Values:
+    """Fields of ModelConfig for layers that are gated delta nets. Raises CheckpointError."""
+    kinds = layer_kinds(values)
+    values.pop("layer_types", None)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if isinstance(rope, Mapping):  # positions in three dimensions are those of text in one
+        values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
+        values.pop("rope_scaling", None)
+    shape = DeltaNetShape(
+        k_heads=values.count("linear_num_key_heads", most=2**16),
+        v_heads=values.count("linear_num_value_heads", most=2**16),
+        k_dim=values.count("linear_key_head_dim", most=2**16),
+        v_dim=values.count("linear_value_head_dim", most=2**16),
+        taps=values.count("linear_conv_kernel_dim", most=2**8),
+        tiled=bool(values.get("linear_heads_are_tiled")),
+    )
+    if shape.v_heads % shape.k_heads:
+        heads = f"linear_num_value_heads {shape.v_heads}"
+        raise CheckpointError(f"{heads} is no multiple of {shape.k_heads} key heads")
+    num_states = kinds.count("linear_attention")
+    windows = tuple(0 if kind == "linear_attention" else None for kind in kinds)
+    return {
+        "windows": windows,
+        "state_bytes": 4 * num_states * shape.num_floats,
+        "own": {"delta_net": shape},
+    }
+
+
+def delta_net_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Adds the heads of delta nets and the types of layers; leaves out layers that predict several
+    tokens ahead."""
+    keys = {
+        "linear_num_key_heads": "group_count",
+        "linear_num_value_heads": "time_step_rank",
+        "linear_key_head_dim": "state_size",
+        "linear_conv_kernel_dim": "conv_kernel",
+    }
+    values.update({theirs: own.get(f"ssm.{ours}") for theirs, ours in keys.items()})
+    inner, heads = own.get("ssm.inner_size"), values["linear_num_value_heads"]
+    if isinstance(inner, int) and isinstance(heads, int) and heads > 0:
+        values["linear_value_head_dim"] = inner // heads
+    ahead = own.get("nextn_predict_layers", 0)
+    values["num_hidden_layers"] -= ahead if isinstance(ahead, int) else 0
+    recurrent = own.get("attention.recurrent_layers")
+    if isinstance(recurrent, list):
+        kinds = ["linear_attention" if each else "full_attention" for each in recurrent]
+        values["layer_types"] = kinds[: max(values["num_hidden_layers"], 0)]
+    if "full_attention_interval" in own:
+        values["full_attention_interval"] = own["full_attention_interval"]
+    kv_heads = values["num_key_value_heads"]
+    if isinstance(kv_heads, list):  # 0 in layers without keys
+        values["num_key_value_heads"] = max(kv_heads, default=0)
+    values["linear_heads_are_tiled"] = values["model_type"].startswith("qwen3_5")

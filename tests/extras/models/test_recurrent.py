@@ -1,0 +1,165 @@
+"""Layers with states: requests in any company, prefixes, guesses, memory."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+from families import ROWS
+from oracle import Tiny
+
+from nanollama import LLM, GenerationRequest, SamplingParams
+from nanollama_extras.models import recurrent
+
+FAMILIES = ["qwen3_5_text"]
+OPTIONS: list[dict[str, Any]] = [
+    {"kernels": "torch"},
+    {"kernels": "native"},
+    {"kernels": "native", "quantize": "q8"},
+    {"kernels": "native", "quantize": "q8", "lookup": 4},
+]
+
+
+def long_context(tiny: Tiny, variant: str) -> Path:
+    name, overrides = ROWS[variant]
+    return tiny(name, **overrides, max_position_embeddings=4096)
+
+
+@pytest.fixture(params=FAMILIES)
+def path(request: pytest.FixtureRequest, tiny: Tiny) -> Path:
+    return long_context(tiny, request.param)
+
+
+def greedy(ids: list[int], num: int = 8) -> GenerationRequest:
+    params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=num, ignore_eos=True)
+    return GenerationRequest(prompt=ids, params=params)
+
+
+def answer(llm: LLM, ids: list[int], num: int = 8) -> tuple[int, list[int]]:
+    """The number of cached tokens, and the answer."""
+    done = llm.complete(greedy(ids, num))
+    return done.usage.cached_tokens, done.token_ids
+
+
+def test_decode_steps_are_recorded(path: Path) -> None:
+    assert LLM(path, kernels="native", quantize="q8").engine.decode_steps is not None
+
+
+def test_states_take_the_memory_that_is_foretold(path: Path) -> None:
+    llm = LLM(path, parallel=2, state_mb=0)
+    llm.complete(greedy([5, 6, 7]))
+    cache: Any = llm.engine.cache
+    assert llm.config.state_bytes == 4 * cache.num_floats
+    assert cache.nbytes == llm.config.kv_bytes(
+        cache.strips[0].shape[3] or cache.tile, cache.kv_dtype
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_requests_that_come_and_go_get_the_answers_that_each_gets_alone(
+    path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recurrent, "SAVE_EVERY", 32)
+    rng = random.Random(1)
+    llm = LLM(path, parallel=3, prefill_chunk=24, **options)
+    alone = LLM(path, parallel=1, prefill_chunk=512, state_mb=0, **{**options, "lookup": 0})
+    texts = [[rng.randrange(2, 40) for _ in range(50)] for _ in range(3)]
+    known: dict[tuple[int, ...], list[int]] = {}
+    running: list[Any] = []
+    num_checked = num_cached = 0
+    for _ in range(2000 if "lookup" in options else 300):
+        if rng.random() < 0.15:
+            base = rng.choice(texts)
+            prompt = base[: rng.randrange(1, len(base))] + [rng.randrange(2, 320)] * rng.randrange(
+                3
+            )
+            running.append((prompt, llm.start(greedy(prompt, rng.randrange(1, 20)))))
+        if running and rng.random() < 0.03:
+            llm.engine.cancel(running.pop(rng.randrange(len(running)))[1])
+        if llm.engine.has_work:
+            llm.engine.step()
+        for item in [item for item in running if item[1].finish_reason]:
+            running.remove(item)
+            prompt, seq = item
+            key = tuple(prompt)
+            if key not in known:
+                alone.engine.forget()
+                known[key] = answer(alone, prompt, 20)[1]
+            given = seq.token_ids[len(prompt) :]
+            assert given == known[key][: len(given)]
+            num_checked, num_cached = num_checked + 1, num_cached + seq.num_cached
+            if rng.random() < 0.5:  # the next turn
+                texts[rng.randrange(3)] = [*seq.token_ids, 3, 9, 4][-200:]
+    assert num_checked > 30
+    assert num_cached > 200
+
+
+def test_a_next_turn_an_edit_and_a_retry_resume_near_the_end(path: Path) -> None:
+    llm = LLM(path, parallel=1, kernels="native", quantize="q8")
+    end, turns = 1, [oracle.random_ids(40, seed=i) for i in range(4)]  # </s> ends a turn
+    turns = [[token if token > 3 else 4 for token in turn] for turn in turns]
+    system, first = [*turns[0], end], [*turns[1], end]
+    prompt = [*system, *first, 2, 7]  # as if an answer were to follow
+    cached, text = answer(llm, prompt)
+    assert cached == 0
+    assert answer(llm, [*prompt, *text[:-1], end, 7, 8])[0] == len(prompt) + 7  # the next turn
+    assert answer(llm, prompt)[0] == len(system) + len(first)  # again
+    thoughts_dropped = [*system, *first, 2, 9, 9, *turns[2], end, 2, 7]
+    assert answer(llm, thoughts_dropped)[0] == len(system) + len(first)
+    edited = [*system, *turns[3], end, 2, 7]
+    assert answer(llm, edited)[0] == len(system)
+    other = LLM(path, parallel=1, kernels="native", quantize="q8")
+    for ids in (prompt, thoughts_dropped, edited):
+        other.engine.forget()
+        assert answer(llm, ids)[1] == answer(other, ids)[1]
+
+
+def test_samples_of_one_prompt_share_its_prefill(path: Path) -> None:
+    llm = LLM(path, parallel=3, prefill_chunk=32)
+    ids = oracle.random_ids(100)
+    deltas = list(llm.stream(greedy(ids) for _ in range(3)))
+    cached = [d.usage.cached_tokens for d in deltas if d.usage]
+    assert cached[0] == 0
+    assert min(cached[1:]) >= 96  # all but the last piece
+    answers = [[d.token_id for d in deltas if d.index == i] for i in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_long_text_is_saved_every_so_many_tokens(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recurrent, "SAVE_EVERY", 64)
+    llm = LLM(path, parallel=1, quantize="q8")
+    ids = oracle.random_ids(300, seed=3)
+    _, text = answer(llm, ids, 100)
+    assert answer(llm, [*ids[:200], 5])[0] == 192
+    assert answer(llm, ids, 100)[1] == text
+    assert answer(llm, [*ids, *text[:90], 5])[0] == 384
+
+
+def test_saved_states_stay_within_their_budget(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrent, "SAVE_EVERY", 4)
+    llm = LLM(path, parallel=2, state_mb=1)
+    cache: Any = llm.engine.cache
+    for seed in range(6):
+        answer(llm, oracle.random_ids(150, seed=seed))
+        assert len(cache.saved_ages()) * 4 * cache.num_floats <= 1 << 20
+    assert len(cache.saved_ages()) > 5
+    none = LLM(path, parallel=1, state_mb=0)
+    ids = oracle.random_ids(50)
+    text = answer(none, ids)[1]
+    assert answer(none, ids) == (0, text)
+    assert answer(none, [*ids, *text[:-1], 5])[0] == 57  # the state of the answer's end is there
+
+
+def test_guesses_leave_no_trace(path: Path) -> None:
+    plain = LLM(path, parallel=1, quantize="q8")
+    looking = LLM(path, parallel=1, quantize="q8", lookup=6)
+    few = SamplingParams(seed=3, max_tokens=90, logit_bias={5: 60.0, 6: 60.0, 7: 60.0})
+    request = GenerationRequest(prompt=oracle.random_ids(30), params=few)
+    done = looking.complete(request)
+    assert done.token_ids == plain.complete(request).token_ids
+    assert 0 < done.usage.accepted_tokens < done.usage.drafted_tokens  # some right, some wrong
