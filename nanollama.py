@@ -916,6 +916,9 @@ class SamplingParams:
     max_tokens: int | None = option(  # None: up to the end of the context
         200, "--max-tokens -m N: tokens in an answer", (0, 2**31), optional=True, also="num_predict"
     )
+    thinking_budget: int | None = option(
+        None, "--thinking-budget N: end a thought after N tokens", (0, 2**31), kind=int
+    )
     ignore_eos: bool = option(False)
     logprobs: int | None = option(None, limits=(0, 20), kind=int, on_wire=False)  # alternatives
     prompt_logprobs: bool = option(False, on_wire=False)  # logprobs of the prompt's tokens, too
@@ -5021,11 +5024,15 @@ class TextSide:
         self, request: GenerationRequest, ids: list[int], calls: Calls | None
     ) -> Constraint | None:
         """The constraint of the answer to a prompt; None for any text. Raises RequestError."""
-        if request.params.answer_field is None and calls is None:
-            return None
-        tags = self.template.thoughts if request.is_new_turn else None
-        tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
-        return self.grammars.constraint(request.params, tail, tags, calls)
+        form, params = None, request.params
+        if params.answer_field or calls:
+            tags = self.template.thoughts if request.is_new_turn else None
+            tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
+            form = self.grammars.constraint(params, tail, tags, calls)
+        if params.thinking_budget is not None:
+            extra("answers.budgets", "a limit on thoughts")
+        limited: Any = preferred("answers.budgets", "limited", lambda form, *_: form)
+        return limited(form, request, self, ids)
 
     def calls(self, request: GenerationRequest) -> Calls | None:
         """The functions that an answer may call; None for none. Raises RequestError."""
@@ -5102,18 +5109,6 @@ class LLM(TextSide):
         with torch.inference_mode():
             decoder = new_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
-
-    def prepare(self, request: GenerationRequest) -> Prepared:
-        """As TextSide.prepare; a text whose beginning fills the context twice is refused unread."""
-        n_ctx = self.engine.n_ctx
-        text = request.prompt if isinstance(request.prompt, str) else ""
-        if request.messages is not None:
-            text = "".join(str(m.get("content")) for m in request.messages)
-        start = text[: 16 * n_ctx]
-        if start != text and len(self.encode(start)) > 2 * n_ctx:
-            message = f"the prompt has over {2 * n_ctx} tokens, the context {n_ctx}; shorten it"
-            raise ContextLengthError(message, "prompt")
-        return super().prepare(request)
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Logits (T, V) float32 after each of T ids. Raises RequestError."""
@@ -6034,7 +6029,8 @@ class Pool:
         assert worker.llm is not None
         try:
             # in a third thread, so that a long text delays neither the engine nor other clients
-            job.prepared = await asyncio.to_thread(worker.llm.prepare_all, requests)
+            prepare = preferred("api.limits", "prepare_all", LLM.prepare_all)
+            job.prepared = await asyncio.to_thread(prepare, worker.llm, requests)
             worker.inbox.put(job.start)
             if isinstance(started := await job.events.get(), NanollamaError):
                 raise started

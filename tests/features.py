@@ -292,6 +292,10 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "Ollama's tags": (OLLAMA_API, request("GET", "/api/tags")),
     "the web chat": ({"api.page"}, request("GET", "/")),
     "metrics": ({"api.metrics"}, request("GET", "/metrics")),
+    "a limit on thoughts": (
+        {"answers.budgets"},
+        answer(messages=USER, params={"thinking_budget": 4}),
+    ),
     "best of": ({"api.best_of"}, request("POST", "/v1/completions", {**TEXT, "best_of": 2})),
     "tokenize": ({"api.inspect"}, request("POST", "/tokenize", {"prompt": "hello"})),
     "a test server": ({"testing"}, run_test_server),

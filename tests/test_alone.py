@@ -285,6 +285,7 @@ NEEDS = (
 )
 ON_MODEL = "--model smollm2 --prompt x"
 COMMANDS = {  # module of nanollama_extras -> command lines that need it
+    "answers.budgets": (f"{ON_MODEL} --thinking-budget 4",),
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
     "answers.toolbox": (f"{ON_MODEL} --chat --tools features.py",),

@@ -85,6 +85,7 @@ PLACES = (
     (r"^stop\b", "stop_sequences"),
     (r"^response_format(\.json_schema)?", "output_config.format.schema"),
     (r"^reasoning_effort", "output_config.effort"),
+    (r"^thinking_budget", "thinking.budget_tokens"),
 )
 
 
@@ -186,6 +187,9 @@ def read_thinking(given: Fields) -> Json:
         check_type("output_config.effort", effort, "string")
         if kind != "disabled":
             body["reasoning_effort"] = effort
+    if kind == "enabled" and "budget_tokens" in thinking:
+        check_type("thinking.budget_tokens", thinking["budget_tokens"], "integer")
+        body["thinking_budget"] = thinking["budget_tokens"]
     if kind in ("enabled", "disabled"):
         body["chat_template_kwargs"] = {"enable_thinking": kind == "enabled"}
     form = output.get("format") or given.get("output_format")

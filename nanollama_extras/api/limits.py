@@ -5,7 +5,7 @@ room now 503. A connection whose next request does not come within --idle-timeou
 
 Seam       `nanollama.serve` asks for `CONNECTIONS`, which names `Connection`; `create_app`
            for `layer`, `Bodies`, between the gate, which checks the key, and the handlers;
-           `Handlers.body` for `read_json`.
+           `Handlers.body` for `read_json`; `Pool.start` for `prepare_all`.
 Remove     delete this file; the size of a body is then limited, and the rest is not.
 """
 
@@ -15,17 +15,17 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanollama import RequestError, WireError, human_bytes, parse_json, refuse
+from nanollama import ContextLengthError, RequestError, WireError, human_bytes, parse_json, refuse
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from nanollama import ServerConfig
+    from nanollama import LLM, GenerationRequest, Prepared, ServerConfig
 
 MAX_CONNECTIONS = 1000  # or three quarters of the files that this process may open
 # Bytes a second: a body may take --idle-timeout and its size over this rate, and no pause in it
@@ -39,6 +39,7 @@ MAX_VALUES = 200_000
 # Entries of a field, of which each costs time in every step, or in the template
 MAX_ENTRIES = {"stop": 64, "logit_bias": 1024, "tools": 512}
 MAX_OBJECTS = 10_000  # messages, items, .. in a field
+CHARS_READ = 16  # of a prompt, for each token of the context, before it is encoded as a whole
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -218,6 +219,21 @@ def check_entries(fields: Any) -> None:
         most = MAX_ENTRIES.get(name, MAX_OBJECTS if has_objects else MAX_VALUES)
         if isinstance(value, (list, dict)) and len(value) > most:
             refuse(f"{name} has {len(value)} entries; at most {most} fit", name)
+
+
+def prepare_all(llm: LLM, requests: Iterable[GenerationRequest]) -> list[Prepared]:
+    """As `LLM.prepare_all`; refuses a text whose beginning fills the context twice before it reads
+    the rest. Raises ContextLengthError."""
+    requests, n_ctx = list(requests), llm.engine.n_ctx
+    for request in {id(one.messages or one.prompt): one for one in requests}.values():
+        text = request.prompt if isinstance(request.prompt, str) else ""
+        if request.messages is not None:
+            text = "".join(str(m.get("content")) for m in request.messages)
+        start = text[: CHARS_READ * n_ctx]
+        if start != text and (num_tokens := len(llm.encode(start))) > 2 * n_ctx:
+            problem = f"the prompt has over {num_tokens} tokens and the context holds {n_ctx}"
+            raise ContextLengthError(f"{problem}; shorten it", "prompt")
+    return llm.prepare_all(requests)
 
 
 layer = Bodies
