@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -59,6 +60,7 @@ from nanollama_extras.kernels.native import (
     NativeLinear,
     NativeProjection,
 )
+from nanollama_extras.models.apertus import xielu
 from nanollama_extras.models.layers import LayerNorm
 
 try:
@@ -71,6 +73,7 @@ CPU = torch.device("cpu")
 TORCH = Backend(CPU, torch.float32, "torch")
 NATIVE = NativeBackend(CPU, torch.float32, "native")
 QK_NORMS = ("head", "full", "after_rope")
+ACTS["xielu 0.9 0.6 0.5 -1e-06"] = functools.partial(xielu, 0.9, 0.6, 0.5, -1e-6)
 
 # ---- code paths ----------------------------------------------------------------------------------
 
@@ -857,8 +860,6 @@ def test_python_threads_that_share_weights_get_the_same_bits() -> None:
 FORK = """
 import ctypes, os, signal, sys
 from nanollama_extras.kernels import native
-
-ACTS["xielu 0.9 0.6 0.5 -1e-06"] = functools.partial(xielu, 0.9, 0.6, 0.5, -1e-6)
 kernels, data = native.load_kernels(), bytes([1, 0, 0, 0]) * 2**18
 def read(num_threads): return kernels.read_all(data, len(data), num_threads)
 expected, total = [1, 1, 2, 4, 4], 2**18
