@@ -1426,10 +1426,10 @@ def attention_bias(
     num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
     num_keys = min(num_keys, ring or num_keys)
     places = last - (last - torch.arange(num_keys)) % num_keys  # the position that each key has
-    behind = torch.arange(start, start + num_new).unsqueeze(1) - places
-    hidden = (behind < 0) | (places < 0)
+    row = torch.arange(start, start + num_new).unsqueeze(1)
+    hidden = (row < places) | (places < 0)
     if window is not None:
-        hidden |= behind >= window
+        hidden |= row - places >= getattr(window, "reach", lambda _: window)(row)
     bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
@@ -2092,14 +2092,14 @@ class MoE:
 
     def __call__(self, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
         """The weighted sum of each token's experts + residual, (N, C) all"""
-        return self.backend.experts(self, x if norm is None else norm(x), residual)
+        return self.backend.experts(self, norm(x) if norm else x, residual)
 
     def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """By torch's operations"""
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            # torch's product or sigmoid of one column depends on the number of rows. Hence a sum,
-            # and the softmax of s and 0, which is the sigmoid of s.
+            # torch's product or sigmoid of one column depends on the number of rows: not so a sum,
+            # and a softmax of s and 0
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
         tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))

@@ -84,6 +84,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
+    "llama4_text": (
+        "Llama4Text",
+        {
+            "num_local_experts": 4,
+            "intermediate_size": 96,
+            "intermediate_size_mlp": 160,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "attention_chunk_size": 24,
+            "floor_scale": 16,
+            "rope_parameters": LLAMA3,
+        },
+    ),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 20}),
     "gemma": ("Gemma", {"head_dim": 32}),
@@ -208,6 +222,19 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-normed": (
         "Glm4Moe",
         {**ROUTED, "n_routed_experts": 6, "use_qk_norm": True, "norm_topk_prob": False},
+    ),
+    "llama4_text-plain": (
+        "Llama4Text",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 96,
+            "head_dim": 16,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_chunk_size": None,
+            "no_rope_layers": [1, 0],
+        },
     ),
     "phimoe-longrope": (  # transformers takes short_factor for long texts, too
         "Phimoe",

@@ -115,6 +115,7 @@ ARCH = {
     "qwen3_vl_moe_text": "QWEN3VLMOE",
     "glm4_moe": "GLM4_MOE",
     "minimax_m2": "MINIMAXM2",
+    "llama4_text": "LLAMA4",
     "ernie4_5_moe": "ERNIE4_5_MOE",
 }
 PERMUTED = (
@@ -155,6 +156,7 @@ WRITTEN = {
     "moe_num_shared_experts": "expert_shared_count",
     "moe_layer_start_index": "leading_dense_block_count",
     "moe_layer_interval": "interleave_moe_layer_step",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
 WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
@@ -172,6 +174,9 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
     if model_type == "minimax_m2":
         config = {**config, "moe_intermediate_size": config["intermediate_size"]}
+    if model_type == "llama4_text":
+        widths = {"moe_intermediate_size": config["intermediate_size"]}
+        config = {**config, **widths, "intermediate_size": config["intermediate_size_mlp"]}
     if model_type == "ernie4_5_moe":  # as Ernie4_5MoeModel computes it
         width = config["intermediate_size"] // config["num_key_value_heads"]
         writer.add_expert_shared_feed_forward_length(width)
@@ -398,7 +403,7 @@ def convert(
             continue
         name = name.replace("model.language_model.", "model.")
         value = tensor.float().numpy()
-        if value.ndim == 3 and model_type == "gpt_oss":
+        if value.ndim == 3 and model_type in ("gpt_oss", "llama4_text"):
             value = value.swapaxes(1, 2)
         routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d", name)
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32

@@ -51,6 +51,7 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or None
     by_kind = {"sliding_attention": window, "full_attention": None}
+    by_kind["chunked_attention"] = getattr(config, "attention_chunk_size", None)
     return tuple(by_kind.get(kind, 0) for kind in kinds)
 
 
@@ -74,7 +75,7 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         assert experts.count == getattr(theirs, "num_experts", None) or theirs.num_local_experts
         assert experts.num_used == theirs.num_experts_per_tok
         assert experts.n_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
-        is_plain = not hasattr(theirs, "input_jitter_noise")  # as in Phi-MoE
+        is_plain = not {"input_jitter_noise", "moe_layers"} & {*vars(theirs)}
         assert experts.renormalized == getattr(theirs, "norm_topk_prob", is_plain)
         shared = getattr(theirs, "shared_expert_intermediate_size", 0)
         names = ("first_k_dense_replace", "moe_layer_start_index")
@@ -82,7 +83,8 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
         router = ours.own.get("routing", Routing())
         names = ("n_shared_experts", "moe_num_shared_experts")
-        assert router.n_ff_shared == sum(getattr(theirs, n, 0) for n in names) * experts.n_ff
+        num_shared = sum(getattr(theirs, name, 0) for name in names) + hasattr(theirs, "moe_layers")
+        assert router.n_ff_shared == num_shared * experts.n_ff
         assert router.factor == getattr(theirs, "routed_scaling_factor", 1)
         assert router.num_groups == getattr(theirs, "n_group", 1)
         assert router.groups_used == getattr(theirs, "topk_group", 1)

@@ -310,7 +310,8 @@ def part_kernel(
     address = tl.multiple_of(tl.load(addresses + r), 16)
     keys = address.to(tl.pointer_type(q.dtype.element_ty))
     keys += (layer * Hkv + kv) * capacity * D
-    first = tl.maximum(position + 1 - window, 0)
+    size = tl.maximum(-window, 1)  # of a chunk
+    first = tl.where(window > 0, tl.maximum(position + 1 - window, 0), position // size * size)
     for part in range(tl.program_id(2), PARTS, num_programs):
         largest = tl.full((HEADS, 1), -1e30, tl.float32)
         weight = tl.zeros((HEADS, 1), tl.float32)
@@ -399,7 +400,8 @@ def strip_attention(
     stats = q.new_empty((num_rows, H, STRIP_PARTS, 2), dtype=torch.float32)
     num_programs = max(1, min(STRIP_PARTS, STRIP_PROGRAMS // (num_rows * Hkv)))
     heads = max(triton.next_power_of_2(H // Hkv), 16)
-    place = layer, n_layers, window or 2**31 - 1, ring, num_programs
+    window = getattr(window, "signed", window) or 2**31 - 1
+    place = layer, n_layers, window, ring, num_programs
     arguments = sums, stats, q.contiguous(), *table, *place, scale or D**-0.5, softcap or 1.0
     constants = {"H": H, "CAPPED": softcap > 0, "HEADS": heads, "PARTS": STRIP_PARTS, **shape}
     stages = 2 if D * q.itemsize <= 256 else 1

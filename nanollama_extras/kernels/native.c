@@ -702,13 +702,14 @@ static void choose_experts(const experts_call *c, float *weights, const float *x
     for (int64_t e = 1; e < E; e++) most = MAX(most, weights[e]);
     for (int64_t e = 0; e < E; e++) {
         float score = weights[e];
+        ranks[e] = score;
         if (c->scoring == SOFTMAX) weights[e] = expf(score - most);
         if (c->scoring == SIGMOID) weights[e] = 1 / (1 + expf(-score));
         sum += weights[e], used[e] = 0;
     }
     float total = c->scoring == SOFTMAX ? sum : 1;
-    for (int64_t e = 0; e < E; e++)
-        ranks[e] = c->correction ? weights[e] / total + c->correction[e] : weights[e];
+    for (int64_t e = 0; e < E && (c->correction || c->num_groups > 1); e++)
+        ranks[e] = weights[e] / total + (c->correction ? c->correction[e] : 0);
     if (c->num_groups > 1) choose_groups(c, ranks, sums);
     for (int64_t i = 0, best; i < c->num_used && (best = largest_at(ranks, E)) >= 0; i++) {
         used[best] = weights[best];
@@ -1009,7 +1010,8 @@ static task find_task(const attention_call *c, int64_t index) {
     t.num_rows = MIN(ROWS, t.s->num_new * heads - t.first_row);
     for (int r = 0; r < ROWS; r++) {
         t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
-        t.from[r] = c->window ? MAX(0, t.end - c->window) : 0;
+        t.from[r] = c->window > 0 ? MAX(0, t.end - c->window) : 0;
+        if (c->window < 0) t.from[r] = (t.end - 1) / -c->window * -c->window; /* a chunk's first */
         t.to[r] = t.end;
     }
     t.first_chunk = t.from[0] / CHUNK;

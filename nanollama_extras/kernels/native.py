@@ -590,7 +590,7 @@ class NativeKVCache(KVCache):
             n_heads=config.n_heads,
             n_kv_heads=config.n_kv_heads,
             head_dim=config.head_dim,
-            window=config.windows[attn.index] or 0,
+            window=getattr(config.windows[attn.index], "signed", config.windows[attn.index]) or 0,
             ring=self.ring // KV_BLOCK if in_ring else 2**62,
             kind=NUMBERS[self.kv_dtype.upper()],
             block_bytes=KV_BLOCK * strips[0].shape[4],

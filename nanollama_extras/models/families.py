@@ -76,6 +76,7 @@ GGUF_KEYS = {
 nanollama.GGUF_TENSORS["exp_probs_b"] = "mlp.gate.e_score_correction"
 
 
+CHUNKED = "chunked_attention"
 XIELU = ("alpha_p", "alpha_n", "beta", "eps")  # numbers of Apertus's activation
 
 
@@ -216,6 +217,45 @@ def check_phimoe(values: ConfigValues) -> Values:
     return routed(values, scoring="sparsemixer", jitter=jitter)
 
 
+class Chunk(int):
+    """A window of attention that begins anew at its multiples; a negative one for kernels."""
+
+    @property
+    def signed(self) -> int:
+        return -self
+
+    def reach(self, positions: Tensor) -> Tensor:
+        """How many keys a query at each of the positions sees"""
+        return positions % self + 1
+
+
+def check_llama4(values: ConfigValues) -> Values:
+    """Adds the router, whose weights scale the experts' input, and chunks as windows; every n-th
+    layer has neither RoPE nor chunks."""
+    n_layers, width = values.count("num_hidden_layers", most=2**16), "moe_intermediate_size"
+    values[width] = values.count("intermediate_size")
+    values["intermediate_size"] = values.count("intermediate_size_mlp")
+    values["n_shared_experts"] = 1
+    step, listed = values.count("interleave_moe_layer_step"), values.get("moe_layers")
+    sparse = listed if isinstance(listed, list) else range(step - 1, n_layers, step)
+    values["mlp_only_layers"] = [i for i in range(n_layers) if i not in sparse]
+    list_ropes(values)
+    kinds = values.pop("layer_types", None)
+    if kinds is None:
+        kinds = [CHUNKED if turns else LAYER_TYPES[0] for turns in values["no_rope_layers"]]
+    is_valid = isinstance(kinds, list) and {*map(str, kinds)} <= {CHUNKED, LAYER_TYPES[0]}
+    check_value(is_valid, "layer_types", kinds, f"a list of {CHUNKED} or {LAYER_TYPES[0]}")
+    size = values.count("attention_chunk_size") if CHUNKED in kinds else 0
+    values.pop("sliding_window", None)
+    own = {"use_qk_norm": bool(values.get("use_qk_norm")), "attn_scale": 0.0}
+    if values.get("attn_temperature_tuning"):
+        own |= {name: values.number(name) for name in ("attn_scale", "floor_scale")}
+    router = routed(values, scoring="sigmoid", scales_input=True)
+    windows = tuple(Chunk(size) if kind == CHUNKED else None for kind in kinds)
+    check_value(len(windows) == n_layers, "layer_types", kinds, f"a list of {n_layers}")
+    return {"own": {**own, **router["own"]}, "windows": windows}
+
+
 def check_apertus(values: ConfigValues) -> Values:
     """Adds the numbers of each layer's activation, which are metadata in a GGUF file."""
     act = values.pop("hidden_act", "xielu")
@@ -321,6 +361,17 @@ def ernie_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         "moe_layer_interval": "interleave_moe_layer_step",
     }
     values |= {theirs: own[ours] for theirs, ours in renamed.items() if ours in own}
+
+
+def llama4_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Renames widths, and adds what llama.cpp knows of the models without reading it."""
+    values["intermediate_size_mlp"] = values["intermediate_size"]
+    values["intermediate_size"] = values.get("moe_intermediate_size")
+    values["interleave_moe_layer_step"] = own.get("interleave_moe_layer_step")
+    values["use_qk_norm"] = own.get("expert_count") != 128
+    if own.get("attention.sliding_window") == 0:
+        n_layers = values["num_hidden_layers"]
+        values |= {"no_rope_layers": [1] * n_layers, "layer_types": LAYER_TYPES[:1] * n_layers}
 
 
 def apertus_from_gguf(own: Mapping[str, Any], values: Values) -> None:
@@ -547,6 +598,20 @@ FAMILIES: dict[str, Family] = {
         from_gguf=apertus_from_gguf,
         decoder="models.apertus:XieluDecoder",
         gguf="apertus",
+    ),
+    "llama4_text": family(
+        keys(131072, n_kv_heads=8, head_dim=128, eps=1e-5, theta=5e5, n_experts=16, n_used=1)
+        | keys(no_rope_layer_interval=4, attention_chunk_size=8192, interleave_moe_layer_step=1)
+        | keys(attn_temperature_tuning=True, attn_scale=0.1, floor_scale=8192, use_qk_norm=True)
+        | keys(intermediate_size_mlp=16384),
+        check=check_llama4,
+        interleaved=True,
+        switches={"experts": True},
+        names={r"feed_forward\.": "mlp.", r"mlp\.router\.": "mlp.gate."},
+        layout="models.qwen3_vl:split_experts",
+        from_gguf=llama4_from_gguf,
+        decoder="models.llama4:Llama4Decoder",
+        gguf="llama4",
     ),
     "qwen3_vl_text": family(
         keys(128000, n_kv_heads=32, head_dim=128, theta=5e5),

@@ -76,7 +76,8 @@ class RoutedMoE(MoE):
         if routing.scoring == "sparsemixer":
             return mix_sparsely(scores, num_used, routing.jitter)
         weights = sigmoid(scores) if routing.scoring == "sigmoid" else scores.softmax(dim=-1)
-        ranks = weights if self.correction is None else weights + self.correction
+        ranks = scores if routing.num_groups == 1 else weights  # sigmoids may be equal
+        ranks = ranks if self.correction is None else weights + self.correction
         if routing.num_groups > 1:
             ranks = best_groups(ranks, routing)
         chosen = ranks.topk(num_used, dim=-1)[1]

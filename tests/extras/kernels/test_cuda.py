@@ -45,6 +45,7 @@ from nanollama_extras.kernels.cuda import (
     triton_rms_norm,
     triton_rotate,
 )
+from nanollama_extras.models.families import Chunk
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -173,7 +174,7 @@ def strip_rows(rows: list[int], positions: list[int], strips: list[Tensor]) -> S
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "Hkv", "D"), [(4, 2, 16), (9, 3, 64), (3, 1, 96), (2, 2, 8)])
-@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize("window", [None, 1, 7, 100, Chunk(7), Chunk(100)])
 def test_one_call_attends_to_many_strips(
     H: int, Hkv: int, D: int, window: int | None, dtype: torch.dtype
 ) -> None:

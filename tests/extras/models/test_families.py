@@ -314,7 +314,7 @@ def test_a_row_is_the_same_in_any_company_and_however_its_prompt_is_cut(
 
 # ---- windows -------------------------------------------------------------------------------------
 
-WINDOWED = ["mistral", "gemma2", "gemma3_text", "olmo3", "gpt_oss", "cohere2"]
+WINDOWED = ["mistral", "gemma2", "gemma3_text", "olmo3", "gpt_oss", "cohere2", "llama4_text"]
 
 
 @pytest.fixture(params=["torch", "native"])
@@ -470,6 +470,10 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5}),
     "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": None}),
     "phi3-longrope": MORE["phi3-longrope"],
+    "llama4_text": (
+        "Llama4Text",
+        {**ROWS["llama4_text"][1], "attention_chunk_size": 8192, "floor_scale": 8192},
+    ),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
     "phimoe-longrope": (
         "Phimoe",
