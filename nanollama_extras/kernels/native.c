@@ -1192,16 +1192,16 @@ void short_conv(const void *call, int64_t n, int64_t num_threads) {
 /* A state: the convolution's, then for each value head a matrix S in blocks of 16 of its columns,
  * (Hv, value width / 16, key width, 16), so that a block stays in the first cache. */
 typedef struct {
-    const float *x;              /* (N, width): q | k | v | z | b | a, of which q | k | v convolved */
+    const float *x, *ba;         /* (N, width): q | k | v | z, of which q | k | v convolved; b | a */
     const float *conv, *norm;    /* (taps, columns of q | k | v), (value width) */
     const float *A, *dt_bias;    /* (Hv) each */
     const state_span *spans;     /* the last one is followed by one without tokens */
     float *out;                  /* (N, Hv value width) */
-    int64_t width, taps, k_heads, v_heads, k_dim, v_dim, first, is_tiled;
+    int64_t taps, k_heads, v_heads, k_dim, v_dim, first, is_tiled;
     float eps;
     float *mixed;   /* (N, columns of q | k | v), convolved; from here on set by `delta_net` */
     float *factors; /* (N, 2 Hk + 2 Hv): of q, of k, exp(g), beta */
-    int64_t channels;
+    int64_t channels, width;
 } delta_net_call;
 
 INLINE int64_t row_of(const state_span *s, int64_t token) {
@@ -1214,7 +1214,7 @@ static void factor_piece(const void *job, int64_t piece) {
     const delta_net_call *c = job;
     int64_t row = row_of(c->spans, piece), Hk = c->k_heads, Hv = c->v_heads, D = c->k_dim;
     const float *q = c->mixed + row * c->channels, *k = q + Hk * D;
-    const float *b = c->x + row * c->width + c->channels + Hv * c->v_dim, *a = b + Hv;
+    const float *b = c->ba + row * 2 * Hv, *a = b + Hv;
     float *f = c->factors + row * 2 * (Hk + Hv);
     for (int64_t h = 0; h < Hk; h++) {
         f[h] = 1.0f / sqrtf(dot(q + h * D, q + h * D, D) + 1e-6f) / sqrtf(D);
@@ -1288,6 +1288,7 @@ void delta_net(const void *call, int64_t n, int64_t num_threads) {
     int64_t num_spans = count_spans(c.spans), num_tokens = 0;
     for (int64_t i = 0; i < num_spans; i++) num_tokens += c.spans[i].num_new;
     c.channels = 2 * c.k_heads * c.k_dim + c.v_heads * c.v_dim;
+    c.width = c.channels + c.v_heads * c.v_dim;
     c.mixed = malloc(n * c.channels * sizeof(float));
     c.factors = malloc(n * 2 * (c.k_heads + c.v_heads) * sizeof(float));
     conv_job j = {.x = c.x, .weight = c.conv, .spans = c.spans, .out = c.mixed, .with_silu = 1};
@@ -1297,6 +1298,23 @@ void delta_net(const void *call, int64_t n, int64_t num_threads) {
     share_out(recur_piece, &c, num_spans * c.v_heads, num_threads);
     share_out(gated_norm_piece, &c, num_tokens, num_threads);
     free(c.mixed), free(c.factors);
+}
+
+typedef struct {
+    const float *x, *weight; /* (n, cols), (rows, cols) */
+    float *out;              /* (n, rows) */
+    int64_t cols, rows;      /* cols: a multiple of 16 */
+} few_rows_call;
+
+static void few_rows_piece(const void *job, int64_t token) {
+    const few_rows_call *c = job;
+    for (int64_t i = 0; i < c->rows; i++)
+        c->out[token * c->rows + i] = dot(c->x + token * c->cols, c->weight + i * c->cols, c->cols);
+}
+
+/* out = x weight^T, for a float matrix of few rows */
+void few_rows(const void *call, int64_t n, int64_t num_threads) {
+    share_out(few_rows_piece, call, n, num_threads);
 }
 
 typedef struct {

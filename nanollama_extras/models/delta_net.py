@@ -38,7 +38,7 @@ from nanollama import (
     Weights,
 )
 from nanollama_extras.models.hybrid_config import DeltaNetShape
-from nanollama_extras.models.recurrent import RecurrentDecoder, RecurrentMixer
+from nanollama_extras.models.recurrent import Inputs, RecurrentDecoder, RecurrentMixer
 
 Tensors = Mapping[str, TensorSource]
 
@@ -149,10 +149,13 @@ class GatedDeltaNet(RecurrentMixer):
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         self.shape = s = cast("DeltaNetShape", config.own["delta_net"])
         self.eps, self.num_floats = config.norm_eps, s.num_floats
-        rows = {"qkv": s.channels, "z": s.v_heads * s.v_dim, "b": s.v_heads, "a": s.v_heads}
+        rows = {"qkv": s.channels, "z": s.v_heads * s.v_dim}
         named = {f"{prefix}.in_proj_{part}": num for part, num in rows.items()}
         self.in_proj = weights.linear(named, config.n_embd)
         self.out_proj = weights.linear({f"{prefix}.out_proj": config.n_embd}, rows["z"])
+        # a few rows, of which llama.cpp keeps some as floats, too
+        names = [f"{prefix}.in_proj_{part}.weight" for part in "ba"]
+        self.ba = torch.cat([weights.take(name, s.v_heads, config.n_embd) for name in names])
         take = {"dtype": torch.float32}
         self.conv = weights.take(f"{prefix}.conv1d.weight", s.taps, s.channels, **take)
         self.A, self.dt_bias = (
@@ -162,27 +165,41 @@ class GatedDeltaNet(RecurrentMixer):
         heads = torch.arange(s.v_heads, device=weights.device)
         self.key_head = heads % s.k_heads if s.tiled else heads // (s.v_heads // s.k_heads)
         fits = s.k_dim % 16 == s.v_dim % 16 == s.channels % 16 == 0 and s.taps <= 8
+        fits = fits and config.n_embd % 16 == 0
         self.run_kernel = getattr(weights.backend, "run_kernel", None) if fits else None
 
-    def scan(self, x: Tensor, spans: Any, out: Tensor | None) -> Tensor:
-        s = self.shape
+    def inputs(self, x: Tensor, norm: Norm | None) -> Inputs:
+        """qkv | z (N, columns) and b | a (N, 2 Hv)"""
+        mixed = self.in_proj(x, norm=norm)
+        x = x if norm is None else norm(x)
+        if self.run_kernel is None:
+            tiled = F.pad(x, (0, 0, 0, -len(x) % nanollama.ROW_TILE))
+            return mixed, F.linear(tiled, self.ba)[: len(x)]
+        empty = torch.empty(x.size(0), self.ba.size(0))
+        out = self.run_kernel(
+            "few_rows", empty, x=x, weight=self.ba, cols=x.size(1), rows=self.ba.size(0)
+        )
+        return mixed, out
+
+    def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
+        s, (x, ba) = self.shape, inputs
         if self.run_kernel is None:
             out = x.new_zeros(len(x), s.v_heads * s.v_dim) if out is None else out
             for span in spans:
                 rows = slice(span.row, span.row + span.num_new)
-                out[rows] = self.scan_span(x[rows], self.part(span.state)).to(x.dtype)
+                out[rows] = self.scan_span(x[rows], ba[rows], self.part(span.state)).to(x.dtype)
             return out
         out = torch.empty(x.size(0), s.v_heads * s.v_dim) if out is None else out
         return self.run_kernel(
             "delta_net",
             out,
             x=x,
+            ba=ba,
             conv=self.conv,
             norm=self.norm,
             A=self.A,
             dt_bias=self.dt_bias,
             spans=ctypes.addressof(spans),
-            width=x.size(1),
             taps=s.taps,
             k_heads=s.k_heads,
             v_heads=s.v_heads,
@@ -193,12 +210,12 @@ class GatedDeltaNet(RecurrentMixer):
             eps=self.eps,
         )
 
-    def scan_span(self, x: Tensor, state: Tensor) -> Tensor:
-        """Rows (n, columns of in_proj) of one sequence, its state -> (n, Hv * value width)"""
+    def scan_span(self, x: Tensor, ba: Tensor, state: Tensor) -> Tensor:
+        """Rows (n, ..) of a sequence's inputs, and its state -> (n, Hv * value width)"""
         s = self.shape
         n, keys, last = len(x), s.k_heads * s.k_dim, (s.taps - 1) * s.channels
-        parts = [s.channels, s.v_heads * s.v_dim, s.v_heads, s.v_heads]
-        qkv, z, b, a = x.float().split(parts, dim=1)
+        qkv, z = x.float().split([s.channels, s.v_heads * s.v_dim], dim=1)
+        b, a = ba.float().chunk(2, dim=1)
         tail, S = state[:last].view(-1, s.channels), state[last:].view(-1, s.k_dim, s.v_dim)
         seen = torch.cat((tail, qkv))  # (taps - 1 + n, channels)
         tail.copy_(seen[n:])

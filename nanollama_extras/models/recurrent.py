@@ -57,18 +57,24 @@ class Round(NamedTuple):
     copies: list[tuple[Tensor, Tensor]]
 
 
-class RecurrentMixer:
-    """A layer with a state. `in_proj` and `out_proj` surround what `scan` does."""
+Inputs = tuple[Tensor, ...]  # of a layer's state, (N, ..) each
 
-    in_proj: Any
+
+class RecurrentMixer:
+    """A layer with a state: `inputs`, then `scan` takes them through the state, then `out_proj`."""
+
     out_proj: Any
     num_floats: int  # of its state
     run_kernel: Callable[..., Tensor] | None  # the backend's, if it has kernels for these sizes
     first = 0  # place of its state among those of all layers
 
-    def scan(self, x: Tensor, spans: Any, out: Tensor | None) -> Tensor:
-        """Take the rows of `spans` of x (N, columns of in_proj) into the states -> their rows of
-        `out` (N, columns of out_proj), which is made if it is None."""
+    def inputs(self, x: Tensor, norm: Norm | None) -> Inputs:
+        """x (N, C) -> what `scan` takes"""
+        raise NotImplementedError
+
+    def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
+        """Take the rows of `spans` of the inputs into the states -> their rows of `out` (N, columns
+        of out_proj), which is made if it is None."""
         raise NotImplementedError
 
     def part(self, state: Tensor) -> Tensor:
@@ -84,8 +90,7 @@ class RecurrentMixer:
         batch: Batch,
         residual: Tensor | None,
     ) -> Tensor:
-        mixed = self.in_proj(x, norm=norm)
-        out = cast("RecurrentCache", cache).run(self, mixed, batch)
+        out = cast("RecurrentCache", cache).run(self, self.inputs(x, norm), batch)
         return cast("Tensor", self.out_proj(out, residual=residual))
 
 
@@ -110,8 +115,8 @@ class RecurrentCache:
         self.most_saved = (state_mb << 20) // (4 * self.num_floats)
         self.states: list[Tensor | None] = [None] * num_slots
         self.lengths = [0] * num_slots  # tokens in each state
-        # inputs of guesses after these tokens, of each layer (rows, columns)
-        self.guesses: list[dict[RecurrentMixer, Tensor]] = [{} for _ in range(num_slots)]
+        # each layer's inputs of guesses after these tokens
+        self.guesses: list[dict[RecurrentMixer, Inputs]] = [{} for _ in range(num_slots)]
         self.points: list[set[int]] = [set() for _ in range(num_slots)]  # to save the state at
         self.saved: list[dict[int, Saved]] = [{} for _ in range(num_slots)]  # by length
         self.ages = itertools.count()
@@ -138,7 +143,7 @@ class RecurrentCache:
         return self.cache.resumable(slot, longest, length)
 
     def num_guesses(self, slot: int) -> int:
-        return next((len(rows) for rows in self.guesses[slot].values()), 0)
+        return next((len(inputs[0]) for inputs in self.guesses[slot].values()), 0)
 
     def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
         """As KVCache.start, from a saved state or the one that `source` has."""
@@ -191,10 +196,9 @@ class RecurrentCache:
         assert 0 <= num_right <= self.num_guesses(slot), "a state cannot be cut"
         if num_right:
             spans = self.table([StateSpan(state, num_right, 0)])
-            for mixer, rows in self.guesses[slot].items():
-                mixer.scan(rows[:num_right].contiguous(), spans, None)
-            for mixer, rows in self.guesses[slot].items():
-                self.guesses[slot][mixer] = rows[num_right:]
+            for mixer, inputs in self.guesses[slot].items():
+                mixer.scan(tuple(x[:num_right] for x in inputs), spans, None)
+                self.guesses[slot][mixer] = tuple(x[num_right:] for x in inputs)
             self.lengths[slot] = length
 
     def begin(self, spans: Iterable[Span]) -> None:
@@ -241,21 +245,21 @@ class RecurrentCache:
         self.lengths[slot] = end
         return found
 
-    def run(self, mixer: RecurrentMixer, x: Tensor, batch: Batch) -> Tensor:
-        """Take x (N, columns) of a batch through a layer's states -> the layer's `scan` of it"""
+    def run(self, mixer: RecurrentMixer, inputs: Inputs, batch: Batch) -> Tensor:
+        """Take a batch's inputs through a layer's states -> the layer's `scan` of them"""
         if "states" in batch.memo:  # a recorded step
-            return mixer.scan(x, batch.memo["states"], None)
+            return mixer.scan(inputs, batch.memo["states"], None)
         out = None
         for spans, copies in self.rounds(batch):
-            out = mixer.scan(x, spans, out)
+            out = mixer.scan(inputs, spans, out)
             for state, copy in copies:
                 mixer.part(copy).copy_(mixer.part(state))
         for span in batch.spans:
             stop = span.start + span.num_new
             if self.lengths[span.slot] < stop:
                 first = span.row + self.lengths[span.slot] - span.start
-                rows = x[first : span.row + span.num_new]
-                self.guesses[span.slot][mixer] = rows.clone()
+                rows = slice(first, span.row + span.num_new)
+                self.guesses[span.slot][mixer] = tuple(x[rows].clone() for x in inputs)
         assert out is not None
         return out
 
