@@ -19,6 +19,11 @@ DELTA_NET = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }
+SHORT_CONV = {
+    "num_hidden_layers": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_multiple_of": 32,
+}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
@@ -164,6 +169,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", DELTA_NET),
     "qwen3_5_moe_text": ("Qwen3_5MoeText", {**DELTA_NET, **SHARED_EXPERT}),
     "qwen3_next": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT}),
+    "lfm2": ("Lfm2", SHORT_CONV),
+    "lfm2_moe": ("Lfm2Moe", {**SHORT_CONV, **EXPERTS, "num_experts": 5, "num_dense_layers": 1}),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
         {
@@ -267,6 +274,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_heads": 2,
         },
     ),
+    "lfm2-biased": ("Lfm2", {**SHORT_CONV, "conv_bias": True, "block_auto_adjust_ff_dim": False}),
     "qwen3_next-dense": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT, "mlp_only_layers": [1]}),
     "qwen3_5-equal-heads": ("Qwen3_5Text", {**DELTA_NET, "linear_num_value_heads": 2}),
     "qwen3_5-odd-widths": ("Qwen3_5Text", {**DELTA_NET, "linear_key_head_dim": 12}),

@@ -106,6 +106,7 @@ ARCH = {
     "gemma3_text": "GEMMA3",
     "olmo3": "OLMO2",
     "granitemoe": "GRANITE_MOE",
+    "lfm2_moe": "LFM2MOE",
     "granitemoehybrid": "GRANITE",  # without state space layers
     "hunyuan_v1_dense": "HUNYUAN_DENSE",
     "qwen3_5_text": "QWEN35",
@@ -130,6 +131,9 @@ WRITTEN = {
     "num_attention_heads": "head_count",
     "num_key_value_heads": "head_count_kv",
     "rms_norm_eps": "layer_norm_rms_eps",
+    "norm_eps": "layer_norm_rms_eps",
+    "conv_L_cache": "shortconv_l_cache",
+    "num_dense_layers": "leading_dense_block_count",
     "layer_norm_eps": "layer_norm_eps",
     "norm_epsilon": "layer_norm_eps",
     "sliding_window": "sliding_window",
@@ -172,6 +176,13 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         num_blocks = config["num_hidden_layers"] + num_predicted
         config = {**config, "num_hidden_layers": num_blocks}
         writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if model_type.startswith("lfm2"):
+        heads = [config["num_key_value_heads"] * (k != "conv") for k in config["layer_types"]]
+        config = {**config, "num_key_value_heads": heads}
+        if config.get("block_auto_adjust_ff_dim"):
+            multiple = config["block_multiple_of"]
+            width = int(2 * config["intermediate_size"] / 3)
+            config["intermediate_size"] = -(-width // multiple) * multiple
     if model_type == "minimax_m2":
         config = {**config, "moe_intermediate_size": config["intermediate_size"]}
     if model_type == "llama4_text":
@@ -335,6 +346,10 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             if "e_score_correction_bias" in name:
                 name = name.replace("e_score_correction_bias", "e_score_correction.bias")
                 tensor = tensor.squeeze()
+            if name.endswith("feed_forward.expert_bias"):
+                name += ".bias"
+            if name.endswith("conv.conv.weight"):
+                tensor = tensor.squeeze(1)
             stem, suffix = name.rsplit(".", 1)
             if stem.endswith(".self_attn") and suffix == "sinks":
                 stem, suffix = f"{stem}.sinks", "weight"
@@ -405,7 +420,7 @@ def convert(
         value = tensor.float().numpy()
         if value.ndim == 3 and model_type in ("gpt_oss", "llama4_text"):
             value = value.swapaxes(1, 2)
-        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d", name)
+        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv", name)
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
         raw = encode(np.ascontiguousarray(value), its_kind, random)
         decoded = decode(raw, its_kind).copy()

@@ -60,7 +60,10 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
     assert ours.n_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.n_ctx == theirs.max_position_embeddings
-    eps = (getattr(theirs, key, None) for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon"))
+    eps = (
+        getattr(theirs, key, None)
+        for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+    )
     assert ours.norm_eps == next(filter(None, eps))
     assert ours.tie_embeddings == getattr(theirs, "tie_word_embeddings", False)
     assert ours.windows == windows_of(theirs)
@@ -78,7 +81,7 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         is_plain = not {"input_jitter_noise", "moe_layers"} & {*vars(theirs)}
         assert experts.renormalized == getattr(theirs, "norm_topk_prob", is_plain)
         shared = getattr(theirs, "shared_expert_intermediate_size", 0)
-        names = ("first_k_dense_replace", "moe_layer_start_index")
+        names = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
         num_dense = sum(getattr(theirs, name, 0) for name in names)
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
         router = ours.own.get("routing", Routing())

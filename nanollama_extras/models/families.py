@@ -31,7 +31,13 @@ from nanollama import (
     positive,
 )
 from nanollama_extras.models import routing
-from nanollama_extras.models.hybrid_config import check_delta_net, delta_net_from_gguf
+from nanollama_extras.models.hybrid_config import (
+    check_delta_net,
+    check_short_conv,
+    check_short_conv_moe,
+    delta_net_from_gguf,
+    short_conv_from_gguf,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -429,6 +435,24 @@ QWEN_HYBRID: Values = {
     "gguf_layout": "models.delta_net:gguf_layout",
     "decoder": "models.delta_net:DeltaNetDecoder",
 }
+SHORT_CONV: Values = {
+    "from_gguf": short_conv_from_gguf,
+    "gguf_layout": "models.short_conv:gguf_layout",
+    "decoder": "models.short_conv:ShortConvDecoder",
+    "switches": {"qk_norm": "head"},
+    "names": {
+        r"feed_forward\.expert_bias$": f"mlp.{CORRECTION}",
+        "feed_forward": "mlp",
+        "operator_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        r"model\.embedding_norm": "model.norm",
+        r"self_attn\.out_proj": "self_attn.o_proj",
+        r"([qk])_layernorm": r"\1_norm",
+        r"\.w1\.": ".gate_proj.",
+        r"\.w3\.": ".up_proj.",
+        r"\.w2\.": ".down_proj.",
+    },
+}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
@@ -648,6 +672,21 @@ FAMILIES: dict[str, Family] = {
         gguf_values={"norm_topk_prob": True},
         switches={"qk_norm": "head", "experts": True},
         **QWEN_HYBRID,
+    ),
+    "lfm2": family(
+        keys(128000, n_kv_heads=8, eps=1e-5, theta=1e6, tied=True, conv_L_cache=3)
+        | keys(block_auto_adjust_ff_dim=True, intermediate_size=12288),
+        check=check_short_conv,
+        gguf="lfm2",
+        **SHORT_CONV,
+    ),
+    "lfm2_moe": family(
+        keys(128000, n_kv_heads=8, eps=1e-5, theta=1e6, tied=True, conv_L_cache=3)
+        | keys(n_experts=32, n_used=4, moe_intermediate_size=1792, num_dense_layers=2)
+        | keys(norm_topk_prob=True, use_expert_bias=True, intermediate_size=7168),
+        check=check_short_conv_moe,
+        gguf="lfm2moe",
+        **SHORT_CONV | {"switches": {"qk_norm": "head", "experts": True}},
     ),
     "arcee": family(keys(4096, eps=1e-5, hidden_act="relu2"), gguf="arcee", permuted=True),
     "hunyuan_v1_dense": family(

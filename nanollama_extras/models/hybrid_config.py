@@ -2,7 +2,7 @@
 
 Adds       what config.json and GGUF metadata say about such layers, as fields of ModelConfig. This
            needs no torch, so that a list of models is quick.
-Seam       Family.check and Family.from_gguf.
+Seam       Family.check and Family.from_gguf. models.routing reads the keys of routers.
 Remove     delete this file and the rows of these families.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from nanollama import CheckpointError, ConfigValues, check_value
+from nanollama_extras.models.routing import read_router
 
 Values = dict[str, Any]
 
@@ -80,6 +81,57 @@ def check_delta_net(values: ConfigValues) -> Values:
         "state_bytes": 4 * num_states * shape.num_floats,
         "own": {"delta_net": shape},
     }
+
+
+def check_short_conv(values: ConfigValues) -> Values:
+    """Fields of ModelConfig for layers that are short convolutions (LFM2). Older files list only
+    the layers with attention, and a width of the MLP that is to be rounded. Raises
+    CheckpointError."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    kinds, indices = values.pop("layer_types", None), values.get("full_attn_idxs")
+    if kinds is None:
+        indices = indices if isinstance(indices, list) else range(n_layers)
+        kinds = ["full_attention" if i in indices else "conv" for i in range(n_layers)]
+    known = ("conv", "full_attention")
+    is_valid = isinstance(kinds, list) and [k in known for k in kinds] == [True] * n_layers
+    check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {known}")
+    if "norm_eps" in values:
+        values["rms_norm_eps"] = values["norm_eps"]
+    if "tie_embedding" in values:
+        values["tie_word_embeddings"] = values["tie_embedding"]
+    if "block_ff_dim" in values:
+        values["intermediate_size"] = values["block_ff_dim"]
+    if values.get("block_auto_adjust_ff_dim"):
+        width, multiple = values.count("intermediate_size"), values.count("block_multiple_of", 256)
+        width = int(values.number("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
+        values["intermediate_size"] = -(-width // multiple) * multiple
+    taps = values.count("conv_L_cache", most=2**8)
+    num_floats = (taps - 1) * values.count("hidden_size")
+    return {
+        "windows": tuple(0 if kind == "conv" else None for kind in cast("list[str]", kinds)),
+        "state_bytes": 4 * num_floats * cast("list[str]", kinds).count("conv"),
+        "own": {"taps": taps, "conv_bias": bool(values.get("conv_bias"))},
+    }
+
+
+def check_short_conv_moe(values: ConfigValues) -> Values:
+    """As `check_short_conv`, with the router of LFM2-MoE."""
+    fields = check_short_conv(values)
+    values["first_k_dense_replace"] = values.get("num_dense_layers", 0)
+    bias = bool(values.get("use_expert_bias"))
+    router = read_router(values, scoring="sigmoid", correction=bias, least=1e-6)
+    return fields | {"own": {**fields["own"], "routing": router}}
+
+
+def short_conv_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Adds the types of layers, of which those with convolutions have no key/value heads."""
+    values["conv_L_cache"] = own.get("shortconv.l_cache")
+    values["block_auto_adjust_ff_dim"] = False
+    values["num_dense_layers"] = own.get("leading_dense_block_count", 0)
+    heads = values["num_key_value_heads"]
+    if isinstance(heads, list) and all(type(num) is int for num in heads):
+        values["layer_types"] = ["full_attention" if num else "conv" for num in heads]
+        values["num_key_value_heads"] = max(heads, default=0)
 
 
 def delta_net_from_gguf(own: Mapping[str, Any], values: Values) -> None:

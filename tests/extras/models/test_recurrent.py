@@ -14,7 +14,7 @@ from oracle import Tiny
 from nanollama import LLM, GenerationRequest, SamplingParams
 from nanollama_extras.models import recurrent
 
-FAMILIES = ["qwen3_5_text"]
+FAMILIES = ["qwen3_5_text", "lfm2"]
 OPTIONS: list[dict[str, Any]] = [
     {"kernels": "torch"},
     {"kernels": "native"},
