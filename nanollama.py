@@ -978,7 +978,7 @@ class EngineConfig:
         None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
-    state_mb: int = option(1024, "--state-mb N: saved states of hybrid models", (0, 2**24))
+    state_mb: int = option(512, "--state-mb N: saved states of hybrid models", (0, 2**24))
     lookup: int = option(0, "--lookup N: draft from the context", (0, 64), bare=DEFAULT_LOOKUP)
     kernels: str = option(
         "auto",
