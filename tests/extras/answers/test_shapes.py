@@ -92,6 +92,28 @@ def test_a_system_prompt_that_is_refused_goes_before_the_first_question(
     assert sum("takes no system message" in line for line in caplog.messages) == 1
 
 
+FIRST_ONLY = (
+    "{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning') }}{% endif %}"
+)
+
+
+def test_a_system_message_that_comes_later_stays_where_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    system, user = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Hello"}
+    nanollama.warn_once.cache_clear()
+    source = LOOP + FIRST_ONLY + STRING
+    late = {"role": "user", "content": "Hi\n\nBe kind."}
+    with caplog.at_level(logging.WARNING):
+        first = template(source).render([system, user, system])
+        longer = template(source).render([system, user, system, answer, user])
+    assert first == render(source, [system, late])
+    assert longer.startswith(first)  # the prefix of the conversation
+    assert sum("a later one is the user's" in line for line in caplog.messages) == 1
+
+
 def test_messages_that_no_form_fits_get_the_first_error() -> None:
     with pytest.raises(TemplateError, match="No system role"):
         template(LOOP + "{{ raise_exception('No system role') }}{% endfor %}").render(

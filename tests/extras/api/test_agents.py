@@ -3,6 +3,7 @@ request of a conversation finds the first one's prompt in the cache."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 from agents import names, recorded
-from serving import Live, serving
+from serving import Live, serving, wait_until
 
-from nanollama import LLM
+from nanollama import LLM, ChatTemplate, TextFiles, parse_chat
+from nanollama_extras.api import anthropic_body
+from nanollama_extras.api.responses import parse_response
 
 pytestmark = pytest.mark.xdist_group("agents")
 SHORTER = 20  # texts, by this factor: a test machine reads few tokens a second
@@ -51,6 +54,16 @@ def tokens_read(answer: dict[str, Any]) -> tuple[int, int]:
     return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
+def stream(live: Live, request: dict[str, Any]) -> list[str]:
+    """The data of the events of a recorded request, which asks for a stream; a short answer."""
+    limit = "max_output_tokens" if "/responses" in request["path"] else "max_tokens"
+    body = {k: v for k, v in request["body"].items() if k != "max_completion_tokens"}
+    answer = live.http.post(request["path"], json={**body, "stream": True, limit: 3})
+    assert answer.status_code == 200, answer.text
+    lines = answer.text.splitlines()
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+
 @pytest.mark.parametrize("name", names())
 def test_each_request_is_answered_and_the_next_one_reads_its_prompt_from_the_cache(
     live: Live, name: str
@@ -70,3 +83,109 @@ def test_each_request_is_answered_and_the_next_one_reads_its_prompt_from_the_cac
         if before and isinstance(talk, list) and len(talk) > len(before[0]) and before[1] > 50:
             assert num_cached >= before[1] - 1, json.dumps(answer["usage"])
         before = talk, num_prompt
+
+
+CHATS = [
+    name
+    for name in names()
+    if recorded(name)[0]["path"] == "/v1/chat/completions" and "tools" in recorded(name)[-1]["body"]
+]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_stream_says_why_it_ends_before_it_ends(live: Live, name: str) -> None:
+    """Cline fails without a finish_reason, others ask again."""
+    *chunks, last = stream(live, recorded(name, SHORTER)[-1])
+    assert last == "[DONE]"
+    choices = [json.loads(chunk)["choices"] for chunk in chunks]
+    reasons = [choice["finish_reason"] for one in choices for choice in one]
+    assert reasons[-1] in ("stop", "length", "tool_calls")
+    assert not any(reasons[:-1])
+
+
+@pytest.mark.parametrize("name", ["claude_code_2.1.332", "codex"])
+def test_a_streamed_answer_ends_with_its_last_event(live: Live, name: str) -> None:
+    kinds = [json.loads(data)["type"] for data in stream(live, recorded(name, SHORTER)[0])]
+    assert kinds[-1] in ("message_stop", "response.incomplete", "response.completed")
+
+
+def functions(name: str) -> list[Any]:
+    """The functions of a recorded chat."""
+    return list(recorded(name, 1000)[-1]["body"]["tools"])
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_each_tool_of_a_chat_can_be_required(live: Live, name: str) -> None:
+    for tool in functions(name):
+        body = {"messages": [{"role": "user", "content": "?"}], "tools": [tool], "max_tokens": 1}
+        answer = live.http.post("/v1/chat/completions", json={**body, "tool_choice": "required"})
+        assert answer.status_code == 200, (tool, answer.text)
+
+
+def test_side_requests_leave_the_conversation_in_the_cache(live: Live) -> None:
+    """opencode asks for a title at once, Qwen Code for notes, each with a prompt of its own."""
+    title, turn, later = recorded("opencode", SHORTER)
+    num_prompt, _ = tokens_read(send(live, turn))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda request: send(live, request), [title, title]))
+    _, num_cached = tokens_read(send(live, later))
+    assert num_cached >= num_prompt - 1
+
+
+@pytest.mark.parametrize("name", ["claude_code_2.1.332", "codex"])
+def test_a_request_that_was_cancelled_leaves_its_prompt_for_the_next_try(
+    live: Live, name: str
+) -> None:
+    """Clients give up after a time without events, and send the same again."""
+    (request, *_) = recorded(name, 10)
+    mark = {"role": "user", "content": f"cancelled {name}"}  # no other test has read this
+    field = "input" if "/responses" in request["path"] else "messages"
+    body = {**request["body"], "stream": True, field: [*request["body"][field], mark]}
+    body["ignore_eos"] = True
+    with live.http.stream("POST", request["path"], json=body) as answer:
+        chunks = answer.iter_bytes()  # closes the connection when it is freed
+        next(chunks)
+        engine = live.pool.llm().engine
+        wait_until(lambda: any(s.num_computed > 1000 for s in engine.scheduler.running))
+    wait_until(live.is_idle, "the end of the request")
+    _, num_cached = tokens_read(send(live, {**request, "body": body}))
+    assert num_cached > 1000
+
+
+def test_a_prompt_that_is_too_long_is_told_to_codex(live: Live) -> None:
+    body = {"input": "what? " * 40_000}
+    answer = live.http.post("/v1/responses", json={**body, "stream": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+# ---- templates -----------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
+
+
+@pytest.mark.parametrize("template", sorted(path.stem for path in FOLDER.glob("*.jinja")))
+@pytest.mark.parametrize("name", ["claude_code_2.1.332", "codex", "opencode", "qwen_code"])
+def test_what_agents_send_renders_under_every_template(name: str, template: str) -> None:
+    """A system message after the user's, two of a role in a row, calls without text, parts."""
+    source = (FOLDER / f"{template}.jinja").read_text(encoding="utf-8")
+    words = {"bos_token": "<s>", "eos_token": "</s>"}
+    made = ChatTemplate(TextFiles("memory", templates={"default": source}, special_tokens=words))
+    texts = []
+    for request in recorded(name, 100)[-2:]:
+        body = request["body"]
+        if "/messages" in request["path"]:
+            tools = anthropic_body.ToolList()
+            anthropic_body.read_tools(body, tools)
+            body = anthropic_body.chat_body(body, tools)
+        if "/responses" in request["path"]:
+            chat = parse_response(body, {})[0].requests[0]
+        else:
+            chat = parse_chat({**body, "stream_options": None}, {}).requests[0]
+        texts.append(made.prompt(chat.messages or [], chat.tools))
+    assert "List the files here" in texts[0]
+    if template == "mistral-nemo":  # writes the system's text into a last question only
+        return
+    assert len(texts[1]) > len(texts[0])
+    if name in ("claude_code_2.1.332", "codex"):  # the second goes on where the first one ends
+        length = texts[0].index("List the files here") + 30
+        assert texts[0][:length] == texts[1][:length]
