@@ -5030,7 +5030,7 @@ class TextSide:
             tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
             form = self.grammars.constraint(params, tail, tags, calls)
         if params.thinking_budget is not None:
-            extra("answers.budgets", "a limit on thoughts")
+            extra("answers.budgets", "--thinking-budget")
         limited: Any = preferred("answers.budgets", "limited", lambda form, *_: form)
         return limited(form, request, self, ids)
 
@@ -5687,8 +5687,8 @@ class ChoicesReply(Reply):
     def __init__(self, wire: WireRequest, choices: list[Choice], model: str, system: str) -> None:
         self.wire, self.choices, self.num_left = wire, choices, len(choices)
         head = {"id": choices[0].id_prefix + secrets.token_hex(12), "object": choices[0].object}
-        self.head = {**head, "created": int(time.time()), "model": model}
-        self.head["system_fingerprint"] = system
+        head |= {"model": model, "system_fingerprint": system}
+        self.head: Json = {**head, "created": int(time.time())}
 
     def _event(self, choices: list[Json], **fields: Any) -> Json:
         head = {**self.head, "object": self.choices[0].chunk}
@@ -5956,7 +5956,7 @@ class EngineWorker(threading.Thread):
 
     def fail(self, llm: LLM, error: Exception) -> None:
         """End the jobs whose sequences ran in a step that failed; the server goes on."""
-        log.error("a step failed: %s: %s", type(error).__name__, first_line(error))
+        log.error(f"a step failed: {type(error).__name__}: {first_line(error)}")
         log.debug("", exc_info=error)
         running = list(llm.engine.scheduler.running)
         for job in list(self.jobs):
@@ -6131,7 +6131,7 @@ def client_error(error: BaseException) -> NanollamaError:
         return WireError(499, "client_gone", "the client went away")
     if isinstance(error, asyncio.CancelledError):  # it outlived SHUTDOWN_S
         return WireError(503, "shutting_down", "the server is shutting down")
-    log.error("internal error: %s: %s", type(error).__name__, first_line(error))
+    log.error(f"internal error: {type(error).__name__}: {first_line(error)}")
     log.debug("", exc_info=error)
     return WireError(500, "internal_error", "internal error; see the server's log")
 
@@ -6152,7 +6152,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                own = [(x + b"request-id", request_id.encode()) for x in (b"x-", b"")]
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
@@ -6221,7 +6221,7 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
     return {"x-nanollama-ignored": listed}
 
 
-def error_response(error: BaseException, path: str = "") -> Response:
+def error_response(error: BaseException, path: str) -> Response:
     """The error object of the API that `path` belongs to."""
     shown, dialect = client_error(error), find_dialect(path)
     own = preferred(dialect.module, "error_body", dialect.error) if dialect else error_body
@@ -6575,6 +6575,7 @@ COMMANDS = {
     "bench": Command("[--model MODEL]", "measure how fast a model runs here", "commands.bench"),
     "eval": Command("[--text|--task FILE]", "measure how well a model predicts", "commands.eval"),
     "verify": Command("MODEL", "compare a model with transformers", "commands.verify"),
+    "launch": Command("CLIENT", "run a coding agent", "commands.launch"),
 }
 
 
@@ -7002,8 +7003,8 @@ def run_batch(
 ) -> int:
     """--batch-file: all lines through the engine together, answers in the order of the lines."""
     llm = settings.load()
-    make_request = functools.partial(settings.request, llm=llm)
-    answers: Iterable[BatchRow] = answer_rows(rows, llm, make_request, settings.args.hide_thinking)
+    request = functools.partial(settings.request, llm=llm)
+    answers: Iterable[BatchRow] = answer_rows(rows, llm, request, settings.args.hide_thinking)
     if settings.args.output not in (None, "-") or not sys.stdout.isatty():  # no bar in answers
         answers = with_progress(answers, len(rows), unit="prompt")
     for row in answers:
@@ -7233,12 +7234,11 @@ def command_pull(argv: list[str]) -> int:
 
 def command_list(argv: list[str]) -> int:
     command_parser("list").parse_args(argv)
-    models = ModelStore().models()
-    if not models:
+    if not (models := ModelStore().models()):
         log.warning(f"no models yet; get one with: {PROGRAM} pull smollm2")
         return 0
-    width = max(len(model.id) for model in models)
-    note: Any = preferred("files.refusals", "cached_note", lambda model: "")
+    width = max(len(m.id) for m in models)
+    note: Any = preferred("files.refusals", "cached_note", lambda _: "")
     put(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED\n")
     for m in models:
         used = datetime.fromtimestamp(m.last_used).strftime("%Y-%m-%d %H:%M")
@@ -7253,8 +7253,8 @@ def command_rm(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     store = ModelStore()
     models = store.cached(args.ref)
-    for model in models:
-        log.warning(f"{model.id}  {human_bytes(model.num_bytes)}")
+    for m in models:
+        log.warning(f"{m.id}  {human_bytes(m.num_bytes)}")
     if not args.yes:
         freed = human_bytes(sum(m.num_bytes for m in models))
         if not confirmed(f"Delete, freeing {freed}? [y/N] "):
@@ -7293,8 +7293,7 @@ def run(argv: list[str]) -> int:
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
     if args.interactive:
-        toolbox = read_toolbox(args)
-        return Repl(settings, settings.load(), toolbox).run()
+        return Repl(settings, toolbox=read_toolbox(args), llm=settings.load()).run()
     if args.serve:
         return run_serve(settings)
     if args.batch_file is None:

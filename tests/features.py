@@ -239,6 +239,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
+    "launch": ({"commands.launch"}, command("launch", "--help")),
     "--embed": (
         {"commands.embed", "answers.embeddings"},
         command("--embed", "--model", "MODEL", "--prompt", "hello"),

@@ -299,6 +299,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "commands.embed": (f"{ON_MODEL} --embed",),
     "commands.json_lines": ("--model smollm2 --batch-file nanollama.py --output -",),
     "commands.eval": ("eval --model smollm2",),
+    "commands.launch": ("launch claude",),
     "commands.verify": ("verify --help",),
     "files.nanochat_store": ("--model nanochat --prompt x",),
     "files.tiny_random": ("--model tiny-random --prompt x",),
