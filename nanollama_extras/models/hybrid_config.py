@@ -55,6 +55,13 @@ def layer_kinds(values: ConfigValues) -> list[str]:
     return cast("list[str]", kinds)
 
 
+def conv_taps(values: ConfigValues, key: str) -> int:
+    """The number of tokens that a convolution sees."""
+    taps = values.count(key, most=2**8)
+    check_value(taps > 1, key, taps, "an integer from 2 to 256")
+    return taps
+
+
 def check_delta_net(values: ConfigValues) -> Values:
     """Fields of ModelConfig for layers that are gated delta nets. Raises CheckpointError."""
     kinds = layer_kinds(values)
@@ -68,7 +75,7 @@ def check_delta_net(values: ConfigValues) -> Values:
         v_heads=values.count("linear_num_value_heads", most=2**16),
         k_dim=values.count("linear_key_head_dim", most=2**16),
         v_dim=values.count("linear_value_head_dim", most=2**16),
-        taps=values.count("linear_conv_kernel_dim", most=2**8),
+        taps=conv_taps(values, "linear_conv_kernel_dim"),
         tiled=bool(values.get("linear_heads_are_tiled")),
     )
     if shape.v_heads % shape.k_heads:
@@ -105,7 +112,7 @@ def check_short_conv(values: ConfigValues) -> Values:
         width, multiple = values.count("intermediate_size"), values.count("block_multiple_of", 256)
         width = int(values.number("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
         values["intermediate_size"] = -(-width // multiple) * multiple
-    taps = values.count("conv_L_cache", most=2**8)
+    taps = conv_taps(values, "conv_L_cache")
     num_floats = (taps - 1) * values.count("hidden_size")
     return {
         "windows": tuple(0 if kind == "conv" else None for kind in cast("list[str]", kinds)),

@@ -290,6 +290,7 @@ class RecurrentDecoder(Decoder):
         super().__init__(config, weights, kv_dtype)
         mixers: list[Any] = [layer.self_attn for layer in self.layers]
         self.mixers = [mixer for mixer in mixers if isinstance(mixer, RecurrentMixer)]
+        self.is_recordable = hasattr(self.backend, "state_table")
 
     def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
         cache = super().new_cache(num_slots, most_new)

@@ -11,10 +11,11 @@ import pytest
 from families import ROWS
 from oracle import Tiny
 
-from nanollama import LLM, GenerationRequest, SamplingParams
+from nanollama import LLM, CheckpointError, GenerationRequest, SamplingParams, model_config
 from nanollama_extras.models import recurrent
 
 FAMILIES = ["qwen3_5_text", "lfm2"]
+SHAPE = ROWS["qwen3_5_text"][1]
 OPTIONS: list[dict[str, Any]] = [
     {"kernels": "torch"},
     {"kernels": "native"},
@@ -42,6 +43,23 @@ def answer(llm: LLM, ids: list[int], num: int = 8) -> tuple[int, list[int]]:
     """The number of cached tokens, and the answer."""
     done = llm.complete(greedy(ids, num))
     return done.usage.cached_tokens, done.token_ids
+
+
+BROKEN = [
+    ({"layer_types": ["conv"]}, "layer_types"),
+    ({"layer_types": None, "full_attention_interval": 0}, "full_attention_interval"),
+    ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple"),
+    ({"linear_key_head_dim": -1}, "linear_key_head_dim"),
+    ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), BROKEN)
+def test_a_config_that_makes_no_sense_is_refused(edit: dict[str, Any], message: str) -> None:
+    values = {"model_type": "qwen3_5_text", "hidden_size": 64, "num_attention_heads": 4}
+    values |= {"num_hidden_layers": 3, "intermediate_size": 64, "vocab_size": 99, **SHAPE, **edit}
+    with pytest.raises(CheckpointError, match=message):
+        model_config(values, "x")
 
 
 def test_decode_steps_are_recorded(path: Path) -> None:
