@@ -496,7 +496,7 @@ FAMILIES: dict[str, Family] = {
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
-GATED = ("swiglu", "geglu", "clamped_swiglu")  # activations of gate_proj and up_proj
+GATED = ("swiglu", "geglu", "reglu2", "clamped_swiglu")  # activations of gate_proj and up_proj
 REFUSED = "clip_qkv qk_layernorm swiglu_limit swiglu_alpha use_parallel_residual".split()
 REFUSED += ["use_bidirectional_attention"]
 # quant_method of quantization_config -> the module of extras with `packed_tensors`
@@ -726,7 +726,6 @@ def _switches(values: ConfigValues) -> Json:
 
 
 def _experts(values: ConfigValues, n_layers: int) -> Experts:
-    """The experts of a model."""
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
     count, step = values.count(key, most=2**16), values.count("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers", [])
@@ -1810,11 +1809,10 @@ ACTS: dict[str, Callable[..., Tensor]] = {
 
 
 def operand(x: Tensor, norm: Norm | None, act: str) -> Tensor:
-    """x, norm(x), or one of ACTS of x = gate | up or of x alone (N, cols)"""
-    x = x if norm is None else norm(x)
-    if not act:
-        return x
-    return ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
+    """x or one of ACTS of it, then normed (N, cols)"""
+    if act:
+        x = ACTS[act](*(x.chunk(2, dim=-1) if act in GATED else (x,)))
+    return x if norm is None else norm(x)
 
 
 class Projection:
@@ -2045,6 +2043,7 @@ class MLP:
     ) -> None:
         """`width` is F."""
         C, self.act = config.n_embd, config.act
+        self.sub_norm: Norm | None = None  # before down_proj
         names = ("gate_proj", "up_proj") if self.act in GATED else ("up_proj",)
         rows = {f"{prefix}.{name}": width for name in names}
         self.gate_up_proj = weights.linear(rows, C, bias)
@@ -2062,7 +2061,7 @@ class MLP:
         """(N, C) -> (N, 2 F) -> (N, C), some tokens at a time, in `out` if given"""
         if len(x) <= self.step:
             hidden = self.gate_up_proj(x, norm=norm)
-            return self.down_proj(hidden, act=self.act, residual=residual, out=out)
+            return self.down_proj(hidden, self.sub_norm, self.act, residual, out)
         y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then occupy a core
         for at in range(0, len(x), self.step):
             rows = slice(at, at + self.step)

@@ -88,6 +88,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "lm_head_bias": True,
         },
     ),
+    "bitnet": ("BitNet", {}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
     "llama4_text": (
         "Llama4Text",

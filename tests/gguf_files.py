@@ -163,6 +163,8 @@ WRITTEN = {
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
+# of BitNet, which newer versions of the gguf package know
+SUB_NORMS = {"attn_sub_norm": "blk.{}.attn_sub_norm", "ffn_sub_norm": "blk.{}.ffn_sub_norm"}
 WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
 
 
@@ -358,7 +360,9 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
                 tensor = permute(tensor, config[heads])
             if model_type.startswith(("gemma", "qwen3_5", "qwen3_next")) and "norm" in name:
                 tensor = tensor + 1
-            theirs = names.get_name(stem)
+            theirs = names.get_name(stem) or SUB_NORMS.get(stem.split(".")[-1], "").format(
+                *stem.split(".")[2:3]
+            )
             assert theirs, stem
             found[f"{theirs}.{suffix}"] = tensor
     found |= {name: np.stack([of[i] for i in sorted(of)]) for name, of in experts.items()}

@@ -37,8 +37,9 @@ SMALL = {
 CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.all_families()}
 # what a family's config must say to be supported
 GIVEN: dict[str, dict[str, Any]] = {
+    "bitnet": {"num_key_value_heads": 4},  # 5 do not divide the heads
     "granitemoehybrid": {"layer_types": ["full_attention"] * 3, "num_local_experts": 0}
-    | {"shared_intermediate_size": 96}
+    | {"shared_intermediate_size": 96},
 }
 
 

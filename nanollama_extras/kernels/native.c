@@ -319,7 +319,7 @@ typedef struct {
 } matrix;
 
 /* The operand: x, rms_norm(x), an activation of gate and up, or (RELU2, GELU) one of x alone */
-enum { PLAIN, NORM, SWIGLU, GEGLU, CLAMPED_SWIGLU, RELU2, GELU, XIELU };
+enum { PLAIN, NORM, SWIGLU, GEGLU, REGLU2, CLAMPED_SWIGLU, RELU2, GELU, XIELU };
 
 typedef struct {
     const matrix *parts; /* all are multiplied with the same operand; outputs stand side by side */
@@ -369,15 +369,15 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
 /* 0.5 x (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3) */
 INLINE vec gelu(vec x) { return x / (1.0f + exp_of(x * (-1.59576912f - 0.0713548163f * x * x))); }
 
-/* LANES columns of one token's operand */
-INLINE vec operand(const linear_call *in, int64_t token, int64_t col, float factor) {
+/* LANES columns of one token's operand, before any norm */
+INLINE vec activated(const linear_call *in, int64_t token, int64_t col) {
     int gated = in->before >= SWIGLU && in->before <= CLAMPED_SWIGLU;
     const float *at = in->x + token * (in->cols << gated) + col;
     vec x = load(at), up = load(at + (gated ? in->cols : 0));
     switch (in->before) {
-    case NORM: return x * factor * load(in->norm + col);
     case SWIGLU: return x / (1.0f + exp_of(-x)) * up;
     case GEGLU: return gelu(x) * up;
+    case REGLU2: return larger((vec){0}, x) * x * up;
     case CLAMPED_SWIGLU: /* as in gpt-oss */
         x = smaller(x, splat(7.0f)), up = larger(splat(-7.0f), smaller(up, splat(7.0f)));
         return x / (1.0f + exp_of(x * -1.702f)) * (up + 1.0f);
@@ -390,6 +390,24 @@ INLINE vec operand(const linear_call *in, int64_t token, int64_t col, float fact
     }
 }
 
+/* LANES columns of one token's operand */
+INLINE vec operand(const linear_call *in, int64_t token, int64_t col, float factor) {
+    vec x = activated(in, token, col);
+    if (in->norm) x = x * factor * load(in->norm + col);
+    return x;
+}
+
+/* 1 / rms of a token's operand */
+INLINE float norm_factor(const linear_call *in, int64_t token) {
+    if (in->before == NORM) return rms_factor(in->x + token * in->cols, in->cols, in->eps);
+    vec sum = {0};
+    for (int64_t i = 0; i < in->cols; i += LANES) {
+        vec x = activated(in, token, i);
+        sum = madd(x, x, sum);
+    }
+    return 1.0f / sqrtf(sum_of(sum) / in->cols + in->eps);
+}
+
 /* Quantize a piece of all tokens' groups */
 static void quantize_piece(const void *job, int64_t piece) {
     const linear_call *in = job;
@@ -398,8 +416,7 @@ static void quantize_piece(const void *job, int64_t piece) {
     for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
         int64_t start = token / TILE * TILE, T;
         for (; token >= start + (T = tile_size(in->num_tokens - start)); start += T) {}
-        float factor = 1;
-        if (in->before == NORM) factor = rms_factor(in->x + token * in->cols, in->cols, in->eps);
+        float factor = in->norm ? norm_factor(in, token) : 1;
         for (; g < num_groups && i < stop; g++, i++) {
             vec x[32 / LANES];
             for (int c = 0; c < 32 / LANES; c++)

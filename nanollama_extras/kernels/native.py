@@ -57,6 +57,7 @@ from nanollama import (
     cache_root,
     first_line,
     log,
+    operand,
     round_up,
 )
 
@@ -498,7 +499,7 @@ class NativeProjection(Projection):
     ) -> Tensor:
         fused = norm if norm is not None and not norm.is_centred else None
         if norm is not None and fused is None:
-            x = norm(x)
+            x, act = operand(x, norm, act), ""
         kind, *numbers = act.split() or ("norm" if fused else "plain",)
         return run_kernel(
             "linear",

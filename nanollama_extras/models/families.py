@@ -79,7 +79,12 @@ GGUF_KEYS = {
     "use_parallel_residual": "use_parallel_residual",
     **routing.GGUF_KEYS,
 }
-nanollama.GGUF_TENSORS["exp_probs_b"] = "mlp.gate.e_score_correction"
+nanollama.GGUF_TENSORS |= {
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
+}
+nanollama.PACKINGS["bitnet"] = "files.bitnet"
 
 
 CHUNKED = "chunked_attention"
@@ -260,6 +265,16 @@ def check_llama4(values: ConfigValues) -> Values:
     windows = tuple(Chunk(size) if kind == CHUNKED else None for kind in kinds)
     check_value(len(windows) == n_layers, "layer_types", kinds, f"a list of {n_layers}")
     return {"own": {**own, **router["own"]}, "windows": windows}
+
+
+def check_bitnet(values: ConfigValues) -> None:
+    """Refuses weights that are made ternary anew at each step, or that a scale divides."""
+    quantized = values.get("quantization_config")
+    if isinstance(quantized, Mapping) and quantized.get("quant_method") == "bitnet":
+        for key, only in (("linear_class", "autobitlinear"), ("quantization_mode", "offline")):
+            if quantized.get(key) != only:
+                given = f"quantization_config: {key} {excerpt(quantized.get(key))}"
+                raise CheckpointError(f"{given} is not supported; take the packed weights or GGUF")
 
 
 def check_apertus(values: ConfigValues) -> Values:
@@ -610,6 +625,13 @@ FAMILIES: dict[str, Family] = {
         from_gguf=ernie_moe_from_gguf,
         decoder=ROUTED,
         gguf="ernie4_5-moe",
+    ),
+    "bitnet": family(
+        keys(2048, n_kv_heads=5, eps=1e-5, theta=5e5, hidden_act="relu2"),
+        check=check_bitnet,
+        switches={"act": "reglu2"},
+        decoder="models.bitnet:BitDecoder",
+        gguf="bitnet",
     ),
     "apertus": family(
         keys(65536, eps=1e-5, theta=12e6, rope=APERTUS_ROPE),

@@ -171,6 +171,45 @@ def test_experts_in_mxfp4_are_what_transformers_unpacks(tiny: Tiny, tmp_path: Pa
         LLM(packed)
 
 
+def ternary_files(path: Path, plain: Path, packed: Path) -> None:
+    """A BitNet with ternary weights times a scale in floats, and the same in 2 bits."""
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    packable = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().mean().bfloat16().view(1)
+        ternary = (tensors[name] / scale.float()).round().clamp(-1, 1)
+        tensors[name] = ternary * scale.float()
+        packable[name] = transformers.integrations.bitnet.pack_weights(ternary)
+        packable[f"{name}_scale"] = scale
+    safetensors.torch.save_file(tensors, plain / "model.safetensors")
+    safetensors.torch.save_file(packable, packed / "model.safetensors")
+
+
+def test_ternary_weights_stay_packed_and_are_exact(tiny: Tiny, tmp_path: Path) -> None:
+    path = made(tiny, "bitnet")
+    method = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    method["quantization_mode"] = "offline"
+    packed = rewritten(path, tmp_path / "packed", lambda c: c.update(quantization_config=method))
+    plain = rewritten(path, tmp_path / "plain", lambda c: None)
+    ternary_files(path, plain, packed)
+    ids, model = oracle.random_ids(60), oracle.load(plain)
+    llm = LLM(packed, kernels="torch")
+    oracle.assert_same_model(llm, model, ids)
+    assert isinstance(
+        llm.engine.decoder.layers[0].self_attn.o_proj.parts[0], nanollama.PackedLinear
+    )
+    native, expected = LLM(packed, kernels="native").logits(ids), llm.logits(ids)
+    assert (native - expected).std() < 0.1 * expected.std()
+    for key, value in (("linear_class", "bitlinear"), ("quantization_mode", "online")):
+        other = rewritten(
+            packed,
+            tmp_path / value,
+            lambda c, k=key, v=value: c["quantization_config"].update({k: v}),
+        )
+        with pytest.raises(CheckpointError, match=rf"{key} '{value}' is not supported"):
+            LLM(other)
+
+
 def test_experts_in_columns_are_those_in_rows(tiny: Tiny, tmp_path: Path) -> None:
     """Files of Qwen3-VL on the hub have each expert's matrices transposed."""
     path = made(tiny, "qwen3_vl_moe_text")
@@ -474,6 +513,7 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama4Text",
         {**ROWS["llama4_text"][1], "attention_chunk_size": 8192, "floor_scale": 8192},
     ),
+    "bitnet": ("BitNet", {"tie_word_embeddings": True}),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
     "phimoe-longrope": (
         "Phimoe",

@@ -1,0 +1,48 @@
+"""BitNet's ternary weights in safetensors: 2 bits each, packed in bytes, and a scale for a matrix.
+
+Adds       `packed_tensors`, which makes them 4-bit weights without any loss.
+Seam       a row of PACKINGS, which models.families adds.
+Source     https://github.com/huggingface/transformers (src/transformers/integrations/bitnet.py)
+Remove     delete this file; BitNet's packed files then say that they need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nanollama import GROUP, PackedLinear, TensorSource, pack_nibbles
+
+
+def packed_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """The tensors, with NAME.weight (rows / 4, cols) and NAME.weight_scale (1) as one of (rows,
+    cols). Others stay as they are, and the decoder refuses those that it does not expect."""
+    found = dict(tensors)
+    for name, scale in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale"))
+        if not name.endswith(".weight_scale") or weight is None or len(weight.shape) != 2:
+            continue
+        if weight.kind == "U8" and weight.shape[1] % GROUP == 0 and scale.shape == (1,):
+            del found[name]
+            found[name.removesuffix("_scale")] = ternary(weight, scale)
+    return found
+
+
+def ternary(weight: TensorSource, scale: TensorSource) -> TensorSource:
+    """A byte's bits 2i and 2i + 1 are a weight of the i-th quarter of the rows, plus 1."""
+    num_bytes, num_cols = weight.shape
+    shape = (4 * num_bytes, num_cols)
+
+    def load(at: slice | Tensor = slice(None)) -> PackedLinear:
+        rows = torch.arange(shape[0])[at]
+        data = cast("Tensor", weight.load())[rows % num_bytes]
+        shift = (2 * (rows // num_bytes)).unsqueeze(1)
+        q = (data >> shift & 3).to(torch.uint8) + 7  # 8 stands for 0
+        q = q.view(len(rows), -1, GROUP)
+        number = cast("Tensor", scale.load()).to(torch.float16)
+        return PackedLinear(pack_nibbles(q), number.expand(len(rows), q.shape[1]).contiguous())
+
+    return TensorSource(shape, "ternary", weight.nbytes + scale.nbytes, load, is_packed=True)
