@@ -184,6 +184,15 @@ def run_tools(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
+def fill_a_gap(llm: LLM) -> None:
+    """The model cannot do so: only a missing extra counts."""
+    with serving(lambda: llm) as live:
+        body = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
+        found = MISSING.search(live.http.post("/api/generate", json=body).text)
+    if found:
+        raise NanollamaError(found[0])
+
+
 def write_json_lines(llm: LLM) -> None:
     with tempfile.NamedTemporaryFile("w") as file:
         file.write("hello\n")
@@ -290,6 +299,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "Ollama's chat": (OLLAMA_API, request("POST", "/api/chat", {**OLLAMA, "messages": USER})),
     "Ollama's generate": (OLLAMA_API, request("POST", "/api/generate", {**OLLAMA, "prompt": "x"})),
+    "Ollama's suffix": ({*OLLAMA_API, "answers.fim"}, fill_a_gap),
     "Ollama's tags": (OLLAMA_API, request("GET", "/api/tags")),
     "the web chat": ({"api.page"}, request("GET", "/")),
     "metrics": ({"api.metrics"}, request("GET", "/metrics")),

@@ -12,10 +12,8 @@ Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +60,9 @@ OLLAMA_ANSWER = table(
 OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
 
 
-OLLAMA_GENERATE = table(OLLAMA_ANSWER, string="prompt system", boolean="raw", array="context")
+OLLAMA_GENERATE = table(
+    OLLAMA_ANSWER, string="prompt system suffix", boolean="raw", array="context"
+)
 
 
 OLLAMA_EMBED = table(
@@ -210,13 +210,14 @@ class OllamaReply(ChatReply):
         ]
 
     def tool_calls(self) -> list[Json]:
-        """The complete calls: this API has arguments as objects, and no place for half of one."""
+        """The calls, whose arguments are objects here: those of a call that was cut end where the
+        text ended."""
+        tools: Any = extra("answers.tools", "a tool call") if self.calls else None
         calls = []
         for index, call in enumerate(self.calls):
-            function = {"index": index, **call["function"]}
-            with contextlib.suppress(ValueError):
-                function["arguments"] = json.loads(function["arguments"])
-                calls.append({"id": call["id"], "function": function})
+            arguments = tools.arguments_object(call["function"]["arguments"])
+            function = {"index": index, **call["function"], "arguments": arguments}
+            calls.append({"id": call["id"], "function": function})
         return calls
 
     def end(self) -> list[Json]:
@@ -245,13 +246,16 @@ class OllamaReply(ChatReply):
 
 
 def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
-    """The request of /api/generate, whose prompt stays as it is (raw) or follows the ids of a
-    context."""
+    """The request of /api/generate, whose prompt stays as it is (raw), stands before a gap that a
+    suffix ends, or follows the ids of a context."""
     context, request = given.get("context") or [], wire.requests[0]
     if any(type(i) is not int for i in context):
         refuse("context must list token ids", "context")
-    if given.get("raw"):
-        prompt: str | list[int] = given["prompt"]
+    if given.get("suffix"):
+        fim = extra("answers.fim", "a prompt with a suffix")
+        prompt: str | list[int] = fim.fill_ids(llm.tokenizer, given["prompt"], given["suffix"])
+    elif given.get("raw"):
+        prompt = given["prompt"]
     elif context:
         prompt = [*context, *llm.prompt_ids(request)]
     else:

@@ -892,3 +892,21 @@ def test_a_text_that_no_modelfile_can_hold_is_noticed() -> None:
     text = format_modelfile(Modelfile(model="a", system='x """\ny'))
     with pytest.raises(ModelfileError):
         parse_modelfile(text, Path("x"))
+
+
+def test_a_call_that_was_cut_is_not_lost(test_server: nanollama.TestServer) -> None:
+    arguments = {"city": "Bern", "days": [1, 2, 3], "unit": "a long unit of many words"}
+    test_server.answers({"tool_calls": [{"name": "get_weather", "arguments": arguments}]})
+    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
+    body = {
+        "model": "any",
+        "messages": [{"role": "user", "content": "?"}],
+        "tools": [{"type": "function", "function": function}],
+        "stream": False,
+        "options": {"num_predict": 9},
+    }
+    answer = httpx.post(f"{test_server.url}/api/chat", json=body).json()
+    assert answer["done_reason"] == "length"
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert call["function"]["arguments"].items() <= {**arguments, "days": [1, 2]}.items()
