@@ -790,8 +790,8 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     if n_rot % 2 or not 0 < n_rot <= head_dim:
         raise CheckpointError(f"rope turns {n_rot} of the {head_dim} columns of a head")
     check_value(rope["rope_theta"] > 1, "rope_theta", rope["rope_theta"], "a number above 1")
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise CheckpointError("rope low_freq_factor must be below high_freq_factor")
+    if kind == "llama3" and rope["low_freq_factor"] > rope["high_freq_factor"]:
+        raise CheckpointError("rope low_freq_factor is above high_freq_factor")
     if str(kind) not in ROPE_NUMBERS:
         extra("models.ropes", f"rope_type {excerpt(kind)}").check_rope(rope, values)
     return rope

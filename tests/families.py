@@ -242,6 +242,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_temperature_tuning": False,
             "attention_chunk_size": None,
             "no_rope_layers": [1, 0],
+            "rope_parameters": {**LLAMA3, "high_freq_factor": 1.0},  # as in Scout's files
         },
     ),
     "phimoe-longrope": (  # transformers takes short_factor for long texts, too

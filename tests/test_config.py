@@ -197,7 +197,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {**YARN, "factor": 0}}, "factor is 0"),
         ({"rope_scaling": {**YARN, "beta_fast": "32"}}, "beta_fast is '32'"),
         ({"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor is -1"),
-        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "low_freq_factor must be below"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "low_freq_factor is above"),
         ({"rope_scaling": {"type": ["yarn"]}}, r"rope_type \['yarn'\]"),
         ({"quantization_config": {"quant_method": []}}, "quantization_config"),
         ({"quantization_config": [1]}, r"quantization_config \[1\]"),
