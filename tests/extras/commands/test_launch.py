@@ -129,7 +129,10 @@ def clients(pytestconfig: pytest.Config) -> Any:
         if not (folder / "node_modules" / ".bin").exists():
             command = ["npm", "install", "--no-audit", "--no-fund", "--force", "--prefix"]
             command += [str(folder), PACKAGES[name]]
-            if subprocess.run(command, capture_output=True, timeout=300, check=False).returncode:
+            try:
+                subprocess.run(command, capture_output=True, timeout=300, check=True)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                shutil.rmtree(folder, ignore_errors=True)
                 pytest.skip(f"npm cannot install {PACKAGES[name]} here")
         return folder / "node_modules" / ".bin"
 
