@@ -329,7 +329,7 @@ typedef struct {
     const float *residual; /* as out, or NULL */
     float *out;            /* (N, rows of all parts) */
     int64_t before;
-    float eps, alpha_p, alpha_n, beta, least; /* the last four of xIELU */
+    float eps, alpha_p, alpha_n, beta, least;                   /* the last four of xIELU */
     int64_t num_tokens, cols, num_rows, num_blocks, num_pieces; /* from here on set by `linear` */
     uint8_t *acts;
 } linear_call;
@@ -653,8 +653,8 @@ typedef struct {
     float *out;              /* (N, C) */
     int64_t num_parts, num_experts, num_used, num_shared, is_renormalized, before, cols;
     int64_t scoring, num_groups, groups_used; /* experts are chosen in the best groups only */
-    int64_t group_best;   /* so many of a group's experts decide how good it is */
-    int64_t scales_input; /* an expert's input has the weight, not its output */
+    int64_t group_best;          /* so many of a group's experts decide how good it is */
+    int64_t scales_input;        /* an expert's input has the weight, not its output */
     float factor, least, jitter; /* of the weights; added to their sum */
     float *weights; /* (N, E + 1), set by `experts`: each token's weight for each expert */
 } experts_call;
@@ -666,7 +666,7 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
 }
 
 #define MAX_BEST 8 /* most of a group's experts that decide how good it is */
-#define ROUTES 4 /* pieces that a token's scores are computed in */
+#define ROUTES 4   /* pieces that a token's scores are computed in */
 static void route_piece(const void *job, int64_t piece) {
     const experts_call *c = job;
     int64_t token = piece / ROUTES, E = c->num_experts;
@@ -704,10 +704,12 @@ static void choose_groups(const experts_call *c, float *ranks, float *sums) {
 
 /* A choice's weight by sparsemixer (https://arxiv.org/abs/2409.12136): the softmax of the scores
  * left that are as good as it, within the jitter */
-INLINE float mixer_weight(const experts_call *c, const float *scores, const float *left, int64_t best) {
+INLINE float mixer_weight(const experts_call *c, const float *scores, const float *left,
+                          int64_t best) {
     float sum = 0, most = left[best];
     for (int64_t e = 0; e < c->num_experts; e++)
-        if (most - left[e] <= 2 * c->jitter * MAX(fabsf(scores[e]), most)) sum += expf(left[e] - most);
+        if (most - left[e] <= 2 * c->jitter * MAX(fabsf(scores[e]), most))
+            sum += expf(left[e] - most);
     return 1 / sum;
 }
 
@@ -1146,8 +1148,9 @@ typedef struct {
 /* y[t] = sum of weight[j] x[t - taps + 1 + j] over taps j, for each channel of a sequence. The state
  * has the last taps - 1 inputs, the oldest first. An input may be a product of two columns. */
 typedef struct {
-    const float *x, *times, *weight, *bias; /* (N, stride), the same; (taps, channels), (channels) */
-    const float *gate;                      /* (N, stride): multiplies y */
+    const float *x, *times, *weight,
+        *bias;         /* (N, stride), the same; (taps, channels), (channels) */
+    const float *gate; /* (N, stride): multiplies y */
     const state_span *spans;
     float *out; /* (N, channels) */
     int64_t stride, channels, taps, first, with_silu;
@@ -1209,11 +1212,11 @@ void short_conv(const void *call, int64_t n, int64_t num_threads) {
 /* A state: the convolution's, then for each value head a matrix S in blocks of 16 of its columns,
  * (Hv, value width / 16, key width, 16), so that a block stays in the first cache. */
 typedef struct {
-    const float *x, *ba;         /* (N, width): q | k | v | z, of which q | k | v convolved; b | a */
-    const float *conv, *norm;    /* (taps, columns of q | k | v), (value width) */
-    const float *A, *dt_bias;    /* (Hv) each */
-    const state_span *spans;     /* the last one is followed by one without tokens */
-    float *out;                  /* (N, Hv value width) */
+    const float *x, *ba;      /* (N, width): q | k | v | z, of which q | k | v convolved; b | a */
+    const float *conv, *norm; /* (taps, columns of q | k | v), (value width) */
+    const float *A, *dt_bias; /* (Hv) each */
+    const state_span *spans;  /* the last one is followed by one without tokens */
+    float *out;               /* (N, Hv value width) */
     int64_t taps, k_heads, v_heads, k_dim, v_dim, first, is_tiled;
     float eps;
     float *mixed;   /* (N, columns of q | k | v), convolved; from here on set by `delta_net` */
@@ -1262,8 +1265,8 @@ static void recur_piece(const void *job, int64_t piece) {
             for (int64_t i = 0; i < D; i += 4)
                 for (int u = 0; u < 4; u++)
                     for (int w = 0; w < VECS; w++)
-                        sum[u][w] = madd(splat(k[i + u]), load(S + 16 * (i + u) + w * LANES),
-                                         sum[u][w]);
+                        sum[u][w] =
+                            madd(splat(k[i + u]), load(S + 16 * (i + u) + w * LANES), sum[u][w]);
             for (int w = 0; w < VECS; w++) {
                 vec known = sum[0][w] + sum[1][w] + (sum[2][w] + sum[3][w]);
                 change[w] = (load(v + w * LANES) - known * (of_k * decay)) * (beta * of_k);
