@@ -406,7 +406,7 @@ def test_neighbours_of_one_role_are_merged_for_a_template_that_refuses_them(
     assert tiny_llm.render(messages).count("<|im_start|>user\n") == 3
 
 
-def test_system_messages_are_merged_in_front_for_a_template_that_takes_one(
+def test_late_system_messages_stay_in_place_for_a_template_that_takes_one_in_front(
     tiny_llm: nanollama.LLM,
 ) -> None:
     source = (
@@ -416,7 +416,7 @@ def test_system_messages_are_merged_in_front_for_a_template_that_takes_one(
     template = nanollama.ChatTemplate(tiny_llm.checkpoint.text, source)
     roles = ("system", "user", "developer", "user")
     messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
-    assert template.render(messages) == "[system:0\n\n2][user:1\n\n3]"
+    assert template.render(messages) == "[system:0][user:1\n\n2\n\n3]"
 
 
 # ---- answers, from scripted deltas ---------------------------------------------------------------

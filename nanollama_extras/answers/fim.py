@@ -33,7 +33,7 @@ def fill_ids(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
     form = next((words for words in TOKENS if all(word in known for word in words)), None)
     if form is None:
         raise RequestError(
-            "this model cannot fill in the middle: it has no tokens for that", "suffix"
+            "suffix cannot be used: the model has no tokens to fill in the middle", "suffix"
         )
     before, hole, after = (known[word] for word in form)
     bos = tokenizer.text.special_tokens.get("bos_token")

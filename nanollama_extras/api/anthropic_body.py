@@ -35,7 +35,7 @@ COUNT_FIELDS = table(
 OWN_FIELDS = {
     name: kind
     for name, kind in SAMPLING_FIELDS.items()
-    if name not in ("stop", "logit_bias", "max_tokens")
+    if name not in ("stop", "logit_bias", "max_tokens", "thinking_budget")
 }
 FIELDS = table(
     COUNT_FIELDS, OWN_FIELDS, integer="max_tokens", array="stop_sequences", boolean="stream"
@@ -195,7 +195,8 @@ def read_thinking(given: Fields) -> Json:
     form = output.get("format") or given.get("output_format")
     if form is not None:
         if not isinstance(form, dict) or form.get("type") != "json_schema":
-            invalid("output_config.format", "an object of type 'json_schema' is needed")
+            place = "output_config.format" if output.get("format") else "output_format"
+            invalid(place, "an object of type 'json_schema' is needed")
         schema = {"name": "answer", "schema": form.get("schema"), "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return body

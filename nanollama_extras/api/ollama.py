@@ -249,8 +249,8 @@ def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     """The request of /api/generate, whose prompt stays as it is (raw), stands before a gap that a
     suffix ends, or follows the ids of a context."""
     context, request = given.get("context") or [], wire.requests[0]
-    if any(type(i) is not int for i in context):
-        refuse("context must list token ids", "context")
+    if any(type(i) is not int or not 0 <= i < llm.engine.n_vocab for i in context):
+        refuse("context must list token ids of the model", "context")
     if given.get("suffix"):
         fim = extra("answers.fim", "a prompt with a suffix")
         prompt: str | list[int] = fim.fill_ids(llm.tokenizer, given["prompt"], given["suffix"])

@@ -63,7 +63,8 @@ def without_lone_thoughts(messages: list[Json]) -> list[Json]:
 
 def add_item(messages: list[Json], item: Fields, where: str) -> None:
     """Add an item to the messages."""
-    kind = item.get("type", "message")
+    kind = "message" if item.get("type") is None else item["type"]
+    check_type(f"{where}.type", kind, "string")
     if kind == "message":
         content, role = item_text(item, "content", where), item.get("role")
         last = messages[-1] if messages else {}

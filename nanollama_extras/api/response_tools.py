@@ -116,7 +116,7 @@ class ToolSet:
     def add(self, tool: Any, place: str, strict: bool, namespace: str | None = None) -> None:
         """Add a tool of a body. strict: refuse one that cannot be run here. Raises RequestError."""
         check_type(place, tool, "object")
-        kind = tool.get("type")
+        check_type(f"{place}.type", kind := tool.get("type"), "string")
         if kind == "namespace" and namespace is None:
             check_type(f"{place}.name", name := tool.get("name"), "string")
             check_type(f"{place}.tools", inner := tool.get("tools"), "array")
@@ -166,7 +166,7 @@ class ToolSet:
         """`tool_choice` as a chat has it. Raises RequestError for a tool that is not offered."""
         if not isinstance(value, dict):
             return value
-        kind = value.get("type")
+        check_type("tool_choice.type", kind := value.get("type"), "string")
         if kind == "allowed_tools":
             listed = value.get("tools", [])
             check_type("tool_choice.tools", listed, "array")

@@ -1145,12 +1145,12 @@ typedef struct {
 #define MAX_TAPS 8
 #define CONV_BLOCK 64 /* channels of a piece */
 
-/* y[t] = sum of weight[j] x[t - taps + 1 + j] over taps j, for each channel of a sequence. The state
- * has the last taps - 1 inputs, the oldest first. An input may be a product of two columns. */
+/* y[t] = sum of weight[j] x[t - taps + 1 + j] over taps j, for each channel of a sequence.
+ * The state has the last taps - 1 inputs, the oldest first. An input may be a product of two. */
 typedef struct {
-    const float *x, *times, *weight,
-        *bias;         /* (N, stride), the same; (taps, channels), (channels) */
-    const float *gate; /* (N, stride): multiplies y */
+    const float *x, *times;     /* (N, stride) each */
+    const float *weight, *bias; /* (taps, channels), (channels) */
+    const float *gate;          /* (N, stride): multiplies y */
     const state_span *spans;
     float *out; /* (N, channels) */
     int64_t stride, channels, taps, first, with_silu;

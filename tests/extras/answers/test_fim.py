@@ -44,6 +44,6 @@ def test_the_gap_is_filled_over_ollamas_api(tmp_path: Path) -> None:
 
 def test_a_model_without_such_tokens_says_so(tmp_path: Path) -> None:
     llm = LLM(write(tmp_path, ["x"]))
-    with pytest.raises(RequestError, match="cannot fill in the middle") as error:
+    with pytest.raises(RequestError, match="suffix cannot be used") as error:
         fill_ids(llm.tokenizer, "a", "b")
     assert error.value.param == "suffix"

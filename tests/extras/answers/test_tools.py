@@ -1003,7 +1003,7 @@ def test_an_answer_that_is_cut_in_a_call_has_the_text_so_far(
     } == {
         "chat": ("I look:", "length", has_name),
         "responses": ("I look:", "incomplete", has_name),
-        "ollama": ("I look:", "length", False),  # whole calls only: arguments are objects there
+        "ollama": ("I look:", "length", has_name),
     }
 
 

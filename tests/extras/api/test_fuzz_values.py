@@ -86,7 +86,33 @@ OLLAMA = {
     "think": True,
     "stream": False,
 }
+THOUGHT = {"type": "thinking", "thinking": "t", "signature": ""}
+RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "r"}]}
+COUNTED = {
+    "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {
+            "role": "assistant",
+            "content": [THOUGHT, {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}],
+        },
+        {"role": "user", "content": [{**RESULT, "is_error": True}, {"type": "text", "text": "b"}]},
+    ],
+    "tools": [{"name": "f", "description": "d", "input_schema": SCHEMA}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+}
+MESSAGES = {
+    **COUNTED,
+    "max_tokens": 5,
+    "output_config": {"effort": "low"},
+    "stop_sequences": ["x"],
+    "metadata": {"user_id": "u"},
+    "stream": False,
+}
 BODIES: dict[str, list[dict[str, Any]]] = {
+    "/v1/messages": [MESSAGES],
+    "/v1/messages/count_tokens": [COUNTED],
     "/v1/chat/completions": [CHAT, CHOICES],
     "/chat/completions": [{"messages": TALK[-1:]}],
     "/v1/completions": [{"prompt": ["a", [1]], "logprobs": 1, "logit_bias": {"1": 2}}],

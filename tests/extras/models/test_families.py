@@ -307,11 +307,11 @@ def test_only_the_chosen_experts_run(tiny: Tiny) -> None:
     assert isinstance(mlp, nanollama.MoE)
     with torch.inference_mode():
         x = torch.randn(1, llm.config.n_embd, generator=torch.Generator().manual_seed(0))
-        y, chosen = mlp(x), mlp.gate(x).topk(2).indices[0].tolist()
+        y, chosen = mlp(x, None), mlp.gate(x).topk(2).indices[0].tolist()
         for i in set(range(len(mlp.experts))) - set(chosen):
             for part in mlp.experts[i].gate_up_proj.parts:
                 part.blocks.fill_(255)  # scales that are no numbers
-        assert torch.equal(mlp(x), y)
+        assert torch.equal(mlp(x, None), y)
 
 
 # ---- rows and their neighbours -------------------------------------------------------------------
