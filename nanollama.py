@@ -456,7 +456,7 @@ class Family:
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
     switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
     names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
-    # corrects a config.json, or refuses it -> fields of ModelConfig, or None
+    # corrects or refuses a config.json -> fields of ModelConfig, or None
     check: Callable[[ConfigValues], Json | None] | None = None
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
@@ -1995,6 +1995,7 @@ class Rotation(NamedTuple):
 
 class Attention:
     sinks: Tensor | None = None  # (H,)
+    sub_norm: Norm | None = None  # before o_proj
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, index: int) -> None:
         C, H, Hkv, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
@@ -2029,9 +2030,8 @@ class Attention:
         batch: Batch,
         residual: Tensor | None,
     ) -> Tensor:
-        qkv = self.qkv_proj(x, norm=norm)  # (N, (H + 2 Hkv) D)
-        out = cache.attend(self, qkv, rotation, batch)
-        return self.o_proj(out, residual=residual)  # (N, C)
+        out = cache.attend(self, self.qkv_proj(x, norm=norm), rotation, batch)  # (N, H D)
+        return self.o_proj(out, self.sub_norm, residual=residual)  # (N, C)
 
 
 MLP_BYTES = 16 << 20  # of gate and up at a time
@@ -2173,8 +2173,8 @@ class Decoder:
         return [self.embed_tokens, *self.layers, self.norm, self.lm_head]
 
     def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
-        """A KVCache for sequences that this decoder runs; `most_new` as there. `saving` is for
-        layers that keep states: see models.recurrent."""
+        """A KVCache for sequences of this decoder; `most_new` as there. `saving`: see
+        models.recurrent."""
         cache = self.backend.new_cache(self.config, num_slots, self.kv_dtype, most_new)
         cache.regime_of = self.ropes[0].regime
         return cache

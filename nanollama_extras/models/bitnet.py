@@ -1,7 +1,7 @@
 """BitNet's norms of what o_proj and down_proj get, and its activation.
 
 Adds       `BitDecoder`, whose attention and MLPs have a norm more; the activation reglu2.
-Seam       Family.decoder; MLP.sub_norm; a row of ACTS.
+Seam       Family.decoder; Attention.sub_norm and MLP.sub_norm; a row of ACTS.
 Source     https://arxiv.org/abs/2504.12285
 Remove     delete this file; the model_type bitnet then says that it needs it.
 """
@@ -9,21 +9,9 @@ Remove     delete this file; the model_type bitnet then says that it needs it.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
 import nanollama
-from nanollama import (
-    MLP,
-    Attention,
-    Batch,
-    Decoder,
-    DecoderLayer,
-    KVCache,
-    ModelConfig,
-    Norm,
-    Rotation,
-    Weights,
-)
+from nanollama import MLP, Attention, Decoder, DecoderLayer, ModelConfig, Weights
 
 nanollama.ACTS["reglu2"] = lambda gate, up: F.relu(gate).square() * up
 
@@ -33,18 +21,6 @@ class BitAttention(Attention):
         super().__init__(config, weights, prefix, index)
         width = config.n_heads * config.head_dim
         self.sub_norm = nanollama.make_norm(config, weights, f"{prefix}.attn_sub_norm", width)
-
-    def __call__(
-        self,
-        x: Tensor,
-        norm: Norm | None,
-        rotation: Rotation,
-        cache: KVCache,
-        batch: Batch,
-        residual: Tensor | None,
-    ) -> Tensor:
-        out = cache.attend(self, self.qkv_proj(x, norm=norm), rotation, batch)
-        return self.o_proj(out, norm=self.sub_norm, residual=residual)
 
 
 class BitLayer(DecoderLayer):

@@ -3,7 +3,8 @@
 Adds       `GatedDeltaNet`, a layer with a state of a matrix for each head; `GatedAttention`;
            `DeltaNetDecoder`, which has one or the other in each layer; their layouts of tensors.
 Seam       Family.layout, .gguf_layout and .decoder of these families. models.hybrid_config reads
-           their configs, models.recurrent keeps the states.
+           their configs, models.recurrent keeps the states. Imports models.families, and
+           models.routers, which names the tensors that nothing here reads.
 Source     https://arxiv.org/abs/2412.06464 (gated delta networks), https://qwen.ai (models)
            https://github.com/huggingface/transformers (src/transformers/models/qwen3_5)
 Remove     delete this file and the rows of these families.
@@ -15,8 +16,6 @@ For each head, with a state S (key width, value width) and unit vectors q and k:
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -37,18 +36,14 @@ from nanollama import (
     TensorSource,
     Weights,
 )
+from nanollama_extras.models.families import changed, plus_one
 from nanollama_extras.models.hybrid_config import DeltaNetShape
 from nanollama_extras.models.recurrent import Inputs, RecurrentDecoder, RecurrentMixer
+from nanollama_extras.models.routers import prediction_tensors
 
 Tensors = Mapping[str, TensorSource]
 
 # ---- layouts of tensors --------------------------------------------------------------------------
-
-
-def changed(tensor: TensorSource, change: Any, shape: tuple[int, ...] = ()) -> TensorSource:
-    """The tensor after `change`, which keeps its shape unless another one is given."""
-    load = lambda *rows: change(cast("Tensor", tensor.load(*rows)).float())  # noqa: E731
-    return dataclasses.replace(tensor, load=load, shape=shape or tensor.shape)
 
 
 def split_gate(name: str, tensor: TensorSource, config: ModelConfig) -> dict[str, TensorSource]:
@@ -80,15 +75,13 @@ def split_fused(name: str, tensor: TensorSource, shape: DeltaNetShape) -> dict[s
 
 def hub_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
     """Tensors of safetensors files as `DeltaNetDecoder` wants them: A = -exp(A_log), norms with 1
-    added. Layers that predict several tokens ahead (mtp) are left out."""
+    added."""
     named: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
-        if name.startswith(("mtp.", "model.mtp.")):
-            continue
         if name.endswith(".A_log"):
             named[name.removesuffix("_log")] = changed(tensor, lambda x: -x.exp())
         elif name.endswith("norm.weight") and "linear_attn" not in name:
-            named[name] = changed(tensor, lambda x: x + 1)
+            named[name] = plus_one(tensor)
         else:
             named[name] = tensor
     return common_layout(named, config)
@@ -115,19 +108,21 @@ def gguf_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource
     named: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
         place = re.fullmatch(r"(?:blk|model\.layers)\.(\d+)\.(.+)", name)
-        if place is None:
-            named[name] = tensor
-        elif int(place[1]) < config.n_layers:
+        if place:
             ours = next((o for g, o in GGUF_NAMES.items() if re.fullmatch(g, place[2])), place[2])
-            named[f"model.layers.{place[1]}.{ours}"] = tensor
+            name = f"model.layers.{place[1]}.{ours}"
+        named[name] = tensor
     return common_layout(named, config)
 
 
 def common_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
-    """conv1d as (taps, channels); fused projections split."""
+    """conv1d as (taps, channels), fused projections split. Blocks that predict further tokens are
+    left out."""
     shape: DeltaNetShape = config.own["delta_net"]
+    skipped = prediction_tensors(tensors, config.n_layers)
     named: dict[str, TensorSource] = {}
-    for name, tensor in tensors.items():
+    for name in (name for name in tensors if name not in skipped):
+        tensor = tensors[name]
         if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
             named |= split_gate(name, tensor, config)
         elif name.endswith("conv1d.weight"):
@@ -146,13 +141,15 @@ def common_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSour
 class GatedDeltaNet(RecurrentMixer):
     """A gated delta net. Its state: the last inputs of the convolution, then S of each head."""
 
+    kernel = "delta_net"
+
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         self.shape = s = cast("DeltaNetShape", config.own["delta_net"])
-        self.eps, self.num_floats = config.norm_eps, s.num_floats
-        rows = {"qkv": s.channels, "z": s.v_heads * s.v_dim}
+        self.eps, self.num_floats, self.width = config.norm_eps, s.num_floats, s.v_heads * s.v_dim
+        rows = {"qkv": s.channels, "z": self.width}
         named = {f"{prefix}.in_proj_{part}": num for part, num in rows.items()}
         self.in_proj = weights.linear(named, config.n_embd)
-        self.out_proj = weights.linear({f"{prefix}.out_proj": config.n_embd}, rows["z"])
+        self.out_proj = weights.linear({f"{prefix}.out_proj": config.n_embd}, self.width)
         # a few rows, of which llama.cpp keeps some as floats, too
         names = [f"{prefix}.in_proj_{part}.weight" for part in "ba"]
         self.ba = torch.cat([weights.take(name, s.v_heads, config.n_embd) for name in names])
@@ -181,40 +178,28 @@ class GatedDeltaNet(RecurrentMixer):
         )
         return mixed, out
 
-    def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
+    def kernel_fields(self, inputs: Inputs) -> dict[str, Any]:
         s, (x, ba) = self.shape, inputs
-        if self.run_kernel is None:
-            out = x.new_zeros(len(x), s.v_heads * s.v_dim) if out is None else out
-            for span in spans:
-                rows = slice(span.row, span.row + span.num_new)
-                out[rows] = self.scan_span(x[rows], ba[rows], self.part(span.state)).to(x.dtype)
-            return out
-        out = torch.empty(x.size(0), s.v_heads * s.v_dim) if out is None else out
-        return self.run_kernel(
-            "delta_net",
-            out,
-            x=x,
-            ba=ba,
-            conv=self.conv,
-            norm=self.norm,
-            A=self.A,
-            dt_bias=self.dt_bias,
-            spans=ctypes.addressof(spans),
-            taps=s.taps,
-            k_heads=s.k_heads,
-            v_heads=s.v_heads,
-            k_dim=s.k_dim,
-            v_dim=s.v_dim,
-            first=self.first,
-            is_tiled=s.tiled,
-            eps=self.eps,
-        )
+        return {
+            "x": x,
+            "ba": ba,
+            "conv": self.conv,
+            "norm": self.norm,
+            "A": self.A,
+            "dt_bias": self.dt_bias,
+            "taps": s.taps,
+            "k_heads": s.k_heads,
+            "v_heads": s.v_heads,
+            "k_dim": s.k_dim,
+            "v_dim": s.v_dim,
+            "is_tiled": s.tiled,
+            "eps": self.eps,
+        }
 
-    def scan_span(self, x: Tensor, ba: Tensor, state: Tensor) -> Tensor:
-        """Rows (n, ..) of a sequence's inputs, and its state -> (n, Hv * value width)"""
-        s = self.shape
+    def scan_span(self, inputs: Inputs, state: Tensor) -> Tensor:
+        s, (x, ba) = self.shape, inputs
         n, keys, last = len(x), s.k_heads * s.k_dim, (s.taps - 1) * s.channels
-        qkv, z = x.float().split([s.channels, s.v_heads * s.v_dim], dim=1)
+        qkv, z = x.float().split([s.channels, self.width], dim=1)
         b, a = ba.float().chunk(2, dim=1)
         tail, S = state[:last].view(-1, s.channels), state[last:].view(-1, s.k_dim, s.v_dim)
         seen = torch.cat((tail, qkv))  # (taps - 1 + n, channels)
@@ -223,7 +208,7 @@ class GatedDeltaNet(RecurrentMixer):
         for j in range(1, s.taps):
             mixed += self.conv[j] * seen[j : j + n]
         mixed = by_row(F.silu, mixed)
-        q, k, v = mixed.split([keys, keys, s.v_heads * s.v_dim], dim=1)
+        q, k, v = mixed.split([keys, keys, self.width], dim=1)
         q, k = (unit(part.view(n, -1, s.k_dim))[:, self.key_head] for part in (q, k))
         q, v = q * s.k_dim**-0.5, v.view(n, -1, s.v_dim)
         decay = by_row(torch.exp, self.A * by_row(F.softplus, a + self.dt_bias))  # (n, Hv)

@@ -317,15 +317,23 @@ def family(
     return Family(defaults, check=check_all, from_gguf=all_from_gguf, **rest)
 
 
+def changed(
+    tensor: TensorSource, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] = ()
+) -> TensorSource:
+    """A float tensor after `change`, which keeps its shape unless another one is given."""
+    load = lambda *rows: change(cast("Tensor", tensor.load(*rows)).float())  # noqa: E731
+    return dataclasses.replace(tensor, load=load, shape=shape or tensor.shape)
+
+
+def plus_one(tensor: TensorSource) -> TensorSource:
+    """The weights of a norm that multiplies with 1 + weight."""
+    return changed(tensor, lambda x: x + 1)
+
+
 def norms_plus_one(
     tensors: Mapping[str, TensorSource], config: ModelConfig
 ) -> dict[str, TensorSource]:
     """Gemma's norms multiply with 1 + weight."""
-
-    def plus_one(tensor: TensorSource) -> TensorSource:
-        load = lambda *rows: cast("Tensor", tensor.load(*rows)).float() + 1  # noqa: E731
-        return dataclasses.replace(tensor, load=load)
-
     return {name: plus_one(t) if "norm" in name else t for name, t in tensors.items()}
 
 

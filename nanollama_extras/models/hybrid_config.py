@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from nanollama import CheckpointError, ConfigValues, check_value
-from nanollama_extras.models.routing import read_router
+from nanollama_extras.models.routing import read_router, without_predictions
 
 Values = dict[str, Any]
 
@@ -40,19 +40,22 @@ class DeltaNetShape:
         return (self.taps - 1) * self.channels + self.v_heads * self.k_dim * self.v_dim
 
 
-def layer_kinds(values: ConfigValues) -> list[str]:
-    """The type of each layer, which older files give by `full_attention_interval`."""
-    n_layers = values.count("num_hidden_layers", most=2**16)
-    every = values.count("full_attention_interval", 4)
-    kinds = values.get("layer_types")
-    if kinds is None:
-        kinds = [
-            "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
-        ]
-    known = ("linear_attention", "full_attention")
+def state_fields(
+    values: ConfigValues, kinds: Any, stateful: str, num_floats: int, **own: Any
+) -> Values:
+    """Fields of ModelConfig for layers of `kinds`, of which those of the kind `stateful` keep
+    `num_floats` each. Raises CheckpointError for other kinds."""
+    n_layers, known = values.count("num_hidden_layers", most=2**16), (stateful, "full_attention")
     is_valid = isinstance(kinds, list) and [k in known for k in kinds] == [True] * n_layers
     check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {known}")
-    return cast("list[str]", kinds)
+    windows = tuple(0 if kind == stateful else None for kind in kinds)
+    return {"windows": windows, "state_bytes": 4 * num_floats * windows.count(0), "own": own}
+
+
+def kv_heads(counts: Any) -> Any:
+    """The number of key/value heads from a list with a number for each layer, 0 without keys."""
+    is_listed = isinstance(counts, list) and all(type(count) is int for count in counts)
+    return max(counts, default=0) if is_listed else counts
 
 
 def conv_taps(values: ConfigValues, key: str) -> int:
@@ -64,8 +67,12 @@ def conv_taps(values: ConfigValues, key: str) -> int:
 
 def check_delta_net(values: ConfigValues) -> Values:
     """Fields of ModelConfig for layers that are gated delta nets. Raises CheckpointError."""
-    kinds = layer_kinds(values)
-    values.pop("layer_types", None)
+    kinds, every = values.pop("layer_types", None), values.count("full_attention_interval", 4)
+    if kinds is None:
+        n_layers = values.count("num_hidden_layers", most=2**16)
+        kinds = [
+            "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
+        ]
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if isinstance(rope, Mapping):  # positions in three dimensions are those of text in one
         values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
@@ -81,27 +88,18 @@ def check_delta_net(values: ConfigValues) -> Values:
     if shape.v_heads % shape.k_heads:
         heads = f"linear_num_value_heads {shape.v_heads}"
         raise CheckpointError(f"{heads} is no multiple of {shape.k_heads} key heads")
-    num_states = kinds.count("linear_attention")
-    windows = tuple(0 if kind == "linear_attention" else None for kind in kinds)
-    return {
-        "windows": windows,
-        "state_bytes": 4 * num_states * shape.num_floats,
-        "own": {"delta_net": shape},
-    }
+    return state_fields(values, kinds, "linear_attention", shape.num_floats, delta_net=shape)
 
 
 def check_short_conv(values: ConfigValues) -> Values:
     """Fields of ModelConfig for layers that are short convolutions (LFM2). Older files list only
     the layers with attention, and a width of the MLP that is to be rounded. Raises
     CheckpointError."""
-    n_layers = values.count("num_hidden_layers", most=2**16)
     kinds, indices = values.pop("layer_types", None), values.get("full_attn_idxs")
     if kinds is None:
-        indices = indices if isinstance(indices, list) else range(n_layers)
-        kinds = ["full_attention" if i in indices else "conv" for i in range(n_layers)]
-    known = ("conv", "full_attention")
-    is_valid = isinstance(kinds, list) and [k in known for k in kinds] == [True] * n_layers
-    check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {known}")
+        layers = range(values.count("num_hidden_layers", most=2**16))
+        indices = indices if isinstance(indices, list) else layers
+        kinds = ["full_attention" if i in indices else "conv" for i in layers]
     if "norm_eps" in values:
         values["rms_norm_eps"] = values["norm_eps"]
     if "tie_embedding" in values:
@@ -113,12 +111,8 @@ def check_short_conv(values: ConfigValues) -> Values:
         width = int(values.number("block_ffn_dim_multiplier", 1.0) * int(2 * width / 3))
         values["intermediate_size"] = -(-width // multiple) * multiple
     taps = conv_taps(values, "conv_L_cache")
-    num_floats = (taps - 1) * values.count("hidden_size")
-    return {
-        "windows": tuple(0 if kind == "conv" else None for kind in cast("list[str]", kinds)),
-        "state_bytes": 4 * num_floats * cast("list[str]", kinds).count("conv"),
-        "own": {"taps": taps, "conv_bias": bool(values.get("conv_bias"))},
-    }
+    own = {"taps": taps, "conv_bias": bool(values.get("conv_bias"))}
+    return state_fields(values, kinds, "conv", (taps - 1) * values.count("hidden_size"), **own)
 
 
 def check_short_conv_moe(values: ConfigValues) -> Values:
@@ -136,9 +130,9 @@ def short_conv_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     values["block_auto_adjust_ff_dim"] = False
     values["num_dense_layers"] = own.get("leading_dense_block_count", 0)
     heads = values["num_key_value_heads"]
-    if isinstance(heads, list) and all(type(num) is int for num in heads):
+    values["num_key_value_heads"] = kv_heads(heads)
+    if isinstance(heads, list):
         values["layer_types"] = ["full_attention" if num else "conv" for num in heads]
-        values["num_key_value_heads"] = max(heads, default=0)
 
 
 def delta_net_from_gguf(own: Mapping[str, Any], values: Values) -> None:
@@ -154,15 +148,12 @@ def delta_net_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     inner, heads = own.get("ssm.inner_size"), values["linear_num_value_heads"]
     if isinstance(inner, int) and isinstance(heads, int) and heads > 0:
         values["linear_value_head_dim"] = inner // heads
-    ahead = own.get("nextn_predict_layers", 0)
-    values["num_hidden_layers"] -= ahead if isinstance(ahead, int) else 0
+    without_predictions(own, values)
     recurrent = own.get("attention.recurrent_layers")
     if isinstance(recurrent, list):
         kinds = ["linear_attention" if each else "full_attention" for each in recurrent]
         values["layer_types"] = kinds[: max(values["num_hidden_layers"], 0)]
     if "full_attention_interval" in own:
         values["full_attention_interval"] = own["full_attention_interval"]
-    kv_heads = values["num_key_value_heads"]
-    if isinstance(kv_heads, list):  # 0 in layers without keys
-        values["num_key_value_heads"] = max(kv_heads, default=0)
+    values["num_key_value_heads"] = kv_heads(values["num_key_value_heads"])
     values["linear_heads_are_tiled"] = values["model_type"].startswith("qwen3_5")

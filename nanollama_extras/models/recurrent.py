@@ -18,6 +18,7 @@ guesses' inputs are kept, and those that were right go into the state before the
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -64,8 +65,10 @@ class RecurrentMixer:
     """A layer with a state: `inputs`, then `scan` takes them through the state, then `out_proj`."""
 
     out_proj: Any
+    width: int  # columns of what out_proj gets
     num_floats: int  # of its state
-    run_kernel: Callable[..., Tensor] | None  # the backend's, if it has kernels for these sizes
+    kernel: str  # the native one
+    run_kernel: Callable[..., Tensor] | None  # the backend's, if it has the kernel for these sizes
     first = 0  # place of its state among those of all layers
 
     def inputs(self, x: Tensor, norm: Norm | None) -> Inputs:
@@ -73,8 +76,27 @@ class RecurrentMixer:
         raise NotImplementedError
 
     def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
-        """Take the rows of `spans` of the inputs into the states -> their rows of `out` (N, columns
-        of out_proj), which is made if it is None."""
+        """Take the rows of `spans` of the inputs into the states -> their rows of `out` (N, width),
+        which is made if it is None."""
+        x = inputs[0]
+        if out is None:
+            out = torch.empty(x.size(0), self.width, dtype=x.dtype, device=x.device)
+        if self.run_kernel is not None:
+            place = {"spans": ctypes.addressof(spans), "first": self.first}
+            return self.run_kernel(self.kernel, out, **place, **self.kernel_fields(inputs))
+        for span in spans:
+            rows = slice(span.row, span.row + span.num_new)
+            part = self.scan_span(tuple(each[rows] for each in inputs), self.part(span.state))
+            out[rows] = part.to(x.dtype)
+        return out
+
+    def kernel_fields(self, inputs: Inputs) -> dict[str, Any]:
+        """The other fields of the kernel's structure."""
+        raise NotImplementedError
+
+    def scan_span(self, inputs: Inputs, state: Tensor) -> Tensor:
+        """`scan` by torch, of the inputs (n, ..) of one sequence and this layer's part of its state
+        -> (n, width)"""
         raise NotImplementedError
 
     def part(self, state: Tensor) -> Tensor:
@@ -107,8 +129,7 @@ class RecurrentCache:
         state_mb: int = 0,
     ) -> None:
         """`table` makes a list of spans into a table of the backend's. `end_ids` end a turn."""
-        self.cache, self.mixers, self.table = cache, mixers, table
-        self.end_ids = end_ids
+        self.cache, self.table, self.end_ids = cache, table, end_ids
         for mixer, first in zip(mixers, itertools.accumulate([0, *(m.num_floats for m in mixers)])):
             mixer.first = first
         self.num_floats = sum(mixer.num_floats for mixer in mixers)
@@ -261,6 +282,7 @@ class RecurrentCache:
                 rows = slice(first, span.row + span.num_new)
                 self.guesses[span.slot][mixer] = tuple(x[rows].clone() for x in inputs)
         assert out is not None
+        out[sum(span.num_new for span in batch.spans) :] = 0  # rows that only pad the batch
         return out
 
     # -- recorded steps --------------------------------------------------------------------------

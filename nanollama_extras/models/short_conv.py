@@ -11,7 +11,6 @@ Remove     delete this file and the rows of these families.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,9 +39,11 @@ def gguf_layout(
 class ShortConv(RecurrentMixer):
     """y = C conv(B x) for in_proj's output B | C | x, with a filter for each channel."""
 
+    kernel = "short_conv"
+
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         C, taps, has_bias = config.n_embd, config.own["taps"], config.own["conv_bias"]
-        self.taps, self.num_floats = taps, (taps - 1) * C
+        self.taps, self.num_floats, self.width = taps, (taps - 1) * C, C
         self.in_proj = weights.linear({f"{prefix}.in_proj": 3 * C}, C, has_bias)
         self.out_proj = weights.linear({f"{prefix}.out_proj": C}, C, has_bias)
         name = f"{prefix}.conv.weight"
@@ -58,30 +59,17 @@ class ShortConv(RecurrentMixer):
     def inputs(self, x: Tensor, norm: Norm | None) -> Inputs:
         return (self.in_proj(x, norm=norm),)
 
-    def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
-        (x,), C = inputs, self.conv.size(1)
-        if self.run_kernel is not None:
-            return self.run_kernel(
-                "short_conv",
-                torch.empty(x.size(0), C) if out is None else out,
-                x=x,
-                conv=self.conv,
-                bias=self.bias,
-                spans=ctypes.addressof(spans),
-                cols=C,
-                taps=self.taps,
-                first=self.first,
-            )
-        out = x.new_zeros(len(x), C) if out is None else out
-        for span in spans:
-            rows = slice(span.row, span.row + span.num_new)
-            b, c, new = x[rows].float().chunk(3, dim=1)
-            tail = self.part(span.state).view(-1, C)
-            seen = torch.cat((tail, b * new))  # (taps - 1 + n, C)
-            tail.copy_(seen[len(new) :])
-            y = F.conv1d(seen.T, self.conv.T.unsqueeze(1), self.bias, groups=C).T
-            out[rows] = (c * y).to(x.dtype)
-        return out
+    def kernel_fields(self, inputs: Inputs) -> dict[str, Any]:
+        (x,) = inputs
+        fields = {"x": x, "conv": self.conv, "bias": self.bias}
+        return {**fields, "cols": self.width, "taps": self.taps}
+
+    def scan_span(self, inputs: Inputs, state: Tensor) -> Tensor:
+        b, c, x = inputs[0].float().chunk(3, dim=1)
+        tail = state.view(-1, self.width)
+        seen = torch.cat((tail, b * x))  # (taps - 1 + n, C)
+        tail.copy_(seen[len(x) :])
+        return c * F.conv1d(seen.T, self.conv.T.unsqueeze(1), self.bias, groups=self.width).T
 
 
 class ShortConvLayer(DecoderLayer):

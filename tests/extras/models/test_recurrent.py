@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
+import safetensors.torch
+import torch
 from families import ROWS
-from oracle import Tiny
+from oracle import Tiny, rewritten
 
 from nanollama import LLM, CheckpointError, GenerationRequest, SamplingParams, model_config
 from nanollama_extras.models import recurrent
@@ -181,3 +184,14 @@ def test_guesses_leave_no_trace(path: Path) -> None:
     done = looking.complete(request)
     assert done.token_ids == plain.complete(request).token_ids
     assert 0 < done.usage.accepted_tokens < done.usage.drafted_tokens  # some right, some wrong
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(path: Path, tmp_path: Path) -> None:
+    if "Qwen3_5" not in json.loads((path / "config.json").read_text())["architectures"][0]:
+        pytest.skip("has no such blocks")
+    more = rewritten(path, tmp_path / "more", lambda config: None)
+    tensors = safetensors.torch.load_file(more / "model.safetensors")
+    tensors |= {f"mtp.{name}": torch.ones(2, 2) for name in ("fc.weight", "norm.weight")}
+    safetensors.torch.save_file(tensors, more / "model.safetensors")
+    ids = oracle.random_ids(9)
+    assert torch.equal(LLM(more).logits(ids), LLM(path).logits(ids))
