@@ -42,7 +42,10 @@ def test_the_likeliest_answers_are_kept(live: Live, echo: bool) -> None:
 
 
 def test_log_probabilities_come_if_they_are_wanted(live: Live) -> None:
-    body = {"max_tokens": 3, "best_of": 2, "logprobs": 2}
+    body = {"max_tokens": 3, "best_of": 2, "logprobs": 2, "seed": 5}
     (choice,) = live.text(**body).json()["choices"]
-    assert len(choice["logprobs"]["top_logprobs"]) == 3
-    assert all(len(top) >= 2 for top in choice["logprobs"]["top_logprobs"])
+    own = choice["logprobs"]
+    assert len(own["tokens"]) == len(own["top_logprobs"]) == 3
+    # two candidates and the chosen token; those that spell the same text are one entry
+    assert all(text in top for text, top in zip(own["tokens"], own["top_logprobs"]))
+    assert all(len(top) <= 3 for top in own["top_logprobs"])
