@@ -181,53 +181,6 @@ def check_gpt_oss(values: ConfigValues) -> None:
         values.pop(key, None)
 
 
-def routed(values: ConfigValues, **fixed: Any) -> Values:
-    """The router of `values`, as a field of ModelConfig."""
-    return {"own": {"routing": routing.read_router(values, **fixed)}}
-
-
-def check_glm4_moe(values: ConfigValues) -> Values:
-    """Adds the router; some of these models norm queries and keys."""
-    router = routed(values, scoring="sigmoid", correction=True, least=1e-20)
-    return {**router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
-
-
-def check_minimax_m2(values: ConfigValues) -> Values:
-    """Adds the router; files on the hub count the columns that RoPE turns."""
-    if n_rot := values.get("rotary_dim"):
-        width = values.count("head_dim")
-        values["partial_rotary_factor"] = positive(n_rot, "rotary_dim") / width
-    return routed(values, scoring="sigmoid", correction=True)
-
-
-def check_ernie_moe(values: ConfigValues) -> Values:
-    """Adds the router, whose bias corrects the choice alone; every n-th layer from a first to a
-    last one has experts."""
-    values["num_experts"] = values.count("moe_num_experts")
-    values["num_experts_per_tok"] = values.count("moe_k")
-    values["n_shared_experts"] = values.get("moe_num_shared_experts")
-    n_layers = values.count("num_hidden_layers", most=2**16)
-    first: Any = values.get("moe_layer_start_index")
-    last: Any = values.get("moe_layer_end_index")
-    for name, index in (("moe_layer_start_index", first), ("moe_layer_end_index", last)):
-        check_value(type(index) is int, name, index, "a number")
-    sparse = range(first, n_layers if last == -1 else last + 1)
-    step = values.count("moe_layer_interval")
-    dense = [i for i in range(n_layers) if (i + 1) % step or i not in sparse]
-    values["mlp_only_layers"] = dense
-    return routed(values, correction=True, least=1e-12)
-
-
-def check_phimoe(values: ConfigValues) -> Values:
-    """Adds the router, which always chooses two experts. `sliding_window` has no effect."""
-    values.pop("sliding_window", None)
-    if values.get("num_experts_per_tok") != 2:
-        used = excerpt(values.get("num_experts_per_tok"))
-        raise CheckpointError(f"num_experts_per_tok is {used}; 2 is needed")
-    jitter = values.number("router_jitter_noise")
-    return routed(values, scoring="sparsemixer", jitter=jitter)
-
-
 class Chunk(int):
     """A window of attention that begins anew at its multiples; a negative one for kernels."""
 
@@ -261,7 +214,7 @@ def check_llama4(values: ConfigValues) -> Values:
     own = {"use_qk_norm": bool(values.get("use_qk_norm")), "attn_scale": 0.0}
     if values.get("attn_temperature_tuning"):
         own |= {name: values.number(name) for name in ("attn_scale", "floor_scale")}
-    router = routed(values, scoring="sigmoid", scales_input=True)
+    router = routing.routed(values, scoring="sigmoid", scales_input=True)
     windows = tuple(Chunk(size) if kind == CHUNKED else None for kind in kinds)
     check_value(len(windows) == n_layers, "layer_types", kinds, f"a list of {n_layers}")
     return {"own": {**own, **router["own"]}, "windows": windows}
@@ -373,25 +326,6 @@ def cohere2_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values["logit_scale"] = values.pop("logits_scaling")
 
 
-def glm4_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
-    """Takes off the blocks that predict further tokens; the count of experts has another name."""
-    routing.without_predictions(own, values)
-    values["n_routed_experts"] = values.pop("num_experts", None)
-
-
-def ernie_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
-    """Renames what counts experts. The width of the shared one is that of its parts."""
-    values.pop("shared_expert_intermediate_size", None)
-    renamed = {
-        "moe_num_experts": "expert_count",
-        "moe_k": "expert_used_count",
-        "moe_num_shared_experts": "expert_shared_count",
-        "moe_layer_start_index": "leading_dense_block_count",
-        "moe_layer_interval": "interleave_moe_layer_step",
-    }
-    values |= {theirs: own[ours] for theirs, ours in renamed.items() if ours in own}
-
-
 def llama4_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     """Renames widths, and adds what llama.cpp knows of the models without reading it."""
     values["intermediate_size_mlp"] = values["intermediate_size"]
@@ -496,7 +430,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": family(
         keys(196608, n_kv_heads=8, head_dim=128, theta=5e6, n_experts=256, n_used=8)
         | keys(norm_topk_prob=True),
-        check=check_minimax_m2,
+        check=routing.check_minimax_m2,
         switches={"experts": True, "qk_norm": "full"},
         names=MIXTRAL_NAMES | {r"mlp\.e_score_correction_bias$": f"mlp.{CORRECTION}"},
         decoder=ROUTED,
@@ -511,7 +445,7 @@ FAMILIES: dict[str, Family] = {
     "phimoe": family(
         keys(131072, n_kv_heads=8, eps=1e-5, theta=1e6, n_experts=16, n_used=2)
         | {"router_jitter_noise": 0.01},
-        check=check_phimoe,
+        check=routing.check_phimoe,
         switches={"experts": True, "norm": "layer_bias"},
         names=MIXTRAL_NAMES | {r"mlp\.router\.": "mlp.gate."},
         from_gguf=phimoe_from_gguf,
@@ -626,11 +560,11 @@ FAMILIES: dict[str, Family] = {
         keys(131072, n_kv_heads=4, eps=1e-5, theta=5e5, tied=True, norm_topk_prob=True)
         | keys(moe_k=6, moe_num_experts=64, moe_intermediate_size=1536, moe_num_shared_experts=2)
         | keys(moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1),
-        check=check_ernie_moe,
+        check=routing.check_ernie_moe,
         interleaved=True,
         switches={"experts": True},
         names=ROUTED_NAMES | {r"(gate\.)?moe_statics\.e_score_correction_bias$": CORRECTION},
-        from_gguf=ernie_moe_from_gguf,
+        from_gguf=routing.ernie_moe_from_gguf,
         decoder=ROUTED,
         gguf="ernie4_5-moe",
     ),
@@ -745,10 +679,10 @@ FAMILIES: dict[str, Family] = {
         keys(131072, n_kv_heads=8, eps=1e-5, partial_rotary_factor=0.5, norm_topk_prob=True)
         | keys(n_used=8, n_routed_experts=128, moe_intermediate_size=1408, n_shared_experts=1)
         | keys(first_k_dense_replace=1),
-        check=check_glm4_moe,
+        check=routing.check_glm4_moe,
         switches={"experts": True, "o_bias": False},
         names=ROUTED_NAMES,
-        from_gguf=glm4_moe_from_gguf,
+        from_gguf=routing.glm4_moe_from_gguf,
         decoder=ROUTED,
         gguf="glm4moe",
     ),

@@ -1,7 +1,8 @@
 """How a mixture of experts chooses: the data of models.routers, read from config.json or GGUF.
 
-Adds       `Routing`, and `read_router`, which makes it of the keys that DeepSeek-V3 introduced.
-Seam       checks of families.py return what `read_router` gives, for ModelConfig.own.
+Adds       `Routing`, and `read_router`, which makes it of the keys that DeepSeek-V3 introduced;
+           `check` and `from_gguf` of families that differ from Llama by their router.
+Seam       rows of families.py name these; what they return is for ModelConfig.own.
 Remove     delete this file with routers.py; models with such routers then say what they need.
 """
 
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanollama import CheckpointError, ConfigValues, check_value
+from nanollama import CheckpointError, ConfigValues, check_value, excerpt, positive
+
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,77 @@ def dense_layers(values: ConfigValues) -> list[int]:
     return [i for i in range(n_layers) if i < first or i % step]
 
 
-def without_predictions(own: Mapping[str, Any], values: dict[str, Any]) -> None:
+def without_predictions(own: Mapping[str, Any], values: Values) -> None:
     """GGUF files count the blocks that predict further tokens as layers."""
     num_extra = own.get("nextn_predict_layers", 0)
     if isinstance(num_extra, int) and isinstance(values["num_hidden_layers"], int):
         values["num_hidden_layers"] -= num_extra
+
+
+# ---- families ------------------------------------------------------------------------------------
+
+
+def routed(values: ConfigValues, **fixed: Any) -> Values:
+    """The router of `values`, as a field of ModelConfig."""
+    return {"own": {"routing": read_router(values, **fixed)}}
+
+
+def check_glm4_moe(values: ConfigValues) -> Values:
+    """Adds the router; some of these models norm queries and keys."""
+    router = routed(values, scoring="sigmoid", correction=True, least=1e-20)
+    return {**router, "qk_norm": "head" if values.get("use_qk_norm") else ""}
+
+
+def check_minimax_m2(values: ConfigValues) -> Values:
+    """Adds the router; files on the hub count the columns that RoPE turns."""
+    if n_rot := values.get("rotary_dim"):
+        width = values.count("head_dim")
+        values["partial_rotary_factor"] = positive(n_rot, "rotary_dim") / width
+    return routed(values, scoring="sigmoid", correction=True)
+
+
+def check_ernie_moe(values: ConfigValues) -> Values:
+    """Adds the router, whose bias corrects the choice alone; every n-th layer from a first to a
+    last one has experts."""
+    values["num_experts"] = values.count("moe_num_experts")
+    values["num_experts_per_tok"] = values.count("moe_k")
+    values["n_shared_experts"] = values.get("moe_num_shared_experts")
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    first: Any = values.get("moe_layer_start_index")
+    last: Any = values.get("moe_layer_end_index")
+    for name, index in (("moe_layer_start_index", first), ("moe_layer_end_index", last)):
+        check_value(type(index) is int, name, index, "a number")
+    sparse = range(first, n_layers if last == -1 else last + 1)
+    step = values.count("moe_layer_interval")
+    dense = [i for i in range(n_layers) if (i + 1) % step or i not in sparse]
+    values["mlp_only_layers"] = dense
+    return routed(values, correction=True, least=1e-12)
+
+
+def check_phimoe(values: ConfigValues) -> Values:
+    """Adds the router, which always chooses two experts. `sliding_window` has no effect."""
+    values.pop("sliding_window", None)
+    if values.get("num_experts_per_tok") != 2:
+        used = excerpt(values.get("num_experts_per_tok"))
+        raise CheckpointError(f"num_experts_per_tok is {used}; 2 is needed")
+    jitter = values.number("router_jitter_noise")
+    return routed(values, scoring="sparsemixer", jitter=jitter)
+
+
+def glm4_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Takes off the blocks that predict further tokens; the count of experts has another name."""
+    without_predictions(own, values)
+    values["n_routed_experts"] = values.pop("num_experts", None)
+
+
+def ernie_moe_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Renames what counts experts. The width of the shared one is that of its parts."""
+    values.pop("shared_expert_intermediate_size", None)
+    renamed = {
+        "moe_num_experts": "expert_count",
+        "moe_k": "expert_used_count",
+        "moe_num_shared_experts": "expert_shared_count",
+        "moe_layer_start_index": "leading_dense_block_count",
+        "moe_layer_interval": "interleave_moe_layer_step",
+    }
+    values |= {theirs: own[ours] for theirs, ours in renamed.items() if ours in own}
