@@ -449,18 +449,18 @@ class Family:
     """The differences of one `model_type` from Llama."""
 
     defaults: Mapping[str, Any]  # values of keys that config.json leaves out
-    gguf: str = ""  # general.architecture in GGUF files; "" where there are none
-    gguf_key: str = ""  # metadata that only this family of the architecture has
+    gguf: str = ""  # values of general.architecture in GGUF files
+    gguf_key: str = ""  # metadata that only this family has
     permuted: bool = False  # GGUF keeps the rows of q and k in interleaved-RoPE order
     interleaved: bool = False  # so do all files: column 2i of a head is rotated with 2i + 1
     gguf_values: Mapping[str, Any] = field(default_factory=dict)  # values that GGUF leaves out
-    switches: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig
-    names: Mapping[str, str] = field(default_factory=dict)  # rows of TENSOR_NAMES for this family
+    switches: Mapping[str, Any] = field(default_factory=dict)  # of ModelConfig
+    names: Mapping[str, str] = field(default_factory=dict)  # more rows of TENSOR_NAMES
     # corrects or refuses a config.json -> fields of ModelConfig, or None
     check: Callable[[ConfigValues], Json | None] | None = None
     # completes a config made from GGUF metadata, which it gets with {arch} cut off
     from_gguf: Callable[[Mapping[str, Any], Json], None] | None = None
-    layout: str = ""  # "module:function" of extras that splits tensors of its own layouts
+    layout: str = ""  # "module:function" of extras for tensors of its own layouts
     gguf_layout: str = ""  # the same for GGUF files
     decoder: str = ""  # "module:class" of extras that replaces Decoder
 
@@ -562,7 +562,7 @@ class ModelConfig:
     norm: str = "rms"  # or "weightless", "layer" (LayerNorm), "layer_bias"
     norms: tuple[str, ...] = PRE_NORMS  # of each layer
     parallel: bool = False  # the MLP has the same input as attention
-    act: str = "swiglu"  # a key of section 5's ACTS
+    act: str = "swiglu"  # a key of ACTS
     experts: Experts | None = None
     embed_scale: float = 1.0
     attn_scale: float | None = None  # of q k^T; None is 1 / sqrt(D)
@@ -571,8 +571,8 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     packing: str = ""  # a key of PACKINGS
-    state_bytes: int = 0  # that layers without keys keep of a sequence
-    own: Mapping[str, Any] = field(default_factory=dict)  # settings of the family's own decoder
+    state_bytes: int = 0  # that layers keep of a sequence
+    own: Mapping[str, Any] = field(default_factory=dict)  # of the family's own decoder
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -2694,7 +2694,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         model_type = gguf_model_type(metadata)
         if (count := metadata.get("split.count", 1)) not in (0, len(files)):
             raise CheckpointError(f"one of {excerpt(count)} files, and not named like one")
-        prefix = find_family(model_type).gguf + "."
+        prefix = f"{metadata['general.architecture']}."
         own = {key.removeprefix(prefix): value for key, value in metadata.items()}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
@@ -2712,20 +2712,20 @@ def _open_gguf(path: Path) -> Checkpoint:
 def gguf_model_type(metadata: Mapping[str, Any]) -> str:
     arch, families = metadata.get("general.architecture"), all_families()
     title = f"general.architecture {excerpt(arch)}"
-    named = {name: row for name, row in families.items() if row.gguf and row.gguf == arch}
+    named = {name: row for name, row in families.items() if arch in row.gguf.split()}
     if not named:
         extra("models.families", title)
-        known = ", ".join(sorted({row.gguf for row in families.values()} - {""}))
+        known = ", ".join(sorted(set(" ".join(row.gguf for row in families.values()).split())))
         raise CheckpointError(f"{title} is not supported; supported are: {known}")
-    keyed = [n for n, row in named.items() if metadata.get(f"{arch}.{row.gguf_key}")]
-    return [*keyed, *named][0]
+    return max(named, key=lambda n: bool(metadata.get(f"{arch}.{named[n].gguf_key}")))
 
 
 def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> Json:
     """The config.json of GGUF metadata, whose keys in `own` have {arch} cut off."""
 
     def need(name: str) -> Any:
-        value = own.get(name)
+        if isinstance(value := own.get(name), list) and len({*value} - {0}) == 1:
+            value = max(value)  # of layers that have any
         is_number = isinstance(value, (int, float))
         check_value(is_number, f"metadata {family.gguf}.{name}", value, "a number")
         return value

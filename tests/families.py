@@ -19,6 +19,51 @@ DELTA_NET = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
 }
+MAMBA2 = {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 0.25,
+}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+    "head_dim": 32,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 16,
+    "n_groups": 3,
+    "ssm_state_size": 24,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 160,
+    "routed_scaling_factor": 1.5,
+}
+FALCON = {
+    "mamba_d_ssm": 96,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+    "head_dim": 16,
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 3.0,
+    "mlp_multipliers": [0.7, 1.3],
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.9,
+    "ssm_multipliers": [0.8, 1.1, 0.7, 1.4, 0.9],
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.75,
+}
 SHORT_CONV = {
     "num_hidden_layers": 3,
     "layer_types": ["conv", "full_attention", "conv"],
@@ -175,18 +220,16 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": (
         "GraniteMoeHybrid",
         {
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "intermediate_size": 64,
-            "layer_types": ["full_attention"] * 2,
-            "position_embedding_type": "rope",
-            "mamba_n_heads": 2,
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.1,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 0.25,
+            **MAMBA2,
+            **GRANITE,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 160,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
     ),
+    "nemotron_h": ("NemotronH", NEMOTRON),
+    "falcon_h1": ("FalconH1", {**FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     "arcee": ("Arcee", {}),
     "hunyuan_v1_dense": (
         "HunYuanDenseV1",
@@ -267,6 +310,40 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ernie4_5-biased": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybrid",
+        {
+            **MAMBA2,
+            **GRANITE,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        },
+    ),
+    "granitemoehybrid-attention": (
+        "GraniteMoeHybrid",
+        {
+            **GRANITE,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "intermediate_size": 64,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 2,
+        },
+    ),
+    "nemotron_h-biased": (
+        "NemotronH",
+        {**NEMOTRON, "use_bias": True, "mlp_bias": True, "n_group": 1, "topk_group": 1}
+        | {"norm_topk_prob": False, "use_conv_bias": False, "ssm_state_size": 20},
+    ),
+    "falcon_h1-plain": ("FalconH1", {**FALCON, "attention_bias": True, "projectors_bias": True}),
+    "falcon_h1-ungated": (
+        "FalconH1",
+        {**FALCON, "mamba_rms_norm": True, "mamba_proj_bias": True, "mlp_bias": True},
+    ),
     "granitemoehybrid-nope": (
         "GraniteMoeHybrid",
         {

@@ -107,7 +107,7 @@ ARCH = {
     "olmo3": "OLMO2",
     "granitemoe": "GRANITE_MOE",
     "lfm2_moe": "LFM2MOE",
-    "granitemoehybrid": "GRANITE",  # without state space layers
+    "granitemoehybrid": "GRANITE_HYBRID",
     "hunyuan_v1_dense": "HUNYUAN_DENSE",
     "qwen3_5_text": "QWEN35",
     "qwen3_5_moe_text": "QWEN35MOE",
@@ -119,6 +119,19 @@ ARCH = {
     "llama4_text": "LLAMA4",
     "ernie4_5_moe": "ERNIE4_5_MOE",
 }
+
+
+def arch_of(config: dict[str, Any]) -> Any:
+    """What the converter takes for general.architecture."""
+    model_type = config["model_type"]
+    name = ARCH.get(model_type, model_type.upper())
+    if model_type == "granitemoehybrid" and "linear_attention" not in config["layer_types"]:
+        name = "GRANITE"
+    if model_type == "nemotron_h" and "moe" in config["layers_block_type"]:
+        name = "NEMOTRON_H_MOE"
+    return gguf.MODEL_ARCH[name]
+
+
 PERMUTED = (
     "llama mistral mixtral ministral3 smollm3 granite granitemoe granitemoehybrid arcee".split()
 )
@@ -163,17 +176,19 @@ WRITTEN = {
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
-# of BitNet, which newer versions of the gguf package know
-SUB_NORMS = {"attn_sub_norm": "blk.{}.attn_sub_norm", "ffn_sub_norm": "blk.{}.ffn_sub_norm"}
+# of BitNet and Falcon-H1, which newer versions of the gguf package know
+SUB_NORMS = {
+    "pre_ff_layernorm": "blk.{}.ffn_norm",
+    "attn_sub_norm": "blk.{}.attn_sub_norm",
+    "ffn_sub_norm": "blk.{}.ffn_sub_norm",
+}
 WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
 
 
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
     model_type = config["model_type"]
-    if model_type == "granitemoehybrid":  # GraniteHybridModel counts the heads of each layer
-        heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
-        config = {**config, "num_key_value_heads": heads, "num_experts_per_tok": 0}
-        config["intermediate_size"] = config["shared_intermediate_size"]
+    if model_type in ("granitemoehybrid", "nemotron_h", "falcon_h1"):
+        config = add_mamba2(writer, config)
     if num_predicted := config.get("num_nextn_predict_layers"):
         num_blocks = config["num_hidden_layers"] + num_predicted
         config = {**config, "num_hidden_layers": num_blocks}
@@ -237,6 +252,98 @@ def add_delta_net(writer: Any, config: dict[str, Any]) -> None:
     writer.add_uint32(f"{arch}.full_attention_interval", 4)
     if "qwen3_5" in config["model_type"]:
         writer.add_rope_dimension_sections([11, 11, 10, 0])
+
+
+MAMBA2_KEYS = {  # of Granite 4 and Falcon-H1; Nemotron-H
+    "conv_kernel": ("mamba_d_conv", "conv_kernel"),
+    "state_size": ("mamba_d_state", "ssm_state_size"),
+    "group_count": ("mamba_n_groups", "n_groups"),
+    "time_step_rank": ("mamba_n_heads", "mamba_num_heads"),
+}
+
+
+def add_mamba2(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """GraniteHybridModel, NemotronHModel and FalconH1Model.set_gguf_parameters -> the config with
+    the values that these write for the usual keys"""
+    config, kinds = dict(config), config.get("layer_types") or config.get("layers_block_type")
+    for theirs, keys in MAMBA2_KEYS.items():
+        value = next(config[key] for key in keys if key in config)
+        getattr(writer, f"add_ssm_{theirs}")(value)
+    width = config.get("mamba_d_head") or config["mamba_head_dim"]
+    writer.add_ssm_inner_size(width * (config.get("mamba_n_heads") or config["mamba_num_heads"]))
+    if config["model_type"] == "falcon_h1":  # folded into the weights
+        return {**config, "embedding_multiplier": None}
+    heads = [config["num_key_value_heads"] * (kind == "full_attention") for kind in kinds]
+    config |= {"num_key_value_heads": heads, "num_hidden_layers": len(kinds)}
+    if config["model_type"] == "granitemoehybrid":
+        if config["num_local_experts"]:
+            writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        else:
+            config |= {"num_experts_per_tok": 0}
+            config["intermediate_size"] = config["shared_intermediate_size"]
+        is_hybrid = "linear_attention" in kinds
+        writer.add_rope_scaling_finetuned(not is_hybrid)
+        return {**config, "max_position_embeddings": 2**20 if is_hybrid else 256}
+    config["rms_norm_eps"] = config["layer_norm_epsilon"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    wide = "moe" if "moe" in kinds else "mlp"
+    width = config["moe_intermediate_size" if wide == "moe" else "intermediate_size"]
+    writer.add_feed_forward_length([width * (kind == wide) for kind in kinds])
+    config.pop("intermediate_size")
+    if wide == "moe":
+        writer.add_expert_shared_feed_forward_length(config["moe_shared_expert_intermediate_size"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        return config
+    left_out = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group")
+    return {**config, **dict.fromkeys((*left_out, "n_shared_experts", "topk_group"))}
+
+
+def mamba2_tensor(name: str, tensor: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A tensor of a mamba2 layer, as Mamba2Model and FalconH1Model.modify_tensors have it"""
+    layer, part = f"blk.{name.split('.')[2]}", re.split(r"mamba\.|mixer\.", name)[1]
+    groups = config.get("mamba_n_groups") or config["n_groups"]
+    theirs = {
+        "in_proj.weight": "ssm_in.weight",
+        "conv1d.weight": "ssm_conv1d.weight",
+        "conv1d.bias": "ssm_conv1d.bias",
+        "A_log": "ssm_a",
+        "D": "ssm_d",
+        "dt_bias": "ssm_dt.bias",
+        "norm.weight": "ssm_norm.weight",
+        "out_proj.weight": "ssm_out.weight",
+    }
+    if part == "A_log":
+        tensor = -np.exp(tensor)
+    if part in ("A_log", "D"):
+        tensor = tensor.reshape(-1, 1)
+    elif part == "conv1d.weight":
+        tensor = tensor.squeeze(1)
+    elif part == "norm.weight":
+        tensor = tensor.reshape(groups, -1)
+    return {f"{layer}.{theirs[part]}": tensor}
+
+
+def folded(name: str, tensor: Any, config: dict[str, Any]) -> Any:
+    """A weight of Falcon-H1 with its multipliers, as FalconH1Model.modify_tensors has it"""
+    of_input = config["attention_in_multiplier"]
+    factors = {
+        "down_proj": config["mlp_multipliers"][1],
+        "gate_proj": config["mlp_multipliers"][0],
+        "k_proj": config["key_multiplier"] * of_input,
+        "q_proj": of_input,
+        "v_proj": of_input,
+        "o_proj": config["attention_out_multiplier"],
+        "out_proj": config["ssm_out_multiplier"],
+        "lm_head": config["lm_head_multiplier"],
+        "embed_tokens": config["embedding_multiplier"],
+    }
+    stem = name.split(".")[-2]
+    if stem != "in_proj":
+        return tensor * np.float32(factors.get(stem, 1))
+    inner, states = config["mamba_d_ssm"], config["mamba_n_groups"] * config["mamba_d_state"]
+    sizes = (inner, inner, states, states, config["mamba_n_heads"])
+    rows = np.repeat(config["ssm_multipliers"], sizes).astype(np.float32)
+    return tensor * np.float32(config["ssm_in_multiplier"]) * rows[:, None]
 
 
 def tiled(rows: Any, config: dict[str, Any], first: int = 0) -> Any:
@@ -321,27 +428,31 @@ def add_rope(writer: Any, rope: dict[str, Any], config: dict[str, Any]) -> None:
 def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a checkpoint under GGUF's names, as modify_tensors of the same script has
     them: experts stacked, q and k permuted, norms that multiply with their weights."""
-    model_type = config["model_type"]
-    arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
-    num_blocks = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
+    model_type, arch = config["model_type"], arch_of(config)
+    num_layers = config.get("num_hidden_layers") or len(config["layers_block_type"])
+    num_blocks = num_layers + config.get("num_nextn_predict_layers", 0)
     names = gguf.get_tensor_name_map(arch, num_blocks)
     found: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, tensor in tensors.items():
         if ".act_fn." in name:
             continue
-        if expert := re.fullmatch(r"(model\.layers\.\d+)\..*experts\.(\d+)\.(\w+)\.weight", name):
+        if expert := re.fullmatch(r"\w+\.(layers\.\d+)\..*experts\.(\d+)\.(\w+)\.weight", name):
             part = {"w1": "gate", "w2": "down", "w3": "up"}.get(expert[3], expert[3][:-5])
-            layer = expert[1].replace("model.layers", "blk")
+            layer = expert[1].replace("layers", "blk")
             experts.setdefault(f"{layer}.ffn_{part}_exps.weight", {})[int(expert[2])] = tensor
+        elif re.search(r"\.mamba\.|mixer\.(in_proj|out_proj|conv1d|A_log|D$|dt_bias|norm)", name):
+            found |= mamba2_tensor(name, tensor, config)
         elif "linear_attn." in name:
             found |= delta_net_tensor(name, tensor, config)
         elif "shared_mlp.input_linear" in name:
             parts = zip(("gate", "up"), np.split(tensor, 2))
             layer = f"blk.{name.split('.')[2]}"
-            found |= {f"{layer}.ffn_{part}.weight": half for part, half in parts}
+            shared = "_shexp" if config["num_local_experts"] else ""
+            found |= {f"{layer}.ffn_{part}{shared}.weight": half for part, half in parts}
         elif "shared_mlp.output_linear" in name:
-            found[f"blk.{name.split('.')[2]}.ffn_down.weight"] = tensor
+            shared = "_shexp" if config["num_local_experts"] else ""
+            found[f"blk.{name.split('.')[2]}.ffn_down{shared}.weight"] = tensor
         elif ".experts." in name or "put_linear" in name:
             found |= fused_experts(name, tensor, model_type)
         else:
@@ -407,8 +518,7 @@ def convert(
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     is_tied = config.get("tie_word_embeddings")
     config = {**config.get("text_config", config), "tie_word_embeddings": is_tied}
-    model_type = config["model_type"]
-    arch = gguf.MODEL_ARCH[ARCH.get(model_type, model_type.upper())]
+    model_type, arch = config["model_type"], arch_of(config)
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch], **writer_options)
     add_metadata(writer, config, tokenizer)
     random = np.random.default_rng(0)
@@ -424,6 +534,8 @@ def convert(
         value = tensor.float().numpy()
         if value.ndim == 3 and model_type in ("gpt_oss", "llama4_text"):
             value = value.swapaxes(1, 2)
+        if model_type == "falcon_h1":
+            value = folded(name, value, config)
         routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv", name)
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
         raw = encode(np.ascontiguousarray(value), its_kind, random)
@@ -437,7 +549,7 @@ def convert(
     for name, raw in gguf_tensors(config, raws).items():
         packed = raw.dtype == np.uint8
         writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=Kind[kind] if packed else None)
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters", {})
     if rope.get("rope_type") == "llama3":
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, head_dim))

@@ -143,7 +143,7 @@ def matrices(decoder: nanollama.Decoder) -> list[Any]:
     found = [decoder.embed_tokens, decoder.lm_head]
     for layer in decoder.layers:
         mlps = [*getattr(layer.mlp, "experts", ()), getattr(layer.mlp, "shared_expert", None)]
-        for block in (layer.self_attn, layer.mlp, *filter(None, mlps)):
+        for block in filter(None, (layer.self_attn, layer.mlp, *mlps)):
             found += [value for name, value in vars(block).items() if name.endswith("_proj")]
     return [part for projection in found for part in projection.parts]
 

@@ -397,6 +397,8 @@ UNUSED = {
     "models.routing",
     "models.delta_net",
     "models.hybrid_config",
+    "models.mamba2",
+    "models.mamba2_config",
     "models.recurrent",
     "models.short_conv",
     "answers.templates",

@@ -38,8 +38,9 @@ CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.all_fam
 # what a family's config must say to be supported
 GIVEN: dict[str, dict[str, Any]] = {
     "bitnet": {"num_key_value_heads": 4},  # 5 do not divide the heads
-    "granitemoehybrid": {"layer_types": ["full_attention"] * 3, "num_local_experts": 0}
-    | {"shared_intermediate_size": 96},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
+    | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
 }
 
 
@@ -52,6 +53,7 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or None
     by_kind = {"sliding_attention": window, "full_attention": None}
+    by_kind["hybrid"] = None
     by_kind["chunked_attention"] = getattr(config, "attention_chunk_size", None)
     return tuple(by_kind.get(kind, 0) for kind in kinds)
 
@@ -63,12 +65,12 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
     assert ours.n_ctx == theirs.max_position_embeddings
     eps = (
         getattr(theirs, key, None)
-        for key in ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        for key in "rms_norm_eps layer_norm_eps norm_epsilon norm_eps layer_norm_epsilon".split()
     )
     assert ours.norm_eps == next(filter(None, eps))
     assert ours.tie_embeddings == getattr(theirs, "tie_word_embeddings", False)
     assert ours.windows == windows_of(theirs)
-    kinds, rope = nanollama.LAYER_TYPES, theirs.rope_parameters
+    kinds, rope = nanollama.LAYER_TYPES, getattr(theirs, "rope_parameters", {})
     nested = [rope[kind] for kind in kinds] if kinds[0] in rope else [rope]
     for our_rope, their_rope in zip(ours.ropes, nested):
         read = their_rope.keys() - {"type", "max_position_embeddings"}
@@ -84,11 +86,16 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         shared = getattr(theirs, "shared_expert_intermediate_size", 0)
         names = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
         num_dense = sum(getattr(theirs, name, 0) for name in names)
+        blocks = getattr(theirs, "layers_block_type", [])
+        if "moe" in blocks:
+            num_dense = len(blocks) - blocks.count("moe")
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
         router = ours.own.get("routing", Routing())
         names = ("n_shared_experts", "moe_num_shared_experts")
         num_shared = sum(getattr(theirs, name, 0) for name in names) + hasattr(theirs, "moe_layers")
-        assert router.n_ff_shared == num_shared * experts.n_ff
+        names = ("moe_shared_expert_intermediate_size", "shared_intermediate_size")
+        widths = [vars(theirs)[name] for name in names if name in vars(theirs)]
+        assert router.n_ff_shared == (widths[0] if widths else num_shared * experts.n_ff)
         assert router.factor == getattr(theirs, "routed_scaling_factor", 1)
         assert router.num_groups == getattr(theirs, "n_group", 1)
         assert router.groups_used == getattr(theirs, "topk_group", 1)
@@ -332,7 +339,7 @@ def test_any_value_anywhere_in_a_familys_config_is_usable_or_refused(
 ) -> None:
     raw = copy.deepcopy(SAVED[name])
     if is_version_4:  # rope_theta beside rope_scaling
-        rope = raw["rope_scaling"] = raw.pop("rope_parameters")
+        rope = raw["rope_scaling"] = raw.pop("rope_parameters", {})
         raw["rope_theta"] = rope.pop("rope_theta", 1e4)
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from(sorted(list(places(raw))[1:], key=repr)))

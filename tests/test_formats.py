@@ -399,7 +399,7 @@ def test_headers_that_lie_are_refused(tmp_path: Path, raw: bytes, named: str) ->
     refused(tmp_path, raw, named)
 
 
-ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
+ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 3]))
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
             {"general.architecture": (gguf_files.STRING, "bert")},
             "'bert'.*: .*llama, .*qwen2, .*qwen3",
         ),
-        ({"general.architecture": ONES}, r"general.architecture \[2, 2\]"),
+        ({"general.architecture": ONES}, r"general.architecture \[2, 3\]"),
         ({"general.alignment": (gguf_files.U32, 0)}, "general.alignment is 0"),
         ({"general.alignment": (gguf_files.U32, 12)}, "general.alignment is 12"),
         ({"general.alignment": (gguf_files.STRING, "32")}, "general.alignment is '32'"),
@@ -421,16 +421,16 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 2]))
         ({"llama.block_count": (gguf_files.U32, 2**32 - 1)}, "num_hidden_layers is 4294967295"),
         ({"llama.block_count": (gguf_files.STRING, "1")}, "llama.block_count is '1'"),
         ({"llama.block_count": (5, -1)}, "num_hidden_layers is -1"),
-        ({"llama.attention.head_count": ONES}, r"attention.head_count is \[2, 2\]"),
+        ({"llama.attention.head_count": ONES}, r"attention.head_count is \[2, 3\]"),
         ({"llama.attention.head_count": (gguf_files.F32, float("nan"))}, "heads is nan"),
         ({"llama.attention.head_count": (gguf_files.U32, 0)}, "num_attention_heads is 0"),
-        ({"llama.attention.head_count_kv": ONES}, r"num_key_value_heads is \[2, 2\]"),
+        ({"llama.attention.head_count_kv": ONES}, r"num_key_value_heads is \[2, 3\]"),
         ({"llama.attention.head_count_kv": (gguf_files.U32, 7)}, "7 key/value heads"),
         ({"llama.attention.key_length": (gguf_files.U32, 2**31)}, "head_dim is 2147483648"),
         ({"llama.attention.key_length": (gguf_files.U32, 8)}, "rope turns 16 of the 8 columns"),
         ({"llama.attention.key_length": (gguf_files.U32, 32)}, r"q_proj.* \(32, 32\).* \(64, 32\)"),
         ({"llama.embedding_length": (gguf_files.U32, 64)}, r"shape .*; its config asks for"),
-        ({"llama.feed_forward_length": ONES}, r"feed_forward_length is \[2, 2\]"),
+        ({"llama.feed_forward_length": ONES}, r"feed_forward_length is \[2, 3\]"),
         (
             {"llama.attention.layer_norm_rms_epsilon": (gguf_files.F32, float("nan"))},
             "rms_norm_eps is nan",

@@ -75,12 +75,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+BLOCKS = ("self_attn", "mamba", "mlp")  # of a layer, which may lack some
+
+
 def weight_bytes(decoder: Decoder) -> int:
     """Bytes of the matrices that every step reads: all projections, but only as many experts as one
     token uses, and no embedding tables, of which a step reads single rows."""
-    modules: list[Any] = [
-        module for layer in decoder.layers for module in (layer.self_attn, layer.mlp)
-    ]
+    blocks = (vars(layer).get(name) for layer in decoder.layers for name in BLOCKS)
+    modules: list[Any] = [block for block in blocks if block is not None]
     mixtures = [module for module in modules if isinstance(module, MoE)]
     modules += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
     modules += [m.shared_expert for m in mixtures if m.shared_expert]

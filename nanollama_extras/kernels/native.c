@@ -1320,6 +1320,106 @@ void delta_net(const void *call, int64_t n, int64_t num_threads) {
     free(c.mixed), free(c.factors);
 }
 
+/* A state: the convolution's, then for each head a matrix S in blocks of 16 of its columns,
+ * (heads, head width / 16, d_state, 16), so that a block stays in the first cache. */
+typedef struct {
+    const float *x;           /* (N, stride): z | x | B | C | dt, of which x | B | C convolved */
+    const float *conv, *bias; /* (taps, columns of x | B | C), one for each or NULL */
+    const float *A, *D, *dt_bias; /* (heads) each */
+    const float *norm;            /* (heads head_dim), or NULL */
+    const state_span *spans;      /* the last one is followed by one without tokens */
+    float *out;                   /* (N, heads head_dim) */
+    int64_t heads, head_dim, groups, d_state, taps, first;
+    int64_t is_gated; /* the norm sees the output times its gate */
+    float eps, dt_min, dt_max;
+    float *mixed;   /* (N, columns of x | B | C), convolved; from here on set by `mamba2` */
+    float *factors; /* (N, 2 heads): exp(dt A), dt */
+    int64_t channels, stride;
+} mamba2_call;
+
+/* A piece is a token: the steps of its heads */
+static void step_piece(const void *job, int64_t piece) {
+    const mamba2_call *c = job;
+    int64_t row = row_of(c->spans, piece), H = c->heads;
+    const float *dt = c->x + (row + 1) * c->stride - H;
+    float *f = c->factors + row * 2 * H;
+    for (int64_t h = 0; h < H; h++) {
+        float y = dt[h] + c->dt_bias[h], softplus = y > 20 ? y : log1pf(expf(y));
+        f[H + h] = fminf(fmaxf(softplus, c->dt_min), c->dt_max);
+        f[h] = expf(c->A[h] * f[H + h]);
+    }
+}
+
+/* A piece is a head of a sequence: its tokens one after another, 16 columns of S at a time */
+static void mamba_piece(const void *job, int64_t piece) {
+    const mamba2_call *c = job;
+    int64_t H = c->heads, P = c->head_dim, N = c->d_state;
+    const state_span *s = c->spans + piece / H;
+    int64_t h = piece % H, group = h / (H / c->groups);
+    float *head = s->state + c->first + (c->taps - 1) * c->channels + h * N * P;
+    for (int64_t col = 0; col < P; col += 16)
+        for (int64_t t = 0; t < s->num_new; t++) {
+            int64_t row = s->row + t;
+            const float *x = c->mixed + row * c->channels + h * P + col;
+            const float *B = c->mixed + row * c->channels + H * P + group * N;
+            const float *C = B + c->groups * N, *f = c->factors + row * 2 * H;
+            float decay = f[h], dt = f[H + h], *S = head + col * N;
+            float *out = c->out + row * H * P + h * P + col;
+            vec sum[4][VECS] = {0}, step[VECS];
+            for (int w = 0; w < VECS; w++) step[w] = load(x + w * LANES) * dt;
+            for (int64_t i = 0; i < N; i += 4)
+                for (int u = 0; u < 4; u++)
+                    for (int w = 0; w < VECS; w++) {
+                        float *at = S + 16 * (i + u) + w * LANES;
+                        vec new = madd(splat(B[i + u]), step[w], load(at) * decay);
+                        store(at, new);
+                        sum[u][w] = madd(splat(C[i + u]), new, sum[u][w]);
+                    }
+            for (int w = 0; w < VECS; w++) {
+                vec y = sum[0][w] + sum[1][w] + (sum[2][w] + sum[3][w]);
+                store(out + w * LANES, madd(load(x + w * LANES), splat(c->D[h]), y));
+            }
+        }
+}
+
+/* A piece is a token: out = norm(out silu(z)), norm(out) silu(z) or out silu(z), in groups */
+static void gate_piece(const void *job, int64_t piece) {
+    const mamba2_call *c = job;
+    int64_t row = row_of(c->spans, piece), inner = c->heads * c->head_dim, size = inner / c->groups;
+    const float *z = c->x + row * c->stride;
+    float *out = c->out + row * inner;
+    for (int64_t g = 0; g < inner; g += size) {
+        float factor = c->norm && !c->is_gated ? rms_factor(out + g, size, c->eps) : 1;
+        for (int64_t i = g; i < g + size; i += LANES) {
+            vec gate = load(z + i);
+            store(out + i, load(out + i) * factor * (gate / (1.0f + exp_of(-gate))));
+        }
+        factor = c->norm && c->is_gated ? rms_factor(out + g, size, c->eps) : 1;
+        for (int64_t i = g; c->norm && i < g + size; i += LANES)
+            store(out + i, load(out + i) * factor * load(c->norm + i));
+    }
+}
+
+/* Mamba2 (https://arxiv.org/abs/2405.21060), token by token, so that a text's results do not depend
+ * on how it is cut into calls */
+void mamba2(const void *call, int64_t n, int64_t num_threads) {
+    mamba2_call c = *(const mamba2_call *)call;
+    int64_t num_spans = count_spans(c.spans), num_tokens = 0, inner = c.heads * c.head_dim;
+    for (int64_t i = 0; i < num_spans; i++) num_tokens += c.spans[i].num_new;
+    c.channels = inner + 2 * c.groups * c.d_state;
+    c.stride = inner + c.channels + c.heads;
+    c.mixed = malloc(n * c.channels * sizeof(float));
+    c.factors = malloc(n * 2 * c.heads * sizeof(float));
+    conv_job j = {.x = c.x + inner, .weight = c.conv, .bias = c.bias, .spans = c.spans};
+    j.out = c.mixed, j.with_silu = 1, j.stride = c.stride, j.channels = c.channels;
+    j.taps = c.taps, j.first = c.first;
+    convolve(&j, num_threads);
+    share_out(step_piece, &c, num_tokens, num_threads);
+    share_out(mamba_piece, &c, num_spans * c.heads, num_threads);
+    share_out(gate_piece, &c, num_tokens, num_threads);
+    free(c.mixed), free(c.factors);
+}
+
 typedef struct {
     const float *x, *weight; /* (n, cols), (rows, cols) */
     float *out;              /* (n, rows) */

@@ -38,6 +38,15 @@ from nanollama_extras.models.hybrid_config import (
     delta_net_from_gguf,
     short_conv_from_gguf,
 )
+from nanollama_extras.models.mamba2_config import (
+    check_falcon_h1,
+    check_granite,
+    check_granite_hybrid,
+    check_nemotron_h,
+    falcon_from_gguf,
+    granite_from_gguf,
+    nemotron_from_gguf,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,8 +132,8 @@ def list_ropes(values: ConfigValues) -> None:
         nested = dict(written), {"rope_theta": local}
         values["rope_parameters"] = dict(zip(LAYER_TYPES, nested))
         values.pop("rope_scaling", None)
-    step = values.get("no_rope_layer_interval")
-    if isinstance(step, int) and step > 0 and not values.get("no_rope_layers"):
+    if values.get("no_rope_layer_interval") and not values.get("no_rope_layers"):
+        step = values.count("no_rope_layer_interval")
         n_layers = values.count("num_hidden_layers", most=2**16)
         values["no_rope_layers"] = [(i + 1) % step for i in range(n_layers)]
     if values.get("rope_only_in_windows") and any(windows := layer_windows(values)):
@@ -145,32 +154,6 @@ def check_gemma(values: ConfigValues) -> None:
         values.setdefault("original_max_position_embeddings", n_old)
     if values.get("query_pre_attn_scalar") and not values.get("attention_multiplier"):
         values["attention_multiplier"] = values.number("query_pre_attn_scalar") ** -0.5
-
-
-def check_granite(values: ConfigValues) -> None:
-    """x + m f(norm(x)) in units of m: a layer's output needs no factor, and norms do not see it."""
-    factor = values.number("residual_multiplier", 1.0)
-    values["embedding_multiplier"] = values.number("embedding_multiplier", 1.0) / factor
-    values["rms_norm_eps"] = values.number("rms_norm_eps", 1e-6) / factor**2
-
-
-def check_granite_hybrid(values: ConfigValues) -> None:
-    """Granite 4 without state space layers: a Granite whose MLP is called `shared_mlp`."""
-    if values.get("num_local_experts"):
-        key = "num_local_experts"
-        raise CheckpointError(f"{key} {values[key]} beside a shared_mlp is not supported")
-    n_layers = values.count("num_hidden_layers", most=2**16)
-    kinds = values.pop("layer_types", None) or values.pop("layers_block_type", None)
-    kinds = kinds if isinstance(kinds, list) else ["mamba"] * n_layers
-    for i, kind in enumerate(kinds[:n_layers]):
-        if kind not in ("attention", "full_attention"):
-            raise CheckpointError(
-                f"layer {i} is of type {excerpt(kind)}; only attention is supported"
-            )
-    values["intermediate_size"] = values.count("shared_intermediate_size")
-    if values.get("position_embedding_type") != "rope":
-        values["no_rope_layers"] = [0] * n_layers
-    check_granite(values)
 
 
 def check_gpt_oss(values: ConfigValues) -> None:
@@ -204,9 +187,9 @@ def check_llama4(values: ConfigValues) -> Values:
     sparse = listed if isinstance(listed, list) else range(step - 1, n_layers, step)
     values["mlp_only_layers"] = [i for i in range(n_layers) if i not in sparse]
     list_ropes(values)
-    kinds = values.pop("layer_types", None)
-    if kinds is None:
-        kinds = [CHUNKED if turns else LAYER_TYPES[0] for turns in values["no_rope_layers"]]
+    kinds, turned = values.pop("layer_types", None), values.get("no_rope_layers") or [1] * n_layers
+    if kinds is None and isinstance(turned, list):
+        kinds = [CHUNKED if turns else LAYER_TYPES[0] for turns in turned]
     is_valid = isinstance(kinds, list) and {*map(str, kinds)} <= {CHUNKED, LAYER_TYPES[0]}
     check_value(is_valid, "layer_types", kinds, f"a list of {CHUNKED} or {LAYER_TYPES[0]}")
     size = values.count("attention_chunk_size") if CHUNKED in kinds else 0
@@ -359,6 +342,24 @@ ROUTED_NAMES = {
     r"gate\.e_score_correction_bias$": CORRECTION,
     r"shared_experts\.": "shared_expert.",
 }
+GRANITE_MOE_NAMES = {
+    r"block_sparse_moe\.router\.layer": "mlp.gate",
+    r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
+    r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
+    r"shared_mlp\.input_linear": "mlp.shared_expert.gate_up_proj",
+    r"shared_mlp\.output_linear": "mlp.shared_expert.down_proj",
+}
+NEMOTRON_NAMES = {
+    r"^backbone\.": "model.",
+    r"^model\.embeddings\.": "model.embed_tokens.",
+    r"^model\.norm_f\.": "model.norm.",
+    r"(layers\.\d+)\.norm\.": r"\1.input_layernorm.",
+    r"mixer\.([qkvo]_proj)": r"self_attn.\1",
+    r"mixer\.(?=gate\.|experts\.|shared_experts\.|(up|down)_proj)": "mlp.",
+    r"\.mixer\.": ".mamba.",
+    r"(?<=mlp\.experts)\.(up_proj|down_proj)$": r".\1.weight",
+    **ROUTED_NAMES,
+}
 MIXTRAL_NAMES = {
     "block_sparse_moe": "mlp",
     r"\.w1\.": ".gate_proj.",
@@ -510,20 +511,50 @@ FAMILIES: dict[str, Family] = {
         permuted=True,
         check=check_granite,
         switches={"experts": True},
-        names={
-            r"block_sparse_moe\.router\.layer": "mlp.gate",
-            r"block_sparse_moe\.input_linear": "mlp.experts.gate_up_proj",
-            r"block_sparse_moe\.output_linear": "mlp.experts.down_proj",
-        },
+        names=GRANITE_MOE_NAMES,
         gguf="granitemoe",
     ),
     "granitemoehybrid": family(
-        keys(attention_multiplier=1.0),
+        keys(attention_multiplier=1.0, num_local_experts=8, num_experts_per_tok=2, eps=1e-6)
+        | keys(norm_topk_prob=True, shared_intermediate_size=1024, mamba_n_heads=128)
+        | keys(mamba_d_state=256, mamba_d_conv=4),
         check=check_granite_hybrid,
+        names=GRANITE_MOE_NAMES,
+        layout="models.mamba2:hub_layout",
+        gguf_layout="models.mamba2:gguf_layout",
+        from_gguf=granite_from_gguf,
+        permuted=True,
+        decoder="models.mamba2:GraniteHybridDecoder",
+        gguf="granitehybrid",
+    ),
+    "nemotron_h": family(
+        keys(4096, n_kv_heads=8, head_dim=128, layer_norm_epsilon=1e-5, ssm_state_size=128)
+        | keys(mamba_num_heads=128, mamba_head_dim=64, n_groups=8, conv_kernel=4)
+        | keys(n_routed_experts=8, n_shared_experts=1, moe_intermediate_size=7688, n_used=2)
+        | keys(moe_shared_expert_intermediate_size=7688, norm_topk_prob=True)
+        | keys(intermediate_size=21504, hybrid_override_pattern="ME*-"),
+        check=check_nemotron_h,
+        names=NEMOTRON_NAMES,
+        layout="models.mamba2:hub_layout",
+        gguf_layout="models.mamba2:gguf_layout",
+        from_gguf=nemotron_from_gguf,
+        decoder="models.mamba2:NemotronDecoder",
+        gguf="nemotron_h nemotron_h_moe",
+    ),
+    "falcon_h1": family(
+        keys(8192, n_kv_heads=8, eps=1e-5, mamba_d_ssm=1024, mamba_n_heads=128)
+        | keys(mamba_d_state=256, mamba_d_conv=4),
+        check=check_falcon_h1,
         names={
-            r"shared_mlp\.input_linear": "mlp.gate_up_proj",
-            r"shared_mlp\.output_linear": "mlp.down_proj",
+            r"feed_forward\.": "mlp.",
+            "pre_ff_layernorm": "post_attention_layernorm",
+            "final_layernorm": "norm",
         },
+        layout="models.mamba2:hub_layout",
+        gguf_layout="models.mamba2:gguf_layout",
+        from_gguf=falcon_from_gguf,
+        decoder="models.mamba2:FalconDecoder",
+        gguf="falcon-h1",
     ),
     "gpt_oss": family(
         keys(131072, n_kv_heads=8, head_dim=64, eps=1e-5, theta=150000.0, window=128, pattern=2)

@@ -6,7 +6,7 @@ Adds       `RecurrentCache`, a KVCache beside these states; `RecurrentMixer`, th
            where an answer ended, and every SAVE_EVERY tokens; the oldest go when they take more
            than --state-mb.
 Seam       Family.decoder names a `RecurrentDecoder`, whose layers make their mixers; ModelConfig's
-           `windows` has 0 for a layer with a state, `state_bytes` the size of all states.
+           `windows` has 0 for a layer without keys, `state_bytes` the size of all states.
 Remove     delete this file and the mixers beside it; such a model then says that it needs them.
 
 A rejected guess must leave no trace. So only the tokens before the guesses go into the state; the
@@ -310,12 +310,14 @@ class RecurrentDecoder(Decoder):
 
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         super().__init__(config, weights, kv_dtype)
-        mixers: list[Any] = [layer.self_attn for layer in self.layers]
-        self.mixers = [mixer for mixer in mixers if isinstance(mixer, RecurrentMixer)]
+        parts = [part for layer in self.layers for part in vars(layer).values()]
+        self.mixers = [part for part in parts if isinstance(part, RecurrentMixer)]
         self.is_recordable = hasattr(self.backend, "state_table")
 
     def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
         cache = super().new_cache(num_slots, most_new)
+        if not self.mixers:
+            return cache
         is_native = all(mixer.run_kernel for mixer in self.mixers)
         table = self.backend.state_table if is_native else list  # type: ignore[attr-defined]
         new = RecurrentCache(cache, self.mixers, num_slots, table, **saving)

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import ALL, EXPERTS, LOCAL, LONGROPE, MORE, PHI_MOE_LONGROPE, ROWS
+from families import ALL, EXPERTS, FALCON, LOCAL, LONGROPE, MORE, NEMOTRON, PHI_MOE_LONGROPE, ROWS
 from oracle import YARN, Tiny, rewritten
 
 import nanollama
@@ -74,7 +74,7 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(
 def as_in_4x(config: dict[str, Any]) -> None:
     """rope_theta beside rope_scaling (and rope_local_base_freq), and how many instead of which."""
     whole, config = config, config.get("text_config", config)
-    rope = config.pop("rope_parameters")
+    rope = config.pop("rope_parameters", {"rope_theta": 1e4, "rope_type": "default"})
     local = rope.get("sliding_attention")
     rope = dict(rope.get("full_attention", rope))
     config["rope_theta"] = rope.pop("rope_theta")
@@ -284,19 +284,53 @@ def test_a_router_that_makes_no_sense_is_refused(
         LLM(path)
 
 
+def as_granite_on_the_hub(config: dict[str, Any]) -> None:
+    config["layer_types"] = [kind.split("_")[0] for kind in config["layer_types"]]
+    config["layer_types"] = [k.replace("linear", "mamba") for k in config["layer_types"]]
+    config["layer_types"] = [k.replace("full", "attention") for k in config["layer_types"]]
+    config["mamba_d_head"], config["time_step_limit"] = "auto", [0.0, float("inf")]
+
+
+def as_nemotron_on_the_hub(config: dict[str, Any]) -> None:
+    letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+    config["hybrid_override_pattern"] = "".join(map(letters.get, config.pop("layers_block_type")))
+    config |= {"num_hidden_layers": 99, "sliding_window": None, "rope_theta": 10000}
+    config["time_step_limit"] = [0.0, float("inf")]
+
+
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("variant", "edit"),
+    [("granitemoehybrid", as_granite_on_the_hub), ("nemotron_h", as_nemotron_on_the_hub)],
+)
+def test_layers_of_hybrids_are_named_in_two_ways(
+    tiny: Tiny, tmp_path: Path, variant: str, edit: Callable[[dict[str, Any]], None]
+) -> None:
+    path, ids = made(tiny, variant), oracle.random_ids(40)
+    hub = rewritten(path, tmp_path / "hub", edit)
+    assert torch.equal(LLM(hub).logits(ids), LLM(path).logits(ids))
+
+
+@pytest.mark.parametrize(
+    ("variant", "edit", "message"),
     [
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer 1 is of type 'linear"),
-        ({"layer_types": ["mamba", "attention"]}, "layer 0 is of type 'mamba'"),
-        ({"layer_types": None}, "layer 0 is of type 'mamba'"),
-        ({"num_local_experts": 4}, "num_local_experts 4"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "mlp", "mamba"]}, "layer_types is "),
+        ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types is "),
+        ("granitemoehybrid", {"mamba_n_groups": 3}, "4 heads of width 32 in 3 groups"),
+        ("granitemoehybrid", {"mamba_n_heads": 8}, "8 heads of width 32 in 2 groups do not"),
+        ("granitemoehybrid", {"time_step_limit": [1, 0]}, "time_step_limit is "),
+        ("granitemoehybrid", {"mamba_d_conv": 1}, "mamba_d_conv is 1"),
+        ("nemotron_h", {"moe_latent_size": 32}, "moe_latent_size 32 is not supported"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'; relu2"),
+        ("nemotron_h", {"layers_block_type": 7}, "layer_types is 7"),
+        ("nemotron_h", {"n_group": 3}, "8 experts in 3 groups"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers is "),
+        ("falcon_h1", {"key_multiplier": "x"}, "key_multiplier is 'x'"),
     ],
 )
-def test_a_granite_with_other_layers_is_refused_by_name(
-    tiny: Tiny, tmp_path: Path, edit: dict[str, Any], message: str
+def test_a_hybrid_that_makes_no_sense_is_refused(
+    tiny: Tiny, tmp_path: Path, variant: str, edit: dict[str, Any], message: str
 ) -> None:
-    path = rewritten(made(tiny, "granitemoehybrid"), tmp_path / "x", lambda c: c.update(edit))
+    path = rewritten(made(tiny, variant), tmp_path / "x", lambda c: c.update(edit))
     with pytest.raises(CheckpointError, match=message):
         LLM(path)
 
@@ -512,6 +546,23 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
         "Llama4Text",
         {**ROWS["llama4_text"][1], "attention_chunk_size": 8192, "floor_scale": 8192},
+    ),
+    "granitemoehybrid-attention": MORE["granitemoehybrid-attention"],
+    "falcon_h1-plain": ("FalconH1", FALCON),
+    "granitemoehybrid-dense": (
+        "GraniteMoeHybrid",
+        {**MORE["granitemoehybrid-dense"][1], "mamba_conv_bias": True, "mamba_proj_bias": False},
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {**NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    ),
+    "nemotron_h-dense": (
+        "NemotronH",
+        {
+            **ROWS["nemotron_h"][1],
+            "layers_block_type": ["linear_attention", "mlp"] * 2 + ["full_attention"],
+        },
     ),
     "bitnet": ("BitNet", {"tie_word_embeddings": True}),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),

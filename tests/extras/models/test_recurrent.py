@@ -17,7 +17,7 @@ from oracle import Tiny, rewritten
 from nanollama import LLM, CheckpointError, GenerationRequest, SamplingParams, model_config
 from nanollama_extras.models import recurrent
 
-FAMILIES = ["qwen3_5_text", "lfm2"]
+FAMILIES = ["qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "falcon_h1"]
 SHAPE = ROWS["qwen3_5_text"][1]
 OPTIONS: list[dict[str, Any]] = [
     {"kernels": "torch"},
