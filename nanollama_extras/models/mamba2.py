@@ -3,8 +3,9 @@
 Adds       `Mamba2`, a layer with a state of a matrix for each head; a decoder for each of these
            families; their layouts of tensors.
 Seam       Family.layout, .gguf_layout and .decoder of these families. models.mamba2_config reads
-           their configs, models.recurrent keeps the states. Imports models.families, and
-           models.routers, which has the experts and names the tensors that nothing here reads.
+           their configs, models.recurrent keeps the states. Imports models.families,
+           models.delta_net and models.routers, which has the experts and names the tensors that
+           nothing here reads.
 Source     https://arxiv.org/abs/2405.21060 (mamba2), 2504.03624 (Nemotron-H),
            2507.22448 (Falcon-H1)
            https://github.com/huggingface/transformers (src/transformers/models/bamba)
