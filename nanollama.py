@@ -2887,10 +2887,9 @@ def _gguf_text(metadata: Mapping[str, Any], source: str) -> TextFiles:
     metadata = without_prefix(metadata)
     if not isinstance(tokens := metadata.get("tokens"), list):
         tokens = []
-    keys = {name: name for name in ("bos", "eos", "eot", "eom")}
-    keys |= {"unk": "unknown", "pad": "padding", "sep": "seperator", "cls": "cls", "mask": "mask"}
-    given = {name: metadata.get(f"{key}_token_id") for name, key in keys.items()}
-    ids = {name: i for name, i in given.items() if type(i) is int and i >= 0}
+    short = {"unknown": "unk", "padding": "pad", "seperator": "sep"}
+    given = ((key.partition("_token_id"), i) for key, i in metadata.items())
+    ids = {short.get(n, n): i for (n, *end), i in given if end[0] and type(i) is int and i >= 0}
     special = {f"{n}_token": tokens[i] for n, i in ids.items() if i < len(tokens)}
     ends = frozenset(ids[name] for name in ("eos", "eot", "eom") if name in ids)
     prefix = "tokenizer.chat_template"
@@ -4885,6 +4884,7 @@ class GenerationRequest:
     tool_choice: ToolChoice | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     embed: bool = False  # make an embedding of the prompt instead of an answer
+    suffix: str = ""  # the text after a gap, which the answer fills; the prompt stands before it
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -4987,6 +4987,8 @@ class TextSide:
             kwargs = request.template_kwargs
             return encode_chat(self.tokenizer, self.template, messages, request.tools, **kwargs)
         assert prompt is not None
+        if request.suffix:
+            return extra("answers.fim", "a suffix").encode_request(self.tokenizer, request)
         if isinstance(prompt, str):
             return self.encode(prompt), prompt
         try:  # integers of NumPy and torch, too
@@ -5117,11 +5119,13 @@ class LLM(TextSide):
         """Hand a request to the engine. prompt_logprobs, if wanted, begin at `logprobs_from`:
         earlier tokens may come from the cache. Raises as `prepare`."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
-        request, form = prepared.request, prepared.form
+        request, form, stop = prepared.request, prepared.form, prepared.request.params.stop
+        if request.suffix:
+            stop = (*stop, *extra("answers.fim", "a suffix").Gap(self.tokenizer).ends)
         shown = form.calls.control_ids(self.tokenizer) if form.calls else frozenset[int]()
         thoughts = None
         if request.messages is not None:
-            if request.params.stop:
+            if stop:
                 thoughts = ThoughtSplitter(prepared.prompt_text, keep_tags=True)
             tags = "".join(self.template.thoughts or ())
             control = self.tokenizer.control
@@ -5137,7 +5141,7 @@ class LLM(TextSide):
             index,
             list(prepared.ids),
             request.params,
-            TextStream(self.tokenizer, request.params.stop, continues, shown, thoughts),
+            TextStream(self.tokenizer, stop, continues, shown, thoughts),
             constraint=constraint,
             logprobs_from=logprobs_from,
             pooler=pooler,
@@ -5261,6 +5265,7 @@ CHAT_FIELDS = table(
     string_or_object="tool_choice",
 )
 TEXT_FIELDS = table(COMMON, string_or_array="prompt", integer="best_of logprobs", boolean="echo")
+TEXT_FIELDS["suffix"] = "string"
 # OpenAI's fields that are accepted without effect
 HARMLESS = table(
     string="user safety_identifier prompt_cache_key prompt_cache_retention service_tier verbosity",
@@ -5269,7 +5274,7 @@ HARMLESS = table(
 )
 # OpenAI's fields of features that this server lacks -> accepted values
 NEUTRAL: Json = {"functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],)}
-NEUTRAL |= {"web_search_options": (), "suffix": ("",)}
+NEUTRAL |= {"web_search_options": ()}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CHOICES = 128
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -5381,8 +5386,8 @@ def parse_text(body: Fields, defaults: Fields, strict: bool = False) -> WireRequ
     reply = None
     if given.get("best_of", n := given.get("n", 1)) != n:
         given, sampling, reply = extra("api.best_of", "best_of above n").widen(given, sampling)
-    params, prompts = SamplingParams(**sampling), read_prompts(given, "prompt")
-    requests = [GenerationRequest(prompt=prompt, params=params) for prompt in prompts]
+    rest: Json = {"params": SamplingParams(**sampling), "suffix": given.get("suffix", "")}
+    requests = [GenerationRequest(prompt, **rest) for prompt in read_prompts(given, "prompt")]
     return _wire(given, requests, echo=echo, names=names, ignored=ignored, reply=reply)
 
 
@@ -5752,35 +5757,29 @@ PING_S = 15.0  # between two comments on a silent stream, so that proxies keep i
 SHUTDOWN_S = 30  # for running answers to finish after SIGTERM
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """An API: the class `API` of a module of nanollama_extras."""
-
-    module: str
-    paths: str  # each covers itself and everything below
-    error: Callable[[NanollamaError], Json] = error_body  # the body of an error
-
-    def load(self) -> type[Handlers]:
-        """The dialect's handlers. Raises ExtraError where the module is not installed."""
-        return extra(self.module, self.paths.split()[0]).API
-
-
-DIALECTS = (
-    Dialect("api.page", "/ /chat/completions"),
-    Dialect("api.responses", "/v1/responses /responses"),
-    Dialect("api.anthropic", "/v1/messages"),
-    Dialect("api.embeddings", "/v1/embeddings /embeddings"),
-    Dialect("api.ollama", "/api", lambda error: {"error": str(error)}),
-    Dialect("api.metrics", "/metrics"),
-    Dialect("api.inspect", "/stats /v1/capabilities /openapi.json /tokenizer_info"),
-    Dialect("api.inspect", "/tokenize /detokenize /apply-template"),
-)
+# Module of nanollama_extras -> the paths of its API, each with everything below it
+DIALECTS = {
+    "api.page": "/ /chat/completions",
+    "api.responses": "/v1/responses /responses",
+    "api.anthropic": "/v1/messages",
+    "api.embeddings": "/v1/embeddings /embeddings",
+    "api.infill": "/infill",
+    "api.ollama": "/api",
+    "api.metrics": "/metrics",
+    "api.inspect": "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize "
+    "/apply-template",
+}
 
 
-def find_dialect(path: str) -> Dialect | None:
-    """The dialect of a path; None for the core's own paths and unknown ones."""
-    rows = (d for d in DIALECTS for own in d.paths.split() if f"{path}/".startswith(f"{own}/"))
-    return next(rows, None)
+def find_dialect(path: str) -> str | None:
+    """The module of a path's API; None for the core's own paths and unknown ones."""
+    rows = ((module, own) for module, paths in DIALECTS.items() for own in paths.split())
+    return next((module for module, own in rows if f"{path}/".startswith(f"{own}/")), None)
+
+
+def load_dialect(module: str) -> type[Handlers]:
+    """The handlers of an API. Raises ExtraError where the module is not installed."""
+    return extra(module, DIALECTS[module].split()[0]).API
 
 
 @dataclass(frozen=True, slots=True)
@@ -6222,8 +6221,8 @@ def ignored_header(names: tuple[str, ...]) -> dict[str, str]:
 
 def error_response(error: BaseException, path: str) -> Response:
     """The error object of the API that `path` belongs to."""
-    shown, dialect = client_error(error), find_dialect(path)
-    own = preferred(dialect.module, "error_body", dialect.error) if dialect else error_body
+    shown, module = client_error(error), find_dialect(path)
+    own = preferred(module, "error_body", error_body) if module else error_body
     return as_json(own(shown), shown.status, getattr(shown, "headers", None))
 
 
@@ -6429,23 +6428,23 @@ class OpenAI(Handlers):
         body = {"status": state, "ready": ready, "num_gpus": len(workers)}
         return as_json({**body, "available_workers": num_free}, 200 if ready else 503)
 
-    def model_body(self, name: str, alias: str | None = None) -> Json:
+    async def model_body(self, name: str, alias: str | None = None) -> Json:
         """A model as /v1/models lists it, under its name in the request."""
-        pool = self.models.pools.get(name)
-        state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
-        n_ctx = {"max_model_len": pool.llm().engine.n_ctx} if pool and pool.ready else {}
         head = {"id": alias or name, "object": "model", "created": self.created}
-        return {**head, "owned_by": "nanollama", "state": state, **n_ctx}
+        head["owned_by"] = "nanollama"
+        with contextlib.suppress(ExtraError):
+            head |= await extra("api.shelf", "/v1/models").model_fields(self.models, name)
+        return head
 
     async def list_models(self, request: Request) -> Response:
-        """GET /v1/models: the models that may be served, and whether they are in memory"""
-        data = [self.model_body(name) for name in await self.models.names()]
+        """GET /v1/models: the models that may be served, whether in memory, and their contexts"""
+        data = [await self.model_body(name) for name in await self.models.names()]
         return as_json({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}"""
         name = request.path_params["id"]
-        return as_json(self.model_body((await self.models.source(name)).name, name))
+        return as_json(await self.model_body((await self.models.source(name)).name, name))
 
     routes = (
         Route(health, ("GET /health",)),
@@ -6460,8 +6459,8 @@ def dialect_router(*shared: Any) -> ASGIApp:
     """The application for paths without a route of the core, which imports their dialects."""
 
     @functools.cache
-    def router(dialect: Dialect | None) -> starlette.routing.Router:
-        routes = dialect.load()(*shared).starlette_routes() if dialect else []
+    def router(module: str | None) -> starlette.routing.Router:
+        routes = load_dialect(module)(*shared).starlette_routes() if module else []
         return starlette.routing.Router(routes)
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:

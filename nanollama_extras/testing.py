@@ -152,17 +152,20 @@ def read_script(path: Path) -> Script:
 
 
 class WordTokenizer:
-    """A Tokenizer without a vocabulary: a token is a word and the space before it."""
+    """A Tokenizer without a vocabulary: a token is a word and the space before it. There are tokens
+    for a turn and for a gap."""
 
     control: Mapping[str, int] = {}
-    added: Mapping[str, int] = {}
+    ADDED = ("<|im_start|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+    added: Mapping[str, int] = {word: i for i, word in enumerate(ADDED, 1)}
+    text = TextFiles("script")
     end_ids: frozenset[int] = frozenset()
     strips_space = False
     MAX_WORDS = num_tokens = 1 << 16  # beyond, words share an id
 
     def __init__(self) -> None:
-        self.ids: dict[str, int] = {"": 0}
-        self.words = [""]
+        self.ids: dict[str, int] = {"": 0, **self.added}
+        self.words = [*self.ids]
 
     def encode(self, text: str, *_: bool, **__: bool) -> list[int]:
         words = re.findall(r"\s?[^\s]+|\s", text)
@@ -171,6 +174,8 @@ class WordTokenizer:
                 self.ids[word] = len(self.words)
                 self.words.append(word)
         return [self.ids.get(word, 0) for word in words]
+
+    spell = encode
 
     def piece(self, token_id: int) -> str:
         return self.words[token_id] if 0 <= token_id < len(self.words) else ""

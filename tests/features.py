@@ -184,13 +184,18 @@ def run_tools(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
-def fill_a_gap(llm: LLM) -> None:
-    """The model cannot do so: only a missing extra counts."""
-    with serving(lambda: llm) as live:
+def fill_a_gap(path: str) -> Callable[[LLM], None]:
+    """A request that the model cannot answer: only a missing extra counts."""
+
+    def run(llm: LLM) -> None:
         body = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
-        found = MISSING.search(live.http.post("/api/generate", json=body).text)
-    if found:
-        raise NanollamaError(found[0])
+        body |= {"input_prefix": "a", "input_suffix": "b"} if path == "/infill" else {}
+        with serving(lambda: llm) as live:
+            found = MISSING.search(live.http.post(path, json=body).text)
+        if found:
+            raise NanollamaError(found[0])
+
+    return run
 
 
 def write_json_lines(llm: LLM) -> None:
@@ -299,7 +304,9 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "Ollama's chat": (OLLAMA_API, request("POST", "/api/chat", {**OLLAMA, "messages": USER})),
     "Ollama's generate": (OLLAMA_API, request("POST", "/api/generate", {**OLLAMA, "prompt": "x"})),
-    "Ollama's suffix": ({*OLLAMA_API, "answers.fim"}, fill_a_gap),
+    "Ollama's suffix": ({*OLLAMA_API, "answers.fim"}, fill_a_gap("/api/generate")),
+    "a suffix": ({"answers.fim"}, fill_a_gap("/v1/completions")),
+    "a gap in a file": ({"api.infill", "answers.fim"}, fill_a_gap("/infill")),
     "Ollama's tags": (OLLAMA_API, request("GET", "/api/tags")),
     "the web chat": ({"api.page"}, request("GET", "/")),
     "metrics": ({"api.metrics"}, request("GET", "/metrics")),

@@ -340,6 +340,9 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("api.responses", "POST", "/v1/responses", {"input": "x"}),
     ("api.responses", "GET", "/v1/responses/resp_1", None),
     ("api.anthropic", "POST", "/v1/messages", CHAT),
+    ("api.infill", "POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}),
+    ("api.ollama", "POST", "/api/chat", CHAT),
+    ("api.ollama", "GET", "/api/tags", None),
 ]
 
 
@@ -353,13 +356,6 @@ def test_a_request_that_needs_an_extra_is_answered_with_501(
     assert re.search(NEEDS.format(re.escape(module)), error["message"])
     assert error["code"] == "extra_not_installed"
     assert "\n" not in error["message"]
-
-
-def test_ollamas_clients_get_the_error_in_their_own_form(url: str) -> None:
-    body = {"model": "smollm2", "messages": CHAT["messages"]}
-    for answer in (httpx.post(f"{url}/api/chat", json=body), httpx.get(f"{url}/api/tags")):
-        assert answer.status_code == 501
-        assert re.search(NEEDS.format(re.escape("api.ollama")), answer.json()["error"])
 
 
 def test_every_feature_works_or_names_its_extra(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import httpx
 import pytest
 from pages import codes, table
+from puppets import write
 from serving import Live, serving
 
 import nanollama
+from nanollama_extras.answers.fim import MARKS
 from nanollama_extras.answers.guides import GUIDES
 from nanollama_extras.api import anthropic as anthropic_api
+from nanollama_extras.api import infill as infill_api
 from nanollama_extras.api import ollama as ollama_api
 from nanollama_extras.api import ollama_models
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
@@ -194,9 +198,22 @@ def images(live: Live) -> bool:
     return not refused(live.http.post("/v1/chat/completions", json=body))
 
 
+def coder(path: str, **body: Any) -> Any:
+    """The answer of a model with tokens for a gap."""
+    with tempfile.TemporaryDirectory() as folder:
+        llm = nanollama.LLM(write(Path(folder), [MARKS[0].middle, "x"], control=MARKS[0]))
+        with serving(lambda: llm) as live:
+            return live.http.post(path, json=body).json()
+
+
 def suffix(live: Live) -> bool:
-    body = {"model": "one", "prompt": "a", "suffix": "b"}
-    return not refused(live.http.post("/v1/completions", json=body))
+    answer = coder("/v1/completions", prompt="a", suffix="b", temperature=0)
+    return bool(answer["choices"][0]["text"] == "x")
+
+
+def infill(live: Live) -> bool:
+    answer = coder("/infill", input_prefix="a", input_suffix="b", temperature=0)
+    return bool(answer["content"] == "x")
 
 
 CHECKS: dict[str, Callable[[Live], bool]] = {
@@ -216,6 +233,7 @@ CHECKS: dict[str, Callable[[Live], bool]] = {
     "`logprobs`, `top_logprobs`": logprobs,
     "`echo` with `logprobs`": echo,
     "`suffix`": suffix,
+    "`/infill`": infill,
     "`stream_options.include_usage`": usage_in_stream,
     "`response_format` with a JSON Schema": schema,
     "`structured_outputs` (regex, choice, grammar)": vllm_forms,
@@ -265,6 +283,11 @@ def test_the_table_of_ollamas_fields_is_the_codes() -> None:
 def test_the_table_of_anthropics_fields_is_the_codes() -> None:
     known = {name for route in anthropic_api.API.routes for name in route.fields or {}}
     assert names("Anthropic's API") == known
+
+
+def test_the_table_of_infills_fields_is_the_codes() -> None:
+    known = {name for route in infill_api.API.routes for name in route.fields or {}}
+    assert names("Filling in the middle") == known
 
 
 def test_the_fields_of_openais_table_are_known() -> None:

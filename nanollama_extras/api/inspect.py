@@ -28,6 +28,7 @@ from nanollama import (
     __version__,
     as_json,
     excerpt,
+    load_dialect,
     parse_chat,
     read_fields,
     refuse,
@@ -52,9 +53,9 @@ DETOKENIZE_FIELDS = table(array="tokens", string="model")
 def all_routes() -> list[Route]:
     """The routes of the core and of every dialect that is installed."""
     routes = [*OpenAI.routes]
-    for dialect in DIALECTS:
+    for module in DIALECTS:
         with contextlib.suppress(ExtraError):
-            routes += dialect.load().routes
+            routes += load_dialect(module).routes
     return routes
 
 

@@ -227,6 +227,7 @@ def prepare_all(llm: LLM, requests: Iterable[GenerationRequest]) -> list[Prepare
     requests, n_ctx = list(requests), llm.engine.n_ctx
     for request in {id(one.messages or one.prompt): one for one in requests}.values():
         text = request.prompt if isinstance(request.prompt, str) else ""
+        text = max(text, request.suffix, key=len)
         if request.messages is not None:
             text = "".join(str(m.get("content")) for m in request.messages)
         start = text[: CHARS_READ * n_ctx]

@@ -4,7 +4,7 @@ A body is translated to OpenAI's chat; the pieces of the answer become Ollama's 
 about models are in api.ollama_models; vectors come from api.embeddings, models from api.shelf, and
 the options without effect from files.parameters.
 
-Seam       a dialect: a row of `nanollama.DIALECTS`.
+Seam       a dialect: a row of `nanollama.DIALECTS`; the core asks for `error_body`.
 Remove     delete this file, api/ollama_models.py and the row.
 Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
 """
@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from nanollama import LLM, AnswerSplitter, Delta, Fields, Json, Sequence, WireRequest
+    from nanollama import (
+        LLM,
+        AnswerSplitter,
+        Delta,
+        Fields,
+        Json,
+        NanollamaError,
+        Sequence,
+        WireRequest,
+    )
     from nanollama_extras.api.shelf import ShelfPool
 
 OLLAMA_COMMON = table(string="model", object="options", string_or_number="keep_alive")
@@ -251,17 +260,22 @@ def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     context, request = given.get("context") or [], wire.requests[0]
     if any(type(i) is not int or not 0 <= i < llm.engine.n_vocab for i in context):
         refuse("context must list token ids of the model", "context")
-    if given.get("suffix"):
-        fim = extra("answers.fim", "a prompt with a suffix")
-        prompt: str | list[int] = fim.fill_ids(llm.tokenizer, given["prompt"], given["suffix"])
-    elif given.get("raw"):
-        prompt = given["prompt"]
+    suffix = given.get("suffix") or ""
+    if suffix or given.get("raw"):
+        prompt: str | list[int] = given["prompt"]
     elif context:
         prompt = [*context, *llm.prompt_ids(request)]
     else:
         return wire
-    one = dataclasses.replace(request, messages=None, prompt=prompt, template_kwargs={})
+    one = dataclasses.replace(
+        request, messages=None, prompt=prompt, suffix=suffix, template_kwargs={}
+    )
     return dataclasses.replace(wire, requests=(one,))
+
+
+def error_body(error: NanollamaError) -> Json:
+    """The error object of Ollama's API."""
+    return {"error": str(error)}
 
 
 class API(ModelHandlers):

@@ -2,9 +2,9 @@
 unloaded after an idle time (--keep-alive) or where another one needs room; and replicas on GPUs.
 
 Seam       subclasses of `nanollama.Models` and `nanollama.Pool`; `nanollama.run_serve` asks for
-           `open_shelf`.
-Remove     delete this file; a server then has one model on one device, and Ollama's API, which
-           loads and unloads models, goes as well.
+           `open_shelf`, the list of models for `model_fields`.
+Remove     delete this file; a server then has one model on one device, /v1/models lists its name
+           alone, and Ollama's API, which loads and unloads models, goes as well.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import GenerationRequest, ServerConfig, Settings
+    from nanollama import GenerationRequest, Json, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
 # The directories of an absolute path; no part of a URL, a route, a hub id or a quotient
@@ -107,13 +107,15 @@ class ServedModel(ModelSource):
 
     need_bytes: downloads the files that are missing and estimates the memory. locate: the path of
     the files; None where they are not on this machine. replicas: a loader for each GPU, where there
-    are several. reference: the model's own name, where that is no path."""
+    are several. reference: the model's own name, where that is no path. ctx: the longest context
+    that the settings allow."""
 
     need_bytes: Callable[[], int] = int
     locate: Callable[[], Path | None] = lambda: None
     modelfile: Modelfile = field(default_factory=Modelfile)
     replicas: tuple[Callable[[], LLM], ...] = ()
     reference: str = ""
+    ctx: int | None = None
 
 
 def as_served(source: ModelSource) -> ServedModel:
@@ -149,6 +151,7 @@ def served_model(settings: Settings, name: str, path: Path | None = None) -> Ser
         settings.modelfile,
         tuple(partial(settings.load, gpu) for gpu in gpus),
         reference,
+        settings.value("ctx")[0],
     )
 
 
@@ -167,17 +170,6 @@ class Library:
     names: Callable[[], list[str]] = list
 
 
-@lru_cache(maxsize=1024)
-def can_run(path: Path, modified: float) -> bool:
-    """True for the files of a model of a known family, which were modified at that time."""
-    try:
-        open_checkpoint(path)
-    except (NanollamaError, OSError) as error:
-        log.debug(f"{path}: {error}")
-        return False
-    return True
-
-
 def library_of(settings: Settings) -> Library:
     """The models in the cache, and those that were created over the API."""
     store = ModelStore()
@@ -191,7 +183,7 @@ def library_of(settings: Settings) -> Library:
     def is_usable(name: str) -> bool:
         with contextlib.suppress(OSError, NanollamaError):  # damaged, or deleted meanwhile
             path = store.find_cached((store.modelfile(name) or Modelfile()).model or name)
-            return path is not None and can_run(path, path.stat().st_mtime)
+            return bool(numbers_of(path))
         return False
 
     def names() -> list[str]:
@@ -221,6 +213,55 @@ def open_shelf(settings: Settings, config: ServerConfig) -> Shelf:
     return Shelf(
         named, config, library=library, free_bytes=lambda: available_memory(pick_device(device))
     )
+
+
+# ---- what /v1/models says ------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def file_numbers(path: Path, modified: float, size: int) -> Json:
+    """The numbers of a model's files, as llama.cpp names them; empty for files that cannot be
+    opened. `modified` and `size` tell versions of the files apart."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except (NanollamaError, OSError) as error:
+        log.debug(f"{path}: {error}")
+        return {}
+    c = checkpoint.config
+    numbers = {"n_ctx_train": c.n_ctx, "n_vocab": c.n_vocab, "n_embd": c.n_embd}
+    return {**numbers, "n_params": checkpoint.num_parameters, "size": checkpoint.num_bytes}
+
+
+def numbers_of(path: Path | None) -> Json:
+    """The numbers of a model of a known family; empty for any other path."""
+    with contextlib.suppress(OSError):
+        if path:
+            stat = (path / "config.json" if path.is_dir() else path).stat()
+            return file_numbers(path, stat.st_mtime, stat.st_size)
+    return {}
+
+
+async def model_fields(models: Models, name: str) -> Json:
+    """The state of a model, and its context: `max_model_len` is vLLM's name, `context_length`
+    OpenRouter's, `meta` has llama.cpp's. Files say it of a model that is not in memory."""
+    pool = models.pools.get(name)
+    state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
+    try:
+        source = as_served(await models.source(name))
+    except WireError:  # deleted meanwhile
+        return {"state": state}
+    ctx = source.ctx
+    if pool and pool.ready:
+        ctx, checkpoint = pool.llm().engine.n_ctx, getattr(pool.llm(), "checkpoint", None)
+        path = checkpoint and checkpoint.path  # a script has none
+    else:
+        path = await asyncio.to_thread(source.locate)
+    meta = await asyncio.to_thread(numbers_of, path)
+    n_ctx = min(filter(None, (ctx, meta.get("n_ctx_train"))), default=None)
+    if n_ctx is None:
+        return {"state": state}
+    lengths = {"max_model_len": n_ctx, "context_length": n_ctx}
+    return {"state": state, **lengths, "meta": {"n_ctx": n_ctx, **meta}}
 
 
 # ---- the shelf -----------------------------------------------------------------------------------

@@ -116,6 +116,17 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [CHAT, CHOICES],
     "/chat/completions": [{"messages": TALK[-1:]}],
     "/v1/completions": [{"prompt": ["a", [1]], "logprobs": 1, "logit_bias": {"1": 2}}],
+    "/infill": [
+        {
+            "input_prefix": "a",
+            "input_suffix": "b",
+            "prompt": "c",
+            "input_extra": [{"filename": "d", "text": "e"}],
+            "response_fields": ["content"],
+            "n_predict": 3,
+            "samplers": ["top_k"],
+        }
+    ],
     "/v1/responses": [RESPONSE],
     "/v1/embeddings": [{"input": ["a", [1]], "encoding_format": "base64", "dimensions": 2}],
     "/tokenize": [{"prompt": "a"}, {"content": "a", "with_pieces": True}, CHAT],

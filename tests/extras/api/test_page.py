@@ -131,7 +131,7 @@ class ScriptedServer:
             headers = {"Content_Type": "text/html", **page_headers()}
             self.reply(handler, 200, PAGE.encode(), **headers)
         elif handler.path == "/v1/models" and self.allowed(handler):
-            more = {"object": "model", "created": 1, "max_model_len": 2048}
+            more = {"object": "model", "created": 1, "state": "loaded", "max_model_len": 2048}
             models = [{"id": name, **more} for name in self.models]
             self.reply(handler, 200, json.dumps({"object": "list", "data": models}).encode())
 

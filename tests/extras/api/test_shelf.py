@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 import weakref
@@ -13,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import httpx
 import pytest
+import safetensors
 from serving import Live, serving, wait_until
 
 import nanollama
@@ -84,6 +87,73 @@ def test_a_model_is_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
         assert {row["model"] for row in live.http.get("/stats").json()["workers"]} == {"b"}
         assert live.text(max_tokens=1).json()["model"] == "b"  # none named: the one last used
         assert ask(live, "c").json()["error"]["code"] == "model_not_found"
+
+
+def settings(*argv: str) -> nanollama.Settings:
+    parser = nanollama.build_parser()
+    return nanollama.read_settings(parser.parse_args(["--serve", *argv]), parser)
+
+
+def listed(models: nanollama.Models) -> dict[str, Any]:
+    with serving(models=models, ready=False) as live:
+        return {row.pop("id"): row for row in live.http.get("/v1/models").json()["data"]}
+
+
+def test_the_context_of_a_model_that_is_not_loaded_is_that_of_its_files(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, file = tiny(max_position_embeddings=128), tmp_path / "file.gguf"
+    file.write_bytes(gguf_files.smallest()[0])
+    argv = ("--model", str(folder), "--model", str(file))
+    known = listed(api.open_shelf(settings(*argv), nanollama.ServerConfig()))
+    capped = listed(api.open_shelf(settings(*argv, "--ctx", "100"), nanollama.ServerConfig()))
+    for name, trained in ((folder.name, 128), ("file", 64)):
+        for rows, n_ctx in ((known, trained), (capped, min(trained, 100))):
+            row = rows[name]
+            assert (row["state"], row["max_model_len"]) == ("unloaded", n_ctx)
+            assert row["context_length"] == row["meta"]["n_ctx"] == n_ctx
+            assert row["meta"]["n_ctx_train"] == trained
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as opened:
+        num = sum(opened.get_tensor(key).numel() for key in opened.keys())  # noqa: SIM118
+    assert known[folder.name]["meta"]["n_params"] == num
+    assert known["file"]["meta"]["n_vocab"] == 4
+
+
+def test_a_loaded_model_has_the_same_fields(shelf: Shelf) -> None:
+    with serving(models=shelf.models("a", "b")) as live:
+        ask(live, "b")
+        row = live.http.get("/v1/models/b").json()
+    assert row["max_model_len"] == row["context_length"] == row["meta"]["n_ctx"] == 256
+    assert row["meta"]["n_vocab"] == nanollama.open_checkpoint(shelf.directory).config.n_vocab
+
+
+def test_files_are_read_once_for_each_of_their_versions(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny(max_position_embeddings=128), tmp_path / "model"))
+    opened: list[Path] = []
+
+    def open_checkpoint(path: Path) -> nanollama.Checkpoint:
+        opened.append(path)
+        return nanollama.open_checkpoint(path)
+
+    monkeypatch.setattr(api, "open_checkpoint", open_checkpoint)
+    models = api.open_shelf(
+        settings("--model", str(folder), "--model", "other"), nanollama.ServerConfig()
+    )
+    config = folder / "config.json"
+    with serving(models=models) as live:
+
+        def n_ctx() -> Any:
+            return live.http.get("/v1/models/model").json()["max_model_len"]
+
+        assert (n_ctx(), n_ctx(), opened) == (128, 128, [folder])
+        config.write_text(config.read_text().replace("128", "96"))
+        assert (n_ctx(), n_ctx(), opened) == (96, 96, [folder, folder])
+        config.write_text("{")
+        row = live.http.get("/v1/models/model").json()
+    assert "max_model_len" not in row
+    assert row["state"] == "unloaded"
 
 
 def test_those_who_ask_for_one_model_wait_for_one_load(shelf: Shelf) -> None:
