@@ -72,7 +72,11 @@ TINY = {
 
 
 # families whose text part transformers runs in a multimodal model only -> its classes
-MULTIMODAL = {"Qwen3VLText": "Qwen3VL", "Qwen3VLMoeText": "Qwen3VLMoe"}
+MULTIMODAL = {
+    "Qwen3VLText": "Qwen3VL",
+    "Qwen3VLMoeText": "Qwen3VLMoe",
+    "MuseGlimmerText": "MuseGlimmer",
+}
 
 
 def multimodal_config(name: str, text: Any) -> Any:
@@ -82,6 +86,11 @@ def multimodal_config(name: str, text: Any) -> Any:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     vision |= {"out_hidden_size": text.hidden_size, "deepstack_visual_indexes": [0]}
     kind = getattr(transformers, f"{MULTIMODAL[name]}Config")
+    if name == "MuseGlimmerText":
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        vision |= {"num_hidden_layers": 1}
+        widths = {"out_hidden_size": 64, "projector_hidden_size": 16}
+        return kind(text_config=text.to_dict(), vision_config=vision, **widths)
     return kind(text_config=text.to_dict(), vision_config=vision)
 
 
@@ -130,6 +139,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = auto.from_config(config).eval()
             for part, parameter in model.named_parameters():  # large enough that every term matters
                 plus_one = name.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn" not in part
+                plus_one |= name == "MuseGlimmerText" and "layernorm" in part
                 mean = float("norm" in part and not plus_one)  # of weights that 1 is added to
                 torch.nn.init.normal_(parameter, mean=mean, std=0.2)
             for part, buffer in model.named_buffers():

@@ -149,6 +149,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": LLAMA3,
         },
     ),
+    "muse_glimmer_text": (
+        "MuseGlimmerText",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "qk_scale_factor": 2.5,
+            "post_norm_eps": 0.1,
+            "output_multiplier": 0.5,
+        },
+    ),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 20}),
     "gemma": ("Gemma", {"head_dim": 32}),
@@ -215,6 +226,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", DELTA_NET),
     "qwen3_5_moe_text": ("Qwen3_5MoeText", {**DELTA_NET, **SHARED_EXPERT}),
     "qwen3_next": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT}),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": DELTA_NET["layer_types"],
+            "linear_key_head_dim": 16,
+        },
+    ),
     "lfm2": ("Lfm2", SHORT_CONV),
     "lfm2_moe": ("Lfm2Moe", {**SHORT_CONV, **EXPERTS, "num_experts": 5, "num_dense_layers": 1}),
     "granitemoehybrid": (
@@ -356,6 +375,15 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-biased": ("Lfm2", {**SHORT_CONV, "conv_bias": True, "block_auto_adjust_ff_dim": False}),
     "qwen3_next-dense": ("Qwen3Next", {**DELTA_NET, **SHARED_EXPERT, "mlp_only_layers": [1]}),
     "qwen3_5-equal-heads": ("Qwen3_5Text", {**DELTA_NET, "linear_num_value_heads": 2}),
+    "olmo_hybrid-nope": (
+        "OlmoHybrid",
+        {
+            "linear_num_key_heads": 2,
+            "linear_allow_neg_eigval": False,
+            "layer_types": DELTA_NET["layer_types"][:2],
+            "rope_parameters": {"rope_theta": None, "rope_type": "default"},
+        },
+    ),
     "qwen3_5-odd-widths": ("Qwen3_5Text", {**DELTA_NET, "linear_key_head_dim": 12}),
     "stablelm-whole": ("StableLm", {"partial_rotary_factor": 1.0}),
     "smollm3-listed": ("SmolLM3", {"no_rope_layers": [0, 1]}),

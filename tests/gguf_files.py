@@ -116,6 +116,7 @@ ARCH = {
     "qwen3_vl_moe_text": "QWEN3VLMOE",
     "glm4_moe": "GLM4_MOE",
     "minimax_m2": "MINIMAXM2",
+    "muse_glimmer_text": "GEMMA2",  # the names of its tensors
     "llama4_text": "LLAMA4",
     "ernie4_5_moe": "ERNIE4_5_MOE",
 }
@@ -135,6 +136,7 @@ def arch_of(config: dict[str, Any]) -> Any:
 PERMUTED = (
     "llama mistral mixtral ministral3 smollm3 granite granitemoe granitemoehybrid arcee".split()
 )
+PERMUTED.append("muse_glimmer_text")
 # config.json -> the writer's method, as the set_gguf_parameters of the same script call them
 WRITTEN = {
     "max_position_embeddings": "context_length",
@@ -176,13 +178,16 @@ WRITTEN = {
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
 }
-# of BitNet and Falcon-H1, which newer versions of the gguf package know
-SUB_NORMS = {
+# of BitNet, Falcon-H1 and Muse Glimmer, which newer versions of the gguf package know
+NEWER = {
     "pre_ff_layernorm": "blk.{}.ffn_norm",
+    "gate_proj": "blk.{}.attn_gate",
+    "lm_head": "output",
     "attn_sub_norm": "blk.{}.attn_sub_norm",
     "ffn_sub_norm": "blk.{}.ffn_sub_norm",
 }
-WINDOWED = "phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
+CENTRED = ("gemma", "qwen3_5", "qwen3_next", "muse_glimmer")
+WINDOWED = "muse_glimmer_text phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
 
 
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
@@ -234,6 +239,10 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     writer.add_eos_token_id(1)
     if config.get("add_eos_token"):
         writer.add_add_eos_token(True)
+    if "output_multiplier" in config:  # MuseGlimmerModel
+        writer.add_logit_scale(config["output_multiplier"])
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        writer.add_sliding_window_pattern(slides)
     if "pooling_type" in config:
         writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
 
@@ -469,13 +478,19 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             if model_type in PERMUTED and ("q_proj" in stem or "k_proj" in stem):
                 heads = "num_attention_heads" if "q_proj" in stem else "num_key_value_heads"
                 tensor = permute(tensor, config[heads])
-            if model_type.startswith(("gemma", "qwen3_5", "qwen3_next")) and "norm" in name:
+            centred = "layernorm" if model_type == "muse_glimmer_text" else "norm"
+            if model_type.startswith(CENTRED) and centred in name:
                 tensor = tensor + 1
-            theirs = names.get_name(stem) or SUB_NORMS.get(stem.split(".")[-1], "").format(
+            theirs = names.get_name(stem) or NEWER.get(stem.split(".")[-1], "").format(
                 *stem.split(".")[2:3]
             )
             assert theirs, stem
             found[f"{theirs}.{suffix}"] = tensor
+    if model_type == "muse_glimmer_text":  # MuseGlimmerModel.modify_tensors
+        for i in range(config["num_hidden_layers"]):
+            for part, factor in (("q", config["qk_scale_factor"]), ("k", 1.0)):
+                weight = np.full(config["head_dim"], factor, dtype=np.float32)
+                found[f"blk.{i}.attn_{part}_norm.weight"] = weight
     found |= {name: np.stack([of[i] for i in sorted(of)]) for name, of in experts.items()}
     return found
 
@@ -519,7 +534,10 @@ def convert(
     is_tied = config.get("tie_word_embeddings")
     config = {**config.get("text_config", config), "tie_word_embeddings": is_tied}
     model_type, arch = config["model_type"], arch_of(config)
-    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[arch], **writer_options)
+    arch_name = gguf.MODEL_ARCH_NAMES[arch]
+    if model_type == "muse_glimmer_text":  # which newer versions of the gguf package know
+        arch_name = "muse-glimmer"
+    writer = gguf.GGUFWriter(target, arch_name, **writer_options)
     add_metadata(writer, config, tokenizer)
     random = np.random.default_rng(0)
     weights: dict[str, torch.Tensor] = {}
@@ -528,7 +546,7 @@ def convert(
     if config.get("num_nextn_predict_layers"):
         tensors |= prediction_block(tensors, config["num_hidden_layers"])
     for name, tensor in tensors.items():
-        if name.startswith("model.visual."):
+        if name.startswith(("model.visual.", "model.vision_")):
             continue
         name = name.replace("model.language_model.", "model.")
         value = tensor.float().numpy()

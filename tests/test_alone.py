@@ -395,6 +395,7 @@ UNUSED = {
     "models.hybrid_config",
     "models.mamba2",
     "models.mamba2_config",
+    "models.muse_glimmer",
     "models.recurrent",
     "models.short_conv",
     "answers.templates",

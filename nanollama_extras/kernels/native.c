@@ -1218,9 +1218,9 @@ typedef struct {
     const state_span *spans;  /* the last one is followed by one without tokens */
     float *out;               /* (N, Hv value width) */
     int64_t taps, k_heads, v_heads, k_dim, v_dim, first, is_tiled;
-    float eps;
-    float *mixed;   /* (N, columns of q | k | v), convolved; from here on set by `delta_net` */
-    float *factors; /* (N, 2 Hk + 2 Hv): of q, of k, exp(g), beta */
+    float eps, most; /* of beta */
+    float *mixed;    /* (N, columns of q | k | v), convolved; from here on set by `delta_net` */
+    float *factors;  /* (N, 2 Hk + 2 Hv): of q, of k, exp(g), beta */
     int64_t channels, width;
 } delta_net_call;
 
@@ -1243,7 +1243,7 @@ static void factor_piece(const void *job, int64_t piece) {
     for (int64_t h = 0; h < Hv; h++) {
         float y = a[h] + c->dt_bias[h], softplus = y > 20 ? y : log1pf(expf(y));
         f[2 * Hk + h] = expf(c->A[h] * softplus);
-        f[2 * Hk + Hv + h] = 1.0f / (1.0f + expf(-b[h]));
+        f[2 * Hk + Hv + h] = c->most / (1.0f + expf(-b[h]));
     }
 }
 

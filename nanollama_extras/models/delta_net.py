@@ -1,10 +1,11 @@
-"""Qwen3.5's and Qwen3-Next's layers: the gated delta net, and attention with a gate.
+"""Layers of Qwen3.5, Qwen3-Next and OLMo hybrid: gated delta nets, and attention with a gate.
 
 Adds       `GatedDeltaNet`, a layer with a state of a matrix for each head; `GatedAttention`;
            `DeltaNetDecoder`, which has one or the other in each layer; their layouts of tensors.
 Seam       Family.layout, .gguf_layout and .decoder of these families. models.hybrid_config reads
-           their configs, models.recurrent keeps the states. Imports models.families, and
-           models.routers, which names the tensors that nothing here reads.
+           their configs, models.recurrent keeps the states. Imports models.families,
+           models.layers, whose norms OLMo hybrid has, and models.routers, which names the tensors
+           that nothing here reads.
 Source     https://arxiv.org/abs/2412.06464 (gated delta networks), https://qwen.ai (models)
            https://github.com/huggingface/transformers (src/transformers/models/qwen3_5)
 Remove     delete this file and the rows of these families.
@@ -16,6 +17,7 @@ For each head, with a state S (key width, value width) and unit vectors q and k:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -26,6 +28,8 @@ from torch import Tensor
 
 import nanollama
 from nanollama import (
+    POST_NORMS,
+    PRE_NORMS,
     Attention,
     Batch,
     DecoderLayer,
@@ -38,6 +42,7 @@ from nanollama import (
 )
 from nanollama_extras.models.families import changed, plus_one
 from nanollama_extras.models.hybrid_config import DeltaNetShape
+from nanollama_extras.models.layers import VariedAttention, VariedLayer
 from nanollama_extras.models.recurrent import Inputs, RecurrentDecoder, RecurrentMixer
 from nanollama_extras.models.routers import prediction_tensors
 
@@ -85,6 +90,57 @@ def hub_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]
         else:
             named[name] = tensor
     return common_layout(named, config)
+
+
+# OLMo's name of a delta net's tensor -> the decoder's
+OLMO_NAMES = {"g_proj": "in_proj_z", "o_proj": "out_proj", "o_norm": "norm"}
+OLMO_NAMES |= {f"{part}_proj": f"in_proj_{part}" for part in "qkvab"}
+# of a layer with a delta net, and of one with attention, which transformers 5.24 writes in two ways
+OLMO_NORMS = {
+    "linear_attn": {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+    },
+    "self_attn": {
+        "feedforward_layer_norm": "post_self_attn_layernorm",
+        "post_attention_layernorm": "post_self_attn_layernorm",
+        "post_feedforward_layernorm": "post_mlp_layernorm",
+    },
+}
+
+
+def olmo_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
+    """Tensors of OLMo hybrid as its decoder wants them; see `hub_layout`. The filters of q, k and v
+    become one tensor, and norms are plain."""
+    named: dict[str, TensorSource] = {}
+    filters: dict[str, dict[str, TensorSource]] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(model\.layers\.(\d+)\.)(\w+)\.?(\w*)(.*)", name)
+        if found is None or int(found[2]) >= config.n_layers:
+            named[name] = tensor
+        elif found[4].endswith("_conv1d"):
+            filters.setdefault(f"{found[1]}linear_attn.conv1d.weight", {})[found[4]] = tensor
+        elif name.endswith(".A_log"):
+            named[name.removesuffix("_log")] = changed(tensor, lambda x: -x.exp())
+        elif found[3] == "linear_attn":
+            part = OLMO_NAMES.get(found[4], found[4])
+            named[f"{found[1]}linear_attn.{part}{found[5]}"] = tensor
+        else:
+            kind = "linear_attn" if config.windows[int(found[2])] == 0 else "self_attn"
+            own = OLMO_NORMS[kind].get(found[3], found[3])
+            named[f"{found[1]}{own}.{found[4]}{found[5]}"] = tensor
+    for name, parts in filters.items():
+        named[name] = joined(
+            [parts[key] for key in sorted(parts, key=lambda part: "qkv".find(part[0]))]
+        )
+    return common_layout(named, config)
+
+
+def joined(parts: list[TensorSource]) -> TensorSource:
+    """The rows of several tensors, as one."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    load = lambda: torch.cat([cast("Tensor", part.load()) for part in parts])  # noqa: E731
+    return dataclasses.replace(parts[0], shape=shape, load=load)
 
 
 # GGUF's name of a tensor -> the decoder's
@@ -145,8 +201,12 @@ class GatedDeltaNet(RecurrentMixer):
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         self.shape = s = cast("DeltaNetShape", config.own["delta_net"])
-        self.eps, self.num_floats, self.width = config.norm_eps, s.num_floats, s.v_heads * s.v_dim
+        self.eps, self.num_floats = s.eps or config.norm_eps, s.num_floats
+        self.width = s.v_heads * s.v_dim
         rows = {"qkv": s.channels, "z": self.width}
+        if f"{prefix}.in_proj_q.weight" in weights.tensors:
+            keys = s.k_heads * s.k_dim
+            rows = {"q": keys, "k": keys, "v": self.width, "z": self.width}
         named = {f"{prefix}.in_proj_{part}": num for part, num in rows.items()}
         self.in_proj = weights.linear(named, config.n_embd)
         self.out_proj = weights.linear({f"{prefix}.out_proj": config.n_embd}, self.width)
@@ -194,6 +254,7 @@ class GatedDeltaNet(RecurrentMixer):
             "v_dim": s.v_dim,
             "is_tiled": s.tiled,
             "eps": self.eps,
+            "most": s.beta,
         }
 
     def scan_span(self, inputs: Inputs, state: Tensor) -> Tensor:
@@ -212,7 +273,7 @@ class GatedDeltaNet(RecurrentMixer):
         q, k = (unit(part.view(n, -1, s.k_dim))[:, self.key_head] for part in (q, k))
         q, v = q * s.k_dim**-0.5, v.view(n, -1, s.v_dim)
         decay = by_row(torch.exp, self.A * by_row(F.softplus, a + self.dt_bias))  # (n, Hv)
-        beta = by_row(torch.sigmoid, b)
+        beta = s.beta * by_row(torch.sigmoid, b)
         o = torch.empty_like(v)
         for t in range(n):
             S *= decay[t, :, None, None]
@@ -274,3 +335,23 @@ class DeltaNetLayer(DecoderLayer):
 
 class DeltaNetDecoder(RecurrentDecoder):
     layer = DeltaNetLayer
+
+
+class OlmoHybridLayer(VariedLayer):
+    """A delta net after a norm, or attention before one."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        norms = PRE_NORMS if config.windows[index] == 0 else POST_NORMS
+        super().__init__(dataclasses.replace(config, norms=norms), weights, index)
+
+    @staticmethod
+    def mixer(  # type: ignore[override]
+        config: ModelConfig, weights: Weights, prefix: str, index: int
+    ) -> VariedAttention | GatedDeltaNet:
+        if config.windows[index] == 0:
+            return GatedDeltaNet(config, weights, prefix.replace("self_attn", "linear_attn"))
+        return VariedAttention(config, weights, prefix, index)
+
+
+class OlmoHybridDecoder(RecurrentDecoder):
+    layer = OlmoHybridLayer

@@ -34,6 +34,7 @@ from nanollama import (
 from nanollama_extras.models import routing
 from nanollama_extras.models.hybrid_config import (
     check_delta_net,
+    check_olmo_hybrid,
     check_short_conv,
     check_short_conv_moe,
     delta_net_from_gguf,
@@ -202,6 +203,29 @@ def check_llama4(values: ConfigValues) -> Values:
     windows = tuple(Chunk(size) if kind == CHUNKED else None for kind in kinds)
     check_value(len(windows) == n_layers, "layer_types", kinds, f"a list of {n_layers}")
     return {"own": {**own, **router["own"]}, "windows": windows}
+
+
+def check_muse(values: ConfigValues) -> Values:
+    """Of every four layers, counted from the last, three have a window and RoPE."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    slides = [(n_layers - 1 - i) % 4 > 0 for i in range(n_layers)]
+    if "sliding_window_pattern" not in values:
+        values.setdefault("layer_types", [LAYER_TYPES[slide] for slide in slides])
+    thetas = values.get("layer_rope_theta", slides)
+    is_valid = isinstance(thetas, list) and all(type(x) in (int, float, bool) for x in thetas)
+    check_value(is_valid, "layer_rope_theta", thetas, f"a list of {n_layers} numbers")
+    values["no_rope_layers"] = [int(theta != 0) for theta in thetas]
+    values["logit_scale"] = values.number("output_multiplier")
+    own = {key: values.number(key) for key in ("qk_scale_factor", "post_norm_eps")}
+    return {"own": own}
+
+
+def muse_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Layers with a window have RoPE. The factor of logits has another name."""
+    values["output_multiplier"] = values.pop("logits_scaling", None)
+    slides = own.get("attention.sliding_window_pattern")
+    if isinstance(slides, list):
+        values["layer_rope_theta"] = [int(slide is True) for slide in slides]
 
 
 def check_bitnet(values: ConfigValues) -> None:
@@ -579,6 +603,19 @@ FAMILIES: dict[str, Family] = {
         names={r"mlp\.fc1\.": "mlp.up_proj.", r"mlp\.fc2\.": "mlp.down_proj."},
         decoder="models.nanochat:NanochatDecoder",
     ),
+    "muse_glimmer_text": family(
+        keys(131072, n_kv_heads=2, head_dim=128, eps=1e-5, window=2048, qk_scale_factor=3.87)
+        | keys(final_logit_softcapping=20.0, output_multiplier=26**-0.5, post_norm_eps=1e-8),
+        permuted=True,
+        switches={**SANDWICH, "qk_norm": "head"},
+        names=POST_NORM_NAMES,
+        check=check_muse,
+        from_gguf=muse_from_gguf,
+        layout="models.muse_glimmer:hub_layout",
+        gguf_layout="models.muse_glimmer:gguf_layout",
+        decoder="models.muse_glimmer:MuseDecoder",
+        gguf="muse-glimmer",
+    ),
     "seed_oss": family(
         keys(524288, n_kv_heads=8, head_dim=128, attention_bias=True, attention_out_bias=False),
         gguf="seed_oss",
@@ -668,6 +705,13 @@ FAMILIES: dict[str, Family] = {
         gguf_values={"norm_topk_prob": True},
         switches={"qk_norm": "head", "experts": True},
         **QWEN_HYBRID,
+    ),
+    "olmo_hybrid": family(
+        keys(65536, eps=1e-6, linear_conv_kernel_dim=4),
+        switches={"qk_norm": "full"},
+        check=check_olmo_hybrid,
+        layout="models.delta_net:olmo_layout",
+        decoder="models.delta_net:OlmoHybridDecoder",
     ),
     "lfm2": family(
         keys(128000, n_kv_heads=8, eps=1e-5, theta=1e6, tied=True, conv_L_cache=3)

@@ -28,6 +28,8 @@ class DeltaNetShape:
     v_dim: int
     taps: int  # tokens that the convolution sees
     tiled: bool  # value head i has key head i % k_heads, not i // (v_heads / k_heads)
+    beta: float = 1.0  # most that beta may be; with 2, a state may change its sign
+    eps: float | None = None  # of the norm of the output, if it is not that of other norms
 
     @property
     def channels(self) -> int:
@@ -89,6 +91,32 @@ def check_delta_net(values: ConfigValues) -> Values:
         heads = f"linear_num_value_heads {shape.v_heads}"
         raise CheckpointError(f"{heads} is no multiple of {shape.k_heads} key heads")
     return state_fields(values, kinds, "linear_attention", shape.num_floats, delta_net=shape)
+
+
+def check_olmo_hybrid(values: ConfigValues) -> Values:
+    """OLMo hybrid: as `check_delta_net`, with widths that depend on others, and a RoPE only if it
+    has a theta. At least one layer has attention."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    n_heads = values.count("num_attention_heads")
+    full = {*range(3, n_layers, 4)} or {n_layers - 1}
+    kinds = ["full_attention" if i in full else "linear_attention" for i in range(n_layers)]
+    values.setdefault("layer_types", kinds)
+    heads = values.count("linear_num_key_heads", n_heads)
+    width = values.count(
+        "linear_key_head_dim", max(1, values.count("hidden_size") * 3 // heads // 4)
+    )
+    defaults = {"linear_num_key_heads": heads, "linear_num_value_heads": n_heads}
+    defaults |= {"linear_key_head_dim": width, "linear_value_head_dim": 2 * width}
+    for key, default in defaults.items():
+        values.setdefault(key, default)
+    rope = values.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope and rope["rope_theta"] is None:
+        values["no_rope_layers"] = [0] * n_layers
+        values.pop("rope_parameters")
+    fields = check_delta_net(values)
+    beta = 2.0 if values.get("linear_allow_neg_eigval", True) else 1.0
+    shape = dataclasses.replace(fields["own"]["delta_net"], beta=beta, eps=1e-5)
+    return {**fields, "own": {"delta_net": shape}}
 
 
 def check_short_conv(values: ConfigValues) -> Values:

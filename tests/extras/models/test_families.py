@@ -94,7 +94,7 @@ def as_in_4x(config: dict[str, Any]) -> None:
         config["hidden_act"] = config["hidden_activation"]
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", sorted(ALL.keys() - {"olmo_hybrid-nope"}))  # 5.x only
 def test_the_older_spelling_of_config_json_is_the_same_model(
     tiny: Tiny, tmp_path: Path, variant: str
 ) -> None:
@@ -564,6 +564,10 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "mlp"] * 2 + ["full_attention"],
         },
     ),
+    "muse_glimmer_text": (
+        "MuseGlimmerText",
+        {**ROWS["muse_glimmer_text"][1], "post_norm_eps": 1e-8},  # GGUF readers know this number
+    ),
     "bitnet": ("BitNet", {"tie_word_embeddings": True}),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
     "phimoe-longrope": (
@@ -579,7 +583,8 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-del GGUF_ROWS["mistral"], GGUF_ROWS["ministral"], GGUF_ROWS["nanochat"]
+for without in ("mistral", "ministral", "nanochat", "olmo_hybrid"):
+    del GGUF_ROWS[without]
 
 
 def gguf_made(tiny: Tiny, target: Path, variant: str, kind: str = "F32", **options: Any) -> Path:
