@@ -571,17 +571,13 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     packing: str = ""  # a key of PACKINGS
+    window_heads: tuple[int, int] | None = None  # Hkv and D of layers with a window, if others
     state_bytes: int = 0  # that layers keep of a sequence
     own: Mapping[str, Any] = field(default_factory=dict)  # of the family's own decoder
 
     @property
     def rope(self) -> Mapping[str, Any]:
         return self.ropes[0]
-
-    @property
-    def n_rot(self) -> int:
-        """Number of columns of a head that RoPE turns."""
-        return int(self.rope["n_rot"])
 
     def ring_tokens(self, most_new: int) -> int:
         """Positions kept in a layer with a window: all that `most_new` tokens of a step see."""
@@ -590,11 +586,11 @@ class ModelConfig:
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
         """Bytes of keys, values and states of `num_tokens` tokens, with `most_new` in a step."""
-        kept = {None: num_tokens, 0: 0}
-        in_ring = min(num_tokens, self.ring_tokens(most_new))
-        num_positions = sum(kept.get(window, in_ring) for window in self.windows)
-        per_position = 2 * self.n_kv_heads * head_bytes(self.head_dim, kv_dtype)
-        return num_positions * per_position + self.state_bytes
+        own = self.n_kv_heads, self.head_dim
+        ring = min(num_tokens, self.ring_tokens(most_new)), *(self.window_heads or own)
+        kept = {None: (num_tokens, *own), 0: (0, 0, 0)}
+        layers = [kept.get(window, ring) for window in self.windows]
+        return self.state_bytes + sum(2 * n * h * head_bytes(D, kv_dtype) for n, h, D in layers)
 
 
 RING_TILE = 512  # a multiple of the tiles of every kernel
@@ -676,7 +672,6 @@ def _shape(values: ConfigValues, family: Family) -> Json:
     windows = layer_windows(values)
     ropes = _ropes(values, windows, head_dim)
     switches = {**_switches(values), **family.switches}
-    switches["embed_scale"] *= n_embd**0.5 if switches.pop("embed_root", False) else 1
     if switches.get("experts"):
         switches["experts"] = _experts(values, n_layers)
     return {
@@ -744,19 +739,14 @@ def _experts(values: ConfigValues, n_layers: int) -> Experts:
 
 def _ropes(values: ConfigValues, windows: tuple[int | None, ...], head_dim: int) -> Json:
     """The fields `ropes` and `layer_ropes` of ModelConfig. Version 5 writes `rope_parameters`, one
-    for each layer type where they differ; version 4 writes `rope_theta` beside `rope_scaling`.
-    `no_rope_layers` has 1 for each layer with a RoPE."""
+    for each layer type where they differ; version 4, `rope_theta` beside `rope_scaling`."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}
     ropes = [written]
     if isinstance(written, Mapping) and any(map(written.get, LAYER_TYPES)):
         ropes = [written.get(kind) or {} for kind in LAYER_TYPES]
-    turned = values.get("no_rope_layers") or [1] * len(windows)
-    is_valid = isinstance(turned, list) and len(turned) >= len(windows)
-    check_value(is_valid, "no_rope_layers", turned, f"a list of {len(windows)} numbers")
     in_window = len(ropes) - 1  # index of the RoPE of layers with a window
-    indices = [in_window * (w is not None) if turns else None for turns, w in zip(turned, windows)]
     complete = tuple(_rope_parameters(rope, values, head_dim) for rope in ropes)
-    return {"ropes": complete, "layer_ropes": tuple(indices)}
+    return {"ropes": complete, "layer_ropes": tuple(in_window * bool(w) for w in windows)}
 
 
 def _longest_context(values: ConfigValues, rope: Json) -> int:
@@ -772,6 +762,7 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
     """Complete rope_parameters; their kind is `rope_type`, or `type` in older files."""
     check_value(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
     rope = dict(rope)
+    head_dim = ConfigValues(rope).count("head_dim", head_dim, most=2**16)
     kind = rope.get("rope_type") or rope.pop("type", None) or "default"
     kind = "default" if kind == "none" else kind
     # a length beside `rope_parameters` outranks one inside; without any, it is the full context
@@ -781,6 +772,7 @@ def _rope_parameters(rope: Json, values: ConfigValues, head_dim: int) -> Json:
         **{key: values.get(key, default) for key, default in defaults.items()},
         **rope,
         "rope_type": kind,
+        "head_dim": head_dim,
         n_old: values.get(n_old) or rope.get(n_old) or values.get("max_position_embeddings"),
     }
     optional = filter(rope.get, ("factor", "llama_4_scaling_beta"))
@@ -1367,15 +1359,13 @@ class Rope:
     freqs (D/2,) is a pair's angle per position, 0 for columns that stay; scales (D/2,) multiply cos
     and sin. Decoder makes them arrays of its backend."""
 
-    def __init__(
-        self, parameters: Mapping[str, Any], head_dim: int, divisors: Tensor | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
         self.parameters = parameters
         self.n_rot: int = parameters.get("n_rot", head_dim)
         freqs, scale = self.frequencies()
         still = (head_dim - self.n_rot) // 2
         self.scales: Any = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
-        self.freqs: Any = F.pad(freqs if divisors is None else freqs / divisors.cpu(), (0, still))
+        self.freqs: Any = F.pad(freqs, (0, still))
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position (n_rot/2,) float32, and the factor on cos and sin."""
@@ -1401,11 +1391,11 @@ class Rope:
         return 0
 
 
-def make_rope(parameters: Mapping[str, Any], *args: Any) -> Rope:
+def make_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
     """The Rope of rope_parameters, which are checked."""
     kind = str(parameters["rope_type"])
     rope = Rope if kind in ROPE_NUMBERS else extra("models.ropes", kind).ROPES[kind]
-    return rope(parameters, *args)
+    return rope(parameters, head_dim)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1491,6 +1481,7 @@ class TensorSource:
     nbytes: int
     load: Callable[..., Tensor | PackedLinear]
     is_packed: bool = False  # whether `load` gives a PackedLinear
+    stays: bool = False  # in its file, where rows are read
 
     def part(self, rows: Tensor, *expert: int) -> TensorSource:
         """The tensor of these rows, or of these rows of one expert."""
@@ -1919,8 +1910,8 @@ class Backend:
     def linear(self, parts: list[Matrix]) -> Projection:
         return Projection(parts)
 
-    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None) -> Tensor:
-        return moe.plain(x, residual)
+    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None, *routed: Tensor) -> Tensor:
+        return moe.plain(x, residual, *routed)
 
     def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:
         """norm(x) + residual, (.., C) all"""
@@ -2093,15 +2084,15 @@ class MoE:
         """The weighted sum of each token's experts + residual, (N, C) all"""
         return self.backend.experts(self, norm(x) if norm else x, residual)
 
-    def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """By torch's operations"""
+    def plain(self, x: Tensor, residual: Tensor | None, *routed: Tensor) -> Tensor:
+        """By torch's operations; `routed` is the router's input, else x"""
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             # torch's product or sigmoid of one column depends on the number of rows: not so a sum,
             # and a softmax of s and 0
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
-        tiled = F.pad(x, (0, 0, 0, -len(x) % ROW_TILE))
+        tiled = F.pad((*routed, x)[0], (0, 0, 0, -len(x) % ROW_TILE))
         return self.mix(x, y, *self.choose(self.gate(tiled)[: len(x)].float()))
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -2151,10 +2142,10 @@ class Decoder:
         self.config, self.device, self.dtype = config, weights.device, weights.dtype
         self.backend, self.kernels = weights.backend, weights.backend.describe()
         V, C = config.n_vocab, config.n_embd
-        divisors = None
-        if "rope_freqs.weight" in weights.tensors:  # GGUF's form of llama3 scaling
-            divisors = weights.take("rope_freqs.weight", config.n_rot // 2, dtype=torch.float32)
-        self.ropes = [make_rope(row, config.head_dim, divisors) for row in config.ropes]
+        self.ropes = [make_rope(row, row["head_dim"]) for row in config.ropes]
+        if (name := "rope_freqs.weight") in weights.tensors:  # GGUF's form of llama3 scaling
+            divisors = weights.take(name, config.rope["n_rot"] // 2, dtype=torch.float32)
+            self.ropes[0].freqs[..., : len(divisors)] /= divisors.cpu()
         for rope in self.ropes:
             tables = rope.freqs, rope.scales
             rope.freqs, rope.scales = (self.backend.array(x.to(self.device)) for x in tables)
@@ -2289,7 +2280,7 @@ TENSOR_NAMES = {
     r"^language_model\.(?=lm_head)": "",
     r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
 }
-NOT_TEXT = re.compile(r"(?:model\.)?(vision|visual|multi_modal|image|audio)")  # of multimodal files
+NOT_TEXT = re.compile(r"(model\.)?(embed_)?(vision|visual|multi_modal|image|audio)")
 
 # GGUF metadata under {arch} -> key of config.json.
 GGUF_VALUES = {
@@ -2723,10 +2714,10 @@ def gguf_model_type(metadata: Mapping[str, Any]) -> str:
 def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> Json:
     """The config.json of GGUF metadata, whose keys in `own` have {arch} cut off."""
 
-    def need(name: str) -> Any:
+    def need(name: str, *kinds: type) -> Any:
         if isinstance(value := own.get(name), list) and len({*value} - {0}) == 1:
             value = max(value)  # of layers that have any
-        is_number = isinstance(value, (int, float))
+        is_number = isinstance(value, (int, float, *kinds))
         check_value(is_number, f"metadata {family.gguf}.{name}", value, "a number")
         return value
 
@@ -2747,7 +2738,7 @@ def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> J
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": n_embd,
-        "intermediate_size": need(next(filter(own.get, widths), widths[0])),
+        "intermediate_size": need(next(filter(own.get, widths), widths[0]), list),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": n_heads,
         "num_key_value_heads": own.get("attention.head_count_kv", n_heads),
@@ -2841,7 +2832,7 @@ def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     column of every pair, then columns that stay.
 
     0a 0b 1a 1b .. stay (interleaved), or 0a 1a .. 0b 1b .. stay  ->  0a 1a .. st | 0b 1b .. ay"""
-    D, n_rot = config.head_dim, config.n_rot
+    D, n_rot = config.head_dim, config.rope["n_rot"]
     if n_rot == D and not interleaved:
         return None
     pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
@@ -5047,11 +5038,11 @@ class TextSide:
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
     """Bytes that the weights of a checkpoint take in memory."""
+    sizes = {n: math.prod(t.shape) for n, t in checkpoint.tensors.items() if not t.stays}
     if checkpoint.quantization in REPACK:
-        return checkpoint.num_bytes
+        return sum(checkpoint.tensors[name].nbytes for name in sizes)
     if not config.quantize:
-        return checkpoint.num_parameters * (4 if config.dtype == "float32" else 2)
-    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+        return sum(sizes.values()) * (4 if config.dtype == "float32" else 2)
     wide = sizes if config.quantize == "q8" else keep_8_bits(sizes)
     return int(sum(n * (1.0625 if name in wide else 0.625) for name, n in sizes.items()))
 
@@ -7178,6 +7169,9 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     kernels, kv_dtype = chosen_kernels(checkpoint, settings)
     num_weights, kv_bytes = memory_needed(checkpoint, settings)
     rope, states = config.rope["rope_type"], ""
+    heads = f"{config.n_heads} heads over {config.n_kv_heads} key/value heads of {config.head_dim}"
+    if config.window_heads:
+        heads += " ({} of {} in windows)".format(*config.window_heads)
     if config.state_bytes:
         each = human_bytes(config.kv_bytes(2, kv_dtype) - config.kv_bytes(1, kv_dtype))
         states = f", {each} each, and a state of {human_bytes(config.state_bytes)}"
@@ -7187,11 +7181,10 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         f"architecture  {config.model_type}",
         f"parameters    {checkpoint.num_parameters / 1e6:.1f} M",
         f"context       {config.n_ctx} tokens"
-        + ("" if rope == "default" else f" (RoPE scaling: {rope})"),
+        + ("" if rope in ("default", "proportional") else f" (RoPE scaling: {rope})"),
         f"quantization  {checkpoint.quantization} ({checkpoint.format}, "
         f"{human_bytes(checkpoint.num_bytes)})",
-        f"layers        {config.n_layers} of width {config.n_embd}, {config.n_heads} heads over "
-        f"{config.n_kv_heads} key/value heads of {config.head_dim}",
+        f"layers        {config.n_layers} of width {config.n_embd}, {heads}",
         f"vocabulary    {config.n_vocab} tokens",
         f"template      {template.origin}",
         f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "

@@ -143,8 +143,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 mean = float("norm" in part and not plus_one)  # of weights that 1 is added to
                 torch.nn.init.normal_(parameter, mean=mean, std=0.2)
             for part, buffer in model.named_buffers():
-                if part.endswith("bias"):  # of a router
-                    torch.nn.init.normal_(buffer, std=0.2)
+                if part.endswith(("bias", "layer_scalar")):  # a router's, a layer's
+                    torch.nn.init.normal_(buffer, mean=float("scalar" in part), std=0.2)
             directory = tmp_path_factory.mktemp(name)
             model.save_pretrained(directory)
             save_tiny_tokenizer(directory)

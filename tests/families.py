@@ -69,6 +69,34 @@ SHORT_CONV = {
     "layer_types": ["conv", "full_attention", "conv"],
     "block_multiple_of": 32,
 }
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 0,
+}
+GEMMA4_SMALL = {  # as E2B
+    **GEMMA4,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 320,
+    "num_key_value_heads": 1,
+}
+GEMMA4_EXPERTS = {  # as 26B-A4B
+    **GEMMA4,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 160,
+    "final_logit_softcapping": 3.0,
+}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
@@ -175,6 +203,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": LOCAL,
             },
         },
+    ),
+    "gemma4_text": ("Gemma4Text", GEMMA4_SMALL),
+    "gemma4_unified_text": (
+        "Gemma4UnifiedText",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     "olmo2": ("Olmo2", {}),
     "olmo3": (
@@ -328,6 +361,8 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "gemma4_text-experts": ("Gemma4Text", GEMMA4_EXPERTS),
+    "gemma4_text-dense": ("Gemma4Text", {**GEMMA4, "attention_k_eq_v": True}),
     "ernie4_5-biased": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
     "granitemoehybrid-dense": (
         "GraniteMoeHybrid",

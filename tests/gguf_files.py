@@ -104,6 +104,8 @@ ARCH = {
     "qwen2_moe": "QWEN2MOE",
     "qwen3_moe": "QWEN3MOE",
     "gemma3_text": "GEMMA3",
+    "gemma4_text": "GEMMA4",
+    "gemma4_unified_text": "GEMMA4",
     "olmo3": "OLMO2",
     "granitemoe": "GRANITE_MOE",
     "lfm2_moe": "LFM2MOE",
@@ -162,6 +164,7 @@ WRITTEN = {
     "num_local_experts": "expert_count",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
+    "top_k_experts": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "n_routed_experts": "expert_count",
@@ -186,8 +189,9 @@ NEWER = {
     "attn_sub_norm": "blk.{}.attn_sub_norm",
     "ffn_sub_norm": "blk.{}.ffn_sub_norm",
 }
-CENTRED = ("gemma", "qwen3_5", "qwen3_next", "muse_glimmer")
-WINDOWED = "muse_glimmer_text phi3 gemma2 gemma3_text olmo3 gpt_oss exaone4 cohere2".split()
+CENTRED = ("gemma_", "gemma2", "gemma3", "qwen3_5", "qwen3_next", "muse_glimmer")
+WINDOWED = "muse_glimmer_text phi3 gemma2 gemma3_text gemma4_text gemma4_unified_text".split()
+WINDOWED += "olmo3 gpt_oss exaone4 cohere2".split()
 
 
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
@@ -213,6 +217,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     if model_type == "ernie4_5_moe":  # as Ernie4_5MoeModel computes it
         width = config["intermediate_size"] // config["num_key_value_heads"]
         writer.add_expert_shared_feed_forward_length(width)
+    if model_type.startswith("gemma4"):
+        config = gemma4_metadata(writer, config)
     for key, method in WRITTEN.items():
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
@@ -225,7 +231,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     rope = config["rope_parameters"]
     rope = rope.get("full_attention", rope)
     add_rope(writer, rope, config)
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    turned = rope.get("partial_rotary_factor", 1.0) if "gemma4" not in model_type else 1.0
+    writer.add_rope_dimension_count(int(head_dim * turned))
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
@@ -245,6 +252,27 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         writer.add_sliding_window_pattern(slides)
     if "pooling_type" in config:
         writer.add_pooling_type(gguf.PoolingType(config["pooling_type"]))
+
+
+def gemma4_metadata(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Gemma4Model.set_gguf_parameters -> the config for the other keys"""
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    wide, n_layers = config["per_layer_config"][str(len(slides) - 1)], len(slides)
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_sliding_window_pattern(slides)
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    config = {**config, "head_dim": wide["head_dim"]}
+    if config["use_double_wide_mlp"]:
+        first, n_ff = n_layers - config["num_kv_shared_layers"], config["intermediate_size"]
+        config["intermediate_size"] = [n_ff * (1 + (i >= first)) for i in range(n_layers)]
+    if heads := wide.get("num_key_value_heads"):
+        own = config["num_key_value_heads"]
+        config["num_key_value_heads"] = [own if slide else heads for slide in slides]
+    return config
 
 
 def add_delta_net(writer: Any, config: dict[str, Any]) -> None:
@@ -462,12 +490,17 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
         elif "shared_mlp.output_linear" in name:
             shared = "_shexp" if config["num_local_experts"] else ""
             found[f"blk.{name.split('.')[2]}.ffn_down{shared}.weight"] = tensor
+        elif "router." in name and "gemma4" in model_type and "proj" not in name:
+            part = "ffn_down_exps" if "per_expert" in name else "ffn_gate_inp"
+            found[f"blk.{name.split('.')[2]}.{part}.scale"] = tensor
         elif ".experts." in name or "put_linear" in name:
             found |= fused_experts(name, tensor, model_type)
         else:
             if "e_score_correction_bias" in name:
                 name = name.replace("e_score_correction_bias", "e_score_correction.bias")
                 tensor = tensor.squeeze()
+            if name.endswith("layer_scalar"):
+                name += ".weight"
             if name.endswith("feed_forward.expert_bias"):
                 name += ".bias"
             if name.endswith("conv.conv.weight"):
@@ -479,7 +512,7 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
                 heads = "num_attention_heads" if "q_proj" in stem else "num_key_value_heads"
                 tensor = permute(tensor, config[heads])
             centred = "layernorm" if model_type == "muse_glimmer_text" else "norm"
-            if model_type.startswith(CENTRED) and centred in name:
+            if f"{model_type}_".startswith(CENTRED) and centred in name:
                 tensor = tensor + 1
             theirs = names.get_name(stem) or NEWER.get(stem.split(".")[-1], "").format(
                 *stem.split(".")[2:3]
@@ -500,6 +533,8 @@ def fused_experts(name: str, tensor: Any, model_type: str) -> dict[str, Any]:
     layer = f"blk.{name.split('.')[2]}"
     if "output_linear" in name:
         return {f"{layer}.ffn_down_exps.weight": tensor}
+    if "gate_up" in name and "gemma4" in model_type:
+        return {f"{layer}.ffn_gate_up_exps.weight": tensor}
     if "input_linear" in name or (model_type != "gpt_oss" and "gate_up" in name):
         half = tensor.shape[1] // 2
         both = tensor[:, :half], tensor[:, half:]
@@ -554,7 +589,10 @@ def convert(
             value = value.swapaxes(1, 2)
         if model_type == "falcon_h1":
             value = folded(name, value, config)
-        routed = re.search(r"router|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv", name)
+        routed = re.search(
+            r"router|per_layer_model_projection|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv",
+            name,
+        )
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32
         raw = encode(np.ascontiguousarray(value), its_kind, random)
         decoded = decode(raw, its_kind).copy()
@@ -568,6 +606,11 @@ def convert(
         packed = raw.dtype == np.uint8
         writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=Kind[kind] if packed else None)
     rope = config.get("rope_parameters", {})
+    if model_type.startswith("gemma4"):  # Gemma4Model.generate_extra_tensors
+        half = config["per_layer_config"][str(config["num_hidden_layers"] - 1)]["head_dim"] // 2
+        num_turned = int(half * rope["full_attention"]["partial_rotary_factor"])
+        divisors = np.array([1.0] * num_turned + [1e30] * (half - num_turned), dtype=np.float32)
+        writer.add_tensor("rope_freqs.weight", divisors)
     if rope.get("rope_type") == "llama3":
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, head_dim))

@@ -59,8 +59,12 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
 
 
 def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
-    head_dim = getattr(theirs, "head_dim", None)
-    assert ours.n_kv_heads == theirs.num_key_value_heads
+    layers = getattr(theirs, "per_layer_config", None) or [theirs]
+    last, first = (layers[i] for i in (len(layers) - 1, 0))
+    if ours.window_heads:
+        assert ours.window_heads == (first.num_key_value_heads, first.head_dim)
+    head_dim = getattr(last, "head_dim", None)
+    assert ours.n_kv_heads == last.num_key_value_heads
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.n_ctx == theirs.max_position_embeddings
     eps = (
@@ -313,7 +317,7 @@ def test_any_config_is_either_usable_or_refused_in_one_line(
             assert torch.isfinite(rope.freqs).all()
             assert ((rope.scales > 0) & (rope.scales < float("inf"))).all()
         assert len(config.windows) == len(config.layer_ropes) == config.n_layers
-        assert config.n_rot <= config.head_dim
+        assert config.rope["n_rot"] <= config.head_dim
     assert message.startswith("dir/config.json: ")
     assert "\n" not in message
 

@@ -430,7 +430,7 @@ ONES = (gguf_files.ARRAY, (gguf_files.U32, [2, 3]))
         ({"llama.attention.key_length": (gguf_files.U32, 8)}, "rope turns 16 of the 8 columns"),
         ({"llama.attention.key_length": (gguf_files.U32, 32)}, r"q_proj.* \(32, 32\).* \(64, 32\)"),
         ({"llama.embedding_length": (gguf_files.U32, 64)}, r"shape .*; its config asks for"),
-        ({"llama.feed_forward_length": ONES}, r"feed_forward_length is \[2, 3\]"),
+        ({"llama.feed_forward_length": ONES}, r"intermediate_size is \[2, 3\]"),
         (
             {"llama.attention.layer_norm_rms_epsilon": (gguf_files.F32, float("nan"))},
             "rms_norm_eps is nan",

@@ -611,6 +611,7 @@ typedef struct {
     const float *x, *weight, *bias, *residual;
     float *out;
     int64_t cols;       /* a multiple of 16 */
+    int64_t num_parts;  /* of a row, each of `cols` and normed by itself; 0 stands for 1 */
     int64_t is_centred; /* whether the mean is subtracted, as in LayerNorm */
     float eps;
 } norm_call;
@@ -634,9 +635,9 @@ static void norm_piece(const void *job, int64_t token) {
     }
 }
 
-/* out = norm(x) + residual, all (n, cols) */
+/* out = norm(x) + residual, all (n, num_parts cols) */
 void norm(const void *call, int64_t n, int64_t num_threads) {
-    share_out(norm_piece, call, n, num_threads);
+    share_out(norm_piece, call, n * MAX(1, ((const norm_call *)call)->num_parts), num_threads);
 }
 
 /* ---- a mixture of experts ---- */
@@ -649,7 +650,9 @@ typedef struct {
     const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
     const float *x, *gate, *bias;                 /* (N, C); (E, C); (E) or NULL */
     const float *shared_gate, *residual;          /* (C); (N, C); NULL for none */
+    const float *routed;                          /* (N, C): the router's input; NULL for x */
     const float *correction; /* (E), added to weights for the choice alone; NULL for none */
+    const float *scales;     /* (E), of the chosen experts' weights; NULL for none */
     float *out;              /* (N, C) */
     int64_t num_parts, num_experts, num_used, num_shared, is_renormalized, before, cols;
     int64_t scoring, num_groups, groups_used; /* experts are chosen in the best groups only */
@@ -670,7 +673,7 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
 static void route_piece(const void *job, int64_t piece) {
     const experts_call *c = job;
     int64_t token = piece / ROUTES, E = c->num_experts;
-    const float *x = c->x + token * c->cols;
+    const float *x = (c->routed ? c->routed : c->x) + token * c->cols;
     for (int64_t e = E * (piece % ROUTES) / ROUTES; e < E * (piece % ROUTES + 1) / ROUTES; e++)
         c->weights[token * (E + 1) + e] =
             dot(x, c->gate + e * c->cols, c->cols) + (c->bias ? c->bias[e] : 0);
@@ -737,7 +740,8 @@ static void choose_experts(const experts_call *c, float *weights, const float *x
     }
     total *= c->is_renormalized ? chosen : 1;
     if (isnan(sum)) total = sum; /* passes NaN on */
-    for (int64_t e = 0; e < E; e++) weights[e] = used[e] / total * c->factor;
+    for (int64_t e = 0; e < E; e++)
+        weights[e] = used[e] / total * c->factor * (c->scales ? c->scales[e] : 1);
     weights[E] = c->num_shared;
     if (c->shared_gate) weights[E] = 1 / (1 + expf(-dot(x, c->shared_gate, c->cols)));
 }
@@ -810,6 +814,8 @@ typedef struct {
     const span *spans; /* the last one is followed by one without tokens */
     float *out;        /* (N, H D) */
     int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    int64_t norms_values;      /* values are divided by their root mean square */
+    int64_t is_reader;         /* qkv has queries only: keys and values are in the strip already */
     float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
     float *q;                  /* (N, H, D), rotated and scaled; from here on set by `attention` */
     float *partials;           /* results of each chunk of each task, if threads share tasks */
@@ -1061,18 +1067,22 @@ static void place_piece(const void *job, int64_t piece) {
     for (; piece >= s->num_new; s++) piece -= s->num_new;
     int64_t token = s->row + piece, at = s->start + piece;
     int64_t block = at / 16 % c->ring * c->block_bytes;
-    const float *x = c->qkv + token * (H + 2 * Hkv) * D;
+    const float *x = c->qkv + token * (H + (c->is_reader ? 0 : 2 * Hkv)) * D;
     const float *keys = x + H * D;
     float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
     if (c->norms == FULL)
         of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
     for (int64_t h = 0; h < H; h++)
         rotate_head(c, x, h, c->q_norm, of_q, token, scale, c->q + (token * H + h) * D);
-    for (int64_t h = 0; h < Hkv; h++) {
-        float key[MAX_D];
+    for (int64_t h = 0; h < Hkv && !c->is_reader; h++) {
+        float key[MAX_D], value[MAX_D];
         rotate_head(c, keys, h, c->k_norm, of_k, token, 1, key);
         store_position(c, key, blocks_of(c, s, 0, h) + block, at % 16, 0);
-        store_position(c, x + (H + Hkv + h) * D, blocks_of(c, s, 1, h) + block, at % 16, 1);
+        const float *v = x + (H + Hkv + h) * D;
+        float factor = c->norms_values ? rms_factor(v, D, c->eps) : 1;
+        for (int64_t d = 0; d < D && c->norms_values; d++) value[d] = v[d] * factor;
+        v = c->norms_values ? value : v;
+        store_position(c, v, blocks_of(c, s, 1, h) + block, at % 16, 1);
     }
 }
 
@@ -1424,17 +1434,24 @@ typedef struct {
     const float *x, *weight; /* (n, cols), (rows, cols) */
     float *out;              /* (n, rows) */
     int64_t cols, rows;      /* cols: a multiple of 16 */
+    int64_t num_tokens;      /* n, set by `few_rows` */
 } few_rows_call;
 
-static void few_rows_piece(const void *job, int64_t token) {
+#define FEW 64
+
+/* A piece is a token's products with FEW rows, which the next piece needs again */
+static void few_rows_piece(const void *job, int64_t piece) {
     const few_rows_call *c = job;
-    for (int64_t i = 0; i < c->rows; i++)
+    int64_t token = piece % c->num_tokens, first = piece / c->num_tokens * FEW;
+    for (int64_t i = first; i < MIN(c->rows, first + FEW); i++)
         c->out[token * c->rows + i] = dot(c->x + token * c->cols, c->weight + i * c->cols, c->cols);
 }
 
 /* out = x weight^T, for a float matrix of few rows */
 void few_rows(const void *call, int64_t n, int64_t num_threads) {
-    share_out(few_rows_piece, call, n, num_threads);
+    few_rows_call c = *(const few_rows_call *)call;
+    c.num_tokens = n;
+    share_out(few_rows_piece, &c, n * ((c.rows + FEW - 1) / FEW), num_threads);
 }
 
 typedef struct {
@@ -1452,6 +1469,30 @@ static void sigmoid_gate_piece(const void *job, int64_t token) {
 /* out = x sigmoid(gate) */
 void sigmoid_gate(const void *call, int64_t n, int64_t num_threads) {
     share_out(sigmoid_gate_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
+typedef struct {
+    const float *x, *times; /* (n, cols); (n, stride), or NULL for ones */
+    float *out;             /* (n, cols) */
+    int64_t cols, stride;   /* cols: a multiple of 16 */
+    int64_t before;         /* PLAIN or GELU */
+    float factor;
+} product_call;
+
+static void product_piece(const void *job, int64_t token) {
+    const product_call *c = job;
+    const float *x = c->x + token * c->cols;
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = load(x + i);
+        if (c->before == GELU) y = gelu(y);
+        if (c->times) y *= load(c->times + token * c->stride + i);
+        store(c->out + token * c->cols + i, y * c->factor);
+    }
+}
+
+/* out = x, or GELU of x, times `times` and the factor */
+void product(const void *call, int64_t n, int64_t num_threads) {
+    share_out(product_piece, call, n, n < 4 ? 1 : num_threads);
 }
 
 /* ---- a step ---- */

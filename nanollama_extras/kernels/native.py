@@ -371,6 +371,8 @@ class DecodeCalls:
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
         batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
         self.cache.new_tables(batch, self.num_rows)
+        self.prepare = getattr(decoder, "prepare", lambda batch: None)  # before each step
+        self.prepare(batch)
         self.calls = KernelCalls(
             lambda: decoder.lm_head(decoder.hidden(batch, cache), norm=decoder.norm).float()
         )
@@ -383,6 +385,7 @@ class DecodeCalls:
         batch.positions.numpy()[:num_rows] = positions
         batch.spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
         self.cache.fill(batch)
+        self.prepare(batch)
         for name, rotation in self.decoder.rotations(batch, self.cache).items():
             for old, new in zip(batch.rotations[name], rotation):
                 if old is not None and new is not None:
@@ -563,6 +566,7 @@ class NativeKVCache(KVCache):
     """KVCache in the layout that the kernel reads; 16 positions make a block."""
 
     tile = KV_BLOCK
+    has_readers = True  # layers may read the keys and values of another one
     kinds = ("float32", "float16", "q8")
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
@@ -586,6 +590,8 @@ class NativeKVCache(KVCache):
             sinks=attn.sinks,
             spans=ctypes.addressof(spans),
             norms=NUMBERS[(config.qk_norm or "head").upper()],
+            norms_values=hasattr(attn, "v_norm"),
+            is_reader=getattr(attn, "is_reader", False),
             layer=index,
             n_layers=strips[0].shape[1],
             n_heads=config.n_heads,
@@ -662,12 +668,12 @@ class NativeBackend(Backend):
             [NativeProjection([p]) if native else p for p, native in zip(parts, is_native)]
         )
 
-    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None) -> Tensor:
+    def experts(self, moe: MoE, x: Tensor, residual: Tensor | None, *routed: Tensor) -> Tensor:
         call = self.calls.get(moe)
         if call is None:
             call = self.calls[moe] = ExpertsCall(moe)
         if not call.fields:
-            return super().experts(moe, x, residual)
+            return super().experts(moe, x, residual, *routed)
         return run_kernel(
             "experts",
             torch.empty(x.size(0), x.size(1)),
@@ -676,7 +682,9 @@ class NativeBackend(Backend):
             gate=moe.gate.weight,
             bias=moe.gate.bias,
             shared_gate=moe.shared_expert_gate,
+            routed=routed[0] if routed else None,
             correction=getattr(moe, "correction", None),
+            scales=getattr(moe, "scales", None),
             cols=x.size(1),
             **call.fields,
         )

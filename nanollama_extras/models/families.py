@@ -29,9 +29,8 @@ from nanollama import (
     check_value,
     excerpt,
     layer_windows,
-    positive,
 )
-from nanollama_extras.models import routing
+from nanollama_extras.models import gemma_config, routing
 from nanollama_extras.models.hybrid_config import (
     check_delta_net,
     check_olmo_hybrid,
@@ -142,20 +141,17 @@ def list_ropes(values: ConfigValues) -> None:
         values["no_rope_layers"] = [window or 0 for window in windows]
 
 
-def check_gemma(values: ConfigValues) -> None:
-    """Gemma 1's files say gelu and mean its approximation by tanh. Gemma 3's
-    `max_position_embeddings` counts the factor of its RoPE. `query_pre_attn_scalar` is the width
-    whose root divides scores."""
-    key = "hidden_activation" if "hidden_activation" in values else "hidden_act"
-    if values.get(key) == "gelu":
-        values[key] = "gelu_pytorch_tanh"
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    full = rope.get("full_attention") or rope if isinstance(rope, dict) else {}
-    if isinstance(full, dict) and full.get("factor"):  # the context is the stretched one
-        n_old = values.count("max_position_embeddings") / positive(full["factor"], "rope: factor")
-        values.setdefault("original_max_position_embeddings", n_old)
-    if values.get("query_pre_attn_scalar") and not values.get("attention_multiplier"):
-        values["attention_multiplier"] = values.number("query_pre_attn_scalar") ** -0.5
+def layers_without_rope(values: ConfigValues) -> Values:
+    """The field `layer_ropes` if `no_rope_layers` has 0 for some layers."""
+    turned, windows = values.get("no_rope_layers"), layer_windows(values)
+    if not turned:
+        return {}
+    is_valid = isinstance(turned, list) and len(turned) >= len(windows)
+    check_value(is_valid, "no_rope_layers", turned, f"a list of {len(windows)} numbers")
+    ropes = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    in_window = isinstance(ropes, Mapping) and any(map(ropes.get, LAYER_TYPES))
+    pairs = zip(turned, windows)
+    return {"layer_ropes": tuple(in_window * bool(w) if turns else None for turns, w in pairs)}
 
 
 def check_gpt_oss(values: ConfigValues) -> None:
@@ -265,7 +261,7 @@ def family(
         more = check(values) if check else None
         list_windows(values)
         list_ropes(values)
-        return more
+        return {**(more or {}), **layers_without_rope(values)}
 
     def all_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values.update({theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if ours in own})
@@ -299,23 +295,6 @@ def norms_plus_one(
 
 
 # ---- metadata of GGUF files ----------------------------------------------------------------------
-
-# Models whose queries are scaled by another width than a head's, which GGUF files leave out:
-# https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
-WIDE_SCALE_LAYERS = {"gemma2": 46, "gemma3_text": 62}  # layers of such a model
-
-
-def gemma_from_gguf(own: Mapping[str, Any], values: Values) -> None:
-    """Adds the width by which queries are scaled, and the RoPE of layers with a window."""
-    model_type, n_heads = values["model_type"], values["num_attention_heads"]
-    is_wide = own.get("block_count") == WIDE_SCALE_LAYERS[model_type]
-    wide = values["hidden_size"] / max(n_heads, 1)
-    values["query_pre_attn_scalar"] = wide if is_wide else values["head_dim"]
-    if model_type == "gemma3_text":
-        local = own.get("rope.local.freq_base", 10000.0)  # Ollama's converter has its own keys
-        values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
-        if theta := own.get("rope.global.freq_base"):
-            values["rope_parameters"].setdefault("rope_theta", theta)
 
 
 def olmo3_from_gguf(own: Mapping[str, Any], values: Values) -> None:
@@ -406,8 +385,18 @@ EXPERTS: Values = {"norm_topk_prob": True, "n_experts": 8, "n_used": 2}
 GEMMA: Values = {"tied": True, "head_dim": 256}
 GEMMA2: Values = {**GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 4096}
 GEMMA2 |= {"query_pre_attn_scalar": 256}
+GEMMA4: Values = {**GEMMA, "num_attention_heads": 8, "n_kv_heads": 4, "window": 512}
+GEMMA4 |= {"global_head_dim": 512, "hidden_size_per_layer_input": 256, "theta": 1e6}
+GEMMA4 |= {"vocab_size_per_layer_input": 262144, "rope": gemma_config.ROPES}
 PLUS_ONE = "models.families:norms_plus_one"
-GEGLU: Values = {"act": "geglu", "embed_root": True}
+GEGLU: Values = {"act": "geglu"}
+GEMMA4_LAYERS: Values = {
+    "check": gemma_config.check_gemma4,
+    "switches": {**GEGLU, **SANDWICH, "qk_norm": "head"},
+    "names": POST_NORM_NAMES | gemma_config.NAMES,
+    "layout": "models.gemma4:hub_layout",
+    "decoder": "models.gemma4:Gemma4Decoder",
+}
 DELTA_NET: Values = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
 DELTA_NET |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 DELTA_NET |= {"linear_conv_kernel_dim": 4}
@@ -482,7 +471,7 @@ FAMILIES: dict[str, Family] = {
         keys(8192, n_kv_heads=16, **GEMMA),
         layout=PLUS_ONE,
         switches=GEGLU,
-        check=check_gemma,
+        check=gemma_config.check_gemma,
         gguf="gemma",
     ),
     "gemma2": family(
@@ -491,8 +480,8 @@ FAMILIES: dict[str, Family] = {
         layout=PLUS_ONE,
         switches={**GEGLU, **SANDWICH},
         names=POST_NORM_NAMES,
-        check=check_gemma,
-        from_gguf=gemma_from_gguf,
+        check=gemma_config.check_gemma,
+        from_gguf=gemma_config.gemma_from_gguf,
         decoder=VARIED,
         gguf="gemma2",
     ),
@@ -502,9 +491,19 @@ FAMILIES: dict[str, Family] = {
         layout=PLUS_ONE,
         switches={**GEGLU, **SANDWICH, "qk_norm": "head"},
         names=POST_NORM_NAMES,
-        check=check_gemma,
-        from_gguf=gemma_from_gguf,
+        check=gemma_config.check_gemma,
+        from_gguf=gemma_config.gemma_from_gguf,
         decoder=VARIED,
+    ),
+    "gemma4_text": family(
+        keys(131072, **GEMMA4),
+        gguf="gemma4",
+        from_gguf=gemma_config.gemma4_from_gguf,
+        gguf_layout="models.gemma4:gguf_layout",
+        **GEMMA4_LAYERS,
+    ),
+    "gemma4_unified_text": family(
+        keys(262144, **GEMMA4 | {"window": 1024, "hidden_size_per_layer_input": 0}), **GEMMA4_LAYERS
     ),
     "olmo2": family(
         keys(eps=1e-5),

@@ -1,6 +1,7 @@
-"""Rotary embeddings of some models only: yarn, dynamic NTK, NTK with an alpha, longrope.
+"""Rotary embeddings of some models only: yarn, dynamic NTK, NTK with an alpha, longrope, those of
+the first columns of a head.
 
-Adds       rope_type yarn, dynamic, ntk and longrope (or su).
+Adds       rope_type yarn, dynamic, ntk, longrope (or su) and proportional.
 Seam       the core asks `check_rope` about rope_parameters of a type that it does not know,
            `from_gguf` for those of a GGUF file, and `ROPES` for the `Rope` of such a type.
 Source     https://huggingface.co/docs/transformers/internal/rope_utils
@@ -34,6 +35,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "ntk": ("alpha",),
     "longrope": (),
+    "proportional": (),
 }
 OPTIONS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
 OPTIONS += ["short_mscale", "long_mscale"]
@@ -76,7 +78,9 @@ def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
         positive(rope.get(key), f"rope: {key}")
     rope["rope_type"] = kind
     n_ctx = values.count("max_position_embeddings")
-    if kind == "longrope":
+    if kind == "proportional":
+        rope["n_turned"], rope["n_rot"] = rope["n_rot"], rope["head_dim"]
+    elif kind == "longrope":
         check_factors(rope)
         rope["factor"] = rope.get("factor") or n_ctx / rope["original_max_position_embeddings"]
     elif kind != "yarn" and rope["n_rot"] < 4:
@@ -201,4 +205,21 @@ class LongRope(Rope):
         return positions * self.freqs[is_long * 1]
 
 
-ROPES = {"yarn": YarnRope, "dynamic": DynamicRope, "ntk": NTKRope, "longrope": LongRope}
+class ProportionalRope(Rope):
+    """The wavelengths of a head that turns as a whole, of which only the shortest ones turn: column
+    i with column i + D/2, as always."""
+
+    def frequencies(self) -> tuple[Tensor, float]:
+        rope = self.parameters
+        inv_freq = nanollama.inverse_wavelengths(float(rope["rope_theta"]), self.n_rot)
+        inv_freq[rope["n_turned"] // 2 :] = 0
+        return inv_freq / float(rope.get("factor") or 1), 1.0
+
+
+ROPES = {
+    "yarn": YarnRope,
+    "dynamic": DynamicRope,
+    "ntk": NTKRope,
+    "longrope": LongRope,
+    "proportional": ProportionalRope,
+}

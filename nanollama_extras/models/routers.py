@@ -66,10 +66,10 @@ class RoutedMoE(MoE):
             name = f"{prefix}.shared_expert"
             self.shared_expert = MLP(config, weights, name, width, config.mlp_bias)
 
-    def plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def plain(self, x: Tensor, residual: Tensor | None, *routed: Tensor) -> Tensor:
         if self.shared_expert is not None and self.shared_expert_gate is None:
             residual = self.shared_expert(x, residual=residual)
-        return super().plain(x, residual)
+        return super().plain(x, residual, *routed)
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         routing, num_used = self.routing, self.config.num_used

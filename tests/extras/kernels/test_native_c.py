@@ -43,7 +43,7 @@ def test_it_is_formatted() -> None:
 def test_the_structures_are_those_of_c() -> None:
     twin = native.STRUCTURES["linear_call"]
     assert [name for name, _ in twin._fields_][:4] == ["parts", "num_parts", "x", "norm"]
-    states = {"delta_net", "mamba2", "short_conv", "few_rows", "sigmoid_gate"}
+    states = {"delta_net", "mamba2", "short_conv", "few_rows", "sigmoid_gate", "product"}
     assert set(native.KERNELS) == {"linear", "gather", "norm", "experts", "attention", *states}
     assert native.NUMBERS["NORM"] == 1
     with pytest.raises(AttributeError):

@@ -90,6 +90,9 @@ def as_in_4x(config: dict[str, Any]) -> None:
     whole["torch_dtype"] = whole.pop("dtype")
     if config["model_type"] in ("gemma2", "gpt_oss", "mistral", "qwen2"):  # patterns of their own
         config.pop("layer_types", None)
+    for layer in config.pop("per_layer_config", {}).values():  # of layers without a window
+        config["global_head_dim"] = layer["head_dim"]
+        config["num_global_key_value_heads"] = layer.get("num_key_value_heads")
     if "hidden_activation" in config:
         config["hidden_act"] = config["hidden_activation"]
 
@@ -568,6 +571,8 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "MuseGlimmerText",
         {**ROWS["muse_glimmer_text"][1], "post_norm_eps": 1e-8},  # GGUF readers know this number
     ),
+    "gemma4_text-experts": MORE["gemma4_text-experts"],
+    "gemma4_text-dense": MORE["gemma4_text-dense"],
     "bitnet": ("BitNet", {"tie_word_embeddings": True}),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
     "phimoe-longrope": (
