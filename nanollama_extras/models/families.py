@@ -2,8 +2,8 @@
 
 Adds       a row of FAMILIES for each further `model_type`. Their keys of config.json and GGUF that
            the core does not know become keys that it knows.
-           Those with states have their configs read by models.hybrid_config, and by
-           models.mamba2_config.
+           Those with states have their configs read by models.hybrid_config and
+           models.mamba2_config, Gemma by models.gemma_config.
 Seam       `find_family` and `all_families` of the core look here for what their own rows lack.
            Imports models.routing, which reads the keys of routers.
 Remove     delete this file, or a row; a model of such a family then says that it needs it.
