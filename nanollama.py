@@ -744,9 +744,8 @@ def _ropes(values: ConfigValues, windows: tuple[int | None, ...], head_dim: int)
     ropes = [written]
     if isinstance(written, Mapping) and any(map(written.get, LAYER_TYPES)):
         ropes = [written.get(kind) or {} for kind in LAYER_TYPES]
-    in_window = len(ropes) - 1  # index of the RoPE of layers with a window
     complete = tuple(_rope_parameters(rope, values, head_dim) for rope in ropes)
-    return {"ropes": complete, "layer_ropes": tuple(in_window * bool(w) for w in windows)}
+    return {"ropes": complete, "layer_ropes": tuple((len(ropes) - 1) * bool(w) for w in windows)}
 
 
 def _longest_context(values: ConfigValues, rope: Json) -> int:
@@ -2240,7 +2239,7 @@ class Decoder:
 END_OF_GENERATION = frozenset(
     "</s> <|endoftext|> <|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <end_of_turn> "
     "<|return|> <|call|> <｜end▁of▁sentence｜> <|END_OF_TURN_TOKEN|> <|endofturn|> <EOT> "
-    "_<EOT> <|assistant_end|>".split()
+    "_<EOT> <|assistant_end|> <turn|>".split()
 )
 
 # Glob pattern of a directory's tokenizer file -> the extra whose `read_vocabulary(TextFiles) ->
@@ -3946,6 +3945,7 @@ THOUGHTS = (
     Thoughts("[THINK]", "[/THINK]"),
     Thoughts("<|START_THINKING|>", "<|END_THINKING|>"),
     Thoughts("<|inner_prefix|>", "<|inner_suffix|>"),
+    Thoughts("<|channel>thought", "<channel|>"),
     Thoughts(
         "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"
     ),

@@ -540,6 +540,8 @@ def split(splitter: ThoughtSplitter, chunks: list[str]) -> tuple[str, str]:
         ("<|assistant|><think>\n", "hm</think>Four", ("hm", "Four")),
         ("<|assistant|><think>\n", "still thinking", ("still thinking", "")),
         ("<think>\n\n</think>\n\n", "Four", ("", "Four")),
+        ("", "<|channel>thought\nhm<channel|>Four", ("\nhm", "Four")),
+        ("<|turn>model\n<|channel>thought\n<channel|>", "Four", ("", "Four")),
     ],
 )
 def test_thoughts_and_content(prompt: str, answer: str, expected: tuple[str, str]) -> None:
