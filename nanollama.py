@@ -218,7 +218,7 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Probs = npt.NDArray[np.float64]
     Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
-    Heads = tuple[Tensor, Tensor, Tensor]  # q (N, H, D), k and v (N, Hkv, D)
+    Heads = tuple[Tensor, ...]  # q (N, H, D), k, maybe v (N, Hkv, D)
     Tensors = Mapping[str, "TensorSource"]  # by name
     Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
     Limits = tuple[float, float]  # least and most
@@ -573,6 +573,7 @@ class ModelConfig:
     packing: str = ""  # a key of PACKINGS
     window_heads: tuple[int, int] | None = None  # Hkv and D of layers with a window, if others
     state_bytes: int = 0  # that layers keep of a sequence
+    kv_planes: int = 2  # 1 if a value is its key's beginning (MLA)
     own: Mapping[str, Any] = field(default_factory=dict)  # of the family's own decoder
 
     @property
@@ -581,7 +582,7 @@ class ModelConfig:
 
     def ring_tokens(self, most_new: int) -> int:
         """Positions kept in a layer with a window: all that `most_new` tokens of a step see."""
-        window = max((window for window in self.windows if window), default=0)
+        window = max(filter(None, self.windows), default=0)
         return round_up(window + most_new, RING_TILE)
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
@@ -590,7 +591,8 @@ class ModelConfig:
         ring = min(num_tokens, self.ring_tokens(most_new)), *(self.window_heads or own)
         kept = {None: (num_tokens, *own), 0: (0, 0, 0)}
         layers = [kept.get(window, ring) for window in self.windows]
-        return self.state_bytes + sum(2 * n * h * head_bytes(D, kv_dtype) for n, h, D in layers)
+        sizes = (n * h * head_bytes(D, kv_dtype) for n, h, D in layers)
+        return self.state_bytes + self.kv_planes * sum(sizes)
 
 
 RING_TILE = 512  # a multiple of the tiles of every kernel
@@ -1651,9 +1653,9 @@ KV_BLOCK = 16  # positions that a backend's cache may interleave
 class KVCache:
     """Keys and values of every slot, and the attention over them.
 
-    strips[slot] is (2, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip starts
-    empty and doubles as needed. Capacity is a multiple of `tile`; positions not written yet are
-    zero, and masked. rings[slot] is the same for layers with a window, but has at most `ring`
+    strips[slot] is (planes, L, Hkv, capacity, bytes of a head) uint8: keys, then values. A strip
+    starts empty and doubles as needed. Capacity is a multiple of `tile`; positions not written yet
+    are zero, and masked. rings[slot] is the same for layers with a window, but has at most `ring`
     positions: p is stored at p % ring until p + ring replaces it.
 
     With a window of 3, at most 2 new tokens in a step, and 4, 5 new:   [ 5 | 1 | 2 | 3 | 4 ]"""
@@ -1676,10 +1678,10 @@ class KVCache:
         # of each layer: whether it is in the ring, and its index there or in the strip
         self.places = [(bool(ring), in_ring[:i].count(ring)) for i, ring in enumerate(in_ring)]
         width = head_bytes(config.head_dim, kv_dtype)
-        layers = [(2, in_ring.count(ring), config.n_kv_heads, 0, width) for ring in (False, True)]
+        zeros = functools.partial(torch.zeros, dtype=torch.uint8, device=device)
         self.strips, self.rings = (
-            [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-            for shape in layers
+            [zeros(config.kv_planes, n, config.n_kv_heads, 0, width) for _ in range(num_slots)]
+            for n in (in_ring.count(False), in_ring.count(True))
         )
         self.regime_of: Callable[[int], int] = lambda num_tokens: 0  # Rope.regime
         self.regimes: list[int | None] = [None] * num_slots  # of the text in each slot
@@ -1702,7 +1704,7 @@ class KVCache:
 
     def resumable(self, slot: int, num_tokens: int, length: int) -> int:
         """How many of the slot's first `num_tokens` a text of `length` tokens may begin with."""
-        window = self.ring and max(window for window in self.config.windows if window)
+        window = self.ring and max(filter(None, self.config.windows))
         is_whole = not self.ring or num_tokens > self.written[slot] - self.ring + window - 2
         return num_tokens if is_whole and not self.outgrown(slot, length) else 0
 
@@ -1732,26 +1734,25 @@ class KVCache:
 
     def attend_span(self, attn: Attention, heads: Heads, batch: Batch, span: Span) -> Tensor:
         """`attend` for one span: q (N, H, D), k and v (N, Hkv, D) -> (n, H, D)"""
-        (q, k, v), config = heads, self.config
-        window, num_groups = config.windows[attn.index], q.shape[1] // k.shape[1]
+        (q, *kv), config = heads, self.config
+        window, num_groups = config.windows[attn.index], q.shape[1] // kv[0].shape[1]
         in_ring, index = self.places[attn.index]
         ring = self.ring if in_ring else 0
         rows = slice(span.row, span.row + span.num_new)
         end = span.start + span.num_new
         strips = (self.rings if in_ring else self.strips)[span.slot][:, index]
-        new = torch.stack((k[rows], v[rows])).transpose(1, 2)  # (2, Hkv, n, D)
-        encoded = self.encoded(new)
-        if end <= (ring or end):
-            strips[:, :, span.start : end] = encoded  # of (2, Hkv, capacity, bytes)
-        else:
-            strips[:, :, torch.arange(span.start, end, device=q.device) % ring] = encoded
+        new = torch.stack([x[rows] for x in kv]).transpose(1, 2)  # (2, Hkv, n, D)
+        at: Any = slice(span.start, end)
+        if ring and end > ring:
+            at = torch.arange(span.start, end, device=q.device) % ring
+        strips[:, :, at] = self.encoded(new)
         bias = batch.memo.get((span.row, window))
         if bias is None:
             bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
             batch.memo[span.row, window] = bias
-        keys, values = self.decoded(strips[:, :, : bias.shape[1]], q.dtype)
+        kept = self.decoded(strips[:, :, : bias.shape[1]], q.dtype)
         scaling = config.attn_scale, config.attn_softcap, attn.sinks
-        return attention(q[rows], keys, values, bias, *scaling)
+        return attention(q[rows], kept[0], kept[-1], bias, *scaling)
 
     def encoded(self, x: Tensor) -> Tensor:
         """Keys or values (.., D) as bytes (.., bytes of a head)"""
@@ -2211,10 +2212,8 @@ class Decoder:
 
     def capped(self, scores: Tensor) -> Tensor:
         """The head's scores (R, V) -> logits"""
-        config = self.config
-        if config.logit_scale == 1 and not config.logit_softcap:
-            return scores
-        return self.backend.capped(scores, config.logit_scale, config.logit_softcap)
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        return scores if scale == 1 and not cap else self.backend.capped(scores, scale, cap)
 
 
 # ==================================================================================================
@@ -2279,7 +2278,7 @@ TENSOR_NAMES = {
     r"^language_model\.(?=lm_head)": "",
     r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
 }
-NOT_TEXT = re.compile(r"(model\.)?(embed_)?(vision|visual|multi_modal|image|audio)")
+NOT_TEXT = re.compile(r"(model\.)?(embed_)?(vision|visual|multi_modal|mm_|image|audio)")
 
 # GGUF metadata under {arch} -> key of config.json.
 GGUF_VALUES = {

@@ -64,6 +64,17 @@ FALCON = {
     "ssm_in_multiplier": 1.3,
     "ssm_out_multiplier": 0.75,
 }
+LATENT = {
+    **ROUTED,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 96,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+}
 SHORT_CONV = {
     "num_hidden_layers": 3,
     "layer_types": ["conv", "full_attention", "conv"],
@@ -311,6 +322,67 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "num_hidden_layers": 2,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "kimi_k2": (  # transformers has its shape under this name
+        "DeepseekV3",
+        {
+            **LATENT,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 0.5,
+            "num_hidden_layers": 2,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **LATENT,
+            "routed_scaling_factor": 1.2,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+        },
+    ),
+    "mistral4": (
+        "Mistral4",
+        {
+            **LATENT,
+            "num_hidden_layers": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
     "cohere2": ("Cohere2", {"sliding_window": 8, "layer_types": KINDS, "logit_scale": 0.5}),
     "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": 8}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
@@ -321,6 +393,15 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "Phi3",
         {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    ),
+    "deepseek_v2-lite": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "n_shared_experts": 1, "attention_bias": True},
+    ),
+    "deepseek_v3-halves": ("DeepseekV3", {**LATENT, "n_group": 1, "rope_interleave": False}),
+    "glm4_moe_lite-odd-widths": (
+        "Glm4MoeLite",
+        {**LATENT, "kv_lora_rank": 40, "qk_nope_head_dim": 12, "attention_bias": True},
     ),
     "glm4_moe-normed": (
         "Glm4Moe",

@@ -121,6 +121,9 @@ ARCH = {
     "muse_glimmer_text": "GEMMA2",  # the names of its tensors
     "llama4_text": "LLAMA4",
     "ernie4_5_moe": "ERNIE4_5_MOE",
+    "deepseek_v2": "DEEPSEEK2",
+    "deepseek_v3": "DEEPSEEK2",
+    "glm4_moe_lite": "DEEPSEEK2",
 }
 
 
@@ -201,7 +204,10 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
     if num_predicted := config.get("num_nextn_predict_layers"):
         num_blocks = config["num_hidden_layers"] + num_predicted
         config = {**config, "num_hidden_layers": num_blocks}
+    if config.get("norm_topk_prob") and "routed_scaling_factor" in config:
         writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if "kv_lora_rank" in config:
+        config = add_latent(writer, config)
     if model_type.startswith("lfm2"):
         heads = [config["num_key_value_heads"] * (k != "conv") for k in config["layer_types"]]
         config = {**config, "num_key_value_heads": heads}
@@ -223,7 +229,7 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if config.get("head_dim"):
+    if config.get("head_dim") and "kv_lora_rank" not in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if "linear_num_key_heads" in config:
@@ -273,6 +279,47 @@ def gemma4_metadata(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
         own = config["num_key_value_heads"]
         config["num_key_value_heads"] = [own if slide else heads for slide in slides]
     return config
+
+
+def add_latent(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """DeepseekV2Model.set_gguf_parameters -> the config for the other keys"""
+    head_dim = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    rope = dict(config["rope_parameters"])
+    rope.pop("partial_rotary_factor", None)
+    changed = {"head_dim": config["qk_rope_head_dim"], "rope_parameters": rope}
+    if config["old_latents"]:  # as before April 2025
+        writer.add_key_length(head_dim)
+        writer.add_value_length(config["v_head_dim"])
+    else:
+        changed["num_key_value_heads"] = 1
+        writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(head_dim)
+        writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    if config.get("q_lora_rank"):
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    scoring = {"deepseek_v2": "SOFTMAX", "deepseek_v3": "SIGMOID"}.get(config["model_type"])
+    if scoring:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[scoring])
+    rope.pop("llama_4_scaling_beta", None)
+    if "mscale_all_dim" in rope:
+        rope["mscale_all_dim"] *= 0.1
+    return {**config, **changed}
+
+
+def split_kv_b(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """kv_b_proj as k_b_proj, transposed, and v_b_proj: DeepseekV2Model.modify_tensors"""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith("kv_b_proj.weight") and not config["old_latents"]:
+            heads = tensor.view(config["num_attention_heads"], -1, tensor.shape[1])
+            k, v = heads.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+            found[name.replace("kv_b", "k_b")] = k.transpose(1, 2).contiguous()
+            found[name.replace("kv_b", "v_b")] = v.contiguous()
+        else:
+            found[name] = tensor
+    return found
 
 
 def add_delta_net(writer: Any, config: dict[str, Any]) -> None:
@@ -514,8 +561,10 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
             centred = "layernorm" if model_type == "muse_glimmer_text" else "norm"
             if f"{model_type}_".startswith(CENTRED) and centred in name:
                 tensor = tensor + 1
-            theirs = names.get_name(stem) or NEWER.get(stem.split(".")[-1], "").format(
-                *stem.split(".")[2:3]
+            theirs = (
+                names.get_name(stem)
+                or nextn_name(stem)
+                or NEWER.get(stem.split(".")[-1], "").format(*stem.split(".")[2:3])
             )
             assert theirs, stem
             found[f"{theirs}.{suffix}"] = tensor
@@ -526,6 +575,14 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
                 found[f"blk.{i}.attn_{part}_norm.weight"] = weight
     found |= {name: np.stack([of[i] for i in sorted(of)]) for name, of in experts.items()}
     return found
+
+
+def nextn_name(stem: str) -> str | None:
+    """The name of a block that predicts further tokens, where the gguf package has none for it."""
+    found = re.fullmatch(
+        r"model\.layers\.(\d+)\.(eh_proj|[eh]norm|embed_tokens|shared_head\..*)", stem
+    )
+    return found and f"blk.{found[1]}.nextn.{found[2].replace('.', '_')}"
 
 
 def fused_experts(name: str, tensor: Any, model_type: str) -> dict[str, Any]:
@@ -560,7 +617,12 @@ def prediction_block(tensors: dict[str, Any], n_layers: int) -> dict[str, Any]:
 
 
 def convert(
-    directory: Path, target: Path, kind: str = "F32", unpacked: bool = False, **writer_options: Any
+    directory: Path,
+    target: Path,
+    kind: str = "F32",
+    unpacked: bool = False,
+    old_latents: bool = False,
+    **writer_options: Any,
 ) -> tuple[Path, dict[str, torch.Tensor]]:
     """Write a tiny checkpoint as a GGUF whose matrices are of type `kind`, or `unpacked` from it ->
     the file, and the weights that it stands for, by their Hugging Face names."""
@@ -568,6 +630,9 @@ def convert(
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     is_tied = config.get("tie_word_embeddings")
     config = {**config.get("text_config", config), "tie_word_embeddings": is_tied}
+    config["old_latents"] = old_latents
+    if config["model_type"].startswith("deepseek"):  # of which the converter skips these blocks
+        config.pop("num_nextn_predict_layers", None)
     model_type, arch = config["model_type"], arch_of(config)
     arch_name = gguf.MODEL_ARCH_NAMES[arch]
     if model_type == "muse_glimmer_text":  # which newer versions of the gguf package know
@@ -580,7 +645,7 @@ def convert(
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
     if config.get("num_nextn_predict_layers"):
         tensors |= prediction_block(tensors, config["num_hidden_layers"])
-    for name, tensor in tensors.items():
+    for name, tensor in split_kv_b(tensors, config).items():
         if name.startswith(("model.visual.", "model.vision_")):
             continue
         name = name.replace("model.language_model.", "model.")

@@ -101,7 +101,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def load(path: Path) -> Any:
     """transformers' model of a checkpoint directory, in float32 and with its plainest attention."""
     auto: Any = transformers.AutoModelForCausalLM
-    if "text_config" in json.loads((path / "config.json").read_text()):
+    config = json.loads((path / "config.json").read_text())
+    if config["model_type"] == "mistral4":
+        auto = transformers.Mistral4ForCausalLM
+    if "text_config" in config:
         auto = transformers.AutoModelForMultimodalLM
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = auto.from_pretrained(path, **options).eval()

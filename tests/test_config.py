@@ -34,9 +34,13 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-CONFIGS = {name: transformers.CONFIG_MAPPING[name] for name in nanollama.all_families()}
+SAME = {"kimi_k2": "deepseek_v3"}  # as transformers calls it
+CONFIGS = {
+    name: transformers.CONFIG_MAPPING[SAME.get(name, name)] for name in nanollama.all_families()
+}
 # what a family's config must say to be supported
 GIVEN: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "bitnet": {"num_key_value_heads": 4},  # 5 do not divide the heads
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
     | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
@@ -63,9 +67,16 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
     last, first = (layers[i] for i in (len(layers) - 1, 0))
     if ours.window_heads:
         assert ours.window_heads == (first.num_key_value_heads, first.head_dim)
-    head_dim = getattr(last, "head_dim", None)
-    assert ours.n_kv_heads == last.num_key_value_heads
-    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    head_dim, is_latent = getattr(last, "head_dim", None), hasattr(theirs, "kv_lora_rank")
+    if is_latent:
+        assert (ours.n_kv_heads, ours.kv_planes) == (1, 1)
+        assert ours.head_dim == theirs.kv_lora_rank + theirs.qk_rope_head_dim
+        assert ours.rope["n_rot"] == theirs.qk_rope_head_dim
+        s, names = ours.own["latent"], ("q_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        assert (s.q_latent, s.nope, s.v_dim) == tuple(getattr(theirs, name) for name in names)
+    else:
+        assert ours.n_kv_heads == last.num_key_value_heads
+        assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.n_ctx == theirs.max_position_embeddings
     eps = (
         getattr(theirs, key, None)
@@ -78,6 +89,7 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
     nested = [rope[kind] for kind in kinds] if kinds[0] in rope else [rope]
     for our_rope, their_rope in zip(ours.ropes, nested):
         read = their_rope.keys() - {"type", "max_position_embeddings"}
+        read -= {"partial_rotary_factor"} if is_latent else set()
         assert {key: our_rope[key] for key in read} == {key: their_rope[key] for key in read}
     assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", 0) or 0)
     assert ours.logit_softcap == (getattr(theirs, "final_logit_softcapping", 0) or 0)
@@ -93,6 +105,7 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         blocks = getattr(theirs, "layers_block_type", [])
         if "moe" in blocks:
             num_dense = len(blocks) - blocks.count("moe")
+        num_dense += getattr(theirs, "mlp_layer_types", []).count("dense")
         assert (experts.n_ff_shared, len(experts.layers)) == (shared, ours.n_layers - num_dense)
         router = ours.own.get("routing", Routing())
         names = ("n_shared_experts", "moe_num_shared_experts")
@@ -101,8 +114,8 @@ def assert_equal_configs(ours: nanollama.ModelConfig, theirs: Any) -> None:
         widths = [vars(theirs)[name] for name in names if name in vars(theirs)]
         assert router.n_ff_shared == (widths[0] if widths else num_shared * experts.n_ff)
         assert router.factor == getattr(theirs, "routed_scaling_factor", 1)
-        assert router.num_groups == getattr(theirs, "n_group", 1)
-        assert router.groups_used == getattr(theirs, "topk_group", 1)
+        assert router.num_groups == (getattr(theirs, "n_group", 1) or 1)
+        assert router.groups_used == (getattr(theirs, "topk_group", 1) or 1)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -421,11 +421,11 @@ class CudaKVCache(KVCache):
     """KVCache whose short spans are processed together, with one call."""
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
-        heads = attn.heads(qkv, rotation)
+        q, k, v = heads = attn.heads(qkv, rotation)
         out = torch.zeros_like(heads[0])  # rows that only pad the batch stay zero
         spans = batch.spans
         if qkv.dtype == getattr(torch, self.kv_dtype, None):
-            self.attend_rows(attn, heads, batch, out)
+            self.attend_rows(attn, (q, k, v), batch, out)
             spans = [span for span in spans if span.num_new > SHORT_SPAN]
         for span in spans:
             out[span.row : span.row + span.num_new] = self.attend_span(attn, heads, batch, span)
@@ -571,7 +571,7 @@ class CudaBackend(Backend):
     def new_cache(
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
-        if kv_dtype == "q8":
+        if kv_dtype == "q8" or config.kv_planes < 2:
             return super().new_cache(config, num_slots, kv_dtype, most_new)
         return CudaKVCache(config, num_slots, kv_dtype, self.device, most_new)
 

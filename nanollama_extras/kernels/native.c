@@ -790,14 +790,15 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
 /* A strip holds one sequence's keys and values, (2, L, Hkv, blocks of 16 positions). A block is
  *
  *   of keys     (D, 16) elements, so that each lane is a position
- *   of values   (16, D) elements
+ *   of values   (16, D) elements, as are keys whose first `value_dim` elements are the value: then
+ *               there is no other plane, and queries and keys are rotated already
  *
  * An 8-bit block ends with its scales, (D / group, 16) float16. Position p is in block p / 16; in a
  * ring, where later positions replace earlier ones, it is in block (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128 /* keys of one softmax; the results of chunks are merged in their order */
-#define MAX_D 512
+#define MAX_D 576
 #define NOTHING -1e30f /* stands for the largest of no scores */
 
 /* `num_new` tokens of a sequence: positions `start`.. of its strip, rows `row`.. of the call */
@@ -813,7 +814,8 @@ typedef struct {
     const float *qkv, *cos, *sin, *q_scale, *q_norm, *k_norm, *sinks;
     const span *spans; /* the last one is followed by one without tokens */
     float *out;        /* (N, H D) */
-    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, window, ring, kind, block_bytes;
+    int64_t norms, layer, n_layers, n_heads, n_kv_heads, head_dim, value_dim, window, ring, kind;
+    int64_t block_bytes;
     int64_t norms_values;      /* values are divided by their root mean square */
     int64_t is_reader;         /* qkv has queries only: keys and values are in the strip already */
     float eps, scale, softcap; /* a scale of 0 stands for 1 / sqrt(D) */
@@ -823,9 +825,11 @@ typedef struct {
 } attention_call;
 
 INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
+INLINE int has_one_plane(const attention_call *c) { return c->value_dim < c->head_dim; }
 
 INLINE char *blocks_of(const attention_call *c, const span *s, int64_t is_value, int64_t head) {
-    int64_t strip = (is_value * c->n_layers + c->layer) * c->n_kv_heads + head;
+    int64_t plane = is_value && !has_one_plane(c);
+    int64_t strip = (plane * c->n_layers + c->layer) * c->n_kv_heads + head;
     return s->strip + strip * s->num_blocks * c->block_bytes;
 }
 
@@ -891,6 +895,27 @@ typedef struct {
  * sum y of the values, each times its exp(score - m): m (ROWS) | l (ROWS) | y (ROWS, D) */
 #define PARTIAL(D) (ROWS * (2 + (D)))
 
+/* dot (R) = scores of LANES keys for queries q (R, D), if keys lie as values do */
+INLINE void score_rows(const attention_call *c, const float *q, const char *block, int64_t first,
+                       vec *dot, int R, int kind) {
+    int64_t D = c->head_dim, group = kind == Q8 ? scale_group(D) : D;
+    for (int64_t i = 0; i < LANES; i++) {
+        vec sum[ROWS], part[ROWS];
+        for (int r = 0; r < R; r++) sum[r] = (vec){0};
+        for (int64_t g = 0; g < D; g += group) {
+            for (int r = 0; r < R; r++) part[r] = (vec){0};
+            for (int64_t d = g; d < g + group; d += LANES) {
+                vec key = elements(block, (first + i) * D + d, kind);
+                for (int r = 0; r < R; r++) part[r] = madd(load(q + r * D + d), key, part[r]);
+            }
+            float scale = 1;
+            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + first * 2)[i];
+            for (int r = 0; r < R; r++) sum[r] = madd(part[r], splat(scale), sum[r]);
+        }
+        for (int r = 0; r < R; r++) dot[r][i] = sum_of(sum[r]);
+    }
+}
+
 /* p (R, CHUNK) = exp(score - m) of keys first..last for queries q (R, D); m and l */
 INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
                   int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
@@ -903,7 +928,8 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
         const char *block = keys + k / 16 * c->block_bytes;
         vec dot[ROWS], part[ROWS];
         for (int r = 0; r < R; r++) dot[r] = (vec){0};
-        for (int64_t g = 0; g < D; g += group) {
+        if (has_one_plane(c)) score_rows(c, q, block, k % 16, dot, R, kind);
+        for (int64_t g = 0; g < D && !has_one_plane(c); g += group) {
             for (int r = 0; r < R; r++) part[r] = (vec){0};
             for (int64_t d = g; d < g + group; d++) {
                 vec key = elements(block, 16 * d + k % 16, kind);
@@ -938,8 +964,8 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
 INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
                   float *y, int R, int kind) {
     int64_t D = c->head_dim;
-    for (int64_t d = 0; d < D; d += 2 * LANES) {
-        const int two = d + 2 * LANES <= D;
+    for (int64_t d = 0; d < c->value_dim; d += 2 * LANES) {
+        const int two = d + 2 * LANES <= c->value_dim;
         vec sum[ROWS][2];
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
         for (int64_t first = 0; first < num_keys; first += 16) {
@@ -1043,18 +1069,18 @@ static task find_task(const attention_call *c, int64_t index) {
     return t;
 }
 
-/* Where row r of a task lies in (N, H, D) */
+/* The place of row r of a task among all tokens' heads (N, H) */
 INLINE int64_t place(const attention_call *c, const task *t, int64_t r) {
     int64_t heads = c->n_heads / c->n_kv_heads, row = t->first_row + r;
     int64_t token = t->s->row + row / heads;
-    return (token * c->n_heads + t->head * heads + row % heads) * c->head_dim;
+    return token * c->n_heads + t->head * heads + row % heads;
 }
 
 INLINE void finish(const attention_call *c, const task *t, const float *sum) {
     int64_t D = c->head_dim;
     for (int64_t r = 0; r < t->num_rows; r++) {
-        float *out = c->out + place(c, t, r);
-        for (int64_t d = 0; d < D; d += LANES)
+        float *out = c->out + place(c, t, r) * c->value_dim;
+        for (int64_t d = 0; d < c->value_dim; d += LANES)
             store(out + d, load(sum + 2 * ROWS + r * D + d) / sum[ROWS + r]);
     }
 }
@@ -1067,9 +1093,16 @@ static void place_piece(const void *job, int64_t piece) {
     for (; piece >= s->num_new; s++) piece -= s->num_new;
     int64_t token = s->row + piece, at = s->start + piece;
     int64_t block = at / 16 % c->ring * c->block_bytes;
-    const float *x = c->qkv + token * (H + (c->is_reader ? 0 : 2 * Hkv)) * D;
+    int64_t num_new = c->is_reader ? 0 : (has_one_plane(c) ? 1 : 2) * Hkv;
+    const float *x = c->qkv + token * (H + num_new) * D;
     const float *keys = x + H * D;
     float scale = c->scale * (c->q_scale ? c->q_scale[token] : 1), of_q = 0, of_k = 0;
+    if (has_one_plane(c)) {
+        for (int64_t i = 0; i < H * D; i++) c->q[token * H * D + i] = x[i] * scale;
+        for (int64_t h = 0; h < Hkv; h++)
+            store_position(c, keys + h * D, blocks_of(c, s, 0, h) + block, at % 16, 1);
+        return;
+    }
     if (c->norms == FULL)
         of_q = rms_factor(x, H * D, c->eps), of_k = rms_factor(keys, Hkv * D, c->eps);
     for (int64_t h = 0; h < H; h++)
@@ -1093,7 +1126,7 @@ static void attend_piece(const void *job, int64_t piece) {
     int64_t D = c->head_dim, chunk = piece % c->num_chunks;
     task t = find_task(c, piece / c->num_chunks);
     for (int64_t r = 0; r < ROWS; r++) /* the last query pads the tile */
-        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)), D * sizeof(float));
+        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)) * D, D * sizeof(float));
     if (c->num_chunks > 1) {
         if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
             attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
@@ -1131,10 +1164,10 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
         num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
     }
     if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
-    int64_t row_bytes = c.n_heads * c.head_dim * sizeof(float);
+    int64_t row_bytes = c.n_heads * c.value_dim * sizeof(float);
     for (int64_t row = num_new; row < num_tokens; row++) /* rows that pad the batch */
         memset((char *)c.out + row * row_bytes, 0, row_bytes);
-    c.q = malloc(num_tokens * row_bytes);
+    c.q = malloc(num_tokens * c.n_heads * c.head_dim * sizeof(float));
     if (c.num_chunks > 1)
         c.partials = malloc(num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
     share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
@@ -1142,6 +1175,81 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
     if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
     free(c.q);
     free(c.partials);
+}
+
+/* ---- latent attention ---- */
+
+/* Rows of `out` (n, out_stride) = m times rows of x (n, stride), on this thread */
+static void multiply_head(const matrix *m, const float *x, int64_t stride, float *out,
+                          int64_t out_stride, int64_t n) {
+    float *from = malloc(n * m->cols * sizeof(float)), *to = malloc(n * m->rows * sizeof(float));
+    for (int64_t t = 0; t < n; t++)
+        memcpy(from + t * m->cols, x + t * stride, m->cols * sizeof(float));
+    linear_call call = {.parts = m, .num_parts = 1, .x = from, .out = to};
+    linear(&call, n, 1);
+    for (int64_t t = 0; t < n; t++)
+        memcpy(out + t * out_stride, to + t * m->rows, m->rows * sizeof(float));
+    free(from), free(to);
+}
+
+typedef struct {
+    const matrix *parts; /* of each head */
+    const float *x;      /* (N, H, cols) */
+    float *out;          /* (N, H, rows) */
+    int64_t num_heads;
+    int64_t n; /* set by `head_linear` */
+} head_linear_call;
+
+static void head_linear_piece(const void *job, int64_t h) {
+    const head_linear_call *c = job;
+    const matrix *m = c->parts + h;
+    multiply_head(m, c->x + h * m->cols, c->num_heads * m->cols, c->out + h * m->rows,
+                  c->num_heads * m->rows, c->n);
+}
+
+/* Each head's matrix times its own columns of x */
+void head_linear(const void *call, int64_t n, int64_t num_threads) {
+    head_linear_call c = *(const head_linear_call *)call;
+    c.n = n;
+    share_out(head_linear_piece, &c, c.num_heads, num_threads);
+}
+
+typedef struct {
+    const matrix *parts;           /* of each head, (latent, nope) */
+    const float *q, *kv;           /* (N, H, nope + rope), (N, latent + rope) */
+    const float *norm, *cos, *sin; /* (latent), (N, D / 2) each */
+    float *out;                    /* (N, H + 1, D), D = latent + rope: queries, then the key */
+    int64_t num_heads, nope, rope, latent;
+    float eps;
+    int64_t n; /* set by `latent_heads` */
+} latent_heads_call;
+
+/* A piece is a head, whose queries it makes into queries to latents; the last one is the key */
+static void latent_heads_piece(const void *job, int64_t h) {
+    const latent_heads_call *c = job;
+    int64_t H = c->num_heads, D = c->latent + c->rope, half = c->rope / 2,
+            width = c->nope + c->rope;
+    if (h < H)
+        multiply_head(c->parts + h, c->q + h * width, H * width, c->out + h * D, (H + 1) * D, c->n);
+    for (int64_t t = 0; t < c->n; t++) {
+        const float *x = h < H ? c->q + (t * H + h) * width + c->nope : c->kv + t * D + c->latent;
+        const float *cos = c->cos + t * (D / 2), *sin = c->sin + t * (D / 2);
+        float *y = c->out + (t * (H + 1) + h) * D, factor = 1;
+        if (h == H) factor = rms_factor(c->kv + t * D, c->latent, c->eps);
+        for (int64_t d = 0; d < c->latent && h == H; d++)
+            y[d] = c->kv[t * D + d] * factor * c->norm[d];
+        for (int64_t d = 0; d < half; d++) {
+            y[c->latent + d] = x[d] * cos[d] - x[d + half] * sin[d];
+            y[c->latent + d + half] = x[d + half] * cos[d] + x[d] * sin[d];
+        }
+    }
+}
+
+/* Queries to latents, and the keys: latents, normed, and one rotated key for all heads */
+void latent_heads(const void *call, int64_t n, int64_t num_threads) {
+    latent_heads_call c = *(const latent_heads_call *)call;
+    c.n = n;
+    share_out(latent_heads_piece, &c, c.num_heads + 1, num_threads);
 }
 
 /* ---- layers with a state ---- */

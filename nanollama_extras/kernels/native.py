@@ -562,6 +562,12 @@ def address_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p
 # ---- attention -----------------------------------------------------------------------------------
 
 
+def value_dim(config: ModelConfig) -> int:
+    """Columns of a value: those of a key but for latent attention (models.mla)."""
+    shape = config.own.get("latent")
+    return int(shape.latent) if shape else config.head_dim
+
+
 class NativeKVCache(KVCache):
     """KVCache in the layout that the kernel reads; 16 positions make a block."""
 
@@ -580,7 +586,7 @@ class NativeKVCache(KVCache):
         config = self.config
         return run_kernel(
             "attention",
-            torch.empty(qkv.size(0), config.n_heads * config.head_dim),
+            torch.empty(qkv.size(0), config.n_heads * value_dim(config)),
             qkv=qkv,
             cos=rotation.cos,
             sin=rotation.sin,
@@ -597,6 +603,7 @@ class NativeKVCache(KVCache):
             n_heads=config.n_heads,
             n_kv_heads=config.n_kv_heads,
             head_dim=config.head_dim,
+            value_dim=value_dim(config),
             window=getattr(config.windows[attn.index], "signed", config.windows[attn.index]) or 0,
             ring=self.ring // KV_BLOCK if in_ring else 2**62,
             kind=NUMBERS[self.kv_dtype.upper()],
@@ -709,7 +716,7 @@ class NativeBackend(Backend):
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
         D = config.head_dim
-        if D % 16 or D > 512 or kv_dtype not in NativeKVCache.kinds:
+        if D % 16 or value_dim(config) % 16 or D > 576 or kv_dtype not in NativeKVCache.kinds:
             return super().new_cache(config, num_slots, kv_dtype, most_new)
         return NativeKVCache(config, num_slots, kv_dtype, self.device, most_new)
 

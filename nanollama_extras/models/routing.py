@@ -33,6 +33,13 @@ class Routing:
     n_ff_shared: int = 0  # width of an expert, without a gate, that every token goes to
 
 
+# names of tensors in safetensors files -> the decoder's
+CORRECTION = "gate.e_score_correction.bias"
+ROUTED_NAMES = {
+    r"gate\.e_score_correction_bias$": CORRECTION,
+    r"shared_experts\.": "shared_expert.",
+}
+
 # GGUF metadata under {arch} -> key of config.json
 GGUF_KEYS = {
     "expert_shared_count": "n_shared_experts",

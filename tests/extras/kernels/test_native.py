@@ -398,6 +398,8 @@ class Attend:
             ring_tokens=lambda num: round_up((window or 0) + num, 512),
             **dict(zip(names, heads)),
             n_layers=3,
+            kv_planes=2,
+            own={},
             windows=(5, window, None),
             norm_eps=1e-6,
             qk_norm=qk_norm,
@@ -803,7 +805,7 @@ def test_norms_are_torchs(code_path: str, is_centred: bool, num_cols: int) -> No
 # ---- a mixture of experts ------------------------------------------------------------------------
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss", "glm4_moe")
-MIXTURES += ("minimax_m2", "ernie4_5_moe", "phimoe")
+MIXTURES += ("minimax_m2", "ernie4_5_moe", "phimoe", "deepseek_v2", "deepseek_v3", "mistral4")
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -828,6 +830,88 @@ def test_experts_give_what_torch_makes_of_the_same_matrices(
         mixture.gate.weight = mixture.gate.weight.clone()
         mixture.gate.weight[1, 2] = torch.nan
         assert mixture(x, norm).isnan().all()  # not hidden
+
+
+# ---- latent attention ----------------------------------------------------------------------------
+
+
+def latent_attention(
+    kv_dtype: str, num_tokens: int, H: int = 5, D: int = 96, latent: int = 64
+) -> tuple[NativeKVCache, Callable[[Tensor, int], Tensor]]:
+    """A cache whose values are the beginnings of its keys, and its attention of qk (n, (H + 1) D)
+    from a position on."""
+    config = SimpleNamespace(n_heads=H, n_kv_heads=1, head_dim=D, n_layers=2, windows=(None, None))
+    vars(config).update(kv_planes=1, own={"latent": SimpleNamespace(latent=latent)})
+    vars(config).update(norm_eps=1e-6, qk_norm="", attn_softcap=0.0, attn_scale=0.1)
+    cache = NativeKVCache(config, 1, kv_dtype, CPU)  # type: ignore
+    cache.reserve(0, num_tokens)
+    attn: Any = SimpleNamespace(index=1, q_norm=None, k_norm=None, sinks=None)
+    nothing = torch.zeros(num_tokens, D // 2)
+
+    def attend(qk: Tensor, start: int) -> Tensor:
+        batch = Batch([(0, start, [0] * len(qk), 0)], CPU, row_tile=1)
+        return cache.attend(attn, qk, Rotation(nothing, nothing), batch)
+
+    return cache, attend
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_attention_on_latents_is_that_of_float64(code_path: str, kv_dtype: str) -> None:
+    num, H, D, latent = 300, 5, 96, 64
+    cache, attend = latent_attention(kv_dtype, num)
+    torch.manual_seed(0)
+    qk = torch.randn(num, (H + 1) * D)
+    whole = attend(qk, 0)
+    q, keys = qk.double().unflatten(1, (-1, D)).split([H, 1], 1)
+    stored = {"float32": torch.float32, "float16": torch.float16, "q8": torch.int8}[kv_dtype]
+    blocks = cache.strips[0][0, 1, 0].view(-1, 16 * cache.strips[0].shape[-1])
+    end = 16 * D * stored.itemsize
+    kept = blocks[:, :end].contiguous().view(stored).double().unflatten(1, (16, D))
+    if kv_dtype == "q8":
+        scales = blocks[:, end:].contiguous().view(torch.float16).double()
+        kept *= scales.unflatten(1, (-1, 16)).mT.repeat_interleave(32, 2)
+    kept = kept.flatten(0, 1)[:num]
+    atol = {"float32": 0.0, "float16": 2e-3, "q8": 0.02}[kv_dtype]
+    torch.testing.assert_close(kept, keys[:, 0], rtol=0, atol=atol)
+    hidden = torch.full((num, num), -torch.inf).triu(1)
+    weights = (0.1 * torch.einsum("qhd,kd->hqk", q, kept) + hidden).softmax(-1)
+    expected = torch.einsum("hqk,kd->qhd", weights, kept[:, :latent]).flatten(1)
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=2e-6)
+    _, attend = latent_attention(kv_dtype, num)
+    for count, (start, stop) in zip(itertools.cycle((1, 3)), itertools.pairwise([*CUTS, num])):
+        with num_threads(count):
+            assert torch.equal(attend(qk[start:stop], start), whole[start:stop])
+
+
+def test_queries_to_latents_are_what_torch_makes_of_the_same_matrices(
+    code_path: str, tiny: oracle.Tiny
+) -> None:
+    name, overrides = ROWS["deepseek_v3"]
+    llm = LLM(tiny(name, **overrides), quantize="q8", kernels="native")
+    attn: Any = llm.engine.decoder.layers[0].self_attn
+    s, H, n = attn.shape, llm.config.n_heads, 37
+    torch.manual_seed(0)
+    q, kv = torch.randn(n, H * (s.nope + s.rope)), torch.randn(n, s.latent + s.rope)
+    angles = torch.randn(n, (s.latent + s.rope) // 2)
+    rotation = Rotation(angles.cos(), angles.sin())
+    with torch.inference_mode():
+        ours = attn.latent_heads(q, kv, rotation)
+        out = attn.v_b_proj(ours[:, : H * s.latent].contiguous())
+        one = Rotation(*(x[3:4].contiguous() for x in rotation[:2]))
+        for count in (1, 3):
+            with num_threads(count):
+                assert torch.equal(attn.latent_heads(q[3:4], kv[3:4], one), ours[3:4])
+                part = ours[3:4, : H * s.latent].contiguous()
+                assert torch.equal(attn.v_b_proj(part), out[3:4])
+        for projection in (attn.k_b_proj, attn.v_b_proj):  # to torch's loop over the same matrices
+            projection.run_kernel = None
+            parts = [NativeProjection([part]) for part in projection.parts]
+            projection.projection = SimpleNamespace(parts=parts)
+        attn.backend = TORCH
+        theirs = attn.latent_heads(q, kv, rotation)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        again = attn.v_b_proj(ours[:, : H * s.latent].contiguous())
+        torch.testing.assert_close(out, again, rtol=0, atol=0)
 
 
 # ---- threads and forks ---------------------------------------------------------------------------

@@ -43,8 +43,9 @@ def test_it_is_formatted() -> None:
 def test_the_structures_are_those_of_c() -> None:
     twin = native.STRUCTURES["linear_call"]
     assert [name for name, _ in twin._fields_][:4] == ["parts", "num_parts", "x", "norm"]
-    states = {"delta_net", "mamba2", "short_conv", "few_rows", "sigmoid_gate", "product"}
-    assert set(native.KERNELS) == {"linear", "gather", "norm", "experts", "attention", *states}
+    own = {"delta_net", "mamba2", "short_conv", "few_rows", "sigmoid_gate", "product"}
+    own |= {"head_linear", "latent_heads"}
+    assert set(native.KERNELS) == {"linear", "gather", "norm", "experts", "attention", *own}
     assert native.NUMBERS["NORM"] == 1
     with pytest.raises(AttributeError):
         twin(no_such_field=1)

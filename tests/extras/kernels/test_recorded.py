@@ -43,7 +43,7 @@ COMPUTES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-ODD = ("qwen3_5-odd-widths", "nemotron_h-biased")  # widths that no kernel takes
+ODD = ("qwen3_5-odd-widths", "glm4_moe_lite-odd-widths", "nemotron_h-biased")  # for no kernel
 RECORDED = [kind for kind in ALL if kind not in ODD]
 
 
