@@ -2,7 +2,7 @@
 without text, and on text in parts. And a final message that the model continues.
 
 Seam       Answer form. `ChatTemplate.render` hands its messages and tools to `draw_any`.
-Needs      answers/tools.py, for conversations with tools and calls.
+Needs      answers/call_shapes.py, for conversations with tools and calls.
 Remove     delete this file; templates then get messages as they are, and no message is continued.
 """
 
@@ -16,11 +16,13 @@ from typing import Any
 from nanollama import TemplateError, extra, is_about_calls, message_text, warn_once
 
 Messages = list[dict[str, Any]]
+Shape = tuple[Messages, str]  # with a notice for the log, "" for none
 Draw = Callable[[Messages, Any], str]  # messages and tools -> the prompt. Raises TemplateError.
 NO_SYSTEM = "the chat template takes no system message: its text goes before the first question"
 NO_LATE_SYSTEM = "the chat template takes a system message first only: a later one is the user's"
 IN_TURNS = "the chat template takes turns only: neighbouring messages of a role are joined"
-
+NO_OPENING = "the chat template takes a question first only: an empty one goes before the answer"
+KEPT = "\ufdd4"  # a noncharacter that shows which messages the template writes
 
 # A noncharacter, which Unicode reserves for a program's own use; the space shows whether a template
 # strips the content of messages
@@ -41,19 +43,25 @@ def draw_any(
         last = messages[-1]
         messages = [*messages[:-1], {**last, "content": message_text(last) + CUT_HERE}]
     errors: list[TemplateError] = []
-    lists = extra("answers.tools", "a list of tools").tool_shapes(tools) if tools else [None]
-    for (shape, notice), listed in itertools.product(message_shapes(messages), lists):
+    whole: list[str] = []  # prompts that lack no more than a system message
+    lists: list[Any] = [None, []]  # some templates iterate over no tools
+    if tools:
+        lists = extra("answers.call_shapes", "a list of tools").tool_shapes(tools)
+    for (shape, notice), listed in itertools.product(message_shapes(messages, source), lists):
         try:
             fitted = [fit_content(source, draw, message) for message in shape]
             text = draw(fitted, listed)
             check_nulls(text, draw, fitted, listed)
-            text = up_to_cut(text) if continues else text
+            whole.append(up_to_cut(text) if continues else text)
+            check_systems(draw, fitted, listed)
         except TemplateError as error:
             errors.append(error)
             continue
         if notice:
             warn_once(notice)
-        return text
+        return whole[-1]
+    if whole:
+        return whole[0]
     raise errors[0]
 
 
@@ -66,20 +74,63 @@ def up_to_cut(text: str) -> str:
     return before if text.startswith(CUT_HERE, len(before)) else before.rstrip()
 
 
-def message_shapes(messages: Messages) -> Iterator[tuple[Messages, str]]:
+def message_shapes(messages: Messages, source: str | None = None) -> Iterator[Shape]:
     """The messages in each form that some template needs, the usual one first; with a notice."""
-    shapes = [messages]
+    shapes: list[Shape] = [(messages, "")]
+    calls = None
     if any(map(is_about_calls, messages)):
-        shapes = extra("answers.tools", "a conversation with calls").call_shapes(messages)
-        messages = shapes[1]
+        calls = extra("answers.call_shapes", "a conversation with calls")
+        shapes = calls.call_shapes(messages)
+        messages = shapes[1][0]
     if not all("content" in message for message in messages):
-        shapes.append([{"content": "", **message} for message in messages])  # Qwen3
-    yield from ((shape, "") for shape in shapes)
+        shapes.append(([{"content": "", **message} for message in messages], ""))  # Qwen3
+    yield from shapes
     asked = late_system_as_user(messages)
-    turns = in_turns(asked)  # Mistral
-    yield turns, IN_TURNS if asked == messages else NO_LATE_SYSTEM
+    turns, notice = in_turns(asked), IN_TURNS if asked == messages else NO_LATE_SYSTEM  # Mistral
+    spoken = in_turns([message for message in turns if is_spoken(message)])
+    yield from ((turns, notice), (spoken, notice))
     if any(message.get("role") == "system" for message in messages):  # Gemma 2, Mistral 7B
-        yield in_turns([as_user(message) for message in turns]), NO_SYSTEM
+        yield in_turns([as_user(message) for message in spoken]), NO_SYSTEM
+    as_text = calls.text_shapes(messages, source) if calls else []
+    yield from as_text
+    for shape, _ in [*reversed(shapes), (spoken, ""), *as_text]:
+        if (opened := with_question(in_turns(late_system_as_user(shape)))) is not None:
+            yield opened, NO_OPENING
+            yield in_turns([as_user(message) for message in opened]), NO_OPENING
+
+
+def is_spoken(message: dict[str, Any]) -> bool:
+    """False for an answer without a text and calls, of which some templates make an error."""
+    is_answer = message.get("role") == "assistant"
+    return not is_answer or bool(message_text(message) or message.get("tool_calls"))
+
+
+def with_question(messages: Messages) -> Messages | None:
+    """The messages with an empty question before an answer that comes first; None where none
+    does."""
+    first = next((i for i, m in enumerate(messages) if m.get("role") != "system"), 0)
+    if not messages or messages[first].get("role") != "assistant":
+        return None
+    return [*messages[:first], {"role": "user", "content": ""}, *messages[first:]]
+
+
+def check_systems(draw: Draw, messages: Messages, tools: Any) -> None:
+    """Raise TemplateError where a template leaves out a system message, as several do with one
+    that is not the first, or with all but the last. One message before a question is safe."""
+    roles = [message.get("role") for message in messages]
+    places = [i for i, role in enumerate(roles) if role == "system" and messages[i].get("content")]
+    if places in ([], [0]) and (not places or "user" in roles):
+        return
+    marked = [dict(message) for message in messages]
+    for i in places:
+        content = marked[i]["content"]
+        marked[i]["content"] = (
+            content + KEPT
+            if isinstance(content, str)
+            else [*content, {"type": "text", "text": KEPT}]
+        )
+    if draw(marked, tools).count(KEPT) < len(places):
+        raise TemplateError("the chat template leaves out a system message", "messages")
 
 
 def as_user(message: dict[str, Any]) -> dict[str, Any]:

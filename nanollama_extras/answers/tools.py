@@ -3,8 +3,7 @@ in an answer, taken apart as it comes.
 
 Seam       Answer form. The core asks `read_tools` for the tools of a request body, `find_calls`
            for the functions that an answer may call, and `fit_to_template` for messages and tools
-           that a template can render. It imports answers.sandboxed, to follow references, and
-           answers.shapes, which asks for `call_shapes` and `tool_shapes`.
+           that a template can render. It imports answers.sandboxed, to follow references.
 Extend     a format of calls is a row of TOOL_FORMATS; a template without calls, of TOOL_MARKS.
 Remove     delete this file and grammars.py; requests with tools or calls are then refused.
 Source     https://huggingface.co/docs/transformers/chat_extras and each model's chat template
@@ -20,7 +19,7 @@ import json
 import re
 import secrets
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,12 +30,13 @@ from nanollama import (
     TemplateError,
     check_type,
     excerpt,
+    first_line,
     held_back,
+    log,
     message_text,
     refuse,
 )
 from nanollama_extras.answers.sandboxed import target
-from nanollama_extras.answers.shapes import in_turns, late_system_as_user
 
 if TYPE_CHECKING:
     from nanollama import ChatTemplate, Fields, GenerationRequest, Json, Tokenizer
@@ -304,101 +304,12 @@ def completed_object(text: str) -> dict[str, Any]:
     return next((value for value in found if isinstance(value, dict)), {})
 
 
-def call_shapes(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Messages with calls in each form that some template needs: arguments as objects, the usual
-    form, then with short ids, which all others have, too."""
-    messages = [with_arguments(message, arguments_object) for message in messages]
-    short = [short_ids(message) for message in with_ids(messages)]  # Mistral
-    as_text = [with_arguments(message, json_text) for message in short]  # Functionary
-    without_content = [  # DeepSeek
-        [{"content": None, **message} for message in shape] for shape in (short, as_text)
-    ]
-    matched = with_lone_results_as_text(short)  # gpt-oss
-    last = in_turns(with_answers(late_system_as_user(matched)))
-    return [messages, short, as_text, *without_content, matched, last]
-
-
-def with_arguments(message: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """The message with the arguments of its calls converted; missing ones are None."""
-
-    def converted(call: Any) -> Any:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping):
-            return call
-        arguments = convert(function.get("arguments"))
-        return {**call, "function": {**function, "arguments": arguments}}
-
-    if not isinstance(calls := message.get("tool_calls"), list):
-        return message
-    return {**message, "tool_calls": [*map(converted, calls)]}
-
-
 def parsed_object(value: Any) -> Any:
     """The object that a text of JSON holds; any other value as it is."""
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value, str) and isinstance(parsed := json.loads(value), dict):
             return parsed
     return value
-
-
-def with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with an id for each call, and for each result that of its call."""
-    out, open_ids = [], list[str]()
-    for i, message in enumerate(messages):
-        if isinstance(calls := message.get("tool_calls"), list):
-            is_named = [isinstance(c, Mapping) and isinstance(c.get("id"), str) for c in calls]
-            calls = [
-                call if named or not isinstance(call, Mapping) else {**call, "id": f"call{i}x{j}"}
-                for j, (call, named) in enumerate(zip(calls, is_named))
-            ]
-            open_ids = [call["id"] for call in calls if isinstance(call, Mapping)]
-            message = {**message, "tool_calls": calls}
-        elif message.get("role") == "tool":
-            given = message.get("tool_call_id")
-            found = given if isinstance(given, str) else (open_ids or ["call"])[0]
-            open_ids = [name for name in open_ids if name != found]
-            message = {**message, "tool_call_id": found}
-        out.append(message)
-    return out
-
-
-def with_lone_results_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with each result that follows no call as a user's message."""
-    out, follows_call = [], False
-    for message in messages:
-        is_result = message.get("role") == "tool"
-        follows_call = follows_call if is_result else bool(message.get("tool_calls"))
-        out.append(result_as_text(message) if is_result and not follows_call else message)
-    return out
-
-
-def tool_shapes(tools: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The tools as they are; then with each description and parameters filled in (Seed-OSS)."""
-    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
-    empty = {"description": "", "parameters": {"type": "object", "properties": {}}}
-    filled = [{"type": "function", "function": {**empty, **function}} for function in functions]
-    return [tools, filled] if filled else [tools]
-
-
-def with_answers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with an empty answer between the result of a call and a question (Mistral)."""
-    roles = [message.get("role") for message in messages]
-    gaps = {i for i in range(1, len(roles)) if roles[i - 1 : i + 1] == ["tool", "user"]}
-    answer = {"role": "assistant", "content": ""}
-    return [one for i, m in enumerate(messages) for one in ([answer, m] if i in gaps else [m])]
-
-
-def short_ids(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with ids of calls cut to their last nine letters and digits."""
-
-    def short(item: Any, key: str = "id") -> Any:
-        if not isinstance(item, Mapping) or not isinstance(item.get(key), str):
-            return item
-        return {**item, key: re.sub("[^A-Za-z0-9]", "", item[key])[-9:].rjust(9, "0")}
-
-    message = short(message, "tool_call_id")
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [*map(short, calls)]} if isinstance(calls, list) else message
 
 
 def json_text(value: Any) -> Any:
@@ -587,20 +498,32 @@ class ToolSplitter:
         self.closing = squeezed(form.tail + form.end)
         self.next_starts = [squeezed(form.tail + form.between + start) for start in starts]
         self.num_calls, self.has_content, self._held = 0, False, ""
+        self.is_broken = False  # by an error while a call was read
         self.reader: JsonReader | ParameterReader | None = None  # of the call that is incomplete
 
     def push(self, text: str) -> list[Piece]:
-        return self._split(text, final=False)
+        return self._pieces(text, final=False)
 
     def flush(self, is_cut: bool = False) -> list[Piece]:
         if is_cut:
             self._held = self._held[: self._begun()]
-        return self._split("", final=True)
+        return self._pieces("", final=True)
+
+    def _pieces(self, new: str, final: bool) -> list[Piece]:
+        """As `_split`. An error of its own makes the rest of the answer content."""
+        held = self._held + new
+        if not self.is_broken:
+            try:
+                return self._split(new, final)
+            except Exception as error:
+                log.error(f"a call cannot be read: {type(error).__name__}: {first_line(error)}")
+                self.is_broken, self._held = True, ""
+        return [Piece("content", held)] if held else []
 
     @property
     def has_calls(self) -> bool:
         """Whether there were calls, and the last one is complete."""
-        return self.num_calls > 0 and self.reader is None
+        return self.num_calls > 0 and self.reader is None and not self.is_broken
 
     def _split(self, new: str, final: bool) -> list[Piece]:
         self._held += new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import nanollama
 from nanollama import ChatTemplate, TemplateError, TextFiles
+from nanollama_extras.answers.tools import tool_style
 
 LOOP = "{% for m in messages %}<{{ m.role }}>"
 PARTS = "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}{% endfor %}"
@@ -134,3 +136,82 @@ def test_a_call_without_text_is_not_written_as_null() -> None:
     deepseek = LOOP + "{% if m.content is none %}!{% for c in m.tool_calls %}{{ c.function.name }}"
     deepseek += "{% endfor %}{% else %}{{ m.content + '' }}{% endif %}{% endfor %}"
     assert template(deepseek).render(talk) == "<user>Hi<assistant>!f"
+
+
+# ---- conversations that published templates refuse or cut ----------------------------------------
+
+USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
+ANSWER = {"role": "assistant", "content": "Hello"}
+FIRST = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SECOND = {**FIRST, "id": "call00002"}
+CUT = {**FIRST, "function": {"name": "f", "arguments": '{"x": '}}
+RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "sunny"}
+LATER = {**RESULT, "tool_call_id": "call00002", "content": "rainy"}
+
+
+def calls(*listed: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": list(listed)}
+
+
+TALKS: dict[str, list[dict[str, Any]]] = {
+    "a system message in the middle": [USER, ANSWER, SYSTEM, USER],
+    "a system message last": [USER, ANSWER, SYSTEM],
+    "a system message alone": [SYSTEM],
+    "two users in a row": [USER, USER],
+    "two answers in a row": [USER, ANSWER, ANSWER, USER],
+    "an answer first": [ANSWER, USER],
+    "an empty answer": [USER, {"role": "assistant"}, USER],
+    "a result without a call": [USER, RESULT],
+    "a result first": [RESULT, USER],
+    "a call without a result": [USER, calls(FIRST), USER],
+    "a call that was cut": [USER, calls(CUT), USER],
+    "two calls": [USER, calls(FIRST, SECOND), RESULT, LATER, ANSWER, USER],
+    "two calls, one result": [USER, calls(FIRST, SECOND), RESULT, USER],
+    "a question before the result": [USER, calls(FIRST), USER, RESULT],
+}
+FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
+PUBLISHED = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.jinja")}
+ONE_AT_A_TIME = (  # as Llama 3.1's
+    LOOP + "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
+    "[{{ m.tool_calls[0].id }}]{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_conversation_is_refused_or_loses_a_text(name: str, talk: str) -> None:
+    ours = template(PUBLISHED[name])
+    ours.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    prompt = ours.prompt(TALKS[talk])
+    for message in TALKS[talk]:
+        assert str(message.get("content") or "") in prompt
+
+
+def test_several_calls_become_several_messages(caplog: pytest.LogCaptureFixture) -> None:
+    nanollama.warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        text = template(ONE_AT_A_TIME).render([USER, calls(SECOND, FIRST), RESULT, LATER])
+    assert text == ("<user>Hi<assistant>[call00002]<tool>rainy<assistant>[call00001]<tool>sunny")
+    assert sum("takes one call at a time" in line for line in caplog.messages) == 1
+
+
+def test_the_form_of_calls_is_learnt_from_the_template_alone() -> None:
+    """Text in the place of a call is no answer to whether the template writes calls."""
+    source = LOOP + NO_SYSTEM + ALTERNATE + STRING  # Gemma 2
+    assert not tool_style(template(source)).writes_calls
+    text = template(source).prompt([USER, calls(FIRST), RESULT])
+    assert "<user>Hi<assistant>" in text
+    assert "sunny" in text
+
+
+def test_a_system_message_that_a_template_leaves_out_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    source += LOOP + "{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    nanollama.warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        text = template(source).render([SYSTEM, USER, SYSTEM])
+    assert text == "Be kind.<system><user>Hi\n\nBe kind."
+    assert sum("a later one is the user's" in line for line in caplog.messages) == 1

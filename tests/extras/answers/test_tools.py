@@ -21,7 +21,13 @@ from serving import Live, serving
 
 import nanollama
 from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, ToolChoice, parse_chat
-from nanollama_extras.answers.tools import TOOL_FORMATS, ToolSplitter, read_arguments, tool_style
+from nanollama_extras.answers.tools import (
+    TOOL_FORMATS,
+    JsonReader,
+    ToolSplitter,
+    read_arguments,
+    tool_style,
+)
 
 pytestmark = pytest.mark.xdist_group("tools")
 USER = [{"role": "user", "content": "What is the weather in Bern?"}]
@@ -1065,3 +1071,20 @@ def test_a_broken_history_never_ends_the_talk(path: Path) -> None:
         ):
             prompt = made.prompt(parse(messages=talk, tools=TOOLS).messages or [], TOOLS)
             assert "sunny spells" in prompt
+
+
+@pytest.mark.parametrize("width", [1, 7, 1000])
+def test_an_error_while_a_call_is_read_loses_no_text(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(reader: JsonReader, text: str) -> tuple[int, str]:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(JsonReader, "read", read)
+    text = 'Wait. <tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call> Done.'
+    splitter = ToolSplitter(TOOL_FORMATS["hermes"], {"f": {}})
+    pieces = [p for i in range(0, len(text), width) for p in splitter.push(text[i : i + width])]
+    content = "".join(p.text for p in [*pieces, *splitter.flush()] if p.kind == "content")
+    assert content.startswith("Wait. ")
+    assert content.endswith('"x": 1}}\n</tool_call> Done.')
+    assert not splitter.has_calls
