@@ -1598,7 +1598,7 @@ class Weights:
     def check_used(self) -> None:
         if self.adapter:
             self.adapter.check_used()
-        buffers = ("rotary_emb.inv_freq", "masked_bias")  # in old files
+        buffers = ("rotary_emb.inv_freq", "masked_bias", "cls.output.weight")  # old, ranks
         unused = sorted({n for n in self.tensors if not n.endswith(buffers)} - self.used)
         if unused:
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -4873,8 +4873,8 @@ class GenerationRequest:
     tools: list[dict[str, Any]] | None = None  # as OpenAI spells them
     tool_choice: ToolChoice | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    embed: bool = False  # make an embedding of the prompt instead of an answer
-    suffix: str = ""  # the text after a gap, which the answer fills; the prompt stands before it
+    embed: bool | str = False  # make an embedding of the prompt, or "rank" it
+    suffix: str = ""  # the text after the gap that the answer fills
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -5123,7 +5123,7 @@ class LLM(TextSide):
             shown |= {i for word, i in control.items() if word in tags}
         pooler = None
         if request.embed:
-            pooler = extra("answers.embeddings", "an embedding").new_pooler(self)
+            pooler = extra("answers.embeddings", "an embedding").new_pooler(self, request)
         constraint = form.constraint.copy() if form.constraint else None
         # a constrained answer keeps its leading space
         continues = constraint is not None or not request.is_new_turn
@@ -5754,6 +5754,7 @@ DIALECTS = {
     "api.anthropic": "/v1/messages",
     "api.embeddings": "/v1/embeddings /embeddings",
     "api.infill": "/infill",
+    "api.rerank": "/v1/rerank /v2/rerank /rerank",
     "api.ollama": "/api",
     "api.metrics": "/metrics",
     "api.inspect": "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize "
@@ -5768,7 +5769,7 @@ def find_dialect(path: str) -> str | None:
 
 
 def load_dialect(module: str) -> type[Handlers]:
-    """The handlers of an API. Raises ExtraError where the module is not installed."""
+    """The handlers of an API. Raises ExtraError."""
     return extra(module, DIALECTS[module].split()[0]).API
 
 
@@ -6420,14 +6421,13 @@ class OpenAI(Handlers):
 
     async def model_body(self, name: str, alias: str | None = None) -> Json:
         """A model as /v1/models lists it, under its name in the request."""
-        head = {"id": alias or name, "object": "model", "created": self.created}
-        head["owned_by"] = "nanollama"
+        head: Json = {"id": alias or name, "object": "model", "owned_by": "nanollama"}
         with contextlib.suppress(ExtraError):
             head |= await extra("api.shelf", "/v1/models").model_fields(self.models, name)
-        return head
+        return {**head, "created": self.created}
 
     async def list_models(self, request: Request) -> Response:
-        """GET /v1/models: the models that may be served, whether in memory, and their contexts"""
+        """GET /v1/models: the models that may be served, their states and contexts"""
         data = [await self.model_body(name) for name in await self.models.names()]
         return as_json({"object": "list", "data": data})
 

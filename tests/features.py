@@ -184,12 +184,10 @@ def run_tools(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
-def fill_a_gap(path: str) -> Callable[[LLM], None]:
+def refused(path: str, **body: Any) -> Callable[[LLM], None]:
     """A request that the model cannot answer: only a missing extra counts."""
 
     def run(llm: LLM) -> None:
-        body = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
-        body |= {"input_prefix": "a", "input_suffix": "b"} if path == "/infill" else {}
         with serving(lambda: llm) as live:
             found = MISSING.search(live.http.post(path, json=body).text)
         if found:
@@ -218,6 +216,13 @@ def embed(llm: LLM) -> None:
 GRAMMARS = {f"answers.{name}" for name in ("grammars", "sandbox", "sandboxed", "schemas")}
 FORMS = {*GRAMMARS, "answers.tools"}
 OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
+GAP: dict[str, Any] = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = [
+    *USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "done"},
+]
 OLLAMA = {"model": "model", "stream": False, "options": {"num_predict": 4}}
 CHAT = {"messages": USER, "max_tokens": 4}
 TEXT = {"prompt": "x", "max_tokens": 4}
@@ -278,6 +283,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "scores": ({"answers.scores"}, score),
     "an embedding": ({"answers.embeddings"}, embed),
     "a regular expression": (GRAMMARS, answer(messages=USER, params={"regex": "[a-c]{2}"})),
+    "a conversation with calls": ({*FORMS, "answers.call_shapes"}, answer(messages=CALLED)),
     "tools": (FORMS, answer(messages=USER, tools=TOOLS)),
     "tools over HTTP": (FORMS, request("POST", "/v1/chat/completions", {**CHAT, "tools": TOOLS})),
     "response_format": (
@@ -304,9 +310,16 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "Ollama's chat": (OLLAMA_API, request("POST", "/api/chat", {**OLLAMA, "messages": USER})),
     "Ollama's generate": (OLLAMA_API, request("POST", "/api/generate", {**OLLAMA, "prompt": "x"})),
-    "Ollama's suffix": ({*OLLAMA_API, "answers.fim"}, fill_a_gap("/api/generate")),
-    "a suffix": ({"answers.fim"}, fill_a_gap("/v1/completions")),
-    "a gap in a file": ({"api.infill", "answers.fim"}, fill_a_gap("/infill")),
+    "Ollama's suffix": ({*OLLAMA_API, "answers.fim"}, refused("/api/generate", **GAP)),
+    "a suffix": ({"answers.fim"}, refused("/v1/completions", **GAP)),
+    "a gap in a file": (
+        {"api.infill", "answers.fim"},
+        refused("/infill", input_prefix="a", input_suffix="b"),
+    ),
+    "reranking": (
+        {"api.rerank", "api.embeddings", "answers.ranks", "answers.embeddings"},
+        refused("/v1/rerank", query="a", documents=["b"]),
+    ),
     "Ollama's tags": (OLLAMA_API, request("GET", "/api/tags")),
     "the web chat": ({"api.page"}, request("GET", "/")),
     "metrics": ({"api.metrics"}, request("GET", "/metrics")),

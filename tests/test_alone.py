@@ -341,6 +341,7 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("api.responses", "GET", "/v1/responses/resp_1", None),
     ("api.anthropic", "POST", "/v1/messages", CHAT),
     ("api.infill", "POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}),
+    ("api.rerank", "POST", "/v1/rerank", {"query": "x", "documents": ["y"]}),
     ("api.ollama", "POST", "/api/chat", CHAT),
     ("api.ollama", "GET", "/api/tags", None),
 ]

@@ -22,6 +22,7 @@ from nanollama_extras.api import anthropic as anthropic_api
 from nanollama_extras.api import infill as infill_api
 from nanollama_extras.api import ollama as ollama_api
 from nanollama_extras.api import ollama_models
+from nanollama_extras.api import rerank as rerank_api
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 
 pytestmark = pytest.mark.xdist_group("models")
@@ -206,6 +207,18 @@ def coder(path: str, **body: Any) -> Any:
             return live.http.post(path, json=body).json()
 
 
+def reranking(live: Live) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), ["x"])
+        (path / "modules.json").write_text('[{"type": "LogitScore", "path": "1_LogitScore"}]')
+        (path / "1_LogitScore").mkdir()
+        (path / "1_LogitScore" / "config.json").write_text('{"true_token_id": 65}')
+        llm, body = nanollama.LLM(path), {"query": "a", "documents": ["b", "c"]}
+        with serving(lambda: llm) as other:
+            results = other.http.post("/v1/rerank", json=body).json()["results"]
+    return [row["index"] for row in results] == [0, 1]
+
+
 def suffix(live: Live) -> bool:
     answer = coder("/v1/completions", prompt="a", suffix="b", temperature=0)
     return bool(answer["choices"][0]["text"] == "x")
@@ -224,7 +237,7 @@ CHECKS: dict[str, Callable[[Live], bool]] = {
         post(live, "/v1/messages", messages=USER, max_tokens=2)["content"]
     ),
     "Ollama's `/api/chat`, `/api/generate`, `/api/pull`": ollama,
-    "reranking": lambda live: live.http.post("/v1/rerank").status_code == 200,
+    "reranking": reranking,
     "images in messages": images,
     "`seed`, `stop`, `temperature`, `top_p`": ordinary_sampling,
     "`top_k`, `min_p` in OpenAI's API": other_sampling,
@@ -288,6 +301,10 @@ def test_the_table_of_anthropics_fields_is_the_codes() -> None:
 def test_the_table_of_infills_fields_is_the_codes() -> None:
     known = {name for route in infill_api.API.routes for name in route.fields or {}}
     assert names("Filling in the middle") == known
+
+
+def test_the_table_of_rerankings_fields_is_the_codes() -> None:
+    assert names("Reranking") == {*rerank_api.FIELDS}
 
 
 def test_the_fields_of_openais_table_are_known() -> None:

@@ -3,6 +3,7 @@ sentence-transformers, and scaled to unit length.
 
 Seam       Sequence.pooler: the core hands it the states of a text's tokens, and takes the embedding
            in place of an answer.
+           A request to rank gets its pooler from answers.ranks.
 Remove     delete this file; `LLM.embed`, --embed and the routes of embeddings then say that they
            need it.
 Source     https://sbert.net/docs/package_reference/sentence_transformer/modules.html
@@ -29,12 +30,13 @@ from nanollama import (
     RequestError,
     check_number,
     excerpt,
+    extra,
     read_json,
     read_safetensors,
 )
 
 if TYPE_CHECKING:
-    from nanollama import LLM
+    from nanollama import LLM, GenerationRequest
 
 # {arch}.pooling_type in GGUF metadata (https://github.com/ggml-org/llama.cpp, llama_pooling_type)
 GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
@@ -61,9 +63,11 @@ class Pooling:
 _poolings: weakref.WeakKeyDictionary[LLM, Pooling] = weakref.WeakKeyDictionary()
 
 
-def new_pooler(llm: LLM) -> Pooler:
+def new_pooler(llm: LLM, request: GenerationRequest) -> Any:
     """A pooler for one text. Files are read for the first one. Raises RequestError and
     CheckpointError."""
+    if request.embed == "rank":
+        return extra("answers.ranks", "a rank").new_pooler(llm)
     if llm not in _poolings:
         _poolings[llm] = read_pooling(llm.checkpoint)
     return Pooler(_poolings[llm])

@@ -1,6 +1,7 @@
 """OpenAI's embeddings: POST /v1/embeddings answers each text with a vector.
 
-Seam       a dialect: a row of `nanollama.DIALECTS`. `embed` also serves Ollama's API.
+Seam       a dialect: a row of `nanollama.DIALECTS`. `embed` also serves Ollama's API
+           and api.rerank.
 Remove     delete this file and its row; api/ollama.py imports it, so its embeddings go as well.
 Spec       https://platform.openai.com/docs/api-reference/embeddings
 """
@@ -76,9 +77,14 @@ def embed_body(deltas: list[Delta], given: Fields, model: str) -> Json:
 
 
 async def embed(
-    api: Handlers, request: Request, pool: Pool, prompts: tuple[GenerationRequest, ...]
+    api: Handlers,
+    request: Request,
+    pool: Pool,
+    prompts: tuple[GenerationRequest, ...],
+    name: str = "input",
 ) -> list[Delta]:
-    """The last delta of each prompt, which has its embedding."""
+    """The last delta of each prompt, which has its embedding. name: the prompts' field, for
+    errors."""
 
     async def read(job: Job) -> list[Delta]:
         last = {delta.index: delta async for deltas in api.watch(job) for delta in deltas}
@@ -86,7 +92,7 @@ async def embed(
 
     embedded: list[Delta] = []
     for at in range(0, len(prompts), TEXTS_AT_ONCE):
-        job = await pool.start(prompts[at : at + TEXTS_AT_ONCE], {"prompt": "input"})
+        job = await pool.start(prompts[at : at + TEXTS_AT_ONCE], {"prompt": name})
         embedded += await unless_disconnected(request.receive, read(job), job.finish)
     return embedded
 

@@ -17,6 +17,7 @@ import pytest
 import nanollama
 from nanollama_extras.api.inspect import all_routes
 from nanollama_extras.api.ollama import OLLAMA_EMBED, OLLAMA_EMBEDDINGS
+from nanollama_extras.api.rerank import FIELDS as RERANK
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 from nanollama_extras.testing import Script, ScriptLLM
 
@@ -127,6 +128,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
             "samplers": ["top_k"],
         }
     ],
+    "/v1/rerank": [{"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}],
     "/v1/responses": [RESPONSE],
     "/v1/embeddings": [{"input": ["a", [1]], "encoding_format": "base64", "dimensions": 2}],
     "/tokenize": [{"prompt": "a"}, {"content": "a", "with_pieces": True}, CHAT],
@@ -220,4 +222,5 @@ def test_a_value_of_any_kind_is_answered_or_refused_by_name(
 ALIASES: dict[str, tuple[str, ...]] = {"tools": ("tool_choice",), "modelfile": ("from",)}
 GUIDES = ("schema", "regex", "grammar", "choice")
 ALIASES |= dict.fromkeys(nanollama.GUIDE_FIELDS, GUIDES)
+ALIASES |= dict.fromkeys(RERANK, ("does not rank",))
 ALIASES |= dict.fromkeys(OLLAMA_EMBED | OLLAMA_EMBEDDINGS, ("a script has no embeddings",))
