@@ -2,7 +2,7 @@
 results without calls, calls without results, and on several calls at once.
 
 Seam       Answer form. answers.shapes asks for `call_shapes`, `text_shapes` and `tool_shapes`.
-Needs      answers/tools.py and answers/shapes.py.
+Needs      answers.tools and answers.shapes, which it imports.
 Extend     another form is a row of what `call_shapes` returns; the first that a template takes
            counts.
 Remove     delete this file; conversations with calls then fail.
