@@ -157,7 +157,7 @@ static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t w
             .qkv = qkv, .cos = cosines, .sin = sines, .q_norm = norm, .k_norm = norm,
             .norms = norms, .q_scale = window ? cosines : NULL,
             .sinks = sinks, .spans = spans, .out = outs[i], .layer = 1, .n_layers = layers,
-            .n_heads = H, .n_kv_heads = Hkv, .head_dim = D, .window = window,
+            .n_heads = H, .n_kv_heads = Hkv, .head_dim = D, .value_dim = D, .window = window,
             .ring = window ? 8 : 99, .kind = kind, .block_bytes = block_bytes, .eps = 1e-6f,
             .softcap = window};
         attention(&call, num_tokens, i ? 4 : 1);
@@ -202,8 +202,8 @@ static void attend(char *strip, int64_t start, int64_t n, float *out, int64_t nu
     span spans[2] = {{strip, (LENGTH + 15) / 16, start, n, 0}};
     attention_call call = {
         .qkv = qkv + start * (HEADS + 4) * D, .cos = angles, .sin = angles, .spans = spans,
-        .out = out, .n_layers = 1, .n_heads = HEADS, .n_kv_heads = 2, .head_dim = D, .ring = 99,
-        .kind = FLOAT16, .block_bytes = kv_block_bytes(D, FLOAT16)};
+        .out = out, .n_layers = 1, .n_heads = HEADS, .n_kv_heads = 2, .head_dim = D, .value_dim = D,
+        .ring = 99, .kind = FLOAT16, .block_bytes = kv_block_bytes(D, FLOAT16)};
     attention(&call, n, num_threads);
 }
 static char *empty_strip(void) {
