@@ -214,7 +214,7 @@ def embed(llm: LLM) -> None:
 
 
 GRAMMARS = {f"answers.{name}" for name in ("grammars", "sandbox", "sandboxed", "schemas")}
-FORMS = {*GRAMMARS, "answers.tools"}
+FORMS = {*GRAMMARS, "answers.notations", "answers.tools"}
 OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
 GAP: dict[str, Any] = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -274,9 +274,11 @@ class Grammars:
             schema = self.ready(function.schema, function.where, function.strict)
             schema = {**schema, "type": "object"}
             rules[f"arguments_{i}"] = json_grammar(schema, function.strict)
+            ready = function._replace(schema=schema)
             if form.parameter:
-                ready = function._replace(schema=schema)
                 self.parameters(form.parameter, f"arguments_{i}", ready, rules)
+            elif form.notation:
+                form.notation.add_rules(f"arguments_{i}", self, ready, rules)
         for kind in ("first", "next"):
             rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
         return "\n".join(f"{name}: {rule}" for name, rule in rules.items())

@@ -3,7 +3,8 @@ in an answer, taken apart as it comes.
 
 Seam       Answer form. The core asks `read_tools` for the tools of a request body, `find_calls`
            for the functions that an answer may call, and `fit_to_template` for messages and tools
-           that a template can render. It imports answers.sandboxed, to follow references.
+           that a template can render. It imports answers.sandboxed, to follow references, and
+           answers.notations, for arguments that are not JSON.
 Extend     a format of calls is a row of TOOL_FORMATS; a template without calls, of TOOL_MARKS.
 Remove     delete this file and grammars.py; requests with tools or calls are then refused.
 Source     https://huggingface.co/docs/transformers/chat_extras and each model's chat template
@@ -36,6 +37,7 @@ from nanollama import (
     message_text,
     refuse,
 )
+from nanollama_extras.answers.notations import NOTATIONS, LiteralReader, Notation
 from nanollama_extras.answers.sandboxed import target
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class ToolFormat:
     trigger: str = ""
     parameter: str = ""  # with KEY and VALUE, a string or JSON; "": all arguments are one object
     mark: str = ""  # with NAME: text of a rendered call, where models generate another
+    notation: Notation | None = None  # of arguments that are neither JSON nor parameters
 
     def head(self, name: str) -> str:
         return self.call.partition("ARGUMENTS")[0].replace("NAME", name)
@@ -76,6 +79,12 @@ class ToolFormat:
     @property
     def tail(self) -> str:
         return self.call.partition("ARGUMENTS")[2]
+
+    def reader(self, schema: Mapping[str, Any]) -> JsonReader | ParameterReader | LiteralReader:
+        """What reads the arguments of a call."""
+        if self.notation:
+            return LiteralReader(self.notation, self.tail)
+        return ParameterReader(self, schema) if self.parameter else JsonReader()
 
     def spell(self, calls: Iterable[tuple[str, str]]) -> str:
         """Calls (name, arguments as JSON) as the model writes them."""
@@ -86,7 +95,10 @@ class ToolFormat:
         return self.begin + self.between.join(texts) + self.end
 
     def spell_arguments(self, arguments: str) -> str:
-        if not self.parameter or not isinstance(pairs := parsed_object(arguments), dict):
+        pairs = parsed_object(arguments)
+        if self.notation and isinstance(pairs, dict):
+            return self.notation.spell(pairs)
+        if not self.parameter or not isinstance(pairs, dict):
             return arguments
         before, after = self.parameter.split("VALUE")
         return "".join(
@@ -153,6 +165,20 @@ TOOL_FORMATS = {
         trigger="<minimax:tool_call>",
         parameter='<parameter name="KEY">VALUE</parameter>\n',
     ),
+    "gemma-4": ToolFormat(
+        "<|tool_call>call:NAME{ARGUMENTS}<tool_call|>",
+        trigger="<|tool_call>",
+        notation=NOTATIONS["gemma"],
+    ),
+    "lfm2": ToolFormat(
+        "NAME(ARGUMENTS)",
+        "<|tool_call_start|>[",
+        ", ",
+        "]<|tool_call_end|>",
+        "<|tool_call_start|>",
+        notation=NOTATIONS["python"],
+    ),
+    "nemotron-2": ToolFormat(CALL, "<TOOLCALL>[", ", ", "]</TOOLCALL>", "<TOOLCALL>"),
 }
 # Text in a template that cannot render calls -> the format of its model. The first match counts.
 TOOL_MARKS = {
@@ -161,6 +187,7 @@ TOOL_MARKS = {
     "<|tool_call|>": "granite",
     "<|start_header_id|>": "llama",
     "tool▁call▁begin": "deepseek",
+    "<|tool_list_start|>": "lfm2",
     "/no_think": "hermes",
     "named SmolLM": "smollm2",
 }
@@ -480,7 +507,7 @@ class ToolSplitter:
         self.form, self.schemas, head = form, schemas, form.head("NAME")
         pattern = functools.partial(spaced_pattern, names=schemas)
         self.opener = form.trigger or form.call[0]
-        arguments = r"\s*{"
+        arguments = "" if form.notation else r"\s*{"
         if form.parameter:
             key = spaced_pattern(form.parameter.partition("KEY")[0])
             arguments = rf"\s*(?={key}|{spaced_pattern(form.tail)})"
@@ -491,15 +518,15 @@ class ToolSplitter:
         self.reach += 2 * len(form.parameter + form.tail)
         # text without its space: all of a first call, or of a later one, before its arguments
         key = form.parameter.partition("KEY")[0]
-        starts = [
-            form.head(n) + text for n in schemas for text in ((key, form.tail) if key else "{")
-        ]
+        ends = (key, form.tail) if key else ("",) if form.notation else ("{",)
+        starts = [form.head(n) + text for n in schemas for text in ends]
         self.first_starts = [squeezed(form.begin + start) for start in starts]
         self.closing = squeezed(form.tail + form.end)
         self.next_starts = [squeezed(form.tail + form.between + start) for start in starts]
         self.num_calls, self.has_content, self._held = 0, False, ""
         self.is_broken = False  # by an error while a call was read
-        self.reader: JsonReader | ParameterReader | None = None  # of the call that is incomplete
+        # of the call that is incomplete
+        self.reader: JsonReader | ParameterReader | LiteralReader | None = None
 
     def push(self, text: str) -> list[Piece]:
         return self._pieces(text, final=False)
@@ -548,8 +575,7 @@ class ToolSplitter:
                 out.append(Piece("content", before))
             self._take(match.end() - match.start())
             self.num_calls += 1
-            schema, is_split = self.schemas[match[1]], self.form.parameter
-            self.reader = ParameterReader(self.form, schema) if is_split else JsonReader()
+            self.reader = self.form.reader(self.schemas[match[1]])
             out += [Piece("name", match[1]), Piece("arguments", "{")]
         out = [piece for piece in out if piece.text]
         self.has_content |= any(piece.kind == "content" for piece in out)
@@ -646,6 +672,7 @@ class Calls:
     def control_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """The control tokens that calls are written with."""
         signs = self.form.begin + self.form.call + self.form.parameter + self.form.end
+        signs += self.form.notation.quote if self.form.notation else ""
         return frozenset(i for word, i in tokenizer.control.items() if word in signs)
 
 

@@ -86,6 +86,7 @@ VALUES = (
     "{% set value = value if value is string else value | tojson %}"
 )
 JSON = """{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}"""
+LITERALS = "{% for key, value in f.arguments | items %}{{ key }}={{ value }}{% endfor %}"
 # as the model's own templates write them
 TEMPLATES = {
     "hermes": loop(EACH + "<tool_call>\n" + JSON + "\n</tool_call>{% endfor %}"),
@@ -137,6 +138,20 @@ TEMPLATES = {
         + '<parameter name="{{ key }}">'
         "{{ value }}</parameter>\n{% endfor %}</invoke>\n{% endfor %}</minimax:tool_call>"
     ),
+    "gemma-4": loop(
+        EACH
+        + "<|tool_call>call:{{ f.name + '{' }}"
+        + LITERALS.replace("=", ":")
+        + "{{ '}<tool_call|>' }}{% endfor %}"
+    ),
+    "lfm2": loop(
+        "<|tool_call_start|>["
+        + EACH
+        + "{{ f.name }}("
+        + LITERALS
+        + "){% endfor %}]<|tool_call_end|>"
+    ),
+    "nemotron-2": loop("<TOOLCALL>[" + EACH + JSON + "{% endfor %}]</TOOLCALL>"),
 }
 FORMATS = TOOL_FORMATS
 
