@@ -14,7 +14,7 @@ import transformers
 
 import nanollama
 
-GREEDY = nanollama.SamplingParams(temperature=0, repeat_penalty=1, max_tokens=16, ignore_eos=True)
+GREEDY = nanollama.SamplingParams(temperature=0, repeat_penalty=1, max_tokens=24, ignore_eos=True)
 
 
 Tiny = Callable[..., Path]
@@ -119,7 +119,7 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 
-def greedy(model: Any, ids: list[int], count: int = 16) -> list[int]:
+def greedy(model: Any, ids: list[int], count: int = 24) -> list[int]:
     """The likeliest tokens one after the other, each from a forward pass over everything."""
     ids = list(ids)
     for _ in range(count):
@@ -133,7 +133,7 @@ def random_ids(count: int, n_vocab: int = 320, seed: int = 0) -> list[int]:
 
 
 def assert_same_model(llm: nanollama.LLM, model: Any, ids: list[int], atol: float = 1e-4) -> None:
-    """Logits of every position within `atol`, and 16 greedy tokens equal."""
+    """Logits of every position within `atol`, and 24 greedy tokens equal."""
     expected = logits(model, ids)
     assert expected.std() > 0.5  # logits too small would hide a difference
     torch.testing.assert_close(llm.logits(ids), expected, rtol=0, atol=atol)
