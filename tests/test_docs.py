@@ -221,8 +221,10 @@ def test_the_table_of_flags_is_the_parsers() -> None:
 
 
 def test_the_table_of_families_is_the_codes() -> None:
-    listed = [codes(row[0])[0] for row in table("Families")]
-    assert sorted(listed) == sorted(nanollama.all_families())
+    listed = {codes(row[0])[0]: codes(row[2]) for row in table("Families")}
+    families = nanollama.all_families()
+    assert sorted(listed) == sorted(families)
+    assert listed == {name: families[name].gguf.split() for name in listed}
 
 
 def test_the_gguf_types_that_stay_packed_are_the_codes() -> None:
