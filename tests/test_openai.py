@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import npm
 import openai
 import puppets
 import pytest
@@ -1024,33 +1023,9 @@ def test_langchain(live: Live) -> None:
         model.invoke("word " * 300)
 
 
-@pytest.fixture(scope="session")
-def npm_openai(pytestconfig: pytest.Config) -> Path:
-    """A folder where the npm package openai is installed, kept between runs."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("needs node and npm")
-    assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("npm-openai")
-    if not (folder / "node_modules/openai/package.json").exists():
-        command = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), "openai@6"]
-        if subprocess.run(command, capture_output=True, timeout=300).returncode:
-            pytest.skip("npm cannot install openai here")
-    return folder
-
-
 @pytest.mark.node
-def test_the_npm_client(live: Live, npm_openai: Path) -> None:
-    script = Path(__file__).parent / "data" / "client.mjs"
-    shutil.copy(script, npm_openai)
-    ran = subprocess.run(
-        ["node", "client.mjs", f"{live.url}/v1", "org/tiny:Q4"],
-        cwd=npm_openai,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split("\n")[-2] == "all good"
+def test_the_npm_client(live: Live) -> None:
+    npm.run_script("openai.mjs", npm.installed("openai@6"), f"{live.url}/v1", "org/tiny:Q4")
 
 
 # ---- the real SmolLM2 ----------------------------------------------------------------------------

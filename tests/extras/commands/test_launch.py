@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import npm
 import pytest
 
 import nanollama
@@ -23,12 +23,8 @@ else:
     import tomli as tomllib
 
 pytestmark = pytest.mark.xdist_group("launch")
-PACKAGES = {  # client -> the version that was seen to work
-    "claude": "@anthropic-ai/claude-code@2.1.332",
-    "codex": "@openai/codex@0.171.0",
-    "opencode": "opencode-ai@1.18.33",
-}
-QUESTION = "List the files here, then say done."
+QUESTION = "Run the command, then say done."
+COMMAND = "echo made-$((40 + 2))"  # no client knows what it prints without running it
 
 
 @pytest.fixture
@@ -116,85 +112,74 @@ def test_what_is_missing_is_told(test_server: TestServer, monkeypatch: pytest.Mo
 
 # ---- the clients themselves ----------------------------------------------------------------------
 
-
-@pytest.fixture(scope="session")
-def clients(pytestconfig: pytest.Config) -> Any:
-    """A function from a client to the folder of its program, installed once and kept."""
-
-    def install(name: str) -> Path:
-        if not (shutil.which("node") and shutil.which("npm")):
-            pytest.skip("needs node and npm")
-        assert pytestconfig.cache is not None
-        folder = pytestconfig.cache.mkdir(f"npm-{name}")
-        if not (folder / "node_modules" / ".bin").exists():
-            command = ["npm", "install", "--no-audit", "--no-fund", "--force", "--prefix"]
-            command += [str(folder), PACKAGES[name]]
-            try:
-                subprocess.run(command, capture_output=True, timeout=300, check=True)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-                shutil.rmtree(folder, ignore_errors=True)
-                pytest.skip(f"npm cannot install {PACKAGES[name]} here")
-        return folder / "node_modules" / ".bin"
-
-    return install
-
-
-RUNS: dict[str, tuple[list[str], dict[str, Any]]] = {  # arguments, and a call of the client's tool
+BASH: Any = {"name": "bash", "arguments": {"command": COMMAND, "description": "Print a number"}}
+CODEX = ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+EXEC: Any = {"name": "exec_command", "arguments": {"cmd": COMMAND}}
+# client -> the version that was seen to work, arguments, a call of its tool
+RUNS: dict[str, tuple[str, list[str], Any]] = {
     "claude": (
+        "@anthropic-ai/claude-code@2.1.332",
         ["-p", "--dangerously-skip-permissions", QUESTION],
-        {"name": "Bash", "arguments": {"command": "ls", "description": "List files"}},
+        {**BASH, "name": "Bash"},
     ),
-    "codex": (
-        ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", QUESTION],
-        {"name": "exec_command", "arguments": {"cmd": "ls"}},
-    ),
-    "opencode": (
-        ["run", QUESTION],
-        {"name": "bash", "arguments": {"command": "ls", "description": "List files"}},
+    "codex": ("@openai/codex@0.171.0", [*CODEX, QUESTION], EXEC),
+    "opencode": ("opencode-ai@1.18.33", ["run", QUESTION], BASH),
+    "qwen-code": (
+        "@qwen-code/qwen-code@0.24.4",
+        ["--yolo", "-p", QUESTION],
+        {"name": "run_shell_command", "arguments": {**BASH["arguments"], "is_background": False}},
     ),
 }
 
 
+def run_client(name: str, command: list[str], home: Path, **variables: str) -> str:
+    """Run a command with a client's program on the path, in an empty folder. Returns what it
+    prints."""
+    programs = npm.installed(RUNS[name][0]) / "node_modules" / ".bin"
+    for part in ("home", "project"):
+        (home / part).mkdir()
+    ran = subprocess.run(
+        command,
+        cwd=home / "project",
+        env={
+            **os.environ,
+            "HOME": str(home / "home"),
+            "PWD": str(home / "project"),  # opencode reads it
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "IS_SANDBOX": "1",  # Claude Code, run by root
+            **variables,
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def check_round_trip(server: TestServer, printed: str) -> None:
+    """The call was run, its result went back, and the answer to that was printed."""
+    assert any("made-42" in json.dumps(one["body"]) for one in server.requests)
+    assert "All done here." in printed
+
+
 @pytest.mark.node
 @pytest.mark.parametrize("name", RUNS)
-def test_a_client_calls_a_tool_and_prints_the_answer(
-    clients: Any, tmp_path: Path, name: str
-) -> None:
-    folder = clients(name)
-    for part in ("home", "project"):
-        (tmp_path / part).mkdir()
-    (tmp_path / "project" / "hello.txt").write_text("hi")
-    arguments, call = RUNS[name]
-    done = {"text": "All done here."}
+def test_a_client_calls_a_tool_and_prints_the_answer(tmp_path: Path, name: str) -> None:
+    _, arguments, call = RUNS[name]
     look = {"text": "I look. ", "tool_calls": [call]}
     # opencode asks for a title at once, which takes one of the answers
-    with TestServer(*[look] * (1 + (name == "opencode")), *[done] * 4) as server:
-        ran = subprocess.run(
-            [
-                sys.executable,
-                nanollama.__file__,
-                "launch",
-                name,
-                "--url",
-                server.url,
-                "--",
-                *arguments,
-            ],
-            cwd=tmp_path / "project",
-            env={
-                **os.environ,
-                "HOME": str(tmp_path / "home"),
-                "PWD": str(tmp_path / "project"),  # opencode reads it
-                "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
-                "IS_SANDBOX": "1",  # Claude Code, run by root
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        bodies = [json.dumps(one["body"]) for one in server.requests]
-    assert ran.returncode == 0, ran.stderr
-    assert "All done here." in ran.stdout
-    assert any("hello.txt" in body for body in bodies)  # the result of the call went back
+    with TestServer(*[look] * (1 + (name == "opencode")), "All done here.") as server:
+        command = [sys.executable, str(nanollama.__file__), "launch", name, "--url", server.url]
+        check_round_trip(server, run_client(name, [*command, "--", *arguments], tmp_path))
+
+
+@pytest.mark.node
+def test_codex_takes_the_server_for_ollama(tmp_path: Path) -> None:
+    """Before it uses /v1/responses, it asks for Ollama's version and for the list of its models."""
+    with TestServer({"text": "I look. ", "tool_calls": [EXEC]}, "All done here.") as server:
+        command = ["codex", *CODEX, "--oss", "--local-provider", "ollama", "-m", "test-model"]
+        url = {"CODEX_OSS_BASE_URL": server.base_url}
+        check_round_trip(server, run_client("codex", [*command, QUESTION], tmp_path, **url))

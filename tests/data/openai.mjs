@@ -1,4 +1,4 @@
-// What the npm package `openai` does with our answers. Usage: node client.mjs BASE_URL MODEL
+// What the npm package `openai` does with our answers. Usage: node openai.mjs BASE_URL MODEL
 import assert from 'node:assert/strict';
 import OpenAI from 'openai';
 
