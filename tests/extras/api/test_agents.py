@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import names, recorded
+from recordings import names, recorded
 from serving import Live, serving, wait_until
 
 from nanollama import LLM, ChatTemplate, TextFiles, parse_chat
