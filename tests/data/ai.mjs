@@ -1,5 +1,5 @@
 // What the npm packages ai and @ai-sdk/openai-compatible do with our answers. Of two servers, the
-// first one has a model, the second one the script of tests/extras/api/test_npm_clients.py.
+// first one has a model, which breaks off answers of 7 tokens, the second one the script of tests/extras/api/test_npm_clients.py.
 // Usage: node ai.mjs BASE_URL BASE_URL
 import assert from 'node:assert/strict';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
@@ -22,6 +22,12 @@ for (const one of [whole, streamed]) {
   assert.ok(usage.inputTokens > 0 && 0 < usage.outputTokens && usage.outputTokens <= 9);
   assert.ok(['stop', 'length'].includes(await one.finishReason));
 }
+
+const broken = streamText({ ...short, maxOutputTokens: 7, onError() {} });
+const kinds = [];
+for await (const part of broken.stream) kinds.push(part.type);
+assert.ok(kinds.includes('error'));
+assert.ok(kinds.includes('text-delta'));
 
 const schema = z.object({ visited: z.boolean(), rank: z.enum(['low', 'high']) });
 const form = { model, prompt, maxRetries: 0, output: Output.object({ schema }) };

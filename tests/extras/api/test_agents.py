@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,14 @@ from nanollama_extras.api import anthropic_body
 from nanollama_extras.api.responses import parse_response
 
 pytestmark = pytest.mark.xdist_group("agents")
+WITHOUT_EFFECT = {  # fields of the recorded requests
+    "client_metadata",
+    "context_management",
+    "metadata",
+    "prompt_cache_key",
+    "safeguards",
+    "store",  # except on /v1/responses
+}
 SHORTER = 20  # texts, by this factor: a test machine reads few tokens a second
 
 
@@ -40,6 +50,11 @@ def send(live: Live, request: dict[str, Any], **changed: Any) -> dict[str, Any]:
         body[limit] = 2
     answer = live.http.post(request["path"], json=body)
     assert answer.status_code == 200, answer.text
+    ignored = re.findall(r"[\w.]+", answer.headers.get("x-nanollama-ignored", ""))
+    expected = WITHOUT_EFFECT & body.keys()
+    if "/responses" in request["path"]:
+        expected -= {"store"}
+    assert {name for name in ignored if not name.startswith("tools.")} == expected
     return dict(answer.json())
 
 
@@ -152,6 +167,25 @@ def test_a_request_that_was_cancelled_leaves_its_prompt_for_the_next_try(
     assert num_cached > 1000
 
 
+def test_a_model_that_is_not_loaded_yet_asks_to_come_again(tiny: Callable[..., Path]) -> None:
+    go = threading.Event()
+
+    def load() -> LLM:
+        go.wait()
+        return LLM(tiny())
+
+    talk = [{"role": "user", "content": "hello"}]
+    body = {"model": "model", "messages": talk, "input": "hello", "max_tokens": 1}
+    with serving(load, ready=False) as live:
+        for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"):
+            answer = live.http.post(path, json=body)
+            assert answer.status_code == (529 if path == "/v1/messages" else 503), path
+            assert answer.headers["retry-after"] == "1", path
+        go.set()
+        wait_until(lambda: live.models.ready, "loading")
+        assert live.http.post(path, json=body).status_code == 200
+
+
 def test_a_prompt_that_is_too_long_is_told_to_codex(live: Live) -> None:
     body = {"input": "what? " * 40_000}
     answer = live.http.post("/v1/responses", json={**body, "stream": True})
@@ -161,16 +195,23 @@ def test_a_prompt_that_is_too_long_is_told_to_codex(live: Live) -> None:
 # ---- templates -----------------------------------------------------------------------------------
 
 FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
+TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 
 
-@pytest.mark.parametrize("template", sorted(path.stem for path in FOLDER.glob("*.jinja")))
+def template_of(name: str) -> ChatTemplate:
+    """A published template; nanollama's own for ''."""
+    words = {"bos_token": "<s>", "eos_token": "</s>"}
+    if not name:
+        return ChatTemplate(TextFiles("memory", special_tokens=words))
+    source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    return ChatTemplate(TextFiles("memory", templates={"default": source}, special_tokens=words))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ["claude_code_2.1.332", "codex", "opencode", "qwen_code"])
 def test_what_agents_send_renders_under_every_template(name: str, template: str) -> None:
     """A system message after the user's, two of a role in a row, calls without text, parts."""
-    source = (FOLDER / f"{template}.jinja").read_text(encoding="utf-8")
-    words = {"bos_token": "<s>", "eos_token": "</s>"}
-    made = ChatTemplate(TextFiles("memory", templates={"default": source}, special_tokens=words))
-    texts = []
+    made, texts = template_of(template), []
     for request in recorded(name, 100)[-2:]:
         body = request["body"]
         if "/messages" in request["path"]:
@@ -183,9 +224,41 @@ def test_what_agents_send_renders_under_every_template(name: str, template: str)
             chat = parse_chat({**body, "stream_options": None}, {}).requests[0]
         texts.append(made.prompt(chat.messages or [], chat.tools))
     assert "List the files here" in texts[0]
+    items = json.dumps(recorded(name, 100)[-1]["body"].get("input"))
+    assert not [one for one in re.findall(r'"id": "(\w+)"', items) if one in texts[-1]]
     if template == "mistral-nemo":  # writes the system's text into a last question only
         return
     assert len(texts[1]) > len(texts[0])
     if name in ("claude_code_2.1.332", "codex"):  # the second goes on where the first one ends
         length = texts[0].index("List the files here") + 30
         assert texts[0][:length] == texts[1][:length]
+
+
+CALLS: list[Any] = [
+    {"id": f"call0000{i}", "type": "function", "function": {"name": "get_goal", "arguments": "{}"}}
+    for i in range(2)
+]
+TALK: list[Any] = [  # of forms that clients send, and templates do not expect
+    {"role": "system", "content": "said-0"},
+    {"role": "user", "content": "said-1"},
+    {"role": "user", "content": [{"type": "text", "text": "said-2"}]},
+    {"role": "assistant", "content": None, "tool_calls": CALLS[:1]},
+    {"role": "tool", "tool_call_id": "call00000", "content": [{"type": "text", "text": "said-3"}]},
+    {"role": "assistant", "content": "", "tool_calls": CALLS[1:]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "said-4"},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "said-5"},
+    {"role": "user", "content": "said-6"},
+]
+
+
+@pytest.mark.parametrize("template", ["", *TEMPLATES])
+def test_no_template_loses_a_text_of_a_conversation_with_calls(template: str) -> None:
+    tools = [{"type": "function", "function": {"name": "get_goal", "description": "told-0"}}]
+    chat = parse_chat({"messages": TALK, "tools": tools}, {}).requests[0]
+    text = template_of(template).prompt(chat.messages or [], chat.tools)
+    found = [int(number) for number in re.findall(r"said-(\d)", text)]
+    assert [number for number in found if number] == list(range(1, 7))
+    assert found.count(0) == 1  # the system's, which some write later
+    assert "told-0" in text
+    assert text.count("get_goal") >= 3

@@ -72,3 +72,13 @@ def test_a_text_of_many_contexts_is_refused_early(live: Live) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
     assert str(N_CTX) in error["message"]
+
+
+def test_an_answer_without_a_limit_may_fill_the_context(live: Live) -> None:
+    """To Codex, an answer that a lower limit cuts is an error."""
+    free = {"ignore_eos": True}
+    usage = live.http.post("/v1/responses", json={"input": "hello", **free}).json()["usage"]
+    assert usage["total_tokens"] == N_CTX
+    messages = [{"role": "user", "content": "hello"}]
+    answer = live.http.post("/v1/chat/completions", json={"messages": messages, **free}).json()
+    assert answer["usage"]["total_tokens"] == N_CTX

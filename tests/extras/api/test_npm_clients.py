@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import npm
 import pytest
 from serving import serving
 
-from nanollama import LLM, TestServer
+from nanollama import LLM, Delta, Handlers, Job, TestServer, WireError
 
 pytestmark = [pytest.mark.node, pytest.mark.xdist_group("npm")]
 
@@ -26,7 +26,16 @@ def test_anthropics_sdk() -> None:
         npm.run_script("anthropic.mjs", folder, server.url)
 
 
-def test_the_ai_sdk(tiny: Callable[..., Path]) -> None:
+def test_the_ai_sdk(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Handlers.watch
+
+    async def breaking_off(self: Handlers, job: Job) -> AsyncIterator[list[Delta]]:
+        async for deltas in watch(self, job):
+            yield deltas
+            if job.sequences[0].params.max_tokens == 7:
+                raise WireError(500, "step_failed", "the model failed")
+
+    monkeypatch.setattr(Handlers, "watch", breaking_off)
     folder = npm.installed("ai@7", "@ai-sdk/openai-compatible@3", "zod@4")
     call = {"tool_calls": [{**CALL, "name": "weather"}]}
     script = TestServer(call, "Bern is sunny.", call, "Bern is sunny.", {"error": 429})
