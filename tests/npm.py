@@ -15,11 +15,19 @@ import nanollama
 DATA = Path(__file__).parent / "data"
 
 
+def node_version() -> int:
+    """The major version of node; 0 where it, or npm, is absent."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        return 0
+    told = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(told.removeprefix("v").split(".")[0])
+
+
 def installed(*packages: str) -> Path:
     """A folder where packages are installed, once, and kept in the user's cache. Skips the test
     where npm cannot deliver them."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        pytest.skip("needs node and npm")
+    if node_version() < 20:
+        pytest.skip("needs node 20 or later, and npm")
     name = re.sub(r"[^\w.-]+", "-", "_".join(packages)).strip("-")
     folder = nanollama.cache_root() / "test" / f"npm-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)

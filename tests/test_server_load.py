@@ -356,6 +356,9 @@ def test_a_full_queue_asks_to_come_again(tiny: Callable[..., Path]) -> None:
         assert caught.value.code == "rate_limit_exceeded"
         assert caught.value.response.headers["retry-after"] == "1"
         assert live.http.post("/chat/completions", json={"messages": USER}).status_code == 429
+        answer = live.http.post("/v1/messages", json={"messages": USER, "max_tokens": 1})
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert answer.headers["retry-after"] == "1"
         retrying = openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=3)
         with ThreadPoolExecutor() as threads:
             later = threads.submit(

@@ -455,6 +455,8 @@ def test_a_custom_call_is_streamed_and_goes_back(test_server: TestServer) -> Non
     function = {"name": "apply_patch", "arguments": {"input": text}}
     assert answer["tool_calls"] == [{"id": made.call_id, "type": "function", "function": function}]
     assert told == {"role": "tool", "tool_call_id": made.call_id, "content": "ok"}
+    parts = {**result, "output": [{"type": "input_text", "text": text} for text in ("o", "k")]}
+    assert messages_of([*items[:2], parts])[2] == told
 
 
 def messages_of(items: Any, **fields: Any) -> list[Any]:
