@@ -4429,13 +4429,13 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
 #   In          requests (LLM), and Sequences of ids (Engine)
 #   Out         Deltas
 #   Idea        LLM prepares a request once: ids, text and the form of its answer. Engine then gives
-#               each running sequence its next tokens: one to a sequence that decodes, a chunk of
-#               the prompt to one that starts, all in one flat batch:
+#               each running sequence its next tokens: one if it decodes, a chunk of the prompt
+#               if it starts, all in one flat batch:
 #
 #                   schedule -> gather -> forward -> sample -> advance -> retire
 #
 #               A finished sequence leaves its tokens in its slot. The next one takes the slot whose
-#               tokens share the longest prefix with its own, and processes only the rest.
+#               tokens share the longest prefix with its own, and reads only the rest.
 #               With a drafter, guesses follow the last token of a sequence that decodes. A row is
 #               sampled as always, provided that the guess before it was right:
 #
@@ -4444,8 +4444,8 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
 #                   if        a = guess 1, b = guess 2, c is not guess 3: three tokens in one step
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
 #               is the only place that decides when an answer ends.
-#   Extend      another order of sequences is a change of Scheduler, which knows no tensors; another
-#               way to guess tokens is a Drafter.
+#   Extend      another order of sequences is a Scheduler that a decoder names; another way to
+#               guess tokens is a Drafter.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
 #               https://arxiv.org/abs/2211.17192 (speculative decoding)
@@ -4591,20 +4591,18 @@ class Scheduler:
     """Decides which sequences run, in which slots, and how many tokens each processes next."""
 
     def __init__(
-        self,
-        num_slots: int,
-        prefill_chunk: int,
-        lookup: int,
-        resumable: Callable[[int, int, int], int],
+        self, num_slots: int, prefill_chunk: int, lookup: int, resumable: Callable[..., int]
     ) -> None:
         """`resumable` is that of KVCache."""
-        self.prefill_chunk, self.lookup = prefill_chunk, lookup
-        self.resumable = resumable
+        self.prefill_chunk, self.lookup, self.resumable = prefill_chunk, lookup, resumable
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         # tokens that finished sequences left in each slot
         self.contents: list[list[int]] = [[] for _ in range(num_slots)]
         self.free: list[int] = list(range(num_slots))  # least recently used first
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
 
     def admit(self) -> tuple[Sequence, int] | None:
         """Give the next waiting sequence a slot -> it, and the slot to copy its prefix from.
@@ -4715,14 +4713,14 @@ class Engine:
         self.is_capped = self.n_ctx < decoder.config.n_ctx
         chunk, lookup, state_mb = config.prefill_chunk, config.lookup, config.state_mb
         most_new = max(chunk, lookup + 1)
-        # KV strips of a usual length that fit into half of the free memory
-        strip_bytes = decoder.config.kv_bytes(
-            min(self.n_ctx, SLOT_TOKENS), decoder.kv_dtype, most_new
-        )
+        # strips of a usual length that fit into half of the free memory
+        usual = min(self.n_ctx, SLOT_TOKENS)
+        strip_bytes = decoder.config.kv_bytes(usual, decoder.kv_dtype, most_new) or 1
         num_strips = min(MAX_PARALLEL, available_memory(decoder.device) / 2 / strip_bytes)
         self.num_slots = config.parallel or max(1, int(num_strips))
         self.cache = decoder.new_cache(self.num_slots, most_new, end_ids=end_ids, state_mb=state_mb)
-        self.scheduler = Scheduler(self.num_slots, chunk, lookup, self.cache.resumable)
+        kind = getattr(decoder, "scheduler", Scheduler)
+        self.scheduler = kind(self.num_slots, chunk, lookup, self.cache.resumable)
         self.stats = EngineStats()
         if lookup:
             self.new_drafter = extra("answers.lookup", "--lookup").PromptLookup
@@ -4746,7 +4744,7 @@ class Engine:
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
         seq.drafter = self.new_drafter() if self.new_drafter else None
-        self.scheduler.waiting.append(seq)
+        self.scheduler.add(seq)
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises RequestError, naming `param`, for an id outside the vocabulary."""
@@ -4843,8 +4841,7 @@ class Engine:
             if seq.pooler:
                 delta = seq.end("stop", embedding=seq.pooler.embedding())
             else:
-                assert logits is not None
-                delta = self.sample(seq, logits)
+                delta = self.sample(seq, cast("Row", logits))
         except NanollamaError as error:
             delta = seq.end("error", error=error)
         seq.outbox.append(delta)

@@ -133,6 +133,8 @@ def arch_of(config: dict[str, Any]) -> Any:
     name = ARCH.get(model_type, model_type.upper())
     if model_type == "granitemoehybrid" and "linear_attention" not in config["layer_types"]:
         name = "GRANITE"
+    if config.get("use_bidirectional_attention"):
+        name = "GEMMA_EMBEDDING"
     if model_type == "nemotron_h" and "moe" in config["layers_block_type"]:
         name = "NEMOTRON_H_MOE"
     return gguf.MODEL_ARCH[name]
@@ -667,7 +669,13 @@ def convert(
         layers = range(config["num_hidden_layers"])
         numbers = [tensors[f"model.layers.{i}.mlp.act_fn.{key}"].item() for i in layers]
         getattr(writer, f"add_xielu_{key}")(numbers)
-    for name, raw in gguf_tensors(config, raws).items():
+    tensors = gguf_tensors(config, raws)
+    for folder in sorted(directory.glob("[23]_Dense")):  # EmbeddingGemma.generate_extra_tensors
+        weight = safetensors.torch.load_file(folder / "model.safetensors")["linear.weight"]
+        stem = f"dense_{folder.name[0]}"
+        writer.add_dense_features_dims(stem, *reversed(weight.shape))
+        tensors[f"{stem}.weight"] = encode(weight.numpy(), Kind[kind], random)
+    for name, raw in tensors.items():
         packed = raw.dtype == np.uint8
         writer.add_tensor(name, np.ascontiguousarray(raw), raw_dtype=Kind[kind] if packed else None)
     rope = config.get("rope_parameters", {})

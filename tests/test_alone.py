@@ -388,6 +388,7 @@ UNUSED = {
     "models.qwen3_vl",
     "files.bitnet",
     "models.apertus",
+    "models.bidirectional",
     "models.bitnet",
     "models.llama4",
     "models.mla",

@@ -27,6 +27,7 @@ from torch import Tensor
 from nanollama import (
     Checkpoint,
     CheckpointError,
+    PackedLinear,
     RequestError,
     check_number,
     excerpt,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # {arch}.pooling_type in GGUF metadata (https://github.com/ggml-org/llama.cpp, llama_pooling_type)
 GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
+# Dense layers after pooling in GGUF files, whose only other metadata repeat their shapes
+GGUF_DENSE = ("dense_2.weight", "dense_3.weight")
 # Class of torch.nn in the config of a Dense module -> its function
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Identity": lambda x: x,
@@ -82,7 +85,7 @@ def read_pooling(checkpoint: Checkpoint) -> Pooling:
         kind = declared_kind(read_json(folder / "config.json", required=False))
     if kind not in (None, "mean", "last"):
         raise RequestError(f"this model pools by {excerpt(kind)}; mean and last are supported")
-    width, steps = checkpoint.config.n_embd, []
+    width, steps = checkpoint.config.n_embd, stored_layers(checkpoint)
     for name, folder in modules:
         if name in ("Transformer", "Pooling", "Dropout"):
             continue
@@ -94,6 +97,19 @@ def read_pooling(checkpoint: Checkpoint) -> Pooling:
         step, width = MODULES[name](folder, width)
         steps.append(step)
     return Pooling(kind or "mean", tuple(steps))
+
+
+def stored_layers(checkpoint: Checkpoint) -> list[Step]:
+    """The dense layers that a GGUF file has itself. Raises CheckpointError."""
+    width, steps = checkpoint.config.n_embd, list[Step]()
+    for name in filter(checkpoint.tensors.get, GGUF_DENSE):
+        tensor, title = checkpoint.tensors[name], f"{checkpoint.path}: tensor {name}"
+        if len(tensor.shape) != 2 or tensor.shape[1] != width:
+            raise CheckpointError(f"{title} has shape {tensor.shape}; (.., {width}) is needed")
+        loaded, width = tensor.load(), tensor.shape[0]
+        weight = loaded.dequantize() if isinstance(loaded, PackedLinear) else loaded
+        steps.append(functools.partial(F.linear, weight=weight.double()))
+    return steps
 
 
 def read_modules(path: Path) -> list[tuple[str, Path]]:

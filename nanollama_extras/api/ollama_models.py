@@ -153,9 +153,12 @@ def ollama_details(path: Path, modified: float) -> Json:
     c, num, template = checkpoint.config, checkpoint.num_parameters, ChatTemplate(checkpoint.text)
     kind = c.model_type
     # tools are described in the system prompt where the template has no place for them
+    has_tools = importlib.util.find_spec("nanollama_extras.answers.tools") is not None
+    embeds_only = "reach" in c.own  # models.bidirectional
     able = {
-        "completion": True,
-        "tools": importlib.util.find_spec("nanollama_extras.answers.tools") is not None,
+        "completion": not embeds_only,
+        "embedding": embeds_only,
+        "tools": has_tools and not embeds_only,
         "thinking": template.thoughts is not None,
     }
     return {

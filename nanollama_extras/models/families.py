@@ -372,13 +372,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": family(
         keys(131072, pattern=6, vocab_size=262208, theta=1e6, rope_local_base_freq=1e4, **GEMMA2),
-        gguf="gemma3",
+        gguf="gemma3 gemma-embedding",
         layout=PLUS_ONE,
+        gguf_layout="models.bidirectional:gguf_layout",
         switches={**GEGLU, **SANDWICH, "qk_norm": "head"},
         names=POST_NORM_NAMES,
-        check=gemma_config.check_gemma,
+        check=gemma_config.check_gemma3,
         from_gguf=gemma_config.gemma_from_gguf,
-        decoder=VARIED,
+        decoder="models.bidirectional:new_decoder",
     ),
     "gemma4_text": family(
         keys(131072, **GEMMA4),

@@ -2,7 +2,8 @@
 
 Adds       what config.json and GGUF metadata say about them, as fields of ModelConfig, and names of
            tensors. This needs no torch, so that a list of models is quick.
-Seam       Family.check and Family.from_gguf. models.gemma4 has Gemma 4's layers.
+Seam       Family.check and Family.from_gguf. models.gemma4 has Gemma 4's layers, and
+           models.bidirectional EmbeddingGemma's. Imports models.rows.
 Source     https://github.com/huggingface/transformers (src/transformers/models/gemma4)
            https://github.com/ggml-org/llama.cpp (conversion/gemma.py, src/models/gemma4.cpp)
 Remove     delete this file and the rows of these families.
@@ -25,6 +26,7 @@ from nanollama import (
     layer_windows,
     positive,
 )
+from nanollama_extras.models.rows import list_windows
 
 Values = dict[str, Any]
 FULL, SLIDING = LAYER_TYPES
@@ -74,6 +76,18 @@ def check_gemma(values: ConfigValues) -> None:
         values["attention_multiplier"] = values.number("query_pre_attn_scalar") ** -0.5
 
 
+def check_gemma3(values: ConfigValues) -> Values:
+    """EmbeddingGemma's tokens see those after them, too; a window counts tokens on both sides."""
+    check_gemma(values)
+    if values.get("use_bidirectional_attention") is not True:
+        return {}
+    del values["use_bidirectional_attention"]
+    values["sliding_window"] = values.count("sliding_window") // 2 + 1  # this one and one side
+    list_windows(values)
+    reach = layer_windows(values)
+    return {"windows": (0,) * len(reach), "own": {"reach": reach}}
+
+
 # Models whose queries are scaled by another width than a head's, which GGUF files leave out:
 # https://github.com/ggml-org/llama.cpp/tree/master/src/models (gemma2.cpp, gemma3.cpp)
 WIDE_SCALE_LAYERS = {"gemma2": 46, "gemma3_text": 62}  # layers of such a model
@@ -86,6 +100,8 @@ def gemma_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     wide = values["hidden_size"] / max(n_heads, 1)
     values["query_pre_attn_scalar"] = wide if is_wide else values["head_dim"]
     if model_type == "gemma3_text":
+        if "pooling_type" in own or own.get("general.architecture") == "gemma-embedding":
+            values["use_bidirectional_attention"] = True  # Ollama's converter has no such name
         local = own.get("rope.local.freq_base", 10000.0)  # Ollama's converter has its own keys
         values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
         if theta := own.get("rope.global.freq_base"):
