@@ -108,6 +108,17 @@ GEMMA4_EXPERTS = {  # as 26B-A4B
     "moe_intermediate_size": 160,
     "final_logit_softcapping": 3.0,
 }
+GEMMA3N: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 8,
+    "head_dim": 16,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 320,
+    "laurel_rank": 32,
+    "activation_sparsity_pattern": [0.95, 0.6, 0.0, 0.3, 0.95, 0.0],
+}
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 LONGROPE = {
     "rope_type": "longrope",
@@ -215,6 +226,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3n_text": ("Gemma3nText", GEMMA3N),
     "gemma4_text": ("Gemma4Text", GEMMA4_SMALL),
     "gemma4_unified_text": (
         "Gemma4UnifiedText",
@@ -440,6 +452,22 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layer_end_index": 1,
             "use_bias": True,
             "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3n_text-three": (
+        "Gemma3nText",
+        {
+            **GEMMA3N,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": None,
+            "num_kv_shared_layers": 0,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "altup_correct_scale": False,
+            "intermediate_size": [96, 64, 128, 96],
+            "vocab_size_per_layer_input": 200,
+            "final_logit_softcapping": 3.0,
         },
     ),
     "gemma4_text-experts": ("Gemma4Text", GEMMA4_EXPERTS),

@@ -104,6 +104,7 @@ ARCH = {
     "qwen2_moe": "QWEN2MOE",
     "qwen3_moe": "QWEN3MOE",
     "gemma3_text": "GEMMA3",
+    "gemma3n_text": "GEMMA3N",
     "gemma4_text": "GEMMA4",
     "gemma4_unified_text": "GEMMA4",
     "olmo3": "OLMO2",
@@ -194,9 +195,9 @@ NEWER = {
     "attn_sub_norm": "blk.{}.attn_sub_norm",
     "ffn_sub_norm": "blk.{}.ffn_sub_norm",
 }
-CENTRED = ("gemma_", "gemma2", "gemma3", "qwen3_5", "qwen3_next", "muse_glimmer")
+CENTRED = ("gemma_", "gemma2", "gemma3_", "qwen3_5", "qwen3_next", "muse_glimmer")
 WINDOWED = "muse_glimmer_text phi3 gemma2 gemma3_text gemma4_text gemma4_unified_text".split()
-WINDOWED += "olmo3 gpt_oss exaone4 cohere2".split()
+WINDOWED += "gemma3n_text olmo3 gpt_oss exaone4 cohere2".split()
 
 
 def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
@@ -227,6 +228,8 @@ def add_metadata(writer: Any, config: dict[str, Any], tokenizer: dict[str, Any])
         writer.add_expert_shared_feed_forward_length(width)
     if model_type.startswith("gemma4"):
         config = gemma4_metadata(writer, config)
+    if model_type == "gemma3n_text":
+        gemma3n_metadata(writer, config)
     for key, method in WRITTEN.items():
         if config.get(key) and (key != "sliding_window" or model_type in WINDOWED):
             getattr(writer, f"add_{method}")(config[key])
@@ -281,6 +284,19 @@ def gemma4_metadata(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
         own = config["num_key_value_heads"]
         config["num_key_value_heads"] = [own if slide else heads for slide in slides]
     return config
+
+
+def gemma3n_metadata(writer: Any, config: dict[str, Any]) -> None:
+    """Gemma3NModel.set_gguf_parameters"""
+    writer.add_altup_active_idx(config["altup_active_idx"])
+    writer.add_altup_num_inputs(config["altup_num_inputs"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    shares = torch.tensor(config["activation_sparsity_pattern"])
+    scales = torch.distributions.normal.Normal(0, 1).icdf(shares)
+    writer.add_activation_sparsity_scale(scales.tolist())
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    writer.add_sliding_window_pattern(slides)
 
 
 def add_latent(writer: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -542,13 +558,17 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, A
         elif "router." in name and "gemma4" in model_type and "proj" not in name:
             part = "ffn_down_exps" if "per_expert" in name else "ffn_gate_inp"
             found[f"blk.{name.split('.')[2]}.{part}.scale"] = tensor
+        elif altup := re.fullmatch(r"model\.(altup_\w+)\.(\d)\.weight", name):
+            experts.setdefault(f"{names.get_name('model.' + altup[1])}.weight", {})[
+                int(altup[2])
+            ] = tensor
         elif ".experts." in name or "put_linear" in name:
             found |= fused_experts(name, tensor, model_type)
         else:
             if "e_score_correction_bias" in name:
                 name = name.replace("e_score_correction_bias", "e_score_correction.bias")
                 tensor = tensor.squeeze()
-            if name.endswith("layer_scalar"):
+            if name.endswith(("layer_scalar", "correct_output_scale")):
                 name += ".weight"
             if name.endswith("feed_forward.expert_bias"):
                 name += ".bias"
@@ -657,7 +677,7 @@ def convert(
         if model_type == "falcon_h1":
             value = folded(name, value, config)
         routed = re.search(
-            r"router|per_layer_model_projection|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv",
+            r"router|altup|laurel|per_layer_model_projection|\.gate\.|shared_expert_gate|_bias$|conv1d|conv\.conv",
             name,
         )
         its_kind = Kind[kind] if value.ndim > 1 and not routed else Kind.F32

@@ -1603,6 +1603,144 @@ void product(const void *call, int64_t n, int64_t num_threads) {
     share_out(product_piece, call, n, n < 4 ? 1 : num_threads);
 }
 
+/* ---- several streams (AltUp, https://arxiv.org/abs/2301.13310) ---- */
+
+#define MOST_STREAMS 8
+
+/* tanh of the router's scores of a token: router (num, cols) on x / rms(x) */
+static void route_streams(const float *x, const float *router, int64_t num, int64_t cols, float eps,
+                          float *routed) {
+    float factor = rms_factor(x, cols, eps);
+    for (int64_t i = 0; i < num; i++) {
+        float score = dot(x, router + i * cols, cols) * factor;
+        routed[i] = 1.0f - 2.0f / (1.0f + exp_of(splat(2.0f * score))[0]);
+    }
+}
+
+typedef struct {
+    const float *x; /* num_streams times (n, cols); from one to the next are `stride` numbers */
+    const float *router;                       /* (num_streams, cols) */
+    const float *coefs;                        /* (num_streams^2, num_streams) */
+    float *out;                                /* as x */
+    int64_t cols, stride, num_streams, active; /* cols: a multiple of 16 */
+    float eps;
+} altup_predict_call;
+
+static void predict_piece(const void *job, int64_t token) {
+    const altup_predict_call *c = job;
+    const float *x = c->x + token * c->cols;
+    float *out = c->out + token * c->cols, routed[MOST_STREAMS];
+    int64_t num = c->num_streams;
+    route_streams(x + c->active * c->stride, c->router, num, c->cols, c->eps, routed);
+    for (int64_t i = 0; i < num; i++) {
+        float weights[MOST_STREAMS];
+        for (int64_t j = 0; j < num; j++) {
+            const float *coefs = c->coefs + (i * num + j) * num;
+            weights[j] = 0;
+            for (int64_t k = 0; k < num; k++) weights[j] += coefs[k] * routed[k];
+        }
+        for (int64_t at = 0; at < c->cols; at += LANES) {
+            vec y = load(x + i * c->stride + at);
+            for (int64_t j = 0; j < num; j++)
+                y = madd(load(x + j * c->stride + at), splat(weights[j]), y);
+            store(out + i * c->stride + at, y);
+        }
+    }
+}
+
+/* out = x + coefs(router(the active stream)) x, for each token */
+void altup_predict(const void *call, int64_t n, int64_t num_threads) {
+    share_out(predict_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
+typedef struct {
+    const float *predicted;      /* num_streams times (n, cols), `stride` numbers apart */
+    const float *x;              /* (n, cols): the active one as a layer computed it */
+    const float *router, *coefs; /* (num_streams, cols); (num_streams, num_streams) */
+    const float *scale;          /* (cols), or NULL */
+    float *corrected;            /* as predicted */
+    float *out;                  /* (n, cols): the active one of these, times the scale */
+    int64_t cols, stride, num_streams, active; /* cols: a multiple of 16 */
+    float eps;
+} altup_correct_call;
+
+static void correct_piece(const void *job, int64_t token) {
+    const altup_correct_call *c = job;
+    const float *x = c->x + token * c->cols, *predicted = c->predicted + token * c->cols;
+    const float *active = predicted + c->active * c->stride;
+    float *out = c->out + token * c->cols, routed[MOST_STREAMS];
+    route_streams(x, c->router, c->num_streams, c->cols, c->eps, routed);
+    for (int64_t i = 0; i < c->num_streams; i++) {
+        float weight = 1.0f, *corrected = c->corrected + token * c->cols + i * c->stride;
+        for (int64_t k = 0; k < c->num_streams; k++)
+            weight += c->coefs[i * c->num_streams + k] * routed[k];
+        for (int64_t at = 0; at < c->cols; at += LANES) {
+            vec y = load(predicted + i * c->stride + at);
+            y = madd(load(x + at) - load(active + at), splat(weight), y);
+            store(corrected + at, y);
+            if (c->scale) y *= load(c->scale + at);
+            if (i == c->active) store(out + at, y);
+        }
+    }
+}
+
+/* corrected = predicted + (1 + coefs(router(x))) (x - the active prediction), for each token */
+void altup_correct(const void *call, int64_t n, int64_t num_threads) {
+    share_out(correct_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
+typedef struct {
+    const float *x, *like, *residual; /* (n, cols) each; the residual may be NULL */
+    float *out;                       /* (n, cols) */
+    int64_t cols;                     /* a multiple of 16 */
+    float least, factor;              /* the least mean square of x */
+} match_scale_call;
+
+static void match_piece(const void *job, int64_t token) {
+    const match_scale_call *c = job;
+    const float *x = c->x + token * c->cols, *like = c->like + token * c->cols;
+    float square = dot(x, x, c->cols) / c->cols;
+    float scale = sqrtf(dot(like, like, c->cols) / c->cols) / sqrtf(MAX(square, c->least));
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = load(x + i) * scale;
+        if (c->residual) y = load(c->residual + token * c->cols + i) + y;
+        store(c->out + token * c->cols + i, y * c->factor);
+    }
+}
+
+/* out = (residual + x with the mean square of `like`) times the factor */
+void match_scale(const void *call, int64_t n, int64_t num_threads) {
+    share_out(match_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
+typedef struct {
+    float *out;   /* (n, 2 cols): gates, then others */
+    int64_t cols; /* a multiple of 16 */
+    float factor;
+} cut_gates_call;
+
+static void cut_piece(const void *job, int64_t token) {
+    const cut_gates_call *c = job;
+    float *x = c->out + token * 2 * c->cols;
+    vec sum = {0}, squares = {0};
+    for (int64_t i = 0; i < c->cols; i += LANES) sum += load(x + i);
+    vec mean = splat(sum_of(sum) / c->cols);
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec centred = load(x + i) - mean;
+        squares = madd(centred, centred, squares);
+    }
+    vec cutoff = splat(sqrtf(sum_of(squares) / c->cols) * c->factor), zero = {0};
+    for (int64_t i = 0; i < c->cols; i += LANES) {
+        vec y = load(x + i) - mean - cutoff;
+        store(x + i, pick(y < 0.0f, zero, y));
+    }
+}
+
+/* Gates become what they have above mean + factor * deviation, or 0 */
+void cut_gates(const void *call, int64_t n, int64_t num_threads) {
+    share_out(cut_piece, call, n, n < 4 ? 1 : num_threads);
+}
+
 /* ---- a step ---- */
 
 /* The number of rows is not in a kernel's structure, so that a step of the model can be recorded as

@@ -381,6 +381,20 @@ FAMILIES: dict[str, Family] = {
         from_gguf=gemma_config.gemma_from_gguf,
         decoder="models.bidirectional:new_decoder",
     ),
+    "gemma3n_text": family(
+        keys(32768, n_kv_heads=2, num_attention_heads=8, window=512, theta=1e6, **GEMMA)
+        | keys(rope_local_base_freq=1e4, final_logit_softcapping=30.0, num_kv_shared_layers=15)
+        | keys(hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144)
+        | keys(altup_num_inputs=4, altup_active_idx=0, altup_correct_scale=True, laurel_rank=64),
+        check=gemma_config.check_gemma3n,
+        switches={**GEGLU, **SANDWICH, "qk_norm": "head"},
+        names=POST_NORM_NAMES | gemma_config.NAMES,
+        layout="models.gemma4:hub_layout",
+        gguf="gemma3n",
+        from_gguf=gemma_config.gemma3n_from_gguf,
+        gguf_layout="models.gemma3n:gguf_layout",
+        decoder="models.gemma3n:Gemma3nDecoder",
+    ),
     "gemma4_text": family(
         keys(131072, **GEMMA4),
         gguf="gemma4",

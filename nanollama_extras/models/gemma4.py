@@ -131,7 +131,7 @@ class Gemma4Layer(VariedLayer):
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         shape: Gemma4Shape = config.own["shape"]
-        n_ff = config.n_ff if shape.sources[index] == index else shape.n_ff_reader
+        n_ff = shape.n_ffs[index]
         super().__init__(dataclasses.replace(config, n_ff=n_ff, experts=None), weights, index)
         prefix, C, self.index = f"model.layers.{index}", config.n_embd, index
         self.experts = Gemma4MoE(config, weights, f"{prefix}.mlp") if config.experts else None
@@ -161,9 +161,10 @@ class Gemma4Layer(VariedLayer):
         if self.width:
             added = self.gated(self.per_layer_input_gate(h), batch.memo["per_layer"])
             h = self.post_per_layer_input_norm(self.per_layer_projection(added), h)
-        if self.scalar == 1:
-            return h
-        return h * self.scalar if self.run_kernel is None else self.product(h, factor=self.scalar)
+        return h if self.scalar == 1 else self.scaled(h, self.scalar)
+
+    def scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor if self.run_kernel is None else self.product(x, factor=factor)
 
     def gated(self, gate: Tensor, inputs: Tensor) -> Tensor:
         """GELU of the gate (N, P), times this layer's part of the inputs (N, L P)"""
@@ -176,6 +177,21 @@ class Gemma4Layer(VariedLayer):
         """The kernel of this name."""
         run = cast("Any", self.run_kernel)
         return cast("Tensor", run("product", torch.empty(x.shape), x=x, cols=x.size(1), **fields))
+
+
+def float_linear(
+    weights: Weights, name: str, num_rows: int, num_cols: int
+) -> Callable[[Tensor], Tensor]:
+    """A matrix by a kernel for floats, if it has them in a file whose other matrices are packed, as
+    llama.cpp leaves it (https://github.com/ggml-org/llama.cpp, src/llama-quant.cpp)."""
+    run = getattr(weights.backend, "run_kernel", None)
+    found = weights.tensors.get(f"{name}.weight"), weights.tensors.get("model.embed_tokens.weight")
+    is_packed = [source.is_packed for source in found if source is not None]
+    if is_packed != [False, True] or run is None or num_cols % 16:
+        return weights.linear({name: num_rows}, num_cols)
+    fields = {"weight": weights.take(f"{name}.weight", num_rows, num_cols)}
+    shape = {"cols": num_cols, "rows": num_rows}
+    return lambda x: run("few_rows", torch.empty(x.size(0), num_rows), x=x, **fields, **shape)
 
 
 class PerLayerInputs:
@@ -191,21 +207,9 @@ class PerLayerInputs:
         self.table = weights._find(TABLE, (shape.table_rows, self.cols))
         self.factor = (P / 2) ** 0.5
         self.run_kernel = getattr(weights.backend, "run_kernel", None) if P % 16 == 0 else None
-        self.projection = self.float_rows(weights, C) or weights.linear({PROJECTION: self.cols}, C)
+        self.projection = float_linear(weights, PROJECTION, self.cols, C)
         norm = weights.take("model.per_layer_projection_norm.weight", P) * 0.5**0.5
         self.norm = Norm(weights.backend, norm, config.norm_eps * C)
-
-    def float_rows(self, weights: Weights, num_cols: int) -> Callable[[Tensor], Tensor] | None:
-        """The projection by a kernel for floats, which it is in files whose other matrices are
-        packed (https://github.com/ggml-org/llama.cpp, src/llama-quant.cpp); else None."""
-        name, run = f"{PROJECTION}.weight", self.run_kernel
-        sources = [weights.tensors.get(each) for each in (name, "model.embed_tokens.weight")]
-        is_packed = [source.is_packed for source in sources if source is not None]
-        if is_packed != [False, True] or run is None or num_cols % 16:
-            return None
-        weight = weights.take(name, self.cols, num_cols)
-        fields = {"weight": weight, "cols": num_cols, "rows": self.cols}
-        return lambda x: run("few_rows", torch.empty(x.size(0), self.cols), x=x, **fields)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Rows of the table, times the factor, (N,) -> (N, L P)"""
@@ -253,12 +257,21 @@ class Gemma4Decoder(Decoder):
         batch.memo["rows"][:num] = rows
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
-        config, rotations = self.config, batch.rotations or self.rotations(batch, cache)
-        x = self.embed_tokens.rows(batch.token_ids, config.embed_scale)
+        rotations = batch.rotations or self.rotations(batch, cache)
+        x = self.embedded(batch)
+        for layer, rope in zip(self.layers, self.config.layer_ropes):
+            x = layer(x, rotations[rope], cache, batch)
+        return self.merged(x)
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """The first layer's input; the batch gets what layers have beside it."""
+        x = self.embed_tokens.rows(batch.token_ids, self.config.embed_scale)
         if self.per_layer is not None:
             if "rows" not in batch.memo:
                 self.prepare(batch)
             batch.memo["per_layer"] = self.per_layer(x, batch.memo["rows"])
-        for layer, rope in zip(self.layers, config.layer_ropes):
-            x = layer(x, rotations[rope], cache, batch)
+        return x
+
+    def merged(self, x: Tensor) -> Tensor:
+        """The last layer's output as one stream (N, C)"""
         return x

@@ -1,9 +1,9 @@
-"""The configs of Gemma 1 to 4. Layers of Gemma 4 with a window have other heads than those without.
+"""The configs of Gemma 1 to 4, 3n and EmbeddingGemma.
 
 Adds       what config.json and GGUF metadata say about them, as fields of ModelConfig, and names of
            tensors. This needs no torch, so that a list of models is quick.
-Seam       Family.check and Family.from_gguf. models.gemma4 has Gemma 4's layers, and
-           models.bidirectional EmbeddingGemma's. Imports models.rows.
+Seam       Family.check and Family.from_gguf. models.gemma4, models.gemma3n and
+           models.bidirectional have their layers. Imports models.rows.
 Source     https://github.com/huggingface/transformers (src/transformers/models/gemma4)
            https://github.com/ggml-org/llama.cpp (conversion/gemma.py, src/models/gemma4.cpp)
 Remove     delete this file and the rows of these families.
@@ -12,8 +12,10 @@ Remove     delete this file and the rows of these families.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from statistics import NormalDist
+from typing import Any, cast
 
 import nanollama
 from nanollama import (
@@ -35,6 +37,7 @@ ROPES: Values = {
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
 }
 EVERY = 6  # which layer has no window, unless the config says it
+EVERY_3N = 5  # in Gemma 3n
 
 nanollama.GGUF_TENSORS |= {
     "per_layer_token_embd": "model.embed_tokens_per_layer",
@@ -48,14 +51,24 @@ nanollama.GGUF_TENSORS |= {
     "post_ffw_norm_1": "post_mlp_layernorm_1",
     "post_ffw_norm_2": "post_mlp_layernorm_2",
     "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
+    "altup_proj": "model.altup_projections",
+    "altup_unembd_proj": "model.altup_unembed_projections",
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_correct_scale": "altup.correct_output_scale",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
 }
 # Names in safetensors files -> those of the decoder, after the names of norms
 NAMES = {
-    r"layer_scalar$": "layer_scalar.weight",
+    r"(layer_scalar|correct_output_scale)$": r"\1.weight",
     r"(?<=\d)\.experts\.": ".mlp.experts.",
     r"router\.proj\.": "mlp.gate.",
     r"router\.(per_expert_scale|scale)$": r"mlp.gate.\1",
-    r"^(?:model\.)?language_model\.(?=per_layer_)": "model.",
+    r"^(?:model\.)?language_model\.(?=per_layer_|altup_)": "model.",
 }
 
 
@@ -113,10 +126,10 @@ class Gemma4Shape:
     """What ModelConfig has no field for."""
 
     sources: tuple[int, ...]  # the layer whose keys and values each layer reads: itself, or another
-    n_ff_reader: int  # F of layers that read those of another one
+    n_ffs: tuple[int, ...]  # F of each layer
     per_layer: int  # P, the width of embeddings of each layer; 0 for none
     table_rows: int  # tokens that have such embeddings
-    k_is_v: bool  # layers without a window and without v_proj: their values are their keys
+    k_is_v: bool = False  # layers without a window and without v_proj: their values are their keys
 
 
 def check_gemma4(values: ConfigValues) -> Values:
@@ -134,17 +147,17 @@ def check_gemma4(values: ConfigValues) -> Values:
     window_heads = read_heads(values, kinds)
     read_ropes(values, window_heads[1])
     sources, n_ff = read_sources(values, kinds), values.count("intermediate_size")
+    wide = n_ff * (2 if values.get("use_double_wide_mlp") else 1)  # of layers without own keys
     per_layer = values.count("hidden_size_per_layer_input", most=2**16) if has_tables(values) else 0
     shape = Gemma4Shape(
         sources=sources,
-        n_ff_reader=n_ff * (2 if values.get("use_double_wide_mlp") else 1),
+        n_ffs=tuple(n_ff if source == i else wide for i, source in enumerate(sources)),
         per_layer=per_layer,
         table_rows=values.count("vocab_size_per_layer_input", values.count("vocab_size")),
         k_is_v=bool(values.get("attention_k_eq_v")),
     )
-    windows = layer_windows(values)
-    kept = tuple(window if sources[i] == i else 0 for i, window in enumerate(windows))
-    fields: Values = {"windows": kept, "window_heads": window_heads, "attn_scale": 1.0}
+    fields: Values = {"windows": kept_windows(values, sources), "window_heads": window_heads}
+    fields["attn_scale"] = 1.0
     if values.get("enable_moe_block"):
         fields["experts"] = read_experts(values, n_layers)
     return {**fields, "own": {"shape": shape}}
@@ -208,6 +221,12 @@ def read_sources(values: ConfigValues, kinds: list[str]) -> tuple[int, ...]:
     return tuple(i if i < first else last[kind] for i, kind in enumerate(kinds))
 
 
+def kept_windows(values: ConfigValues, sources: tuple[int, ...]) -> tuple[int | None, ...]:
+    """The windows of layers, and 0 for those that keep no keys and values of their own."""
+    windows = layer_windows(values)
+    return tuple(window if sources[i] == i else 0 for i, window in enumerate(windows))
+
+
 def read_experts(values: ConfigValues, n_layers: int) -> Experts:
     """The experts beside the MLP of each layer."""
     count = values.count("num_experts", most=2**16)
@@ -219,6 +238,95 @@ def read_experts(values: ConfigValues, n_layers: int) -> Experts:
         renormalized=True,
         bias=False,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AltUpShape:
+    """What Gemma 3n has beside Gemma 4's shared keys and embeddings for layers."""
+
+    num_streams: int  # A, of which a layer computes one
+    active: int  # this one
+    scales_output: bool  # whether it is scaled before embeddings for layers are added
+    laurel_rank: int
+    # of each layer: gates below their mean + cutoff * deviation are 0; None for all gates
+    cutoffs: tuple[float | None, ...]
+
+
+def check_gemma3n(values: ConfigValues) -> Values:
+    """Fields of ModelConfig. `query_pre_attn_scalar` means nothing: scores are not scaled."""
+    n_layers = values.count("num_hidden_layers", most=2**16)
+    list_windows(values)
+    kinds = values.setdefault(
+        "layer_types", [SLIDING if (i + 1) % EVERY_3N else FULL for i in range(n_layers)]
+    )
+    is_valid = isinstance(kinds, list) and [k in LAYER_TYPES for k in kinds] == [True] * n_layers
+    check_value(is_valid, "layer_types", kinds, f"a list of {n_layers} of {LAYER_TYPES}")
+    values.count("sliding_window")
+    values["embedding_multiplier"] = values.count("hidden_size") ** 0.5
+    sources, n_ffs = read_sources(values, kinds), read_widths(values, n_layers)
+    shape = Gemma4Shape(
+        sources=sources,
+        n_ffs=n_ffs,
+        per_layer=values.count("hidden_size_per_layer_input", most=2**16),
+        table_rows=values.count("vocab_size_per_layer_input"),
+    )
+    num_streams, active = values.count("altup_num_inputs", most=8), values.get("altup_active_idx")
+    is_valid = type(active) is int and 0 <= active < num_streams
+    check_value(is_valid, "altup_active_idx", active, f"an integer from 0 to {num_streams - 1}")
+    altup = AltUpShape(
+        num_streams=num_streams,
+        active=cast("int", active),
+        scales_output=bool(values.get("altup_correct_scale")),
+        laurel_rank=values.count("laurel_rank", most=2**16),
+        cutoffs=read_cutoffs(values, n_layers),
+    )
+    own = {"shape": shape, "altup": altup}
+    return {"windows": kept_windows(values, sources), "attn_scale": 1.0, "own": own}
+
+
+def read_widths(values: ConfigValues, n_layers: int) -> tuple[int, ...]:
+    """F of each layer, which may be a list."""
+    widths = values.get("intermediate_size")
+    if not isinstance(widths, list):
+        widths = [values.count("intermediate_size")] * n_layers
+    is_valid = len(widths) == n_layers and all(type(n) is int and 0 < n < 2**31 for n in widths)
+    check_value(is_valid, "intermediate_size", widths, f"a number, or a list of {n_layers}")
+    values["intermediate_size"] = widths[0]
+    return tuple(widths)
+
+
+def read_cutoffs(values: ConfigValues, n_layers: int) -> tuple[float | None, ...]:
+    """Cutoffs of gates. config.json has the share of gates that are 0 if they are normally
+    distributed; GGUF files have the cutoffs themselves, and -inf for none."""
+    key, needed = "activation_sparsity_scale", f"a list of {n_layers} numbers"
+    if key not in values:
+        key, needed = "activation_sparsity_pattern", f"a list of {n_layers} numbers from 0 to 1"
+    num_sparse = 10 if n_layers > 10 else 0
+    listed = values.get(key, [0.95] * num_sparse + [0.0] * (n_layers - num_sparse))
+    is_list = isinstance(listed, list) and len(listed) == n_layers
+    check_value(is_list and all(type(x) in (int, float) for x in listed), key, listed, needed)
+    if key == "activation_sparsity_scale":
+        check_value(all(x == -math.inf or abs(x) < 1e3 for x in listed), key, listed, needed)
+        return tuple(None if x == -math.inf else x for x in listed)
+    check_value(all(0 <= x < 1 for x in listed), key, listed, needed)
+    return tuple(NormalDist().inv_cdf(x) if x else None for x in listed)
+
+
+def gemma3n_from_gguf(own: Mapping[str, Any], values: Values) -> None:
+    """Adds the keys of config.json. Older files leave out how many layers share keys and values;
+    all models have 20 others."""
+    values["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
+    num_shared = max(values["num_hidden_layers"] - 20, 0)
+    values["num_kv_shared_layers"] = own.get("attention.shared_kv_layers", num_shared)
+    values["vocab_size_per_layer_input"] = values["vocab_size"]
+    for theirs, ours in (
+        ("embedding_length_per_layer_input", "hidden_size_per_layer_input"),
+        ("altup.num_inputs", "altup_num_inputs"),
+        ("altup.active_idx", "altup_active_idx"),
+        ("activation_sparsity_scale", "activation_sparsity_scale"),
+    ):
+        if theirs in own:
+            values[ours] = own[theirs]
 
 
 def gemma4_from_gguf(own: Mapping[str, Any], values: Values) -> None:

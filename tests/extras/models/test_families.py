@@ -17,7 +17,18 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import ALL, EXPERTS, FALCON, LOCAL, LONGROPE, MORE, NEMOTRON, PHI_MOE_LONGROPE, ROWS
+from families import (
+    ALL,
+    EXPERTS,
+    FALCON,
+    GEMMA3N,
+    LOCAL,
+    LONGROPE,
+    MORE,
+    NEMOTRON,
+    PHI_MOE_LONGROPE,
+    ROWS,
+)
 from oracle import YARN, Tiny, rewritten
 
 import nanollama
@@ -36,7 +47,7 @@ def made(tiny: Tiny, variant: str) -> Path:
 
 @torch.inference_mode()
 def hidden_states(llm: LLM, ids: list[int]) -> list[torch.Tensor]:
-    """What each layer gives (T, C)"""
+    """What each layer gives (T, C), or (A, T, C)"""
     found: list[torch.Tensor] = []
     decoder = llm.engine.decoder
 
@@ -50,7 +61,7 @@ def hidden_states(llm: LLM, ids: list[int]) -> list[torch.Tensor]:
     layers, decoder.layers = decoder.layers, [watched(layer) for layer in decoder.layers]  # type: ignore
     llm.logits(ids)
     decoder.layers = layers
-    return [x[: len(ids)] for x in found]
+    return [x[..., : len(ids), :] for x in found]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
@@ -65,7 +76,8 @@ def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(
         theirs = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[1:-1]
     unit = getattr(model.config, "residual_multiplier", 1.0)
     for ours, expected in zip(hidden_states(llm, ids), theirs):
-        torch.testing.assert_close(unit * ours, expected[0], rtol=1e-5, atol=1e-4)
+        expected = expected.squeeze(-3)  # of (1, T, C), or (A, 1, T, C)
+        torch.testing.assert_close(unit * ours, expected, rtol=1e-5, atol=1e-4)
 
 
 # ---- other ways to write the same model ----------------------------------------------------------
@@ -534,6 +546,7 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma3n_text": ("Gemma3nText", {**GEMMA3N, "hidden_size": 96, "laurel_rank": 64}),
     "olmo3": (
         "Olmo3",
         {
