@@ -397,6 +397,7 @@ UNUSED = {
     "models.routing",
     "models.rows",
     "models.delta_net",
+    "models.gemma3n",
     "models.gemma4",
     "models.gemma_config",
     "models.grouped_cache",

@@ -173,6 +173,11 @@ def reference_tokenizer(tokenizer: Any, path: Path) -> Json:
     }
 
 
+def first_stream(x: Tensor, num_dims: int = 3) -> Tensor:
+    """x, or the first of several streams between layers (AltUp), which have one dimension more."""
+    return x[0] if x.dim() > num_dims else x
+
+
 def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[int], list[float]]:
     """Run a prompt through transformers' model. Returns the tensors (logits, their ids, logsumexp,
     streams: each layer's input, and the last norm's input and output), the greedy continuation, and
@@ -184,7 +189,8 @@ def reference_run(model: Any, ids: list[int]) -> tuple[dict[str, Tensor], list[i
     out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
     hook.remove()
     logits = out.logits[0].float()
-    streams = torch.stack([*out.hidden_states[:-1], *ends[-2:]])[:, 0].float()  # (L + 2, T, C)
+    layers = map(first_stream, [*out.hidden_states[:-1], *ends[-2:]])
+    streams = torch.stack([*layers])[:, 0].float()  # (L + 2, T, C)
     top = logits.topk(min(VERIFY_TOP, logits.size(1))).indices  # (T, K), the likeliest first
     others = spread(logits.size(1), VERIFY_TOP).expand(len(ids), -1)
     saved_ids = torch.cat((top, others), dim=1)
@@ -275,7 +281,7 @@ def traced_logits(llm: LLM, ids: list[int]) -> tuple[Tensor, Tensor]:
     layers, hidden, streams = decoder.layers, decoder.hidden, []
 
     def keep(x: Tensor) -> None:
-        streams.append(x[: len(ids)].float().cpu())
+        streams.append(first_stream(x, 2)[: len(ids)].float().cpu())
 
     def traced(layer: Any) -> Callable[..., Any]:
         def call(x: Tensor, *rest: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import GEMMA4, GEMMA4_EXPERTS, GEMMA4_SMALL
+from families import GEMMA3N, GEMMA4, GEMMA4_EXPERTS, GEMMA4_SMALL
 from oracle import Tiny, rewritten
 
 import nanollama
@@ -32,7 +32,11 @@ from nanollama_extras.models import gemma4
 from nanollama_extras.models.gemma4 import TABLE
 
 LONG = {"max_position_embeddings": 2048}
-KINDS = {"small": GEMMA4_SMALL, "experts": GEMMA4_EXPERTS}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small": ("Gemma4Text", GEMMA4_SMALL),
+    "experts": ("Gemma4Text", GEMMA4_EXPERTS),
+    "3n": ("Gemma3nText", GEMMA3N),
+}
 OPTIONS: list[dict[str, Any]] = [
     {"kernels": "torch"},
     {"kernels": "native"},
@@ -43,7 +47,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(params=KINDS)
 def path(request: pytest.FixtureRequest, tiny: Tiny) -> Path:
-    return tiny("Gemma4Text", **KINDS[request.param], **LONG)
+    name, overrides = KINDS[request.param]
+    return tiny(name, **{**overrides, **LONG})
 
 
 def greedy(ids: list[int], num: int = 8) -> GenerationRequest:
@@ -71,7 +76,8 @@ def test_rings_and_strips_hold_a_long_text(path: Path, kernels: str) -> None:
     assert [ring.shape[3] for ring in cache.rings] == [512]
     capacity = cache.strips[0].shape[3]
     assert cache.nbytes == config.kv_bytes(capacity, "float32", 100)
-    layers = [model.config.per_layer_config[i] for i in range(config.n_layers)]
+    listed = getattr(model.config, "per_layer_config", [model.config] * config.n_layers)
+    layers = [listed[i] for i in range(config.n_layers)]
     first = config.n_layers - model.config.num_kv_shared_layers
     widths = [2 * 4 * layer.num_key_value_heads * layer.head_dim for layer in layers[:first]]
     kinds = model.config.layer_types
