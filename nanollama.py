@@ -5751,6 +5751,7 @@ DIALECTS = {
     "api.anthropic": "/v1/messages",
     "api.embeddings": "/v1/embeddings /embeddings",
     "api.infill": "/infill",
+    "api.lent_tools": "/tools",
     "api.rerank": "/v1/rerank /v2/rerank /rerank",
     "api.ollama": "/api",
     "api.metrics": "/metrics",
@@ -5797,6 +5798,7 @@ class ServerConfig:
         None, "--timeout SECONDS: longest time for a request", (1e-3, math.inf), kind=float
     )
     idle_s: int = option(75, "--idle-timeout N: seconds that an idle connection lasts", (1, 2**31))
+    mcp: str | None = option(None, "--mcp FILE: JSON of MCP servers, whose tools models may call")
     any_model: bool = option(False, "--any-model: answer for every model name")
     strict: bool = option(False, "--strict: refuse unknown fields in requests")
     log_prompts: bool = option(False, "--log-prompts: write request bodies to the log")
@@ -6519,8 +6521,6 @@ def serve(models: Models) -> None:
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
-    if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
-        os._exit(0)  # a thread is inside torch: Python's own exit would abort
 
 
 # ==================================================================================================
@@ -6602,10 +6602,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
     add("--model MODEL", text, action="append", dest="models", default=[])
     add("--revision REV", "branch, tag or commit of a hub model")
-    text = "kind of nanochat's models: sft, rl, mid, base (default: sft)"
-    add("--source -i NAME", text, choices=("sft", "rl", "mid", "base"))
-    add("--model-tag -g TAG", "the model with this tag, as in d20 (default: the largest)")
-    add("--step -s N", "the model after N steps (default: the last)", int)
+    preferred("files.nanochat_store", "add_options", lambda _: None)(add)
     add("--tokenizer MODEL", "take tokenizer and chat template from another model")
     add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
     add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
@@ -6635,7 +6632,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system TEXT", "system prompt, with --chat or --interactive")
     add("--hide-thinking", "leave out text in think tags", action="store_true")
     add("--tools FILE", "Python file with functions that the model may call")
-    add("--yes-tools", "run these functions without asking", action="store_true")
+    add("--yes-tools", "run calls without asking", action="store_true")
     add("--embed", "print the embedding of the prompt as JSON", action="store_true")
     add("--output FILE", "with --batch-file: write JSON lines; - is stdout")
     add_model_options(parser)
@@ -6748,12 +6745,9 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def use_model(settings: Settings, name: str | None) -> Settings:
-    """The settings with another model, which --source, --model-tag and --step may choose. A name
+    """The settings with another model, which options of nanochat's models may choose. A name
     created over the API stands for its Modelfile."""
-    choice = [getattr(settings.args, name, None) for name in ("source", "model_tag", "step")]
-    if choice != [None] * 3:
-        choose_model = extra("files.nanochat_store", "--source").choose_model
-        name = str(choose_model(name or settings.modelfile.model or "nanochat", *choice))
+    name = preferred("files.nanochat_store", "chosen", lambda _, name: name)(settings, name)
     known = settings.args.modelfile or name is None or local_path(name)
     created = None if known else ModelStore().modelfile(str(name))
     args = argparse.Namespace(**{**vars(settings.args), "model": None if created else name})
@@ -6830,8 +6824,9 @@ class AnswerPrinter:
 
 
 def read_toolbox(args: argparse.Namespace) -> Any:
-    """The toolbox of --tools, which runs the model's calls; None without the flag."""
-    return extra("answers.toolbox", "--tools").open_toolbox(args) if args.tools else None
+    """The toolbox of --tools and --mcp, which runs the model's calls; None without these flags."""
+    flag = "--tools" if args.tools else "--mcp" if args.mcp else ""
+    return extra("answers.toolbox", flag).open_toolbox(args) if flag else None
 
 
 def confirmed(question: str) -> bool:
@@ -7004,7 +6999,7 @@ def run_batch(
 
 
 # Functions of extras' commands/conversation.py
-TALK_COMMANDS = "load prompt retry save set show system tokens undo".split()
+TALK_COMMANDS = "load prompt retry save set show system tokens tools undo".split()
 
 
 class Repl:
@@ -7134,7 +7129,11 @@ def run_serve(settings: Settings) -> int:
     open_models = preferred("api.shelf", "open_shelf", open_model)
     if is_test:
         open_models = extra("testing", "a server for tests").open_models
-    serve(open_models(settings, config))
+    models = open_models(settings, config)
+    with read_toolbox(args) or contextlib.nullcontext():
+        serve(models)
+    if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
+        os._exit(0)  # a thread is inside torch: Python's own exit would abort
     return 0
 
 
@@ -7268,6 +7267,7 @@ def run(argv: list[str]) -> int:
     for is_wrong, message in (
         (len(args.models) > 1 and not args.serve, "several --model need --serve"),
         (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
+        (args.mcp and not (talks or args.serve), "--mcp needs --interactive, --chat or --serve"),
         (args.output and args.batch_file is None, "--output needs --batch-file"),
         (args.embed and (args.interactive or args.serve), "--embed needs --prompt or --batch-file"),
         (args.script and (args.models or not args.serve), "--script needs --serve without --model"),

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,27 @@ def run_tools(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
+@contextlib.contextmanager
+def mcp_file() -> Iterator[str]:
+    """A file of an MCP server that ends at once, which is a warning."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"mcpServers": {"a": {"command": "false"}}}, file)
+        file.flush()
+        yield file.name
+
+
+def lend_tools(llm: LLM) -> None:
+    with mcp_file() as name:
+        flags = ("--chat", "--prompt", "x", "--max-tokens", 2, "--mcp", name)
+        command("--model", "MODEL", *flags)(llm)
+
+
+def lend_tools_to_the_page(llm: LLM) -> None:
+    with mcp_file() as name, serving(lambda: llm, mcp=name) as live:
+        if found := MISSING.search(live.http.get("/tools").text):
+            raise NanollamaError(found[0])
+
+
 def refused(path: str, **body: Any) -> Callable[[LLM], None]:
     """A request that the model cannot answer: only a missing extra counts."""
 
@@ -265,6 +286,11 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "--output": ({"commands.json_lines"}, write_json_lines),
     "--tools": ({"answers.toolbox", *FORMS}, run_tools),
+    "--mcp": ({"answers.toolbox", "answers.mcp_tools", *FORMS}, lend_tools),
+    "tools of the page": (
+        {"api.lent_tools", "answers.mcp_tools", "answers.schemas", "answers.sandboxed"},
+        lend_tools_to_the_page,
+    ),
     "an adapter": ({"models.lora"}, option(adapter="no-such-directory")),
     "a rarer family": ({"models.families", "models.layers"}, load({"model_type": "olmo2"})),
     "a rarer rope": (

@@ -288,7 +288,10 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.budgets": (f"{ON_MODEL} --thinking-budget 4",),
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
-    "answers.toolbox": (f"{ON_MODEL} --chat --tools features.py",),
+    "answers.toolbox": (
+        f"{ON_MODEL} --chat --tools features.py",
+        f"{ON_MODEL} --chat --mcp a.json",
+    ),
     "api.shelf": (
         "--serve",
         "--serve --model a --model b",
@@ -340,6 +343,7 @@ REQUESTS: list[tuple[str, str, str, dict[str, Any] | None]] = [
     ("api.responses", "POST", "/v1/responses", {"input": "x"}),
     ("api.responses", "GET", "/v1/responses/resp_1", None),
     ("api.anthropic", "POST", "/v1/messages", CHAT),
+    ("api.lent_tools", "GET", "/tools", None),
     ("api.infill", "POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}),
     ("api.rerank", "POST", "/v1/rerank", {"query": "x", "documents": ["y"]}),
     ("api.ollama", "POST", "/api/chat", CHAT),

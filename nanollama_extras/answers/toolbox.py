@@ -1,15 +1,18 @@
-"""`--tools FILE`: the functions of a Python file, which the model may ask the user to run.
+"""`--tools FILE`: the functions of a Python file, which the model may ask the user to run; beside
+them, with --mcp, the tools of MCP servers.
 
 Seam: the CLI asks `open_toolbox(args)` for an object with `tools` (definitions for a request) and
-`converse` (answers with tool calls between them). `function_tool` is public: it turns a function
-into a definition. Uses answers.tools for the names of JSON types. To remove it, delete this module
-and the row of `function_tool` in PUBLIC_EXTRAS.
+`converse` (answers with tool calls between them); it is a context, at whose end the MCP servers
+end. `function_tool` is public: it turns a function into a definition. Uses answers.tools for the
+names of JSON types, and answers.mcp_tools for --mcp. To remove it, delete this module and the row
+of `function_tool` in PUBLIC_EXTRAS.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -20,13 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanollama import UsageError, confirmed, excerpt, first_line, log
+from nanollama import UsageError, confirmed, excerpt, extra, first_line, log
 from nanollama_extras.answers.tools import JSON_NAMES
 
 if TYPE_CHECKING:
     import argparse
 
     from nanollama import Fields, GenerationRequest, Json
+    from nanollama_extras.answers.mcp_tools import LentTool, Servers
 
 MAX_ROUNDS = 10  # of tool calls for one answer
 
@@ -72,27 +76,50 @@ def function_tool(function: Callable[..., Any]) -> Json:
     return {"type": "function", "function": body}
 
 
-class Toolbox:
-    """The functions of a Python file, run for the model when the user agrees. Raises UsageError for
-    a file that cannot be loaded."""
+def load_functions(path: str) -> tuple[dict[str, Callable[..., Any]], list[Json]]:
+    """The public functions that a Python file defines, by name, and their definitions. Raises
+    UsageError."""
+    own = "nanollama_tools"
+    module = sys.modules[own] = types.ModuleType(own)  # dataclasses look up their module
+    module.__file__ = path
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
+        found = [f for f in vars(module).values() if inspect.isfunction(f)]
+        public = [f for f in found if f.__module__ == own and not f.__name__.startswith("_")]
+        tools = [function_tool(function) for function in public]
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:  # of any kind: this is the user's program
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"{path}: cannot be loaded: {reason}") from None
+    if not tools:
+        raise UsageError(f"{path}: holds no functions")
+    return {f.__name__: f for f in public}, tools
 
-    def __init__(self, path: str, asks: bool = True) -> None:
-        self.asks, own = asks, "nanollama_tools"
-        module = sys.modules[own] = types.ModuleType(own)  # dataclasses look up their module
-        module.__file__ = path
-        try:
-            exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), vars(module))
-            found = [f for f in vars(module).values() if inspect.isfunction(f)]
-            public = [f for f in found if f.__module__ == own and not f.__name__.startswith("_")]
-            self.functions = {f.__name__: f for f in public}
-            self.tools = [function_tool(function) for function in self.functions.values()]
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        except (Exception, SystemExit) as error:  # of any kind: this is the user's program
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UsageError(f"{path}: cannot be loaded: {reason}") from None
-        if not self.tools:
-            raise UsageError(f"{path}: holds no functions")
+
+class Toolbox:
+    """The functions of a Python file and the tools of MCP servers, run for the model when the user
+    agrees. Raises UsageError for a file that cannot be loaded."""
+
+    def __init__(self, path: str | None, asks: bool = True, servers: Servers | None = None) -> None:
+        self.asks, self.servers = asks, servers
+        self.functions, self.own_tools = load_functions(path) if path else ({}, [])
+
+    def __enter__(self) -> Toolbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.servers:
+            self.servers.close()
+
+    @functools.cached_property
+    def lent(self) -> dict[str, LentTool]:
+        """The tools of MCP servers, by name, once these have started."""
+        return self.servers.tools(taken=self.functions) if self.servers else {}
+
+    @property
+    def tools(self) -> list[Json]:
+        return [*self.own_tools, *(tool.definition(name) for name, tool in self.lent.items())]
 
     def converse(
         self, request: GenerationRequest, answer: Callable[[GenerationRequest], Json]
@@ -101,8 +128,9 @@ class Toolbox:
         answer has no calls. Returns the new messages."""
         messages = request.messages or []
         new: list[Json] = []
+        tools = self.tools or None
         for _ in range(MAX_ROUNDS):
-            request = dataclasses.replace(request, messages=[*messages, *new], tools=self.tools)
+            request = dataclasses.replace(request, messages=[*messages, *new], tools=tools)
             new.append(answer(request))
             if "tool_calls" not in new[-1]:
                 return new
@@ -114,22 +142,31 @@ class Toolbox:
         """Run a call of the model, if the user agrees. Returns the message with its result."""
         name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
         shown = f"{name}({', '.join(f'{key}={json.dumps(v)}' for key, v in arguments.items())})"
+        if name in self.lent:
+            shown += f" on {self.lent[name].server}"
         if self.asks and not (sys.stdin.isatty() and confirmed(f"Run {shown}? [y/N] ")):
             log.warning(
                 f"{shown} was not run" + ("" if sys.stdin.isatty() else ": no terminal to ask on")
             )
             content = "The user did not allow this call."
         else:
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-                    result = self.functions[name](**arguments)
-                content = result if isinstance(result, str) else json.dumps(result, default=str)
-            except (Exception, SystemExit) as error:  # goes to the model, which may have caused it
-                content = f"{type(error).__name__}: {first_line(error)}"
+            content = self.run(name, arguments)
             log.warning(f"{shown} -> {excerpt(content)}")
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
 
+    def run(self, name: str, arguments: Fields) -> str:
+        """The result of a call as text, or its error, which goes to the model."""
+        if self.servers and name in self.lent:
+            return self.servers.call(self.lent[name], arguments)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+                result = self.functions[name](**arguments)
+            return result if isinstance(result, str) else json.dumps(result, default=str)
+        except (Exception, SystemExit) as error:  # the model may have caused it
+            return f"{type(error).__name__}: {first_line(error)}"
+
 
 def open_toolbox(args: argparse.Namespace) -> Toolbox:
-    """The toolbox of --tools. Raises UsageError."""
-    return Toolbox(args.tools, asks=not args.yes_tools)
+    """The toolbox of --tools and --mcp. Raises UsageError, and PackageError without `mcp`."""
+    servers = extra("answers.mcp_tools", "--mcp").open_servers(args.mcp) if args.mcp else None
+    return Toolbox(args.tools, asks=not args.yes_tools, servers=servers)

@@ -1,4 +1,5 @@
 """The web chat: GET / serves page.html, and POST /chat/completions is a short route for web pages.
+With --mcp, the page calls the tools of api.lent_tools.
 
 Seam: a dialect (`nanollama.DIALECTS`). To remove it, delete this file, page.html and that row.
 """
@@ -93,7 +94,8 @@ class API(Handlers):
 
     async def page(self, request: Request) -> Response:
         """GET /: the chat"""
-        return HTMLResponse(PAGE, headers=page_headers())
+        mark = " data-tools" if self.config.mcp else ""  # the page then asks for the tools
+        return HTMLResponse(PAGE.replace("<html", f"<html{mark}", 1), headers=page_headers())
 
     async def chat_stream(self, request: Request) -> Response:
         """POST /chat/completions: {token, gpu} events, then {done}. Sampling values out of range

@@ -46,6 +46,7 @@ TALK_HELP = '''\
   /show               print the model and the sampling parameters
   /system [TEXT]      set or print the system prompt
   /tokens             print the token ids last sent, with their text
+  /tools              list the tools that the model may call
   /undo               remove the last message and its answer
   """                 start and end a message of several lines
   quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer'''
@@ -127,6 +128,17 @@ def tokens(repl: Repl, argument: str) -> None:
     ids = repl.llm.prompt_ids(sent)
     log.warning(" ".join(f"{i}:{repl.llm.tokenizer.piece(i)!r}" for i in ids))
     log.warning(f"{len(ids)} tokens")
+
+
+def tools(repl: Repl, argument: str) -> None:
+    """/tools: each tool with the first line of its description."""
+    functions = [tool["function"] for tool in repl.tools or ()]
+    width = max((len(function["name"]) for function in functions), default=0)
+    for function in functions:
+        line = (function["description"].strip().splitlines() or [""])[0]
+        log.warning(f"  {function['name']:<{width}}  {line}".rstrip())
+    if not functions:
+        log.warning("no tools; start again with --tools FILE or --mcp FILE")
 
 
 def fit_context(

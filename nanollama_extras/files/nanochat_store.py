@@ -1,7 +1,8 @@
 """Models in nanochat's own directory: the choice of a checkpoint by source, tag and step.
 
 Seam: FINDERS. The core calls `find_model` for the name "nanochat" and for a directory with one of
-nanochat's folders in it, and `choose_model` for --source, --model-tag and --step.
+nanochat's folders in it, `add_options` for --source, --model-tag and --step, and `chosen` for the
+model that these choose.
 To remove it: delete this file and its test, and the lines of the core that name it.
 Source: https://github.com/karpathy/nanochat (nanochat/checkpoint_manager.py)
 """
@@ -12,9 +13,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanollama import ModelNotFoundError, UsageError, local_path
+
+if TYPE_CHECKING:
+    from nanollama import Settings
 
 FOLDERS = {  # folder -> its source; a later one replaces an earlier one
     "base_checkpoints": "base",
@@ -24,6 +28,23 @@ FOLDERS = {  # folder -> its source; a later one replaces an earlier one
     "sft_checkpoints": "sft",
     "chatsft_checkpoints": "sft",
 }
+
+
+def add_options(add: Callable[..., None]) -> None:
+    """Add the options that choose one of nanochat's models."""
+    text = "kind of nanochat's models: sft, rl, mid, base (default: sft)"
+    add("--source -i NAME", text, choices=("sft", "rl", "mid", "base"))
+    add("--model-tag -g TAG", "the model with this tag, as in d20 (default: the largest)")
+    add("--step -s N", "the model after N steps (default: the last)", int)
+
+
+def chosen(settings: Settings, name: str | None) -> str | None:
+    """The model that these options choose; without any of them, the one of that name. Raises as
+    `choose_model`."""
+    choice = [getattr(settings.args, name, None) for name in ("source", "model_tag", "step")]
+    if choice == [None] * 3:
+        return name
+    return str(choose_model(name or settings.modelfile.model or "nanochat", *choice))
 
 
 def find_model(reference: str, root: Path) -> Path:

@@ -6,15 +6,19 @@ import json
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp_server import ENTRY
 from serving import Live, serving, wait_until
 
 import nanollama
+from nanollama_extras import testing
+from nanollama_extras.answers.mcp_tools import open_servers
 from nanollama_extras.api.page import PAGE, page_headers
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -956,3 +960,48 @@ def test_the_real_servers_errors_are_shown(context: Any, tiny: Callable[..., Pat
         send(page, "word " * 500)
         error = page.get_by_role("alert")
         expect(error).to_contain_text(re.compile(r"Error 400: .*256"))  # the context has 256 tokens
+
+
+# ---- tools --------------------------------------------------------------------------------------
+
+
+def test_a_tool_is_run_when_the_user_agrees(context: Any, tmp_path: Path) -> None:
+    """One call is run and one refused; a reload keeps the question for a third."""
+    pytest.importorskip("mcp")
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"plain": ENTRY}}), encoding="utf-8")
+    calls = [
+        {"tool_calls": [{"name": "weather", "arguments": {"city": name}} for name in names]}
+        for names in (["Oslo", "Bern"], ["Rome"])
+    ]
+    script = testing.Script([*calls, "Snow, of course."])
+    config = nanollama.ServerConfig(any_model=True, mcp=str(file))
+    requests: deque[Any] = deque()
+    models = testing.scripted_models(lambda: testing.ScriptLLM(script), "model", config, requests)
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    with serving(models=models) as live:
+        page.goto(live.url)
+        expect(page.locator("#model")).to_have_text("model")
+        send(page, "Weather?")
+        asked = page.get_by_role("group", name="Call of weather")
+        expect(asked).to_have_count(2)
+        expect(asked.first).to_contain_text('weather({"city": "Oslo"}) on plain')
+        asked.nth(1).get_by_role("button", name="Refuse").click()
+        expect(asked).to_have_count(1)
+        asked.get_by_role("button", name="Run").click()
+        expect(asked).to_contain_text("Rome")  # the model went on
+        page.reload()
+        asked.get_by_role("button", name="Run").click()
+        expect(last(page)).to_have_text("Snow, of course.")
+        expect(asked).to_have_count(0)
+        page.locator("details.call").first.click()
+        expect(page.locator("details.call pre").first).to_have_text("snow in Oslo")
+        open_servers(str(file)).close()
+    sent = [request["body"]["messages"] for request in requests if "messages" in request["body"]]
+    results = [message["content"] for message in sent[-1] if message["role"] == "tool"]
+    assert results == ["snow in Oslo", "The user did not allow this call.", "snow in Rome"]
+    assert [call["function"]["name"] for call in sent[-1][1]["tool_calls"]] == ["weather"] * 2
+    assert requests[0]["body"]["tools"][0]["function"]["name"] == "weather"
+    assert faults == []
