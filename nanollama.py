@@ -221,7 +221,7 @@ if TYPE_CHECKING:
     Heads = tuple[Tensor, ...]  # q (N, H, D), k, maybe v (N, Hkv, D)
     Tensors = Mapping[str, "TensorSource"]  # by name
     Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
-    Limits = tuple[float, float]  # least and most
+    Limits = tuple[float, float] | tuple[float, float, str]  # least, most, another value
 else:
     gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
@@ -826,10 +826,10 @@ class Option:
             return f"choose one of {', '.join(self.choices)}"
         if self.limits is None:
             return "use True or False"
-        least, most = self.limits
-        kind = "an integer" if self.kind is int else "a number"
+        least, most, *words = self.limits
+        kind = "a number" if self.kind is float else "an integer"
         extent = f"between {least} and {most}" if most < 2**31 else f"of at least {least}"
-        return f"it must be {kind} {extent}"
+        return " or ".join([f"it must be {kind} {extent}", *words])
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -838,9 +838,9 @@ class Option:
             return value in self.choices
         if self.kind is bool or isinstance(value, bool):
             return type(value) is self.kind
-        if self.limits is None:
+        if self.limits is None or value in self.limits[2:]:
             return True
-        is_number = isinstance(value, numbers.Integral if self.kind is int else numbers.Real)
+        is_number = isinstance(value, numbers.Real if self.kind is float else numbers.Integral)
         return is_number and bool(self.limits[0] <= value <= self.limits[1])
 
 
@@ -971,7 +971,13 @@ class EngineConfig:
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
     state_mb: int = option(512, "--state-mb N: saved states of hybrid models", (0, 2**24))
-    lookup: int = option(0, "--lookup N: draft from the context", (0, 64), bare=DEFAULT_LOOKUP)
+    lookup: int | str = option(
+        0,
+        "--lookup N: draft from the context, or mtp: by the model's head",
+        (0, 64, "mtp"),
+        kind=lambda text: int(text) if text.isdecimal() else text,
+        bare=DEFAULT_LOOKUP,
+    )
     kernels: str = option(
         "auto",
         "--kernels: native: compiled C for the CPU; torch: its operators; auto: native if possible",
@@ -1489,7 +1495,7 @@ class TensorSource:
         shape = (len(rows), *self.shape[1 + len(expert) :])
         nbytes = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
         load = lambda at=slice(None): self.load(*expert, rows[at])  # noqa: E731
-        return TensorSource(shape, self.kind, nbytes, load, self.is_packed)
+        return TensorSource(shape, self.kind, nbytes, load, self.is_packed, self.stays)
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -4264,8 +4270,7 @@ class Constraint(Protocol):
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1): output `position` of SplitMix64, which starts at a hash of the seed
     (https://doi.org/10.1145/2714064.2660195)."""
-    mask = (1 << 64) - 1
-    x = 0
+    x, mask = 0, (1 << 64) - 1
     for word in (seed, position):
         x = (x + (word + 1) * 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -4486,7 +4491,7 @@ class Delta:
 class Drafter(Protocol):
     """Guesses the next tokens of one text, for the engine to verify (see `--lookup`)."""
 
-    def draft(self, tokens: list[int], most: int) -> list[int]: ...
+    def draft(self, seq: Sequence, most: int) -> list[int]: ...
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None: ...
 
 
@@ -4652,10 +4657,7 @@ class Scheduler:
             num_new = num_left if num_left == 1 else min(num_left, budget)
             seq.draft = []
             if num_left == 1 and seq.drafter and seq.num_generated:
-                room = seq.max_length - len(seq.token_ids) - 1
-                seq.draft = seq.drafter.draft(seq.token_ids, min(self.lookup, most_drafted, room))
-                if seq.draft and seq.constraint:
-                    del seq.draft[seq.constraint.num_valid(seq.draft) :]
+                seq.draft = seq.drafter.draft(seq, min(self.lookup, most_drafted))
             if num_new > 0:
                 work.append((seq, num_new))
                 budget -= num_new if num_left > 1 else 0
@@ -4711,7 +4713,9 @@ class Engine:
         self.n_vocab = decoder.config.n_vocab
         self.n_ctx = min(config.ctx or decoder.config.n_ctx, decoder.config.n_ctx)
         self.is_capped = self.n_ctx < decoder.config.n_ctx
-        chunk, lookup, state_mb = config.prefill_chunk, config.lookup, config.state_mb
+        chunk, lookup, state_mb = config.prefill_chunk, 0, config.state_mb
+        if config.lookup:
+            lookup, self.new_drafter = extra("answers.lookup", "--lookup").drafters(self, config)
         most_new = max(chunk, lookup + 1)
         # strips of a usual length that fit into half of the free memory
         usual = min(self.n_ctx, SLOT_TOKENS)
@@ -4722,8 +4726,6 @@ class Engine:
         kind = getattr(decoder, "scheduler", Scheduler)
         self.scheduler = kind(self.num_slots, chunk, lookup, self.cache.resumable)
         self.stats = EngineStats()
-        if lookup:
-            self.new_drafter = extra("answers.lookup", "--lookup").PromptLookup
         with torch.inference_mode():
             self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
 
@@ -4743,7 +4745,7 @@ class Engine:
             raise ContextLengthError(f"{problem}, the answer included; {remedy}", "prompt")
         most = self.n_ctx if seq.params.max_tokens is None else seq.params.max_tokens
         seq.max_length = min(seq.num_prompt + most, self.n_ctx)
-        seq.drafter = self.new_drafter() if self.new_drafter else None
+        seq.drafter = self.new_drafter and self.new_drafter()
         self.scheduler.add(seq)
 
     def check_ids(self, token_ids: Iterable[int], param: str) -> None:
@@ -4797,19 +4799,17 @@ class Engine:
             self.cache.reserve(seq.slot, seq.num_computed + len(new))
             num_rows = 0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new)
             inputs.append((seq.slot, seq.num_computed, new, num_rows))
-        steps, is_decode = self.decode_steps, all(len(new) == 1 == n for _, _, new, n in inputs)
-        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == self.decoder.parts
-        if steps and is_decode and is_recorded:
+        decoder, steps = self.decoder, self.decode_steps
+        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == decoder.parts
+        if steps and is_recorded and all(len(new) == 1 == n for _, _, new, n in inputs):
             logits = steps([(slot, start, new[0]) for slot, start, new, _ in inputs]).cpu()
         else:
-            batch = Batch(inputs, self.decoder.device, self.decoder.row_tile)
-            x = self.decoder.hidden(batch, self.cache)
-            if any(seq.pooler for seq, _ in work):
-                states = self.decoder.norm(x).float().cpu()
-                for (seq, num_new), span in zip(work, batch.spans):
-                    if seq.pooler:
-                        seq.pooler.take(states[span.row :][:num_new])
-            logits = self.decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
+            batch = Batch(inputs, decoder.device, decoder.row_tile)
+            x = decoder.hidden(batch, self.cache)
+            for (seq, num_new), span in zip(work, batch.spans):
+                if seq.pooler:
+                    seq.pooler.take(decoder.norm(x[span.row :][:num_new]).float().cpu())
+            logits = decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
         return torch.split(logits, [num_rows for *_, num_rows in inputs])
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
@@ -5071,6 +5071,8 @@ class LLM(TextSide):
         used_device = pick_device(device)  # before a download: the name may be wrong
         store = ModelStore()
         checkpoint = open_checkpoint(store.resolve(str(model), revision))
+        if config.lookup == "mtp":
+            checkpoint = extra("models.mtp", "--lookup mtp").with_head(checkpoint)
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
         new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
         self.tokenizer = Tokenizer(text) if needs_text else new(text)
@@ -5176,9 +5178,7 @@ class LLM(TextSide):
 
     def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
         """An embedding of unit length for each text. Raises RequestError."""
-        requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
-        embeddings = {d.index: d.embedding for d in self.stream(requests) if d.embedding}
-        return [embeddings[i] for i in range(len(requests))]
+        return extra("answers.embeddings", "an embedding").embed(self, texts)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -7164,6 +7164,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     kernels, kv_dtype = chosen_kernels(checkpoint, settings)
     num_weights, kv_bytes = memory_needed(checkpoint, settings)
     rope, states = config.rope["rope_type"], ""
+    head = ", and one that drafts (--lookup mtp)" * ("mtp.fc.weight" in checkpoint.tensors)
     heads = f"{config.n_heads} heads over {config.n_kv_heads} key/value heads of {config.head_dim}"
     if config.window_heads:
         heads += " ({} of {} in windows)".format(*config.window_heads)
@@ -7179,7 +7180,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         + ("" if rope in ("default", "proportional") else f" (RoPE scaling: {rope})"),
         f"quantization  {checkpoint.quantization} ({checkpoint.format}, "
         f"{human_bytes(checkpoint.num_bytes)})",
-        f"layers        {config.n_layers} of width {config.n_embd}, {heads}",
+        f"layers        {config.n_layers} of width {config.n_embd}, {heads}{head}",
         f"vocabulary    {config.n_vocab} tokens",
         f"template      {template.origin}",
         f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "

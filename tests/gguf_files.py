@@ -350,6 +350,7 @@ def add_delta_net(writer: Any, config: dict[str, Any]) -> None:
     writer.add_ssm_inner_size(width)
     arch = ARCH[config["model_type"]].lower()
     recurrent = [kind == "linear_attention" for kind in config["layer_types"]]
+    recurrent += [False] * config.get("num_nextn_predict_layers", 0)
     writer.add_array(f"{arch}.attention.recurrent_layers", recurrent)
     writer.add_uint32(f"{arch}.full_attention_interval", 4)
     if "qwen3_5" in config["model_type"]:
@@ -638,6 +639,16 @@ def prediction_block(tensors: dict[str, Any], n_layers: int) -> dict[str, Any]:
     return {f"model.layers.{n_layers}.{name}": tensor for name, tensor in block.items()}
 
 
+def prediction_name(name: str, n_layers: int) -> str:
+    """A name of a head in Qwen3.5's files as _Qwen35MtpMixin.filter_tensors has it."""
+    theirs = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm"}
+    theirs |= {"norm": "shared_head.norm"}
+    if found := re.fullmatch(r"mtp\.layers\.(\d+)\.(.*)", name):
+        return f"model.layers.{n_layers + int(found[1])}.{found[2]}"
+    found = re.fullmatch(r"mtp\.(\w+)\.weight", name)
+    return f"model.layers.{n_layers}.{theirs[found[1]]}.weight" if found else name
+
+
 def convert(
     directory: Path,
     target: Path,
@@ -655,6 +666,8 @@ def convert(
     config["old_latents"] = old_latents
     if config["model_type"].startswith("deepseek"):  # of which the converter skips these blocks
         config.pop("num_nextn_predict_layers", None)
+    if num_predicted := config.get("mtp_num_hidden_layers", 0):
+        config["num_nextn_predict_layers"] = num_predicted
     model_type, arch = config["model_type"], arch_of(config)
     arch_name = gguf.MODEL_ARCH_NAMES[arch]
     if model_type == "muse_glimmer_text":  # which newer versions of the gguf package know
@@ -665,7 +678,10 @@ def convert(
     weights: dict[str, torch.Tensor] = {}
     raws: dict[str, Any] = {}
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    if config.get("num_nextn_predict_layers"):
+    if num_predicted:
+        n_layers = config["num_hidden_layers"]
+        tensors = {prediction_name(name, n_layers): each for name, each in tensors.items()}
+    elif config.get("num_nextn_predict_layers"):
         tensors |= prediction_block(tensors, config["num_hidden_layers"])
     for name, tensor in split_kv_b(tensors, config).items():
         if name.startswith(("model.visual.", "model.vision_")):

@@ -308,6 +308,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "files.tiny_random": ("--model tiny-random --prompt x",),
     "kernels.native": (f"{ON_MODEL} --kernels native",),
     "models.lora": (f"{ON_MODEL} --adapter .",),
+    "models.mtp": (f"{ON_MODEL} --lookup mtp",),
     "testing": ("--serve --script answers.yaml",),
 }
 COMMAND_LINES = [(module, line) for module, lines in COMMANDS.items() for line in lines]
@@ -408,6 +409,7 @@ UNUSED = {
     "models.hybrid_config",
     "models.mamba2",
     "models.mamba2_config",
+    "models.mtp",
     "models.muse_glimmer",
     "models.recurrent",
     "models.short_conv",

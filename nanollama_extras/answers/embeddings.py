@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +27,7 @@ from torch import Tensor
 from nanollama import (
     Checkpoint,
     CheckpointError,
+    GenerationRequest,
     PackedLinear,
     RequestError,
     check_number,
@@ -37,7 +38,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import LLM, GenerationRequest
+    from nanollama import LLM
 
 # {arch}.pooling_type in GGUF metadata (https://github.com/ggml-org/llama.cpp, llama_pooling_type)
 GGUF_POOLING = {"1": "mean", "2": "cls", "3": "last", "4": "rank"}
@@ -64,6 +65,13 @@ class Pooling:
 
 
 _poolings: weakref.WeakKeyDictionary[LLM, Pooling] = weakref.WeakKeyDictionary()
+
+
+def embed(llm: LLM, texts: Iterable[str | list[int]]) -> list[list[float]]:
+    """An embedding of unit length for each text. Raises RequestError."""
+    requests = [GenerationRequest(prompt=text, embed=True) for text in texts]
+    embeddings = {d.index: d.embedding for d in llm.stream(requests) if d.embedding}
+    return [embeddings[i] for i in range(len(requests))]
 
 
 def new_pooler(llm: LLM, request: GenerationRequest) -> Any:

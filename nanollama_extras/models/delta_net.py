@@ -5,7 +5,7 @@ Adds       `GatedDeltaNet`, a layer with a state of a matrix for each head; `Gat
 Seam       Family.layout, .gguf_layout and .decoder of these families. models.hybrid_config reads
            their configs, models.recurrent keeps the states. Imports models.families,
            models.layers, whose norms OLMo hybrid has, and models.routers, which names the tensors
-           that nothing here reads.
+           of blocks that predict further tokens. Only models.mtp reads these.
 Source     https://arxiv.org/abs/2412.06464 (gated delta networks), https://qwen.ai (models)
            https://github.com/huggingface/transformers (src/transformers/models/qwen3_5)
 Remove     delete this file and the rows of these families.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from nanollama import (
     Attention,
     Batch,
     DecoderLayer,
+    KernelError,
     KVCache,
     ModelConfig,
     Norm,
@@ -45,6 +46,9 @@ from nanollama_extras.models.hybrid_config import DeltaNetShape
 from nanollama_extras.models.layers import VariedAttention, VariedLayer
 from nanollama_extras.models.recurrent import Inputs, RecurrentDecoder, RecurrentMixer
 from nanollama_extras.models.routers import prediction_tensors
+
+if TYPE_CHECKING:
+    from nanollama_extras.models.mtp import Head
 
 Tensors = Mapping[str, TensorSource]
 
@@ -83,9 +87,10 @@ def hub_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]
     added."""
     named: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
+        name = re.sub(r"^model\.(?=mtp\.)", "", name)
         if name.endswith(".A_log"):
             named[name.removesuffix("_log")] = changed(tensor, lambda x: -x.exp())
-        elif name.endswith("norm.weight") and "linear_attn" not in name:
+        elif re.search(r"norm(_\w+)?\.weight$", name) and "linear_attn" not in name:
             named[name] = plus_one(tensor)
         else:
             named[name] = tensor
@@ -157,14 +162,26 @@ GGUF_NAMES = {
     r"ssm_norm\.weight": "linear_attn.norm.weight",
     r"ssm_out\.weight": "linear_attn.out_proj.weight",
 }
+# the same for a block that predicts further tokens, which is a layer behind the others
+GGUF_PREDICTION = {
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
+}
 
 
 def gguf_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
     """Tensors of GGUF files as `DeltaNetDecoder` wants them; see `hub_layout`."""
+    further = prediction_tensors(tensors, config.n_layers)
     named: dict[str, TensorSource] = {}
     for name, tensor in tensors.items():
         place = re.fullmatch(r"(?:blk|model\.layers)\.(\d+)\.(.+)", name)
-        if place:
+        if name in further and place:
+            part = place[2].removesuffix(".weight")
+            name = f"mtp.layers.{int(place[1]) - config.n_layers}.{place[2]}"
+            name = f"{GGUF_PREDICTION[part]}.weight" if part in GGUF_PREDICTION else name
+        elif place:
             ours = next((o for g, o in GGUF_NAMES.items() if re.fullmatch(g, place[2])), place[2])
             name = f"model.layers.{place[1]}.{ours}"
         named[name] = tensor
@@ -172,13 +189,11 @@ def gguf_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource
 
 
 def common_layout(tensors: Tensors, config: ModelConfig) -> dict[str, TensorSource]:
-    """conv1d as (taps, channels), fused projections split. Blocks that predict further tokens are
-    left out."""
+    """conv1d as (taps, channels), fused projections split. Only models.mtp reads the head's."""
     shape: DeltaNetShape = config.own["delta_net"]
-    skipped = prediction_tensors(tensors, config.n_layers)
     named: dict[str, TensorSource] = {}
-    for name in (name for name in tensors if name not in skipped):
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
+        tensor = dataclasses.replace(tensor, stays=tensor.stays or name.startswith("mtp."))
         if name.endswith((".self_attn.q_proj.weight", ".self_attn.q_proj.bias")):
             named |= split_gate(name, tensor, config)
         elif name.endswith("conv1d.weight"):
@@ -335,6 +350,23 @@ class DeltaNetLayer(DecoderLayer):
 
 class DeltaNetDecoder(RecurrentDecoder):
     layer = DeltaNetLayer
+    head: Head | None = None  # that predicts further tokens; models.mtp puts it here
+
+    def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
+        weights.used |= prediction_tensors(weights.tensors, config.n_layers)
+        super().__init__(config, weights, kv_dtype)
+        self.weights = weights  # for models.mtp
+
+    def prepare(self, batch: Batch) -> None:
+        """Raises KernelError where the head needs the hidden states, which a recorded step hides"""
+        if self.head:
+            raise KernelError("hidden states are needed for drafts")
+
+    def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
+        x = super().hidden(batch, cache)
+        if self.head:
+            self.head.observe(self, batch, cache, x)
+        return x
 
 
 class OlmoHybridLayer(VariedLayer):

@@ -321,12 +321,16 @@ def test_statistics_add_up_over_a_batch(looking: LLM) -> None:
     assert 0 < done.accepted_tokens < done.drafted_tokens
 
 
+def sequence(tokens: list[int], max_length: int) -> Sequence:
+    text = TextStream.__new__(TextStream)
+    return Sequence(0, tokens, SamplingParams(), text, max_length=max_length)
+
+
 def decoding(num: int, lookup: int, max_length: int = 1000) -> Scheduler:
     """A scheduler whose `num` sequences all repeat themselves and decode."""
     scheduler = Scheduler(num, 512, lookup, lambda slot, num, length: num)
-    for index in range(num):
-        text = TextStream.__new__(TextStream)
-        seq = Sequence(index, [1, 2, 3] * 9, SamplingParams(), text, max_length=max_length)
+    for _ in range(num):
+        seq = sequence([1, 2, 3] * 9, max_length)
         seq.drafter = PromptLookup()
         scheduler.waiting.append(seq)
         scheduler.admit()
@@ -371,17 +375,17 @@ def test_without_lookup_nothing_is_drafted() -> None:
 
 def test_the_longest_match_is_continued_and_of_equals_the_latest() -> None:
     long, short = [1, 2, 3, 4, 50], [3, 4, 60]
-    assert PromptLookup().draft([*long, 9, *short, 9, 1, 2, 3, 4], 1) == [50]
-    assert PromptLookup().draft([*short, 9, *long, 9, 8, 3, 4], 1) == [50]
-    assert PromptLookup().draft([*long, 9, *short, 9, 8, 3, 4], 1) == [60]
-    assert PromptLookup().draft([*long, 9, *short, 9, 8, 3, 4], 9) == [60, 9, 8, 3, 4, 60, 9, 8, 3]
+    assert PromptLookup().guess([*long, 9, *short, 9, 1, 2, 3, 4], 1) == [50]
+    assert PromptLookup().guess([*short, 9, *long, 9, 8, 3, 4], 1) == [50]
+    assert PromptLookup().guess([*long, 9, *short, 9, 8, 3, 4], 1) == [60]
+    assert PromptLookup().guess([*long, 9, *short, 9, 8, 3, 4], 9) == [60, 9, 8, 3, 4, 60, 9, 8, 3]
 
 
 def test_nothing_is_guessed_without_two_tokens_seen_before() -> None:
     for tokens in ([], [1], [1, 1], [1, 2, 3, 4], [1, 2, 9, 2], [2, 1, 9, 1, 2]):
-        assert PromptLookup().draft(tokens, 8) == []
-    assert PromptLookup().draft([1, 1, 1], 3) == [1, 1, 1]
-    assert PromptLookup().draft([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+        assert PromptLookup().guess(tokens, 8) == []
+    assert PromptLookup().guess([1, 1, 1], 3) == [1, 1, 1]
+    assert PromptLookup().guess([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
 
 
 def longest_match(tokens: list[int]) -> int:
@@ -401,8 +405,8 @@ def test_a_guess_continues_the_longest_match_however_the_text_came(
     drafter, length = PromptLookup(), 0
     while length < len(tokens):
         length = data.draw(st.integers(length + 1, len(tokens)))
-        draft = drafter.draft(tokens[:length], most)
-    whole = PromptLookup().draft(tokens, most)
+        draft = drafter.guess(tokens[:length], most)
+    whole = PromptLookup().guess(tokens, most)
     assert not tokens or draft == whole
     num = longest_match(tokens)
     assert len(whole) == (most if num else 0)
@@ -413,9 +417,10 @@ def test_a_guess_continues_the_longest_match_however_the_text_came(
 
 def test_wrong_guesses_make_a_drafter_rare_and_right_ones_eager() -> None:
     drafter, tokens, asked = PromptLookup(), [1] * 10, []
+    seq = sequence(tokens, 10**6)
     for _ in range(300):
         tokens.append(1)
-        if draft := drafter.draft(tokens, 8):
+        if draft := drafter.draft(seq, 8):
             asked.append((len(tokens), len(draft)))
             drafter.learn(len(draft), 0, len(tokens) + 1)
     gaps = [b - a for (a, _), (b, _) in itertools.pairwise(asked)]
@@ -425,12 +430,12 @@ def test_wrong_guesses_make_a_drafter_rare_and_right_ones_eager() -> None:
     sizes = []
     for _ in range(5):
         tokens += [1] * 32
-        draft = drafter.draft(tokens, 8)
+        draft = drafter.draft(seq, 8)
         sizes.append(len(draft))
         drafter.learn(len(draft), len(draft), len(tokens))
     assert sizes == [1, 2, 4, 8, 8]
     drafter.learn(8, 3, len(tokens))
-    assert len(drafter.draft(tokens, 8)) == 4
+    assert len(drafter.draft(seq, 8)) == 4
 
 
 # ---- flags and numbers ---------------------------------------------------------------------------
@@ -462,11 +467,10 @@ def test_a_bad_number_is_a_usage_error(value: str, capsys: pytest.CaptureFixture
         nanollama.main(["--prompt", "x", "--lookup", value])
     assert caught.value.code == 2
     assert "lookup" in capsys.readouterr().err.splitlines()[-1]
-    if value != "x":
-        with pytest.raises(
-            RequestError, match=f"lookup is {value}; it must be an integer between 0 and 64"
-        ):
-            LLM(lookup=int(value))
+    given: Any = value if value == "x" else int(value)
+    wanted = "it must be an integer between 0 and 64 or mtp"
+    with pytest.raises(RequestError, match=f"lookup is {given!r}; {wanted}"):
+        LLM(lookup=given)
 
 
 def test_the_speed_line_tells_of_drafts_where_there_were_any() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 from families import ROWS
 from oracle import Tiny, rewritten
+from traffic import answer, assert_company_changes_nothing, greedy
 
 from nanollama import LLM, CheckpointError, GenerationRequest, SamplingParams, model_config
 from nanollama_extras.models import recurrent
@@ -35,17 +35,6 @@ def long_context(tiny: Tiny, variant: str) -> Path:
 @pytest.fixture(params=FAMILIES)
 def path(request: pytest.FixtureRequest, tiny: Tiny) -> Path:
     return long_context(tiny, request.param)
-
-
-def greedy(ids: list[int], num: int = 8) -> GenerationRequest:
-    params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=num, ignore_eos=True)
-    return GenerationRequest(prompt=ids, params=params)
-
-
-def answer(llm: LLM, ids: list[int], num: int = 8) -> tuple[int, list[int]]:
-    """The number of cached tokens, and the answer."""
-    done = llm.complete(greedy(ids, num))
-    return done.usage.cached_tokens, done.token_ids
 
 
 BROKEN = [
@@ -84,38 +73,7 @@ def test_requests_that_come_and_go_get_the_answers_that_each_gets_alone(
     path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recurrent, "SAVE_EVERY", 32)
-    rng = random.Random(1)
-    llm = LLM(path, parallel=3, prefill_chunk=24, **options)
-    alone = LLM(path, parallel=1, prefill_chunk=512, state_mb=0, **{**options, "lookup": 0})
-    texts = [[rng.randrange(2, 40) for _ in range(50)] for _ in range(3)]
-    known: dict[tuple[int, ...], list[int]] = {}
-    running: list[Any] = []
-    num_checked = num_cached = 0
-    for _ in range(2000 if "lookup" in options else 300):
-        if rng.random() < 0.15:
-            base = rng.choice(texts)
-            prompt = base[: rng.randrange(1, len(base))] + [rng.randrange(2, 320)] * rng.randrange(
-                3
-            )
-            running.append((prompt, llm.start(greedy(prompt, rng.randrange(1, 20)))))
-        if running and rng.random() < 0.03:
-            llm.engine.cancel(running.pop(rng.randrange(len(running)))[1])
-        if llm.engine.has_work:
-            llm.engine.step()
-        for item in [item for item in running if item[1].finish_reason]:
-            running.remove(item)
-            prompt, seq = item
-            key = tuple(prompt)
-            if key not in known:
-                alone.engine.forget()
-                known[key] = answer(alone, prompt, 20)[1]
-            given = seq.token_ids[len(prompt) :]
-            assert given == known[key][: len(given)]
-            num_checked, num_cached = num_checked + 1, num_cached + seq.num_cached
-            if rng.random() < 0.5:  # the next turn
-                texts[rng.randrange(3)] = [*seq.token_ids, 3, 9, 4][-200:]
-    assert num_checked > 30
-    assert num_cached > 200
+    assert_company_changes_nothing(path, 2000 if "lookup" in options else 300, **options)
 
 
 def test_a_next_turn_an_edit_and_a_retry_resume_near_the_end(path: Path) -> None:
