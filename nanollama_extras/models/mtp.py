@@ -5,7 +5,8 @@ Adds       `Head`: a block of the model's file that guesses the token after the 
            guess. It reads every text along with the model, into keys and values of its own, which
            are one more layer of the model's cache.
 Seam       answers.lookup makes the `Head`, which puts itself into a models.delta_net decoder.
-           Imports answers.lookup, for the length of drafts, and the layer of models.delta_net.
+           Imports answers.lookup, for the length of drafts, the layer of models.delta_net, and a
+           limit of models.recurrent.
 Source     https://arxiv.org/abs/2404.19737 (multi-token prediction)
            https://github.com/vllm-project/vllm (vllm/model_executor/models/qwen3_5_mtp.py)
 Remove     delete this file; `--lookup mtp` then says that it needs it.
@@ -197,6 +198,7 @@ def block_weights(weights: Weights) -> Weights:
     named = {name: each for name, each in weights.tensors.items() if name.startswith("mtp.")}
     own.tensors = {name.replace("mtp", "model", 1): each for name, each in named.items()}
     own.source, own.sensitive = f"{weights.source}: MTP head", keep_8_bits(own.tensors)
+    own.adapter = None  # which has the same names for layers of the model
     return own
 
 
