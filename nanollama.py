@@ -950,7 +950,6 @@ class SamplingParams:
 
 
 DTYPES = ("float32", "float16", "bfloat16")
-DEFAULT_LOOKUP = 8  # of --lookup without a number
 MAX_PARALLEL = 16  # sequences, unless --parallel says more
 
 
@@ -976,7 +975,7 @@ class EngineConfig:
         "--lookup N: draft from the context, or mtp: by the model's head",
         (0, 64, "mtp"),
         kind=lambda text: int(text) if text.isdecimal() else text,
-        bare=DEFAULT_LOOKUP,
+        bare=8,
     )
     kernels: str = option(
         "auto",

@@ -458,7 +458,7 @@ def test_the_flag_takes_a_number_or_a_good_one(
         assert counts
         assert 10 < int(counts[1]) <= int(counts[2])
     args = nanollama.build_parser().parse_args(["--prompt", "x", "--lookup"])
-    assert args.lookup == nanollama.DEFAULT_LOOKUP
+    assert args.lookup == 8
 
 
 @pytest.mark.parametrize("value", ["-1", "65", "x"])
