@@ -200,7 +200,7 @@ import json, sys
 import torch
 from nanollama import LLM, GenerationRequest, SamplingParams
 torch.set_num_threads(1)
-options = {"temperature": 0, "repeat_penalty": 1, "max_tokens": 16, "logprobs": 5}
+options = {"temperature": 0, "repeat_penalty": 1, "max_tokens": 24, "logprobs": 5}
 params = SamplingParams(**options, ignore_eos=True)
 for line in sys.stdin:
     path, quantize, ids = json.loads(line)
@@ -235,7 +235,7 @@ def test_models_are_those_of_transformers(
     answers = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(answers) == len(jobs)
     for job, (first, answer), (top_ids, greedy_ids) in zip(jobs, answers, expected):
-        assert len(answer) == 16
+        assert len(answer) == 24
         assert greedy_ids is None or answer == greedy_ids, job
         assert top_ids is None or first[0] in top_ids, job
 

@@ -255,7 +255,9 @@ async def model_fields(models: Models, name: str) -> Json:
         ctx, checkpoint = pool.llm().engine.n_ctx, getattr(pool.llm(), "checkpoint", None)
         path = checkpoint and checkpoint.path  # a script has none
     else:
-        path = await asyncio.to_thread(source.locate)
+        path = None
+        with contextlib.suppress(NanollamaError):  # the path of a named model leads nowhere
+            path = await asyncio.to_thread(source.locate)
     meta = await asyncio.to_thread(numbers_of, path)
     n_ctx = min(filter(None, (ctx, meta.get("n_ctx_train"))), default=None)
     if n_ctx is None:

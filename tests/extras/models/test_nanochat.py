@@ -29,7 +29,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "nanochat"
 
 
-def greedy(variant: str, ids: list[int], count: int = 16) -> list[int]:
+def greedy(variant: str, ids: list[int], count: int = GREEDY.max_tokens) -> list[int]:
     ids = list(ids)
     for _ in range(count):
         ids.append(int(files.logits(variant, ids)[-1].argmax()))
