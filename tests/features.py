@@ -319,6 +319,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "Responses": (
         {
             "api.responses",
+            "api.compaction",
             "api.response_input",
             "api.response_tools",
             "api.sealed",

@@ -126,10 +126,14 @@ def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(
 
 def test_help_names_every_command(talk: Callable[..., Said]) -> None:
     notes = talk("/help").notes
-    commands = "help quit clear system set show save load retry undo prompt tokens".split()
+    commands = "help quit clear system set show save load retry undo prompt tokens tools".split()
     assert all(f"/{name}" in notes for name in [*commands, "exit"])
     assert {*nanollama.TALK_COMMANDS, "help", "quit", "clear"} == {*commands}
     assert '"""' in notes
+
+
+def test_without_tools_the_list_says_how_to_get_some(talk: Callable[..., Said]) -> None:
+    assert talk("/tools").notes.strip().startswith("no tools; start again with --tools FILE")
 
 
 def test_an_unknown_command_is_reported(talk: Callable[..., Said]) -> None:

@@ -2,10 +2,11 @@
 
 A body is translated to a chat; the pieces of the answer become items and their events. Items in
 are read by api.response_input, tools by api.response_tools. Thoughts go out sealed (api.sealed) to
-clients that keep them.
+clients that keep them. api.compaction shortens a conversation.
 
 Seam       a dialect: a row of `nanollama.DIALECTS`.
-Remove     delete this file, api/response_input.py, api/response_tools.py and the row.
+Remove     delete this file, api/response_input.py, api/response_tools.py, api/compaction.py and the
+           row.
 Spec       https://developers.openai.com/api/reference/resources/responses
 """
 
@@ -31,6 +32,7 @@ from nanollama import (
     as_json,
     check_type,
     excerpt,
+    ignored_header,
     parse_chat,
     read_fields,
     refuse,
@@ -38,6 +40,7 @@ from nanollama import (
     sse,
     table,
 )
+from nanollama_extras.api.compaction import COMPACT_FIELDS, compacted, summary_request
 from nanollama_extras.api.response_input import add_item, response_input, without_lone_thoughts
 from nanollama_extras.api.response_tools import CallItem, Tool, ToolSet, in_own_words, read_tools
 from nanollama_extras.api.sealed import seal
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
         Models,
         NanollamaError,
         Observer,
+        Pool,
         Reply,
         Sequence,
         ServerConfig,
@@ -405,6 +409,22 @@ class API(Handlers):
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
         body, pool = await self.read_request(request)
+        job, reply = await self.begin(body, pool, self.store)
+        encoding, wire = dataclasses.replace(NAMED_SSE, error=reply.error), reply.wire
+        return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
+
+    async def compact(self, request: Request) -> Response:
+        """POST /v1/responses/compact: a conversation as the user's messages and a summary"""
+        body, pool = await self.read_request(request)
+        question, ignored = summary_request(body, self.config.strict)
+        job, reply = await self.begin(question, pool, lambda reply: None)
+        await self.answer(request, job, reply, NAMED_SSE, is_stream=False)
+        return as_json(compacted(reply), headers=ignored_header(ignored))
+
+    async def begin(
+        self, body: Fields, pool: Pool, store: Callable[[ResponseReply], None]
+    ) -> tuple[Job, ResponseReply]:
+        """Start the answer to a body; `store` gets it in the end. Raises RequestError."""
         strict, opening = self.config.strict, pool.source.opening
         wire, given, tools = parse_response(body, pool.sampling, strict, opening, self.stored)
         try:
@@ -413,9 +433,7 @@ class API(Handlers):
             raise in_own_words(error, tools) from None
         model = wire.model or pool.source.name
         seq, splitter = job.sequences[0], job.prepared[0].splitter()
-        reply = ResponseReply(seq, splitter, wire, given, tools, model, self.store)
-        encoding = dataclasses.replace(NAMED_SSE, error=reply.error)
-        return await self.answer(request, job, reply, encoding, wire.stream, wire.ignored)
+        return job, ResponseReply(seq, splitter, wire, given, tools, model, store)
 
     def store(self, reply: ResponseReply) -> None:
         """Store a response for later ones; the oldest make room."""
@@ -470,6 +488,7 @@ class API(Handlers):
 
     routes = (
         Route(respond, ("POST /v1/responses", "POST /responses"), RESPONSE_FIELDS, ("input",)),
+        Route(compact, ("POST /v1/responses/compact",), COMPACT_FIELDS),
         Route(response, ("GET /v1/responses/{id}", "DELETE /v1/responses/{id}")),
         Route(input_items, ("GET /v1/responses/{id}/input_items",)),
         Route(cancel, ("POST /v1/responses/{id}/cancel",)),

@@ -130,6 +130,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     ],
     "/v1/rerank": [{"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}],
     "/v1/responses": [RESPONSE],
+    "/v1/responses/compact": [{"input": RESPONSE["input"], "reasoning": {"effort": "low"}}],
     "/v1/embeddings": [{"input": ["a", [1]], "encoding_format": "base64", "dimensions": 2}],
     "/tools/call": [{"name": "a", "arguments": {"b": 1}}],
     "/tokenize": [{"prompt": "a"}, {"content": "a", "with_pieces": True}, CHAT],

@@ -14,12 +14,13 @@ import lark
 import openai
 import pydantic
 import pytest
-from openai.types.responses import Response
+from openai.types.responses import Response, ResponseCompactionItem
 from serving import Live, serving
 
 import nanollama
 from nanollama import LLM, RequestError, TestServer
 from nanollama_extras.api import responses
+from nanollama_extras.api.compaction import summary_request
 from nanollama_extras.api.response_tools import TextArgument, chat_name
 from nanollama_extras.api.responses import parse_response
 
@@ -634,3 +635,39 @@ def test_the_items_of_a_request_can_be_listed(client: openai.OpenAI) -> None:
         client.responses.input_items.list("resp_none")
     with pytest.raises(openai.BadRequestError):
         client.responses.cancel(made.id)
+
+
+def test_a_conversation_is_compacted_to_a_summary(test_server: TestServer) -> None:
+    """What comes back is sent in the place of the conversation, whose next summary replaces it."""
+    client = scripted(test_server)
+    test_server.answers("They want calc.py fixed.", "It is fixed.", "All is done.")
+    call = {"type": "function_call", "call_id": "c", "name": "ls", "arguments": "{}"}
+    items: Any = [
+        {"role": "user", "content": "Fix it."},
+        call,
+        {"type": "function_call_output", "call_id": "c", "output": "calc.py"},
+    ]
+    first = client.responses.compact(model="any", input=items, instructions="Be brief.")
+    assert (first.object, first.usage.output_tokens) == ("response.compaction", 5)
+    asked = test_server.requests[0]["body"]
+    assert asked["input"] == items
+    question, summary = first.output
+    assert (question.role, question.content[0].text) == ("user", "Fix it.")
+    ResponseCompactionItem.model_validate(summary.model_dump())
+    shorter: Any = [item.model_dump(warnings=False) for item in first.output]
+    again: Any = [*shorter, {"role": "user", "content": "Go on."}]
+    answer = client.responses.create(model="any", input=again)
+    assert answer.output_text == "It is fixed."
+    second = client.responses.compact(model="any", previous_response_id=answer.id)
+    assert [item.content[0].text for item in second.output[:-1]] == ["Fix it.", "Go on."]
+    assert messages_of([second.output[-1].model_dump()]) == [
+        {"role": "user", "content": "A summary of the conversation so far:\nAll is done."}
+    ]
+
+
+def test_a_summary_has_the_whole_conversation_before_it() -> None:
+    body, _ = summary_request({"input": "Hi", "tools": []}, False)
+    assert body["input"][0] == {"role": "user", "content": "Hi"}
+    assert body["input"][1]["content"].startswith("Summarize this conversation")
+    with pytest.raises(RequestError, match="input is missing"):
+        summary_request({"input": []}, False)
