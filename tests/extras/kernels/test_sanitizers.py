@@ -103,6 +103,33 @@ static void try_norm(int64_t n, int is_centred) {
     void *made[] = {x, weight, bias, residual, out};
     for (int i = 0; i < 5; i++) free(made[i]);
 }
+static void try_streams(int64_t n, int64_t num, int bad) {
+    const int64_t C = 48, size = n * C;
+    float *x = floats(num * size), *router = floats(num * C), *coefs = floats(num * num * num);
+    float *predicted = floats(num * size), *corrected = floats(num * size), *scale = floats(C);
+    float *first[] = {floats(size), floats(size)}, *gates[] = {floats(2 * size), floats(2 * size)};
+    memcpy(gates[1], gates[0], 2 * size * sizeof(float));
+    if (bad) spoil(x, num * size);
+    for (int i = 0; i < 2; i++) {
+        altup_predict(&(altup_predict_call){.x = x, .router = router, .coefs = coefs,
+                                            .out = predicted, .cols = C, .stride = size,
+                                            .num_streams = num, .active = num - 1, .eps = 1e-6f},
+                      n, i ? 3 : 1);
+        altup_correct(&(altup_correct_call){.predicted = predicted, .x = x, .router = router,
+                                            .coefs = coefs, .scale = num > 2 ? scale : NULL,
+                                            .corrected = corrected, .out = first[i], .cols = C,
+                                            .stride = size, .num_streams = num, .eps = 1e-6f},
+                      n, i ? 3 : 1);
+        match_scale(&(match_scale_call){x, corrected, i ? NULL : first[i], corrected, C, 1e-5f, 1},
+                    n, 3);
+        cut_gates(&(cut_gates_call){gates[i], C, 0.5f}, n, i ? 3 : 1);
+    }
+    check(bad || !memcmp(first[0], first[1], size * sizeof(float)), "altup");
+    check(!memcmp(gates[0], gates[1], 2 * size * sizeof(float)), "cut_gates");
+    void *made[] = {x, router, coefs, predicted, corrected, scale, first[0], first[1], gates[0],
+                    gates[1]};
+    for (int i = 0; i < 10; i++) free(made[i]);
+}
 static void try_experts(int format, int64_t num_tokens, int has_shared) {
     const int64_t C = 64, E = 5, wide = 96; /* the shared expert has more hidden columns */
     const matrix *gate_ups[6], *downs[6];
@@ -177,6 +204,7 @@ int main(void) {
         for (int64_t n = 0; n < 9; n += 1 + n) {
             try_experts(format, n, n % 2);
             try_norm(n, format % 2);
+            try_streams(n, 2 + format, n == 3);
         }
     for (int kind = FLOAT32; kind <= Q8; kind++)
         for (int64_t heads = 1; heads <= 8; heads++)

@@ -29,7 +29,6 @@ PUBLISHED = {"model_type": "gemma3n_text", "hidden_size": 2048, "intermediate_si
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    theirs = transformers.Gemma3nTextConfig()
     for n_layers, num_shared in ((30, 10), (35, 15)):
         values = {**PUBLISHED, "num_hidden_layers": n_layers, "num_kv_shared_layers": num_shared}
         theirs = transformers.Gemma3nTextConfig(**values)
