@@ -103,6 +103,18 @@ static void try_norm(int64_t n, int is_centred) {
     void *made[] = {x, weight, bias, residual, out};
     for (int i = 0; i < 5; i++) free(made[i]);
 }
+static void try_few_rows(int64_t n) {
+    const int64_t C = 48, rows = 70;
+    float *x = floats(n * C), *weight = floats(rows * C), *out = floats(n * rows);
+    few_rows(&(few_rows_call){x, weight, out, C, rows}, n, 3);
+    for (int64_t t = 0; t < n; t++) {
+        float *one = floats(rows);
+        few_rows(&(few_rows_call){x + t * C, weight, one, C, rows}, 1, 1);
+        check(!memcmp(one, out + t * rows, rows * sizeof(float)), "few_rows");
+        free(one);
+    }
+    free(x), free(weight), free(out);
+}
 static void try_streams(int64_t n, int64_t num, int bad) {
     const int64_t C = 48, size = n * C;
     float *x = floats(num * size), *router = floats(num * C), *coefs = floats(num * num * num);
@@ -205,6 +217,7 @@ int main(void) {
             try_experts(format, n, n % 2);
             try_norm(n, format % 2);
             try_streams(n, 2 + format, n == 3);
+            try_few_rows(n);
         }
     for (int kind = FLOAT32; kind <= Q8; kind++)
         for (int64_t heads = 1; heads <= 8; heads++)
