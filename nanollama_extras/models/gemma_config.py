@@ -113,8 +113,11 @@ def gemma_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     wide = values["hidden_size"] / max(n_heads, 1)
     values["query_pre_attn_scalar"] = wide if is_wide else values["head_dim"]
     if model_type == "gemma3_text":
-        if "pooling_type" in own or own.get("general.architecture") == "gemma-embedding":
-            values["use_bidirectional_attention"] = True  # Ollama's converter has no such name
+        # Ollama's converter has one name for all; the mean of causal states would say little
+        embeds = (
+            own.get("general.architecture") == "gemma-embedding" or own.get("pooling_type") == 1
+        )
+        values["use_bidirectional_attention"] = not own.get("attention.causal", not embeds)
         local = own.get("rope.local.freq_base", 10000.0)  # Ollama's converter has its own keys
         values["rope_local_base_freq"] = own.get("rope.freq_base_swa", local)
         if theta := own.get("rope.global.freq_base"):
@@ -312,12 +315,18 @@ def read_cutoffs(values: ConfigValues, n_layers: int) -> tuple[float | None, ...
     return tuple(NormalDist().inv_cdf(x) if x else None for x in listed)
 
 
+def shared_layers(own: Mapping[str, Any], default: int) -> Any:
+    """How many layers share keys and values; published files of Gemma 3n have 10.0 for 10."""
+    value = own.get("attention.shared_kv_layers", default)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def gemma3n_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     """Adds the keys of config.json. Older files leave out how many layers share keys and values;
     all models have 20 others."""
     values["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
     num_shared = max(values["num_hidden_layers"] - 20, 0)
-    values["num_kv_shared_layers"] = own.get("attention.shared_kv_layers", num_shared)
+    values["num_kv_shared_layers"] = shared_layers(own, num_shared)
     values["vocab_size_per_layer_input"] = values["vocab_size"]
     for theirs, ours in (
         ("embedding_length_per_layer_input", "hidden_size_per_layer_input"),
@@ -347,7 +356,7 @@ def gemma4_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values["use_double_wide_mlp"] = n_ff[-1] == 2 * n_ff[0]
     values["attention_k_eq_v"] = True  # in layers without v_proj
     values["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
-    values["num_kv_shared_layers"] = own.get("attention.shared_kv_layers", 0)
+    values["num_kv_shared_layers"] = shared_layers(own, 0)
     values["hidden_size_per_layer_input"] = own.get("embedding_length_per_layer_input", 0)
     values["vocab_size_per_layer_input"] = values["vocab_size"]
     values["enable_moe_block"] = bool(values.get("num_experts"))

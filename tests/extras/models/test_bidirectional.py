@@ -168,6 +168,14 @@ def test_nothing_is_kept_of_a_text(path: Path) -> None:
     assert llm.config.kv_bytes(1000, "float32") == 0
 
 
+def test_a_directory_without_a_head_is_the_same_model(path: Path, tmp_path: Path) -> None:
+    """As sentence-transformers save it."""
+    other = shutil.copytree(path, tmp_path / "other")
+    oracle.load(path).model.save_pretrained(other)
+    assert "embed_tokens.weight" in safetensors.torch.load_file(other / "model.safetensors")
+    assert LLM(other).embed(TEXTS) == LLM(path).embed(TEXTS)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_close(path: Path, wanted: list[torch.Tensor], dtype: str) -> None:
     for vector, expected in zip(LLM(path, dtype=dtype).embed(TEXTS), wanted):
@@ -210,6 +218,43 @@ def test_ollamas_files_have_other_names(
         raw = raw.replace(f"dense_{i + 2}.weight".encode(), f"dense.{i}.weight".encode())
     found.write_bytes(raw)
     assert_close(LLM(found).embed(TEXTS), wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "pooling", "causal", "is_causal"),
+    [
+        ("gemma3", None, None, True),
+        ("gemma3", 1, None, False),
+        ("gemma3", 3, None, True),  # of a decoder, as Qwen3-Embedding is one
+        ("gemma3", 3, False, False),
+        ("gemma3", 1, True, True),
+        ("gemma-embedding", 1, None, False),
+        ("gemma-embedding", 3, True, True),
+    ],
+)
+def test_metadata_say_whether_tokens_see_those_after_them(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arch: str,
+    pooling: int | None,
+    causal: bool | None,
+    is_causal: bool,
+) -> None:
+    monkeypatch.setitem(gguf.MODEL_ARCH_NAMES, gguf.MODEL_ARCH.GEMMA_EMBEDDING, arch)
+    add = gguf_files.add_metadata
+
+    def with_causal(writer: Any, *args: Any) -> None:
+        add(writer, *args)
+        if causal is not None:
+            writer.add_causal_attention(causal)
+
+    monkeypatch.setattr(gguf_files, "add_metadata", with_causal)
+    values = {} if pooling is None else {"pooling_type": pooling}
+    path = rewritten(tiny("Gemma3Text", **SHAPE), tmp_path / "model", lambda c: c.update(values))
+    config = nanollama.open_checkpoint(gguf_files.convert(path, tmp_path / "x.gguf")[0]).config
+    assert ("reach" not in config.own) == is_causal
+    assert any(config.windows) == is_causal
 
 
 def test_a_dense_layer_of_another_width_is_named(path: Path, tmp_path: Path) -> None:

@@ -116,6 +116,21 @@ def test_these_matrices_keep_8_bits_in_q4(tiny: Tiny) -> None:
     assert layer.per_layer_projection.parts[0].bits == 4
 
 
+def test_published_gguf_files_count_shared_layers_in_floats(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(writer: Any, value: int) -> None:
+        writer.add_float32("gemma3n.attention.shared_kv_layers", float(value) + fraction)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_shared_kv_layers", add)
+    path, fraction = tiny("Gemma3nText", **GEMMA3N), 0.0
+    found = gguf_files.convert(path, tmp_path / "x.gguf")[0]
+    assert nanollama.open_checkpoint(found).config.own["shape"].sources == (0, 1, 2, 3, 2, 3)
+    fraction = 0.5
+    with pytest.raises(CheckpointError, match=r"num_kv_shared_layers is 2\.5"):
+        nanollama.open_checkpoint(gguf_files.convert(path, tmp_path / "y.gguf")[0])
+
+
 def test_a_gguf_may_leave_out_how_many_layers_share_keys(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
