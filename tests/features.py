@@ -236,6 +236,9 @@ def embed(llm: LLM) -> None:
 
 GRAMMARS = {f"answers.{name}" for name in ("grammars", "sandbox", "sandboxed", "schemas")}
 FORMS = {*GRAMMARS, "answers.notations", "answers.tools"}
+RESPONSES = {f"api.{name}" for name in ("responses", "response_input", "response_tools", "sealed")}
+RESPONSES |= {"api.compaction", "answers.lark_regex"}
+NEST = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
 OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
 GAP: dict[str, Any] = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -317,15 +320,20 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         request("POST", "/v1/chat/completions", {**CHAT, "response_format": SCHEMA}),
     ),
     "Responses": (
-        {
-            "api.responses",
-            "api.compaction",
-            "api.response_input",
-            "api.response_tools",
-            "api.sealed",
-            "answers.lark_regex",
-        },
+        RESPONSES,
         request("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 4}),
+    ),
+    "a tool with a grammar": (
+        {*FORMS, *RESPONSES, "answers.lark_json"},
+        request(
+            "POST",
+            "/v1/responses",
+            {
+                "input": "hi",
+                "max_output_tokens": 4,
+                "tools": [{"type": "custom", "name": "f", "format": NEST}],
+            },
+        ),
     ),
     "Messages": (
         {"api.anthropic", "api.anthropic_body", "api.sealed"},

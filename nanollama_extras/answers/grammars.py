@@ -9,8 +9,9 @@ The trial compiles the grammar in another process: nothing that a request holds 
 
 Seam       Answer form. The core asks `Grammars.constraint` for a Constraint; the engine asks that
            one which tokens may come next. For the calls of an answer it asks for answers.tools.
-           It imports answers.schemas, which readies schemas, and answers.sandbox and
-           answers.sandboxed for the trial.
+           For the grammar of a tool's text it asks for answers.lark_json. It imports
+           answers.schemas, which readies schemas, and answers.sandbox and answers.sandboxed for
+           the trial.
 Remove     delete this file; requests with a schema, regex, grammar or tools are then refused.
 Source     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 """
@@ -32,13 +33,13 @@ import nanollama
 from nanollama import THOUGHTS, RequestError
 from nanollama_extras.answers.sandbox import Kept, on_deep_stack, shared_sandbox
 from nanollama_extras.answers.sandboxed import PARSER_LIMITS, error_line, json_grammar
-from nanollama_extras.answers.schemas import BestEffort, check_rules, check_size, readied
+from nanollama_extras.answers.schemas import GRAMMAR, BestEffort, check_rules, check_size, readied
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from nanollama import SamplingParams, Thoughts, Tokenizer
-    from nanollama_extras.answers.tools import Argument, Calls, Function
+    from nanollama_extras.answers.tools import Argument, Calls, Function, ToolFormat
 
 # The library that compiles grammars; it is imported when the first one is compiled.
 llguidance: Any = nanollama.LazyModule("llguidance")
@@ -121,6 +122,14 @@ def text_terminal(schema: Mapping[str, Any]) -> str:
         pattern, end = pattern[:-1], ""
     regex = llguidance.regex_to_lark(f"{start}({pattern.removeprefix('^')}){end}")
     return f"/(.|\\n){length}/ & /{regex}/"
+
+
+def text_argument(schema: Mapping[str, Any], text: str) -> str:
+    """An expression for the JSON object whose only value is a text of the expression `text`."""
+    space = "( ?|\\n[ \\t]{0,16})"  # as in JSON_OPTIONS
+    (name,) = schema["properties"]
+    key = llguidance.regex_to_lark(re.escape(json.dumps(name)))
+    return rf'/\{{{space}{key}{space}:{space}"/ {text} /"{space}\}}/'
 
 
 def ready_schema(text: str) -> dict[str, Any]:
@@ -255,8 +264,9 @@ class Grammars:
             rules["thought[lazy]"] = f"/{llguidance.regex_to_lark(start + text + end)}/"
         return "thought" + ("" if opened else "*" if tags.answer else "?"), rules
 
-    def calls(self, calls: Calls, is_free: bool) -> str:
-        """The rules of `calls`; if free, any text may precede them. Raises RequestError."""
+    def calls(self, calls: Calls, is_free: bool, named: dict[str, str]) -> str:
+        """The rules of `calls`; if free, any text may precede them. Adds to `named` the grammars
+        that the rules name. Raises RequestError."""
         form, control = calls.form, self.tokenizer.control
         between = {control[word] for word in self.signs.findall(form.between)}
         num_further = 0 if between & self.tokenizer.end_ids else calls.choice.max_calls - 1
@@ -271,6 +281,10 @@ class Grammars:
                 first = self.until(trigger, open_name, rules)
                 first += " " + self.literal(opening.removeprefix(trigger))
             rules |= {f"first_{i}": f"{first} {tail}", f"next_{i}": f"{self.literal(head)} {tail}"}
+            if text := self.text_of(function, form):
+                rules[f"arguments_{i}"] = text_argument(function.schema, f"@text_{i}")
+                named[f"text_{i}"] = text
+                continue
             schema = self.ready(function.schema, function.where, function.strict)
             schema = {**schema, "type": "object"}
             rules[f"arguments_{i}"] = json_grammar(schema, function.strict)
@@ -282,6 +296,24 @@ class Grammars:
         for kind in ("first", "next"):
             rules[kind] = " | ".join(f"{kind}_{i}" for i in range(len(calls.functions)))
         return "\n".join(f"{name}: {rule}" for name, rule in rules.items())
+
+    def text_of(self, function: Function, form: ToolFormat) -> str:
+        """The grammar of the only argument of a function, inside a JSON string; '' where it has
+        none, or where calls of this form cannot keep it, which is logged."""
+        properties = function.schema.get("properties")
+        schemas = [*properties.values()] if isinstance(properties, Mapping) else []
+        found = [one[GRAMMAR] for one in schemas if isinstance(one, Mapping) and GRAMMAR in one]
+        if len(schemas) != 1 or not found or not isinstance(source := found[0], str):
+            return ""
+        problem = "this model does not write its calls in JSON"
+        if not (form.parameter or form.notation):
+            try:
+                lark = nanollama.extra("answers.lark_json", "the grammar of a tool's text")
+                return self.checked(json.dumps(["grammar", lark.in_json(source)]))
+            except (ValueError, RequestError) as error:
+                problem = str(error)
+        nanollama.warn_once(f"{function.where} is used without its grammar: {problem}")
+        return ""
 
     def parameters(self, form: str, rule: str, function: Function, rules: dict[str, str]) -> None:
         """Add the rules of arguments that are written one by one, in the schema's order. Raises
@@ -336,12 +368,14 @@ class Grammars:
         header = self.literal(tags.answer) if tags else ""
         is_required = calls is not None and calls.choice.mode == "required"
         choices = [] if is_required else [f"{thought} {header} answer"]
+        named = {"answer": nested} if nested else {}
         if calls:  # models often begin a new line for them
             choices.append(thought.replace("thought", "(thought SPACE?)") + " calls")
-            rules += "\n" + self.calls(calls, is_free=not (answer or is_required or header))
+            is_free = not (answer or is_required or header)
+            rules += "\n" + self.calls(calls, is_free, named)
         top = f"start: {' | '.join(choices)}\n{rules}\nanswer: {answer or 'TEXT'}\n"
         top += "TEXT: /(.|\\n)*/\nSPACE: /[ \\n]{1,8}/\n"
-        named = {"top": top, "answer": nested} if nested else {"top": top}
+        named = {"top": top, **named}
         grammars = [{"name": name, "lark_grammar": text} for name, text in named.items()]
         grammar = json.dumps({"grammars": grammars})
         try:

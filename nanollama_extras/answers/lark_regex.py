@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-MOST_CHARS = 20_000  # of an expression
+MOST_CHARS = 20_000  # of a grammar, and of its expression
 TOKEN = re.compile(
     r"""(?P<space>[ \t]+|//[^\n]*|\#[^\n]*)
     |(?P<line>\n\s*)
@@ -46,6 +46,8 @@ COMMON = {
     "CNAME": "[_A-Za-z][_A-Za-z0-9]*",
     "ESCAPED_STRING": r'"(?:[^"\\\n]|\\.)*"',
 }
+IGNORED = "%ignore"
+LOOKAROUND = re.compile(r"(?<!\\)(?:\\\\)*\(\?[=!<]")
 Tokens = list[tuple[str, str]]
 
 
@@ -55,14 +57,17 @@ class NotRegularError(ValueError):
 
 def as_regex(grammar: str) -> str:
     """The expression of the texts that a grammar derives. Raises NotRegularError."""
-    rules = read_rules(tokens_of(grammar))
-    if "start" not in rules:
-        raise NotRegularError("there is no rule start")
-    return Expansion(rules).rule("start")
+    try:
+        expansion = Expansion(read_rules(tokens_of(grammar)))
+        return expansion.skip + expansion.rule("start")
+    except RecursionError:
+        raise NotRegularError("it is nested too deeply") from None
 
 
 def tokens_of(grammar: str) -> Tokens:
-    """The tokens of a grammar, without spaces and comments."""
+    """The tokens of a grammar, without spaces and comments. Raises NotRegularError."""
+    if len(grammar) > MOST_CHARS:
+        raise NotRegularError(f"it has more than {MOST_CHARS} characters")
     tokens, at = list[tuple[str, str]](), 0
     while at < len(grammar):
         match = TOKEN.match(grammar, at)
@@ -75,12 +80,16 @@ def tokens_of(grammar: str) -> Tokens:
 
 
 def read_rules(tokens: Tokens) -> dict[str, Tokens]:
-    """The body of each rule, by its name; imported terminals have an expression as their body."""
+    """The body of each rule, by its name, and all that %ignore names, as that of IGNORED. Imported
+    terminals have an expression as their body. Raises NotRegularError without a rule start."""
     rules: dict[str, Tokens] = {}
     name = ""
     for i, (kind, text) in enumerate(tokens):
         follows = tokens[i + 1][1] if i + 1 < len(tokens) else ""
-        if kind == "directive":
+        if kind == "directive" and text.startswith(IGNORED):
+            inner = tokens_of(text.removeprefix(IGNORED))
+            rules[IGNORED] = [*rules.get(IGNORED, []), ("sign", "|"), *inner]
+        elif kind == "directive":
             rules |= imported(text)
             name = ""
         elif kind == "name" and follows == ":":
@@ -93,6 +102,10 @@ def read_rules(tokens: Tokens) -> dict[str, Tokens]:
             if not name:
                 raise NotRegularError(f"{text!r} stands outside a rule")
             rules[name].append((kind, text))
+    if "start" not in rules:
+        raise NotRegularError("there is no rule start")
+    if IGNORED in rules:
+        del rules[IGNORED][0]  # a sign between two
     return rules
 
 
@@ -115,11 +128,18 @@ def imported(directive: str) -> dict[str, Tokens]:
     return {name: [("regex", f"/{COMMON[known]}/")] for name, known in names.items()}
 
 
+def is_terminal(name: str) -> bool:
+    return name.lstrip("_")[:1].isupper() or name == IGNORED
+
+
 class Expansion:
-    """Puts rules into each other."""
+    """Puts rules into each other. skip: the expression of what may stand between two terminals."""
 
     def __init__(self, rules: Mapping[str, Tokens]) -> None:
         self.rules, self.known, self.open = rules, dict[str, str](), list[str]()
+        self.skip = ""
+        if IGNORED in rules:
+            self.skip = f"{self.rule(IGNORED)}*"
 
     def rule(self, name: str) -> str:
         """The expression of a rule."""
@@ -162,6 +182,8 @@ class Expansion:
             found = f"(?{'i' * is_any_case}:{escaped(literal(text.removesuffix('i')))})"
         elif kind == "regex":
             source, _, flags = text[1:].rpartition("/")
+            if LOOKAROUND.search(source):
+                raise NotRegularError(f"{text[:20]} looks ahead or back")
             found = (
                 f"(?{flags.replace('l', '').replace('u', '')}:{source.replace(chr(92) + '/', '/')})"
             )
@@ -175,6 +197,9 @@ class Expansion:
             found = f"(?:{inner})" + "?" * (text == "[")
         else:
             raise NotRegularError(f"{text!r} is not expected here")
+        is_whole = kind in ("text", "regex") or (kind == "name" and is_terminal(text))
+        if self.skip and is_whole and not any(map(is_terminal, self.open)):
+            found = f"(?:{found}{self.skip})"
         return found + self.repetition(tokens)
 
     def repetition(self, tokens: Tokens) -> str:

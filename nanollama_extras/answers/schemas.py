@@ -34,7 +34,8 @@ SCHEMA_LISTS = {"prefixItems", "allOf", "anyOf", "oneOf"}
 SCHEMAS = {"additionalItems", "additionalProperties", "contains", "else", "if", "items", "not"}
 SCHEMAS |= {"propertyNames", "then", "unevaluatedItems", "unevaluatedProperties"}
 
-ANNOTATIONS = set(
+GRAMMAR = "x-lark"  # of a text that is a function's only argument: answers.lark_json enforces it
+ANNOTATIONS = {GRAMMAR} | set(
     "title description default example examples $comment deprecated readOnly writeOnly "
     "contentMediaType contentEncoding contentSchema $vocabulary".split()
 )

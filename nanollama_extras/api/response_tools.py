@@ -6,7 +6,8 @@
     web_search, mcp, ..               left out: OpenAI's servers run these
 
 Seam       api.responses calls `read_tools` for a body and `CallItem` for each call in an answer.
-           A grammar becomes a pattern in answers.lark_regex.
+           A grammar becomes a pattern in answers.lark_regex; where it cannot, answers.lark_json
+           is asked for.
 Remove     delete this file together with api/responses.py.
 Spec       https://developers.openai.com/api/reference/resources/responses
 """
@@ -21,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nanollama import RequestError, check_type, excerpt, extra, log, refuse
-from nanollama_extras.answers.lark_regex import NotRegularError, as_regex
+from nanollama_extras.answers.lark_regex import LOOKAROUND, NotRegularError, as_regex
 
 if TYPE_CHECKING:
     from nanollama import Fields, Json
 
 MOST_NAME_CHARS = 64  # of a function
+SLASH = r"\x2f"  # in an expression of a grammar, which ends at /
 INPUT = "input"  # the only argument of a function that stands for a custom tool
 TEXT: Json = {"type": "string"}
 COUNT: Json = {"type": "integer", "minimum": 0}
@@ -151,8 +153,7 @@ class ToolSet:
         if form.get("type") == "grammar":
             check_type(f"{place}.format.definition", source := form.get("definition"), "string")
             try:
-                regex = source if form.get("syntax") == "regex" else as_regex(str(source))
-                text["pattern"] = f"^(?:{regex})$"
+                text |= keywords(str(source), form.get("syntax") == "regex")
             except NotRegularError as error:
                 message = f"{place}.format cannot be enforced: {error}"
                 if strict:
@@ -178,6 +179,19 @@ class ToolSet:
         check_type("tool_choice.name", name, "string")
         function = {"name": chat_name(str(name), value.get("namespace"))}
         return {"type": "function", "function": function}
+
+
+def keywords(source: str, is_regex: bool) -> Json:
+    """The keywords of a schema for the texts of a grammar, or of an expression. Raises
+    NotRegularError."""
+    if is_regex and not LOOKAROUND.search(source):
+        return {"pattern": f"^(?:{source})$"}
+    grammar = f"start: /{source.replace('/', SLASH)}/" if is_regex else source
+    try:
+        return {"pattern": f"^(?:{as_regex(grammar)})$"}
+    except NotRegularError:
+        lark = extra("answers.lark_json", "a grammar that no expression stands for")
+        return dict(lark.keyword(grammar))
 
 
 def own_function(tool: Json) -> Json:

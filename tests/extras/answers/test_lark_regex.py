@@ -32,6 +32,9 @@ GRAMMARS = {
     "ranges": 'start: A ~ 2..3 [B]\nA: "0".."3" // a comment\nB.2: "x"i\n',
     "lines": 'start: ("a"\n  | "b")+\n  | "c" ?\n',
     "signs": 'start: "(" "." "*" "\\"" "\\\\" "\\n" "/" /\\/+/ "é-]"',
+    "ignored": (
+        'start: "let" NAME ("=" NAME)+\nNAME: "a".."c" /[0-9]/?\n%ignore " "\n%ignore /#.*/\n'
+    ),
     "terminals": (
         "%import common (INT, WS_INLINE)\n%import common.WORD -> W\nstart: INT WS_INLINE W"
     ),
@@ -46,6 +49,7 @@ TEXTS = [
     *("0", "01", "012", "0123", "01x", "012X", "0x", "04", "45"),
     *("a", "ab", "abba", "c", "ac", "cc", ""),
     *('(.*"\\\n//é-]', '(.*"\\\n///é-]', '(x*"\\\n//é-]', "()"),
+    *("leta=b", " let a0 = b1 =c #d", "let a 0=b", "le ta=b", "leta=", "let#=\na=b"),
     *("12 ab", "12\tab", "12ab", "x ab", "1 a1"),
 ]
 
@@ -70,9 +74,12 @@ def test_the_expression_matches_what_the_grammar_derives(name: str) -> None:
     ("grammar", "reason"),
     [
         ('start: a\na: "(" a ")" | "x"', "refers to itself"),
-        ('%ignore WS\nstart: "a"', "not supported"),
+        ('%ignore WS\nstart: "a"', "no rule WS"),
+        ('%declare A\nstart: "a"', "not supported"),
         ("%import common.SH_COMMENT\nstart: SH_COMMENT", "not known"),
         ("start: b", "no rule b"),
+        ("start: /a(?!b)/", "looks ahead"),
+        ("start: " + "(" * 9000, "nested too deeply"),
         ('a: "x"', "no rule start"),
         ('start: ("a"', "not closed"),
         ('start: "a")', "opening bracket"),

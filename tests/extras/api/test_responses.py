@@ -419,7 +419,30 @@ def test_a_regex_of_a_custom_tool_is_kept(client: openai.OpenAI) -> None:
     assert re.fullmatch('[0-9]{3}"x"\n', response.output[0].input)
 
 
-@pytest.mark.parametrize("definition", ['start: "(" start ")" | "x"', "start: /(?!x)y/"])
+NESTED = r"""start: "(" start ")" | TEXT
+TEXT: /["\\\n\/é]{1,5}/
+%ignore "."
+"""
+
+
+def test_a_grammar_whose_rules_refer_to_themselves_is_kept(client: openai.OpenAI) -> None:
+    form = {"type": "grammar", "syntax": "lark", "definition": NESTED}
+    tool: Any = {"type": "custom", "name": "nest", "format": form}
+    parser = lark.Lark(NESTED, parser="earley", lexer="dynamic_complete")
+    for seed in range(4):
+        response = client.responses.create(
+            model="tiny",
+            input="hello",
+            tools=[tool],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            extra_body={"seed": seed, "temperature": 1.5},
+        )
+        (call,) = response.output
+        parser.parse(call.input)
+
+
+@pytest.mark.parametrize("definition", ["start: /x+?/ start?", "start: /(?!x)y/"])
 def test_a_grammar_that_cannot_be_enforced_is_told_and_any_text_may_come(
     live: Live, definition: str, caplog: pytest.LogCaptureFixture
 ) -> None:
