@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 
 from nanollama_extras.answers.lark_regex import (
@@ -121,10 +122,18 @@ def expression(regex: str, flags: str) -> Piece:
         parts.append((str(match.lastgroup), match[0]))
         at = match.end()
     try:
-        re.compile(regex)  # so brackets have partners, and signs have operands
+        compiled(regex)  # so brackets have partners, and signs have operands
         return alternatives(parts, flags)
     except (re.error, OverflowError) as error:
         raise NotRegularError(f"{regex[:20]!r} is no expression: {error}") from None
+
+
+def compiled(regex: str, flags: str = "") -> re.Pattern[str]:
+    """Python's form of an expression, without its warnings about signs that it may read otherwise
+    one day."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return re.compile(regex, re.IGNORECASE if "i" in flags else 0)
 
 
 def alternatives(parts: list[tuple[str, str]], flags: str) -> Piece:
@@ -148,7 +157,7 @@ def character(atom: str, flags: str) -> Piece:
     """The piece of an expression for one character."""
     if atom == ".":
         atom = r"[\s\S]" if "s" in flags else r"[^\n]"
-    pattern = re.compile(atom, re.IGNORECASE if "i" in flags else 0)
+    pattern = compiled(atom, flags)
     escapes = [re.escape(text) for char, text in ESCAPES.items() if pattern.fullmatch(char)]
     plain = rust_regex(atom).replace("/", r"\x2f")
     is_set = plain.startswith("[") or atom[1:] in tuple("dDwWsS")
