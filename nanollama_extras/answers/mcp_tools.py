@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +226,7 @@ class Connection:
         self.listed: Future[list[LentTool]] = Future()
         self.leaving = asyncio.Event()
         self.scope = anyio.CancelScope()
+        self.status = 0  # of the last answer over HTTP, if that is an error
 
     async def run(self) -> None:
         """Start the server, list its tools, and stay until it is to be left."""
@@ -233,7 +234,7 @@ class Connection:
             if not self.problem:
                 await self.stay()
         except Exception as error:  # of any kind: programs of other people are at work here
-            self.problem = reason(error)
+            self.problem = reason(error) + (f" (HTTP status {self.status})" if self.status else "")
         self.client = None
         if not self.listed.done():
             if not self.leaving.is_set():
@@ -245,12 +246,16 @@ class Connection:
         """`run`, for a server that can be tried. Raises any error of it."""
         self.scope.deadline = anyio.current_time() + START_S
         with self.scope:
-            async with connect(self.entry) as client:
+            async with connect(self.entry, self.note_status) as client:
                 tools = await list_tools(client)
                 self.client, self.scope.deadline = client, math.inf
                 self.listed.set_result([LentTool(self, tool) for tool in tools if usable(tool)])
                 await self.leaving.wait()
         self.problem = f"no list of tools came in {START_S:g} s"
+
+    async def note_status(self, response: Any) -> None:
+        """Note the status of an answer over HTTP, which the errors of the package leave out."""
+        self.status = response.status_code if response.status_code >= 400 else 0
 
     def leave(self) -> None:
         """End the server; one that has not listed its tools, at once."""
@@ -272,12 +277,15 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def connect(entry: ServerEntry) -> AsyncIterator[Any]:
+async def connect(
+    entry: ServerEntry, note_status: Callable[[Any], Awaitable[None]]
+) -> AsyncIterator[Any]:
     """A client of the package `mcp` that is connected to a server."""
     async with contextlib.AsyncExitStack() as stack:
         if entry.url:
-            timeout = httpx2.Timeout(START_S, read=CALL_S)
-            http = httpx2.AsyncClient(headers=dict(entry.headers), timeout=timeout)
+            options: Json = {"timeout": httpx2.Timeout(START_S, read=CALL_S)}
+            options["event_hooks"] = {"response": [note_status]}
+            http = httpx2.AsyncClient(headers=dict(entry.headers), **options)
             await stack.enter_async_context(http)
             transport = mcp.client.streamable_http.streamable_http_client(
                 entry.url, http_client=http

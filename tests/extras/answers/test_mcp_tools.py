@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from mcp_server import ENTRY as PLAIN
 from serving import wait_until
 
 import nanollama
-from nanollama import Delta, GenerationRequest, UsageError
+from nanollama import Delta, GenerationRequest, PackageError, UsageError
 from nanollama_extras.answers import mcp_tools
 from nanollama_extras.answers.mcp_tools import ServerEntry, distinct_names, read_servers
 from nanollama_extras.answers.tools import TOOL_FORMATS
@@ -222,7 +223,7 @@ def test_a_server_that_crashes_costs_only_its_own_tools(tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, far: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mcp_tools, "START_S", 2.0)
     path = write(
@@ -232,6 +233,7 @@ def test_a_server_that_cannot_start_is_one_warning(
         mute={**PLAIN, "args": [*PLAIN["args"], "mute"]},
         odd={**PLAIN, "args": [*PLAIN["args"], "odd"]},
         gone={"url": "http://127.0.0.1:9/mcp"},
+        wrong={"url": f"{far[0]}/nothing"},
         old={"url": "http://127.0.0.1:9/sse", "type": "sse"},
         there=PLAIN,
     )
@@ -241,12 +243,13 @@ def test_a_server_that_cannot_start_is_one_warning(
     opened.close()
     told = [record.message for record in caplog.records if record.name == nanollama.log.name]
     lines = {line.split()[2]: line for line in told if "MCP server" in line}
-    assert lines.keys() == {"missing", "ends", "mute", "odd", "gone", "old"}
+    assert lines.keys() == {"missing", "ends", "mute", "odd", "gone", "wrong", "old"}
     assert "no-such-program: No such file" in lines["missing"]
     assert "--verbose shows what it prints" in lines["ends"]
     assert "no list of tools came in 2 s" in lines["mute"]
     assert "valid list" in lines["odd"]
     assert "connection" in lines["gone"]
+    assert lines["wrong"].endswith("Not Found (HTTP status 404)")
     assert "its transport is 'sse'" in lines["old"]
     (left_out,) = [line for line in told if line not in lines.values()]
     assert left_out.startswith("MCP tool 'broad' is left out: its schema cannot be used: at /prop")
@@ -338,6 +341,19 @@ def test_a_file_that_cannot_be_used_is_one_line(
     assert str(caught.value).startswith(f"{path}: ")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem"), [(None, "mcp cannot be imported"), (ModuleType("mcp"), "needs mcp 2")]
+)
+def test_a_package_that_is_missing_or_old_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, problem: str
+) -> None:
+    path = write(tmp_path / "mcp.json", plain=PLAIN)
+    monkeypatch.setitem(sys.modules, "mcp", module)
+    with pytest.raises(PackageError, match=problem) as caught:
+        mcp_tools.open_servers(path)
+    assert str(caught.value).endswith('pip install ".[mcp]"')
 
 
 def test_the_forms_of_other_clients_are_read(
