@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanollama import Batch, RequestError, keep_8_bits, make_norm
+from nanollama import DRAFT_ROWS, Batch, RequestError, keep_8_bits, make_norm
 from nanollama_extras.answers.lookup import Pace
 from nanollama_extras.models.delta_net import DeltaNetLayer
 from nanollama_extras.models.recurrent import MOST_GUESSES
@@ -40,6 +40,11 @@ from nanollama_extras.models.recurrent import MOST_GUESSES
 if TYPE_CHECKING:
     from nanollama import Checkpoint, Engine, KVCache, ModelConfig, Sequence, Weights
     from nanollama_extras.models.delta_net import DeltaNetDecoder
+
+
+# Rows of a step with drafts, by the type of device. Native kernels on the CPU multiply four rows in
+# the time of two; beside the price of a guess, further rows cost more than they save.
+MOST_ROWS = {"cpu": 4}
 
 
 class States(NamedTuple):
@@ -76,6 +81,7 @@ class HeadDrafter(Pace):
 
     def draft(self, seq: Sequence, most: int) -> list[int]:
         """As Pace.draft; the first sequence of a step has the head guess for all."""
+        most = min(most, self.head.share())
         if most > 0 and self.num_tokens != len(seq.token_ids):
             self.head.draft_all(most)
         return super().draft(seq, most)
@@ -118,6 +124,13 @@ class Head:
 
     def new_drafter(self) -> HeadDrafter:
         return HeadDrafter(self)
+
+    def share(self) -> int:
+        """The longest draft of each sequence that runs."""
+        engine = self.engine()
+        assert engine
+        num_rows = MOST_ROWS.get(engine.decoder.device.type, DRAFT_ROWS)
+        return num_rows // max(len(engine.scheduler.running), 1) - 1
 
     def observe(
         self, decoder: DeltaNetDecoder, batch: Batch, cache: KVCache, hidden: Tensor

@@ -75,19 +75,21 @@ class RecurrentMixer:
         """x (N, C) -> what `scan` takes"""
         raise NotImplementedError
 
-    def scan(self, inputs: Inputs, spans: Any, out: Tensor | None) -> Tensor:
+    def scan(
+        self, inputs: Inputs, spans: Any, out: Tensor | None, first: int | None = None
+    ) -> Tensor:
         """Take the rows of `spans` of the inputs into the states -> their rows of `out` (N, width),
-        which is made if it is None."""
-        x = inputs[0]
+        which is made if it is None. This layer's part of each state begins at `first`."""
+        x, first = inputs[0], self.first if first is None else first
         if out is None:
             out = torch.empty(x.size(0), self.width, dtype=x.dtype, device=x.device)
         if self.run_kernel is not None:
-            place = {"spans": ctypes.addressof(spans), "first": self.first}
+            place = {"spans": ctypes.addressof(spans), "first": first}
             return self.run_kernel(self.kernel, out, **place, **self.kernel_fields(inputs))
         for span in spans:
             rows = slice(span.row, span.row + span.num_new)
-            part = self.scan_span(tuple(each[rows] for each in inputs), self.part(span.state))
-            out[rows] = part.to(x.dtype)
+            state = span.state[first : first + self.num_floats]
+            out[rows] = self.scan_span(tuple(each[rows] for each in inputs), state).to(x.dtype)
         return out
 
     def kernel_fields(self, inputs: Inputs) -> dict[str, Any]:
@@ -133,6 +135,8 @@ class RecurrentCache:
         for mixer, first in zip(mixers, itertools.accumulate([0, *(m.num_floats for m in mixers)])):
             mixer.first = first
         self.num_floats = sum(mixer.num_floats for mixer in mixers)
+        self.most_floats = max(mixer.num_floats for mixer in mixers)
+        self.rooms: list[Tensor] = []  # for one layer's state each, of a sequence with guesses
         self.most_saved = (state_mb << 20) // (4 * self.num_floats)
         self.states: list[Tensor | None] = [None] * num_slots
         self.lengths = [0] * num_slots  # tokens in each state
@@ -233,8 +237,8 @@ class RecurrentCache:
                 self.save(span.slot)
 
     def rounds(self, batch: Batch) -> list[Round]:
-        """How the rows of a batch go through the states: cut where a state is saved, and where
-        guesses begin, which go into a copy."""
+        """How the rows of a batch go through the states: cut where a state is saved. Guesses come
+        after all of them."""
         if "rounds" in batch.memo:
             return cast("list[Round]", batch.memo["rounds"])
         self.begin(batch.spans)
@@ -244,10 +248,28 @@ class RecurrentCache:
             found = [piece for piece in column if piece is not None]
             copies = [(piece.state, copy) for piece, copy in found if copy is not None]
             rounds.append(Round(self.table([piece for piece, _ in found]), copies))
+        batch.memo["guesses"] = self.guess_round(batch.spans)
         return rounds
 
+    def guess_round(self, spans: list[Span]) -> Round:
+        """The guesses of spans, which go through copies of one layer's state at a time: these stay
+        in the processor's cache."""
+        pieces: list[StateSpan] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        for span in spans:
+            state, done = self.states[span.slot], self.lengths[span.slot] - span.start
+            if done < span.num_new:
+                assert state is not None
+                if len(self.rooms) == len(pieces):
+                    self.rooms.append(torch.empty(self.most_floats, device=state.device))
+                room = self.rooms[len(pieces)]
+                pieces.append(StateSpan(room, span.num_new - done, span.row + done))
+                copies.append((state, room))
+        return Round(self.table(pieces), copies)
+
     def pieces(self, span: Span) -> list[tuple[StateSpan, Tensor | None]]:
-        """The pieces of a span, with the tensor that gets a copy of the state after each one."""
+        """The pieces of a span without its guesses, with the tensor that gets a copy of the state
+        after each one."""
         slot, state = span.slot, self.states[span.slot]
         assert state is not None
         num_guesses = max(0, min(span.num_rows, span.num_new, MOST_GUESSES + 1) - 1)
@@ -259,10 +281,6 @@ class RecurrentCache:
         for start, cut in itertools.pairwise([span.start, *cuts, end]):
             copy = self.save(slot, cut) if cut < end else None
             found.append((StateSpan(state, cut - start, span.row + start - span.start), copy))
-        if num_guesses:
-            scratch = torch.empty_like(state)
-            found[-1] = found[-1][0], scratch
-            found.append((StateSpan(scratch, num_guesses, span.row + end - span.start), None))
         self.lengths[slot] = end
         return found
 
@@ -275,6 +293,10 @@ class RecurrentCache:
             out = mixer.scan(inputs, spans, out)
             for state, copy in copies:
                 mixer.part(copy).copy_(mixer.part(state))
+        spans, copies = batch.memo["guesses"]
+        for state, room in copies:
+            room[: mixer.num_floats].copy_(mixer.part(state))
+        out = mixer.scan(inputs, spans, out, 0) if copies else out
         for span in batch.spans:
             stop = span.start + span.num_new
             if self.lengths[span.slot] < stop:

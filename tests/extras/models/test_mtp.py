@@ -200,6 +200,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts for several sequences, as on a GPU."""
+    monkeypatch.setitem(mtp.MOST_ROWS, "cpu", 16)
+
+
+@pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 def test_the_text_is_the_same_alone_and_in_a_batch(knowing: Path, options: dict[str, Any]) -> None:
     requests = [request(seed, **kind) for seed in range(3) for kind in KINDS.values()]
@@ -218,6 +225,7 @@ def test_the_text_is_the_same_alone_and_in_a_batch(knowing: Path, options: dict[
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
 
+@pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda o: "-".join(o.values()))
 def test_requests_that_come_and_go_get_the_answers_that_each_gets_alone(
     knowing: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -225,6 +233,18 @@ def test_requests_that_come_and_go_get_the_answers_that_each_gets_alone(
     monkeypatch.setattr(recurrent, "SAVE_EVERY", 32)
     llm = assert_company_changes_nothing(knowing, 400, **options, lookup="mtp")
     assert 20 < llm.engine.stats.accepted_tokens < llm.engine.stats.drafted_tokens
+
+
+def test_few_rows_are_guessed_on_a_cpu(knowing: Path) -> None:
+    llm = LLM(knowing, lookup="mtp", parallel=4)
+    for num, most in ((1, 3), (2, 1), (3, 0)):
+        running = [llm.start(request(seed, 30, **FREE)) for seed in range(num)]
+        drafted = []
+        while llm.engine.has_work:
+            is_full = len([seq for seq in running if not seq.finish_reason]) == num
+            llm.engine.step()
+            drafted += [len(seq.draft) for seq in running] if is_full else []
+        assert max(drafted) == most
 
 
 def test_a_next_turn_is_guessed_from_a_warm_cache(knowing: Path) -> None:
