@@ -159,7 +159,7 @@ def character(atom: str, flags: str) -> Piece:
         atom = r"[\s\S]" if "s" in flags else r"[^\n]"
     pattern = compiled(atom, flags)
     escapes = [re.escape(text) for char, text in ESCAPES.items() if pattern.fullmatch(char)]
-    plain = rust_regex(atom).replace("/", r"\x2f")
+    plain = rust_regex(atom, {}).replace("/", r"\x2f")
     is_set = plain.startswith("[") or atom[1:] in tuple("dDwWsS")
     if escapes and is_set:
         plain = f"[{plain}--{ESCAPED}]"

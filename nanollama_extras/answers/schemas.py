@@ -183,13 +183,14 @@ RUST_ESCAPES = {
 }
 
 
-def rust_regex(pattern: str) -> str:
-    """A pattern of a JSON Schema, whose dialect is that of ECMA-262, in that of Rust."""
+def rust_regex(pattern: str, escapes: Mapping[str, str] = RUST_ESCAPES) -> str:
+    """A pattern of a JSON Schema, whose dialect is that of ECMA-262, in that of Rust. Without
+    `escapes`, an expression of Python."""
     out, in_class = list[str](), False
     for match in ECMA_PARTS.finditer(pattern):
         part = match[0]
         if part[0] == "\\":
-            part = rust_escape(match, in_class)
+            part = rust_escape(match, in_class, escapes)
         elif not in_class:
             in_class = part in ("[", "[^")
             part = {"[]": r"[^\s\S]", "[^]": r"[\s\S]", "{": r"\{"}.get(part, part)
@@ -203,14 +204,14 @@ def rust_regex(pattern: str) -> str:
     return "".join(out)
 
 
-def rust_escape(match: re.Match[str], in_class: bool) -> str:
+def rust_escape(match: re.Match[str], in_class: bool, escapes: Mapping[str, str]) -> str:
     """An escape sequence of ECMA-262 in the dialect of Rust."""
     high, low, control = match["high"], match["low"], match["control"]
     if high:
         return rf"\x{{{0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF):x}}}"
     if control:
         return rf"\x{ord(control) % 32:02x}"
-    return r"\x08" if in_class and match[0] == r"\b" else RUST_ESCAPES.get(match[0], match[0])
+    return r"\x08" if in_class and match[0] == r"\b" else escapes.get(match[0], match[0])
 
 
 # ---- references to definitions of a part ---------------------------------------------------------
