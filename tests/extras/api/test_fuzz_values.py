@@ -56,6 +56,7 @@ CHOICES = {
     "structured_outputs": {"json": SCHEMA},
 }
 FLAT = {"type": "function", **FUNCTION}
+NEST = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
 RESPONSE = {
     "input": [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -69,7 +70,7 @@ RESPONSE = {
     ],
     "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}},
     "reasoning": {"effort": "low", "summary": "auto"},
-    "tools": [FLAT],
+    "tools": [FLAT, {"type": "custom", "name": "g", "format": NEST}],
     "tool_choice": {"type": "function", "name": "f"},
     "include": ["message.output_text.logprobs"],
     "metadata": {"a": "b"},
