@@ -5734,7 +5734,7 @@ class ChoicesReply(Reply):
 # ==================================================================================================
 
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
-# origins of this machine: its web pages, and applications with a browser inside
+# web pages of this machine, and applications with a browser inside
 LOCAL_ORIGIN = (
     r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://.*"
 )
@@ -6492,7 +6492,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, ValueError) as error:
         message = f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
         raise UsageError(message) from None
-    # with this protocol, asyncio sets TCP_NODELAY and sends small pieces at once
+    # this protocol makes asyncio set TCP_NODELAY
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, made.detach())
 
 
@@ -6527,8 +6527,7 @@ def serve(models: Models) -> None:
 #
 #   In          argv, a terminal or pipes
 #   Out         text on stdout, everything else on stderr, an exit code
-#   Idea        every mode prints one stream of deltas: --prompt sends one request, --interactive
-#               one after the other, --batch-file all of its lines together.
+#   Idea        every mode prints one stream of deltas, of one request or of many
 #   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
 #               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
 #   Extend      a subcommand is a row of COMMANDS; one of a conversation, a name in TALK_COMMANDS.
@@ -6614,18 +6613,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=USAGE,
-        description="Run language models on this machine.",
+        description="Run language models.",
         epilog="\n".join(["commands:", *commands]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
     mode = parser.add_argument_group("mode (one of)").add_mutually_exclusive_group(required=True)
-    choose, text = mode.add_argument, "serve the OpenAI API, a web chat and, with extras, more APIs"
+    choose = mode.add_argument
     choose("--prompt", "-p", metavar="TEXT", help="text to continue; - reads stdin")
     choose("--interactive", action="store_true", help="talk in the terminal; implies --chat")
     choose("--batch-file", metavar="FILE", help="one prompt a line; - reads stdin")
-    choose("--serve", action="store_true", help=text)
+    choose("--serve", action="store_true", help="serve OpenAI's API, others, and a web chat")
     add = option_group(parser, "chat and output")
     add("--chat", "wrap the prompt in the chat template", action="store_true")
     add("--system TEXT", "system prompt, with --chat or --interactive")
@@ -6639,6 +6638,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = option_group(parser, "server")
     add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
     add_settings(add, ServerConfig)
+    preferred("cluster.options", "add_options", lambda _: None)(parser)
     return parser
 
 
@@ -7116,7 +7116,7 @@ def open_model(settings: Settings, config: ServerConfig) -> Models:
     return Models({name: model_source(settings, name)}, config)
 
 
-def run_serve(settings: Settings) -> int:
+def run_serve(settings: Settings, open_models: Any = None) -> int:
     """--serve: answer over HTTP until SIGTERM or Ctrl-C."""
     args = settings.args
     keys = args.api_keys or os.environ.get("NANOLLAMA_API_KEY", "").split(",")
@@ -7125,9 +7125,9 @@ def run_serve(settings: Settings) -> int:
     config = ServerConfig(**own | {"api_keys": tuple(k.strip() for k in keys if k.strip())})
     if not config.api_keys and config.host not in LOOPBACK_HOSTS:
         log.warning(f"warning: other machines can reach {config.host}; no --api-key is set")
-    open_models = preferred("api.shelf", "open_shelf", open_model)
-    if is_test:
+    if is_test and not open_models:
         open_models = extra("testing", "a server for tests").open_models
+    open_models = open_models or preferred("api.shelf", "open_shelf", open_model)
     models = open_models(settings, config)
     with read_toolbox(args) or contextlib.nullcontext():
         serve(models)
@@ -7210,8 +7210,7 @@ def command_show(argv: list[str]) -> int:
 
 def command_pull(argv: list[str]) -> int:
     parser = command_parser("pull")
-    text = "alias, org/name, org/name:QUANT, org/name/file.gguf"
-    parser.add_argument("ref", metavar="MODEL", help=text)
+    parser.add_argument("ref", metavar="MODEL", help="alias, org/name[:QUANT], org/name/file.gguf")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit")
     args = parser.parse_args(argv)
     put(f"{ModelStore().pull(args.ref, args.revision)}\n")
@@ -7241,11 +7240,10 @@ def command_rm(argv: list[str]) -> int:
     models = store.cached(args.ref)
     for m in models:
         log.warning(f"{m.id}  {human_bytes(m.num_bytes)}")
-    if not args.yes:
-        freed = human_bytes(sum(m.num_bytes for m in models))
-        if not confirmed(f"Delete, freeing {freed}? [y/N] "):
-            log.warning("nothing deleted")
-            return 1
+    freed = human_bytes(sum(m.num_bytes for m in models))
+    if not (args.yes or confirmed(f"Delete, freeing {freed}? [y/N] ")):
+        log.warning("nothing deleted")
+        return 1
     log.warning(f"freed {human_bytes(store.remove(models))}")
     return 0
 
@@ -7279,6 +7277,8 @@ def run(argv: list[str]) -> int:
     settings = read_settings(args, parser)
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
+    if getattr(args, "ray", None) is not None:
+        return int(extra("cluster.options", "--ray").run(settings))
     if args.interactive:
         return Repl(settings, toolbox=read_toolbox(args), llm=settings.load()).run()
     if args.serve:
@@ -7310,7 +7310,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
-    except OSError as error:  # mostly of stdout, whose last flush must not fail again
+    except OSError as error:  # mostly of stdout: no second flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):  # the reader is done, as `head` is
             return 0

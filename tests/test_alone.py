@@ -386,6 +386,7 @@ def test_every_feature_works_or_names_its_extra(
 # are more than a use of a feature can bring; without kernels.memory and those of templates, of
 # parameters without effect and of models without a tokenizer, no feature of these fails.
 UNUSED = {
+    "cluster.options",
     "kernels.cuda",
     "commands.conversation",
     "files.mxfp4",

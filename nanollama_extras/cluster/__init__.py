@@ -1,0 +1,1 @@
+"""Engines on several machines, with Ray."""

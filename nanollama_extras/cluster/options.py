@@ -1,0 +1,62 @@
+"""`--ray`: the options of a cluster, and the modes that run on one.
+
+Seam       `nanollama.build_parser` calls `add_options`, and `nanollama.run` calls `run` where --ray
+           is given. The modes are modules beside this one, imported when they run: cluster.serve.
+Remove     delete the folder; the flags are then unknown. Ray itself is the extra package `cluster`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from nanollama import UsageError, extra, library, option_group
+
+if TYPE_CHECKING:
+    from nanollama import Settings
+
+LOCAL, NOT_GIVEN = "local", ""  # values of --ray: without an address; implied by another option
+
+
+class NeedsRay(argparse.Action):
+    """Stores a value, and notes that it has no effect without --ray."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
+        setattr(namespace, self.dest, value)
+        namespace.ray = NOT_GIVEN if namespace.ray is None else namespace.ray
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a cluster."""
+    add = option_group(parser, "cluster")
+    text = "run replicas on Ray: on this machine, or on the cluster at ADDRESS (or auto)"
+    add("--ray ADDRESS", f"with --serve: {text}", nargs="?", const=LOCAL)
+    text = "with --ray: least and most replicas, or their number (default: 1)"
+    add("--replicas MIN:MAX", text, replica_range, action=NeedsRay)
+    text = "with --ray: cores of a replica, also its threads (default: --threads, or 1)"
+    add("--num-cpus N", text, int, action=NeedsRay)
+
+
+def replica_range(text: str) -> tuple[int, int]:
+    """The least and the most of "2:8", or of "2". Raises UsageError."""
+    numbers = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", text)
+    least, most = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
+    if not 1 <= least <= most:
+        raise UsageError(f"--replicas is {text}; give MIN:MAX, such as 1:4, or a number from 1")
+    return least, most
+
+
+def import_ray(*submodules: str) -> Any:
+    """Ray, with submodules. Raises PackageError, with the command that installs it."""
+    return library("ray", *submodules, install='pip install ".[cluster]"')
+
+
+def run(settings: Settings) -> int:
+    """Run the mode of the command line on Ray. Raises UsageError and PackageError."""
+    if settings.args.ray == NOT_GIVEN:
+        raise UsageError("--replicas and --num-cpus need --ray")
+    if not settings.args.serve:
+        raise UsageError("--ray needs --serve")
+    import_ray("serve")
+    return int(extra("cluster.serve", "--serve --ray").run(settings))
