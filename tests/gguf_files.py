@@ -134,7 +134,7 @@ def arch_of(config: dict[str, Any]) -> Any:
     name = ARCH.get(model_type, model_type.upper())
     if model_type == "granitemoehybrid" and "linear_attention" not in config["layer_types"]:
         name = "GRANITE"
-    if config.get("use_bidirectional_attention"):
+    if config.get("use_bidirectional_attention") is True:
         name = "GEMMA_EMBEDDING"
     if model_type == "nemotron_h" and "moe" in config["layers_block_type"]:
         name = "NEMOTRON_H_MOE"

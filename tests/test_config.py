@@ -42,6 +42,7 @@ CONFIGS = {
 GIVEN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "bitnet": {"num_key_value_heads": 4},  # 5 do not divide the heads
+    "gemma3n_text": {"num_kv_shared_layers": 0},  # 15 are more than there are
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 16}
     | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
