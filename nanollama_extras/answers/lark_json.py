@@ -30,6 +30,7 @@ from nanollama_extras.answers.lark_regex import (
     literal,
     read_rules,
     tokens_of,
+    without_lookahead,
 )
 from nanollama_extras.answers.schemas import GRAMMAR, rust_regex
 
@@ -257,7 +258,8 @@ class Writer:
             return self.terminal(text)
         if kind == "regex":
             source, _, flags = text[1:].rpartition("/")
-            return expression(source.replace("\\/", "/"), flags)
+            source = source.replace("\\/", "/")
+            return expression(source if flags else without_lookahead(source), flags)
         if kind != "text":
             problem = "there is no rule" if kind == "name" else "not expected here:"
             raise NotRegularError(f"{problem} {text}")

@@ -47,6 +47,9 @@ COMMON = {
     "ESCAPED_STRING": r'"(?:[^"\\\n]|\\.)*"',
 }
 IGNORED = "%ignore"
+AHEAD = re.compile(
+    r"\(\?!(?P<text>[^\\()\[\]{}.*+?^$|]+)\)(?P<set>\[\^(?:\\.|[^\]\\])+\]|\.)(?P<sign>[+*])"
+)
 LOOKAROUND = re.compile(r"(?<!\\)(?:\\\\)*\(\?[=!<]")
 Tokens = list[tuple[str, str]]
 
@@ -182,6 +185,7 @@ class Expansion:
             found = f"(?{'i' * is_any_case}:{escaped(literal(text.removesuffix('i')))})"
         elif kind == "regex":
             source, _, flags = text[1:].rpartition("/")
+            source = source if flags else without_lookahead(source)
             if LOOKAROUND.search(source):
                 raise NotRegularError(f"{text[:20]} looks ahead or back")
             found = (
@@ -211,6 +215,21 @@ class Expansion:
             return text
         least, _, most = re.sub(r"[~\s]", "", text).partition("..")
         return f"{{{least},{most}}}" if most else f"{{{least}}}"
+
+
+def without_lookahead(source: str) -> str:
+    """(?!END)[^x]+ without its lookahead: texts that depart from END at some character."""
+    match = AHEAD.fullmatch(source)
+    if match is None or not all(re.fullmatch(match["set"], char) for char in match["text"]):
+        return source
+    text, one = match["text"], match["set"]
+    excluded = r"\n" if one == "." else one[2:-1]
+    branches = []
+    for i, char in enumerate(text):
+        rest = f"(?:[^{excluded}{re.escape(char)}]{one}*)"
+        is_optional = i > 0 or match["sign"] == "*"
+        branches.append(escaped(text[:i]) + rest + "?" * is_optional)
+    return f"(?:{'|'.join(branches)})"
 
 
 def kept_escape(match: re.Match[str]) -> str:

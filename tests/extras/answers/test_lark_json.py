@@ -39,7 +39,7 @@ STRING: /"(?:[^"\\\n]|\\["\\nt])*"/
 """
 LINES = r"""
 start: "BEGIN" LF line+ "END" LF?
-line: "+" /.+/? LF | "{" LF line* "}" LF
+line: "+" /(?!"X).+/? LF | "{" LF line* "}" LF
 LF: /\n/
 """
 PAIRS = r"""
@@ -60,8 +60,8 @@ CASES = {
     ),
     "lines": (
         LINES,
-        ["BEGIN\n+\nEND", 'BEGIN\n+\\"EN\n{\n{\n+}\t/\n}\n}\nEND\n'],
-        ["BEGIN\nEND", "BEGIN\n+\nENDx", "BEGIN\n{\n+x\nEND"],
+        ["BEGIN\n+\nEND", 'BEGIN\n+"\n+"x\nEND', 'BEGIN\n+\\"EN\n{\n{\n+}\t/\n}\n}\nEND\n'],
+        ["BEGIN\nEND", "BEGIN\n+\nENDx", 'BEGIN\n+"X\nEND', "BEGIN\n{\n+x\nEND"],
     ),
     "pairs": (
         PAIRS,

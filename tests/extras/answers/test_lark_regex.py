@@ -35,6 +35,9 @@ GRAMMARS = {
     "ignored": (
         'start: "let" NAME ("=" NAME)+\nNAME: "a".."c" /[0-9]/?\n%ignore " "\n%ignore /#.*/\n'
     ),
+    "ahead": r"""start: "BEGIN" LF line+ "END" LF?
+        line: /(?!END)[^\n]+/ LF | "+" /(?!a-_).+/ LF
+        LF: /\n/""",
     "terminals": (
         "%import common (INT, WS_INLINE)\n%import common.WORD -> W\nstart: INT WS_INLINE W"
     ),
@@ -50,6 +53,8 @@ TEXTS = [
     *("a", "ab", "abba", "c", "ac", "cc", ""),
     *('(.*"\\\n//é-]', '(.*"\\\n///é-]', '(x*"\\\n//é-]', "()"),
     *("leta=b", " let a0 = b1 =c #d", "let a 0=b", "le ta=b", "leta=", "let#=\na=b"),
+    *(f"BEGIN\n{line}\nEND" for line in ("E", "EN", "END", "ENDx", "EN\nENX", "x\nxEND", "")),
+    *(f"BEGIN\nx\n+{line}\nEND\n" for line in ("a", "a-", "a-_", "a-_b", "ab-_")),
     *("12 ab", "12\tab", "12ab", "x ab", "1 a1"),
 ]
 
