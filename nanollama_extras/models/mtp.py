@@ -28,6 +28,7 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,9 +43,11 @@ if TYPE_CHECKING:
     from nanollama_extras.models.delta_net import DeltaNetDecoder
 
 
-# Rows of a step with drafts, by the type of device. Native kernels on the CPU multiply four rows in
-# the time of two; beside the price of a guess, further rows cost more than they save.
-MOST_ROWS = {"cpu": 4}
+# Type of device -> most rows of a step with drafts, and the least probability that all guesses of a
+# draft are right. Native kernels on the CPU multiply two to four rows in nearly the time of two, so
+# a guess must be right in most cases, and further rows cost more than they save.
+LIMITS = {"cpu": (4, 0.6)}
+OTHER_LIMITS = (DRAFT_ROWS, 0.0)
 
 
 class States(NamedTuple):
@@ -78,6 +81,7 @@ class HeadDrafter(Pace):
         self.num_tokens = 0  # of the text that `guesses` follow
         self.num_wanted = 0
         self.guesses: list[int] = []
+        self.likelihood = 1.0  # that all of them are right
 
     def draft(self, seq: Sequence, most: int) -> list[int]:
         """As Pace.draft; the first sequence of a step has the head guess for all."""
@@ -93,9 +97,20 @@ class HeadDrafter(Pace):
         """Forget the guesses, unless they follow the sequence -> how many new ones are wanted"""
         if self.num_tokens == len(seq.token_ids):
             return 0
-        self.num_tokens, self.guesses = len(seq.token_ids), []
+        self.num_tokens, self.guesses, self.likelihood = len(seq.token_ids), [], 1.0
         self.num_wanted = self.length(seq, most)
         return self.num_wanted
+
+    def take(self, token_id: int, probability: float, least: float) -> bool:
+        """Add a guess, unless the draft would be right with a probability below `least` -> whether
+        another guess is wanted"""
+        self.likelihood *= probability
+        if self.likelihood >= least:
+            self.guesses.append(token_id)
+            return len(self.guesses) < self.num_wanted
+        if not self.guesses:  # as after a wrong guess, the next one may have to wait
+            self.learn(1, 0, self.num_tokens + 1)
+        return False
 
 
 class Head:
@@ -129,7 +144,7 @@ class Head:
         """The longest draft of each sequence that runs."""
         engine = self.engine()
         assert engine
-        num_rows = MOST_ROWS.get(engine.decoder.device.type, DRAFT_ROWS)
+        num_rows, _ = LIMITS.get(engine.decoder.device.type, OTHER_LIMITS)
         return num_rows // max(len(engine.scheduler.running), 1) - 1
 
     def observe(
@@ -177,6 +192,7 @@ class Head:
         engine = self.engine()
         assert engine
         decoder = cast("DeltaNetDecoder", engine.decoder)
+        _, least = LIMITS.get(decoder.device.type, OTHER_LIMITS)
         drafters, pieces = [], []
         for seq in engine.scheduler.running:
             drafter, piece = seq.drafter, self.next_piece(seq)
@@ -187,13 +203,12 @@ class Head:
         while pieces:
             ends = itertools.accumulate(len(piece.next_ids) for piece in pieces)
             states = self.read(decoder, engine.cache, pieces)[[end - 1 for end in ends]]
-            ids = decoder.lm_head(states).argmax(dim=1).tolist()
+            found = zip(*likeliest(decoder.lm_head(states).float()))
             going = []
-            for drafter, piece, token_id, state in zip(drafters, pieces, ids, states.split(1)):
-                drafter.guesses.append(token_id)
-                if len(drafter.guesses) < drafter.num_wanted:
+            for drafter, piece, state, guess in zip(drafters, pieces, states.split(1), found):
+                if drafter.take(*guess, least):
                     at = piece.start + len(piece.next_ids)
-                    going.append((drafter, Piece(piece.slot, at, [token_id], state)))
+                    going.append((drafter, Piece(piece.slot, at, [guess[0]], state)))
             drafters, pieces = [d for d, _ in going], [piece for _, piece in going]
 
     def next_piece(self, seq: Sequence) -> Piece | None:
@@ -203,6 +218,16 @@ class Head:
         unread = self.unread[seq.slot].until(seq.num_computed)
         next_ids = [*unread.ids[1:], seq.token_ids[-1]]
         return Piece(seq.slot, unread.start, next_ids, unread.states) if unread.ids else None
+
+
+def likeliest(scores: Tensor) -> tuple[list[int], list[float]]:
+    """The likeliest token of each row of scores (n, V), and its probability."""
+    if scores.device.type != "cpu":
+        probabilities, best = scores.softmax(dim=1).max(dim=1)
+        return best.tolist(), probabilities.tolist()
+    rows = scores.numpy()  # torch would wake its threads, which then take a core from the kernels
+    shares = 1 / np.exp(rows - rows.max(axis=1, keepdims=True)).sum(axis=1)
+    return rows.argmax(axis=1).tolist(), shares.tolist()
 
 
 def block_weights(weights: Weights) -> Weights:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gguf_files
 import oracle
@@ -147,6 +148,7 @@ def drafts(llm: LLM, one: GenerationRequest) -> list[tuple[list[int], list[int]]
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are as long as they may be, however wrong the last ones were."""
     monkeypatch.setattr(mtp.HeadDrafter, "learn", lambda *_: None)
+    monkeypatch.setitem(mtp.LIMITS, "cpu", (4, 0.0))
 
 
 # ---- the guesses ---------------------------------------------------------------------------------
@@ -178,7 +180,10 @@ def test_a_gguf_file_drafts_the_same(made: MADE, tmp_path: Path, variant: str) -
 
 
 def test_a_head_that_knows_the_text_is_always_right(made: MADE, tmp_path: Path) -> None:
-    llm = LLM(with_knowledge(made("qwen3_5_text"), tmp_path / "made", 0), lookup="mtp")
+    path = with_knowledge(made("qwen3_5_text"), tmp_path / "first", 0)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    sure = {"lm_head.weight": 1000 * tensors["lm_head.weight"]}
+    llm = LLM(with_tensors(path, tmp_path / "made", sure), lookup="mtp")
     usage = llm.complete(request(1, 61, **FREE)).usage
     assert usage.accepted_tokens == usage.drafted_tokens == 45  # of every four tokens, three
     assert "lookup: 45 of 45 right" in nanollama.speed_line(llm.engine.stats)
@@ -203,7 +208,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.fixture
 def many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts for several sequences, as on a GPU."""
-    monkeypatch.setitem(mtp.MOST_ROWS, "cpu", 16)
+    monkeypatch.setitem(mtp.LIMITS, "cpu", (16, 0.0))
 
 
 @pytest.mark.usefixtures("many_rows")
@@ -235,6 +240,7 @@ def test_requests_that_come_and_go_get_the_answers_that_each_gets_alone(
     assert 20 < llm.engine.stats.accepted_tokens < llm.engine.stats.drafted_tokens
 
 
+@pytest.mark.usefixtures("eager")
 def test_few_rows_are_guessed_on_a_cpu(knowing: Path) -> None:
     llm = LLM(knowing, lookup="mtp", parallel=4)
     for num, most in ((1, 3), (2, 1), (3, 0)):
@@ -247,6 +253,33 @@ def test_few_rows_are_guessed_on_a_cpu(knowing: Path) -> None:
         assert max(drafted) == most
 
 
+def test_an_unlikely_guess_ends_a_draft_and_the_next_waits() -> None:
+    drafter = mtp.HeadDrafter(cast("Any", None))
+    seq: Any = SimpleNamespace(token_ids=[5] * 10, max_length=100)
+    assert drafter.begin(seq, 3) == 3
+    assert drafter.take(7, 0.9, 0.6)
+    assert drafter.take(8, 0.8, 0.6)
+    assert not drafter.take(9, 0.7, 0.6)
+    assert drafter.guess(seq.token_ids, 3) == [7, 8]
+    asked = []
+    for _ in range(40):
+        seq.token_ids.append(5)
+        if drafter.begin(seq, 3):
+            asked.append(len(seq.token_ids))
+            assert not drafter.take(7, 0.5, 0.6)
+            assert drafter.guess(seq.token_ids, 3) == []
+    assert asked == [11, 12, 14, 18, 26, 42]
+
+
+def test_probabilities_are_those_of_a_softmax() -> None:
+    scores = torch.randn(3, 50) * 4
+    ids, shares = mtp.likeliest(scores)
+    best = scores.softmax(dim=1).max(dim=1)
+    assert ids == best.indices.tolist()
+    assert shares == pytest.approx(best.values.tolist())
+
+
+@pytest.mark.usefixtures("many_rows")
 def test_a_next_turn_is_guessed_from_a_warm_cache(knowing: Path) -> None:
     llm = LLM(knowing, lookup="mtp", parallel=1)
     first = llm.complete(request(2, **FREE))
