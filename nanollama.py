@@ -7275,10 +7275,10 @@ def run(argv: list[str]) -> int:
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
-    if args.embed:
-        return int(extra("commands.embed", "--embed").run(settings))
     if getattr(args, "ray", None) is not None:
         return int(extra("cluster.options", "--ray").run(settings))
+    if args.embed:
+        return int(extra("commands.embed", "--embed").run(settings))
     if args.interactive:
         return Repl(settings, toolbox=read_toolbox(args), llm=settings.load()).run()
     if args.serve:

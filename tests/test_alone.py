@@ -386,6 +386,8 @@ def test_every_feature_works_or_names_its_extra(
 # are more than a use of a feature can bring; without kernels.memory and those of templates, of
 # parameters without effect and of models without a tokenizer, no feature of these fails.
 UNUSED = {
+    "cluster.batch",
+    "cluster.batch_files",
     "cluster.options",
     "kernels.cuda",
     "commands.conversation",

@@ -1,7 +1,8 @@
 """`--ray`: the options of a cluster, and the modes that run on one.
 
 Seam       `nanollama.build_parser` calls `add_options`, and `nanollama.run` calls `run` where --ray
-           is given. The modes are modules beside this one, imported when they run: cluster.serve.
+           is given. The modes are modules beside this one, imported when they run:
+           cluster.serve, cluster.batch.
 Remove     delete the folder; the flags are then unknown. Ray itself is the extra package `cluster`.
 """
 
@@ -20,20 +21,22 @@ LOCAL, NOT_GIVEN = "local", ""  # values of --ray: without an address; implied b
 
 
 class NeedsRay(argparse.Action):
-    """Stores a value, and notes that it has no effect without --ray."""
+    """Stores a value, or that a flag was given, and notes that it has no effect without --ray."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, flag: str | None = None) -> None:
-        setattr(namespace, self.dest, value)
+        setattr(namespace, self.dest, value if self.nargs is None else True)
         namespace.ray = NOT_GIVEN if namespace.ray is None else namespace.ray
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a cluster."""
     add = option_group(parser, "cluster")
-    text = "run replicas on Ray: on this machine, or on the cluster at ADDRESS (or auto)"
-    add("--ray ADDRESS", f"with --serve: {text}", nargs="?", const=LOCAL)
+    text = "with --serve or --batch-file: run on Ray, here or on the cluster at ADDRESS (or auto)"
+    add("--ray ADDRESS", text, nargs="?", const=LOCAL)
     text = "with --ray: least and most replicas, or their number (default: 1)"
     add("--replicas MIN:MAX", text, replica_range, action=NeedsRay)
+    text = "with --batch-file and --ray: answers in the order in which they are done"
+    add("--unordered", text, action=NeedsRay, nargs=0)
     text = "with --ray: cores of a replica, also its threads (default: --threads, or 1)"
     add("--num-cpus N", text, int, action=NeedsRay)
 
@@ -55,8 +58,12 @@ def import_ray(*submodules: str) -> Any:
 def run(settings: Settings) -> int:
     """Run the mode of the command line on Ray. Raises UsageError and PackageError."""
     if settings.args.ray == NOT_GIVEN:
-        raise UsageError("--replicas and --num-cpus need --ray")
+        raise UsageError("--replicas, --num-cpus and --unordered need --ray")
+    if settings.args.batch_file is not None and not settings.args.embed:
+        return int(extra("cluster.batch", "--batch-file --ray").run(settings))
     if not settings.args.serve:
-        raise UsageError("--ray needs --serve")
+        raise UsageError("--ray needs --serve or --batch-file, without --embed")
+    if settings.args.unordered:
+        raise UsageError("--unordered needs --batch-file")
     import_ray("serve")
     return int(extra("cluster.serve", "--serve --ray").run(settings))

@@ -13,8 +13,8 @@ import nanollama
     ("flags", "message"),
     [
         ("--prompt x --ray", "--ray needs --serve"),
-        ("--serve --replicas 2", "--replicas and --num-cpus need --ray"),
-        ("--prompt x --num-cpus 2", "--replicas and --num-cpus need --ray"),
+        ("--serve --replicas 2", "--replicas, --num-cpus and --unordered need --ray"),
+        ("--prompt x --num-cpus 2", "--replicas, --num-cpus and --unordered need --ray"),
         ("--serve --ray --replicas 3:2", "--replicas is 3:2; give MIN:MAX, such as 1:4"),
         ("--serve --ray --replicas 0", "--replicas is 0; give MIN:MAX"),
         ("--serve --ray --replicas many", "--replicas is many; give MIN:MAX"),
