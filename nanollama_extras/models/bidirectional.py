@@ -72,16 +72,17 @@ class WholeTexts(Scheduler):
 
 
 def reach_bias(
-    queries: range, keys: range, reach: int | None, num_groups: int, like: Tensor
+    num_queries: int, num_keys: int, offset: int, reach: int | None, num_groups: int
 ) -> Tensor:
-    """Numbers to add to scores: -inf where a key is `reach` or more positions away from a query, on
-    either side. (rows, keys): queries repeated for each of `num_groups`, padded to ROW_TILE"""
-    bias = torch.zeros(len(queries), len(keys))
+    """Numbers to add to scores of queries, of which the first stands at key `offset`: -inf where a
+    key is `reach` or more positions away, on either side. (rows, keys): queries repeated for each
+    of `num_groups`, padded to ROW_TILE"""
+    bias = torch.zeros(num_queries, num_keys)
     if reach is not None:
-        distance = torch.tensor(queries).unsqueeze(1) - torch.tensor(keys)
+        distance = offset + torch.arange(num_queries).unsqueeze(1) - torch.arange(num_keys)
         bias.masked_fill_(distance.abs() >= reach, -math.inf)
     bias = bias.repeat(num_groups, 1)
-    return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
+    return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE))
 
 
 class WholeTextCache(KVCache):
@@ -99,18 +100,17 @@ class WholeTextCache(KVCache):
         keys, values = k.transpose(0, 1), v.transpose(0, 1)  # (Hkv, n, D)
         parts = []
         for start in range(0, num_new, QUERIES):
-            queries = range(start, min(start + QUERIES, num_new))
-            seen = range(num_new)
+            end, first, last = min(start + QUERIES, num_new), 0, num_new
             if reach is not None:
-                seen = seen[max(0, queries[0] - reach + 1) : queries[-1] + reach]
-            at = span.row, start, reach
-            bias = batch.memo.get(at)
+                first, last = max(0, start - reach + 1), min(num_new, end + reach - 1)
+            # the same for most parts of a text
+            form = end - start, last - first, start - first if reach else 0, reach, num_groups
+            bias = batch.memo.get(form)
             if bias is None:
-                bias = batch.memo[at] = reach_bias(queries, seen, reach, num_groups, q)
-            near = slice(seen.start, seen.stop)
+                bias = batch.memo[form] = reach_bias(*form).to(q.device, q.dtype)
             scaling = config.attn_scale, config.attn_softcap, attn.sinks
-            rows = q[queries.start : queries.stop]
-            parts.append(attention(rows, keys[:, near], values[:, near], bias, *scaling))
+            near_keys, near_values = keys[:, first:last], values[:, first:last]
+            parts.append(attention(q[start:end], near_keys, near_values, bias, *scaling))
         return torch.cat(parts)
 
 
