@@ -497,6 +497,10 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_heads": 2,
         },
     ),
+    "nemotron_h-latent": (
+        "NemotronH",
+        {**NEMOTRON, "moe_latent_size": 32, "moe_intermediate_size": 64},
+    ),
     "nemotron_h-biased": (
         "NemotronH",
         {**NEMOTRON, "use_bias": True, "mlp_bias": True, "n_group": 1, "topk_group": 1}

@@ -186,6 +186,7 @@ WRITTEN = {
     "moe_layer_interval": "interleave_moe_layer_step",
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "num_nextn_predict_layers": "nextn_predict_layers",
+    "moe_latent_size": "moe_latent_size",
 }
 # of BitNet, Falcon-H1 and Muse Glimmer, which newer versions of the gguf package know
 NEWER = {
@@ -194,6 +195,8 @@ NEWER = {
     "lm_head": "output",
     "attn_sub_norm": "blk.{}.attn_sub_norm",
     "ffn_sub_norm": "blk.{}.ffn_sub_norm",
+    "fc1_latent_proj": "blk.{}.ffn_latent_down",
+    "fc2_latent_proj": "blk.{}.ffn_latent_up",
 }
 CENTRED = ("gemma_", "gemma2", "gemma3_", "qwen3_5", "qwen3_next", "muse_glimmer")
 WINDOWED = "muse_glimmer_text phi3 gemma2 gemma3_text gemma4_text gemma4_unified_text".split()

@@ -58,6 +58,8 @@ nanollama.GGUF_TENSORS |= {
     "exp_probs_b": "mlp.gate.e_score_correction",
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
+    "ffn_latent_down": "mlp.fc1_latent_proj",
+    "ffn_latent_up": "mlp.fc2_latent_proj",
 }
 nanollama.PACKINGS["bitnet"] = "files.bitnet"
 
@@ -244,7 +246,7 @@ NEMOTRON_NAMES = {
     r"^model\.norm_f\.": "model.norm.",
     r"(layers\.\d+)\.norm\.": r"\1.input_layernorm.",
     r"mixer\.([qkvo]_proj)": r"self_attn.\1",
-    r"mixer\.(?=gate\.|experts\.|shared_experts\.|(up|down)_proj)": "mlp.",
+    r"mixer\.(?=gate\.|experts\.|shared_experts\.|(up|down)_proj|fc[12]_latent)": "mlp.",
     r"\.mixer\.": ".mamba.",
     r"(?<=mlp\.experts)\.(up_proj|down_proj)$": r".\1.weight",
     **ROUTED_NAMES,

@@ -45,7 +45,7 @@ from nanollama_extras.models.delta_net import by_row
 from nanollama_extras.models.families import changed
 from nanollama_extras.models.mamba2_config import Mamba2Shape
 from nanollama_extras.models.recurrent import Inputs, RecurrentDecoder, RecurrentMixer
-from nanollama_extras.models.routers import RoutedMoE, prediction_tensors
+from nanollama_extras.models.routers import LatentMoE, RoutedMoE, prediction_tensors
 
 Tensors = Mapping[str, TensorSource]
 
@@ -264,7 +264,8 @@ class NemotronLayer(DecoderLayer):
         self.self_attn: Any = None
         self.mlp: Any = None
         if kind == "moe":
-            self.mlp = RoutedMoE(config, weights, f"{prefix}.mlp")
+            mixture = LatentMoE if config.own["moe_latent_size"] else RoutedMoE
+            self.mlp = mixture(config, weights, f"{prefix}.mlp")
         elif kind == "mlp":
             self.mlp = MLP(config, weights, f"{prefix}.mlp", config.n_ff, config.mlp_bias)
         else:

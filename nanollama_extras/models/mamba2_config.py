@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nanollama import CheckpointError, ConfigValues, Experts, check_value, excerpt
+from nanollama import CheckpointError, ConfigValues, Experts, check_value
 from nanollama_extras.models.hybrid_config import conv_taps, kv_heads
 from nanollama_extras.models.routing import read_router, without_predictions
 
@@ -174,9 +174,7 @@ def check_nemotron_h(values: ConfigValues) -> Values:
     has_bias = bool(values.pop("use_bias", False))
     fields = fields_of(read_mamba2(values, in_bias=has_bias, out_bias=has_bias), kinds)
     if "moe" in kinds:
-        if values.get("moe_latent_size"):
-            latent = excerpt(values["moe_latent_size"])
-            raise CheckpointError(f"moe_latent_size {latent} is not supported")
+        latent = values.count("moe_latent_size") if values.get("moe_latent_size") else 0
         values["num_experts"] = values["n_routed_experts"]
         num_shared = values.pop("n_shared_experts", 0)
         shared = values.count("moe_shared_expert_intermediate_size") if num_shared else 0
@@ -185,7 +183,7 @@ def check_nemotron_h(values: ConfigValues) -> Values:
         n_ff, is_sum = values.count("moe_intermediate_size"), bool(values.get("norm_topk_prob"))
         fields["experts"] = experts_of(values, n_ff, layers, is_sum)
         router = dataclasses.replace(router, n_ff_shared=shared)
-        fields["own"] = {**fields["own"], "routing": router}
+        fields["own"] = {**fields["own"], "routing": router, "moe_latent_size": latent}
     return fields
 
 

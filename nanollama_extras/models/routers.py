@@ -2,7 +2,7 @@
 
 Adds       `RoutedMoE`, whose router weighs by sigmoids, a corrected softmax or sparsemixer, in the
            best groups of experts only, and whose shared expert has no gate. The native kernel
-           `experts` computes the same.
+           `experts` computes the same. `LatentMoE`, whose experts are narrower than the model.
 Seam       Family.decoder names `RoutedDecoder`, whose layers have it as their `mixture`.
            ModelConfig.own has a Routing. Imports models.layers and models.routing.
 Source     https://arxiv.org/abs/2412.19437 (DeepSeek-V3), 2409.12136 (sparsemixer)
@@ -11,13 +11,16 @@ Remove     delete this file; the families that name it then say that they need i
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanollama import MLP, ModelConfig, MoE, Weights
+from nanollama import MLP, ROW_TILE, Experts, Linear, ModelConfig, MoE, Norm, Weights
 from nanollama_extras.models.layers import VariedDecoder, VariedLayer
 from nanollama_extras.models.routing import Routing
 
@@ -55,6 +58,10 @@ class RoutedMoE(MoE):
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
         super().__init__(config, weights, prefix)
+        self.read_routing(config, weights, prefix)
+
+    def read_routing(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        """Read what the router and the expert for every token need."""
         self.routing: Routing = config.own.get("routing", Routing())
         self.correction: Tensor | None = None
         if self.routing.correction:
@@ -92,6 +99,35 @@ class RoutedMoE(MoE):
         for share, expert in zip(weight.to(x.dtype).split(1, 1), chosen.split(1, 1)):
             y = super().mix(x * share, y, torch.ones_like(share), expert)
         return y
+
+
+class LatentMoE(RoutedMoE):
+    """A mixture whose experts read a projection of the input to fewer columns, and whose sum is
+    projected back."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        self.config = experts = cast("Experts", config.experts)
+        self.backend, C, latent = weights.backend, config.n_embd, config.own["moe_latent_size"]
+        self.gate = Linear(weights.take(f"{prefix}.gate.weight", experts.count, C))
+        narrow = dataclasses.replace(config, n_embd=latent)
+        self.experts = [
+            MLP(narrow, weights, f"{prefix}.experts.{i}", experts.n_ff, experts.bias)
+            for i in range(experts.count)
+        ]
+        self.shared_expert = self.shared_expert_gate = None
+        self.read_routing(config, weights, prefix)
+        bias = config.mlp_bias
+        self.fc1_latent_proj = weights.linear({f"{prefix}.fc1_latent_proj": latent}, C, bias)
+        self.fc2_latent_proj = weights.linear({f"{prefix}.fc2_latent_proj": C}, latent, bias)
+
+    def __call__(self, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
+        x = norm(x) if norm else x
+        if self.shared_expert is not None:
+            residual = self.shared_expert(x, residual=residual)
+        scores = self.gate(F.pad(x, (0, 0, 0, -len(x) % ROW_TILE)))[: len(x)].float()
+        narrow = self.fc1_latent_proj(x)
+        mixed = self.mix(narrow, torch.zeros_like(narrow), *self.choose(scores))
+        return self.fc2_latent_proj(mixed, residual=residual)
 
 
 class RoutedLayer(VariedLayer):

@@ -43,8 +43,9 @@ COMPUTES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-# for no kernel: widths that are no multiples of 16, biases
+# for no kernel: widths that are no multiples of 16, biases, experts narrower than the model
 ODD = ["qwen3_5-odd-widths", "glm4_moe_lite-odd-widths", "olmo_hybrid-nope", "nemotron_h-biased"]
+ODD += ["nemotron_h-latent"]
 RECORDED = [kind for kind in ALL if kind not in ODD]
 
 

@@ -334,7 +334,7 @@ def test_layers_of_hybrids_are_named_in_two_ways(
         ("granitemoehybrid", {"mamba_n_heads": 8}, "8 heads of width 32 in 2 groups do not"),
         ("granitemoehybrid", {"time_step_limit": [1, 0]}, "time_step_limit is "),
         ("granitemoehybrid", {"mamba_d_conv": 1}, "mamba_d_conv is 1"),
-        ("nemotron_h", {"moe_latent_size": 32}, "moe_latent_size 32 is not supported"),
+        ("nemotron_h", {"moe_latent_size": -1}, "moe_latent_size is -1; an integer"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act is 'silu'; relu2"),
         ("nemotron_h", {"layers_block_type": 7}, "layer_types is 7"),
         ("nemotron_h", {"n_group": 3}, "8 experts in 3 groups"),
@@ -572,6 +572,11 @@ GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": (
         "NemotronH",
         {**NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    ),
+    "nemotron_h-latent": (
+        "NemotronH",
+        MORE["nemotron_h-latent"][1]
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     ),
     "nemotron_h-dense": (
         "NemotronH",
