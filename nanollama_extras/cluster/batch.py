@@ -1,10 +1,11 @@
 """`--batch-file IN --output OUT --ray`: a file of prompts answered by engines that Ray places.
 
-   IN ──> rows ──> blocks ──> actors, one engine each ──> OUT.parts ──> OUT
+   IN ──> rows ──> blocks ──> actors, one engine each ──> slices ──> OUT.parts ──> OUT
 
-A block has as many rows as an engine answers at once. Ray Data starts the actors, hands each of
-them two blocks, so that rows of the second take the places of those that are done, and repeats the
-blocks of an actor that dies. Only the process that was started reads IN and writes OUT.
+An engine answers a block slice by slice; a slice has as many rows as it runs at once. Ray Data
+starts the actors, hands each of them two blocks, so that rows of one take the places of those of
+the other that are done, and repeats the blocks of an actor that dies. Only the process that was
+started reads IN and writes OUT.
 
 Seam       cluster.options calls `run`. It imports cluster.batch_files, cluster.options and
            commands.json_lines.
@@ -25,7 +26,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nanollama import (
+    ALIASES,
     MAX_PARALLEL,
+    TINY_RANDOM,
     BatchRow,
     Modelfile,
     NanollamaError,
@@ -33,6 +36,7 @@ from nanollama import (
     UsageError,
     answer_rows,
     first_line,
+    local_path,
     log,
     printable,
 )
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from nanollama import Json
 
 BLOCKS_AT_ONCE = 2  # of an actor: the second fills places that the first no longer needs
+MAX_SLICES = 64  # of a block: more cost little, but are all repeated where an actor dies
+BLOCKS_EACH = 8  # for an actor, where there are few rows: the last to end leaves the others idle
 # Options that change no answer: a second run may have others
 FREE_OPTIONS = frozenset(
     "batch_file output unordered ray replicas num_cpus num_gpus verbose threads parallel device "
@@ -55,14 +61,24 @@ FREE_OPTIONS = frozenset(
 
 
 def packed(settings: Settings) -> Json:
-    """Settings as plain values, which another process can read."""
-    modelfile = dataclasses.asdict(settings.modelfile)
-    return {"args": vars(settings.args), "modelfile": modelfile, "flags": settings.flags}
+    """Settings as plain values for another process, which may have another working directory."""
+    values, modelfile = dict(vars(settings.args)), dataclasses.asdict(settings.modelfile)
+    values["models"] = [absolute(model) for model in values["models"]]
+    values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter")}
+    values["threads"] = num_cpus(settings)
+    return {"args": values, "modelfile": modelfile, "flags": settings.flags}
+
+
+def absolute(reference: Any) -> Any:
+    """A path without the working directory; other references as they are."""
+    is_name = not reference or reference in (*ALIASES, TINY_RANDOM)
+    path = None if is_name else local_path(reference)
+    return str(path.absolute()) if path else reference
 
 
 class Answerer:
-    """An actor: an engine that answers blocks of rows. The first error that concerns all rows is
-    its answer to every block, because Ray would start the actor again and again."""
+    """An actor: an engine that answers slices of rows. The first error that concerns all rows is
+    its answer to every slice, because Ray would start the actor again and again."""
 
     def __init__(self, options: Json) -> None:
         args = argparse.Namespace(**options["args"])
@@ -74,17 +90,17 @@ class Answerer:
         else:
             self.error = None
 
-    def __call__(self, block: Any) -> Any:
-        """A table with `line` and `prompt` -> one with `answer`: JSON lines, or with an error."""
+    def __call__(self, table: Any) -> Any:
+        """Rows of `line` and `prompt` -> a row with all `answers`, JSON lines, or with an error."""
         import pyarrow
 
-        rows = [BatchRow(row["line"], row["prompt"]) for row in block.to_pylist()]
+        rows = [BatchRow(row["line"], row["prompt"]) for row in table.to_pylist()]
         try:
             if self.error:
                 raise self.error
             request = functools.partial(self.settings.request, llm=self.llm)
             answers = answer_rows(rows, self.llm, request, self.settings.args.hide_thinking)
-            return pyarrow.table({"answer": [json_line(row) for row in answers]})
+            return pyarrow.table({"answers": [[json_line(row) for row in answers]]})
         except NanollamaError as error:
             return pyarrow.table({"error": [str(error)], "exit_code": [error.exit_code]})
 
@@ -130,11 +146,18 @@ def num_cpus(settings: Settings) -> int:
     return int(settings.args.num_cpus or settings.value("threads")[0] or 1)
 
 
+def slice_rows(settings: Settings) -> int:
+    """The rows of a slice."""
+    return settings.engine().parallel or MAX_PARALLEL
+
+
 def blocks(settings: Settings, rows: list[BatchRow]) -> list[Any]:
-    """The rows as tables, each with as many as an engine runs at once."""
+    """The rows as tables of whole slices."""
     import pyarrow
 
-    size = settings.engine().parallel or MAX_PARALLEL
+    _, most = replicas(settings)
+    num_slices = len(rows) // (slice_rows(settings) * most * BLOCKS_EACH)
+    size = slice_rows(settings) * min(max(num_slices, 1), MAX_SLICES)
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [
         pyarrow.table({"line": [r.line for r in part], "prompt": [r.prompt for r in part]})
@@ -143,10 +166,8 @@ def blocks(settings: Settings, rows: list[BatchRow]) -> list[Any]:
 
 
 def answered(ray: Any, settings: Settings, rows: list[BatchRow]) -> Iterator[list[str]]:
-    """JSON lines of the rows' answers, block by block, as they are done. Raises NanollamaError."""
+    """JSON lines of the rows' answers, slice by slice, as they are done. Raises NanollamaError."""
     least, most = replicas(settings)
-    options = packed(settings)
-    options["args"] = {**options["args"], "threads": num_cpus(settings)}
     pool = ray.data.ActorPoolStrategy(
         min_size=least,
         max_size=most,
@@ -156,17 +177,19 @@ def answered(ray: Any, settings: Settings, rows: list[BatchRow]) -> Iterator[lis
     )
     answers = ray.data.from_arrow(blocks(settings, rows)).map_batches(
         Answerer,
-        fn_constructor_args=(options,),
+        fn_constructor_args=(packed(settings),),
         compute=pool,
-        batch_size=None,
+        batch_size=slice_rows(settings),
         batch_format="pyarrow",
         num_cpus=num_cpus(settings),
         num_gpus=settings.args.num_gpus or 0,
     )
+    answers.context.target_max_block_size = 1  # every slice is handed on at once
     for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
-        if "error" in table.column_names:
-            raise_error(table.to_pylist()[0])
-        yield table["answer"].to_pylist()
+        for row in table.to_pylist():
+            if "error" in row:
+                raise_error(row)
+            yield row["answers"]
 
 
 def raise_error(fields: Json) -> None:
@@ -186,10 +209,16 @@ def what_decides(settings: Settings, digest: str) -> Json:
     return {name: json.loads(json.dumps(value, default=str)) for name, value in fields.items()}
 
 
-def report(line: str) -> None:
-    """Write the error of a failed row, as a batch on one machine does."""
-    if error := json.loads(line).get("error"):
-        log.warning(printable(f"line {json.loads(line)['line']}: {error}"))
+def take(lines: list[str], parts: Parts, known: set[int]) -> None:
+    """Add answers to the parts, and name the failed ones, as a batch on one machine does. An actor
+    that died may have answered some of them before."""
+    fields = [(json.loads(line), line) for line in lines]
+    new = [(row, line) for row, line in fields if row["line"] not in known]
+    parts.add([line for _, line in new])
+    known.update(row["line"] for row, _ in new)
+    for row, _ in new:
+        if "error" in row:
+            log.warning(printable(f"line {row['line']}: {row['error']}"))
 
 
 def write_answers(ray: Any, settings: Settings, rows: list[BatchRow], parts: Parts) -> None:
@@ -198,18 +227,13 @@ def write_answers(ray: Any, settings: Settings, rows: list[BatchRow], parts: Par
     rest = [row for row in rows if row.line not in known]
     if known:
         log.warning(f"{len(known)} of {len(rows)} lines have been answered before")
-    failed = [json_line(row) for row in rest if row.error]
-    parts.add(failed)
-    for line in failed:
-        report(line)
+    take([json_line(row) for row in rest if row.error], parts, known)
     if not (rest := [row for row in rest if not row.error]):
         return
     with connected(ray, settings):
         check_room(ray, settings)
         for lines in answered(ray, settings, rest):
-            parts.add(lines)
-            for line in lines:
-                report(line)
+            take(lines, parts, known)
 
 
 def run(settings: Settings) -> int:
