@@ -18,6 +18,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -399,12 +400,30 @@ NAMED_SSE = dataclasses.replace(
 )
 
 
+def make_room(stored: dict[str, StoredResponse]) -> None:
+    """Forget the oldest responses beyond the limits."""
+    while (
+        len(stored) > MAX_STORED_RESPONSES
+        or sum(response.num_chars for response in stored.values()) > MAX_STORED_CHARS
+    ):
+        del stored[next(iter(stored))]
+
+
+# The stored responses of one request, where something beside this process keeps them
+STORED: ContextVar[dict[str, StoredResponse] | None] = ContextVar("STORED", default=None)
+
+
 class API(Handlers):
     """The Responses API, with a store of responses that later ones may continue."""
 
     def __init__(self, models: Models, config: ServerConfig, observer: Observer) -> None:
         super().__init__(models, config, observer)
-        self.stored: dict[str, StoredResponse] = {}
+        self.own_stored: dict[str, StoredResponse] = {}
+
+    @property
+    def stored(self) -> dict[str, StoredResponse]:
+        kept = STORED.get()
+        return self.own_stored if kept is None else kept
 
     async def respond(self, request: Request) -> Response:
         """POST /v1/responses"""
@@ -439,11 +458,7 @@ class API(Handlers):
         """Store a response for later ones; the oldest make room."""
         if reply.body["store"]:
             self.stored[reply.body["id"]] = reply.stored()
-        while (
-            len(self.stored) > MAX_STORED_RESPONSES
-            or sum(response.num_chars for response in self.stored.values()) > MAX_STORED_CHARS
-        ):
-            del self.stored[next(iter(self.stored))]
+        make_room(self.stored)
 
     async def events(self, job: Job, reply: Reply) -> AsyncIterator[Json | None]:
         """The events of a reply. A silence has an event, too: Codex counts no comments, and starts

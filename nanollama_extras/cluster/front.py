@@ -1,0 +1,333 @@
+"""The front: a server without a model. It checks keys, origins and bodies, picks a replica for each
+request, passes the answer on as it comes, and keeps the stored responses.
+
+A request whose replica ends before it answered goes to another one. A stream that has begun ends
+with an error event. A replica whose queue is full is passed over; the last one's 429 goes out when
+all are full.
+
+Seam       a subclass of `nanollama.Models` with middleware around the routes; cluster.serve opens
+           it. It imports cluster.calls and cluster.placement, and api.metrics's text in sums.
+Remove     delete the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import types
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from ray.exceptions import RayError, RayTaskError
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from nanollama import (
+    SSE,
+    Encoding,
+    EngineWorker,
+    Json,
+    Models,
+    NanollamaError,
+    WireError,
+    as_json,
+    client_error,
+    extra_object,
+    find_dialect,
+    first_line,
+    log,
+    parse_json,
+    preferred,
+    unless_disconnected,
+)
+from nanollama_extras.cluster.calls import FRONT_HEADERS, Call, Part
+from nanollama_extras.cluster.placement import Beginning, Placement, beginning, session
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+# Paths that need no model; the tools of --mcp run where the front is
+OWN_PATHS = re.compile("/|/health|/openapi.json|/v1/capabilities|/tools(/.*)?")
+ENCODINGS = {  # module of an API -> the encoding of its streams, where it is not SSE
+    "api.anthropic": "api.anthropic:EVENTS",
+    "api.ollama": "api.ollama_models:NDJSON",
+    "api.page": "api.page:WEB_SSE",
+    "api.responses": "api.responses:NAMED_SSE",
+}
+STREAMS = (b"text/event-stream", b"application/x-ndjson")
+MAX_TRIES = 4  # replicas that end before they answer the same request
+FULL_S = 0.2  # until a request that lost its replica asks full ones again
+PEEK_S = 5.0  # for a replica to show its metrics
+
+
+class LostError(Exception):
+    """The replica has ended before it answered."""
+
+
+def stream_error(path: str, error: NanollamaError, sent: bytes) -> bytes:
+    """The end of a stream that cannot go on, in the form of its API. sent: its last bytes."""
+    module = find_dialect(path) or ""
+    place = ENCODINGS.get(module)
+    encoding: Encoding = extra_object(place, path) if place else SSE
+    body = encoding.error(error)
+    if module == "api.responses":
+        numbers = re.findall(rb'"sequence_number": (\d+)', sent)
+        fields = {"code": error.code, "message": str(error), "param": None}
+        body = {"type": "error", **fields, "sequence_number": int((numbers or [-1])[-1]) + 1}
+    return encoding.encode(body) + encoding.last
+
+
+def summed(texts: list[str]) -> str:
+    """Texts of Prometheus's format as one, in which each number is the sum; a time, the first."""
+    sums: dict[str, float] = {}
+    for line in "\n".join(texts).splitlines():
+        name, _, value = line.rpartition(" ")
+        if line.startswith("#"):
+            sums.setdefault(line, 0)
+        elif "_created" in name:  # a time
+            sums[name] = min(sums.get(name, math.inf), float(value))
+        elif name:
+            sums[name] = sums.get(name, 0) + float(value)
+    lines = [name if name.startswith("#") else f"{name} {value}" for name, value in sums.items()]
+    return "\n".join([*lines, ""])
+
+
+@dataclass(eq=False)
+class FrontModels(Models):
+    """What the front knows: the replicas, their loads, and the stored responses.
+
+    connect: deploys the replicas, or finds them -> a Ray handle. disconnect: the opposite."""
+
+    connect: Callable[[], Any] = lambda: None
+    disconnect: Callable[[], None] = lambda: None
+    placement: Placement = field(default_factory=lambda: Placement(tuple))
+    title: str = "replicas on Ray"
+    waits: bool = False  # for replicas, before it takes requests; else it says that it is loading
+    stored: dict[str, Any] = field(default_factory=dict)
+    statuses: Counter[int] = field(default_factory=Counter)  # of answers
+    num_lost: int = 0  # replicas that ended before they answered
+    handle: Any = None
+
+    def __post_init__(self) -> None:
+        self.middleware = [Middleware(cast("Any", Front), models=self)]
+
+    def __str__(self) -> str:
+        return self.title
+
+    @property
+    def workers(self) -> list[EngineWorker]:
+        """A stand-in with the load of each replica, for /health."""
+        loads = self.placement.loads
+        names = self.placement.replicas()
+        rows = [types.SimpleNamespace(num_sequences=loads[name]) for name in names]
+        return cast("list[EngineWorker]", rows)
+
+    async def start(self) -> None:
+        """Deploy the replicas, which load the model. An error ends the server."""
+        try:
+            self.handle = await asyncio.to_thread(self.connect)
+            self.is_loading = False
+        except Exception as error:
+            self.waits = False
+            self.on_failure(error)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+        async with super().lifespan(_):
+            while self.is_loading and self.waits:
+                await asyncio.sleep(0.01)
+            yield
+        await asyncio.to_thread(self.disconnect)
+
+    def keep(self, part: Part, replica: str) -> None:
+        """Store the responses of a part; the oldest make room."""
+        for name, response in part.stored.items():
+            self.stored[name] = response
+            if response is None:
+                del self.stored[name]
+            self.placement.note(Beginning((session(name),)), replica)
+        if part.stored:
+            preferred("api.responses", "make_room", cast("Any", len))(self.stored)
+
+    def stored_for(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The stored responses that a request names."""
+        if find_dialect(path) != "api.responses":
+            return {}
+        names = {body.get("previous_response_id"), *path.split("/")}
+        items = body.get("input") if isinstance(body.get("input"), list) else []
+        wanted = {item.get("id") for item in items or [] if isinstance(item, dict)} - {None}
+
+        def has_item(response: Any) -> bool:
+            return any(item.get("id") in wanted for item in response.body["output"])
+
+        known = self.stored.items()
+        return {n: one for n, one in known if n in names or (wanted and has_item(one))}
+
+
+class Front:
+    """ASGI middleware that answers by replicas."""
+
+    def __init__(self, app: ASGIApp, models: FrontModels) -> None:
+        self.app, self.models = app, models
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or OWN_PATHS.fullmatch(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        self.models.check_ready()
+        if scope["path"] in ("/metrics", "/stats"):
+            own = self.metrics if scope["path"] == "/metrics" else self.stats
+            await (await own())(scope, receive, send)
+            return
+        request = await self.read(scope, receive)
+        await unless_disconnected(receive, request.answer(send), lambda: None)
+
+    async def read(self, scope: Scope, receive: Receive) -> Forwarded:
+        """A request with its whole body."""
+        data = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            more = bool(message.get("more_body"))
+            data += message.get("body", b"")
+        body: Json = {}
+        with contextlib.suppress(ValueError, NanollamaError):  # the replica refuses it
+            body = preferred("api.limits", "read_json", parse_json)(data) if data else {}
+        body = body if isinstance(body, dict) else {}
+        headers = tuple(pair for pair in scope["headers"] if pair[0] not in FRONT_HEADERS)
+        path, stored = scope["path"], self.models.stored_for(scope["path"], body)
+        call = Call(scope["method"], path, scope["query_string"], headers, bytes(data), "", stored)
+        texts = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+        start = beginning(body, texts)
+        ids = tuple(session(name) for name in stored)
+        return Forwarded(
+            self.models, call, dataclasses.replace(start, sessions=(*ids, *start.sessions))
+        )
+
+    async def peeks(self, path: str) -> list[bytes]:
+        """The answers of all replicas to GET `path`; those that do not answer are left out."""
+        broadcast = self.models.handle.broadcast("peek", path)
+        found = await broadcast.results_async(timeout_s=PEEK_S, return_exceptions=True)
+        return [one[1] for one in found if not isinstance(one, BaseException) and one[0] == 200]
+
+    async def metrics(self) -> Response:
+        """GET /metrics: the sums over the replicas, and the front's own numbers"""
+        texts = [text.decode() for text in await self.peeks("/metrics")]
+        rows = [
+            f'nanollama_front_answers_total{{status="{status}"}} {count}'
+            for status, count in sorted(self.models.statuses.items())
+        ]
+        rows.append(f"nanollama_front_replicas {len(self.models.placement.replicas())}")
+        rows.append(f"nanollama_front_lost_total {self.models.num_lost}")
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(summed(texts) + "\n".join([*rows, ""]), media_type=kind)
+
+    async def stats(self) -> Response:
+        """GET /stats: the load of each replica"""
+        bodies = [json.loads(data) for data in await self.peeks("/stats")]
+        counts = ("total_workers", "available_workers", "busy_workers")
+        totals = {name: sum(body[name] for body in bodies) for name in counts}
+        rows = [
+            {**row, "replica": number}
+            for number, body in enumerate(bodies)
+            for row in body["workers"]
+        ]
+        return as_json({**totals, "workers": rows})
+
+
+@dataclass(eq=False)
+class Forwarded:
+    """A request that replicas answer."""
+
+    models: FrontModels
+    call: Call
+    start: Beginning
+    tried: set[str] = field(default_factory=set)
+    num_sent: int = 0  # parts that the client has got
+    last: bytes = b""  # the last of them
+
+    async def answer(self, send: Send) -> None:
+        """Answer by the first replica that can. Raises WireError where none can."""
+        num_lost = 0
+        while num_lost < MAX_TRIES:
+            try:
+                if await self.ask(send, num_lost):
+                    return
+                if num_lost and not self.others():  # it had a place once, so it may wait for one
+                    await asyncio.sleep(FULL_S)
+                    self.tried.clear()
+            except LostError as error:
+                num_lost += 1
+                self.models.num_lost += 1
+                log.warning(f"a replica ended before it answered: {first_line(error)}")
+        message = "the replicas end before they answer; try again soon"
+        raise WireError(503, "no_replica", message, {"retry-after": "5"})
+
+    async def ask(self, send: Send, num_lost: int) -> bool:
+        """Pass one replica's answer on. Returns False for another try: this one was full, and
+        others may not be, or the request had a place before. Raises LostError."""
+        placement = self.models.placement
+        name = placement.pick(self.start, self.tried)
+        placement.begin(name)
+        parts = self.models.handle.options(stream=True, method_name="answer").remote(
+            dataclasses.replace(self.call, replica=name)
+        )
+        is_done = False
+        try:
+            async for part in parts:
+                if part.head:
+                    placement.end(name)
+                    name = part.head.replica
+                    placement.begin(name)
+                    self.tried.add(name)
+                    if part.head.status == 429 and (self.others() or num_lost):
+                        return False
+                    placement.note(self.start, name)
+                self.models.keep(part, name)
+                await self.pass_on(part, send)
+            is_done = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except RayError as error:
+            is_done = True
+            self.tried.add(name)
+            await self.lost(error, send)
+        finally:
+            placement.end(name)
+            if not is_done:
+                parts.cancel()
+        return True
+
+    def others(self) -> set[str]:
+        """The replicas that have not been asked."""
+        return set(self.models.placement.replicas()) - self.tried
+
+    async def pass_on(self, part: Part, send: Send) -> None:
+        """Send a part to the client."""
+        if part.head:
+            self.models.statuses[part.head.status] += 1
+            headers = list(part.head.headers)
+            kinds = [value for key, value in headers if key == b"content-type"]
+            self.is_stream = any(kind.startswith(STREAMS) for kind in kinds)
+            start = {"type": "http.response.start", "status": part.head.status}
+            await send({**start, "headers": headers})
+        self.num_sent += 1
+        self.last = part.data
+        await send({"type": "http.response.body", "body": part.data, "more_body": True})
+
+    async def lost(self, error: RayError, send: Send) -> None:
+        """End an answer whose replica has ended, or failed. Raises LostError before it began."""
+        if not self.num_sent:
+            if isinstance(error, RayTaskError):
+                raise client_error(error)
+            raise LostError(first_line(error))
+        if isinstance(error, RayTaskError) or not self.is_stream:
+            raise error  # the server closes a connection whose answer fails
+        shown = WireError(502, "replica_lost", "the replica has ended; send the request again")
+        data = stream_error(self.call.path, shown, self.last)
+        await send({"type": "http.response.body", "body": data, "more_body": False})
