@@ -388,7 +388,13 @@ def test_every_feature_works_or_names_its_extra(
 UNUSED = {
     "cluster.batch",
     "cluster.batch_files",
+    "cluster.calls",
+    "cluster.front",
     "cluster.options",
+    "cluster.placement",
+    "cluster.replica",
+    "cluster.serve",
+    "cluster.shipped",
     "kernels.cuda",
     "commands.conversation",
     "files.mxfp4",

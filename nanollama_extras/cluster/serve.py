@@ -78,7 +78,7 @@ def engine_deployment(values: Json) -> Any:
     least, most = values["replicas"] or (1, 1)
     slots, queue = values["parallel"] or SLOTS, values["max_queue"]
     queue = Config().max_queue if queue is None else queue
-    num_cpus = values["num_cpus"] or values["threads"] or 1
+    num_cpus = cores_of(values)
     resources: Json = {"num_cpus": num_cpus, "num_gpus": values["num_gpus"] or 0}
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     resources["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path)}}
@@ -130,6 +130,7 @@ def open_front(settings: Settings, config: Config) -> FrontModels:
     named = ", ".join(args.models) or settings.model
     title = f"loading {named}: {least if least == most else f'{least} to {most}'} on Ray"
     values = values_of(args)
+    check_room(values)
 
     def connect() -> Any:
         return deploy(engine_deployment(values))
@@ -141,6 +142,7 @@ def connect_ray(address: str | None) -> None:
     """Start Ray on this machine, or connect to a cluster. Raises NanollamaError."""
     if ray.is_initialized():
         return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     options: Json = {"logging_level": logging.ERROR, "namespace": "serve"}
     if address is None:
         options |= {"include_dashboard": False, "address": "local"}
@@ -149,7 +151,27 @@ def connect_ray(address: str | None) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise NanollamaError(f"--ray {address or ''}: {ray_reason(error)}") from None
+        place = address or "on this machine"
+        raise NanollamaError(f"--ray: Ray {place} cannot be reached: {ray_reason(error)}") from None
+
+
+def check_room(values: Json) -> None:
+    """Refuse more replicas than this machine has cores for; another cluster may still grow. Raises
+    UsageError."""
+    least, cores = (values["replicas"] or (1, 1))[0], int(ray.cluster_resources().get("CPU", 0))
+    problem = (
+        f"{least} replicas of {cores_of(values)} cores need more than the {cores} that Ray has"
+    )
+    if least * cores_of(values) <= cores:
+        return
+    if values["ray"] == LOCAL:
+        raise UsageError(f"{problem}; lower --replicas or --num-cpus")
+    log.warning(f"{problem}; waiting for more")
+
+
+def cores_of(values: Json) -> int:
+    """The cores of a replica."""
+    return int(values["num_cpus"] or values["threads"] or 1)
 
 
 def deploy(application: Any) -> Any:

@@ -48,17 +48,13 @@ def model(tiny: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[int]:
-    """A Ray of this process's own -> the port of its proxy."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+def started(ray_address: str) -> Iterator[int]:
+    """Ray Serve -> the port of its proxy."""
     with contextlib.closing(nanollama.listen("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    small = {"object_store_memory": 80 << 20, "include_dashboard": False, "log_to_driver": False}
-    ray.init(address="local", num_cpus=8, namespace="serve", **small)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
