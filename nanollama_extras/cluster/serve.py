@@ -5,8 +5,8 @@ Ray Serve, behind a front.
     serve run nanollama_extras.cluster.serve:app model=MODEL replicas=1:4
 
 The front of the command line is in its own process; that of an application is a deployment behind
-Ray's proxies. Both are cluster.front. A replica is cluster.replica; it gets settings and builds its
-engine itself. cluster.shipped has the classes that Ray carries.
+Ray's proxies. Both are cluster.front with a cluster.placement. A replica is cluster.replica; it
+gets settings and builds its engine itself. cluster.shipped has the classes that Ray carries.
 
 Seam       cluster.options calls `run`; Ray imports `app`.
 Remove     delete the folder.
