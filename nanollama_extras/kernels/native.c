@@ -647,7 +647,8 @@ void norm(const void *call, int64_t n, int64_t num_threads) {
 enum { SOFTMAX, SIGMOID, SPARSEMIXER };
 
 typedef struct {
-    const matrix *const *gate_ups, *const *downs; /* of each expert, then of the shared one */
+    /* of each expert, then of the shared one; NULL for an expert that is left out */
+    const matrix *const *gate_ups, *const *downs;
     const float *x, *gate, *bias;                 /* (N, C); (E, C); (E) or NULL */
     const float *shared_gate, *residual;          /* (C); (N, C); NULL for none */
     const float *routed;                          /* (N, C): the router's input; NULL for x */
@@ -750,7 +751,8 @@ static void choose_experts(const experts_call *c, float *weights, const float *x
 void experts(const void *call, int64_t n, int64_t num_threads) {
     experts_call c = *(const experts_call *)call;
     int64_t E = c.num_experts, C = c.cols, num_all = E + c.num_shared, width = 0;
-    for (int64_t e = 0; e < num_all; e++) width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
+    for (int64_t e = 0; e < num_all; e++)
+        if (c.gate_ups[e]) width = MAX(width, c.num_parts * c.gate_ups[e]->rows);
     float *x = malloc(n * C * sizeof(float)), *y = malloc(n * C * sizeof(float));
     float *hidden = malloc(n * width * sizeof(float));
     int64_t *tokens = malloc(n * sizeof(int64_t));
@@ -766,7 +768,7 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
         int64_t num = 0, scales_input = c.scales_input && e < E;
         for (int64_t t = 0; t < n; t++) {
             float weight = c.weights[t * (E + 1) + e];
-            if (weight == 0) continue;
+            if (weight == 0 || !c.gate_ups[e]) continue;
             for (int64_t d = 0; d < C; d++)
                 x[num * C + d] = c.x[t * C + d] * (scales_input ? weight : 1);
             tokens[num++] = t;

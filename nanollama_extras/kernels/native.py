@@ -553,8 +553,9 @@ class ExpertsCall:
 
 
 def address_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
-    """The addresses of each projection's matrices, if all are native."""
-    addresses = [p.address for p in projections if isinstance(p, NativeProjection)]
+    """The addresses of each projection's matrices, if all are native; none for one whose
+    `address` is None, whose expert another process has (cluster.shards)."""
+    addresses = [p.address for p in projections if hasattr(p, "address")]
     all_native = len(addresses) == len(projections)
     return (ctypes.c_void_p * len(addresses))(*addresses) if all_native else None
 
