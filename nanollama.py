@@ -7275,8 +7275,8 @@ def run(argv: list[str]) -> int:
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = read_settings(args, parser)
-    if getattr(args, "ray", None) is not None:
-        return int(extra("cluster.options", "--ray").run(settings))
+    if (code := getattr(args, "enter", lambda *_: None)(settings, argv)) is not None:
+        return int(code)
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
     if args.interactive:

@@ -1,1 +1,1 @@
-"""Engines on several machines, with Ray."""
+"""A model in several processes or on several machines."""

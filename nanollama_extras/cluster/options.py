@@ -1,14 +1,16 @@
-"""`--ray`: the options of a cluster, and the modes that run on one.
+"""`--ray` and `--tensor-parallel`: the options of a cluster, and the modes that run on one.
 
-Seam       `nanollama.build_parser` calls `add_options`, and `nanollama.run` calls `run` where --ray
-           is given. The modes are modules beside this one, imported when they run:
-           cluster.serve, cluster.batch.
+Seam       `nanollama.build_parser` calls `add_options`, which makes `enter` the parser's default
+           of that name; `nanollama.run` calls it before a mode runs. The modes are modules beside
+           this one, imported when they run: cluster.serve, cluster.batch,
+           cluster.tensor_parallel.
 Remove     delete the folder; the flags are then unknown. Ray itself is the extra package `cluster`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--unordered", text, action=NeedsRay, nargs=0)
     text = "with --ray: cores of a replica, also its threads (default: --threads, or 1)"
     add("--num-cpus N", text, int, action=NeedsRay)
+    text = "split the model over N processes of this machine; torchrun does over several"
+    add("--tensor-parallel N", text, int)
+    parser.set_defaults(enter=enter)
+
+
+def enter(settings: Settings, argv: list[str]) -> int | None:
+    """Run the mode of the command line in other processes -> the exit code; None to run it here.
+    Raises UsageError, PackageError and others of the modes."""
+    if settings.args.ray is not None:
+        return run(settings)
+    if settings.args.tensor_parallel is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    split = extra("cluster.tensor_parallel", "--tensor-parallel")
+    code: int | None = split.enter(settings, argv)
+    return code
 
 
 def replica_range(text: str) -> tuple[int, int]:

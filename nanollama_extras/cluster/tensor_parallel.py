@@ -25,7 +25,9 @@ import datetime
 import functools
 import itertools
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -153,6 +155,13 @@ class World:
             finally:
                 self.leads = was_leading
 
+    def meet(self) -> None:
+        """Wait for the other processes, whose disks may be slower."""
+        try:
+            dist.barrier(self.plans)
+        except RuntimeError as error:
+            end_program(self, error)
+
     def dismiss(self) -> None:
         """Let the other processes leave `follow`."""
         with self.lock:
@@ -162,8 +171,10 @@ class World:
 def end_program(world: World, error: BaseException) -> None:
     """End this process at once, with one line: the other ones are in the middle of a step."""
     reason = f"{type(error).__name__}: {first_line(error)}"
-    place = f"process {world.share.rank} of {world.share.size}"
-    log.error(f"error: {place} cannot go on, or another one has ended: {reason}")
+    if re.search("gloo|NCCL|Connection|timed out", reason, re.IGNORECASE):
+        log.debug(reason)
+        reason = "another one has ended, or does not answer"
+    log.error(f"error: process {world.share.rank} of {world.share.size} ends: {reason}")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(1)
@@ -390,7 +401,7 @@ def new_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -
     split = SplitWeights(weights, config, world)
     shards.check_memory(split, own, num_sharing)
     decoder: Decoder = kind(own, split, kv_dtype)
-    dist.barrier(world.plans)  # some disks are slower than others
+    world.meet()
     return decoder
 
 
@@ -447,14 +458,17 @@ def pick_device(wanted: str | None, local_rank: int) -> str:
 
 def run_follower(settings: Settings, world: World) -> int:
     """Load a part of the model and follow process 0 until it ends -> the exit code."""
+    log.setLevel(logging.ERROR)  # process 0 has the same warnings
     for number in (signal.SIGINT, signal.SIGTERM):  # process 0 decides when to end
         signal.signal(number, signal.SIG_IGN)
     try:
         follow(cast("SplitDecoder", settings.load(needs_text=False).engine.decoder))
-    except SplitError:  # which process 0 prints
+    except SplitError:
+        world.receive()  # process 0 finds the same, and says so before it ends
         return 1
     except RuntimeError as error:
         end_program(world, error)
+    dist.destroy_process_group()
     return 0
 
 
@@ -463,6 +477,7 @@ def leave(world: World) -> None:
     if world.lock.acquire(timeout=1):  # else a thread is in the middle of a step
         with contextlib.suppress(Exception):
             world.send("end")
+            dist.destroy_process_group()
 
 
 def launch(settings: Settings, argv: list[str]) -> int:
@@ -476,8 +491,6 @@ def launch(settings: Settings, argv: list[str]) -> int:
     shards.check_split(checkpoint.config, size)
     cores = max(1, (os.cpu_count() or 1) // size)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.value("threads")[0] or cores))
-    quiet = nanollama.logging.getLogger("torch.distributed")
-    quiet.setLevel(nanollama.logging.CRITICAL)  # errors become one line below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -489,6 +502,7 @@ def launch(settings: Settings, argv: list[str]) -> int:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         shutdown_timeout=STOP_S,
     )
+    logging.disable()  # torchrun's report: the errors below are one line
     try:
         elastic_launch(config, sys.executable)(str(nanollama.__file__), *argv)
     except ChildFailedError as error:
@@ -499,4 +513,6 @@ def launch(settings: Settings, argv: list[str]) -> int:
         raise NanollamaError(f"{reason}, and with it the others") from None
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
