@@ -33,9 +33,7 @@ from nanollama import (
     Projection,
     TensorSource,
     Weights,
-    available_memory,
     find_family,
-    human_bytes,
 )
 
 VOCABULARY = ("model.embed_tokens", "lm_head")
@@ -130,20 +128,14 @@ def check_split(config: ModelConfig, size: int) -> None:
         raise SplitError(f"{title}: it has {least} experts")
 
 
-def check_memory(weights: Weights, config: ModelConfig, num_sharing: int) -> None:
-    """Raises SplitError where this process's part does not fit in its share of the free memory."""
+def part_bytes(weights: Weights) -> int:
+    """Bytes that the tensors of some weights take in memory."""
     bits = weights.quantize_bits
     item = bits * 1.0625 / 8 if bits else weights.dtype.itemsize
-    needed = sum(
+    return sum(
         tensor.nbytes if tensor.is_packed else int(math.prod(tensor.shape) * item)
         for tensor in weights.tensors.values()
     )
-    free = available_memory(weights.device) / num_sharing
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # before any process takes memory
-    if needed > free and not ignores_memory:
-        problem = f"a process's weights take {human_bytes(needed)}, and {human_bytes(free)} are"
-        raise SplitError(f"{weights.source}: {problem} free for it; take more of them or --force")
 
 
 # ---- the parts -----------------------------------------------------------------------------------

@@ -51,9 +51,10 @@ from nanollama import (
     Projection,
     UsageError,
     Weights,
+    available_memory,
     extra_object,
-    find_family,
     first_line,
+    human_bytes,
     log,
     open_checkpoint,
     uninterrupted,
@@ -132,7 +133,7 @@ class World:
         try:
             dist.broadcast(message, 0, self.plans)
         except RuntimeError:
-            sys.exit(1)
+            os._exit(1)
         num_bytes = int.from_bytes(bytes(message[:8].tolist()), "little")
         if num_bytes + 8 > MESSAGE_BYTES:
             rest = torch.empty(num_bytes + 8 - MESSAGE_BYTES, dtype=torch.uint8)
@@ -275,23 +276,28 @@ class SplitWeights(Weights):
         vars(self).update(vars(whole))
         self.world = world
         self.backend = cast("Backend", SplitBackend(whole.backend, world))
-        part = functools.partial(shards.part_of, share=world.share, bits=self.quantize_bits)
-        self.tensors = {name: part(name, tensor) for name, tensor in whole.tensors.items()}
         self.num_experts = config.experts.count if config.experts else 0
+        part = functools.partial(shards.part_of, share=world.share, bits=self.quantize_bits)
+        found = whole.tensors.items()
+        self.tensors = {name: part(name, tensor) for name, tensor in found if self.is_here(name)}
+
+    def is_here(self, name: str) -> bool:
+        """Whether this process has a part of the tensor, or module."""
+        expert = shards.EXPERT.search(name)
+        return expert is None or int(expert[1]) in self.world.share.of(self.num_experts)
 
     def linear(
         self, outputs: Mapping[str, int], num_cols: int, bias: bool = False, is_table: bool = False
     ) -> Projection:
-        name, share = next(iter(outputs)), self.world.share
-        expert = shards.EXPERT.search(name)
-        if expert and int(expert[1]) not in share.of(self.num_experts):
-            self.used |= {f"{name}.{kind}" for name in outputs for kind in ("weight", "bias")}
+        name = next(iter(outputs))
+        if not self.is_here(name):
             return shards.Absent(outputs)
         if name not in shards.VOCABULARY:
             part = super().linear(outputs, num_cols, bias, is_table)
             return Summed(part, self.world) if shards.SUMMED.search(name) else part
         num_rows = outputs[name]
-        part = super().linear({name: len(share.of(num_rows))}, num_cols, bias, is_table)
+        own = self.world.share.of(num_rows)
+        part = super().linear({name: len(own)}, num_cols, bias, is_table)
         return Vocabulary(part, self.world, num_rows)
 
 
@@ -336,9 +342,7 @@ class SplitDecoder(Decoder):
         weakref.finalize(cache, self.dropped.append, number)
         return cast("KVCache", cache)
 
-    def add_cache(
-        self, number: int, num_slots: int, most_new: int, dropped: list[int]
-    ) -> KVCache:
+    def add_cache(self, number: int, num_slots: int, most_new: int, dropped: list[int]) -> KVCache:
         """A cache like that of process 0."""
         for old in dropped:
             del self.caches[old]
@@ -399,10 +403,23 @@ def new_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -
     num_sharing = world.num_local if weights.device.type == "cpu" else 1
     own = shards.split_config(config, world.share, num_sharing)
     split = SplitWeights(weights, config, world)
-    shards.check_memory(split, own, num_sharing)
+    check_memory(split, num_sharing)
     decoder: Decoder = kind(own, split, kv_dtype)
     world.meet()
     return decoder
+
+
+def check_memory(weights: SplitWeights, num_sharing: int) -> None:
+    """Raises SplitError, in all processes, where one's part does not fit in its share of the free
+    memory."""
+    needed = shards.part_bytes(weights)
+    free = available_memory(weights.device) / num_sharing
+    excess = torch.tensor(needed / max(free, 1.0))
+    dist.all_reduce(excess, dist.ReduceOp.MAX, weights.world.plans)  # before one takes memory
+    if excess > 1 and not shards.ignores_memory:
+        problem = f"a process's weights take {human_bytes(needed)}, and {human_bytes(free)} are"
+        remedy = "take more processes on more machines, or --force"
+        raise SplitError(f"{weights.source}: {problem} free for it; {remedy}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -477,7 +494,7 @@ def leave(world: World) -> None:
     if world.lock.acquire(timeout=1):  # else a thread is in the middle of a step
         with contextlib.suppress(Exception):
             world.send("end")
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def launch(settings: Settings, argv: list[str]) -> int:
