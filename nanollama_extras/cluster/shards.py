@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import nanollama
 from nanollama import (
     GROUP,
     CheckpointError,
@@ -211,11 +212,17 @@ def rows_of(tensor: TensorSource, own: range) -> TensorSource:
 
 
 def columns_of(tensor: TensorSource, own: range) -> TensorSource:
-    """The given columns of a matrix. Whole rows are read, a few at a time."""
+    """The given columns of a matrix. Of safetensors they are read alone; of other files, whole rows
+    are, a few at a time."""
     num_rows, num_cols = tensor.shape
+    loader: Any = tensor.load
 
     def load(at: slice = slice(None)) -> Tensor | PackedLinear:
         rows, step = range(num_rows)[at], max(1, READ_WEIGHTS // num_cols)
+        if getattr(loader, "func", None) is nanollama._load_safetensor:
+            opened, key = loader.args
+            part: Tensor = opened.get_slice(key)[rows.start : rows.stop, own.start : own.stop]
+            return part.clone()
         starts = range(rows.start, max(rows.stop, rows.start + 1), step)
         pieces = [tensor.load(slice(i, min(i + step, rows.stop))) for i in starts]
         return joined([cut(piece, own, num_cols) for piece in pieces])
