@@ -23,7 +23,12 @@ from nanollama_extras.testing import TestServer
 
 DEPLOY = ROOT / "deploy"
 SCHEMAS = Path(__file__).parent / "data" / "schemas"
-MANIFESTS = {"compose.yaml": "compose", "compose.gpu.yaml": "compose", "kserve.yaml": "kserve"}
+MANIFESTS = {
+    "compose.yaml": "compose",
+    "compose.gpu.yaml": "compose",
+    "kserve.yaml": "kserve",
+    "rayservice.yaml": "rayservice",
+}
 
 
 def read_yaml(name: str) -> Any:
@@ -62,7 +67,7 @@ def containers(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_the_schemas_refuse_wrong_names_and_types() -> None:
-    compose, kserve = read_yaml("compose.yaml"), read_yaml("kserve.yaml")
+    compose, kserve, ray = map(read_yaml, ("compose.yaml", "kserve.yaml", "rayservice.yaml"))
     compose["services"]["nanollama"]["prots"] = []
     assert flaws(compose, "compose") == ["$.services.nanollama"]
     predictor = kserve["spec"]["predictor"]
@@ -71,6 +76,14 @@ def test_the_schemas_refuse_wrong_names_and_types() -> None:
     assert flaws(kserve, "kserve") == [
         "$.spec.predictor.containers[0].readinessProbe",
         "$.spec.predictor.maxReplicas",
+    ]
+    (group,) = ray["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    group["minReplica"] = group.pop("minReplicas")
+    group["template"]["spec"]["containers"][0]["image"] = {"name": "nanollama"}
+    place = "$.spec.rayClusterConfig.workerGroupSpecs[0]"
+    assert sorted(flaws(ray, "rayservice")) == [
+        *[place] * 2,  # one name too many, one too few
+        f"{place}.template.spec.containers[0].image",
     ]
 
 
@@ -81,6 +94,39 @@ def test_the_inference_service_is_one() -> None:
         "InferenceService",
     )
     assert [c["name"] for c in containers(manifest)] == ["kserve-container"]
+
+
+def ray_application() -> dict[str, Any]:
+    """The only application of the RayService."""
+    (application,) = serve_config()["applications"]
+    return dict(application)
+
+
+def serve_config() -> Any:
+    return yaml.safe_load(read_yaml("rayservice.yaml")["spec"]["serveConfigV2"])
+
+
+def test_the_ray_service_serves_an_application_that_exists() -> None:
+    application = ray_application()
+    module, _, name = application["import_path"].partition(":")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+    assert re.search(rf"(?m)^def {name}\(args: ", source)
+    assert application["route_prefix"] == "/"
+    options = application["args"].items()
+    argv = [f"--{key.replace('_', '-')}={value}" for key, value in options]
+    args = nanollama.build_parser().parse_args(["--serve", "--ray", *argv])
+    (group,) = read_yaml("rayservice.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert args.replicas == (group["minReplicas"], group["maxReplicas"])
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["cpu"] == str(args.num_cpus)
+
+
+@pytest.mark.ray
+def test_ray_understands_the_configuration_of_the_ray_service() -> None:
+    schema = pytest.importorskip("ray.serve.schema")
+    config = schema.ServeDeploySchema.model_validate(serve_config())
+    assert config.http_options.port == int(one("EXPOSE"))
+    assert [a.import_path for a in config.applications] == [ray_application()["import_path"]]
 
 
 def test_the_servers_of_the_manifests_are_commands_that_nanollama_understands() -> None:
@@ -97,6 +143,9 @@ def test_ports_volumes_and_probes_are_those_of_the_image() -> None:
     (port,), volume = service["ports"], cache_folder()
     assert port.endswith(f":8000:{one('EXPOSE')}")
     assert service["volumes"] == [f"models:{volume}"]
+    for container in containers(read_yaml("rayservice.yaml")):
+        assert container.get("volumeMounts", [{"mountPath": volume}])[0]["mountPath"] == volume
+        assert container["image"].endswith("/nanollama:ray")
     for container in containers(read_yaml("kserve.yaml")):
         assert [p["containerPort"] for p in container["ports"]] == [int(one("EXPOSE"))]
         assert [m["mountPath"] for m in container["volumeMounts"]] == [volume]
