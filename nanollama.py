@@ -495,12 +495,11 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+QUANTIZED = ("quantization_config", "quantization")  # keys of quantized safetensors files
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "relu2": "relu2"}
 GATED = ("swiglu", "geglu", "reglu2", "clamped_swiglu")  # activations of gate_proj and up_proj
 REFUSED = "clip_qkv qk_layernorm swiglu_limit swiglu_alpha use_parallel_residual".split()
 REFUSED += ["use_bidirectional_attention"]
-# quant_method of quantization_config -> the module of extras with `packed_tensors`
-PACKINGS = {"mxfp4": "files.mxfp4"}
 # rope_type -> numbers that it needs; nanollama_extras.models.ropes has further types
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -570,7 +569,7 @@ class ModelConfig:
     sinks: bool = False  # each head has a score that takes weight and gives nothing
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
-    packing: str = ""  # a key of PACKINGS
+    packing: Any = None  # makes packed tensors of those in quantized files
     window_heads: tuple[int, int] | None = None  # Hkv and D of layers with a window, if others
     state_bytes: int = 0  # that layers keep of a sequence
     kv_planes: int = 2  # 1 if a value is its key's beginning (MLA)
@@ -646,7 +645,7 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = raw.get("text_config")
     if not isinstance(nested, Mapping):
         return raw
-    outer = ("tie_word_embeddings", "quantization_config")
+    outer = ("tie_word_embeddings", *QUANTIZED)
     return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
 
 
@@ -693,12 +692,8 @@ def _shape(values: ConfigValues, family: Family) -> Json:
 
 def _switches(values: ConfigValues) -> Json:
     """Fields that any config.json may set. Raises CheckpointError for unsupported arithmetic."""
-    quantized = values.get("quantization_config")
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-    if quantized and str(method) not in PACKINGS:
-        raise CheckpointError(
-            f"quantization_config {excerpt(quantized)} is not supported; take float weights or GGUF"
-        )
+    if packing := next(filter(None, map(values.get, QUANTIZED)), None):
+        packing = extra("files.quantized", "a quantized model").read_config(packing)
     for key in filter(values.get, REFUSED):
         raise CheckpointError(f"{key} {excerpt(values[key])} is not supported")
     act = values.get("hidden_activation", values.get("hidden_act", "silu"))
@@ -712,7 +707,7 @@ def _switches(values: ConfigValues) -> Json:
         "o_bias": bool(values.get("attention_out_bias", bias)),
         "mlp_bias": bool(values.get("mlp_bias") or values.get("use_bias")),
         "act": ACTIVATIONS[act],
-        "packing": method if quantized else "",
+        "packing": packing,
         "embed_scale": values.number("embedding_multiplier", 1.0),
         "norm_eps": values.number(eps_key, 1e-6),
         "attn_scale": values.number_or(None, "attention_multiplier"),
@@ -1549,10 +1544,11 @@ class Weights:
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A float tensor in the compute dtype, or in `dtype`."""
         self._find(name, shape)
-        tensor = self._read(name)
-        if isinstance(tensor, PackedLinear):
-            tensor = tensor.dequantize()
-        return tensor.to(self.device, dtype or self.dtype)
+        return self._floats(name).to(self.device, dtype or self.dtype)
+
+    def _floats(self, name: str, *rows: slice) -> Tensor:
+        tensor = self._read(name, *rows)
+        return tensor.dequantize() if isinstance(tensor, PackedLinear) else tensor
 
     def linear(
         self, outputs: Mapping[str, int], num_cols: int, bias: bool = False, is_table: bool = False
@@ -1595,7 +1591,7 @@ class Weights:
         if copy is None or first is None or copy.shape != first.shape:
             return copy is None
         for at in range(0, first.shape[0], 4096):
-            rows = (cast("Tensor", self._read(each, slice(at, at + 4096))).float() for each in pair)
+            rows = (self._floats(each, slice(at, at + 4096)).float() for each in pair)
             if not torch.equal(*rows):
                 return False
         return True
@@ -2231,9 +2227,9 @@ class Decoder:
 #               Llama, so that the rest of the program knows one spelling.
 #   Invariant   no file can run code, and every count, length and offset in a file is compared with
 #               the file's size before memory is allocated for it.
-#   Extend      a file format is a row of OPENERS, a quantization in safetensors a row of PACKINGS,
-#               a GGUF tensor type a row of REPACK, a tensor name a row of GGUF_TENSORS or of
-#               TENSOR_NAMES.
+#   Extend      a file format is a row of OPENERS, a GGUF tensor type a row of REPACK, a tensor name
+#               a row of GGUF_TENSORS or of TENSOR_NAMES, a quantization in safetensors a row of
+#               METHODS in nanollama_extras.files.quantized.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #               https://huggingface.co/docs/safetensors
 # ==================================================================================================
@@ -2396,12 +2392,14 @@ def read_json(path: Path, required: bool = True) -> Json:
 
 def _open_directory(path: Path) -> Checkpoint:
     config = model_config(read_json(path / "config.json"), str(path / "config.json"))
-    generation = path / "generation_config.json"
+    generation, tensors = path / "generation_config.json", _safetensors(path)
+    with errors_about(path):
+        tensors = canonical_tensors(tensors, config)
     return Checkpoint(
         path=path,
         format="safetensors",
         config=config,
-        tensors=canonical_tensors(_safetensors(path), config),
+        tensors=tensors,
         text=_directory_text(path),
         sampling=_file_sampling(read_json(generation, required=False), generation),
     )
@@ -2810,7 +2808,7 @@ def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = F
     if not from_gguf:
         named = {canonical_name(name, family): tensor for name, tensor in named.items()}
         if config.packing:
-            named = extra(PACKINGS[config.packing], config.packing).packed_tensors(named)
+            named = config.packing(named)
     if layout := family.gguf_layout if from_gguf else family.layout:
         named = extra_object(layout, config.model_type)(named, config)
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
@@ -5033,13 +5031,15 @@ class TextSide:
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
     """Bytes that the weights of a checkpoint take in memory."""
-    sizes = {n: math.prod(t.shape) for n, t in checkpoint.tensors.items() if not t.stays}
-    if checkpoint.quantization in REPACK:
-        return sum(checkpoint.tensors[name].nbytes for name in sizes)
-    if not config.quantize:
-        return sum(sizes.values()) * (4 if config.dtype == "float32" else 2)
-    wide = sizes if config.quantize == "q8" else keep_8_bits(sizes)
-    return int(sum(n * (1.0625 if name in wide else 0.625) for name, n in sizes.items()))
+    tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
+    wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
+    plain = 4 if config.dtype == "float32" else 2
+
+    def size(name: str, tensor: TensorSource) -> float:
+        width = (1.0625 if name in wide else 0.625) if config.quantize else plain
+        return tensor.nbytes if tensor.is_packed else math.prod(tensor.shape) * width
+
+    return int(sum(itertools.starmap(size, tensors.items())))
 
 
 class LLM(TextSide):
@@ -7087,7 +7087,7 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str
     engine = settings.engine()
     device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
     backend = pick_backend(engine.kernels, device, dtype, starts_gpu=False)
-    is_packed = bool(checkpoint.quantization in REPACK or engine.quantize)
+    is_packed = bool(engine.quantize) or any(t.is_packed for t in checkpoint.tensors.values())
     return backend.describe(), backend.kv_dtype(engine.kv_dtype, is_packed)
 
 

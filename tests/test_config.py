@@ -186,7 +186,7 @@ def test_what_the_arithmetic_does_not_cover_is_refused_by_name() -> None:
         ({"partial_rotary_factor": 0.2}, "rope turns 1 of the 8 columns"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_type 'mrope'"),
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),
+        ({"quantization_config": {"quant_method": "vptq"}}, "quantization_config .*vptq"),
     ]:
         with pytest.raises(CheckpointError, match=named):
             of(**values)

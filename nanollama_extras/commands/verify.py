@@ -385,7 +385,8 @@ def pick_tolerance(llm: LLM, quantize: str | None, about: Fields) -> Tolerance:
     kind, decoder = llm.checkpoint.quantization, llm.engine.decoder
     if kind in REPACK and kind != about["weights"]:
         return TOLERANCES["q4" if kind.startswith("Q4") else "q8"]
-    if kind in REPACK and decoder.backend.rounds_activations:
+    is_packed = any(tensor.is_packed for tensor in llm.checkpoint.tensors.values())
+    if is_packed and decoder.backend.rounds_activations:
         return TOLERANCES["packed"]
     exact = (decoder.dtype, decoder.kv_dtype) == (torch.float32, "float32")
     return TOLERANCES[quantize or ("float32" if exact else "16 bits")]

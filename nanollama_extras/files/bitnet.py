@@ -1,20 +1,25 @@
 """BitNet's ternary weights in safetensors: 2 bits each, packed in bytes, and a scale for a matrix.
 
 Adds       `packed_tensors`, which makes them 4-bit weights without any loss.
-Seam       a row of PACKINGS, which models.families adds.
+Seam       a row of METHODS in files.quantized: `packing`. models.families checks its settings.
 Source     https://github.com/huggingface/transformers (src/transformers/integrations/bitnet.py)
 Remove     delete this file; BitNet's packed files then say that they need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from nanollama import GROUP, PackedLinear, TensorSource, pack_nibbles
+
+
+def packing(settings: object) -> Callable[[Mapping[str, TensorSource]], dict[str, TensorSource]]:
+    """models.families has checked the settings."""
+    return packed_tensors
 
 
 def packed_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:

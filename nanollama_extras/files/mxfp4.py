@@ -2,14 +2,14 @@
 
 Adds       matrices (E, rows, cols) of 4-bit floats that stay packed, made from pairs of tensors:
            blocks (E, rows, G, 16), whose bytes hold columns 2i and 2i + 1, and scales (E, rows, G).
-Seam       PACKINGS: `packed_tensors`.
+Seam       a row of METHODS in files.quantized: `packing`.
 Source     https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 Remove     delete this file; a model with such weights then says that it needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -17,6 +17,11 @@ from torch import Tensor
 
 import nanollama
 from nanollama import PackedLinear, TensorSource
+
+
+def packing(settings: object) -> Callable[[Mapping[str, TensorSource]], dict[str, TensorSource]]:
+    """It needs no settings."""
+    return packed_tensors
 
 
 def packed_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:

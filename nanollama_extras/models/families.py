@@ -61,7 +61,6 @@ nanollama.GGUF_TENSORS |= {
     "ffn_latent_down": "mlp.fc1_latent_proj",
     "ffn_latent_up": "mlp.fc2_latent_proj",
 }
-nanollama.PACKINGS["bitnet"] = "files.bitnet"
 
 
 CHUNKED = "chunked_attention"

@@ -1,0 +1,93 @@
+"""NVFP4 in safetensors files, as ModelOpt and compressed-tensors write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Tiny
+from quantized_files import SIZES, check, saved, sources, unpacked
+from torch import Tensor
+
+from nanollama import LLM, CheckpointError
+
+MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
+LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+VALUES = torch.cat((LEVELS, -LEVELS))
+
+
+def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    whole = weight.abs().amax() / (6 * 448)
+    x = weight.unflatten(-1, (-1, 16))
+    scale = (x.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+    unit = scale.float().unsqueeze(-1) * whole
+    codes = ((x / unit).unsqueeze(-1) - VALUES).abs().argmin(-1)
+    pairs = codes.flatten(-2).to(torch.uint8)
+    parts = {"weight": pairs[:, ::2] | pairs[:, 1::2] << 4, "weight_scale": scale}
+    parts |= {"weight_scale_2": whole, "input_scale": torch.ones(())}
+    return parts, (VALUES[codes] * unit).flatten(-2)
+
+
+def compressed(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    parts, expected = nvfp4(weight)
+    whole = (1 / parts["weight_scale_2"]).view(1)
+    packed = {"weight_packed": parts["weight"], "weight_scale": parts["weight_scale"]}
+    return {**packed, "weight_global_scale": whole, "input_global_scale": whole + 1}, expected
+
+
+def float8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    scale = weight.abs().amax() / 448
+    q = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": scale, "input_scale": scale + 1}, q.float() * scale
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "quantizer", "bound", "title"),
+    [
+        ("Llama", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 8 bits"),
+        ("Qwen3Moe", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 8 bits"),
+        ("Qwen3", COMPRESSED, compressed, 1e-5, "NVFP4, packed as 8 bits"),
+        ("Llama", {**MODELOPT, "quant_algo": "FP8"}, float8, 0.04, "FP8, packed as 8 bits"),
+    ],
+)
+def test_logits_are_those_of_the_floats(
+    tiny: Tiny, tmp_path: Path, name: str, settings: Any, quantizer: Any, bound: float, title: str
+) -> None:
+    packed, plain = saved(tiny(name, **SIZES.get(name, {})), tmp_path, settings, quantizer)
+    check(packed, plain, bound)
+    assert LLM(packed).checkpoint.quantization == title
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": None}, r"no tensor is named \*.weight_scale"),
+        ({"weight_scale_2": None}, r"a.weight_scale_2.* is missing"),
+        ({"weight_scale": torch.ones(8, 4)}, "is of type F32; F8_E4M3 is needed"),
+        ({"weight": torch.ones(8, 36).byte()}, "has 72 columns"),
+        ({"weight": torch.ones(8, 64).byte()}, r"asks for \(8, 8\)"),
+    ],
+)
+def test_files_that_contradict_their_config_are_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    parts = {**nvfp4(torch.randn(8, 64))[0], **change}
+    tensors = {f"a.{end}": part for end, part in parts.items() if part is not None}
+    with pytest.raises(CheckpointError, match=message):
+        sources(MODELOPT, tensors)
+
+
+def test_rows_are_those_of_the_matrix_and_other_algorithms_are_named() -> None:
+    parts, expected = nvfp4(torch.randn(8, 64))
+    source = sources(MODELOPT, {f"a.{end}": part for end, part in parts.items()})["a.weight"]
+    torch.testing.assert_close(unpacked(source, torch.tensor([7, 2])), expected[[7, 2]])
+    with pytest.raises(CheckpointError, match="quant_algo is 'W4A8_AWQ'; NVFP4 or FP8"):
+        sources({**MODELOPT, "quant_algo": "W4A8_AWQ"}, {})
