@@ -66,7 +66,7 @@ def values_of(args: argparse.Namespace) -> Json:
 
     def absolute(value: Any) -> Any:
         is_path = value and local_path(str(value)) and Path(str(value)).name != str(value)
-        return os.path.abspath(os.path.expanduser(value)) if is_path else value
+        return type(value)(os.path.abspath(os.path.expanduser(value))) if is_path else value
 
     values = dict(vars(args))
     values["models"] = [absolute(model) for model in args.models]
@@ -182,7 +182,10 @@ def deploy(application: Any) -> Any:
     try:
         return ready(serve.run(application, name=APP, route_prefix=None))
     except RuntimeError as error:
-        raise NanollamaError(f"the replicas cannot start: {ray_reason(error)}") from None
+        states = [app.deployments for app in serve.status().applications.values()]
+        reports = [one.message for state in states for one in state.values()]
+        reason = ray_reason(RuntimeError("\n".join([*reports, str(error)])))
+        raise NanollamaError(f"the replicas cannot start: {reason}") from None
 
 
 def ready(handle: Any) -> Any:
@@ -210,11 +213,12 @@ def disconnect(is_local: bool) -> None:
 
 
 def ray_reason(error: BaseException) -> str:
-    """The line of Ray's report that says why."""
+    """The line of Ray's report that says why: of this program, of an exception, or the first."""
     text = str(error)
-    own = re.findall(r"nanollama: (.+)", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return str((own or lines or [type(error).__name__])[-1 if own else 0])[:400]
+    own = re.findall(r"Error: nanollama: (.+)", text)
+    other = re.findall(r"^(\w+Error: (?!Traceback|.*\bray::).+)", text, re.MULTILINE)
+    return str([*own, *other, *lines, type(error).__name__][0])[:400]
 
 
 # ---- an application for Ray's own commands -------------------------------------------------------

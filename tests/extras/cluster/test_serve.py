@@ -367,6 +367,17 @@ def test_options_of_an_application_are_those_of_the_command_line() -> None:
     assert " ".join(cluster_serve.argv_of(given)) == "--serve --model=a --model=b --strict"
 
 
+def test_a_replica_that_cannot_start_says_why() -> None:
+    report = """The deployment failed to start 3 times in a row. Error:
+    ray::ServeReplica:x (pid=1)
+    raise RuntimeError(f"nanollama: {error}")
+RuntimeError: nanollama: /m: no such model"""
+    assert cluster_serve.ray_reason(RuntimeError(report)) == "/m: no such model"
+    other = report.replace("RuntimeError: nanollama: /m", "ImportError: a")
+    assert cluster_serve.ray_reason(RuntimeError(other)) == "ImportError: a: no such model"
+    assert cluster_serve.ray_reason(RuntimeError("a\nb")) == "a"
+
+
 def test_a_session_of_the_front_is_remembered(live: Live) -> None:
     headers = {"x-session-id": "mine"}
     before = live.http.get("/stats").json()["workers"]
