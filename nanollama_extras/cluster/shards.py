@@ -1,10 +1,13 @@
 """The part of a model that one of several processes holds.
 
-    attention   heads: rows of q, k and v, columns of o
-    MLP         rows of gate and up, columns of down
+    attention   heads: rows of q, k and v, columns of o (or rows, see below)
+    MLP         rows of gate and up, columns of down (or rows)
     experts     whole ones, in turn
     vocabulary  rows of embeddings and of the head
     the rest    is the same in all processes
+
+Columns give a part of every sum; rows give all of some sums, and need all columns of the operand.
+Rows are taken where kernels round the operand.
 
 Adds       the parts of tensors and of a ModelConfig, and the reasons why a model cannot be split.
 Seam       cluster.tensor_parallel hands its tensors out. A part is a TensorSource that reads its
@@ -170,6 +173,11 @@ def split_config(config: ModelConfig, share: Share, num_sharing: int) -> ModelCo
     return own
 
 
+def is_packed(tensor: TensorSource, bits: int | None) -> bool:
+    """Whether a matrix is packed in memory, with `bits` of --quantize."""
+    return tensor.is_packed or bool(bits and tensor.shape[-1] % GROUP == 0)
+
+
 def part_of(name: str, tensor: TensorSource, share: Share, bits: int | None) -> TensorSource:
     """A process's part of a tensor; `bits` of --quantize. Raises SplitError for packed columns that
     cannot be cut there."""
@@ -181,8 +189,7 @@ def part_of(name: str, tensor: TensorSource, share: Share, bits: int | None) -> 
     if name.endswith(".bias"):
         return tensor if share.rank == 0 else without(tensor)  # it is added once
     own = share.of(tensor.shape[-1])
-    is_packed = tensor.is_packed or (bits and tensor.shape[-1] % GROUP == 0)
-    if is_packed and (len(own) % GROUP or own.start % GROUP):
+    if is_packed(tensor, bits) and (len(own) % GROUP or own.start % GROUP):
         cut = f"{name} has {tensor.shape[-1]} columns, {len(own)} for each of {share.size}"
         raise SplitError(f"{cut} processes; packed ones are cut at multiples of {GROUP}")
     return columns_of(tensor, own)

@@ -3,7 +3,7 @@
 Adds       `torchrun --nproc-per-node N -m nanollama ..`, and `--tensor-parallel N`, which starts
            torchrun. Process 0 schedules, samples and answers. It tells the others each step's
            tokens; all run the step, each with its part of the matrices (cluster.shards), and
-           add their results up.
+           add their results up, or gather them.
 
                process 0   engine > plan | embed  attention + MLP + .. head | logits > sampler
                                     |         \\     |        |          |
@@ -22,7 +22,6 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
-import functools
 import itertools
 import json
 import logging
@@ -38,10 +37,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 import nanollama
 from nanollama import (
+    GATED,
     Batch,
     Decoder,
     KVCache,
@@ -63,7 +64,7 @@ from nanollama_extras.cluster import shards
 from nanollama_extras.cluster.shards import Share, SplitError
 
 if TYPE_CHECKING:
-    from nanollama import Backend, MoE, Norm, Settings
+    from nanollama import Backend, MoE, Norm, Settings, TensorSource
 
 STEP_TIMEOUT_S = 300  # for the other processes to reach the same sum
 IDLE_TIMEOUT_S = 365 * 86400  # for process 0 to have work
@@ -104,13 +105,25 @@ class World:
         """Columns of all processes (R, num_cols), in process 0; elsewhere x, which is its part."""
         self.check_leads()
         sizes = [len(self.share.of(num_cols, rank)) for rank in range(self.share.size)]
-        own = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
+        own = F.pad(x, (0, max(sizes) - x.shape[-1])).contiguous()
         if not self.is_first:
             dist.gather(own)
             return x
         parts = [torch.empty_like(own) for _ in sizes]
         dist.gather(own, parts)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes)], dim=-1)
+
+    def everywhere(self, x: Tensor, num_cols: int, num_parts: int = 1) -> Tensor:
+        """x (N, parts x own columns) -> (N, parts x num_cols) in all processes; each part is split
+        over them."""
+        self.check_leads()
+        sizes = [len(self.share.of(num_cols, rank)) for rank in range(self.share.size)]
+        own = x.unflatten(-1, (num_parts, -1))
+        own = F.pad(own, (0, max(sizes) - own.shape[-1])).contiguous()
+        parts = [torch.empty_like(own) for _ in sizes]
+        dist.all_gather(parts, own)
+        kept = [part[..., :size] for part, size in zip(parts, sizes)]
+        return torch.cat(kept, dim=-1).flatten(-2)
 
     def check_leads(self) -> None:
         """Raises NanollamaError where process 0 alone computes: the others would not take part."""
@@ -229,6 +242,30 @@ class Summed(Projection):
         return y if out is None else out.copy_(y)
 
 
+class Gathered(Projection):
+    """A matrix whose rows are split: each process has all of some sums, for whose operand it needs
+    the columns of all. The result is to the bit that of one process."""
+
+    def __init__(self, part: Projection, world: World, num_rows: int, num_cols: int) -> None:
+        super().__init__(part.parts)
+        self.part, self.world, self.num_rows, self.num_cols = part, world, num_rows, num_cols
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: Norm | None = None,
+        act: str = "",
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        whole = self.world.everywhere(x, self.num_cols, 2 if act in GATED else 1)
+        own = self.world.share.of(self.num_rows)
+        if residual is not None:
+            residual = residual[:, own.start : own.stop].contiguous()
+        y = self.world.everywhere(self.part(whole, norm, act, residual), self.num_rows)
+        return y if out is None else out.copy_(y)
+
+
 class Vocabulary(Projection):
     """A table of embeddings, or the head, whose rows are split."""
 
@@ -277,9 +314,21 @@ class SplitWeights(Weights):
         self.world = world
         self.backend = cast("Backend", SplitBackend(whole.backend, world))
         self.num_experts = config.experts.count if config.experts else 0
-        part = functools.partial(shards.part_of, share=world.share, bits=self.quantize_bits)
-        found = whole.tensors.items()
-        self.tensors = {name: part(name, tensor) for name, tensor in found if self.is_here(name)}
+        found = {name: tensor for name, tensor in whole.tensors.items() if self.is_here(name)}
+        # where activations are rounded, a sum in parts could be rounded to another number
+        self.gathered = {
+            name.removesuffix(".weight")
+            for name, tensor in found.items()
+            if self.backend.rounds_activations and shards.is_packed(tensor, self.quantize_bits)
+        }
+        self.tensors = {name: self.part(name, tensor) for name, tensor in found.items()}
+
+    def part(self, name: str, tensor: TensorSource) -> TensorSource:
+        """This process's part of a tensor."""
+        module = name.rpartition(".")[0]
+        if module in self.gathered and shards.SUMMED.search(module):
+            return shards.rows_of(tensor, self.world.share.of(tensor.shape[0]))
+        return shards.part_of(name, tensor, self.world.share, self.quantize_bits)
 
     def is_here(self, name: str) -> bool:
         """Whether this process has a part of the tensor, or module."""
@@ -292,13 +341,16 @@ class SplitWeights(Weights):
         name = next(iter(outputs))
         if not self.is_here(name):
             return shards.Absent(outputs)
-        if name not in shards.VOCABULARY:
-            part = super().linear(outputs, num_cols, bias, is_table)
-            return Summed(part, self.world) if shards.SUMMED.search(name) else part
-        num_rows = outputs[name]
-        own = self.world.share.of(num_rows)
-        part = super().linear({name: len(own)}, num_cols, bias, is_table)
-        return Vocabulary(part, self.world, num_rows)
+        is_summed, world = shards.SUMMED.search(name), self.world
+        own = {name: len(world.share.of(outputs[name]))}
+        if name in shards.VOCABULARY:
+            part = super().linear(own, num_cols, bias, is_table)
+            return Vocabulary(part, world, outputs[name])
+        if is_summed and name in self.gathered:
+            num_cols *= world.share.size
+            return Gathered(super().linear(own, num_cols, bias), world, outputs[name], num_cols)
+        part = super().linear(outputs, num_cols, bias, is_table)
+        return Summed(part, world) if is_summed else part
 
 
 class LedCache:
