@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 APP = "nanollama"  # name of the application on Ray
 SLOTS = 16  # sequences of a replica that run at once, where --parallel does not say
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve's own logs
 FILES = ("tokenizer", "adapter", "modelfile", "script", "mcp")  # settings that may be paths
 
 
@@ -82,7 +83,6 @@ def engine_deployment(values: Json) -> Any:
     resources: Json = {"num_cpus": num_cpus, "num_gpus": values["num_gpus"] or 0}
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     resources["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path)}}
-    logs = {"log_level": "WARNING", "enable_access_log": False}
     scaling = AutoscalingConfig(
         min_replicas=least, max_replicas=most, target_ongoing_requests=slots
     )
@@ -95,12 +95,13 @@ def engine_deployment(values: Json) -> Any:
         autoscaling_config=scaling,
         max_ongoing_requests=slots + queue + 16,  # the replica itself says when it is full
         request_router_config=router,
-        logging_config=logs,
+        logging_config=QUIET,
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=SHUTDOWN_S + 5,
     )
-    return made.bind({**values, "threads": values["threads"] or num_cpus})
+    own = {"threads": values["threads"] or num_cpus, "api_keys": None}  # Ray shows arguments
+    return made.bind({**values, **own})
 
 
 def front_of(title: str, config: Config, app: str, **connection: Any) -> FrontModels:
@@ -178,7 +179,7 @@ def deploy(application: Any) -> Any:
     """Deploy replicas and wait until the least number of them runs -> their handle. Raises
     NanollamaError with the reason of a replica that cannot start."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled")
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
     try:
         return ready(serve.run(application, name=APP, route_prefix=None))
     except RuntimeError as error:
