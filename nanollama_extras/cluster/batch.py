@@ -62,11 +62,16 @@ FREE_OPTIONS = frozenset(
 
 def packed(settings: Settings) -> Json:
     """Settings as plain values for another process, which may have another working directory."""
-    values, modelfile = dict(vars(settings.args)), dataclasses.asdict(settings.modelfile)
+    values, modelfile = plain(settings.args), dataclasses.asdict(settings.modelfile)
     values["models"] = [absolute(model) for model in values["models"]]
     values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter")}
     values["threads"] = num_cpus(settings)
     return {"args": values, "modelfile": modelfile, "flags": settings.flags}
+
+
+def plain(args: argparse.Namespace) -> Json:
+    """The values of options; defaults that are functions are no options."""
+    return {name: value for name, value in vars(args).items() if not callable(value)}
 
 
 def absolute(reference: Any) -> Any:
@@ -204,8 +209,9 @@ def raise_error(fields: Json) -> None:
 
 def what_decides(settings: Settings, digest: str) -> Json:
     """What the answers depend on: a second run goes on only where it is the same."""
-    args = {k: v for k, v in vars(settings.args).items() if k not in FREE_OPTIONS}
-    fields = {**args, "modelfile": dataclasses.asdict(settings.modelfile), "input": digest}
+    args = {k: v for k, v in plain(settings.args).items() if k not in FREE_OPTIONS}
+    fields = {**args, **settings.flags, "modelfile": dataclasses.asdict(settings.modelfile)}
+    fields |= {"input": digest}
     return {name: json.loads(json.dumps(value, default=str)) for name, value in fields.items()}
 
 

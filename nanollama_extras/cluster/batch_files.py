@@ -141,13 +141,22 @@ class Parts:
             if self.is_local and os.path.isdir(self.path):
                 raise RequestError(f"{self.target}: cannot be written: it is a directory")
             self.fs.makedirs(self.folder, exist_ok=True)
-            self.check_run()
             self.lock()
+            try:
+                self.check_run()
+            except BaseException:
+                self.close()
+                raise
             self.number = len(self.names()) + 1
         return self
 
     def __exit__(self, *_: object) -> None:
         self.flush()
+        if self.fs.exists(self.folder) and not self.names():
+            self.fs.rm(self.folder, recursive=True)
+        self.close()
+
+    def close(self) -> None:
         for file in filter(None, (self.file, self.locked)):
             file.close()
 
@@ -159,10 +168,10 @@ class Parts:
     def check_run(self) -> None:
         """Note what the answers depend on, or compare it with what the folder says."""
         note = f"{self.folder}/run.json"
-        try:
+        old = self.run
+        if self.names():
             old = json.loads(self.fs.cat_file(note))
-        except (FileNotFoundError, ValueError):  # new, or ended while this was written
-            old = self.run
+        else:
             self.fs.pipe_file(note, json.dumps(self.run, indent=1).encode())
         if changed := [name for name in self.run if old.get(name) != self.run[name]]:
             raise UsageError(
@@ -174,7 +183,7 @@ class Parts:
         """Keep other runs out until this one ends, where the system can."""
         if not self.is_local or fcntl is None:
             return
-        self.locked = open(f"{self.folder}/run.json", "rb")  # noqa: SIM115
+        self.locked = open(f"{self.folder}/lock", "ab")  # noqa: SIM115
         try:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 from typing import TYPE_CHECKING, Any
 
-from nanollama import UsageError, extra, library, option_group
+from nanollama import UsageError, extra, first_line, library, option_group
 
 if TYPE_CHECKING:
     from nanollama import Settings
@@ -67,6 +68,17 @@ def replica_range(text: str) -> tuple[int, int]:
     return least, most
 
 
+def check_address(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens: Ray itself would try for minutes. Raises
+    UsageError."""
+    found = re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d{1,5})", address)
+    try:
+        if found:
+            socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--ray: {address} cannot be reached: {first_line(error)}") from None
+
+
 def import_ray(*submodules: str) -> Any:
     """Ray, with submodules. Raises PackageError, with the command that installs it."""
     return library("ray", *submodules, install='pip install ".[cluster]"')
@@ -76,6 +88,9 @@ def run(settings: Settings) -> int:
     """Run the mode of the command line on Ray. Raises UsageError and PackageError."""
     if settings.args.ray == NOT_GIVEN:
         raise UsageError("--replicas, --num-cpus and --unordered need --ray")
+    if settings.args.tensor_parallel is not None:
+        raise UsageError("--ray and --tensor-parallel do not go together")
+    check_address(settings.args.ray)
     if settings.args.batch_file is not None and not settings.args.embed:
         return int(extra("cluster.batch", "--batch-file --ray").run(settings))
     if not settings.args.serve:

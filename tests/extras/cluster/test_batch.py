@@ -131,6 +131,7 @@ def test_a_model_that_does_not_load_is_one_line(
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert error.startswith("error: absent.gguf: ")
     assert output.read_text() == "work of hours\n"
+    assert sorted(numbers(tmp_path / "out.jsonl.parts" / "000001.jsonl")) == [3]
 
 
 # ---- runs that end early -------------------------------------------------------------------------

@@ -159,12 +159,18 @@ def test_answers_of_another_run_are_left_alone(target: str) -> None:
         assert parts.lines() == {1}
 
 
-def test_a_note_that_was_being_written_is_written_again(target: str) -> None:
+def test_a_run_without_answers_leaves_nothing(target: str) -> None:
+    with Parts(target, RUN):
+        assert exists(f"{target}.parts/run.json")
+    assert not exists(f"{target}.parts")
+
+
+def test_a_run_that_was_killed_before_its_first_answer_binds_no_other(target: str) -> None:
     with Parts(target, RUN) as parts:
         parts.fs.pipe_file(f"{parts.folder}/run.json", b'{"temperature"')
-    for _ in range(2):
-        with Parts(target, RUN) as parts:
-            assert json.loads(parts.fs.cat_file(f"{parts.folder}/run.json")) == RUN
+        other = Parts(target, {**RUN, "input": "def"})
+        other.check_run()
+        assert json.loads(other.fs.cat_file(f"{parts.folder}/run.json"))["input"] == "def"
 
 
 def test_two_runs_do_not_write_the_same_output(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ import nanollama
     ("flags", "message"),
     [
         ("--prompt x --ray", "--ray needs --serve"),
+        ("--serve --ray localhost:1", "--ray: localhost:1 cannot be reached: "),
+        ("--serve --ray ray://127.0.0.1:1", "--ray: ray://127.0.0.1:1 cannot be reached: "),
+        ("--serve --ray --tensor-parallel 2", "--ray and --tensor-parallel do not go together"),
         ("--serve --replicas 2", "--replicas, --num-cpus and --unordered need --ray"),
         ("--prompt x --num-cpus 2", "--replicas, --num-cpus and --unordered need --ray"),
         ("--serve --ray --replicas 3:2", "--replicas is 3:2; give MIN:MAX, such as 1:4"),
