@@ -3,6 +3,7 @@ cannot be split are refused in one line; a process that dies ends the others."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -27,6 +28,7 @@ import nanollama
 from nanollama import LLM, PackedLinear, TensorSource
 from nanollama_extras.cluster import shards, tensor_parallel
 from nanollama_extras.cluster.shards import Share, SplitError
+from nanollama_extras.kernels import native
 from nanollama_extras.models import families
 
 pytestmark = pytest.mark.xdist_group("tensor_parallel")
@@ -272,6 +274,24 @@ def test_memory_counts_the_caches_of_all_processes_of_a_machine(tiny_llm: LLM) -
     part = shards.split_config(config, Share(0, 2), num_sharing=2)
     assert (part.n_heads, part.n_kv_heads, part.n_ff) == (2, 1, 48)
     assert part.kv_bytes(100, "float32") == config.kv_bytes(100, "float32")
+
+
+def test_the_kernel_of_experts_leaves_those_of_other_processes_out(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    path, _ = gguf_files.convert(tiny("Qwen3Moe", **MOE), tmp_path / "moe.gguf", "Q8_0")
+    moe: Any = LLM(path).engine.decoder.layers[0].mlp
+    absent = copy.copy(moe.experts[0])
+    absent.gate_up_proj = shards.Absent({"gate_proj": 32, "up_proj": 32})
+    absent.down_proj = shards.Absent({"down_proj": 64})
+    x, parts = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), []
+    for kept in ({0, 1}, {2, 3, 4}):
+        part = copy.copy(moe)
+        part.experts = [mlp if i in kept else absent for i, mlp in enumerate(moe.experts)]
+        assert native.ExpertsCall(part).fields
+        parts.append(part(x, None))
+    assert parts[0].any()
+    torch.testing.assert_close(parts[0] + parts[1], moe(x, None))
 
 
 # ---- the command line ----------------------------------------------------------------------------
