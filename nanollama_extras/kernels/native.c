@@ -649,9 +649,9 @@ enum { SOFTMAX, SIGMOID, SPARSEMIXER };
 typedef struct {
     /* of each expert, then of the shared one; NULL for an expert that is left out */
     const matrix *const *gate_ups, *const *downs;
-    const float *x, *gate, *bias;                 /* (N, C); (E, C); (E) or NULL */
-    const float *shared_gate, *residual;          /* (C); (N, C); NULL for none */
-    const float *routed;                          /* (N, C): the router's input; NULL for x */
+    const float *x, *gate, *bias;        /* (N, C); (E, C); (E) or NULL */
+    const float *shared_gate, *residual; /* (C); (N, C); NULL for none */
+    const float *routed;                 /* (N, C): the router's input; NULL for x */
     const float *correction; /* (E), added to weights for the choice alone; NULL for none */
     const float *scales;     /* (E), of the chosen experts' weights; NULL for none */
     float *out;              /* (N, C) */
