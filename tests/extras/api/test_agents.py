@@ -6,6 +6,8 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from recordings import names, recorded
 from serving import Live, serving, wait_until
 
+import nanollama
 from nanollama import LLM, ChatTemplate, TextFiles, parse_chat
 from nanollama_extras.api import anthropic_body
 from nanollama_extras.api.responses import parse_response
@@ -262,3 +265,13 @@ def test_no_template_loses_a_text_of_a_conversation_with_calls(template: str) ->
     assert found.count(0) == 1  # the system's, which some write later
     assert "told-0" in text
     assert text.count("get_goal") >= 3
+
+
+def test_the_benchmark_measures_the_first_two_requests_of_an_agent(live: Live) -> None:
+    script = Path(nanollama.__file__).parent / "examples" / "serve_bench.py"
+    command = [sys.executable, str(script), f"{live.url}/v1", "--agent", "40"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    cold, warm = (line.split() for line in ran.stdout.splitlines()[1:])
+    assert int(cold[1]) < int(cold[0]) / 2
+    assert int(warm[0]) > int(cold[0])
+    assert int(warm[1]) > 0.9 * int(cold[0])
