@@ -6595,17 +6595,27 @@ def add_settings(add: Callable[..., None], settings: type) -> None:
             add(row.flags, text, **rest)
 
 
+def add_extra_options(parser: argparse.ArgumentParser, path: str, flags: str) -> None:
+    """Add the options of an extra; without it, its flags say so."""
+    try:
+        extra(path, flags).add_options(parser)
+    except ExtraError:
+        for f in flags.split():
+            say_so = lambda _, f=f: extra(path, f)  # noqa: E731
+            parser.add_argument(f, nargs="?", const="", type=say_so, help=argparse.SUPPRESS)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = option_group(parser, "model")
     text = f"alias, hub id, path (default: {DEFAULT_MODEL}); several, or none, with --serve"
     add("--model MODEL", text, action="append", dest="models", default=[])
     add("--revision REV", "branch, tag or commit of a hub model")
-    preferred("files.nanochat_store", "add_options", lambda _: None)(add)
     add("--tokenizer MODEL", "take tokenizer and chat template from another model")
     add("--adapter DIR", "apply a LoRA adapter in PEFT's layout")
     add("--modelfile PATH", "model, system prompt and defaults from a file", Path)
     add_settings(add, EngineConfig)
     add("--verbose", "print details on stderr", action="store_true")
+    add_extra_options(parser, "files.nanochat_store", "--source -i --model-tag -g --step -s")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -6638,7 +6648,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = option_group(parser, "server")
     add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
     add_settings(add, ServerConfig)
-    preferred("cluster.options", "add_options", lambda _: None)(parser)
+    flags = "--ray --replicas --num-cpus --unordered --tensor-parallel"
+    add_extra_options(parser, "cluster.options", flags)
     return parser
 
 
@@ -6732,7 +6743,7 @@ def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     """Check the flags and read the Modelfile. Ends the program on a wrong flag."""
     flags = given_flags(args, SamplingParams)
     if "schema" in flags:
-        flags["schema"] = read_schema(flags["schema"])
+        flags["schema"] = extra("answers.grammars", "--schema").read_schema(flags["schema"])
     try:
         SamplingParams(**flags)
         EngineConfig(**given_flags(args, EngineConfig))
@@ -6874,15 +6885,6 @@ def read_input(name: str) -> bytes:
     except OSError as error:
         raise RequestError(f"{name}: cannot be read: {error.strerror}") from None
     return data.removeprefix(codecs.BOM_UTF8)
-
-
-def read_schema(name: str) -> Any:
-    """The value of --schema: JSON in a file, or a JSON object itself. Raises RequestError."""
-    try:
-        is_object = name.lstrip().startswith("{")
-        return json.loads(name if is_object else read_input(name).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name}: not valid JSON: {first_line(error)}") from None
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -7146,8 +7148,7 @@ def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
     """One line for each setting, with its origin; - stands for no value."""
-    names = ("system", "tokenizer", "adapter", "ctx", "threads")
-    rows = {name: settings.value(name) for name in names}
+    rows = {n: settings.value(n) for n in "system tokenizer adapter ctx threads".split()}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [
@@ -7267,7 +7268,6 @@ def run(argv: list[str]) -> int:
         (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
         (args.mcp and not (talks or args.serve), "--mcp needs --interactive, --chat or --serve"),
         (args.output and args.batch_file is None, "--output needs --batch-file"),
-        (args.embed and (args.interactive or args.serve), "--embed needs --prompt or --batch-file"),
         (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
     ):
         if is_wrong:

@@ -304,7 +304,13 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "commands.eval": ("eval --model smollm2",),
     "commands.launch": ("launch claude",),
     "commands.verify": ("verify --help",),
-    "files.nanochat_store": ("--model nanochat --prompt x",),
+    "cluster.options": ("--serve --ray", "--serve --tensor-parallel 2"),
+    "files.nanochat_store": (
+        "--model nanochat --prompt x",
+        "--prompt x --source sft",
+        "--prompt x -g d20 -s 100",
+        "show nanochat --step 7",
+    ),
     "files.tiny_random": ("--model tiny-random --prompt x",),
     "kernels.native": (f"{ON_MODEL} --kernels native",),
     "models.lora": (f"{ON_MODEL} --adapter .",),
@@ -323,6 +329,13 @@ def test_a_command_line_that_needs_an_extra_says_so(
     *_, last = ran.stderr.splitlines()
     assert last.startswith("error: ")
     assert re.search(NEEDS.format(re.escape(module)), last), last
+
+
+def test_every_option_is_known(alone: Path, environment: dict[str, str]) -> None:
+    program = "import nanollama; print(*nanollama.build_parser()._option_string_actions)"
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True)
+    assert set(ran.stdout.split()) == set(nanollama.build_parser()._option_string_actions)
 
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}

@@ -8,10 +8,10 @@ One grammar describes the whole answer, and where thoughts and calls may stand i
 The trial compiles the grammar in another process: nothing that a request holds may end this one.
 
 Seam       Answer form. The core asks `Grammars.constraint` for a Constraint; the engine asks that
-           one which tokens may come next. For the calls of an answer it asks for answers.tools.
-           For the grammar of a tool's text it asks for answers.lark_json. It imports
-           answers.schemas, which readies schemas, and answers.sandbox and answers.sandboxed for
-           the trial.
+           one which tokens may come next. --schema asks for `read_schema`. For the calls of an
+           answer it asks for answers.tools, for the grammar of a tool's text for
+           answers.lark_json. It imports answers.schemas, which readies schemas, and
+           answers.sandbox and answers.sandboxed for the trial.
 Remove     delete this file; requests with a schema, regex, grammar or tools are then refused.
 Source     https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md (grammars)
 """
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 import nanollama
-from nanollama import THOUGHTS, RequestError
+from nanollama import THOUGHTS, RequestError, first_line, read_input
 from nanollama_extras.answers.sandbox import Kept, on_deep_stack, shared_sandbox
 from nanollama_extras.answers.sandboxed import PARSER_LIMITS, error_line, json_grammar
 from nanollama_extras.answers.schemas import GRAMMAR, BestEffort, check_rules, check_size, readied
@@ -44,6 +44,15 @@ if TYPE_CHECKING:
 # The library that compiles grammars; it is imported when the first one is compiled.
 llguidance: Any = nanollama.LazyModule("llguidance")
 log = logging.getLogger("nanollama")
+
+
+def read_schema(name: str) -> Any:
+    """The value of --schema: JSON in a file, or a JSON object itself. Raises RequestError."""
+    try:
+        is_object = name.lstrip().startswith("{")
+        return json.loads(name if is_object else read_input(name).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: not valid JSON: {first_line(error)}") from None
 
 
 class Vocabulary:

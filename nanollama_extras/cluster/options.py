@@ -4,7 +4,7 @@ Seam       `nanollama.build_parser` calls `add_options`, which makes `enter` the
            of that name; `nanollama.run` calls it before a mode runs. The modes are modules beside
            this one, imported when they run: cluster.serve, cluster.batch,
            cluster.tensor_parallel.
-Remove     delete the folder; the flags are then unknown. Ray itself is the extra package `cluster`.
+Remove     delete the folder; the flags then name it. Ray itself is the extra package `cluster`.
 """
 
 from __future__ import annotations

@@ -10,16 +10,27 @@ import functools
 import json
 from typing import TYPE_CHECKING
 
-from nanollama import BatchRow, GenerationRequest, answer_rows, log, read_prompt, read_rows
+from nanollama import (
+    BatchRow,
+    GenerationRequest,
+    UsageError,
+    answer_rows,
+    log,
+    read_prompt,
+    read_rows,
+)
 
 if TYPE_CHECKING:
     from nanollama import Settings
 
 
 def run(settings: Settings) -> int:
-    """Print the embeddings. Returns the exit code: 1 where a line of the batch file failed."""
+    """Print the embeddings. Returns the exit code: 1 where a line of the batch file failed. Raises
+    UsageError."""
     args = settings.args
     is_batch = args.batch_file is not None
+    if args.prompt is None and not is_batch:
+        raise UsageError("--embed needs --prompt or --batch-file")
     rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
     for row in answer_rows(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
         if row.error and not is_batch:

@@ -9,13 +9,14 @@ Source: https://github.com/karpathy/nanochat (nanochat/checkpoint_manager.py)
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanollama import ModelNotFoundError, UsageError, local_path
+from nanollama import ModelNotFoundError, UsageError, local_path, option_group
 
 if TYPE_CHECKING:
     from nanollama import Settings
@@ -30,8 +31,9 @@ FOLDERS = {  # folder -> its source; a later one replaces an earlier one
 }
 
 
-def add_options(add: Callable[..., None]) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose one of nanochat's models."""
+    add = option_group(parser, "nanochat")
     text = "kind of nanochat's models: sft, rl, mid, base (default: sft)"
     add("--source -i NAME", text, choices=("sft", "rl", "mid", "base"))
     add("--model-tag -g TAG", "the model with this tag, as in d20 (default: the largest)")
