@@ -575,7 +575,10 @@ def launch(settings: Settings, argv: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)(str(nanollama.__file__), *argv)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # when one is killed, the others end by themselves or by torchrun's SIGTERM
+        own = (-signal.SIGTERM, *range(256))
+        killed = [item for item in error.failures.items() if item[1].exitcode not in own]
+        rank, failure = killed[0] if killed else error.get_first_failure()
         if failure.exitcode >= 0:  # it has printed its error
             return failure.exitcode
         reason = f"signal {-failure.exitcode} ended process {rank} of {size}"

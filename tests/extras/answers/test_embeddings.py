@@ -371,8 +371,8 @@ def test_the_command_line_prints_arrays(
     assert [one, other] == llm.embed(["hello", "the quick"])
     assert none is None
     assert "line 2: the prompt has" in shown.err
-    with pytest.raises(SystemExit):
-        nanollama.main(["--embed", "--interactive"])
+    assert nanollama.main(["--embed", "--interactive"]) == 2
+    assert capsys.readouterr().err == "error: --embed needs --prompt or --batch-file\n"
 
 
 def test_base64_is_little_endian_float32(live: Live) -> None:

@@ -184,7 +184,10 @@ def test_two_runs_do_not_write_the_same_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "absent/dir\0/out", "nowhere://out"])
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+def test_an_output_that_cannot_be_written_is_named(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(NanollamaError, match="cannot be written: "), Parts(name or ".", RUN):
         pass
 

@@ -251,7 +251,7 @@ def good_state() -> dict[str, Any]:
         {**good_state(), "special_tokens": {b"a": 1}},
         {**good_state(), "pat_str": b"a"},
         set(),
-        print,
+        len,
     ],
     ids=repr,
 )
