@@ -576,12 +576,12 @@ def launch(settings: Settings, argv: list[str]) -> int:
         elastic_launch(config, sys.executable)(str(nanollama.__file__), *argv)
     except ChildFailedError as error:
         # when one is killed, the others end by themselves or by torchrun's SIGTERM
-        own = (-signal.SIGTERM, *range(256))
-        killed = [item for item in error.failures.items() if item[1].exitcode not in own]
-        rank, failure = killed[0] if killed else error.get_first_failure()
-        if failure.exitcode >= 0:  # it has printed its error
-            return failure.exitcode
-        reason = f"signal {-failure.exitcode} ended process {rank} of {size}"
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+        rank = killed[0] if killed else error.get_first_failure()[0]
+        if codes[rank] >= 0:  # it has printed its error
+            return codes[rank]
+        reason = f"signal {-codes[rank]} ended process {rank} of {size}"
         raise NanollamaError(f"{reason}, and with it the others") from None
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import uvicorn
 from mcp_server import ENTRY as PLAIN
+from scripted_program import DRIVER
 from serving import wait_until
 
 import nanollama
@@ -469,17 +470,6 @@ def test_a_wrong_command_line_is_one_line(
     with pytest.raises(SystemExit):
         nanollama.main(["--prompt", "x", "--mcp", str(path)])
     assert "--mcp needs" in capsys.readouterr().err
-
-
-DRIVER = """
-import sys
-import nanollama
-answers = {answers!r}
-def stream(self, request):
-    yield nanollama.Delta(0, answers.pop(0), finish_reason="stop")
-nanollama.LLM.stream = stream
-sys.exit(nanollama.main(sys.argv[1:]))
-"""
 
 
 def test_in_a_conversation_each_call_is_asked_for(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from scripted_program import DRIVER
 
 import nanollama
 from nanollama import Delta, GenerationRequest, UsageError
@@ -215,17 +216,6 @@ def test_tools_need_a_chat(file: Path, capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit):
             nanollama.main([*words, "--tools", str(file)])
         assert "--tools needs" in capsys.readouterr().err
-
-
-DRIVER = """
-import sys
-import nanollama
-answers = {answers!r}
-def stream(self, request):
-    yield nanollama.Delta(0, answers.pop(0), finish_reason="stop")
-nanollama.LLM.stream = stream
-sys.exit(nanollama.main(sys.argv[1:]))
-"""
 
 
 def test_on_a_terminal_each_call_is_asked_for(
