@@ -40,10 +40,10 @@ def attempt(box: Sandbox, grammar: str) -> str:
 def test_a_grammar_that_ends_the_process_has_an_error_and_the_next_one_compiles(
     box: Sandbox,
 ) -> None:
-    slow = "start: " + " ".join(['"a"?'] * 9_000)
+    slow = "start: " + " ".join(['"a"?'] * 20_000)  # time grows with the square
     assert attempt(box, chain(20_000)) == TOO_DEEP
     assert attempt(box, 'start: "a"') == ""
-    assert "takes longer than" in attempt(box, slow + "\n") or "too big" in attempt(box, slow)
+    assert "takes longer than" in attempt(box, slow)
     assert attempt(box, 'start: "a"') == ""
 
 
