@@ -190,7 +190,6 @@ class LazyModule:
 
 
 if TYPE_CHECKING:
-    import gguf
     import huggingface_hub
     import jinja2.ext
     import jinja2.sandbox
@@ -223,7 +222,6 @@ if TYPE_CHECKING:
     Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
     Limits = tuple[float, float] | tuple[float, float, str]  # least, most, another value
 else:
-    gguf = LazyModule("gguf", "quants")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
     np = LazyModule("numpy")
@@ -1014,7 +1012,7 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #                        [16|0]   [17|1]   ...   [31|15]     high nibble | low nibble
 #
 #   Invariant   repacking is exact. Native kernels round the combined scales of K types to float16.
-#   Extend      a GGUF type is one function in REPACK: raw blocks in, PackedLinear out.
+#   Extend      a GGUF type is a row of GGUF_TYPES, or of TYPES in the extra files.gguf_types.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block layouts)
 # ==================================================================================================
 
@@ -1243,10 +1241,8 @@ def _half(blocks: Tensor, start: int) -> Tensor:
     return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
 
 
-def _high_bits(qh: Tensor) -> Tensor:
-    """(..., 4) bytes with the fifth bits of 32 values -> (..., 32), each shifted to bit 4."""
-    bits = qh.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)  # (..., 4, 8)
-    return (bits.flatten(-2) & 1) << 4
+def _halves(b: Tensor) -> tuple[Tensor, Tensor]:
+    return _half(b, 0), _half(b, 2)
 
 
 def _nibbles(qs: Tensor) -> Tensor:
@@ -1254,32 +1250,15 @@ def _nibbles(qs: Tensor) -> Tensor:
     return torch.cat((qs & 15, qs >> 4), dim=-1)
 
 
-def _q4_0(b: Tensor) -> PackedLinear:  # d (2) | 16 bytes of nibbles
-    return PackedLinear(b[..., 2:].contiguous(), _half(b, 0))
-
-
-def _q4_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | 16 bytes of nibbles
-    return PackedLinear(b[..., 4:].contiguous(), _half(b, 0), _half(b, 2))
-
-
-def _q5_0(b: Tensor) -> PackedLinear:  # d (2) | fifth bits (4) | 16 bytes of nibbles
-    q = (_nibbles(b[..., 6:]) | _high_bits(b[..., 2:6])).view(torch.int8) - 16
-    return PackedLinear(q, _half(b, 0))
-
-
-def _q5_1(b: Tensor) -> PackedLinear:  # d (2) | m (2) | fifth bits (4) | 16 bytes of nibbles
-    q = (_nibbles(b[..., 8:]) | _high_bits(b[..., 4:8])).view(torch.int8)
-    return PackedLinear(q, _half(b, 0), _half(b, 2))
-
-
-def _q8_0(b: Tensor) -> PackedLinear:  # d (2) | 32 int8
-    return PackedLinear(b[..., 2:].contiguous().view(torch.int8), _half(b, 0))
+def _fives(b: Tensor) -> Tensor:  # fifth bits (4) | 16 bytes of nibbles
+    high = (b[..., :4].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).flatten(-2) & 1
+    return (_nibbles(b[..., 4:]) | high << 4).view(torch.int8)
 
 
 def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     """The head of a Q4_K or Q5_K super-block, d (2) | dmin (2) | 8 scales and mins of 6 bits (12),
     as scale and offset of its 8 groups: (rows, blocks * 8) float32 each."""
-    d, d_min = (_half(b, start).float().unsqueeze(-1) for start in (0, 2))
+    d, d_min = (part.float().unsqueeze(-1) for part in _halves(b))
     low, mid, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=-1)
     mins = torch.cat((mid & 63, (high >> 4) | ((mid >> 2) & 48)), dim=-1)
@@ -1313,10 +1292,31 @@ def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
     return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
 
 
-REPACK: dict[str, Callable[[Tensor], PackedLinear]] = {
-    **{f.__name__[1:].upper(): f for f in (_q4_0, _q4_1, _q5_0, _q5_1, _q8_0, _q4_k, _q5_k, _q6_k)},
-    "MXFP4": lambda b: mxfp4(b[..., 0], b[..., 1:].contiguous()),  # exponent (1) | nibbles (16)
+class BlockType(NamedTuple):
+    """A type of GGUF tensors."""
+
+    name: str
+    width: int  # numbers of a block
+    num_bytes: int  # of a block
+    unpack: Callable[[Tensor], PackedLinear] | None = None  # of blocks (rows, n, num_bytes)
+
+
+GGUF_TYPES = {  # by number; 2 to 8 begin with one float16 or two
+    0: BlockType("F32", 1, 4),
+    1: BlockType("F16", 1, 2),
+    2: BlockType("Q4_0", 32, 18, lambda b: PackedLinear(b[..., 2:].contiguous(), _half(b, 0))),
+    3: BlockType("Q4_1", 32, 20, lambda b: PackedLinear(b[..., 4:].contiguous(), *_halves(b))),
+    6: BlockType("Q5_0", 32, 22, lambda b: PackedLinear(_fives(b[..., 2:]) - 16, _half(b, 0))),
+    7: BlockType("Q5_1", 32, 24, lambda b: PackedLinear(_fives(b[..., 4:]), *_halves(b))),
+    8: BlockType("Q8_0", 32, 34, lambda b: PackedLinear(b[..., 2:].char(), _half(b, 0))),
+    12: BlockType("Q4_K", 256, 144, _q4_k),
+    13: BlockType("Q5_K", 256, 176, _q5_k),
+    14: BlockType("Q6_K", 256, 210, _q6_k),
+    28: BlockType("F64", 1, 8),
+    30: BlockType("BF16", 1, 2),
+    39: BlockType("MXFP4", 32, 17, lambda b: mxfp4(b[..., 0], b[..., 1:].contiguous())),
 }
+REPACK = {kind.name: kind.unpack for kind in GGUF_TYPES.values() if kind.unpack}
 
 
 # ==================================================================================================
@@ -2227,7 +2227,7 @@ class Decoder:
 #               Llama, so that the rest of the program knows one spelling.
 #   Invariant   no file can run code, and every count, length and offset in a file is compared with
 #               the file's size before memory is allocated for it.
-#   Extend      a file format is a row of OPENERS, a GGUF tensor type a row of REPACK, a tensor name
+#   Extend      a file format is a row of OPENERS, a GGUF tensor type of GGUF_TYPES, a tensor name
 #               a row of GGUF_TENSORS or of TENSOR_NAMES, a quantization in safetensors a row of
 #               METHODS in nanollama_extras.files.quantized.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -2601,8 +2601,7 @@ def read_gguf(path: Path) -> tuple[Json, Tensors]:
 def _gguf_tensors(
     cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
 ) -> Tensors:
-    kinds = {kind.value: kind for kind in gguf.GGMLQuantizationType}
-    headers: dict[str, tuple[tuple[int, ...], Any, int]] = {}  # shape, type, offset
+    headers: dict[str, tuple[tuple[int, ...], BlockType, int]] = {}  # shape, type, offset
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
@@ -2613,23 +2612,24 @@ def _gguf_tensors(
         if not 1 <= num_dims <= 4:
             raise CheckpointError(f"{cursor.part} has {num_dims} dimensions")
         shape = cursor.scalars("Q", num_dims)[::-1]
-        kind, offset = kinds.get(number := cursor.scalar("I")), cursor.scalar("Q")
+        kind, offset = GGUF_TYPES.get(number := cursor.scalar("I")), cursor.scalar("Q")
         if kind is None:
-            raise CheckpointError(f"{cursor.part} has unknown type {number}")
+            rare = extra("files.gguf_types", f"{cursor.part} of type {number}")
+            kind = cast("BlockType", rare.find(number, cursor.part))
         headers[name] = shape, kind, offset
     alignment = metadata.get("general.alignment", 32)
     is_valid = isinstance(alignment, int) and alignment > 0 and alignment % 8 == 0
     check_value(is_valid, "general.alignment", alignment, "a multiple of 8")
     tensors, data_start = {}, round_up(cursor.at, alignment)
     for name, (shape, kind, offset) in headers.items():
-        title, (block, block_bytes) = f"tensor {excerpt(name)}", gguf.GGML_QUANT_SIZES[kind]
-        if shape[-1] % block or min(shape) < 1:
+        title = f"tensor {excerpt(name)}"
+        if shape[-1] % kind.width or min(shape) < 1:
             raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
-        start, num_bytes = data_start + offset, math.prod(shape) // block * block_bytes
+        start, num_bytes = data_start + offset, math.prod(shape) // kind.width * kind.num_bytes
         if (end := start + num_bytes) > len(mapped):
             raise CheckpointError(f"{title} is truncated: it ends at byte {end} of {len(mapped)}")
         load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
-        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, kind.name in REPACK)
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(kind.unpack))
     return tensors
 
 
@@ -2638,24 +2638,20 @@ FLOAT_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "f
 
 
 def _load_gguf(
-    raw: np.ndarray[Any, Any], kind: Any, shape: tuple[int, ...], *index: int | slice | Tensor
+    raw: np.ndarray[Any, Any], kind: BlockType, shape: tuple[int, ...], *index: Any
 ) -> Tensor | PackedLinear:
     """The tensor (shape) in these bytes; of `index`, the first may be an expert."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     whole_rows = len(shape) > max(len(index), 1)
     data = torch.from_numpy(raw).view(*(shape[:-1] if whole_rows else shape), -1)
     for part in index:
         data = data[part]
     wanted = (*data.shape[:-1], *(shape[-1:] if whole_rows else ()))  # data: (rows, bytes)
-    if kind.name in REPACK and len(wanted) == 2:
-        blocks = data.reshape(-1, shape[-1] // block, block_bytes)
-        weight: Tensor | PackedLinear = REPACK[kind.name](blocks)
-    elif kind.name in FLOAT_KINDS:
+    if kind.unpack:
+        packed = kind.unpack(data.reshape(-1, shape[-1] // kind.width, kind.num_bytes))
+        weight = packed if len(wanted) == 2 else packed.dequantize().view(wanted)
+    else:
         # a tensor may start at any byte that `general.alignment` allows: copy before the view
         weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
-    else:
-        values = gguf.quants.dequantize(data.numpy().reshape(-1, block_bytes), kind)
-        weight = torch.from_numpy(values).view(wanted)
     if (file := getattr(raw, "_mmap", None)) is not None and hasattr(mmap, "MADV_DONTNEED"):
         # the pages stay in the system's cache only; all of them: neighbours were mapped, too
         file.madvise(mmap.MADV_DONTNEED)
@@ -2683,6 +2679,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     metadata = files[0][0]
     tensors = {name: tensor for _, found in files for name, tensor in found.items()}
     with errors_about(path):
+        if any(tensor.kind == "NVFP4" for tensor in tensors.values()):
+            tensors = extra("files.gguf_types", "NVFP4").scaled(tensors)
         model_type = gguf_model_type(metadata)
         if (count := metadata.get("split.count", 1)) not in (0, len(files)):
             raise CheckpointError(f"one of {excerpt(count)} files, and not named like one")

@@ -99,6 +99,15 @@ def load_gguf(key: str, value: str) -> Callable[[LLM], None]:
     return run
 
 
+def load_rare_type(llm: LLM) -> None:
+    raw, _ = gguf_files.smallest(kinds={"blk.0.ffn_up.weight": 20})  # IQ4_NL
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.gguf"
+        path.write_bytes(raw)
+        with contextlib.suppress(nanollama.CheckpointError):
+            LLM(path)
+
+
 def option(**options: Any) -> Callable[[LLM], None]:
     """The model, loaded with an option; an adapter that is no adapter is no missing extra."""
 
@@ -303,6 +312,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a nanochat checkpoint": ({"models.nanochat"}, load_nanochat),
     "nanochat's directory": ({"files.nanochat_store"}, find_nanochat),
     "tiny-random": ({"files.tiny_random"}, make_tiny_random),
+    "a rarer GGUF type": ({"files.gguf_types", "kernels.fine"}, load_rare_type),
     "a rarer pre-tokenizer": ({"files.pre_tokenizers"}, load_gguf("pre", "tekken")),
     "SentencePiece in GGUF": ({"files.vocabularies"}, load_gguf("model", "llama")),
     "tekken.json": ({"files.vocabularies"}, load({}, tekken_json="{}")),

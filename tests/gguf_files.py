@@ -57,6 +57,18 @@ def random_blocks(kind: Any, num_rows: int, num_cols: int, random: np.random.Gen
     return raw.reshape(num_rows, -1)
 
 
+def rare_blocks(kind: Any, num_rows: int, num_cols: int, random: np.random.Generator) -> Any:
+    """Rows of random blocks (rows, blocks, bytes) of a BlockType of files.gguf_types"""
+    shape = num_rows, num_cols // kind.width, kind.num_bytes
+    if kind.name in SCALES_AT or kind.name in ("IQ1_M", "NVFP4"):
+        return random_blocks(Kind[kind.name], num_rows, num_cols, random).reshape(shape)
+    raw = random.integers(0, 256, shape, dtype=np.uint8)
+    at = kind.num_bytes - 2 if kind.name.startswith("TQ") else 0
+    scale = random.normal(scale=0.06, size=(*shape[:2], 1)).astype(np.float16)
+    raw[..., at : at + 2] = scale.view(np.uint8)
+    return raw
+
+
 def encode(weight: Any, kind: Any, random: np.random.Generator) -> Any:
     """Rows of `weight` in the type `kind`; random ones of its shape where the gguf package cannot
     quantize."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from serving import serving
 from test_layout import SECTIONS, tomllib
 
 import nanollama
+from nanollama_extras.files import gguf_types
 
 SHELL = lines("sh")
 # Cannot run here: installs into this environment, the tests themselves, tools that are not ours.
@@ -233,6 +235,14 @@ def test_the_gguf_types_that_stay_packed_are_the_codes() -> None:
         None, (re.search(r"stay packed in memory:\s+(.*?)\.", t, re.DOTALL) for t in TEXTS.values())
     )
     assert codes(packed[1]) == list(nanollama.REPACK)
+
+
+def test_the_table_of_rarer_gguf_types_is_the_codes() -> None:
+    listed = {codes(row[0])[0]: float(row[1]) for row in table("Rarer GGUF types")}
+    kinds = gguf_types.TYPES.values()
+    assert listed == {
+        kind.name: math.floor(800 * kind.num_bytes / kind.width + 0.5) / 100 for kind in kinds
+    }
 
 
 def test_every_form_of_a_reference_is_understood() -> None:

@@ -316,7 +316,15 @@ typedef struct {
     const float *bias; /* (rows), or NULL */
     int64_t rows, cols;
     int32_t bits, group, has_offset, is_float, block_bytes;
+    int32_t fine;          /* which scales have 8 bits; COARSE for none */
+    float unit;            /* the factor of a fine matrix */
+    const uint8_t *levels; /* its 16 levels, of which codes are numbers; see `multiply_fine` */
 } matrix;
+
+/* Scales of fine matrices, besides one in float16 for each `group` of columns: none; of 32 columns,
+ * an integer; of 16, an integer; of 16, one of 4 bits and a minimum of 4 bits, with another float16
+ * for the minima; of 16, an E4M3 without a sign, and no float16 */
+enum { COARSE, ONE_SCALE, SCALES_32, SCALES_16, SCALES_MINS, SCALES_FLOAT };
 
 /* The operand: x, rms_norm(x), an activation of gate and up, or (RELU2, GELU) one of x alone */
 enum { PLAIN, NORM, SWIGLU, GEGLU, REGLU2, CLAMPED_SWIGLU, RELU2, GELU, XIELU };
@@ -338,9 +346,9 @@ typedef struct {
  * T; the groups of a tile follow each other:
  *
  *   int8 a (T, 32) | scale (T) | scale * sum(a) (T) | the same of each half of the group (2, T)
- *   | int32 -8 * sum(a) (T)
+ *   | int32 -8 * sum(a) (T) | int32 -sum(a) of each half (2, T)
  */
-#define GROUP_BYTES 52 /* for each token */
+#define GROUP_BYTES 60 /* for each token */
 
 INLINE int tile_size(int64_t tokens_left) {
     return tokens_left >= TILE ? TILE : tokens_left >= 2 ? 2 : 1;
@@ -359,6 +367,7 @@ INLINE void quantize_group(const vec *x, uint8_t *group, int64_t T, int64_t t) {
     }
     float sum = sums[0] + sums[1]; /* NaN if any x is NaN or infinite; passed on */
     float scale = isnan(sum) ? sum : most / 127.0f, *s = (float *)(group + 32 * T) + t;
+    for (int h = 0; h < 2; h++) ((int32_t *)s)[(5 + h) * T] = isnan(sum) ? 0 : -(int32_t)sums[h];
     s[0] = scale;
     s[T] = scale * sum;
     s[2 * T] = scale * sums[0];
@@ -487,6 +496,154 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
 }
 
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+INLINE ivec from_int8(const uint8_t *p) { return __builtin_convertvector(*(const bytes *)p, ivec); }
+
+/* E4M3 without a sign, times 2^-8 */
+INLINE vec from_float8(const uint8_t *p) {
+    uint16_t halves[LANES];
+    for (int i = 0; i < LANES; i++) halves[i] = (uint16_t)(p[i] << 7);
+    return from_half(halves);
+}
+
+/* Word i, which is the codes of columns 4i .. 4i + 3, of 16 rows x 32 columns:
+ *
+ *   4 bits   [ words 0, 4 | words 1, 5 | words 2, 6 | words 3, 7 ]   64 bytes each
+ *   3 bits   [ words 0 .. 3: two low bits | words 4 .. 7 | words 0 .. 7: the high bit ]
+ *   2 bits   [ words 0 .. 3 | words 4 .. 7 ]
+ */
+INLINE ivec code_word(const uint8_t *codes, int v, int bits, int i) {
+    const ivec *words = (const ivec *)codes + v;
+    if (bits == 4) return words[i % 4 * VECS] >> 4 * (i / 4) & 0x0f0f0f0f;
+    ivec low = words[i / 4 * VECS] >> 2 * (i % 4) & 0x03030303, high = words[2 * VECS];
+    if (bits == 2) return low;
+    return low | ((i < 2 ? high << (2 - i) : high >> (i - 2)) & 0x04040404);
+}
+
+/* `multiply` for a fine matrix and one block of rows. Levels are above 0 by `centre`, and codes, if
+ * they are levels themselves, by `centre` too. A block of 16 rows x `wide` columns:
+ *
+ *   [ codes | 8-bit scales (16) for each 16 or 32 columns | float16 scales (16) | those of minima ]
+ */
+INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *out,
+                          int T, int bits, int wide, int fine, int centre) {
+    const int num_groups = wide / 32, dot_bits = centre > 64 ? 8 : 4, has_table = centre > 1;
+    const int in_halves = fine >= SCALES_16, num_scales = in_halves ? 2 : fine == SCALES_32;
+    const int at_halves = num_groups * (64 * bits + 16 * num_scales), ahead = m->block_bytes;
+    vec y[VECS][TILE];
+    for (int v = 0; v < VECS; v++)
+        for (int t = 0; t < T; t++) y[v][t] = (vec){0};
+    for (int64_t col = 0; col < m->cols; col += wide, block += m->block_bytes) {
+        vec sum[VECS][TILE], minima[VECS][TILE];
+        for (int v = 0; v < VECS; v++)
+            for (int t = 0; t < T; t++) sum[v][t] = minima[v][t] = (vec){0};
+        const uint8_t *codes = block, *scales = block + num_groups * 64 * bits;
+        for (int g = 0; g < num_groups; g++, codes += 64 * bits, scales += 16 * num_scales) {
+            const int8_t *a = (const int8_t *)tile + (col / 32 + g) * GROUP_BYTES * T;
+            const float *s = (const float *)(a + 32 * T);
+            ivec dot[VECS][TILE], whole[VECS][TILE];
+            vec part[VECS][TILE];
+            for (int i = 0; i < ahead / num_groups; i += 64) __builtin_prefetch(codes + AHEAD + i);
+            for (int v = 0; v < VECS; v++)
+                for (int t = 0; t < T; t++) whole[v][t] = (ivec){0}, part[v][t] = (vec){0};
+            for (int h = 0; h < 2; h++) {
+                for (int v = 0; v < VECS; v++)
+                    for (int t = 0; t < T; t++) {
+                        if (in_halves || h == 0) dot[v][t] = (ivec){0};
+                        if (centre) dot[v][t] += centre * ((const int32_t *)s)[(5 + h) * T + t];
+                    }
+                for (int i = 4 * h; i < 4 * h + 4; i++)
+                    for (int v = 0; v < VECS; v++) {
+                        ivec q = code_word(codes, v, bits, i);
+                        if (has_table) q = look_up(m->levels, q);
+                        for (int t = 0; t < T; t++)
+                            dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i, dot_bits);
+                    }
+                for (int v = 0; v < VECS && in_halves; v++) {
+                    const uint8_t *at = scales + 16 * h + v * LANES;
+                    ivec scale = from_int8(at), least = scale >> 4 & 15;
+                    if (fine == SCALES_MINS) scale = scale & 15;
+                    for (int t = 0; t < T; t++) {
+                        if (fine == SCALES_FLOAT)
+                            part[v][t] = madd(__builtin_convertvector(dot[v][t], vec),
+                                              from_float8(at), part[v][t]);
+                        else
+                            whole[v][t] += dot[v][t] * scale;
+                        if (fine == SCALES_MINS)
+                            minima[v][t] = madd(__builtin_convertvector(least, vec),
+                                                splat(s[(2 + h) * T + t]), minima[v][t]);
+                    }
+                }
+            }
+            for (int v = 0; v < VECS; v++)
+                for (int t = 0; t < T; t++) {
+                    if (fine == ONE_SCALE) whole[v][t] = dot[v][t];
+                    if (fine == SCALES_32) whole[v][t] = dot[v][t] * from_int8(scales + v * LANES);
+                    if (fine != SCALES_FLOAT)
+                        part[v][t] = __builtin_convertvector(whole[v][t], vec);
+                    sum[v][t] = madd(part[v][t], splat(s[t]), sum[v][t]);
+                }
+        }
+        for (int v = 0; v < VECS; v++) {
+            vec scale = splat(1), least = {0};
+            if (fine != SCALES_FLOAT) scale = from_half(block + at_halves + v * LANES * 2);
+            if (fine == SCALES_MINS) least = from_half(block + at_halves + 32 + v * LANES * 2);
+            for (int t = 0; t < T; t++) {
+                y[v][t] = madd(sum[v][t], scale, y[v][t]);
+                if (fine == SCALES_MINS) y[v][t] = madd(minima[v][t], -least, y[v][t]);
+            }
+        }
+    }
+    for (int v = 0; v < VECS; v++)
+        for (int t = 0; t < T; t++) out[v * T + t] = y[v][t] * m->unit;
+}
+
+#define FINE(T, BITS, WIDE, KIND, CENTRE) \
+    if (num_tokens == T && m->bits == BITS && m->fine == KIND) \
+    multiply_fine(m, block, tile, y, T, BITS, WIDE, KIND, CENTRE)
+#define FINES(T) \
+    FINE(T, 4, 32, ONE_SCALE, 128); \
+    FINE(T, 4, 256, SCALES_32, 128); \
+    FINE(T, 4, 64, SCALES_FLOAT, 64); \
+    FINE(T, 3, 256, SCALES_16, 64); \
+    FINE(T, 2, 256, SCALES_MINS, 0); \
+    FINE(T, 2, 64, ONE_SCALE, 1)
+static void multiply_fine_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
+                               int num_tokens) {
+    FINES(1);
+    FINES(2);
+#if TILE > 2
+    FINES(TILE);
+#endif
+}
+
+/* Columns of one row of a block of a fine matrix, times the factor */
+static void gather_fine(const matrix *m, const uint8_t *block, int64_t lane, float factor,
+                        float *out) {
+    int has_table = m->levels != NULL, num_groups = m->group / 32;
+    int width = m->fine == ONE_SCALE ? 0 : m->fine == SCALES_32 ? 32 : 16;
+    int centre = !has_table ? m->fine == ONE_SCALE : m->fine >= SCALES_16 ? 64 : 128;
+    const uint8_t *scales = block + num_groups * 64 * m->bits;
+    const uint8_t *halves = scales + (width ? m->group / width * 16 : 0) + lane / LANES * LANES * 2;
+    float d = 1, d_min = 0;
+    if (m->fine != SCALES_FLOAT) d = from_half(halves)[lane % LANES];
+    if (m->fine == SCALES_MINS) d_min = from_half(halves + 32)[lane % LANES];
+    for (int j = 0; j < m->group; j++) {
+        const uint8_t *codes = block + j / 32 * 64 * m->bits;
+        ivec word = code_word(codes, lane / LANES, m->bits, j % 32 / 4);
+        int q = ((const uint8_t *)&word)[lane % LANES * 4 + j % 4];
+        const uint8_t *at = scales + (width ? j / width * 16 : 0);
+        float scale = d * m->unit, least = 0;
+        if (m->fine == SCALES_FLOAT)
+            scale *= from_float8(at + lane / LANES * LANES)[lane % LANES];
+        else if (m->fine == SCALES_MINS)
+            least = d_min * (at[lane] >> 4), scale *= at[lane] & 15;
+        else if (width)
+            scale *= (int8_t)at[lane];
+        out[j] = (((has_table ? m->levels[q] : q) - centre) * scale - least) * factor;
+    }
+}
+
 #define FORMAT(B, T, BITS, GROUP, OFFSET, FLOAT) \
     if (m->bits == BITS && m->group == GROUP && m->has_offset == OFFSET && m->is_float == FLOAT) \
     multiply(m->cols / GROUP, block, tile, y, B, T, BITS, GROUP, OFFSET, FLOAT)
@@ -497,11 +654,16 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         FORMAT(B, T, 8, 32, 0, 0); \
         FORMAT(B, T, 8, 32, 1, 0); \
         FORMAT(B, T, 8, 16, 0, 0); \
+        FORMAT(B, T, 8, 16, 1, 0); \
         FORMAT(B, T, 4, 32, 0, 1); \
         return; \
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
                           int num_blocks, int num_tokens) {
+    if (m->fine) {
+        multiply_fine_tile(m, block, tile, y, num_tokens);
+        return;
+    }
     FORMATS(1, 1);
     FORMATS(1, 2);
 #if TILE > 2
@@ -544,7 +706,8 @@ static void multiply_piece(const void *job, int64_t piece) {
             int64_t row = (i - first_block) * 16, left = (m->rows - row + 15) / 16;
             const uint8_t *block = m->blocks + row / 16 * (m->cols / m->group) * m->block_bytes;
             B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
-            if (c->num_tokens == 1) B = 1; /* memory delivers one stream faster than two */
+            if (m->fine || c->num_tokens == 1)
+                B = 1; /* memory delivers one stream faster than two */
             for (int64_t start = from, T; start < stop; start += T) {
                 vec y[BLOCKS * VECS * TILE];
                 T = tile_size(c->num_tokens - start);
@@ -593,6 +756,10 @@ void gather(const void *call, int64_t n, int64_t num_threads) {
     for (int64_t i = 0; i < n * num_groups; i++) {
         int64_t id = c->ids[i / num_groups], lane = id % 16;
         const uint8_t *block = m->blocks + (id / 16 * num_groups + i % num_groups) * m->block_bytes;
+        if (m->fine) {
+            gather_fine(m, block, lane, c->factor, c->out + i * m->group);
+            continue;
+        }
         const uint8_t *scales = block + 16 * num_bytes + lane / LANES * LANES * 2;
         float scale = from_half(scales)[lane % LANES], offset = 0, *y = c->out + i * m->group;
         if (m->has_offset) offset = from_half(scales + 32)[lane % LANES];

@@ -14,6 +14,8 @@ A PackedLinear's rows, 16 at a time, become blocks that the kernels read from fr
           [ row 0 word 0 | row 1 word 0 | .. | row 15 word 0 ]  64 bytes: one vector register,
           [ row 0 word 1 | row 1 word 1 | .. | row 15 word 1 ]  a lane for each row
 
+Weights of kernels.fine have blocks of their own, which `layout` and `fill_blocks` get from them.
+
 One instruction multiplies 16 rows by 4 activations, which are int8 with a scale for each group of
 32 and the same for all lanes, so no sum ever runs across lanes. A token's arithmetic is the same
 whatever else is in the call: tiles only repeat it.
@@ -415,11 +417,9 @@ class NativeLinear:
         for start in range(0, num_rows, step):
             packed = read_rows(slice(start, min(start + step, num_rows)))
             if start == 0:
-                self.bits, self.group = packed.bits, num_cols // packed.q.shape[1]
-                self.has_offset, self.float4 = packed.offset is not None, packed.float4
-                num_bytes = BLOCK_ROWS * (self.group * self.bits // 8 + 2 + 2 * self.has_offset)
+                self.fields, num_bytes = layout(packed)
                 num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
-                blocks_shape = (num_blocks, packed.q.shape[1], num_bytes)
+                blocks_shape = (num_blocks, num_cols // self.fields["group"], num_bytes)
                 self.blocks = torch.empty(blocks_shape, dtype=torch.uint8)
             fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
 
@@ -435,11 +435,11 @@ class NativeLinear:
             bias=None if self.bias is None else self.bias.data_ptr(),
             rows=self.shape[0],
             cols=self.shape[1],
-            bits=self.bits,
-            group=self.group,
-            has_offset=self.has_offset,
-            is_float=self.float4,
             block_bytes=self.blocks.shape[-1],
+            **{
+                key: value.data_ptr() if isinstance(value, Tensor) else value
+                for key, value in self.fields.items()
+            },
         )
 
     def rows(self, index: Tensor, factor: float = 1) -> Tensor:
@@ -450,6 +450,17 @@ class NativeLinear:
     def dequantize(self) -> Tensor:
         """The float weight (rows, cols)"""
         return self.rows(torch.arange(self.shape[0]))
+
+
+def layout(packed: Any) -> tuple[dict[str, Any], int]:
+    """The fields of `matrix` that tell a weight's layout, and the bytes of a block."""
+    if hasattr(packed, "fine"):  # of kernels.fine
+        fields, num_bytes = packed.layout(NUMBERS)
+        return fields, num_bytes
+    group, has_offset = packed.shape[1] // packed.q.shape[1], packed.offset is not None
+    fields = {"bits": packed.bits, "group": group, "has_offset": has_offset}
+    num_bytes = BLOCK_ROWS * (group * packed.bits // 8 + 2 + 2 * has_offset)
+    return {**fields, "is_float": packed.float4}, num_bytes
 
 
 def padded(packed: PackedLinear, num_rows: int) -> PackedLinear:
@@ -464,8 +475,11 @@ def padded(packed: PackedLinear, num_rows: int) -> PackedLinear:
     return PackedLinear(q, scale, offset, dtype=packed.dtype, float4=packed.float4)
 
 
-def fill_blocks(blocks: Tensor, packed: PackedLinear) -> None:
+def fill_blocks(blocks: Tensor, packed: Any) -> None:
     """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
+    if hasattr(packed, "fine"):
+        packed.fill(blocks)
+        return
     num_blocks, num_groups, _ = blocks.shape
     if len(packed.q) % BLOCK_ROWS:
         packed = padded(packed, num_blocks * BLOCK_ROWS)  # rows that do not exist have scale 0

@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import ROWS
-from gguf_files import Kind, encode
+from gguf_files import Kind, encode, rare_blocks
 from hypothesis import strategies as st
 from serving import serving
 from torch import Tensor
@@ -51,6 +51,7 @@ from nanollama import (
     rotate,
     round_up,
 )
+from nanollama_extras.files import gguf_types
 from nanollama_extras.kernels import native as kernels
 from nanollama_extras.kernels.native import (
     KERNEL_FLAGS,
@@ -133,8 +134,15 @@ LAYOUTS = [  # those of REPACK, for q of any bits
     "8 bits, group 32",
     "8 bits, group 32, offset",
     "8 bits, group 16",
+    "8 bits, group 16, offset",
 ]
-KINDS = [*REPACK, "q8", "q4", *LAYOUTS]
+RARE = {kind.name: kind for kind in gguf_types.TYPES.values()}
+KINDS = [*REPACK, *RARE, "q8", "q4", *LAYOUTS]
+
+
+def block_width(kind: str) -> int:
+    """Columns that a matrix of the kind has a multiple of"""
+    return RARE[kind].width if kind in RARE else 256 if kind.endswith("_K") else 32
 
 
 def packed(kind: str, num_rows: int, num_cols: int, seed: int = 0) -> PackedLinear:
@@ -151,8 +159,13 @@ def packed(kind: str, num_rows: int, num_cols: int, seed: int = 0) -> PackedLine
     weight = random.normal(scale=0.06, size=(num_rows, num_cols)).astype(np.float32)
     if kind in ("q8", "q4"):
         return quantize(torch.from_numpy(weight), int(kind[1]))
+    if kind in RARE:
+        blocks = rare_blocks(RARE[kind], num_rows, num_cols, random)
+        linear = RARE[kind].unpack(torch.from_numpy(blocks))
+        assert isinstance(linear, PackedLinear)
+        return linear
     raw = encode(weight, Kind[kind], random)
-    blocks = raw.reshape(num_rows, num_cols // (256 if "K" in kind else 32), -1)
+    blocks = raw.reshape(num_rows, num_cols // block_width(kind), -1)
     repacked = REPACK[kind](torch.from_numpy(blocks))
     # the blocks of native kernels keep the combined scales of K types as float16
     offset = None if repacked.offset is None else repacked.offset.half()
@@ -272,9 +285,7 @@ def test_matrices_side_by_side_of_any_kinds_and_sizes(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    num_cols = 32 * num_groups
-    if any("K" in kind for kind in kinds):
-        num_cols = round_up(num_cols, 256)
+    num_cols = round_up(32 * num_groups, max(map(block_width, kinds)))
     parts = [
         native(packed(kind, n, num_cols, seed), torch.randn(n) if bias else None)
         for kind, n in zip(kinds, sizes)
@@ -290,7 +301,16 @@ BEFORE = ["plain", "norm", "swiglu"]
 
 
 @pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("kinds", [["Q4_0"], ["Q4_K", "Q4_K", "Q6_K"], ["Q8_0", "Q5_1"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["Q4_0"],
+        ["Q4_K", "Q4_K", "Q6_K"],
+        ["Q8_0", "Q5_1"],
+        ["Q3_K", "IQ4_NL"],
+        ["NVFP4", "Q2_K", "TQ2_0"],
+    ],
+)
 def test_a_token_is_bit_for_bit_the_same_in_any_batch_on_any_number_of_threads(
     code_path: str, kinds: list[str], before: str
 ) -> None:

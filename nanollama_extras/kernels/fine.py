@@ -1,0 +1,184 @@
+"""Weights of 2 to 4 bits with scales of 8 bits: a form of packed weights for native kernels.
+
+Seam       PackedLinear of nanollama.py, by inheritance. kernels.native finds what `layout` and
+           `fill` give; for torch and Triton the same weight is 8-bit integers, which is exact.
+Remove     delete this file with files.gguf_types, which makes such weights.
+
+A weight is levels[code] * scale - minimum, where the scale is a product: one of 8 bits, which 16 or
+32 columns share, one in float16, which a block of columns shares, and a number for all. native.c
+(`multiply_fine`) has the layout of the blocks.
+
+  kind           columns of a block   8-bit scales                                  bits a weight
+  ONE_SCALE      32 or 64             none                                          4.5 or 2.25
+  SCALES_32      256                  integers                                      4.31
+  SCALES_16      256                  integers                                      3.56
+  SCALES_MINS    256                  4 bits, and 4 bits of the minimum             2.63
+  SCALES_FLOAT   64                   floats without a sign (E4M3), none in float16 4.5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanollama import PackedLinear
+
+BLOCK_ROWS = 16
+# kind -> columns that share an 8-bit scale, 0 without them
+WIDTHS = {"ONE_SCALE": 0, "SCALES_32": 32, "SCALES_16": 16, "SCALES_MINS": 16, "SCALES_FLOAT": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Fine:
+    """A weight (rows, cols) in parts that multiply: codes, levels and scales."""
+
+    kind: str  # of WIDTHS
+    bits: int  # of a code: 2, 3 or 4
+    codes: Tensor  # (rows, cols) uint8
+    levels: tuple[int, ...] | None  # 2^bits integers; None: the code itself, or 1 less (ONE_SCALE)
+    small: Tensor | None  # 8-bit scales (rows, cols / 16 or 32) uint8 or int8
+    scale: Tensor | None  # (rows, blocks) float16
+    minima: Tensor | None = None  # the scale of minima (rows, blocks) float16
+    unit: float = 1.0  # the number for all
+
+    @property
+    def wide(self) -> int:
+        """Columns of a block"""
+        return 64 if self.scale is None else self.codes.shape[1] // self.scale.shape[1]
+
+    def integers(self) -> Tensor:
+        """(rows, groups, columns of a group) int8"""
+        if self.levels is not None:
+            q = torch.tensor(self.levels, dtype=torch.int8)[self.codes.int()]
+        else:
+            q = self.codes.view(torch.int8) - int(self.kind == "ONE_SCALE")
+        return q.unflatten(1, (-1, WIDTHS[self.kind] or 32))
+
+    def scales(self) -> Tensor:
+        """(rows, groups) float32"""
+        if self.kind == "SCALES_FLOAT":
+            assert self.small is not None
+            return float8(self.small) * self.unit
+        assert self.scale is not None
+        each = self.scale.float() * self.unit
+        if self.small is None:
+            return each.repeat_interleave(self.wide // 32, 1)
+        small = self.small & 15 if self.kind == "SCALES_MINS" else self.small.view(torch.int8)
+        return (small.unflatten(1, (each.shape[1], -1)) * each.unsqueeze(-1)).flatten(1)
+
+    def offsets(self) -> Tensor | None:
+        """(rows, groups) float32"""
+        if self.minima is None or self.small is None:
+            return None
+        small = (self.small >> 4).unflatten(1, (self.minima.shape[1], -1))
+        return -(small * self.minima.float().unsqueeze(-1)).flatten(1)
+
+
+def float8(bits: Tensor) -> Tensor:
+    """E4M3 without a sign, times 2^-8: its bits are those of a float16."""
+    return (bits.to(torch.int16) << 7).view(torch.float16).float()
+
+
+class FineLinear(PackedLinear):
+    """A PackedLinear of 8-bit integers, which are made when something other than native kernels
+    asks for them."""
+
+    def __init__(self, fine: Fine) -> None:
+        self.fine, self.bias, self.dtype, self.float4 = fine, None, torch.float32, False
+
+    @functools.cached_property
+    def q(self) -> Tensor:  # type: ignore[override]
+        return self.fine.integers()
+
+    @functools.cached_property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        return self.fine.scales()
+
+    @functools.cached_property
+    def offset(self) -> Tensor | None:  # type: ignore[override]
+        return self.fine.offsets()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_cols = self.fine.codes.shape
+        return num_rows, num_cols
+
+    @property
+    def nbytes(self) -> int:
+        """As native kernels hold it"""
+        num_rows, num_cols = self.shape
+        return num_rows * num_cols // self.fine.wide * row_bytes(self.fine)
+
+    def select(self, rows: Tensor | slice) -> FineLinear:
+        fine, names = self.fine, ("codes", "small", "scale", "minima")
+        parts = {name: getattr(fine, name) for name in names}
+        chosen: Any = {n: None if part is None else part[rows] for n, part in parts.items()}
+        return FineLinear(dataclasses.replace(fine, **chosen))
+
+    def layout(self, kinds: dict[str, int]) -> tuple[dict[str, Any], int]:
+        """The fields of native.c's `matrix`, whose enum is `kinds`, and the bytes of a block."""
+        fine = self.fine
+        fields = {"bits": fine.bits, "group": fine.wide, "fine": kinds[fine.kind]}
+        levels = level_bytes(fine.levels, WIDTHS[fine.kind] == 16)
+        return {**fields, "levels": levels, "unit": fine.unit}, BLOCK_ROWS * row_bytes(fine)
+
+    def fill(self, blocks: Tensor) -> None:
+        """Write the weight into blocks (rows / 16, cols / wide, bytes)."""
+        fine, (num_blocks, num_wide, _) = self.fine, blocks.shape
+        missing = num_blocks * BLOCK_ROWS - len(fine.codes)
+        shape = num_blocks, BLOCK_ROWS, num_wide
+
+        def tiled(part: Tensor) -> Tensor:
+            part = F.pad(part, (0, 0, 0, missing)) if missing else part
+            return part.unflatten(1, (num_wide, -1)).unflatten(0, shape[:2])  # (.., 16, wide, n)
+
+        words = code_bytes(tiled(fine.codes), fine.bits).permute(0, 2, 3, 4, 1, 5)
+        at = words[0, 0].numel()
+        blocks[..., :at].view(words.shape).copy_(words)
+        if fine.small is not None:
+            small = tiled(fine.small.view(torch.uint8)).permute(0, 2, 3, 1)
+            end = at + small[0, 0].numel()
+            blocks[..., at:end].view(small.shape).copy_(small)
+            at = end
+        for part in (fine.scale, fine.minima):
+            if part is not None:
+                lanes = tiled(part)[..., 0].transpose(1, 2)
+                blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
+                at += 2 * BLOCK_ROWS
+
+
+def row_bytes(fine: Fine) -> int:
+    """Bytes of one row of a block."""
+    num_scales = fine.wide // WIDTHS[fine.kind] if WIDTHS[fine.kind] else 0
+    num_floats = sum(part is not None for part in (fine.scale, fine.minima))
+    return fine.wide * fine.bits // 8 + num_scales + 2 * num_floats
+
+
+def level_bytes(levels: tuple[int, ...] | None, is_narrow: bool) -> Tensor | None:
+    """Levels as unsigned bytes: above 0 by 64 if they are at most 62, as with scales of 16 columns,
+    so that 16 bits hold the sum of two products; else by 128."""
+    if levels is None:
+        return None
+    centre = 64 if is_narrow else 128
+    return torch.tensor(levels * (16 // len(levels)), dtype=torch.int16).add(centre).to(torch.uint8)
+
+
+def code_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (blocks, 16, wide, cols) -> (blocks, 16, wide, cols / 32, registers, 4) in the order of
+    `code_word` in native.c."""
+    words = codes.unflatten(-1, (-1, 2, 4, 4))  # (.., 32 columns, half, word, byte)
+    if bits == 4:
+        return words[..., 0, :, :] | words[..., 1, :, :] << 4
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
+    low = ((words & 3) << shifts).sum(-2, dtype=torch.uint8)  # (.., half, byte)
+    if bits == 2:
+        return low
+    shifts = torch.arange(8, dtype=torch.uint8).view(8, 1)
+    high = ((words.flatten(-3, -2) >> 2) << shifts).sum(-2, keepdim=True, dtype=torch.uint8)
+    return torch.cat((low, high), dim=-2)
