@@ -1,13 +1,15 @@
-"""The web chat: GET / serves page.html, and POST /chat/completions is a short route for web pages.
-With --mcp, the page calls the tools of api.lent_tools.
+"""The web chat: GET / serves the page of the folder web, with its styles and scripts written into
+it, and POST /chat/completions is a short route for web pages. With --mcp, the page calls the tools
+of api.lent_tools.
 
-Seam: a dialect (`nanollama.DIALECTS`). To remove it, delete this file, page.html and that row.
+Seam: a dialect (`nanollama.DIALECTS`). To remove it, delete this file, the folder web and that row.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import gzip
 import hashlib
 import re
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starlette.responses import HTMLResponse
+from starlette.responses import Response
 
 from nanollama import (
     CHAT_FIELDS,
@@ -33,37 +35,68 @@ from nanollama import (
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.responses import Response
 
     from nanollama import Delta, Json
 
-PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+WEB = Path(__file__).with_name("web")
 WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
 MAX_MESSAGES, MAX_MESSAGE_CHARS, MAX_CHARS = 500, 8000, 32000  # of a conversation
 # (least, most, default) of the sampling fields; a value outside is clamped
 CLAMPS = {"temperature": (0.0, 2.0, 0.8), "top_k": (0, 200, 50), "max_tokens": (1, 4096, 512)}
 
 
+def read_page() -> str:
+    """page.html with the text of each style sheet and script in place of its link: one request."""
+    page = (WEB / "page.html").read_text(encoding="utf-8")
+    style, script = r'<link rel="stylesheet" href="(.+?)">', r'<script src="(.+?)"(.*?)></script>'
+    page = re.sub(style, lambda m: f"<style>\n{(WEB / m[1]).read_text('utf-8')}</style>", page)
+
+    def inlined(match: re.Match[str]) -> str:
+        return f"<script{match[2]}>\n{(WEB / match[1]).read_text('utf-8')}</script>"
+
+    return re.sub(script, inlined, page)
+
+
+PAGE = read_page()
+# What sets formulas; the page loads it, as ./?temml, with the first formula of an answer
+MATH = (WEB / "vendored/temml.js").read_text(encoding="utf-8")
+
+
 @lru_cache(maxsize=1)
 def page_headers() -> dict[str, str]:
-    """Headers that let the browser run the page's own script and style, known by their hashes, and
-    nothing else."""
+    """Headers that let the browser run the page's own scripts and style, known by their hashes, and
+    what these scripts load, and nothing else."""
 
-    def digest(tag: str) -> str:
-        element = re.search(rf"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
-        assert element is not None
-        return base64.b64encode(hashlib.sha256(element[1].encode()).digest()).decode()
+    def hashes(tag: str) -> str:
+        texts = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", PAGE, re.DOTALL)
+        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
     return {
         "content-security-policy": (
-            f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src "
-            f"'sha256-{digest('style')}'; connect-src 'self'; img-src data:; base-uri 'none'; "
+            f"default-src 'none'; script-src {hashes('script')} 'strict-dynamic'; style-src "
+            f"{hashes('style')}; connect-src 'self'; img-src data:; base-uri 'none'; "
             "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-            "trusted-types 'none'"
+            "trusted-types temml"
         ),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
+
+
+@lru_cache(maxsize=4)
+def compressed(text: str) -> bytes:
+    """The text in gzip's format."""
+    return gzip.compress(text.encode())
+
+
+def text_response(request: Request, text: str, media_type: str) -> Response:
+    """A response with a text, compressed for a client that takes that."""
+    headers = {**page_headers(), "vary": "accept-encoding"}
+    if "gzip" not in request.headers.get("accept-encoding", ""):
+        return Response(text, headers=headers, media_type=media_type)
+    headers["content-encoding"] = "gzip"
+    return Response(compressed(text), headers=headers, media_type=media_type)
 
 
 def check_length(messages: list[Json]) -> None:
@@ -94,8 +127,10 @@ class API(Handlers):
 
     async def page(self, request: Request) -> Response:
         """GET /: the chat"""
+        if request.url.query == "temml":
+            return text_response(request, MATH, "text/javascript")
         mark = " data-tools" if self.config.mcp else ""  # the page then asks for the tools
-        return HTMLResponse(PAGE.replace("<html", f"<html{mark}", 1), headers=page_headers())
+        return text_response(request, PAGE.replace("<html", f"<html{mark}", 1), "text/html")
 
     async def chat_stream(self, request: Request) -> Response:
         """POST /chat/completions: {token, gpu} events, then {done}. Sampling values out of range

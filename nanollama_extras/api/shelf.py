@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanollama import (
     LLM,
+    SAMPLING_FIELDS,
     SLOT_TOKENS,
     EngineWorker,
     Modelfile,
@@ -35,6 +36,7 @@ from nanollama import (
     NanollamaError,
     Pool,
     RequestError,
+    SamplingParams,
     UsageError,
     WireError,
     available_memory,
@@ -54,7 +56,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import GenerationRequest, Json, ServerConfig, Settings
+    from nanollama import Fields, GenerationRequest, Json, ServerConfig, Settings
 
 KEEP_ALIVE_S = 300.0  # idle time by default, as with Ollama; a single named model stays
 # The directories of an absolute path; no part of a URL, a route, a hub id or a quotient
@@ -241,16 +243,25 @@ def numbers_of(path: Path | None) -> Json:
     return {}
 
 
+def sampling_numbers(defaults: Fields) -> Json:
+    """The numbers of the sampling of a chat request that names none."""
+    params = SamplingParams(**{"repeat_penalty": 1.0, "max_tokens": None, **defaults})
+    numbers = {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    return {name: value for name, value in numbers.items() if type(value) in (int, float)}
+
+
 async def model_fields(models: Models, name: str) -> Json:
-    """The state of a model, and its context: `max_model_len` is vLLM's name, `context_length`
-    OpenRouter's, `meta` has llama.cpp's. Files say it of a model that is not in memory."""
+    """The state of a model, its default sampling and its context: `max_model_len` is vLLM's name,
+    `context_length` OpenRouter's, `meta` has llama.cpp's. Files say the context of a model that is
+    not in memory."""
     pool = models.pools.get(name)
     state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
     try:
         source = as_served(await models.source(name))
     except WireError:  # deleted meanwhile
         return {"state": state}
-    ctx = source.ctx
+    ctx, defaults = source.ctx, pool.sampling if pool and pool.ready else source.sampling
+    said = {"state": state, "sampling": sampling_numbers(defaults)}
     if pool and pool.ready:
         ctx, checkpoint = pool.llm().engine.n_ctx, getattr(pool.llm(), "checkpoint", None)
         path = checkpoint and checkpoint.path  # a script has none
@@ -261,9 +272,9 @@ async def model_fields(models: Models, name: str) -> Json:
     meta = await asyncio.to_thread(numbers_of, path)
     n_ctx = min(filter(None, (ctx, meta.get("n_ctx_train"))), default=None)
     if n_ctx is None:
-        return {"state": state}
+        return said
     lengths = {"max_model_len": n_ctx, "context_length": n_ctx}
-    return {"state": state, **lengths, "meta": {"n_ctx": n_ctx, **meta}}
+    return {**said, **lengths, "meta": {"n_ctx": n_ctx, **meta}}
 
 
 # ---- the shelf -----------------------------------------------------------------------------------
