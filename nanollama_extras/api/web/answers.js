@@ -59,6 +59,7 @@ async function answer(chat, parent = endOf(chat), message = null) {  // or goes 
   if (isMore) {
     Object.assign(request, {continue_final_message: true, add_generation_prompt: false});
     Object.assign(message, {finish: undefined, error: undefined});
+    message.reasoning ??= '';
   } else message = append(chat, {role: 'assistant', content: '', reasoning: '', model: model?.id}, parent);
   message.settings = values;
   const run = {chat, message, controller: new AbortController(), chunks: 0, cost: 0, saved: 0};

@@ -76,7 +76,7 @@ function table(lines, at) {
   }));
   const node = el('table', {}, row(lines[at], 'th'));
   for (at += 2; lines[at]?.includes('|'); at++) node.append(row(lines[at], 'td'));
-  const label = {role: 'region', ariaLabel: 'Table', tabIndex: 0};
+  const label = {role: 'group', ariaLabel: 'Table', tabIndex: 0};
   return [el('div', {className: 'table', ...label}, node), at];
 }
 const interrupts = (lines, at) => isTable(lines.slice(at, at + 2))

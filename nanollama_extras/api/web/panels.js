@@ -221,7 +221,8 @@ function drawFiles() {
   }));
   if (all > free) {
     const room = count(Math.max(free, 0), 'token');
-    list.append(el('li', {className: 'over', role: 'alert'}, `Too long: the context has room for ${room}.`));
+    const text = `Too long: the context has room for ${room}.`;
+    list.append(el('li', {className: 'over'}, el('span', {role: 'alert'}, text)));
   }
 }
 
@@ -262,7 +263,7 @@ function openMenu(chat, opener, inList) {  // what can be done with a conversati
     entry('export', 'Export as JSON', () => exportJson([chat], fileName(chat, 'json'))),
     entry('trash', 'Delete', () => remove(chat)));
   const {bottom, right, top} = opener.getBoundingClientRect();
-  $('menu').showPopover();
+  $('menu').showPopover({source: opener});
   const {offsetWidth: width, offsetHeight: height} = $('menu');
   $('menu').style.left = `${Math.max(8, Math.min(right, innerWidth - 8) - width)}px`;
   $('menu').style.top = `${bottom + height + 8 > innerHeight ? Math.max(8, top - height) : bottom + 4}px`;

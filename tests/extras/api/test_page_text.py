@@ -82,7 +82,7 @@ MARKDOWN = {
     "- [x] a\n- [ ] b\n- [] c": '<ul><li><p><input type="checkbox"> a</p></li><li><p>'
     '<input type="checkbox"> b</p></li><li><p>[] c</p></li></ul>',
     "![a cat](https://a.b/c.png)": '<p><a href="https://a.b/c.png">Image: a cat</a></p>',
-    "US$5 and $10, then $20 and 5$ or $\n$": "<p>US$5 and $10, then $20 and 5$ or $\n$</p>",
+    "US$5 and $10, then $20 or $\n$": "<p>US$5 and $10, then $20 or $\n$</p>",
     "- a\n  ~~~\n  x\n   y": "<ul><li><p>a</p><pre><code>x\n y</code></pre></li></ul>",
     "see https://a.b/c_(d), ok": '<p>see <a href="https://a.b/c_(d">https://a.b/c_(d</a>), ok</p>',
 }
