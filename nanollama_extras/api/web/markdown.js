@@ -201,6 +201,7 @@ function typeset(node) {
     node.replaceChildren(mathNode(tree));
   } catch { node.classList.add('raw'); }  // what it cannot read stays as it was written
 }
+const isHuge = (size) => Math.abs(parseFloat(size)) > 100;  // more em than a page is wide
 function mathNode(tree) {
   if (tree.text !== undefined) return tree.text;
   const children = (tree.children ?? []).map(mathNode);
@@ -211,11 +212,11 @@ function mathNode(tree) {
   }
   const node = document.createElementNS(MATHML, tree.type);
   for (const [name, value] of Object.entries(tree.attributes)) {
-    if (MATH_ATTRIBUTES.has(name)) node.setAttribute(name, value);
+    if (MATH_ATTRIBUTES.has(name) && !isHuge(value)) node.setAttribute(name, value);
   }
   node.setAttribute('class', tree.classes.filter(Boolean).join(' '));
   for (const [name, value] of Object.entries(tree.style)) {
-    if (!/url|image/i.test(name + value)) node.style[name] = value;
+    if (!/url|image/i.test(name + value) && !isHuge(value)) node.style[name] = value;
   }
   node.append(...children);
   return node;

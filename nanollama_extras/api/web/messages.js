@@ -100,7 +100,7 @@ function callNode(chat, message, one) {  // a call with its result, or with the 
 function failure(chat, message) {
   const {error} = message, details = [error.status && `Error ${error.status}`, error.text];
   const node = el('div', {className: 'error', role: 'alert'}, el('b', {}, `${inWords(error)}.`),
-    el('p', {}, details.filter(Boolean).join(': ')));
+    ' ', el('p', {}, details.filter(Boolean).join(': ')));
   if (error.status === 401) {
     node.append(button('Enter the API key', () => askKey(error.text), 'plain'));
   }

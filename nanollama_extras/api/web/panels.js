@@ -235,6 +235,7 @@ function rename(chat) {
     if (isDone) return;
     isDone = true;
     if (keeps && box.value.trim()) chat.title = box.value.trim();
+    box.replaceWith(link);
     keep(chat);
     if (chat === current) $('title').value = chat.title;
     $(`open-${chat.id}`)?.focus();

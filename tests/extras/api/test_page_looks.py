@@ -14,7 +14,6 @@ from browsing import (  # noqa: F401 (fixtures)
     Answer,
     ScriptedServer,
     ask,
-    background,
     browser,
     context,
     expect,

@@ -47,7 +47,7 @@ def test_what_a_model_writes_stays_text(page: Any, page_server: ScriptedServer) 
 
     page_server.script = script
     ask(page, HOSTILE, "window.hacked = 4")
-    page.locator("summary").click()
+    page.locator("article summary").click()
     page.get_by_label("Title of the conversation").fill(HOSTILE[:80])
     page.reload()
     tags = page.evaluate("[...log.querySelectorAll('*')].map((node) => node.localName)")
