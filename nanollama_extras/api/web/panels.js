@@ -33,6 +33,7 @@ function drawModels() {
     greeting.replaceWith(welcome());
   }
   const {activeElement} = document, focused = modelList.contains(activeElement) && activeElement.name;
+  if (download?.box?.isConnected && !download.error) return void downloadBox(download);
   const typed = modelList.querySelector('[name=reference]')?.value ?? '';
   modelList.replaceChildren(el('ul', {}, ...models.map(modelRow)), ...downloads(isFirst, typed));
   if (focused) [...modelList.querySelectorAll('[name]')].find(({name}) => name === focused)?.focus();
@@ -47,16 +48,21 @@ function modelRow({id, state, meta}) {
   icon(isChosen ? 'check' : 'models'), el('span', {}, el('b', {}, id), el('small', {}, about)));
   return el('li', {}, choose);
 }
+function downloadBox(own) {  // one node for a download, so that its button stays under the pointer
+  own.box ??= el('div', {className: 'download'}, el('b', {}, `Downloading ${own.name}`),
+    el('progress', {ariaLabel: `Download of ${own.name}`}), el('span'),
+    button('Cancel', () => own.controller.abort(), 'plain'));
+  const [, bar, text] = own.box.children, sizes = Object.values(own.files);
+  const total = sizes.reduce((sum, [, all]) => sum + all, 0);
+  const done = sizes.reduce((sum, [there]) => sum + there, 0);
+  if (total) Object.assign(bar, {max: total, value: done});
+  text.textContent = total
+    ? `${bytes(done)} of ${bytes(total)} · ${Math.floor(done / total * 100)} %` : own.status;
+  return own.box;
+}
 function downloads(isFirst, typed) {
-  const {name, status, files = {}, error} = download ?? {};
-  if (download && !error) {
-    const sizes = Object.values(files), total = sizes.reduce((sum, [, all]) => sum + all, 0);
-    const done = sizes.reduce((sum, [there]) => sum + there, 0);
-    const bar = el('progress', {ariaLabel: `Download of ${name}`, ...total && {max: total, value: done}});
-    const percent = total ? `${bytes(done)} of ${bytes(total)} · ${Math.floor(done / total * 100)} %` : status;
-    return [el('div', {className: 'download'}, el('b', {}, `Downloading ${name}`), bar,
-      el('span', {}, percent), button('Cancel', () => download.controller.abort(), 'plain'))];
-  }
+  const {name, error} = download ?? {};
+  if (download && !error) return [downloadBox(download)];
   const found = [];
   if (error) {
     const text = error.status === 403 ? error.message : `${name} was not downloaded: ${error.message}`;
