@@ -109,10 +109,10 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Proto
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "ChatTemplate", "Checkpoint", "Completion", "Decoder", "Delta", "Engine", "EngineConfig",
-    "GenerationRequest", "KVCache", "ModelConfig", "ModelStore", "NanollamaError", "PackedLinear",
-    "SamplingParams", "TestServer", "TextStream", "Tokenizer",  # noqa: F822
-    "ToolChoice", "Usage", "function_tool", "main",  # noqa: F822 (see PUBLIC_EXTRAS)
+    "LLM", "AsyncLLM", "ChatTemplate", "Checkpoint", "Completion", "Decoder",  # noqa: F822
+    "Delta", "Engine", "EngineConfig", "GenerationRequest", "KVCache", "ModelConfig", "ModelStore",
+    "NanollamaError", "PackedLinear", "SamplingParams", "TestServer", "TextStream",  # noqa: F822
+    "Tokenizer", "ToolChoice", "Usage", "function_tool", "main",  # noqa: F822 (see PUBLIC_EXTRAS)
 ]  # fmt: skip
 
 # ==================================================================================================
@@ -211,6 +211,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
 
+    from nanollama_extras.answers.library import Library
     from nanollama_extras.answers.tools import Calls, ToolChoice, ToolSplitter
 
     Row = npt.NDArray[np.float32]
@@ -232,26 +233,12 @@ else:
     F = LazyModule("torch.nn.functional")
     tqdm = LazyModule("tqdm")
     uvicorn = LazyModule("uvicorn")
+    Library = object  # LLM.__getattr__ finds its methods
 
 
 class NanollamaError(Exception):
-    """Base of every error that a user can cause.
-
-    NanollamaError               500
-    ├── UsageError               400  wrong flags; exit code 2
-    ├── ModelfileError           400  a wrong line in a Modelfile
-    ├── ModelNotFoundError       404  a reference to a model that does not exist
-    ├── DownloadError            503  a failed download
-    ├── CheckpointError          500  a file that is damaged, incomplete or not supported
-    ├── KernelError              500  native kernels that cannot be built or loaded
-    ├── PackageError             500  a package that cannot be imported
-    ├── ExtraError               501  a module of nanollama_extras that is not installed
-    ├── LogitsError              500  logits that are not numbers
-    ├── WireError                500  an error of the server alone; it may set another status
-    └── RequestError             400  a request that cannot run; `param` names the field
-        ├── ContextLengthError   400  more tokens than the context holds
-        └── TemplateError        400  messages that the chat template refuses
-    """
+    """Base of every error that a user can cause; docs/library.md has the tree. `status` is HTTP's,
+    `param` names the field."""
 
     status = 500
     code: str | None = None
@@ -329,6 +316,7 @@ def extra(path: str, feature: str) -> Any:
 
 
 PUBLIC_EXTRAS = {  # public name -> the extra that defines it
+    "AsyncLLM": "answers.async_llm",
     "TestServer": "testing",
     "ToolChoice": "answers.tools",
     "function_tool": "answers.toolbox",
@@ -397,6 +385,18 @@ def errors_about(source: object) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
+
+
+@contextlib.contextmanager
+def errors_of(program: str, kind: type[RequestError], param: str) -> Iterator[None]:
+    """Turn any error of a caller's or a model's program into a RequestError."""
+    try:
+        yield
+    except NanollamaError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise kind(f"{program} failed: {text}", param) from error
 
 
 @contextlib.contextmanager
@@ -912,6 +912,9 @@ class SamplingParams:
     )
     regex: str | None = option(None, "--regex RE: answer that RE matches as a whole", on_wire=False)
     grammar: str | None = option(None, on_wire=False)  # in Lark's syntax or llama.cpp's GBNF
+    # (Sequence, logits (V,)) -> token id, in place of Sequence.choose; whether a Sequence is done
+    sampler: Any = option(None, on_wire=False)
+    stop_when: Any = option(None, on_wire=False)
 
     @property
     def answer_field(self) -> str | None:
@@ -1286,12 +1289,6 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.flatten(1))
 
 
-def mxfp4(exponent: Tensor, q: Tensor) -> PackedLinear:
-    """4-bit floats q (rows, G, 16) with a power of two for each group (rows, G)
-    https://www.opencompute.org (OCP Microscaling Formats, MX, 1.0)"""
-    return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
-
-
 class BlockType(NamedTuple):
     """A type of GGUF tensors."""
 
@@ -1314,7 +1311,7 @@ GGUF_TYPES = {  # by number; 2 to 8 begin with one float16 or two
     14: BlockType("Q6_K", 256, 210, _q6_k),
     28: BlockType("F64", 1, 8),
     30: BlockType("BF16", 1, 2),
-    39: BlockType("MXFP4", 32, 17, lambda b: mxfp4(b[..., 0], b[..., 1:].contiguous())),
+    39: BlockType("MXFP4", 32, 17, lambda b: extra("files.mxfp4", "MXFP4").repack(b)),
 }
 REPACK = {kind.name: kind.unpack for kind in GGUF_TYPES.values() if kind.unpack}
 
@@ -1590,11 +1587,9 @@ class Weights:
         copy, first = map(self.tensors.get, pair)
         if copy is None or first is None or copy.shape != first.shape:
             return copy is None
-        for at in range(0, first.shape[0], 4096):
-            rows = (self._floats(each, slice(at, at + 4096)).float() for each in pair)
-            if not torch.equal(*rows):
-                return False
-        return True
+        blocks = (slice(at, at + 4096) for at in range(0, first.shape[0], 4096))
+        rows = ((self._floats(each, block).float() for each in pair) for block in blocks)
+        return all(itertools.starmap(torch.equal, rows))
 
     def check_used(self) -> None:
         if self.adapter:
@@ -1852,7 +1847,7 @@ class DecodeSteps(Protocol):
     """Decode steps that a backend recorded, for up to `num_rows` sequences at a time."""
 
     num_rows: int
-    parts: list[Any]  # Decoder.parts when they were recorded
+    parts: list[Any]  # of the decoder when they were recorded
 
     def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
         """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
@@ -2159,7 +2154,6 @@ class Decoder:
         self.row_tile = self.backend.row_tile(weights.num_float > 0)
         self.kv_dtype = self.backend.kv_dtype(kv_dtype, weights.num_packed > 0)
 
-    @property
     def parts(self) -> list[Any]:
         """The modules of a step, each of which a program may replace."""
         return [self.embed_tokens, *self.layers, self.norm, self.lm_head]
@@ -4008,13 +4002,8 @@ class ChatTemplate:
         }
 
         def draw(messages: Any, tools: Any) -> str:
-            try:
+            with errors_of("the chat template", TemplateError, "messages"):
                 return compiled_template(source).render(variables, messages=messages, tools=tools)
-            except NanollamaError:
-                raise
-            except Exception as error:  # a template can fail in any way Python can
-                reason = f"the chat template failed: {type(error).__name__}: {first_line(error)}"
-                raise TemplateError(reason, "messages") from None
 
         try:
             shapes = extra("answers.shapes", "a message to continue")
@@ -4525,9 +4514,10 @@ class Sequence:
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
     num_accepted: int = 0
+    shared_ids: list[int] = field(default_factory=list)  # token_ids, if others may begin with them
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.token_ids)
+        self.num_prompt, self.shared_ids = len(self.token_ids), self.token_ids
         self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
 
     @property
@@ -4549,6 +4539,13 @@ class Sequence:
             for token_id, row in zip(self.token_ids[first : self.num_prompt], logits):
                 self.prompt_logprobs.append(token_logprobs(row.numpy(), token_id, num_top))
 
+    def choose(self, logits: Row) -> int:
+        """The id of the next token, by the chain of section 10. Raises LogitsError."""
+        form = self.constraint
+        allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
+        history = (self.token_ids, self.num_prompt, self.distinct)
+        return sample(logits, self.params, self.seed, *history, allowed, is_free)
+
     def append(self, token_id: int, logprobs: TokenLogprobs | None, is_end: bool) -> Delta:
         """Add a token, and decide whether it is the last one."""
         self.token_ids.append(token_id)
@@ -4556,7 +4553,8 @@ class Sequence:
         if self.constraint:
             self.constraint.push(token_id)
         text = "" if is_end else self.text.push(token_id)
-        if is_end or self.text.stopped or (self.constraint and self.constraint.is_done):
+        is_done = self.text.stopped or (self.constraint and self.constraint.is_done)
+        if is_end or is_done or (self.params.stop_when and self.params.stop_when(self)):
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_length:
             self.finish_reason = "length"
@@ -4615,10 +4613,10 @@ class Scheduler:
             return None
         seq = self.waiting[0]
         end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
-        wanted = [] if seq.pooler else seq.token_ids[:end]
+        wanted = [] if seq.pooler else seq.shared_ids[:end]
         computed = list(self.contents)
         for other in self.running:
-            computed[other.slot] = other.token_ids[: other.num_computed]
+            computed[other.slot] = other.shared_ids[: other.num_computed]
         length = len(seq.token_ids)
         shared = [
             self.resumable(slot, common_prefix(tokens, wanted), length)
@@ -4627,7 +4625,7 @@ class Scheduler:
         source = max(range(len(shared)), key=lambda slot: (shared[slot], slot in self.free))
         least = shared[source] + WORTH_WAITING
         for other in self.running:
-            coming = common_prefix(other.token_ids, wanted)
+            coming = common_prefix(other.shared_ids, wanted)
             coming = self.resumable(other.slot, coming, length)
             if coming > max(other.num_computed, least):
                 return None
@@ -4662,7 +4660,7 @@ class Scheduler:
         """Remove a sequence; its slot keeps its tokens."""
         if seq in self.running:
             self.running.remove(seq)
-            self.contents[seq.slot] = seq.token_ids[: seq.num_computed]
+            self.contents[seq.slot] = seq.shared_ids[: seq.num_computed]
             self.free.append(seq.slot)
         elif seq in self.waiting:
             self.waiting.remove(seq)
@@ -4720,7 +4718,7 @@ class Engine:
         self.cache = decoder.new_cache(self.num_slots, most_new, end_ids=end_ids, state_mb=state_mb)
         kind = getattr(decoder, "scheduler", Scheduler)
         self.scheduler = kind(self.num_slots, chunk, lookup, self.cache.resumable)
-        self.stats = EngineStats()
+        self.stats, self.parts = EngineStats(), decoder.parts()
         with torch.inference_mode():
             self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
 
@@ -4756,8 +4754,11 @@ class Engine:
             self.scheduler.retire(seq)
 
     def forget(self) -> None:
-        """Drop the prefixes in free slots, as after a step that failed halfway."""
-        self.scheduler.contents = [[] for _ in self.scheduler.contents]
+        """Reuse nothing of what is in the cache, as after a step that failed halfway."""
+        with self.lock:
+            self.scheduler.contents = [[] for _ in self.scheduler.contents]
+            for seq in self.scheduler.running:
+                seq.shared_ids = []
 
     @memory_errors()
     def step(self) -> None:
@@ -4765,6 +4766,9 @@ class Engine:
         of its sequence; a finished one has a finish_reason and leaves the scheduler."""
         started = time.perf_counter()
         with self.lock, torch.inference_mode():
+            if self.parts != (parts := self.decoder.parts()):  # a program has replaced some
+                self.parts = parts
+                self.forget()
             while admitted := self.scheduler.admit():
                 seq, source = admitted
                 self.cache.start(source, seq.slot, seq.num_cached, seq.token_ids)
@@ -4795,7 +4799,7 @@ class Engine:
             num_rows = 0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new)
             inputs.append((seq.slot, seq.num_computed, new, num_rows))
         decoder, steps = self.decoder, self.decode_steps
-        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == decoder.parts
+        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == self.parts
         if steps and is_recorded and all(len(new) == 1 == n for _, _, new, n in inputs):
             logits = steps([(slot, start, new[0]) for slot, start, new, _ in inputs]).cpu()
         else:
@@ -4843,16 +4847,18 @@ class Engine:
 
     def sample(self, seq: Sequence, logits: Row) -> Delta:
         """Sample the next token, and decide whether it is the last one. Raises LogitsError."""
-        p, form = seq.params, seq.constraint
+        p = seq.params
         if not seq.num_generated:
             check_number(sum(entry.logprob for entry in seq.prompt_logprobs), "log-probability")
         if p.max_tokens == 0:
             return seq.end("length")
-        allowed, is_free = (form.allowed(), form.is_free) if form else (None, True)
-        history = (seq.token_ids, seq.num_prompt, seq.distinct)
-        token_id = sample(logits, p, seq.seed, *history, allowed, is_free)
-        logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
-        return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
+        whose, is_own = "sampler or stop_when", p.sampler or p.stop_when
+        with errors_of(whose, RequestError, "sampler") if is_own else contextlib.nullcontext():
+            chosen = p.sampler(seq, logits.copy()) if p.sampler else seq.choose(logits)
+            token_id = operator.index(chosen)
+            self.check_ids([token_id], "sampler")
+            logprobs = None if p.logprobs is None else token_logprobs(logits, token_id, p.logprobs)
+            return seq.append(token_id, logprobs, token_id in self.end_ids and not p.ignore_eos)
 
 
 @dataclass(frozen=True, slots=True)
@@ -4916,6 +4922,14 @@ class Completion:
     usage: Usage
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    @staticmethod
+    def of(deltas: list[Delta]) -> Completion:
+        text = "".join(delta.text for delta in deltas)
+        token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
+        logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+        last = cast("Any", deltas[-1])
+        return Completion(text, token_ids, last.finish_reason, last.usage, logprobs)
+
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best one: cuda > mps > cpu. Raises RequestError."""
@@ -4950,17 +4964,6 @@ class TextSide:
         """Token ids -> text, without control tokens."""
         return self.tokenizer.decode(ids)
 
-    def render(
-        self,
-        messages: Iterable[Mapping[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **template_kwargs: Any,
-    ) -> str:
-        """Messages -> the text of the prompt, by the model's chat template."""
-        template_kwargs["add_generation_prompt"] = add_generation_prompt
-        return self.template.prompt(messages, tools, **template_kwargs)
-
     @memory_errors()
     def encode_request(self, request: GenerationRequest) -> tuple[list[int], str]:
         """The prompt of a request as ids and as text. Raises RequestError."""
@@ -4980,10 +4983,6 @@ class TextSide:
             raise RequestError(reason, "prompt") from None
         needs_text = self.tokenizer.num_tokens or request.params.stop
         return ids, self.decode(ids) if needs_text else ""
-
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The ids of a request's prompt. Raises RequestError."""
-        return self.encode_request(request)[0]
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Encode a request and compile the form of its answer, in any thread. Raises RequestError
@@ -5040,7 +5039,7 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
     return int(sum(itertools.starmap(size, tensors.items())))
 
 
-class LLM(TextSide):
+class LLM(TextSide, Library):
     """A loaded model: requests in, deltas out. Threads may share it.
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
@@ -5097,9 +5096,14 @@ class LLM(TextSide):
             decoder = new_decoder(self.config, weights, config.kv_dtype)
         self.engine = Engine(decoder, self.tokenizer.end_ids, config)
 
-    def logits(self, token_ids: list[int]) -> Tensor:
-        """Logits (T, V) float32 after each of T ids. Raises RequestError."""
-        return extra("answers.scores", "LLM.logits").logits(self, token_ids)
+    def __repr__(self) -> str:
+        return preferred("answers.library", "describe", object.__repr__)(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of the extra `answers.library`. Raises ExtraError."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return extra("answers.library", f"LLM.{name}").find(self, name)
 
     def start(self, request: AnyRequest, index: int = 0, logprobs_from: int = 1) -> Sequence:
         """Hand a request to the engine. prompt_logprobs, if wanted, begin at `logprobs_from`:
@@ -5135,19 +5139,20 @@ class LLM(TextSide):
         self.engine.add(seq)
         return seq
 
-    def stream(
-        self, requests: Iterable[AnyRequest] | AnyRequest, raise_errors: bool = True
-    ) -> Iterator[Delta]:
-        """Run requests together and yield their deltas at once; `delta.index` names the request.
+    def stream(self, requests: Any, raise_errors: bool = True, **params: Any) -> Iterator[Delta]:
+        """Run a request, or several together, and yield their deltas at once; `delta.index` names
+        the request. A text, a message or the fields of a request, with `params`, make one, too.
 
         A request that cannot run raises or, unless `raise_errors`, yields a Delta with `error`.
         Leaving the loop early cancels all that still run."""
-        if isinstance(requests, AnyRequest):
+        if isinstance(requests, AnyRequest | str | Mapping):
             requests = [requests]
         sequences: list[Sequence] = []
         try:
             for index, request in enumerate(requests):
                 try:
+                    if params or not isinstance(request, AnyRequest):
+                        request = self.request(request, **params)
                     sequences.append(self.start(request, index))
                 except NanollamaError as error:
                     if raise_errors or isinstance(error, ExtraError):
@@ -5169,29 +5174,14 @@ class LLM(TextSide):
             for seq in sequences:
                 self.engine.cancel(seq)
 
-    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
-        """The index and the log-probabilities of each (ids, start), as `answers.scores.score`."""
-        return extra("answers.scores", "LLM.score").score(self, texts)
-
-    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
-        """An embedding of unit length for each text. Raises RequestError."""
-        return extra("answers.embeddings", "an embedding").embed(self, texts)
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """A short hash of the model, its precision and the code."""
         return preferred("api.fingerprint", "fingerprint", lambda _: f"fp_{__version__}")(self)
 
-    def complete(self, request: AnyRequest) -> Completion:
-        """The whole answer to one request."""
-        deltas = list(self.stream(request))
-        text = "".join(delta.text for delta in deltas)
-        token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
-        logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-        usage, reason = deltas[-1].usage, deltas[-1].finish_reason
-        assert usage
-        assert reason
-        return Completion(text, token_ids, reason, usage, logprobs)
+    def complete(self, request: Any, **params: Any) -> Completion:
+        """The whole answer to one request, which may be as in `stream`."""
+        return Completion.of(list(self.stream([request], **params)))
 
 
 # ==================================================================================================

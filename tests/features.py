@@ -5,6 +5,7 @@ as JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -239,6 +240,14 @@ def score(llm: LLM) -> None:
     assert [index for index, _ in llm.score([([5, 6, 7], 1)])] == [0]
 
 
+def put_away(result: object) -> None:
+    """Nothing is done with the result of a feature."""
+
+
+def ask_in_asyncio(llm: LLM) -> None:
+    put_away(asyncio.run(nanollama.AsyncLLM(llm).chat("hi", max_tokens=4)))
+
+
 def embed(llm: LLM) -> None:
     assert len(llm.embed(["hello"])) == 1
 
@@ -287,7 +296,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "web pages of other origins": ({"api.origins"}, read_from_another_origin),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
     "eval": (
-        {"commands.eval", "answers.scores"},
+        {"commands.eval", "answers.scores", "answers.library"},
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
@@ -319,8 +328,11 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "capped attention": ({"models.attention"}, attend_capped),
     "native kernels": ({"kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
-    "scores": ({"answers.scores"}, score),
-    "an embedding": ({"answers.embeddings"}, embed),
+    "scores": ({"answers.scores", "answers.library"}, score),
+    "an embedding": ({"answers.embeddings", "answers.library"}, embed),
+    "a question": ({"answers.library"}, lambda llm: put_away(llm.chat("hi", max_tokens=4))),
+    "a model in asyncio": ({"answers.async_llm", "answers.library"}, ask_in_asyncio),
+    "a replaced module": ({"models.parts", "answers.library"}, lambda llm: put_away(llm.decoder)),
     "a regular expression": (GRAMMARS, answer(messages=USER, params={"regex": "[a-c]{2}"})),
     "a conversation with calls": ({*FORMS, "answers.call_shapes"}, answer(messages=CALLED)),
     "tools": (FORMS, answer(messages=USER, tools=TOOLS)),

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
+import inspect
+import io
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +26,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "examples").glob("*.py")
     if path.stem not in ("harness", "serve_bench", "train_tiny")  # which have tests of their own
 )
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # What each prints, as a pattern.
 PRINTS = {
     "batch": r"request 2 is done \(stop\)\n.*is' -> ' Rome\.'.*three,' -> ' four, five, six,'",
@@ -58,6 +65,33 @@ def test_an_example_runs_with_the_command_in_its_docstring(script: Path) -> None
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_is_short(script: Path) -> None:
     assert 15 <= len(script.read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def run_cell(source: str, names: dict[str, Any]) -> str:
+    """What a cell of a notebook prints, its last value included; `await` may stand alone."""
+    tree, flags = ast.parse(source), ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    parts: list[tuple[Any, str]] = [(tree, "exec")]
+    if isinstance(last := tree.body[-1], ast.Expr):
+        tree.body.pop()
+        parts.append((ast.Expression(last.value), "eval"))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for part, mode in parts:
+            value = eval(compile(part, "cell", mode, flags), names)
+            value = asyncio.run(value) if inspect.iscoroutine(value) else value
+            if value is not None:
+                print(repr(value))
+    return out.getvalue()
+
+
+@pytest.mark.usefixtures("smollm2")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_gives_the_outputs_that_it_shows(notebook: Path) -> None:
+    book, names = json.loads(notebook.read_text(encoding="utf-8")), dict[str, Any]()
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            shown = "".join(line for output in cell["outputs"] for line in output["text"])
+            assert run_cell("".join(cell["source"]), names) == shown
 
 
 def train_tiny(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:

@@ -24,13 +24,13 @@ def error_classes(base: type[NanollamaError] = NanollamaError) -> Iterator[type[
             yield from error_classes(child)
 
 
-def test_the_docstring_of_the_errors_shows_the_tree() -> None:
+def test_the_documentation_shows_the_tree_of_errors() -> None:
     drawn = {}
     path: list[str] = []
-    for indent, name, status in re.findall(
-        r"^([ │├└─]*)(\w+) +(\d{3})", NanollamaError.__doc__ or "", re.MULTILINE
-    ):
-        path[(len(indent) - 4) // 4 :] = [name]
+    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+    block = page.partition("## Errors")[2].partition("```text\n")[2].partition("```")[0]
+    for indent, name, status in re.findall(r"^([ │├└─]*)(\w+) +(\d{3})", block, re.MULTILINE):
+        path[len(indent) // 4 :] = [name]
         drawn[name] = (path[-2] if len(path) > 1 else "Exception", int(status))
     real = {c.__name__: (c.__base__.__name__, c.status) for c in error_classes() if c.__base__}
     assert drawn == real

@@ -28,6 +28,7 @@ from nanollama import (
     RequestError,
     SamplingParams,
 )
+from nanollama_extras.answers.library import Library
 from nanollama_extras.commands.conversation import fit_context
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=6)
@@ -48,17 +49,17 @@ def test_the_public_names_have_the_promised_parameters() -> None:
     assert dict(first[1:]) == {"device": None, "dtype": "float32", "quantize": None}
     assert next(iter(parameters(LLM.stream))) == "self"
     assert list(parameters(LLM.stream))[1] == "requests"
-    assert list(parameters(LLM.complete)) == ["self", "request"]
+    assert list(parameters(LLM.complete))[:2] == ["self", "request"]
     assert parameters(LLM.encode) == {"self": ..., "text": ..., "add_special_tokens": True}
     assert list(parameters(LLM.decode)) == ["self", "ids"]
-    assert parameters(LLM.render) == {
+    assert parameters(Library.render) == {
         "self": ...,
         "messages": ...,
         "tools": None,
         "add_generation_prompt": True,
         "template_kwargs": ...,
     }
-    assert list(parameters(LLM.logits)) == ["self", "token_ids"]
+    assert list(parameters(Library.logits)) == ["self", "token_ids"]
 
 
 def test_everything_exported_exists_and_is_documented() -> None:
@@ -66,8 +67,9 @@ def test_everything_exported_exists_and_is_documented() -> None:
         assert inspect.getdoc(getattr(nanollama, name)), name
     for name in ("LLM", "SamplingParams", "GenerationRequest", "Delta", "Completion"):
         assert name in nanollama.__all__
-    for name, method in inspect.getmembers(LLM, inspect.isfunction):
-        assert name.startswith("_") or method.__doc__, name
+    for kind in (LLM, Library):
+        for name, method in inspect.getmembers(kind, inspect.isfunction):
+            assert name.startswith("_") or method.__doc__, name
 
 
 def test_config_is_the_models(tiny_llm: LLM) -> None:

@@ -331,7 +331,7 @@ class API(Handlers):
         with own_errors() as tools:
             _, wire, pool = await self.read(request, tools, ())
             llm = pool.llm()  # counting takes no turn on the model
-            ids = await asyncio.to_thread(llm.prompt_ids, wire.requests[0])
+            ids, _ = await asyncio.to_thread(llm.encode_request, wire.requests[0])
         return as_json({"input_tokens": len(ids)}, headers=ignored_header(wire.ignored))
 
     routes = (

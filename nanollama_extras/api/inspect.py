@@ -148,7 +148,7 @@ class API(Handlers):
         llm = pool.llm()
         if body.get("messages") is not None:
             chat = parse_chat(body, pool.sampling, opening=pool.source.opening).requests[0]
-            ids = await asyncio.to_thread(llm.prompt_ids, chat)
+            ids, _ = await asyncio.to_thread(llm.encode_request, chat)
         else:
             given, _ = read_fields(body, TOKENIZE_FIELDS)
             is_prompt = "content" not in given  # llama.cpp adds special tokens when it is asked to

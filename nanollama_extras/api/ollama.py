@@ -264,7 +264,7 @@ def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     if suffix or given.get("raw"):
         prompt: str | list[int] = given["prompt"]
     elif context:
-        prompt = [*context, *llm.prompt_ids(request)]
+        prompt = [*context, *llm.encode_request(request)[0]]
     else:
         return wire
     one = dataclasses.replace(

@@ -119,13 +119,13 @@ def load(repl: Repl, argument: str) -> None:
 
 def prompt(repl: Repl, argument: str) -> None:
     """/prompt: the exact text that was last sent to the model."""
-    log.warning(repl.llm.render(repl.sent or repl.messages, repl.tools))
+    log.warning(repl.llm.template.prompt(repl.sent or repl.messages, repl.tools))
 
 
 def tokens(repl: Repl, argument: str) -> None:
     """/tokens: the same as token ids, each with its text."""
     sent = GenerationRequest(messages=repl.sent or repl.messages, tools=repl.tools)
-    ids = repl.llm.prompt_ids(sent)
+    ids, _ = repl.llm.encode_request(sent)
     log.warning(" ".join(f"{i}:{repl.llm.tokenizer.piece(i)!r}" for i in ids))
     log.warning(f"{len(ids)} tokens")
 
@@ -149,7 +149,7 @@ def fit_context(
     n_ctx = llm.engine.n_ctx
     limit = n_ctx - min(num_reserved, n_ctx // 2)
     recent = list(messages)
-    while len(llm.prompt_ids(GenerationRequest(messages=recent, tools=tools))) > limit:
+    while len(llm.encode_request(GenerationRequest(messages=recent, tools=tools))[0]) > limit:
         turns = [i for i, m in enumerate(recent[:-1]) if m["role"] != "system"]
         if not turns:
             break

@@ -376,7 +376,7 @@ def compare_text(llm: LLM, about: Fields) -> Json:
     for messages, expected in zip(VERIFY_CHATS, about["chats"]):
         with contextlib.suppress(TemplateError):
             # where transformers refuses, a prompt of another shape is right
-            if expected is not None and llm.render(messages) != expected:
+            if expected is not None and llm.template.prompt(messages) != expected:
                 chats.append(messages)
     return {"texts": texts, "deviates": deviates, "chats": chats, "num_chats": len(about["chats"])}
 

@@ -2,7 +2,7 @@
 
 Adds       the modes `affine` (2, 3, 4, 5, 6 and 8 bits, in groups of 32, 64 or 128 columns) and
            `mxfp4`, with settings for single layers.
-Seam       a row of METHODS in files.quantized, which it imports.
+Seam       a row of METHODS in files.quantized, which it imports, as it does files.mxfp4.
 Source     https://ml-explore.github.io/mlx (mlx.core.quantize, mlx.core.dequantize)
            https://github.com/ml-explore/mlx-lm (models/switch_layers.py, utils.py)
 Remove     delete this file and its row of METHODS; MLX's files then say that they need it.
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import nanollama
 from nanollama import GROUP, CheckpointError, PackedLinear, TensorSource, excerpt
+from nanollama_extras.files.mxfp4 import packed_floats
 from nanollama_extras.files.quantized import (
     FLOATS,
     Packing,
@@ -123,4 +124,4 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
 def float4(weight: TensorSource, scales: TensorSource, *index: Any) -> PackedLinear:
     """Rows of a matrix in MXFP4"""
     q = unpacked_bits(cast("Tensor", weight.load(*index)), 4).unflatten(-1, (-1, GROUP))
-    return nanollama.mxfp4(cast("Tensor", scales.load(*index)), nanollama.pack_nibbles(q))
+    return packed_floats(cast("Tensor", scales.load(*index)), nanollama.pack_nibbles(q))

@@ -1,8 +1,8 @@
-"""Weights in MXFP4 in safetensors files (quant_method mxfp4), as gpt-oss has them.
+"""Weights in MXFP4, as gpt-oss has them: in safetensors files (quant_method mxfp4) and in GGUF.
 
 Adds       matrices (E, rows, cols) of 4-bit floats that stay packed, made from pairs of tensors:
            blocks (E, rows, G, 16), whose bytes hold columns 2i and 2i + 1, and scales (E, rows, G).
-Seam       a row of METHODS in files.quantized: `packing`.
+Seam       a row of METHODS in files.quantized: `packing`; a row of REPACK: `repack`.
 Source     https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 Remove     delete this file; a model with such weights then says that it needs it.
 """
@@ -15,8 +15,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-import nanollama
-from nanollama import PackedLinear, TensorSource
+from nanollama import PackedLinear, TensorSource, pack_nibbles
+
+
+def packed_floats(exponent: Tensor, q: Tensor) -> PackedLinear:
+    """4-bit floats q (rows, G, 16) with a power of two for each group (rows, G)."""
+    return PackedLinear(q, torch.exp2(exponent.float() - 128).half(), float4=True)
+
+
+def repack(b: Tensor) -> PackedLinear:
+    """Blocks of a GGUF file (rows, G, 17): an exponent, and 16 bytes of nibbles."""
+    return packed_floats(b[..., 0], b[..., 1:].contiguous())
 
 
 def packing(settings: object) -> Callable[[Mapping[str, TensorSource]], dict[str, TensorSource]]:
@@ -43,7 +52,7 @@ def mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
         codes = cast("Tensor", blocks.load(expert, rows))
         columns = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         exponents = cast("Tensor", scales.load(expert, rows))
-        return nanollama.mxfp4(exponents, nanollama.pack_nibbles(columns))
+        return packed_floats(exponents, pack_nibbles(columns))
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)

@@ -506,7 +506,7 @@ class DecodeGraphs:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self.decoder, self.cache, self.num_rows = decoder, cache, len(cache.strips)
-        self.parts = decoder.parts
+        self.parts = decoder.parts()
         self.recorded: dict[int, tuple[DecodeBatch, Callable[[], Tensor]]] = {}
         self.pool: Any = None  # memory that all graphs share: only one runs at a time
 

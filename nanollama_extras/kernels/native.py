@@ -367,7 +367,7 @@ class DecodeCalls:
         """Raises KernelError for a decoder that computes with other operators too."""
         if not hasattr(cache, "fill"):
             raise KernelError("attention is not a native kernel")
-        self.decoder, self.parts = decoder, decoder.parts
+        self.decoder, self.parts = decoder, decoder.parts()
         self.cache = cast("NativeKVCache", cache)
         self.num_rows = min(len(cache.strips), self.most_rows)
         self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
@@ -541,9 +541,9 @@ class ExpertsCall:
 
     def __init__(self, moe: MoE) -> None:
         shared = [moe.shared_expert] if moe.shared_expert else []
-        mlps = [*moe.experts, *shared]
-        gate_ups = address_table([mlp.gate_up_proj for mlp in mlps])
-        downs = address_table([mlp.down_proj for mlp in mlps])
+        mlps, self.projections = [*moe.experts, *shared], self.projections_of(moe)
+        gate_ups = address_table(self.projections[: len(mlps)])
+        downs = address_table(self.projections[len(mlps) :])
         self.fields: dict[str, Any] = {}  # empty if not all matrices are native
         if gate_ups is None or downs is None:
             return
@@ -564,6 +564,12 @@ class ExpertsCall:
         if routing:
             names = "num_groups groups_used group_best scales_input factor least jitter".split()
             self.fields |= {name: getattr(routing, name) for name in names}
+
+    @staticmethod
+    def projections_of(moe: MoE) -> list[Projection]:
+        """Those of all experts: first `gate_up_proj`, then `down_proj`."""
+        mlps = [*moe.experts, *([moe.shared_expert] if moe.shared_expert else [])]
+        return [*(mlp.gate_up_proj for mlp in mlps), *(mlp.down_proj for mlp in mlps)]
 
 
 def address_table(projections: list[Projection]) -> ctypes.Array[ctypes.c_void_p] | None:
@@ -692,7 +698,7 @@ class NativeBackend(Backend):
 
     def experts(self, moe: MoE, x: Tensor, residual: Tensor | None, *routed: Tensor) -> Tensor:
         call = self.calls.get(moe)
-        if call is None:
+        if call is None or call.projections != ExpertsCall.projections_of(moe):  # one is replaced
             call = self.calls[moe] = ExpertsCall(moe)
         if not call.fields:
             return super().experts(moe, x, residual, *routed)

@@ -3,7 +3,10 @@ arithmetic, no race between threads."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -283,6 +286,45 @@ int main(void) {
 """
 
 
+PYTHON_MAIN = r"""
+import random, sys
+from concurrent.futures import ThreadPoolExecutor
+
+from nanollama_extras.kernels import native
+
+native.KERNEL_FLAGS = ("-g", "-O1", *native.KERNEL_FLAGS[1:], "-fsanitize=address")
+
+from nanollama import LLM
+
+llm = LLM(sys.argv[1], quantize="q8", kernels="native", parallel=2, prefill_chunk=8, threads=2)
+assert llm.engine.decode_steps is not None
+texts = ["fox", "the quick brown", "jumps over the lazy dog " * 3, "the quick brown dog"]
+expected = [llm.complete(text, seed=1, max_tokens=20).token_ids for text in texts]
+logits = llm.logits([5, 6, 7])
+
+
+def work(seed):
+    choice = random.Random(seed)
+    for _ in range(6):
+        i, kind = choice.randrange(len(texts)), choice.randrange(6)
+        if kind < 3:
+            assert llm.complete(texts[i], seed=1, max_tokens=20).token_ids == expected[i]
+        elif kind == 3:
+            assert llm.logits([5, 6, 7]).equal(logits)
+        elif kind == 4:
+            for delta in llm.stream(texts, max_tokens=30, ignore_eos=True):
+                break  # the others are cancelled
+        else:
+            llm.forget()
+            llm.embed([texts[i]])
+
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(work, range(8)))
+print("done")
+"""
+
+
 def run(folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """Compile a program and run it."""
     code, program = folder / "program.c", folder / "program"
@@ -312,6 +354,22 @@ def test_no_kernel_leaves_its_buffers_or_computes_what_is_undefined(
     if cpu == "-march=haswell" and "avx2" not in native.cpu_features():
         pytest.skip("this CPU lacks AVX2")
     checked(tmp_path, MEMORY_MAIN, *MEMORY, cpu)  # unoptimized: far quicker to compile
+
+
+def test_threads_of_python_that_share_a_model_stay_within_its_memory(
+    tmp_path: Path, tiny: Callable[..., Path]
+) -> None:
+    """The kernels of a model that four threads use at once, under the address sanitizer."""
+    found = subprocess.run(
+        [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "NANOLLAMA_CACHE": str(tmp_path)}
+    preloaded = {**os.environ, **options, "LD_PRELOAD": found.stdout.strip()}
+    if not Path(found.stdout.strip()).is_absolute():
+        pytest.skip(f"{COMPILER} has no libasan.so to load into Python")
+    command = [sys.executable, "-c", PYTHON_MAIN, str(tiny("Llama"))]
+    done = subprocess.run(command, env=preloaded, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-3000:]
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""The methods of `LLM` that a Python program uses, beyond `start`, `stream` and `complete`.
+
+Adds       `LLM.chat`, `LLM.astream`, requests made of texts, messages and fields, `LLM.render` and
+           others. Most are a line here, and are defined in the extra that each one names.
+Seam       `LLM.__getattr__` of nanollama.py looks a method up in `Library`; type checkers see
+           `Library` as a base class of LLM.
+Remove     delete this file; these methods then say that they need it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from nanollama import (
+    GenerationRequest,
+    Prepared,
+    RequestError,
+    SamplingParams,
+    extra,
+    options_of,
+    public_name,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanollama import LLM, AnyRequest, Completion, Decoder, Delta
+
+REQUEST_FIELDS = tuple(GenerationRequest.__dataclass_fields__)
+
+
+def find(llm: LLM, name: str) -> Any:
+    """The method or property `name` of an LLM. Raises AttributeError, with the closest name."""
+    if (found := vars(Library).get(name)) is not None:
+        return found.__get__(llm)
+    close = difflib.get_close_matches(name, [*vars(Library), *dir(llm)], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise AttributeError(f"an LLM has no attribute {name!r}{hint}")
+
+
+def describe(llm: LLM) -> str:
+    """One line for `repr`: the model, its size, its context and its kernels."""
+    if "checkpoint" not in vars(llm):  # a script's
+        return object.__repr__(llm)
+    checkpoint, engine = llm.checkpoint, llm.engine
+    size = f"{checkpoint.num_parameters / 1e6:.0f}M parameters in {checkpoint.quantization}"
+    about = f"{llm.config.model_type}, {size}, {engine.n_ctx} tokens, {engine.decoder.kernels}"
+    return f"<LLM {public_name(str(checkpoint.path))}: {about}>"
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def request_fields(given: Any) -> dict[str, Any]:
+    """A prompt, a conversation or fields of a request, as fields of a request."""
+    if isinstance(given, Mapping):
+        return {"messages": [given]} if is_message(given) else dict(given)
+    if isinstance(given, (list, tuple)) and given and all(map(is_message, given)):
+        return {"messages": list(given)}
+    return {"prompt": given}
+
+
+def make_request(llm: LLM, given: Any, params: Mapping[str, Any]) -> AnyRequest:
+    """As `Library.request`."""
+    if isinstance(given, (GenerationRequest, Prepared)):
+        if params:
+            raise RequestError(
+                f"{', '.join(params)} beside a whole request; put them into its params", "params"
+            )
+        return given
+    fields = {**request_fields(given), **params}
+    own = {name: fields.pop(name) for name in REQUEST_FIELDS if name in fields}
+    known = options_of(SamplingParams)
+    if "params" in own and fields:
+        raise RequestError(f"{', '.join(fields)} beside params; put them into params", "params")
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, *REQUEST_FIELDS], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise RequestError(f"a request has no field {name!r}; {hint}", name)
+    if isinstance(stop := fields.get("stop"), str):
+        fields["stop"] = (stop,)
+    return GenerationRequest(**{"params": SamplingParams(**{**llm.sampling, **fields}), **own})
+
+
+def conversation(messages: Any) -> list[dict[str, Any]]:
+    """A text, a message or a list of both, as messages: a text is the user's."""
+    listed: list[Any] = [messages] if isinstance(messages, (str, Mapping)) else list(messages)
+    return [{"role": "user", "content": m} if isinstance(m, str) else m for m in listed]
+
+
+class Library:
+    """Methods of LLM; `self` is the LLM."""
+
+    def request(self, request: Any, **params: Any) -> AnyRequest:
+        """A request made of a text, token ids, a message, a list of messages or a dict with fields
+        of GenerationRequest and SamplingParams. `params` are such fields, too. Those left out are
+        the model's own, from its files, else the defaults, as on the command line.
+
+        A whole request is returned as it is. Raises RequestError for an unknown field."""
+        return make_request(cast("LLM", self), request, params)
+
+    def chat(self, messages: Any, **params: Any) -> Completion:
+        """The whole answer to a conversation: a text, a message, or a list of both. `params` as in
+        `request`. Raises RequestError."""
+        llm = cast("LLM", self)
+        return llm.complete({"messages": conversation(messages)}, **params)
+
+    def astream(self, requests: Any, **params: Any) -> AsyncIterator[Delta]:
+        """As `LLM.stream`, for `async for`. Leaving the loop early cancels all that still run."""
+        return extra("answers.async_llm", "LLM.astream").astream(self, requests, **params)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's modules. A program may replace any layer, module or tensor in them: the next
+        step runs the new one, and reuses nothing that was computed before."""
+        return extra("models.parts", "LLM.decoder").opened(self)
+
+    def forget(self) -> None:
+        """Reuse nothing that has been computed so far, as after a change of a weight in place."""
+        cast("LLM", self).engine.forget()
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages -> the text of the prompt, by the model's chat template."""
+        template_kwargs["add_generation_prompt"] = add_generation_prompt
+        return cast("LLM", self).template.prompt(messages, tools, **template_kwargs)
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The ids of a request's prompt. Raises RequestError."""
+        return cast("LLM", self).encode_request(request)[0]
+
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """Logits (T, V) float32 after each of T ids. Raises RequestError."""
+        return extra("answers.scores", "LLM.logits").logits(self, token_ids)
+
+    def score(self, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:
+        """The index and the log-probabilities of each (ids, start), as `answers.scores.score`."""
+        return extra("answers.scores", "LLM.score").score(self, texts)
+
+    def embed(self, texts: Iterable[str | list[int]]) -> list[list[float]]:
+        """An embedding of unit length for each text. Raises RequestError."""
+        return extra("answers.embeddings", "an embedding").embed(self, texts)
