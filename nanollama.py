@@ -217,7 +217,7 @@ if TYPE_CHECKING:
     Row = npt.NDArray[np.float32]
     Ids = npt.NDArray[np.int64]
     Probs = npt.NDArray[np.float64]
-    Matrix = Any  # of a Projection: Linear, PackedLinear, Int4Linear or a backend's own
+    Matrix = Any  # a part of a Projection: Linear or a backend's own
     Heads = tuple[Tensor, ...]  # q (N, H, D), k, maybe v (N, Hkv, D)
     Tensors = Mapping[str, "TensorSource"]  # by name
     Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
@@ -1175,7 +1175,7 @@ def quantize(weight: Tensor, bits: int) -> PackedLinear:
         with torch.inference_mode():
             q[rows], scale[rows], offset[rows] = _search(weight[rows].float(), bits)
 
-    # each core works on rows of its own, as sharing small operations would make cores wait
+    # each core works on rows of its own, since sharing small operations makes cores wait
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_threads, "", torch.set_num_threads, (1,)) as pool:
         list(pool.map(search_rows, range(0, num_rows, step)))
@@ -1514,9 +1514,9 @@ class Weights:
         adapter: Any = None,
     ) -> None:
         self.tensors, self.source, self.adapter = tensors, source, adapter
-        self.device, self.dtype, self.quantize_bits = device, dtype, quantize_bits
         self.backend = pick_backend(kernels, device, dtype)
-        self.num_float = self.num_packed = 0  # matrices handed out
+        self.device, self.dtype, self.quantize_bits = device, self.backend.dtype, quantize_bits
+        self.num_float = self.num_packed = 0  # matrices: floats, packed
         self.used: set[str] = set()
         self.sensitive = keep_8_bits(tensors)
 
@@ -1564,21 +1564,19 @@ class Weights:
         """A weight (rows, cols) as the backend wants it: packed on disk, packed now, or float."""
         is_packed = self._find(name, shape).is_packed
         bits = 0 if is_packed or shape[1] % GROUP else self.quantize_bits or 0
-        if bits and name in self.sensitive:
-            bits = 8
-        if not is_packed and not bits:
-            self.num_float += 1
-            return Linear(self.take(name, *shape), b)
-        self.num_packed += 1
-        read_rows = cast("Callable[[slice], PackedLinear]", functools.partial(self._read, name))
-        if not is_packed:
-            weight = cast("Tensor", self._read(name)).to(self.device)
+        bits = 8 if bits and name in self.sensitive else bits
+        read_rows: Callable[[slice], Any] = functools.partial(self._read, name)
+        if bits:
+            weight = read_rows(slice(0, shape[0])).to(self.device)
             try:
                 read_rows = quantize(weight, bits).select
             except ValueError as error:
                 failure = f"{self.source}: tensor {name} cannot be quantized: {error}"
                 raise CheckpointError(f"{failure}; run it without --quantize") from None
-        return self.backend.pack(shape, read_rows, b, is_table)
+        self.num_packed += bool(is_packed or bits)
+        matrix = self.backend.pack(shape, read_rows, b, is_table)
+        self.num_float += isinstance(matrix, Linear)
+        return matrix
 
     def is_copy(self, name: str, original: str) -> bool:
         """Whether the matrix `name` is not in the file, or has the numbers of `original`."""
@@ -1860,8 +1858,8 @@ class Backend:
     Faster ones are subclasses in nanollama_extras/kernels. If these are not installed, `missing`
     says so, and packed weights are multiplied in the fastest way that torch has."""
 
-    arrays: Any = None  # the library that computes small tables at each step; None is torch
-    rounds_activations = False  # whether packed weights are multiplied with 8-bit activations
+    arrays: Any = None  # computes small tables at each step; None is torch
+    rounds_activations = False  # to 8 bits, for packed weights
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, description: str, missing: str = ""
@@ -1881,20 +1879,25 @@ class Backend:
         """The type of keys and values: `wanted`, or the backend's choice for `auto`."""
         return str(self.dtype).removeprefix("torch.") if wanted == "auto" else wanted
 
+    def float_bytes(self, kind: str) -> int:
+        """Bytes in memory of a file's float of a kind (F32, BF16, ..)."""
+        return self.dtype.itemsize
+
     def pack(
         self,
         shape: tuple[int, int],
-        read_rows: Callable[[slice], PackedLinear],
+        read_rows: Callable[[slice], PackedLinear | Tensor],
         bias: Tensor | None,
         is_table: bool,
     ) -> Matrix:
-        """A packed weight (rows, cols) in the backend's layout; `is_table`: rows are read, too"""
+        """A weight (rows, cols) in the backend's layout; `is_table`: rows are read, too"""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
-        num_bytes = self.dtype.itemsize * math.prod(shape)  # as floats
+        if isinstance(packed, torch.Tensor):
+            return Linear(packed, bias)
         half = packed.to(self.device, torch.bfloat16) if self.missing else packed
         if Int4Linear.fits(half) and not is_table:
             matrix: Matrix = Int4Linear(half, bias)
-        elif self.missing and num_bytes < available_memory(self.device) / 2:
+        elif self.missing and 4 * math.prod(shape) < available_memory(self.device) / 2:
             matrix = Linear(packed.dequantize(), bias)
         else:
             matrix, packed.bias = packed, bias
@@ -1948,11 +1951,11 @@ BACKENDS = {"cpu": "kernels.native", "cuda": "kernels.cuda"}  # extras with `mak
 def pick_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, starts_gpu: bool = True
 ) -> Backend:
-    """The backend for a model; without `starts_gpu`, one on CUDA is only described.
-    Raises RequestError or ExtraError if `wanted` is native, and native kernels cannot run here."""
+    """The backend for a model; without `starts_gpu`, one on CUDA is only described. Native kernels
+    compute in float32. Raises RequestError or ExtraError if `wanted` is native, and cannot run."""
     reason = ""
-    if wanted != "torch" and (device.type != "cpu" or dtype != torch.float32):
-        reason = f"native ones compute in float32 on the CPU, not in {dtype} on {device}"
+    if wanted != "torch" and device.type != "cpu":
+        reason = f"native ones run on the CPU, not on {device}"
     if wanted == "native" and reason:
         raise RequestError(f"native kernels cannot be had: {reason}", "kernels")
     if (device.type == "cuda" and starts_gpu) or (wanted != "torch" and not reason):
@@ -2049,7 +2052,7 @@ class MLP:
         if len(x) <= self.step:
             hidden = self.gate_up_proj(x, norm=norm)
             return self.down_proj(hidden, self.sub_norm, self.act, residual, out)
-        y = torch.empty_like(x)  # torch.cat would wake torch's threads, which then occupy a core
+        y = torch.empty_like(x)  # torch.cat would wake threads that occupy a core
         for at in range(0, len(x), self.step):
             rows = slice(at, at + self.step)
             self(x[rows], norm, None if residual is None else residual[rows], y[rows])
@@ -2389,14 +2392,8 @@ def _open_directory(path: Path) -> Checkpoint:
     generation, tensors = path / "generation_config.json", _safetensors(path)
     with errors_about(path):
         tensors = canonical_tensors(tensors, config)
-    return Checkpoint(
-        path=path,
-        format="safetensors",
-        config=config,
-        tensors=tensors,
-        text=_directory_text(path),
-        sampling=_file_sampling(read_json(generation, required=False), generation),
-    )
+    sampling = _file_sampling(read_json(generation, required=False), generation)
+    return Checkpoint(path, "safetensors", config, tensors, _directory_text(path), sampling)
 
 
 def _file_sampling(values: Mapping[str, Any], source: Path) -> Json:
@@ -2671,7 +2668,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     metadata = files[0][0]
-    tensors = {name: tensor for _, found in files for name, tensor in found.items()}
+    tensors: Tensors = {name: tensor for _, found in files for name, tensor in found.items()}
     with errors_about(path):
         if any(tensor.kind == "NVFP4" for tensor in tensors.values()):
             tensors = extra("files.gguf_types", "NVFP4").scaled(tensors)
@@ -2682,15 +2679,10 @@ def _open_gguf(path: Path) -> Checkpoint:
         own = {key.removeprefix(prefix): value for key, value in metadata.items()}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
-    return Checkpoint(
-        path=path,
-        format="gguf",
-        config=config,
-        tensors=canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True),
-        text=_gguf_text(metadata, str(path)),
-        sampling=_file_sampling(metadata, path),
-        pooling=own.get("pooling_type"),
-    )
+    tensors = canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True)
+    text, sampling = _gguf_text(metadata, str(path)), _file_sampling(metadata, path)
+    pooling = own.get("pooling_type")
+    return Checkpoint(path, "gguf", config, tensors, text, sampling, pooling)
 
 
 def gguf_model_type(metadata: Mapping[str, Any]) -> str:
@@ -5026,14 +5018,15 @@ class TextSide:
         return find_calls(request, self.template, self.tokenizer)
 
 
-def weight_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
+def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
     """Bytes that the weights of a checkpoint take in memory."""
     tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
     wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
-    plain = 4 if config.dtype == "float32" else 2
 
     def size(name: str, tensor: TensorSource) -> float:
-        width = (1.0625 if name in wide else 0.625) if config.quantize else plain
+        width: float = backend.float_bytes(tensor.kind)
+        if config.quantize:
+            width = 1.0625 if name in wide else 0.625
         return tensor.nbytes if tensor.is_packed else math.prod(tensor.shape) * width
 
     return int(sum(itertools.starmap(size, tensors.items())))
@@ -5075,20 +5068,21 @@ class LLM(TextSide, Library):
         self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         self.build = f"{__version__} {dtype} {quantize} {config.kv_dtype} {adapter}"
-        # frees the memory of a GGUF's list of tokens, which is no longer needed, for the weights
+        # frees the memory of a GGUF's list of tokens for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = dataclasses.replace(checkpoint, text=text)
         return_unused_memory()
-        needed, free = weight_bytes(checkpoint, config), available_memory(used_device)
-        if needed > free and not config.force:
-            problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
-            raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
         if config.threads:
             torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
         lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
         files = (self.checkpoint.tensors, str(self.checkpoint.path))
         kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
+        needed = weight_bytes(checkpoint, config, weights.backend)
+        free = available_memory(used_device)
+        if needed > free and not config.force:
+            problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
+            raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
         new_decoder = extra_object(place, family) if place else Decoder
@@ -5159,8 +5153,7 @@ class LLM(TextSide, Library):
                         raise
                     yield Delta(index, finish_reason="error", error=error)
             while sequences:
-                # meanwhile, the caller or another thread may run another stream, whose steps
-                # serve these sequences too: take all deltas, step only when there is none
+                # another stream's steps may have served these sequences: take all deltas first
                 with self.engine.lock:
                     deltas = [delta for seq in sequences for delta in seq.take()]
                     sequences = [seq for seq in sequences if seq.finish_reason is None]
@@ -5727,7 +5720,7 @@ LOCAL_ORIGIN = (
     r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://.*"
 )
 LOCAL_NAME = r"(.+\.)?localhost|[\d.]+|\[[\da-f:.]+\]"  # no page can choose these
-PING_S = 15.0  # between two comments on a silent stream, so that proxies keep it open
+PING_S = 15.0  # between comments on a silent stream, so that proxies keep it open
 SHUTDOWN_S = 30  # for running answers to finish after SIGTERM
 
 
@@ -6003,7 +5996,7 @@ class Pool:
         job = Job(worker, requests, self.note_use)
         assert worker.llm is not None
         try:
-            # in a third thread, so that a long text delays neither the engine nor other clients
+            # in a third thread: a long text delays neither the engine nor other clients
             prepare = preferred("api.limits", "prepare_all", LLM.prepare_all)
             job.prepared = await asyncio.to_thread(prepare, worker.llm, requests)
             worker.inbox.put(job.start)
@@ -6723,6 +6716,8 @@ class Settings:
         )
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
+        if floats := getattr(decoder.backend, "floats", None):
+            extra("kernels.floats", "").advise(floats)
         log.debug(f"template: {llm.template.origin}; slots: {llm.engine.num_slots}")
         return llm
 
@@ -7072,21 +7067,22 @@ class Repl:
 # ---- serving -------------------------------------------------------------------------------------
 
 
-def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[str, str]:
-    """The kernels that run a model, and the type of its keys and values."""
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
+    """The backend that runs a model, and the type of its keys and values."""
     engine = settings.engine()
-    device, dtype = pick_device(engine.device), getattr(torch, engine.dtype)
-    backend = pick_backend(engine.kernels, device, dtype, starts_gpu=False)
+    place = pick_device(engine.device), getattr(torch, engine.dtype)
+    backend = pick_backend(engine.kernels, *place, starts_gpu=False)
     is_packed = bool(engine.quantize) or any(t.is_packed for t in checkpoint.tensors.values())
-    return backend.describe(), backend.kv_dtype(engine.kv_dtype, is_packed)
+    return backend, backend.kv_dtype(engine.kv_dtype, is_packed)
 
 
 def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
     """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
     engine, config = settings.engine(), checkpoint.config
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
-    kv_dtype = chosen_kernels(checkpoint, settings)[1]
-    return weight_bytes(checkpoint, engine), config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
+    backend, kv_dtype = chosen_kernels(checkpoint, settings)
+    num_weights = weight_bytes(checkpoint, engine, backend)
+    return num_weights, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
 def model_source(settings: Settings, name: str) -> ModelSource:
@@ -7149,7 +7145,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
     """The lines of `show`."""
     config = checkpoint.config
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    kernels, kv_dtype = chosen_kernels(checkpoint, settings)
+    backend, kv_dtype = chosen_kernels(checkpoint, settings)
     num_weights, kv_bytes = memory_needed(checkpoint, settings)
     rope, states = config.rope["rope_type"], ""
     head = ", and one that drafts (--lookup mtp)" * ("mtp.fc.weight" in checkpoint.tensors)
@@ -7173,7 +7169,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         f"template      {template.origin}",
         f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "
         f"the keys and values of {n_ctx} tokens{states}",
-        f"kernels       {kernels}; keys and values in {kv_dtype}",
+        f"kernels       {backend.describe()}; keys and values in {kv_dtype}",
     ]
 
 

@@ -411,6 +411,7 @@ UNUSED = {
     "cluster.shipped",
     "cluster.tensor_parallel",
     "kernels.cuda",
+    "kernels.floats",
     "commands.conversation",
     "files.mxfp4",
     "files.quantized",

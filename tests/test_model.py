@@ -360,7 +360,5 @@ def test_a_tensor_type_that_torch_cannot_hold_is_refused(tiny: Tiny, tmp_path: P
 def test_the_shape_of_a_config_is_what_the_decoder_has(tiny_llm: LLM) -> None:
     config: ModelConfig = tiny_llm.config
     decoder = tiny_llm.engine.decoder
-    assert (len(decoder.layers), decoder.embed_tokens.parts[0].weight.shape) == (
-        config.n_layers,
-        (config.n_vocab, config.n_embd),
-    )
+    table = decoder.embed_tokens.rows(torch.arange(config.n_vocab))
+    assert (len(decoder.layers), *table.shape) == (config.n_layers, config.n_vocab, config.n_embd)

@@ -134,12 +134,13 @@ def check_split(config: ModelConfig, size: int) -> None:
 
 def part_bytes(weights: Weights) -> int:
     """Bytes that the tensors of some weights take in memory."""
-    bits = weights.quantize_bits
-    item = bits * 1.0625 / 8 if bits else weights.dtype.itemsize
-    return sum(
-        tensor.nbytes if tensor.is_packed else int(math.prod(tensor.shape) * item)
-        for tensor in weights.tensors.values()
-    )
+    bits, plain = weights.quantize_bits, weights.backend.float_bytes
+
+    def size(tensor: TensorSource) -> int:
+        item = bits * 1.0625 / 8 if bits else plain(tensor.kind)
+        return tensor.nbytes if tensor.is_packed else int(math.prod(tensor.shape) * item)
+
+    return sum(map(size, weights.tensors.values()))
 
 
 # ---- the parts -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from nanollama import (
     Backend,
     Batch,
     KVCache,
+    Linear,
     Norm,
     PackedLinear,
     RequestError,
@@ -552,11 +553,13 @@ class CudaBackend(Backend):
     def pack(
         self,
         shape: tuple[int, int],
-        read_rows: Callable[[slice], PackedLinear],
+        read_rows: Callable[[slice], PackedLinear | Tensor],
         bias: Tensor | None,
         is_table: bool,
-    ) -> PackedLinear:
+    ) -> PackedLinear | Linear:
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
+        if isinstance(packed, Tensor):
+            return Linear(packed, bias)
         return TritonLinear(packed.q, packed.scale, packed.offset, bias, self.dtype, packed.float4)
 
     def norm(self, norm: Norm, x: Tensor, residual: Tensor | None) -> Tensor:

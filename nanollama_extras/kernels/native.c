@@ -311,6 +311,8 @@ INLINE float rms_factor(const float *x, int64_t n, float eps) {
 
 /* ---- linear: y = W operand + bias + residual ---- */
 
+enum { PACKED, IN_FLOAT32, IN_FLOAT16, IN_BFLOAT16 }; /* what a matrix consists of */
+
 typedef struct {
     const uint8_t *blocks;
     const float *bias; /* (rows), or NULL */
@@ -319,6 +321,7 @@ typedef struct {
     int32_t fine;          /* which scales have 8 bits; COARSE for none */
     float unit;            /* the factor of a fine matrix */
     const uint8_t *levels; /* its 16 levels, of which codes are numbers; see `multiply_fine` */
+    int32_t floats; /* PACKED, or the type of a matrix of floats, for which blocks alone count */
 } matrix;
 
 /* Scales of fine matrices, besides one in float16 for each `group` of columns: none; of 32 columns,
@@ -724,14 +727,8 @@ static void multiply_piece(const void *job, int64_t piece) {
 
 #define PIECES 4 /* for each thread, so that others can take over from a thread that is held up */
 
-void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
-    linear_call c = *(const linear_call *)call;
-    c.num_tokens = num_tokens, c.cols = c.parts->cols;
-    for (const matrix *m = c.parts; m < c.parts + c.num_parts; m++) {
-        c.num_rows += m->rows;
-        c.num_blocks += (m->rows + 15) / 16;
-    }
-    int64_t num_groups = num_tokens * c.cols / 32;
+static void multiply_packed(linear_call c, int64_t num_threads) {
+    int64_t num_groups = c.num_tokens * c.cols / 32;
     c.acts = malloc(num_groups * GROUP_BYTES);
     c.num_pieces = num_groups < 128 ? 1 : MIN(num_groups / 64, PIECES * num_threads);
     share_out(quantize_piece, &c, c.num_pieces, num_threads);
@@ -740,17 +737,257 @@ void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
     free(c.acts);
 }
 
+/* ---- matrices of floats ----
+ *
+ * A block is 32 rows, read from front to back, two columns at a time:
+ *
+ *   float32, float16   [ column 0 of 32 rows | column 1 of 32 rows ] ..
+ *   bfloat16           [ columns 0 and 1 of row 0 | of row 1 | .. | of row 31 ] ..
+ *
+ * Sums are float32 and add their products in the order of the columns, whatever else is computed.
+ * The operand is float32, in tiles of T tokens: (cols, T). Of many tokens' products with a block,
+ * DEPTH columns are added at a time: their weights, made float32 once, stay in a cache.
+ *
+ *   FLOAT_TILE   tokens, and
+ *   FLOAT_PART   vectors of a block's rows, whose sums fit into the registers together */
+#define FLOAT_ROWS 32
+#define FLOAT_VECS (FLOAT_ROWS / LANES)
+#define FLOAT_TOKENS (40 * FLOAT_TILE)
+#define DEPTH 128
+#if LANES == 16
+#define FLOAT_TILE 12
+#define FLOAT_PART 2
+#elif defined(__aarch64__)
+#define FLOAT_TILE 6
+#define FLOAT_PART 4
+#else
+#define FLOAT_TILE 6
+#define FLOAT_PART 2
+#endif
+
+INLINE int64_t float_tile(int64_t tokens_left) {
+    if (tokens_left >= FLOAT_TILE) return FLOAT_TILE;
+    if (FLOAT_TILE > 8 && tokens_left >= 8) return 8;
+    return tokens_left >= 4 ? 4 : tokens_left >= 2 ? 2 : 1;
+}
+INLINE int64_t float_bytes(int64_t kind) { return kind == IN_FLOAT32 ? 4 : 2; }
+
+/* Vector v of the rows' weights in two columns, as floats */
+INLINE void widen(const uint8_t *w, int v, int kind, vec *even, vec *odd) {
+    const float *x = (const float *)w + v * LANES;
+    const uint16_t *half = (const uint16_t *)w + v * LANES;
+    if (kind == IN_BFLOAT16) {
+        ivec pair = ((const ivec *)w)[v];
+        *even = (vec)(pair << 16), *odd = (vec)(pair & -65536);
+    } else if (kind == IN_FLOAT16) {
+        *even = from_half(half), *odd = from_half(half + FLOAT_ROWS);
+    } else {
+        *even = load(x), *odd = load(x + FLOAT_ROWS);
+    }
+}
+
+/* Add the products of some columns of a block with a tile of T tokens to y (T, FLOAT_VECS), V
+ * vectors from the first one on. After inlining, kind, T and V are constants. */
+INLINE void add_products(const uint8_t *w, const float *x, int64_t num_cols, vec *y, int kind,
+                         int T, int first, int V) {
+    const int num_bytes = 2 * FLOAT_ROWS * (kind == IN_FLOAT32 ? 4 : 2);
+    vec sum[FLOAT_TILE][FLOAT_VECS];
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) sum[t][v] = y[t * FLOAT_VECS + first + v];
+    for (int64_t c = 0; c < num_cols; c += 2, w += num_bytes, x += 2 * T) {
+        vec even[FLOAT_VECS], odd[FLOAT_VECS];
+        for (int i = 0; i < num_bytes && T == 1; i += 64) __builtin_prefetch(w + AHEAD + i);
+        for (int v = 0; v < V; v++) widen(w, first + v, kind, even + v, odd + v);
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < V; v++) sum[t][v] = madd(splat(x[t]), even[v], sum[t][v]);
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < V; v++) sum[t][v] = madd(splat(x[T + t]), odd[v], sum[t][v]);
+    }
+    for (int t = 0; t < T; t++)
+        for (int v = 0; v < V; v++) y[t * FLOAT_VECS + first + v] = sum[t][v];
+}
+
+#define FLOATS(KIND, TOKENS, PART) \
+    if (kind == KIND && T == TOKENS) \
+        for (int v = 0; v < FLOAT_VECS; v += PART) \
+            add_products(w, x, num_cols, y, KIND, TOKENS, v, PART);
+#define FLOAT_KINDS(TOKENS, PART) \
+    FLOATS(IN_FLOAT32, TOKENS, PART) \
+    FLOATS(IN_FLOAT16, TOKENS, PART) \
+    FLOATS(IN_BFLOAT16, TOKENS, PART)
+static void add_tile(const uint8_t *w, const float *x, int64_t num_cols, vec *y, int kind, int T) {
+    FLOAT_KINDS(1, FLOAT_VECS)
+    FLOAT_KINDS(2, FLOAT_PART)
+    FLOAT_KINDS(4, FLOAT_PART)
+    FLOAT_KINDS(FLOAT_TILE, FLOAT_PART)
+#if FLOAT_TILE > 8
+    FLOAT_KINDS(8, FLOAT_PART)
+#endif
+}
+
+/* y (num_tokens, FLOAT_VECS) = a block times tokens, whose tiles are at x */
+static void multiply_float_block(const matrix *m, const uint8_t *block, const float *x,
+                                 int64_t num_tokens, vec *y) {
+    float wide[DEPTH * FLOAT_ROWS] __attribute__((aligned(64)));
+    int64_t depth = num_tokens == 1 ? m->cols : DEPTH;
+    memset(y, 0, num_tokens * FLOAT_ROWS * sizeof(float));
+    for (int64_t col = 0; col < m->cols; col += depth) {
+        int64_t num_cols = MIN(depth, m->cols - col), kind = m->floats;
+        const uint8_t *w = block + col * FLOAT_ROWS * float_bytes(kind);
+        if (num_tokens > FLOAT_TILE && kind != IN_FLOAT32) {
+            for (int64_t c = 0; c < num_cols; c += 2)
+                for (int v = 0; v < FLOAT_VECS; v++) {
+                    vec columns[2];
+                    widen(w + c * FLOAT_ROWS * 2, v, kind, columns, columns + 1);
+                    for (int i = 0; i < 2; i++)
+                        store(wide + (c + i) * FLOAT_ROWS + v * LANES, columns[i]);
+                }
+            w = (const uint8_t *)wide, kind = IN_FLOAT32;
+        }
+        for (int64_t t = 0, T; t < num_tokens; t += T) {
+            T = float_tile(num_tokens - t);
+            add_tile(w, x + t * m->cols + col * T, num_cols, y + t * FLOAT_VECS, kind, T);
+        }
+    }
+}
+
+/* A piece is a run of blocks */
+static void float_piece(const void *job, int64_t piece) {
+    const linear_call *c = job;
+    const matrix *m = c->parts;
+    vec y[FLOAT_TOKENS * FLOAT_VECS] __attribute__((aligned(64)));
+    int64_t first_block = 0, first_row = 0, last = c->num_blocks * (piece + 1) / c->num_pieces;
+    for (int64_t i = c->num_blocks * piece / c->num_pieces; i < last; i++) {
+        for (; (i - first_block) * FLOAT_ROWS >= m->rows; m++) {
+            first_block += (m->rows + FLOAT_ROWS - 1) / FLOAT_ROWS;
+            first_row += m->rows;
+        }
+        int64_t row = (i - first_block) * FLOAT_ROWS;
+        const uint8_t *block = m->blocks + row * m->cols * float_bytes(m->floats);
+        for (int64_t from = 0; from < c->num_tokens; from += FLOAT_TOKENS) {
+            int64_t num = MIN(FLOAT_TOKENS, c->num_tokens - from);
+            multiply_float_block(m, block, (const float *)c->acts + from * c->cols, num, y);
+            for (int64_t n = 0; n < num * FLOAT_VECS; n++) {
+                int64_t r = row + n % FLOAT_VECS * LANES;
+                int64_t at = (from + n / FLOAT_VECS) * c->num_rows + first_row + r;
+                if (r < m->rows)
+                    finish_rows(m, r, y[n], c->residual ? c->residual + at : NULL, c->out + at);
+            }
+        }
+    }
+}
+
+/* Write a piece of all tokens' operands into their tiles, 32 columns or the rest at a time */
+static void spread_piece(const void *job, int64_t piece) {
+    const linear_call *in = job;
+    int64_t num_groups = (in->cols + 31) / 32, total = in->num_tokens * num_groups;
+    int64_t i = total * piece / in->num_pieces, stop = total * (piece + 1) / in->num_pieces;
+    for (int64_t token = i / num_groups, g = i % num_groups; i < stop; token++, g = 0) {
+        int64_t start = token / FLOAT_TILE * FLOAT_TILE, T;
+        for (; token >= start + (T = float_tile(in->num_tokens - start)); start += T) {}
+        float factor = in->norm ? norm_factor(in, token) : 1;
+        float *tile = (float *)in->acts + start * in->cols + token - start;
+        for (; g < num_groups && i < stop; g++, i++)
+            for (int64_t col = 32 * g; col < MIN(in->cols, 32 * g + 32); col += LANES) {
+                vec x = operand(in, token, col, factor);
+                for (int l = 0; l < LANES; l++) tile[(col + l) * T] = x[l];
+            }
+    }
+}
+
+static void multiply_floats(linear_call c, int64_t num_threads) {
+    int64_t num_floats = c.num_tokens * c.cols;
+    int is_ready = c.num_tokens == 1 && c.before == PLAIN && !c.norm;
+    c.acts = is_ready ? (uint8_t *)c.x : malloc(num_floats * sizeof(float));
+    c.num_pieces = num_floats < 4096 ? 1 : MIN(num_floats / 2048, PIECES * num_threads);
+    if (!is_ready) share_out(spread_piece, &c, c.num_pieces, num_threads);
+    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
+    share_out(float_piece, &c, c.num_pieces, num_threads);
+    if (!is_ready) free(c.acts);
+}
+
+typedef struct {
+    const uint8_t *rows; /* (num_rows, cols) */
+    uint8_t *out;        /* a block for each 32 of them, filled up with zeros */
+    int64_t num_rows, cols, floats;
+} lay_floats_call;
+
+#define TRANSPOSE(TYPE) \
+    for (int64_t w = 0; w < width; w += 16) \
+        for (int64_t r = 0; r < num_rows; r++) \
+            for (int64_t i = w; i < MIN(width, w + 16); i++) \
+    ((TYPE *)out)[i * FLOAT_ROWS + r] = ((const TYPE *)rows)[r * width + i]
+
+static void lay_piece(const void *job, int64_t block) {
+    const lay_floats_call *c = job;
+    int64_t row_bytes = c->cols * float_bytes(c->floats), first = block * FLOAT_ROWS;
+    int64_t num_rows = MIN(FLOAT_ROWS, c->num_rows - first), width = row_bytes / 4;
+    const uint8_t *rows = c->rows + first * row_bytes;
+    uint8_t *out = c->out + first * row_bytes;
+    if (num_rows < FLOAT_ROWS) memset(out, 0, FLOAT_ROWS * row_bytes);
+    if (c->floats == IN_FLOAT16) {
+        width = c->cols;
+        TRANSPOSE(uint16_t);
+    } else {
+        TRANSPOSE(uint32_t); /* bfloat16: two columns */
+    }
+}
+
+/* Copy n blocks of rows into the layout drawn above */
+void lay_floats(const void *call, int64_t n, int64_t num_threads) {
+    share_out(lay_piece, call, n, num_threads);
+}
+
+/* Runs of packed matrices, and of those of floats, one after another */
+void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
+    linear_call c = *(const linear_call *)call;
+    const matrix *m = c.parts, *end = m + c.num_parts;
+    c.num_tokens = num_tokens, c.cols = m->cols;
+    for (const matrix *part = m; part < end; part++) c.num_rows += part->rows;
+    while (m < end) {
+        int64_t num_rows = 0, block_rows = m->floats ? FLOAT_ROWS : 16;
+        c.parts = m, c.num_blocks = 0;
+        for (; m < end && !m->floats == !c.parts->floats; m++) {
+            num_rows += m->rows;
+            c.num_blocks += (m->rows + block_rows - 1) / block_rows;
+        }
+        c.num_parts = m - c.parts;
+        if (c.parts->floats)
+            multiply_floats(c, num_threads);
+        else
+            multiply_packed(c, num_threads);
+        c.out += num_rows;
+        if (c.residual) c.residual += num_rows;
+    }
+}
+
 typedef struct {
     const matrix *m;
     const int64_t *ids;
     float *out, factor;
 } gather_call;
 
+static void gather_floats(const gather_call *c, int64_t n) {
+    const matrix *m = c->m;
+    int64_t pair_bytes = 2 * FLOAT_ROWS * float_bytes(m->floats);
+    for (int64_t i = 0; i < n * m->cols; i += 2) {
+        int64_t id = c->ids[i / m->cols], lane = id % FLOAT_ROWS;
+        const uint8_t *block = m->blocks + id / FLOAT_ROWS * m->cols / 2 * pair_bytes;
+        vec even, odd;
+        widen(block + i % m->cols / 2 * pair_bytes, lane / LANES, m->floats, &even, &odd);
+        c->out[i] = even[lane % LANES] * c->factor, c->out[i + 1] = odd[lane % LANES] * c->factor;
+    }
+}
+
 /* out (n, cols) = rows `ids` (n) of a matrix, times the factor */
 void gather(const void *call, int64_t n, int64_t num_threads) {
     (void)num_threads;
     const gather_call *c = call;
     const matrix *m = c->m;
+    if (m->floats) {
+        gather_floats(c, n);
+        return;
+    }
     int64_t num_groups = m->cols / m->group, half = m->group / 2;
     int64_t num_bytes = m->group * m->bits / 8;
     for (int64_t i = 0; i < n * num_groups; i++) {

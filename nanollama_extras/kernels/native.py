@@ -1,6 +1,6 @@
 """The CPU backend: packed weights, norms, attention and mixtures of experts by kernels in C.
 
-Seam: `Backend` of nanollama.py. `pick_backend` calls `make_backend` here for float32 on the CPU.
+Seam: `Backend` of nanollama.py. `pick_backend` calls `make_backend` here for models on the CPU.
 native.c is compiled once for the machine it runs on; the library stays in nanollama's cache.
 To remove the feature, delete native.py and native.c: models then run on torch's own operations.
 
@@ -60,6 +60,7 @@ from nanollama import (
     first_line,
     log,
     operand,
+    preferred,
     round_up,
 )
 
@@ -660,14 +661,19 @@ class NativeKVCache(KVCache):
 
 
 class NativeBackend(Backend):
-    """Packed weights, norms, attention and experts by kernels in C; the rest by torch."""
+    """Weights, norms, attention and experts by kernels in C, in float32; the rest by torch.
+
+    `dtype` is that of float weights and, where it has 16 bits, of keys and values; weights that a
+    file has in 16 bits keep their own."""
 
     run_kernel = staticmethod(run_kernel)
     arrays = np  # torch would wake its threads, which then take a core from the kernels
     rounds_activations = True
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, device: torch.device, dtype: torch.dtype, description: str) -> None:
+        super().__init__(device, torch.float32, description)
+        self.float_dtype, self.floats = dtype, list[NativeLinear]()
+        self.new_floats: Any = preferred("kernels.floats", "FloatLinear", None)
         self.calls: weakref.WeakKeyDictionary[MoE, ExpertsCall] = weakref.WeakKeyDictionary()
 
     def row_tile(self, has_float_weights: bool) -> int:
@@ -675,18 +681,29 @@ class NativeBackend(Backend):
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
         """Beside weights of few bits and activations of 8, half precision is exact enough."""
-        if wanted == "auto" and has_packed_weights:
+        is_exact = self.float_dtype == torch.float32 and not has_packed_weights
+        if wanted == "auto" and not is_exact:
             return "float16"
         return super().kv_dtype(wanted, has_packed_weights)
 
     def pack(
         self,
         shape: tuple[int, int],
-        read_rows: Callable[[slice], PackedLinear],
+        read_rows: Callable[[slice], PackedLinear | Tensor],
         bias: Tensor | None,
         is_table: bool,
-    ) -> NativeLinear:
-        return NativeLinear(shape, read_rows, bias)
+    ) -> Any:
+        read: Any = read_rows
+        if not isinstance(read(slice(0, 1)), torch.Tensor):
+            return NativeLinear(shape, read, bias)
+        if self.new_floats is None or shape[1] % 16:
+            return super().pack(shape, read, bias, is_table)
+        self.floats.append(self.new_floats(shape, read, bias, self.float_dtype))
+        return self.floats[-1]
+
+    def float_bytes(self, kind: str) -> int:
+        stays = self.new_floats and kind in ("F16", "BF16")
+        return 2 if stays else (self.float_dtype if self.new_floats else self.dtype).itemsize
 
     def linear(self, parts: list[Any]) -> Projection:
         is_native = [isinstance(part, NativeLinear) for part in parts]
@@ -768,4 +785,5 @@ class NativeBackend(Backend):
 
 def make_backend(device: torch.device, dtype: torch.dtype, reason: str = "") -> NativeBackend:
     """Raises KernelError where the kernels cannot be compiled or loaded."""
-    return NativeBackend(device, dtype, f"native ({load_kernels().path().decode()})")
+    note = "" if dtype == torch.float32 else ", in float32"
+    return NativeBackend(device, dtype, f"native ({load_kernels().path().decode()}){note}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import nanollama
 from nanollama import Batch, KVCache, ModelConfig, Norm, Projection, Rotation, TensorSource, Weights
-from nanollama_extras.models.gemma4 import Gemma4Decoder, Gemma4Layer, float_linear, hub_layout
+from nanollama_extras.models.gemma4 import Gemma4Decoder, Gemma4Layer, hub_layout
 from nanollama_extras.models.gemma_config import AltUpShape
 
 LEAST_SQUARE = 1e-5  # of a new stream's mean square, by which it is divided
@@ -155,8 +155,8 @@ class Gemma3nLayer(Gemma4Layer):
         prefix, C, shape = f"model.layers.{index}", config.n_embd, config.own["altup"]
         self.altup = AltUp(config, weights, f"{prefix}.altup")
         rank, laurel = shape.laurel_rank, f"{prefix}.laurel"
-        self.laurel_left = float_linear(weights, f"{laurel}.linear_left", rank, C)
-        self.laurel_right = float_linear(weights, f"{laurel}.linear_right", C, rank)
+        self.laurel_left = weights.linear({f"{laurel}.linear_left": rank}, C)
+        self.laurel_right = weights.linear({f"{laurel}.linear_right": C}, rank)
         self.post_laurel_norm = nanollama.make_norm(
             config, weights, f"{laurel}.post_laurel_norm", C
         )
@@ -192,7 +192,7 @@ class Streams:
         run = getattr(weights.backend, "run_kernel", None)
         self.run_kernel: Any = run if C % 16 == 0 else None
         self.projections, self.unembeddings = (
-            [float_linear(weights, f"model.{name}.{i}", C, C) for i in range(num - 1)]
+            [weights.linear({f"model.{name}.{i}": C}, C) for i in range(num - 1)]
             for name in ("altup_projections", "altup_unembed_projections")
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -179,21 +179,6 @@ class Gemma4Layer(VariedLayer):
         return cast("Tensor", run("product", torch.empty(x.shape), x=x, cols=x.size(1), **fields))
 
 
-def float_linear(
-    weights: Weights, name: str, num_rows: int, num_cols: int
-) -> Callable[[Tensor], Tensor]:
-    """A matrix by a kernel for floats, if it has them in a file whose other matrices are packed, as
-    llama.cpp leaves it (https://github.com/ggml-org/llama.cpp, src/llama-quant.cpp)."""
-    run = getattr(weights.backend, "run_kernel", None)
-    found = weights.tensors.get(f"{name}.weight"), weights.tensors.get("model.embed_tokens.weight")
-    is_packed = [source.is_packed for source in found if source is not None]
-    if is_packed != [False, True] or run is None or num_cols % 16:
-        return weights.linear({name: num_rows}, num_cols)
-    fields = {"weight": weights.take(f"{name}.weight", num_rows, num_cols)}
-    shape = {"cols": num_cols, "rows": num_rows}
-    return lambda x: run("few_rows", torch.empty(x.size(0), num_rows), x=x, **fields, **shape)
-
-
 class PerLayerInputs:
     """The input of every layer beside the stream: an embedding of the token, from a table in the
     file, and a projection of the stream's start, which is normed for each layer."""
@@ -207,7 +192,7 @@ class PerLayerInputs:
         self.table = weights._find(TABLE, (shape.table_rows, self.cols))
         self.factor = (P / 2) ** 0.5
         self.run_kernel = getattr(weights.backend, "run_kernel", None) if P % 16 == 0 else None
-        self.projection = float_linear(weights, PROJECTION, self.cols, C)
+        self.projection = weights.linear({PROJECTION: self.cols}, C)
         norm = weights.take("model.per_layer_projection_norm.weight", P) * 0.5**0.5
         self.norm = Norm(weights.backend, norm, config.norm_eps * C)
 

@@ -15,7 +15,7 @@ from quantized_files import saved, sources
 from test_mlx import MLX, affine
 
 import nanollama
-from nanollama import CheckpointError, EngineConfig, open_checkpoint, weight_bytes
+from nanollama import Backend, CheckpointError, EngineConfig, open_checkpoint, weight_bytes
 from nanollama_extras.files.quantized import METHODS, read_config, unpacked_bits
 
 ROOT = Path(__file__).parents[3]
@@ -120,9 +120,9 @@ def test_show_names_the_format_and_counts_packed_bytes(
     packed, plain = saved(tiny(), tmp_path, MLX, affine)
     assert nanollama.main(["show", str(packed)]) == 0
     assert "quantization  MLX 4-bit, packed as 4 bits (safetensors" in capsys.readouterr().out
+    backend = Backend(torch.device("cpu"), torch.float32, "torch")
     quantized, floats = (
-        weight_bytes(open_checkpoint(path), EngineConfig(dtype="float32"))
-        for path in (packed, plain)
+        weight_bytes(open_checkpoint(path), EngineConfig(), backend) for path in (packed, plain)
     )
     matrices = [t for t in open_checkpoint(packed).tensors.values() if t.is_packed]
     num_weights = sum(t.shape[0] * t.shape[1] for t in matrices)

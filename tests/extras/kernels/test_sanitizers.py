@@ -56,10 +56,22 @@ static matrix make(const int *format, int64_t rows, int64_t cols, int bias) {
     return (matrix){blocks, bias ? floats(rows) : NULL, rows, cols, bits, group, has_offset,
                     format[3], block_bytes};
 }
+/* A matrix of floats, all of the same sign and size: their low halves and high ones are numbers */
+static matrix make_floats(int kind, int64_t rows, int64_t cols, int bias) {
+    int64_t num_bytes = rows * cols * float_bytes(kind), num_blocks = (rows + 31) / 32;
+    uint8_t *from = malloc(num_bytes), *blocks = malloc(num_blocks * 32 * cols * float_bytes(kind));
+    for (int64_t i = 0; i < num_bytes; i++) from[i] = i % 2 ? 0x3c + any() % 4 : any();
+    lay_floats(&(lay_floats_call){from, blocks, rows, cols, kind}, num_blocks, 3);
+    free(from);
+    return (matrix){.blocks = blocks, .bias = bias ? floats(rows) : NULL, .rows = rows,
+                    .cols = cols, .floats = kind};
+}
 static const int FORMATS_OF[6][4] = {{4, 32, 0, 0}, {4, 32, 1, 0}, {8, 32, 0, 0},
                                      {8, 32, 1, 0}, {8, 16, 0, 0}, {4, 32, 0, 1}};
 static matrix any_matrix(int format, int64_t rows, int64_t cols) {
-    return make(FORMATS_OF[format % 6], rows, cols, format % 2);
+    int kind = format % 9 - 5; /* behind the packed formats */
+    if (kind > 0) return make_floats(kind, rows, cols, format % 2);
+    return make(FORMATS_OF[format % 9], rows, cols, format % 2);
 }
 static int64_t kv_block_bytes(int64_t D, int kind) {
     return 16 * (kind == Q8 ? D + 2 * (D / scale_group(D)) : kind == FLOAT16 ? 2 * D : 4 * D);
@@ -211,15 +223,15 @@ static void try_attention(int64_t H, int64_t Hkv, int64_t D, int kind, int64_t w
 }
 int main(void) {
     const int64_t rows[] = {1, 15, 16, 17, 50}, tokens[] = {0, 1, 2, 3, 5, 8, 9, 33};
-    for (int format = 0; format < 6; format++)
+    for (int format = 0; format < 9; format++)
         for (int r = 0; r < 5; r++)
             for (int n = 0; n < 8; n++)
                 try_linear(format, rows[r], tokens[n], (format + r + n) % 7, n == 4);
-    for (int format = 0; format < 6; format++)
+    for (int format = 0; format < 9; format++)
         for (int64_t n = 0; n < 9; n += 1 + n) {
             try_experts(format, n, n % 2);
             try_norm(n, format % 2);
-            try_streams(n, 2 + format, n == 3);
+            try_streams(n, 2 + format % 6, n == 3);
             try_few_rows(n);
         }
     for (int kind = FLOAT32; kind <= Q8; kind++)
@@ -271,7 +283,7 @@ static void *caller(void *index) {
     return NULL;
 }
 int main(void) {
-    parts[0] = any_matrix(1, 50, COLS), parts[1] = any_matrix(4, 30, COLS);
+    parts[0] = any_matrix(1, 50, COLS), parts[1] = any_matrix(7, 30, COLS);
     x = floats(TOKENS * COLS), expected = floats(TOKENS * OUT), data = ones(1 << 16);
     qkv = floats(LENGTH * (HEADS + 4) * D), angles = floats(LENGTH * D / 2);
     expected_rows = floats(LENGTH * HEADS * D);

@@ -22,6 +22,7 @@ from traffic import assert_company_changes_nothing
 import nanollama
 from nanollama import (
     LLM,
+    Backend,
     CheckpointError,
     EngineConfig,
     GenerationRequest,
@@ -310,7 +311,9 @@ def test_the_head_takes_memory_with_the_option_only(
     monkeypatch.setattr(nanollama.Weights, "_read", spy)
     checkpoint = open_checkpoint(path)
     own = [each for name, each in checkpoint.tensors.items() if name.startswith("mtp.")]
-    sizes = [weight_bytes(each, EngineConfig()) for each in (checkpoint, mtp.with_head(checkpoint))]
+    backend = Backend(torch.device("cpu"), torch.float32, "torch")
+    both = checkpoint, mtp.with_head(checkpoint)
+    sizes = [weight_bytes(each, EngineConfig(), backend) for each in both]
     assert sizes[1] - sizes[0] == sum(tensor.nbytes for tensor in own) > 0  # of type F32
     plain = LLM(path)
     assert read == {str(path)}

@@ -1,0 +1,78 @@
+"""Float weights on the CPU's native kernels: those that a file has in 16 bits stay in 16 bits.
+
+Seam       `floats` of the native backend: the core asks for a matrix of floats, as `Weights`
+           reads it. The kernels are in native.c, and compute in float32.
+Needs      kernels.native
+Remove     delete this file; float weights then run on torch's operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanollama import human_bytes, warn_once
+from nanollama_extras.kernels.native import NUMBERS, STRUCTURES, NativeLinear, run_kernel
+
+BLOCK_ROWS = 32  # FLOAT_ROWS of native.c
+LOAD_WEIGHTS = 1 << 22  # weights read at a time
+LARGE = 500_000_000  # bytes of weights from which on a smaller form is worth a line
+KINDS = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+
+
+class FloatLinear(NativeLinear):
+    """A float weight (rows, cols) in the kernels' layout; `read_rows` gives some of its rows.
+
+    Rows of 16 bits stay as they are; others become `dtype`. cols is a multiple of 16."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        read_rows: Callable[[slice], Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.shape, self.bias = shape, bias
+        num_rows, num_cols = shape
+        step = -(-LOAD_WEIGHTS // num_cols // BLOCK_ROWS) * BLOCK_ROWS
+        for start in range(0, num_rows, step):
+            rows = read_rows(slice(start, min(start + step, num_rows))).contiguous()
+            if start == 0:
+                self.dtype = rows.dtype if rows.dtype.itemsize == 2 else dtype
+                num_blocks = -(-num_rows // BLOCK_ROWS)
+                self.blocks = torch.empty((num_blocks, BLOCK_ROWS * num_cols), dtype=self.dtype)
+                self.floats = NUMBERS[f"IN_{KINDS[self.dtype]}"]
+            run_kernel(
+                "lay_floats",
+                self.blocks[start // BLOCK_ROWS :][: -(-len(rows) // BLOCK_ROWS)],
+                rows=rows.to(self.dtype),
+                num_rows=len(rows),
+                cols=num_cols,
+                floats=self.floats,
+            )
+
+    @functools.cached_property
+    def matrix(self) -> Any:
+        """The C structure; valid as long as this object and its bias live."""
+        return STRUCTURES["matrix"](
+            blocks=self.blocks.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            rows=self.shape[0],
+            cols=self.shape[1],
+            floats=self.floats,
+        )
+
+
+def advise(floats: list[NativeLinear]) -> None:
+    """Say, once, what --quantize q8 would gain for a model of so many floats."""
+    num_bytes = sum(part.nbytes for part in floats)
+    packed = 1.0625 * sum(part.shape[0] * part.shape[1] for part in floats)
+    if num_bytes >= LARGE:
+        warn_once(
+            f"note: the weights take {human_bytes(num_bytes)}; --quantize q8 would take "
+            f"{human_bytes(packed)} and decode about {num_bytes / packed:.1f} times as fast"
+        )
