@@ -10,7 +10,7 @@ function refresh() {  // what surrounds the messages
   }
   Object.assign($('context'), {hidden: !size, max: size ?? 1, value: used});
   $('loading').hidden = !isLoading;
-  if (isLoading && model.progress) $('loading').value = model.progress;
+  if (isLoading && lastLoad()) $('loading').value = Math.min(0.95, (Date.now() - since) / lastLoad());
   else $('loading').removeAttribute('value');
   $('pick').hidden = models.length < 2;
   const ids = models.map(({id}) => id);

@@ -71,7 +71,7 @@ async function connect() {
     model = models.find(({id}) => id === settings.model) ?? models[0] ?? null;
     if ('tools' in document.documentElement.dataset) lent = askForTools();
     const isLoading = model?.state === 'loading';
-    since = isLoading ? since || Date.now() : 0;
+    noteLoading(isLoading);
     trouble = !model ? NO_MODEL : isLoading ? loadingText() : '';
     if (isLoading) reconnect = setTimeout(connect, 700);
     else if (trouble) reconnect = setTimeout(connect, 2000);
@@ -83,9 +83,18 @@ async function connect() {
   drawModels();
   refresh();
 }
+function noteLoading(isLoading) {  // how long a model took the last time tells how far it is now
+  if (since && model?.state === 'loaded') {
+    settings.loads = {...settings.loads, [model.id]: Date.now() - since};
+    save('settings', settings);
+  }
+  since = isLoading ? since || Date.now() : 0;
+}
+const lastLoad = () => Number(Object(settings.loads)[model.id]) || 0;  // milliseconds
 function loadingText() {
   const seconds = Math.round((Date.now() - since) / 1000), size = model.meta?.size;
-  return ['loading…', size && bytes(size), seconds > 1 && `${seconds} s`].filter(Boolean).join(' ');
+  const last = Math.round(lastLoad() / 1000), elapsed = seconds + (last > 1 ? ` of about ${last}` : '');
+  return ['loading…', size && bytes(size), seconds > 0 && `${elapsed} s`].filter(Boolean).join(' · ');
 }
 function useModel(id) {
   settings.model = id;
