@@ -166,10 +166,23 @@ def tiny_llm(tiny: Callable[..., Path]) -> nanollama.LLM:
 
 
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """The address of a Ray that this process has started. Its six cores are what Ray counts."""
+def ray_cluster() -> Iterator[Any]:
+    """A Ray that this process has started, to which tests may add nodes. The six cores of its first
+    node are what Ray counts."""
     ray = pytest.importorskip("ray")
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    ray.init(num_cpus=6, object_store_memory=200 * 1024 * 1024, **options)
-    yield ray.get_runtime_context().gcs_address
+    from ray.cluster_utils import Cluster
+
+    memory = {"object_store_memory": 200 * 1024 * 1024}
+    node = {"num_cpus": 6, "include_dashboard": False, **memory}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster: Any) -> str:
+    """The address of a Ray that this process has started."""
+    address: str = ray_cluster.address
+    return address

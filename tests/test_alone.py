@@ -403,6 +403,7 @@ UNUSED = {
     "cluster.batch_files",
     "cluster.calls",
     "cluster.front",
+    "cluster.links",
     "cluster.options",
     "cluster.placement",
     "cluster.replica",

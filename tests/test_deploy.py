@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft7Validator, Draft202012Validator
-from pages import ROOT, TEXTS, lines
+from pages import BLOCKS, ROOT, TEXTS, lines
 
 import nanollama
 from nanollama_extras.testing import TestServer
@@ -109,8 +110,7 @@ def serve_config() -> Any:
 def test_the_ray_service_serves_an_application_that_exists() -> None:
     application = ray_application()
     module, _, name = application["import_path"].partition(":")
-    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-    assert re.search(rf"(?m)^def {name}\(args: ", source)
+    assert callable(getattr(importlib.import_module(module), name))
     assert application["route_prefix"] == "/"
     options = application["args"].items()
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in options]
@@ -127,6 +127,21 @@ def test_ray_understands_the_configuration_of_the_ray_service() -> None:
     config = schema.ServeDeploySchema.model_validate(serve_config())
     assert config.http_options.port == int(one("EXPOSE"))
     assert [a.import_path for a in config.applications] == [ray_application()["import_path"]]
+
+
+@pytest.mark.ray
+def test_serve_build_writes_a_configuration_that_serve_deploy_takes(tmp_path: Path) -> None:
+    """Of a module such as docs/scale.md shows."""
+    schema = pytest.importorskip("ray.serve.schema")
+    (module,) = [b.text for b in BLOCKS if b.page == "scale" and b.language == "python3"]
+    (tmp_path / "chat.py").write_text(module)
+    command = [sys.executable, "-m", "ray.serve.scripts", "build", "chat:deployment"]
+    command += ["--app-dir", str(tmp_path), "-o", str(tmp_path / "chat.yaml")]
+    subprocess.run(command, check=True, cwd=ROOT)
+    built = yaml.safe_load((tmp_path / "chat.yaml").read_text())
+    (application,) = schema.ServeDeploySchema.model_validate(built).applications
+    assert application.import_path == "chat:deployment"
+    assert [deployment.name for deployment in application.deployments] == ["Engine", "Front"]
 
 
 def test_the_servers_of_the_manifests_are_commands_that_nanollama_understands() -> None:

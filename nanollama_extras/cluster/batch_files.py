@@ -138,8 +138,8 @@ class Parts:
 
     def __enter__(self) -> Parts:
         with file_errors(self.target, "written"):
-            if self.is_local and os.path.isdir(self.path):
-                raise RequestError(f"{self.target}: cannot be written: it is a directory")
+            if self.is_local:
+                self.check_place()
             self.fs.makedirs(self.folder, exist_ok=True)
             self.lock()
             try:
@@ -149,6 +149,12 @@ class Parts:
                 raise
             self.number = len(self.names()) + 1
         return self
+
+    def check_place(self) -> None:
+        """Raises RequestError or OSError for a place that a batch without Ray refuses, too."""
+        if os.path.isdir(self.path):
+            raise RequestError(f"{self.target}: cannot be written: it is a directory")
+        os.stat(os.path.dirname(self.path))
 
     def __exit__(self, *_: object) -> None:
         self.flush()

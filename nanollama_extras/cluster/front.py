@@ -6,7 +6,8 @@ with an error event. A replica whose queue is full is passed over; the last one'
 all are full.
 
 Seam       a subclass of `nanollama.Models` with middleware around the routes; cluster.serve opens
-           it. It imports cluster.calls and cluster.placement, and api.metrics's text in sums.
+           it. It imports cluster.calls, cluster.links and cluster.placement, and api.metrics's
+           text in sums.
 Remove     delete the folder.
 """
 
@@ -24,7 +25,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from ray.exceptions import RayError, RayTaskError
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
@@ -37,7 +37,6 @@ from nanollama import (
     NanollamaError,
     WireError,
     as_json,
-    client_error,
     extra_object,
     find_dialect,
     first_line,
@@ -46,7 +45,8 @@ from nanollama import (
     preferred,
     unless_disconnected,
 )
-from nanollama_extras.cluster.calls import FRONT_HEADERS, Call, Part
+from nanollama_extras.cluster.calls import FRONT_HEADERS, Address, Call, Head, Part
+from nanollama_extras.cluster.links import POLL_S, Answer, Links, LostError, ReplicaChannel
 from nanollama_extras.cluster.placement import Beginning, Placement, beginning, session
 
 if TYPE_CHECKING:
@@ -63,11 +63,8 @@ ENCODINGS = {  # module of an API -> the encoding of its streams, where it is no
 STREAMS = (b"text/event-stream", b"application/x-ndjson")
 MAX_TRIES = 4  # replicas that end before they answer the same request
 FULL_S = 0.2  # until a request that lost its replica asks full ones again
+NONE_S = 60.0  # for a replica to come, where there is none
 PEEK_S = 5.0  # for a replica to show its metrics
-
-
-class LostError(Exception):
-    """The replica has ended before it answered."""
 
 
 def stream_error(path: str, error: NanollamaError, sent: bytes) -> bytes:
@@ -102,20 +99,24 @@ def summed(texts: list[str]) -> str:
 class FrontModels(Models):
     """What the front knows: the replicas, their loads, and the stored responses.
 
-    connect: deploys the replicas, or finds them -> a Ray handle. disconnect: the opposite."""
+    connect: deploys the replicas, or finds them -> a Ray handle. disconnect: the opposite. live:
+    the names of the replicas that Ray knows."""
 
     connect: Callable[[], Any] = lambda: None
     disconnect: Callable[[], None] = lambda: None
-    placement: Placement = field(default_factory=lambda: Placement(tuple))
+    live: Callable[[], tuple[str, ...]] = tuple
     title: str = "replicas on Ray"
     waits: bool = False  # for replicas, before it takes requests; else it says that it is loading
     stored: dict[str, Any] = field(default_factory=dict)
     statuses: Counter[int] = field(default_factory=Counter)  # of answers
     num_lost: int = 0  # replicas that ended before they answered
     handle: Any = None
+    watching: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self.middleware = [Middleware(cast("Any", Front), models=self)]
+        self.links = Links(self.live, self.address)
+        self.placement = Placement(self.links.names)
 
     def __str__(self) -> str:
         return self.title
@@ -128,10 +129,18 @@ class FrontModels(Models):
         rows = [types.SimpleNamespace(num_sequences=loads[name]) for name in names]
         return cast("list[EngineWorker]", rows)
 
+    async def address(self, name: str) -> Address:
+        """Where a replica takes calls."""
+        address: Address = await self.handle.address.remote(name)
+        return address
+
     async def start(self) -> None:
         """Deploy the replicas, which load the model. An error ends the server."""
         try:
             self.handle = await asyncio.to_thread(self.connect)
+            self.watching = asyncio.ensure_future(self.links.watch())
+            while not self.links.channels:
+                await asyncio.sleep(0.01)
             self.is_loading = False
         except Exception as error:
             self.waits = False
@@ -143,6 +152,8 @@ class FrontModels(Models):
             while self.is_loading and self.waits:
                 await asyncio.sleep(0.01)
             yield
+        if self.watching:
+            self.watching.cancel()
         await asyncio.to_thread(self.disconnect)
 
     def keep(self, part: Part, replica: str) -> None:
@@ -202,7 +213,7 @@ class Front:
         body = body if isinstance(body, dict) else {}
         headers = tuple(pair for pair in scope["headers"] if pair[0] not in FRONT_HEADERS)
         path, stored = scope["path"], self.models.stored_for(scope["path"], body)
-        call = Call(scope["method"], path, scope["query_string"], headers, bytes(data), "", stored)
+        call = Call(scope["method"], path, scope["query_string"], headers, bytes(data), stored)
         texts = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         start = beginning(body, texts)
         ids = tuple(session(name) for name in stored)
@@ -212,9 +223,29 @@ class Front:
 
     async def peeks(self, path: str) -> list[bytes]:
         """The answers of all replicas to GET `path`; those that do not answer are left out."""
-        broadcast = self.models.handle.broadcast("peek", path)
-        found = await broadcast.results_async(timeout_s=PEEK_S, return_exceptions=True)
-        return [one[1] for one in found if not isinstance(one, BaseException) and one[0] == 200]
+        channels = self.models.links.channels
+        asked = (self.peek(channels[name], path) for name in self.models.links.names())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return [data for data in found if isinstance(data, bytes)]
+
+    async def peek(self, channel: ReplicaChannel, path: str) -> bytes:
+        """The answer of a replica to GET `path`. Raises LostError and TimeoutError."""
+
+        async def whole() -> bytes:
+            data = b""
+            while (part := await answer.next()) is not None:
+                if isinstance(part, Part):
+                    if part.head and part.head.status != 200:
+                        raise LostError(f"status {part.head.status}")
+                    part = part.data
+                data += part
+            return data
+
+        answer = channel.begin(Call("GET", path, b"", (), b""))
+        try:
+            return await asyncio.wait_for(whole(), PEEK_S)
+        finally:
+            answer.close()
 
     async def metrics(self) -> Response:
         """GET /metrics: the sums over the replicas, and the front's own numbers"""
@@ -269,65 +300,77 @@ class Forwarded:
         message = "the replicas end before they answer; try again soon"
         raise WireError(503, "no_replica", message, {"retry-after": "5"})
 
+    async def pick(self) -> str:
+        """The replica to ask. Waits for one where there is none. Raises WireError."""
+        loop, timeout_s = asyncio.get_running_loop(), self.models.config.timeout_s
+        started_s = loop.time()
+        while not (name := self.models.placement.pick(self.start, self.tried)):
+            if timeout_s and loop.time() - started_s > timeout_s:
+                message = f"no replica was ready in {timeout_s:g} s"
+                raise WireError(504, "timeout", message, {"x-should-retry": "false"})
+            if loop.time() - started_s > NONE_S:
+                message = f"no replica was ready in {NONE_S:g} s; try again soon"
+                raise WireError(503, "no_replica", message, {"retry-after": "5"})
+            await asyncio.sleep(POLL_S)
+            self.tried.clear()
+        return name
+
     async def ask(self, send: Send, num_lost: int) -> bool:
         """Pass one replica's answer on. Returns False for another try: this one was full, and
         others may not be, or the request had a place before. Raises LostError."""
-        placement = self.models.placement
-        name = placement.pick(self.start, self.tried)
+        placement, name = self.models.placement, await self.pick()
+        self.tried.add(name)
         placement.begin(name)
-        parts = self.models.handle.options(stream=True, method_name="answer").remote(
-            dataclasses.replace(self.call, replica=name)
-        )
-        is_done = False
+        answer = self.models.links.channels[name].begin(self.call)
         try:
-            async for part in parts:
-                if part.head:
-                    placement.end(name)
-                    name = part.head.replica
-                    placement.begin(name)
-                    self.tried.add(name)
-                    if part.head.status == 429 and (self.others() or num_lost):
-                        return False
-                    placement.note(self.start, name)
-                self.models.keep(part, name)
-                await self.pass_on(part, send)
-            is_done = True
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except RayError as error:
-            is_done = True
-            self.tried.add(name)
-            await self.lost(error, send)
+            return await self.pass_all(answer, name, send, num_lost)
+        except LostError as error:
+            if not self.num_sent:
+                raise
+            await self.break_off(error, send)
+            return True
         finally:
             placement.end(name)
-            if not is_done:
-                parts.cancel()
+            answer.close()
+
+    async def pass_all(self, answer: Answer, name: str, send: Send, num_lost: int) -> bool:
+        """`ask`, for the answer of replica `name`."""
+        while (part := await answer.next()) is not None:
+            if isinstance(part, bytes):
+                await self.pass_on(part, send)
+                continue
+            if part.head:
+                if part.head.status == 429 and (self.others() or num_lost):
+                    return False
+                self.models.placement.note(self.start, name)
+                await self.begin(part.head, send)
+            self.models.keep(part, name)
+            await self.pass_on(part.data, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
 
     def others(self) -> set[str]:
         """The replicas that have not been asked."""
         return set(self.models.placement.replicas()) - self.tried
 
-    async def pass_on(self, part: Part, send: Send) -> None:
-        """Send a part to the client."""
-        if part.head:
-            self.models.statuses[part.head.status] += 1
-            headers = list(part.head.headers)
-            kinds = [value for key, value in headers if key == b"content-type"]
-            self.is_stream = any(kind.startswith(STREAMS) for kind in kinds)
-            start = {"type": "http.response.start", "status": part.head.status}
-            await send({**start, "headers": headers})
-        self.num_sent += 1
-        self.last = part.data
-        await send({"type": "http.response.body", "body": part.data, "more_body": True})
+    async def begin(self, head: Head, send: Send) -> None:
+        """Send the beginning of an answer to the client."""
+        self.models.statuses[head.status] += 1
+        kinds = [value for key, value in head.headers if key == b"content-type"]
+        self.is_stream = any(kind.startswith(STREAMS) for kind in kinds)
+        start = {"type": "http.response.start", "status": head.status}
+        await send({**start, "headers": list(head.headers)})
 
-    async def lost(self, error: RayError, send: Send) -> None:
-        """End an answer whose replica has ended, or failed. Raises LostError before it began."""
-        if not self.num_sent:
-            if isinstance(error, RayTaskError):
-                raise client_error(error)
-            raise LostError(first_line(error))
-        if isinstance(error, RayTaskError) or not self.is_stream:
-            raise error  # the server closes a connection whose answer fails
+    async def pass_on(self, data: bytes, send: Send) -> None:
+        """Send a part to the client."""
+        self.num_sent += 1
+        self.last = data
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def break_off(self, error: LostError, send: Send) -> None:
+        """End an answer whose replica has ended; the server closes a connection that fails."""
+        if not self.is_stream:
+            raise RuntimeError(first_line(error))
         shown = WireError(502, "replica_lost", "the replica has ended; send the request again")
         data = stream_error(self.call.path, shown, self.last)
         await send({"type": "http.response.body", "body": data, "more_body": False})

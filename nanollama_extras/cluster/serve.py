@@ -2,13 +2,13 @@
 Ray Serve, behind a front.
 
     nanollama --serve --model MODEL --ray --replicas 1:4
-    serve run nanollama_extras.cluster.serve:app model=MODEL replicas=1:4
+    serve run nanollama_extras.cluster:app model=MODEL replicas=1:4
 
 The front of the command line is in its own process; that of an application is a deployment behind
 Ray's proxies. Both are cluster.front with a cluster.placement. A replica is cluster.replica; it
 gets settings and builds its engine itself. cluster.shipped has the classes that Ray carries.
 
-Seam       cluster.options calls `run`; Ray imports `app`.
+Seam       cluster.options calls `run`; Ray imports `app` from the package.
 Remove     delete the folder.
 """
 
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from nanollama import (
@@ -49,7 +49,7 @@ from nanollama import (
 from nanollama import ServerConfig as Config
 from nanollama_extras.cluster.front import FrontModels
 from nanollama_extras.cluster.options import LOCAL
-from nanollama_extras.cluster.placement import LIVE, Placement
+from nanollama_extras.cluster.placement import LIVE
 from nanollama_extras.cluster.replica import settings_of
 from nanollama_extras.cluster.shipped import Engine, Front
 
@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 APP = "nanollama"  # name of the application on Ray
+SHIPPED = "nanollama_extras.cluster.shipped"
 SLOTS = 16  # sequences of a replica that run at once, where --parallel does not say
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve's own logs
+SCALING: Json = {"look_back_period_s": 10.0, "upscale_delay_s": 10.0}  # Ray's own are 30 s
 FILES = ("tokenizer", "adapter", "modelfile", "script", "mcp")  # settings that may be paths
 
 
@@ -77,23 +79,24 @@ def values_of(args: argparse.Namespace) -> Json:
 def engine_deployment(values: Json) -> Any:
     """The deployment of the replicas, bound to their settings."""
     least, most = values["replicas"] or (1, 1)
-    slots, queue = values["parallel"] or SLOTS, values["max_queue"]
-    queue = Config().max_queue if queue is None else queue
+    slots = values["parallel"] or SLOTS
     num_cpus = cores_of(values)
     resources: Json = {"num_cpus": num_cpus, "num_gpus": values["num_gpus"] or 0}
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     resources["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path)}}
+    policy = AutoscalingPolicy(policy_function=f"{SHIPPED}.wanted_replicas")
     scaling = AutoscalingConfig(
-        min_replicas=least, max_replicas=most, target_ongoing_requests=slots
+        min_replicas=least,
+        max_replicas=most,
+        target_ongoing_requests=slots,
+        policy=policy,
+        **SCALING,
     )
-    router = RequestRouterConfig(
-        request_router_class="nanollama_extras.cluster.shipped.NamedReplicaRouter"
-    )
+    router = RequestRouterConfig(request_router_class=f"{SHIPPED}.NamedReplicaRouter")
     made = serve.deployment(Engine).options(
         name="Engine",
         ray_actor_options=resources,
         autoscaling_config=scaling,
-        max_ongoing_requests=slots + queue + 16,  # the replica itself says when it is full
         request_router_config=router,
         logging_config=QUIET,
         health_check_period_s=2,
@@ -106,8 +109,7 @@ def engine_deployment(values: Json) -> Any:
 
 def front_of(title: str, config: Config, app: str, **connection: Any) -> FrontModels:
     """The models of a front, whose replicas belong to an application on Ray."""
-    placement = Placement(lambda: LIVE.get(app, ()))
-    return FrontModels({}, config, placement=placement, title=title, **connection)
+    return FrontModels({}, config, live=lambda: LIVE.get(app, ()), title=title, **connection)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def ready(handle: Any) -> Any:
     """A handle, once it knows replicas. The front of an application may start before they do."""
     while not LIVE.get(handle.app_name):
         with contextlib.suppress(DeploymentUnavailableError):
-            handle.broadcast("peek", "/health").results(timeout_s=60, return_exceptions=True)
+            handle.broadcast("address", "").results(timeout_s=60, return_exceptions=True)
         time.sleep(0.02)
     return handle
 

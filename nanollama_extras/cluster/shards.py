@@ -11,7 +11,7 @@ Rows are taken where kernels round the operand.
 
 Adds       the parts of tensors and of a ModelConfig, and the reasons why a model cannot be split.
 Seam       cluster.tensor_parallel hands its tensors out. A part is a TensorSource that reads its
-           own rows; of rows whose columns are split, a few at a time.
+           own rows, or its own columns.
 Remove     delete this file with cluster.tensor_parallel.
 """
 
@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -220,22 +223,44 @@ def rows_of(tensor: TensorSource, own: range) -> TensorSource:
 
 
 def columns_of(tensor: TensorSource, own: range) -> TensorSource:
-    """The given columns of a matrix. Of safetensors they are read alone; of other files, whole rows
-    are, a few at a time."""
+    """The given columns of a matrix. Of safetensors and GGUF files, they are read alone; of others,
+    whole rows are, a few at a time."""
     num_rows, num_cols = tensor.shape
     loader: Any = tensor.load
+    place = getattr(loader, "func", None)
 
     def load(at: slice = slice(None)) -> Tensor | PackedLinear:
-        rows, step = range(num_rows)[at], max(1, READ_WEIGHTS // num_cols)
-        if getattr(loader, "func", None) is nanollama._load_safetensor:
+        rows = range(num_rows)[at]
+        if place is nanollama._load_safetensor:
             opened, key = loader.args
             part: Tensor = opened.get_slice(key)[rows.start : rows.stop, own.start : own.stop]
             return part.clone()
+        if place is nanollama._load_gguf:
+            return gguf_columns(*loader.args, rows, own)
+        step = max(1, READ_WEIGHTS // num_cols)
         starts = range(rows.start, max(rows.stop, rows.start + 1), step)
         pieces = [tensor.load(slice(i, min(i + step, rows.stop))) for i in starts]
         return joined([cut(piece, own, num_cols) for piece in pieces])
 
     return _changed(tensor, (num_rows, len(own)), load)
+
+
+def gguf_columns(
+    raw: Any, kind: Any, shape: tuple[int, ...], rows: range, own: range
+) -> Tensor | PackedLinear:
+    """Columns of some rows of a matrix (shape) in these bytes; only the blocks that hold them are
+    read."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    first, last = own.start // block, -(-own.stop // block)
+    table = raw.reshape(shape[0], -1)[rows.start : rows.stop]
+    data = np.array(table[:, first * block_bytes : last * block_bytes]).reshape(-1)
+    width = (last - first) * block
+    if (file := getattr(raw, "_mmap", None)) is not None and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache only
+    part = nanollama._load_gguf(data, kind, (len(rows), width))
+    if width == len(own):
+        return part
+    return cut(part, range(own.start - first * block, own.stop - first * block), width)
 
 
 def cut(piece: Tensor | PackedLinear, own: range, num_cols: int) -> Tensor | PackedLinear:

@@ -1,7 +1,7 @@
-"""The classes that Ray carries to other processes: the deployments, and the way of a call to the
-replica that its front has chosen.
+"""What Ray carries to other processes: the deployments, a router that tells the front which
+replicas there are, and the rule by which Ray starts and ends them.
 
-Ray pickles these classes whole and not by name, so their methods import what they use: `nanollama`
+Ray pickles these whole and not by name, so they import what they use when they run: `nanollama`
 may be the main program here, and is a module there.
 
 Seam       cluster.serve deploys them; `ray.serve.request_router.RequestRouter`. They open
@@ -11,17 +11,17 @@ Remove     delete the folder.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
 from ray.serve.request_router import RequestRouter
+from ray.util import get_node_ip_address
 
 from nanollama_extras.cluster import placement
 
 
 class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
-    """Routes a call to the replica that it names; to the least busy one where that is gone."""
+    """Routes `address` to the replica that it names; to another one where that is gone."""
 
     def update_replicas(self, replicas: list[Any]) -> None:
         super().update_replicas(replicas)
@@ -39,10 +39,15 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
         """The replicas to try."""
-        call = pending_request.args[0] if pending_request and pending_request.args else None
-        name = getattr(call, "replica", "")
+        name = pending_request.args[0] if pending_request and pending_request.args else ""
         named = [one for one in candidate_replicas if one.replica_id.unique_id == name]
         return [named or candidate_replicas]
+
+
+def wanted_replicas(context: Any) -> tuple[float, dict[str, Any]]:
+    """How many replicas the calls need that run on them: Ray sees no calls itself."""
+    calls = context.aggregated_metrics.get("calls", {})
+    return sum(calls.values()) / context.config.target_ongoing_requests, {}
 
 
 class Engine:
@@ -52,19 +57,21 @@ class Engine:
         from nanollama_extras.cluster.replica import Replica
 
         name = serve.get_replica_context().replica_id.unique_id
-        self.replica = await Replica(values, str(name)).opened()
+        self.replica = await Replica(values, str(name)).opened(get_node_ip_address())
 
     def check_health(self) -> None:
         self.replica.check_health()
 
-    async def answer(self, call: Any) -> AsyncIterator[Any]:
-        """The parts of the answer to a call."""
-        async for part in self.replica.answer(call):
-            yield part
+    def record_autoscaling_stats(self) -> dict[str, int]:
+        """What `wanted_replicas` reads."""
+        return {"calls": self.replica.num_calls}
 
-    async def peek(self, path: str) -> tuple[int, bytes]:
-        """The status and the body of GET `path`."""
-        return await self.replica.peek(path)
+    async def address(self, name: str) -> Any:
+        """Where this replica takes calls. name: of the replica that the router shall ask."""
+        return self.replica.address
+
+    async def __del__(self) -> None:  # Ray awaits it when the replica shall end
+        await self.replica.close()
 
 
 @serve.ingress()

@@ -13,7 +13,7 @@ import pytest
 
 from nanollama import BatchRow, Delta, NanollamaError, RequestError, Usage, UsageError
 from nanollama_extras.cluster.batch_files import Parts, read_prompts
-from nanollama_extras.commands.json_lines import json_line
+from nanollama_extras.commands.json_lines import json_line, open_output
 
 RUN = {"temperature": 0.0, "input": "abc"}
 
@@ -181,6 +181,17 @@ def test_two_runs_do_not_write_the_same_output(tmp_path: Path) -> None:
         Parts(target, RUN),
     ):
         pass
+
+
+def test_no_folder_is_made_for_an_output(tmp_path: Path) -> None:
+    """As `open_output` of a batch on one machine."""
+    target = str(tmp_path / "absent" / "out.jsonl")
+    with pytest.raises(RequestError) as alone:
+        open_output(target)
+    with pytest.raises(RequestError) as ours, Parts(target, RUN):
+        pass
+    assert str(ours.value) == str(alone.value)
+    assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("name", ["", "absent/dir\0/out", "nowhere://out"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -16,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_files
+import numpy as np
 import oracle
 import pytest
 import split_ranks
@@ -236,9 +239,7 @@ def test_the_parts_of_a_matrix_make_it_up() -> None:
         ]
         loaded = [part.load() for part in parts]
         assert [tuple(part.shape) for part in loaded] == [part.shape for part in parts]
-        floats = [x if isinstance(x, torch.Tensor) else x.dequantize() for x in loaded]
-        expected = whole if isinstance(whole, torch.Tensor) else whole.dequantize()
-        assert torch.equal(torch.cat(floats, dim), expected)
+        assert torch.equal(torch.cat(list(map(floats_of, loaded)), dim), floats_of(whole))
         if dim == 0:
             assert read == [slice(0, 4), slice(4, 8), slice(8, 12)]
 
@@ -260,6 +261,46 @@ def test_packed_columns_are_cut_between_groups() -> None:
     assert shards.part_of(name, floats, Share(1, 2), None).shape == (4, 48)
     with pytest.raises(SplitError, match=problem):
         shards.part_of(name, floats, Share(0, 2), bits=8)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_K", "IQ4_XS"])
+def test_columns_of_a_gguf_are_read_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that are read, of 768 columns in blocks of up to 256, and what they hold."""
+    path, random = tmp_path / "one.gguf", np.random.default_rng(0)
+    weight = random.normal(size=(6, 768)).astype(np.float32)
+    raw = gguf_files.encode(weight, gguf_files.Kind[kind], random)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", raw, raw_dtype=gguf_files.Kind[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensor = nanollama.read_gguf(path)[1]["blk.0.ffn_down.weight"]
+    load, read = nanollama._load_gguf, []
+
+    def spy(data: Any, *rest: Any) -> Any:
+        read.append(data.nbytes)
+        return load(data, *rest)
+
+    monkeypatch.setattr(nanollama, "_load_gguf", spy)
+    tensor = dataclasses.replace(tensor, load=functools.partial(spy, *tensor.load.args))
+    for size in (3, 4):
+        read.clear()
+        parts = [shards.columns_of(tensor, Share(rank, size).of(768)) for rank in range(size)]
+        floats = [floats_of(part.load(slice(1, 5))) for part in parts]
+        block = gguf.GGML_QUANT_SIZES[gguf_files.Kind[kind]][0]
+        num_blocks = [
+            -(-(rank + 1) * (768 // size) // block) - rank * (768 // size) // block
+            for rank in range(size)
+        ]
+        assert read == [4 * tensor.nbytes // 6 * n // (768 // block) for n in num_blocks]
+        assert torch.equal(torch.cat(floats, 1), floats_of(load(*tensor.load.args))[1:5])
+
+
+def floats_of(weight: torch.Tensor | PackedLinear) -> torch.Tensor:
+    return weight if isinstance(weight, torch.Tensor) else weight.dequantize()
 
 
 def test_a_bias_is_added_once() -> None:
