@@ -71,7 +71,8 @@ class Engine:
         return self.replica.address
 
     async def __del__(self) -> None:  # Ray awaits it when the replica shall end
-        await self.replica.close()
+        if hasattr(self, "replica"):
+            await self.replica.close()
 
 
 @serve.ingress()
