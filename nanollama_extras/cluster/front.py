@@ -63,7 +63,7 @@ ENCODINGS = {  # module of an API -> the encoding of its streams, where it is no
 STREAMS = (b"text/event-stream", b"application/x-ndjson")
 MAX_TRIES = 4  # replicas that end before they answer the same request
 FULL_S = 0.2  # until a request that lost its replica asks full ones again
-NONE_S = 60.0  # for a replica to come, where there is none
+NONE_S = 600.0  # for a replica to come, where there is none
 PEEK_S = 5.0  # for a replica to show its metrics
 
 
