@@ -30,10 +30,10 @@ def body(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-async def listening(app: App) -> Replica:
+async def listening(app: App, name: str = "one") -> Replica:
     """A replica of an application alone."""
     replica = object.__new__(Replica)
-    replica.app, replica.channels, replica.name = app, set(), "one"  # type: ignore[assignment]
+    replica.app, replica.channels, replica.name = app, set(), name  # type: ignore[assignment]
     await replica.listen("127.0.0.1")
     return replica
 
@@ -219,6 +219,77 @@ async def test_messages_may_come_in_any_pieces() -> None:
         for start in range(0, len(data), size):
             channel.data_received(data[start : start + size])
         assert got == [(0, b"a"), (1, b"b"), (2, b"c" * 300)]
+
+
+@contextlib.asynccontextmanager
+async def fronted(**apps: App) -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Replica]]]:
+    """A client of a front, and replicas by their names."""
+    replicas = {name: await listening(app, name) for name, app in apps.items()}
+    models = front.FrontModels({}, nanollama.ServerConfig(), live=lambda: tuple(replicas))
+    models.is_loading = False
+
+    async def ask(name: str) -> Address:
+        return replicas[name].address
+
+    models.links.ask = ask
+    watching = asyncio.ensure_future(models.links.watch())
+    await until(lambda: len(models.links.names()) == len(replicas))
+    transport = httpx.ASGITransport(nanollama.create_app(models))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+        yield http, replicas
+    watching.cancel()
+    for replica in replicas.values():
+        replica.server.close()
+
+
+def lose(replica: Replica) -> None:
+    """End a replica as a kill does."""
+    replica.server.close()
+    for channel in replica.channels:
+        channel.transport.abort()
+
+
+async def whole(scope: Any, receive: Any, send: Any) -> None:
+    await send(START)
+    await send(body(b"whole"))
+
+
+async def never(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def begun(scope: Any, receive: Any, send: Any) -> None:
+    await send({**START, "headers": [(b"content-type", b"text/event-stream")]})
+    await send(body(b"data: {}\n\n"))
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("first", "answer"),
+    [(never, "whole"), (begun, 'data: {}\n\ndata: {"error": {"message": "the replica has ended')],
+)
+async def test_only_an_answer_that_has_begun_is_lost(first: App, answer: str) -> None:
+    async with fronted(first=first, second=whole) as (http, replicas):
+        asked = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": "x"}))
+        await until(lambda: replicas["first"].num_calls)
+        await asyncio.sleep(0.05)
+        lose(replicas["first"])
+        found = await asked
+        assert found.status_code == 200
+        assert found.text.startswith(answer)
+        assert (await http.post("/v1/completions", json={"prompt": "y"})).text == "whole"
+
+
+async def test_a_full_replica_is_passed_over_and_the_last_one_says_so() -> None:
+    async def full(scope: Any, receive: Any, send: Any) -> None:
+        await send({**START, "status": 429})
+        await send(body(b"full"))
+
+    async with fronted(first=full, second=whole) as (http, _):
+        assert (await http.get("/v1/models")).text == "whole"
+    async with fronted(first=full, second=full) as (http, _):
+        answer = await http.get("/v1/models")
+        assert (answer.status_code, answer.text) == (429, "full")
 
 
 @pytest.mark.parametrize(
