@@ -236,7 +236,7 @@ def columns_of(tensor: TensorSource, own: range) -> TensorSource:
             part: Tensor = opened.get_slice(key)[rows.start : rows.stop, own.start : own.stop]
             return part.clone()
         if place is nanollama._load_gguf:
-            return gguf_columns(*loader.args, rows, own)
+            return gguf_columns(loader.args, rows, own)
         step = max(1, READ_WEIGHTS // num_cols)
         starts = range(rows.start, max(rows.stop, rows.start + 1), step)
         pieces = [tensor.load(slice(i, min(i + step, rows.stop))) for i in starts]
@@ -245,11 +245,10 @@ def columns_of(tensor: TensorSource, own: range) -> TensorSource:
     return _changed(tensor, (num_rows, len(own)), load)
 
 
-def gguf_columns(
-    raw: Any, kind: Any, shape: tuple[int, ...], rows: range, own: range
-) -> Tensor | PackedLinear:
-    """Columns of some rows of a matrix (shape) in these bytes; only the blocks that hold them are
-    read."""
+def gguf_columns(place: tuple[Any, ...], rows: range, own: range) -> Tensor | PackedLinear:
+    """Columns of some rows of a matrix. place: its bytes, type and shape. Only the blocks that hold
+    them are read."""
+    raw, kind, shape = place
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     first, last = own.start // block, -(-own.stop // block)
     table = raw.reshape(shape[0], -1)[rows.start : rows.stop]
