@@ -202,7 +202,7 @@ def cached_share(live: Live, name: str, num_chats: int = 10, num_turns: int = 4)
 def test_interleaved_chats_find_their_prefixes(
     live: Live, plain: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two replicas cache as much as one server with as many slots; chosen by chance, they do not."""
+    """Two replicas cache as much as one server with as many slots; those of a lottery do not."""
     ours, single = cached_share(live, "a"), cached_share(plain, "a")
     assert ours > 0.9 * single > 0.5
     chance = random.Random(0)
