@@ -61,10 +61,22 @@ ENCODINGS = {  # module of an API -> the encoding of its streams, where it is no
     "api.responses": "api.responses:NAMED_SSE",
 }
 STREAMS = (b"text/event-stream", b"application/x-ndjson")
+OPENINGS = (  # events at the beginning of a stream that have nothing of the answer yet
+    b'"delta": {"role": "assistant"',
+    b"event: message_start\n",
+    b"event: response.created\n",
+    b"event: response.in_progress\n",
+)
 MAX_TRIES = 4  # replicas that end before they answer the same request
 FULL_S = 0.2  # until a request that lost its replica asks full ones again
 NONE_S = 600.0  # for a replica to come, where there is none
 PEEK_S = 5.0  # for a replica to show its metrics
+
+
+def is_opening(data: bytes) -> bool:
+    """Whether the events of a stream have nothing of the answer yet."""
+    *events, rest = data.split(b"\n\n")
+    return not rest and all(any(mark in event for mark in OPENINGS) for event in events)
 
 
 def stream_error(path: str, error: NanollamaError, sent: bytes) -> bytes:
@@ -334,19 +346,27 @@ class Forwarded:
             answer.close()
 
     async def pass_all(self, answer: Answer, name: str, send: Send, num_lost: int) -> bool:
-        """`ask`, for the answer of replica `name`."""
+        """`ask`, for the answer of replica `name`. The opening of a stream goes out with what
+        follows: until then, another replica may answer."""
+        head, opening = None, b""
         while (part := await answer.next()) is not None:
-            if isinstance(part, bytes):
-                await self.pass_on(part, send)
-                continue
-            if part.head:
-                if part.head.status == 429 and (self.others() or num_lost):
+            if isinstance(part, Part):
+                if part.head and part.head.status == 429 and (self.others() or num_lost):
                     return False
+                head = head or part.head
+                self.models.keep(part, name)
+                part = part.data
+            if head:
+                opening += part
+                if is_opening(opening):
+                    continue
                 self.models.placement.note(self.start, name)
-                await self.begin(part.head, send)
-            self.models.keep(part, name)
-            await self.pass_on(part.data, send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self.begin(head, send)
+                head, part = None, opening
+            await self.pass_on(part, send)
+        if head:
+            await self.begin(head, send)
+        await send({"type": "http.response.body", "body": opening if head else b""})
         return True
 
     def others(self) -> set[str]:

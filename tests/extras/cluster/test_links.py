@@ -264,9 +264,19 @@ async def begun(scope: Any, receive: Any, send: Any) -> None:
     await asyncio.Event().wait()
 
 
+async def opened(scope: Any, receive: Any, send: Any) -> None:
+    await send({**START, "headers": [(b"content-type", b"text/event-stream")]})
+    await send(body(b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n'))
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize(
     ("first", "answer"),
-    [(never, "whole"), (begun, 'data: {}\n\ndata: {"error": {"message": "the replica has ended')],
+    [
+        (opened, "whole"),
+        (never, "whole"),
+        (begun, 'data: {}\n\ndata: {"error": {"message": "the replica has ended'),
+    ],
 )
 async def test_only_an_answer_that_has_begun_is_lost(first: App, answer: str) -> None:
     async with fronted(first=first, second=whole) as (http, replicas):
