@@ -57,8 +57,9 @@ def nibbles(b: Tensor) -> Tensor:
 
 def planes(b: Tensor, bits: int) -> Tensor:
     """Codes of 1 or 2 bits: byte i of 32 has those of columns i, i + 32, .. -> (.., columns)"""
-    x = b.unflatten(-1, (-1, 1, 32)) >> torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1)
-    return (x & (2**bits - 1)).flatten(-3)
+    words = copied(b, 0, b.shape[-1]).view(torch.int32).unflatten(-1, (-1, 1, 8))
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32).view(-1, 1)
+    return (words >> shifts & (2**bits - 1) * 0x01010101).flatten(-3).view(torch.uint8)
 
 
 def halved(b: Tensor) -> Tensor:

@@ -138,9 +138,9 @@ class FineLinear(PackedLinear):
             part = F.pad(part, (0, 0, 0, missing)) if missing else part
             return part.unflatten(1, (num_wide, -1)).unflatten(0, shape[:2])  # (.., 16, wide, n)
 
-        words = code_bytes(tiled(fine.codes), fine.bits).permute(0, 2, 3, 4, 1, 5)
-        at = words[0, 0].numel()
-        blocks[..., :at].view(words.shape).copy_(words)
+        words = code_words(tiled(fine.codes), fine.bits).permute(0, 2, 3, 4, 1)
+        at = 4 * words[0, 0].numel()
+        blocks[..., :at].view(torch.int32).view(words.shape).copy_(words)
         if fine.small is not None:
             small = tiled(fine.small.view(torch.uint8)).permute(0, 2, 3, 1)
             end = at + small[0, 0].numel()
@@ -169,16 +169,22 @@ def level_bytes(levels: tuple[int, ...] | None, is_narrow: bool) -> Tensor | Non
     return torch.tensor(levels * (16 // len(levels)), dtype=torch.int16).add(centre).to(torch.uint8)
 
 
-def code_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Codes (blocks, 16, wide, cols) -> (blocks, 16, wide, cols / 32, registers, 4) in the order of
-    `code_word` in native.c."""
-    words = codes.unflatten(-1, (-1, 2, 4, 4))  # (.., 32 columns, half, word, byte)
+def code_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes (blocks, 16, wide, cols) -> (blocks, 16, wide, cols / 32, registers) int32 in the order
+    of `code_word` in native.c"""
+    words = codes.contiguous().view(torch.int32).unflatten(-1, (-1, 2, 4))  # (.., half, word)
     if bits == 4:
-        return words[..., 0, :, :] | words[..., 1, :, :] << 4
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
-    low = ((words & 3) << shifts).sum(-2, dtype=torch.uint8)  # (.., half, byte)
+        return words[..., 0, :] | words[..., 1, :] << 4
+    low = merged(words & 0x03030303, 2)
     if bits == 2:
         return low
-    shifts = torch.arange(8, dtype=torch.uint8).view(8, 1)
-    high = ((words.flatten(-3, -2) >> 2) << shifts).sum(-2, keepdim=True, dtype=torch.uint8)
-    return torch.cat((low, high), dim=-2)
+    high = merged((words >> 2 & 0x01010101).flatten(-2), 1)
+    return torch.cat((low, high.unsqueeze(-1)), dim=-1)
+
+
+def merged(words: Tensor, step: int) -> Tensor:
+    """Words (.., n), each shifted by `step` bits more than the one before -> (..)"""
+    found = words[..., 0]
+    for i in range(1, words.shape[-1]):
+        found = found | words[..., i] << step * i
+    return found
