@@ -2498,8 +2498,7 @@ def _directory_text(path: Path) -> TextFiles:
 
 def _directory_templates(path: Path, inline: Any) -> dict[str, str]:
     """Chat templates by name: from tokenizer_config.json (`inline`: a text, or a list of {name,
-    template}), chat_template.json, chat_template.jinja and additional_chat_templates/. A later
-    source replaces an earlier one."""
+    template}), chat_template.json, chat_template.jinja, additional_chat_templates/; last wins."""
     templates: dict[str, str] = {}
     beside = read_json(path / "chat_template.json", required=False).get("chat_template")
     for found in (inline, beside):
@@ -6540,12 +6539,12 @@ COMMANDS = {
     "eval": Command("[--text|--task FILE]", "measure how well a model predicts", "commands.eval"),
     "verify": Command("MODEL", "compare a model with transformers", "commands.verify"),
     "launch": Command("CLIENT", "run a coding agent", "commands.launch"),
+    "convert": Command("MODEL OUT", "convert a model to GGUF", "commands.convert"),
 }
 
 
 def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """Make a group of options. Returns a function that adds one: flags and placeholder, help, type,
-    and other arguments of argparse."""
+    """A group of options -> a function that adds one: flags and metavar, help, type, .."""
     group = parser.add_argument_group(title)
 
     def add(flags: str, text: str, kind: Callable[[str], Any] | None = None, **rest: Any) -> None:

@@ -257,7 +257,7 @@ FORMS = {*GRAMMARS, "answers.notations", "answers.tools"}
 RESPONSES = {f"api.{name}" for name in ("responses", "response_input", "response_tools", "sealed")}
 RESPONSES |= {"api.compaction", "answers.lark_regex"}
 NEST = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
-OLLAMA_API = {"api.ollama", "api.ollama_models", "api.shelf"}
+OLLAMA_API = {"api.ollama", "api.ollama_models", "api.blobs", "api.shelf"}
 GAP: dict[str, Any] = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLED = [
@@ -300,6 +300,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
+    "convert": ({"commands.convert"}, command("convert", "--help")),
     "launch": ({"commands.launch"}, command("launch", "--help")),
     "--embed": (
         {"commands.embed", "answers.embeddings"},

@@ -32,6 +32,7 @@ MAX_CONNECTIONS = 1000  # or three quarters of the files that this process may o
 # may be longer than --idle-timeout
 LEAST_RATE = 1 << 16
 SMALL_BYTES = 1 << 16  # of a body that always has room
+FILES = "/api/blobs/"  # beginning of paths whose bodies go to files, whatever their size
 MAX_BODIES = 8  # of the largest size, for which there is room at a time
 # Values in a body. Parsing holds the interpreter, so nothing else runs meanwhile: this many take
 # 0.05 to 0.3 s, and a body of one long text takes less.
@@ -139,6 +140,7 @@ class Body:
         self.is_whole = False
         length = dict(scope["headers"]).get(b"content-length", b"0")
         self.length = int(length) if length.isdigit() else 0
+        self.is_file = scope["path"].startswith(FILES)
 
     async def receive(self) -> Message:
         """The next message. Raises WireError 408, 413 or 503 for a body over a limit."""
@@ -171,11 +173,13 @@ class Body:
 
     def check_size(self, num_bytes: int) -> None:
         limit = self.bodies.config.max_body_bytes
-        if num_bytes > limit:
+        if num_bytes > limit and not self.is_file:
             raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
 
     def hold(self) -> None:
         """Take room for the bytes beyond SMALL_BYTES."""
+        if self.is_file:
+            return
         bodies, more = self.bodies, max(self.num_bytes - SMALL_BYTES, 0) - self.num_held
         if bodies.num_bytes + more > MAX_BODIES * bodies.config.max_body_bytes:
             problem = "other requests' bodies take all the room; try again soon"

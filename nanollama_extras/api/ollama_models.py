@@ -1,7 +1,7 @@
 """The part of Ollama's API that lists, shows, downloads, makes and deletes models.
 
 Seam       `ModelHandlers` is the base of the dialect in api/ollama.py, which imports it. Models are
-           unloaded and loaded anew by api.shelf.
+           unloaded and loaded anew by api.shelf; api.blobs keeps files and makes weights.
 Remove     delete this file together with api/ollama.py.
 Spec       https://github.com/ollama/ollama/blob/main/docs/api.md
 """
@@ -61,6 +61,7 @@ from nanollama import (
     table,
     unless_disconnected,
 )
+from nanollama_extras.api import blobs
 from nanollama_extras.api.shelf import Shelf
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ OLLAMA_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "template": ("",),
     **dict.fromkeys(("width", "height", "steps", "path"), ()),
-    **dict.fromkeys(("files", "adapters"), ({},)),
-    "quantize": ("",),
+    "adapters": ({},),
 }
 # Downloads wait for each other here, and not in the threads that read requests
 STORE_THREADS = ThreadPoolExecutor(4, "store")
@@ -101,8 +101,8 @@ OLLAMA_COPY = table(string="source destination")
 
 OLLAMA_CREATE = table(
     OLLAMA_MODEL,
-    string="from modelfile system",
-    object="parameters",
+    string="from modelfile system quantize",
+    object="parameters files",
     array="messages",
     string_or_array="license",
     boolean="stream",
@@ -286,7 +286,19 @@ def named_base(text: str) -> str:
 
 
 def create_model(name: str, given: Fields, report: Report) -> None:
-    """Create a model that is based on another one."""
+    """Create a model that is based on another one, or on files that were sent before."""
+    check_new_name(name)
+    with blobs.CREATING:
+        modelfile = new_modelfile(given, report)
+        if kind := given.get("quantize"):
+            modelfile = blobs.quantized(modelfile, kind, report)
+        report({"status": "writing manifest"})
+        write_modelfile(name, modelfile)
+    blobs.discard_unused()
+
+
+def new_modelfile(given: Fields, report: Report) -> Modelfile:
+    """The Modelfile of a body of /api/create. Raises RequestError and CheckpointError."""
     report({"status": "reading model metadata"})
     reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
@@ -294,8 +306,13 @@ def create_model(name: str, given: Fields, report: Report) -> None:
         if whole.template or whole.tokenizer or whole.adapter:
             refuse("TEMPLATE, TOKENIZER and ADAPTER are not allowed in a request", "modelfile")
         reference = named_base(text)
-    modelfile = base_modelfile(reference or required(given, "from"))
-    report({"status": "writing manifest"})
+    if given.get("files"):
+        path = blobs.made_of_files(given["files"])
+        report({"status": "parsing GGUF" if path.is_file() else "converting model"})
+        open_checkpoint(path)  # raises where it is no model
+        modelfile = Modelfile(model=str(path))
+    else:
+        modelfile = base_modelfile(reference or required(given, "from"))
     for own in (whole, created_modelfile(given)):  # the later one overrides
         modelfile = dataclasses.replace(
             modelfile,
@@ -304,7 +321,7 @@ def create_model(name: str, given: Fields, report: Report) -> None:
             parameters={**modelfile.parameters, **own.parameters},
             messages=own.messages or modelfile.messages,
         )
-    write_modelfile(name, modelfile)
+    return modelfile
 
 
 def cached_models(name: str) -> list[CachedModel]:
@@ -441,10 +458,22 @@ class ModelHandlers(Handlers):
         found = await asyncio.to_thread(cached_models, name)
         await self.models.renew(name)
         await asyncio.to_thread(ModelStore().remove, found)
+        await asyncio.to_thread(blobs.discard_unused)
         return as_json({})
 
+    async def ollama_has_blob(self, request: Request) -> Response:
+        """HEAD /api/blobs/{digest}: whether a file was sent before"""
+        has_blob = blobs.blob_path(request.path_params["digest"]).exists()
+        return as_json({}, 200 if has_blob else 404)
+
+    async def ollama_blob(self, request: Request) -> Response:
+        """POST /api/blobs/{digest}: keep a file for /api/create"""
+        self.check_open()
+        is_new = await blobs.receive_blob(request.path_params["digest"], request.stream())
+        return as_json({}, 201 if is_new else 200)
+
     async def ollama_refuse(self, request: Request) -> Response:
-        """POST /api/push, /api/blobs/{digest}: not supported"""
+        """POST /api/push: not supported"""
         raise WireError(400, "unsupported", f"{request.url.path} is not supported by this server")
 
     routes: ClassVar[tuple[Route, ...]] = (
@@ -456,7 +485,9 @@ class ModelHandlers(Handlers):
         Route(ollama_create, ("POST /api/create",), OLLAMA_CREATE, ("model",)),
         Route(ollama_copy, ("POST /api/copy",), OLLAMA_COPY, ("source", "destination")),
         Route(ollama_delete, ("DELETE /api/delete",), OLLAMA_MODEL, ("model",)),
-        Route(ollama_refuse, ("POST /api/push", "POST /api/blobs/{digest}")),
+        Route(ollama_has_blob, ("HEAD /api/blobs/{digest}",)),
+        Route(ollama_blob, ("POST /api/blobs/{digest}",)),
+        Route(ollama_refuse, ("POST /api/push",)),
     )
 
 
@@ -488,18 +519,22 @@ def progress_bar(name: str, report: Progress) -> type:
     return Bar
 
 
-def write_modelfile(name: str, modelfile: Modelfile) -> None:
-    """Write the Modelfile of a model under its name. Raises RequestError for a bad name or that of
-    another model, DownloadError where the file cannot be written."""
+def check_new_name(name: str) -> None:
+    """Raise RequestError for a bad name, or that of a model that was not created."""
     if not MODEL_NAME.fullmatch(name):
         raise RequestError(
             f"{excerpt(name)} is no name for a model; use name or name:tag of up to 200 letters",
             "model",
         )
-    store = ModelStore()
-    path = store.modelfile_path(name)
-    if name in (*ALIASES, TINY_RANDOM) or store.find_cached(name):
+    if name in (*ALIASES, TINY_RANDOM) or ModelStore().find_cached(name):
         raise RequestError(f"{name} is a model already; choose another name", "model")
+
+
+def write_modelfile(name: str, modelfile: Modelfile) -> None:
+    """Write the Modelfile of a model under its name. Raises RequestError for a bad name or that of
+    another model, DownloadError where the file cannot be written."""
+    check_new_name(name)
+    path = ModelStore().modelfile_path(name)
     text = format_modelfile(modelfile)
     if re.search("[\ud800-\udfff]", text):
         raise RequestError("a lone surrogate is not text; no file can hold it", "system")

@@ -127,6 +127,14 @@ def as_served(source: ModelSource) -> ServedModel:
     return ServedModel(source.name, source.load, source.sampling, source.opening)
 
 
+def cached_path(store: ModelStore, reference: str) -> Path | None:
+    """The path of a model in the caches, or of weights that /api/create made; None for others"""
+    made = Path(reference)
+    if (store.root / "created") in made.parents and ".." not in made.parts and made.exists():
+        return made
+    return store.find_cached(reference)
+
+
 def served_model(settings: Settings, name: str, path: Path | None = None) -> ServedModel:
     """The server's source of a model under a name; `path` leads to the files, where it is known."""
     files: dict[str, Any] = {"model": str(path) if path else absolute(settings.model)}
@@ -178,13 +186,13 @@ def library_of(settings: Settings) -> Library:
 
     def find(name: str) -> ServedModel | None:
         modelfile = store.modelfile(name) or Modelfile()
-        path = store.find_cached(modelfile.model or name)
+        path = cached_path(store, modelfile.model or name)
         its_settings = dataclasses.replace(settings, modelfile=modelfile)
         return served_model(its_settings, name, path) if path else None
 
     def is_usable(name: str) -> bool:
         with contextlib.suppress(OSError, NanollamaError):  # damaged, or deleted meanwhile
-            path = store.find_cached((store.modelfile(name) or Modelfile()).model or name)
+            path = cached_path(store, (store.modelfile(name) or Modelfile()).model or name)
             return bool(numbers_of(path))
         return False
 

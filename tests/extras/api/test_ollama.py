@@ -28,7 +28,7 @@ from test_store import use_endpoint
 
 import nanollama
 from nanollama import Modelfile, ModelfileError, parse_modelfile
-from nanollama_extras.api import ollama_models
+from nanollama_extras.api import blobs, ollama_models
 from nanollama_extras.api.ollama import ollama_messages
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
 from nanollama_extras.api.shelf import KEEP_ALIVE_S, open_shelf
@@ -646,8 +646,11 @@ def test_the_base_of_a_modelfile_is_read_as_its_other_values(live: Live, text: s
         {"model": TINY, "from": TINY},
         {"model": "x"},
         {"from": TINY, "template": "{{ 1 }}"},
-        {"from": TINY, "files": {"a": "b"}},
-        {"from": TINY, "quantize": "q4_K_M"},
+        {"files": {"a": "b"}},
+        {"files": {"../a": f"sha256:{'0' * 64}"}},
+        {"files": {"model.gguf": f"sha256:{'0' * 64}"}},
+        {"files": {"model.gguf": 3}},
+        {"from": TINY, "quantize": "q4_K_X"},
         {"from": TINY, "system": 'three quotes """'},
         {"from": TINY, "parameters": {"temperature": "hot"}},
         {"from": TINY, "parameters": {"colour": 1}},
@@ -807,8 +810,85 @@ def test_a_created_model_is_one_on_the_command_line_too(
 
 def test_what_there_is_nothing_like_here(client: ollama.Client, tmp_path: Path) -> None:
     assert "not supported" in refusal(lambda: client.push(TINY)).error
-    (tmp_path / "blob").write_bytes(b"blob")
-    assert "not supported" in refusal(lambda: client.create_blob(tmp_path / "blob")).error
+
+
+def test_a_blob_is_kept_under_its_digest(
+    client: ollama.Client, live: Live, place: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "blob"
+    file.write_bytes(b"blob" * 3_000_000)  # more than the body of another request may have
+    digest = client.create_blob(file)
+    assert live.http.head(f"/api/blobs/{digest}").status_code == 200
+    assert live.http.post(f"/api/blobs/{digest}", content=b"again").status_code == 200
+    name = digest.replace(":", "-")
+    assert (place / "own" / "blobs" / name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "digest", ["sha256:00", "../../x", "md5:" + "0" * 64, "sha256:" + "G" * 64]
+)
+def test_a_name_that_is_no_digest_is_refused(live: Live, digest: str) -> None:
+    for method in ("POST", "HEAD"):
+        answer = live.http.request(method, f"/api/blobs/{digest}", content=b"x")
+        assert answer.status_code in (400, 404)
+
+
+def test_a_blob_with_another_digest_leaves_nothing(live: Live, place: Path) -> None:
+    digest = "sha256:" + "0" * 64
+    answer = live.http.post(f"/api/blobs/{digest}", content=b"x")
+    assert answer.status_code == 400
+    assert "digest" in answer.json()["error"]
+    assert live.http.head(f"/api/blobs/{digest}").status_code == 404
+    assert not list((place / "own" / "blobs").glob("*~"))
+
+
+def test_a_disk_without_room_is_an_error(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "KEPT_FREE", 1 << 62)
+    answer = live.http.post(f"/api/blobs/sha256:{'1' * 64}", content=b"x")
+    assert answer.status_code == 507
+    assert "disk is full" in answer.json()["error"]
+
+
+def test_a_model_is_made_of_files(
+    client: ollama.Client, live: Live, place: Path, tiny: Callable[..., Path]
+) -> None:
+    names = [file.name for file in tiny().iterdir() if file.is_file()]
+    digests = {name: client.create_blob(tiny() / name) for name in names}
+    client.create("filed", files=digests)
+    lines = list(client.create("filed:q8", files=digests, quantize="q8_0", stream=True))
+    statuses = [line.status or "" for line in lines]
+    assert statuses[-2:] == ["writing manifest", "success"]
+    assert any(status.startswith("quantizing F32 model to Q8_0") for status in statuses)
+    found = {name: client.show(name).details.quantization_level for name in ("filed", "filed:q8")}
+    assert found == {"filed": "F32", "filed:q8": "Q8_0"}
+    expected = client.chat(TINY, USER, options=GREEDY).message.content
+    assert client.chat("filed", USER, options=GREEDY).message.content == expected
+    gguf = next((place / "own" / "created").rglob("model.gguf"))
+    digest = client.create_blob(gguf)
+    client.create("filed:gguf", files={"any.gguf": digest}, system="Be brief.")
+    answers = [
+        client.generate(name, "hello", raw=True, options=GREEDY).response
+        for name in ("filed:q8", "filed:gguf")
+    ]
+    assert answers[0] == answers[1]
+    for name in ("filed", "filed:q8", "filed:gguf"):
+        client.delete(name)
+    assert not list((place / "own" / "created").iterdir())
+    assert not (place / "own" / "blobs" / digest.replace(":", "-")).exists()
+
+
+def test_a_model_is_made_of_another_in_fewer_bits(client: ollama.Client, place: Path) -> None:
+    client.create("small", from_=TINY, quantize="q4_K_M", system="You are small.")
+    details = client.show("small")
+    assert details.details.format == "gguf"
+    assert details.details.quantization_level.startswith("Q")
+    assert details.modelfile.count("You are small.") == 1
+    assert client.chat("small", USER, options=GREEDY).message.content
+    client.create("smaller", from_="small", parameters={"temperature": 0})
+    client.delete("small")
+    assert client.chat("smaller", USER, options=GREEDY).message.content  # the file is still in use
+    client.delete("smaller")
+    assert not list((place / "own" / "created").iterdir())
 
 
 def test_a_server_of_named_models_changes_nothing(tiny: Callable[..., Path]) -> None:

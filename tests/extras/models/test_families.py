@@ -17,19 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from families import (
-    ALL,
-    EXPERTS,
-    FALCON,
-    GEMMA3N,
-    LOCAL,
-    LONGROPE,
-    MORE,
-    NEMOTRON,
-    PHI_MOE_LONGROPE,
-    ROWS,
-)
-from oracle import YARN, Tiny, rewritten
+from families import ALL, GGUF_ROWS, LONGROPE, ROWS
+from oracle import Tiny, rewritten
 
 import nanollama
 from nanollama import LLM, Batch, CheckpointError, GenerationRequest, SamplingParams
@@ -529,85 +518,6 @@ def test_dynamic_ntk_is_that_of_a_cached_decode_token_by_token(tiny: Tiny, kerne
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------
-
-# what GGUF cannot say, or says by patterns of its own
-GGUF_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    **ROWS,
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
-    "qwen2": ("Qwen2", {"use_sliding_window": False}),
-    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 96}),
-    "gemma3_text": (
-        "Gemma3Text",
-        {
-            **ROWS["gemma3_text"][1],
-            "layer_types": None,
-            "num_hidden_layers": 6,
-            "query_pre_attn_scalar": 16,
-        },
-    ),
-    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma3n_text": ("Gemma3nText", {**GEMMA3N, "hidden_size": 96, "laurel_rank": 64}),
-    "olmo3": (
-        "Olmo3",
-        {
-            "sliding_window": 8,
-            "num_hidden_layers": 4,
-            "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
-        },
-    ),
-    "exaone4": ("Exaone4", {"sliding_window": 8, "num_hidden_layers": 4}),
-    "cohere2": ("Cohere2", {"sliding_window": 8, "num_hidden_layers": 4, "logit_scale": 0.5}),
-    "starcoder2": ("Starcoder2", {"norm_epsilon": 1e-5, "sliding_window": None}),
-    "phi3-longrope": MORE["phi3-longrope"],
-    "llama4_text": (
-        "Llama4Text",
-        {**ROWS["llama4_text"][1], "attention_chunk_size": 8192, "floor_scale": 8192},
-    ),
-    "granitemoehybrid-attention": MORE["granitemoehybrid-attention"],
-    "falcon_h1-plain": ("FalconH1", FALCON),
-    "granitemoehybrid-dense": (
-        "GraniteMoeHybrid",
-        {**MORE["granitemoehybrid-dense"][1], "mamba_conv_bias": True, "mamba_proj_bias": False},
-    ),
-    "nemotron_h": (
-        "NemotronH",
-        {**NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
-    ),
-    "nemotron_h-latent": (
-        "NemotronH",
-        MORE["nemotron_h-latent"][1]
-        | {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
-    ),
-    "nemotron_h-dense": (
-        "NemotronH",
-        {
-            **ROWS["nemotron_h"][1],
-            "layers_block_type": ["linear_attention", "mlp"] * 2 + ["full_attention"],
-        },
-    ),
-    "muse_glimmer_text": (
-        "MuseGlimmerText",
-        {**ROWS["muse_glimmer_text"][1], "post_norm_eps": 1e-8},  # GGUF readers know this number
-    ),
-    "gemma4_text-experts": MORE["gemma4_text-experts"],
-    "gemma4_text-dense": MORE["gemma4_text-dense"],
-    "bitnet": ("BitNet", {"tie_word_embeddings": True}),
-    "phimoe": ("Phimoe", {"num_local_experts": 5, "attention_bias": True, "lm_head_bias": True}),
-    "phimoe-longrope": (
-        "Phimoe",
-        {
-            "num_local_experts": 5,
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                **PHI_MOE_LONGROPE,
-                "long_factor": LONGROPE["short_factor"],
-                "long_mscale": PHI_MOE_LONGROPE["short_mscale"],
-            },
-        },
-    ),
-}
-for without in ("mistral", "ministral", "nanochat", "olmo_hybrid"):
-    del GGUF_ROWS[without]
 
 
 def gguf_made(tiny: Tiny, target: Path, variant: str, kind: str = "F32", **options: Any) -> Path:
