@@ -2457,10 +2457,10 @@ def read_safetensors(file: Path) -> Tensors:
 
 
 def _load_safetensor(opened: Any, key: str, *index: Any) -> Tensor:
-    in_part = index and isinstance(index[0], (int, slice))  # reads this part of the file only
+    in_part = index and isinstance(index[0], (int, slice))
     tensor: Tensor = opened.get_slice(key)[index[0]] if in_part else opened.get_tensor(key)
-    rest = index[1:] if in_part else index
-    return (tensor[rest] if rest else tensor).clone()  # its file may change
+    rest = index[1:] if in_part else index  # a copy: the file may change
+    return preferred("kernels.memory", "copied", lambda x, at: x[at].clone())(tensor, rest)
 
 
 def tokenizer_file(names: Iterable[str]) -> str | None:
@@ -2643,7 +2643,7 @@ def _load_gguf(
         # a tensor may start at any byte that `general.alignment` allows: copy before the view
         weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
     if (file := getattr(raw, "_mmap", None)) is not None and hasattr(mmap, "MADV_DONTNEED"):
-        # the pages stay in the system's cache only; all of them: neighbours were mapped, too
+        # pages stay in the system's cache only; neighbours were mapped, too
         file.madvise(mmap.MADV_DONTNEED)
     return weight
 

@@ -1,7 +1,7 @@
 """Memory that a program holds without use, returned to the system.
 
-Seam: the core's `return_unused_memory`, called after a model was loaded or unloaded. To remove it,
-delete this module.
+Seam: the core's `return_unused_memory`, called after a model was loaded or unloaded, and the copy
+that it makes of tensors in safetensors files. To remove it, delete this module.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import contextlib
 import ctypes
 import mmap
 import re
+import sys
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 # A code segment in /proc/self/smaps whose pages all equal those of its file
 CODE = re.compile(r"(?m)^(\w+)-(\w+) r-xp .* /.*\n(?:[A-Z]\w+:.*\n)*?Anonymous: +0 kB")
@@ -25,3 +29,17 @@ def return_unused_memory() -> None:
         for start, stop in CODE.findall(Path("/proc/self/smaps").read_text()):
             size = ctypes.c_size_t(int(stop, 16) - int(start, 16))
             libc.madvise(ctypes.c_void_p(int(start, 16)), size, mmap.MADV_DONTNEED)
+
+
+def copied(tensor: Tensor, at: Any) -> Tensor:
+    """A copy of `tensor[at]`. On Linux, the pages of the tensor, which is mapped from a file and is
+    not used again, stay in the system's file cache only."""
+    copy = tensor[at].clone()
+    if sys.platform == "linux" and tensor.is_contiguous():
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        if size > mmap.PAGESIZE:
+            size -= size % mmap.PAGESIZE
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    return copy
