@@ -1,22 +1,20 @@
 """Float weights on the CPU's native kernels: those that a file has in 16 bits stay in 16 bits.
 
-Seam       `floats` of the native backend: the core asks for a matrix of floats, as `Weights`
-           reads it. The kernels are in native.c, and compute in float32.
+Seam       `pack` of the native backend, which asks for a matrix of floats as `Weights` reads it.
+           The kernels are in native.c, and compute in float32.
 Needs      kernels.native
 Remove     delete this file; float weights then run on torch's operations.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollama import human_bytes, warn_once
-from nanollama_extras.kernels.native import NUMBERS, STRUCTURES, NativeLinear, run_kernel
+from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel
 
 BLOCK_ROWS = 32  # FLOAT_ROWS of native.c
 LOAD_WEIGHTS = 1 << 22  # weights read at a time
@@ -45,26 +43,15 @@ class FloatLinear(NativeLinear):
                 self.dtype = rows.dtype if rows.dtype.itemsize == 2 else dtype
                 num_blocks = -(-num_rows // BLOCK_ROWS)
                 self.blocks = torch.empty((num_blocks, BLOCK_ROWS * num_cols), dtype=self.dtype)
-                self.floats = NUMBERS[f"IN_{KINDS[self.dtype]}"]
+                self.fields = {"floats": NUMBERS[f"IN_{KINDS[self.dtype]}"]}
             run_kernel(
                 "lay_floats",
                 self.blocks[start // BLOCK_ROWS :][: -(-len(rows) // BLOCK_ROWS)],
                 rows=rows.to(self.dtype),
                 num_rows=len(rows),
                 cols=num_cols,
-                floats=self.floats,
+                **self.fields,
             )
-
-    @functools.cached_property
-    def matrix(self) -> Any:
-        """The C structure; valid as long as this object and its bias live."""
-        return STRUCTURES["matrix"](
-            blocks=self.blocks.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            rows=self.shape[0],
-            cols=self.shape[1],
-            floats=self.floats,
-        )
 
 
 def advise(floats: list[NativeLinear]) -> None:

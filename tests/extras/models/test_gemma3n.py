@@ -112,8 +112,8 @@ def test_these_matrices_keep_8_bits_in_q4(tiny: Tiny) -> None:
     layer, streams = decoder.layers[0], decoder.streams
     wide = [layer.laurel_left, layer.laurel_right, *streams.projections, *streams.unembeddings]
     parts = [part for projection in wide for part in projection.parts]
-    assert all(isinstance(part, NativeLinear) and part.bits == 8 for part in parts)
-    assert layer.per_layer_projection.parts[0].bits == 4
+    assert all(isinstance(part, NativeLinear) and part.fields["bits"] == 8 for part in parts)
+    assert layer.per_layer_projection.parts[0].fields["bits"] == 4
 
 
 def test_published_gguf_files_count_shared_layers_in_floats(
