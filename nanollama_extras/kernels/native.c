@@ -49,6 +49,8 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   madd         a * b + c; a machine rounds always once or always twice
  *   from_half    loads float16 as floats; to_half stores floats as float16
  *   from_bytes   loads int8 as floats; to_bytes stores integers as int8
+ *   from_int8    loads int8 as integers
+ *   from_float8  loads E4M3 without a sign as floats, times 2^-8: its bits are those of a float16
  *   look_up      for each byte of q, the entry of a table of 16 bytes that it numbers
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, which all lanes share
@@ -68,6 +70,11 @@ INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_s
 INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
 INLINE vec from_bytes(const void *p) {
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
+INLINE ivec from_int8(const void *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+INLINE vec from_float8(const void *p) {
+    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(p));
+    return (vec)_mm512_cvtph_ps(_mm256_slli_epi16(wide, 7));
 }
 INLINE void to_bytes(void *p, ivec x) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)x)); }
 INLINE ivec look_up(const void *table, ivec q) {
@@ -90,6 +97,10 @@ INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si12
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
 INLINE vec from_bytes(const void *p) {
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
+}
+INLINE ivec from_int8(const void *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+INLINE vec from_float8(const void *p) {
+    return (vec)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(p)), 7));
 }
 INLINE ivec look_up(const void *table, ivec q) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
@@ -158,6 +169,20 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     return sum;
 }
 #endif
+#endif
+
+#if LANES < 8
+INLINE ivec from_int8(const void *bytes) {
+    const int8_t *p = bytes;
+    ivec x = {0};
+    for (int i = 0; i < LANES; i++) x[i] = p[i];
+    return x;
+}
+INLINE vec from_float8(const uint8_t *p) {
+    uint16_t halves[LANES];
+    for (int i = 0; i < LANES; i++) halves[i] = (uint16_t)(p[i] << 7);
+    return from_half(halves);
+}
 #endif
 
 #if LANES < 16
@@ -497,16 +522,6 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
     }
     for (int v = 0; v < B * VECS; v++)
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t];
-}
-
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-INLINE ivec from_int8(const uint8_t *p) { return __builtin_convertvector(*(const bytes *)p, ivec); }
-
-/* E4M3 without a sign, times 2^-8 */
-INLINE vec from_float8(const uint8_t *p) {
-    uint16_t halves[LANES];
-    for (int i = 0; i < LANES; i++) halves[i] = (uint16_t)(p[i] << 7);
-    return from_half(halves);
 }
 
 /* Word i, which is the codes of columns 4i .. 4i + 3, of 16 rows x 32 columns:
