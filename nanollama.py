@@ -64,6 +64,14 @@ Names: n_* are hyperparameters, num_* run-time counts, *_bytes and *_s are bytes
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if (
+    __name__ == "__main__" or "".join(sys.argv[:1]).endswith(("nanollama", "nanollama.exe"))
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback before `main`
+
 import argparse
 import asyncio
 import codecs
@@ -90,10 +98,8 @@ import re
 import reprlib
 import secrets
 import shutil
-import signal
 import socket
 import struct
-import sys
 import textwrap
 import threading
 import time
@@ -137,9 +143,11 @@ with contextlib.suppress(OSError, IndexError, ValueError):
     _others = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
     if 2 * _others >= (os.cpu_count() or 1) and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
-# The name in usage lines: of the installed command, or of the script
+# In messages, the command as it was typed
 _IS_INSTALLED = Path((sys.argv or [""])[0]).name in ("nanollama", "nanollama.exe")
 PROGRAM = "nanollama" if _IS_INSTALLED else "nanollama.py"
+if __name__ == "__main__" and not _IS_INSTALLED:
+    PROGRAM = f"{Path(sys.orig_argv[0]).name} {'-m nanollama' if __spec__ else sys.argv[0]}"
 Item = TypeVar("Item")
 
 
@@ -158,6 +166,23 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if interrupts:
             handler(*interrupts[0])
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the block. Outside of it, Ctrl-C ends the program."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # `main` is part of another program
+        yield
+        return
+    again = functools.partial(threading.Timer, 0.02, signal.raise_signal, (signal.SIGINT,))
+    sys.unraisablehook = lambda found: (  # of an interrupt in a callback, which goes on
+        again().start() if found.exc_type is KeyboardInterrupt else sys.__unraisablehook__(found)
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def library(path: str, *submodules: str, install: str = "pip install .") -> Any:
@@ -204,7 +229,6 @@ if TYPE_CHECKING:
     import tokenizers
     import torch
     import torch.nn.functional as F
-    import tqdm
     import uvicorn
     from starlette.requests import Request
     from starlette.responses import Response
@@ -231,7 +255,6 @@ else:
     tokenizers = LazyModule("tokenizers")
     torch = LazyModule("torch")
     F = LazyModule("torch.nn.functional")
-    tqdm = LazyModule("tqdm")
     uvicorn = LazyModule("uvicorn")
     Library = object  # LLM.__getattr__ finds its methods
 
@@ -911,7 +934,9 @@ class SamplingParams:
         None, "--schema FILE: answer in JSON of this JSON Schema (FILE, or itself)", on_wire=False
     )
     regex: str | None = option(None, "--regex RE: answer that RE matches as a whole", on_wire=False)
-    grammar: str | None = option(None, on_wire=False)  # in Lark's syntax or llama.cpp's GBNF
+    grammar: str | None = option(
+        None, "--grammar FILE: answer in this grammar, Lark's or llama.cpp's GBNF", on_wire=False
+    )
     # (Sequence, logits (V,)) -> token id, in place of Sequence.choose; whether a Sequence is done
     sampler: Any = option(None, on_wire=False)
     stop_when: Any = option(None, on_wire=False)
@@ -1503,6 +1528,9 @@ class Weights:
     CheckpointError for a tensor that is missing, misshapen, unpackable or (`check_used`) left over.
     """
 
+    # called before each read
+    on_read: ClassVar[Callable[[Weights, TensorSource], None]] = lambda *_: None
+
     def __init__(
         self,
         tensors: Tensors,
@@ -1531,6 +1559,7 @@ class Weights:
 
     def _read(self, name: str, *rows: slice) -> Tensor | PackedLinear:
         tensor = self.tensors[name]
+        self.on_read(tensor)
         try:
             with memory_errors():
                 return tensor.load(*rows)
@@ -6134,9 +6163,11 @@ class Gate:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("endpoint"), "__name__", "other")
             self.observer.count_request(route, status)
-            client = (scope.get("client") or "-")[0]
             path = scope["raw_path"].decode("ascii", errors="backslashreplace")
-            log.info(f"{client} {scope['method']} {path} {status} {seconds:.3f}s {request_id}")
+            request = {"client": (scope.get("client") or "-")[0], "method": scope["method"]}
+            request |= {"path": path, "status": status, "seconds": round(seconds, 3)}
+            line = " ".join(map(str, request.values()))
+            log.info(f"{line}s {request_id}", extra={"request": {**request, "id": request_id}})
 
     def check_key(self, scope: Scope) -> None:
         """Raise WireError 401 for a request without a key of the server."""
@@ -6440,7 +6471,8 @@ def dialect_router(*shared: Any) -> ASGIApp:
 def create_app(models: Models) -> starlette.applications.Starlette:
     """The ASGI application."""
     config = models.config
-    shared = models, config, preferred("api.metrics", "Metrics", Observer)()
+    watched: Any = preferred("api.access_log", "Watched", lambda observer: observer)
+    shared = models, config, watched(preferred("api.metrics", "Metrics", Observer)())
     app = OpenAI(*shared)
 
     async def on_error(request: Any, error: Any) -> Response:
@@ -6453,12 +6485,13 @@ def create_app(models: Models) -> starlette.applications.Starlette:
     def layer(name: str) -> Any:
         return starlette.middleware.Middleware(preferred(name, "layer", lambda app, _: app), config)
 
+    outer = map(layer, ("api.access_log", "api.origins"))
     gate = starlette.middleware.Middleware(Gate, config=config, observer=app.observer)
     application = starlette.applications.Starlette(
         routes=app.starlette_routes(),
         lifespan=models.lifespan,
         exception_handlers={starlette.exceptions.HTTPException: on_error},
-        middleware=[layer("api.origins"), gate, layer("api.limits"), *models.middleware],
+        middleware=[*outer, gate, layer("api.limits"), *models.middleware],
     )
     application.router.default = dialect_router(*shared)
     return application
@@ -6489,11 +6522,12 @@ def serve(models: Models) -> None:
     options: Json = {"log_config": None, "access_log": False, "proxy_headers": False}
     options |= {"timeout_keep_alive": config.idle_s, "timeout_graceful_shutdown": SHUTDOWN_S}
     options |= preferred("api.limits", "CONNECTIONS", {})
-    server = uvicorn.Server(uvicorn.Config(create_app(models), **options))
+    server: Any = uvicorn.Server(uvicorn.Config(create_app(models), **options))
     models.is_closing = lambda: server.should_exit  # open connections may send more
-    # uvicorn restores these handlers and raises the signal again: the exit code stays 0
+    plain: Any = lambda *_: lambda *_: setattr(server, "should_exit", True)  # noqa: E731
+    server.handle_exit = preferred("api.signals", "new_stop", plain)(server, models)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        signal.signal(number, server.handle_exit)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of lost connections
     host = f"[{config.host}]" if ":" in config.host else config.host
     log.info(f"http://{host}:{listener.getsockname()[1]}  ({models})")
@@ -6510,42 +6544,43 @@ def serve(models: Models) -> None:
 #   Idea        every mode prints one stream of deltas, of one request or of many
 #   Invariant   stdout carries answers and results, stderr everything else. Exit codes: 0 success,
 #               1 error, 2 usage error or missing extra, 130 Ctrl-C. An error is one line.
-#   Extend      a subcommand is a row of COMMANDS; one of a conversation, a name in TALK_COMMANDS.
+#   Extend      a subcommand is a row of COMMANDS; one of a conversation, a method do_NAME of the
+#               subclass of Repl in commands.conversation
 # ==================================================================================================
 
-USAGE = f"""\
-{PROGRAM} --prompt TEXT [--chat] [options]        continue a text, or answer it
-       {PROGRAM} --interactive [options]                 talk in the terminal
-       {PROGRAM} --batch-file FILE [options]             answer one prompt a line, together
-       {PROGRAM} --serve [--model MODEL ..] [options]    serve the OpenAI API and a web chat
-       {PROGRAM} COMMAND ..                              see the list at the end"""
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-class Command(NamedTuple):
-    """A subcommand; its name and help are known without importing an extra."""
-
-    usage: str  # placeholders of its arguments
-    help: str
-    runs: str  # `run(argv) -> exit code`: a function here, or a module of nanollama_extras
-
-
+# Subcommand -> `argv -> exit code`: a function here, or module:function of nanollama_extras.
+# commands.help has a line of help for each.
 COMMANDS = {
-    "pull": Command("MODEL", "download a model, or bring it up to date", "command_pull"),
-    "list": Command("", "list the models on this machine", "command_list"),
-    "show": Command("MODEL", "describe a model, and every setting with its origin", "command_show"),
-    "rm": Command("MODEL", "delete a model from this machine", "command_rm"),
-    "bench": Command("[--model MODEL]", "measure how fast a model runs here", "commands.bench"),
-    "eval": Command("[--text|--task FILE]", "measure how well a model predicts", "commands.eval"),
-    "verify": Command("MODEL", "compare a model with transformers", "commands.verify"),
-    "launch": Command("CLIENT", "run a coding agent", "commands.launch"),
-    "convert": Command("MODEL OUT", "convert a model to GGUF", "commands.convert"),
+    **{name: f"commands.verbs:{name}" for name in "run chat serve batch embed".split()},
+    **{name: f"command_{name}" for name in "pull list show rm".split()},
+    "ls": "command_list",
+    **{name: f"commands.control:{name}" for name in "cp create ps stop".split()},
+    **{
+        name: f"commands.{name}:run"
+        for name in "bench eval verify launch convert logs completion".split()
+    },
 }
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose help is that of commands.help, where it is installed."""
+
+    def error(self, message: str) -> NoReturn:
+        explain: Any = preferred("commands.help", "explained", lambda _, text: text)
+        raise UsageError(explain(self, message))
+
+    def format_help(self) -> str:
+        plain = super().format_help
+        return preferred("commands.help", "format_help", lambda _: plain())(self)
+
+
 def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
-    """A group of options -> a function that adds one: flags and metavar, help, type, .."""
-    group = parser.add_argument_group(title)
+    """A group of options, new or known -> a function that adds one: flags and metavar, help, .."""
+    known = (group for group in parser._action_groups if group.title == title)
+    group = next(known, None) or parser.add_argument_group(title)
 
     def add(flags: str, text: str, kind: Callable[[str], Any] | None = None, **rest: Any) -> None:
         words = flags.split()
@@ -6599,13 +6634,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    commands = [f"  {name + ' ' + row.usage:<33} {row.help}" for name, row in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    """The parser of the modes."""
+    parser = CommandLine(
         prog=PROGRAM,
-        usage=USAGE,
-        description="Run language models.",
-        epilog="\n".join(["commands:", *commands]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{PROGRAM} COMMAND .., or a mode and options",
+        epilog=f"commands: {', '.join(COMMANDS)}",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nanollama {__version__}")
@@ -6619,18 +6652,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", "wrap the prompt in the chat template", action="store_true")
     add("--system TEXT", "system prompt, with --chat or --interactive")
     add("--hide-thinking", "leave out text in think tags", action="store_true")
-    add("--tools FILE", "Python file with functions that the model may call")
-    add("--yes-tools", "run calls without asking", action="store_true")
-    add("--embed", "print the embedding of the prompt as JSON", action="store_true")
-    add("--output FILE", "with --batch-file: write JSON lines; - is stdout")
+    flags = "--tools --yes-tools --tool-choice --embed --output --quiet --log --continue -c"
+    flags += " --help-all"
+    add_extra_options(parser, "commands.options", flags)
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
     add = option_group(parser, "server")
     add("--script FILE", "answer from a YAML or JSON file, without a model", Path)
     add_settings(add, ServerConfig)
+    add_extra_options(parser, "api.access_log", "--log-json")
     flags = "--ray --replicas --num-cpus --unordered --tensor-parallel"
     add_extra_options(parser, "cluster.options", flags)
     return parser
+
+
+def read_input(name: str) -> bytes:
+    """The content of a file, or of stdin for the name -. Raises RequestError."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise RequestError(f"{name}: cannot be read: {error.strerror}") from None
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def read_text(name: str) -> str:
+    """The same as text, without the newline that `echo` adds. Raises RequestError."""
+    try:
+        return read_input(name).decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        source = "the prompt on stdin" if name == "-" else name
+        raise RequestError(f"{source} is not UTF-8 text", "prompt") from None
 
 
 # ---- settings: flag > Modelfile > model > built-in -----------------------------------------------
@@ -6672,6 +6723,8 @@ class Settings:
         """Each SamplingParams field with its value and its origin."""
         chosen = {f: (v, "built-in") for f, v in dataclasses.asdict(SamplingParams()).items()}
         layers = {"model": model_defaults, "Modelfile": self.modelfile.parameters}
+        if getattr(self.args, "is_open", getattr(self.args, "interactive", False)):
+            chosen["max_tokens"] = None, "built-in"
         for origin, values in {**layers, "flag": self.flags}.items():
             chosen |= {name: (value, origin) for name, value in values.items() if name in chosen}
         return chosen
@@ -6704,15 +6757,17 @@ class Settings:
         options["device"] = device or options["device"]
         if self.model == TINY_RANDOM and not self.args.kernels:
             options["kernels"] = "torch"  # its tests take less time than compiling kernels
-        llm = LLM(
-            self.model,
-            **options,
-            revision=self.args.revision,
-            tokenizer=self.value("tokenizer")[0],
-            adapter=self.value("adapter")[0],
-            template=self.modelfile.template,
-            needs_text=needs_text,
-        )
+        with preferred("commands.status", "loading", contextlib.nullcontext)(self.model):
+            llm = LLM(
+                self.model,
+                **options,
+                revision=self.args.revision,
+                tokenizer=self.value("tokenizer")[0],
+                adapter=self.value("adapter")[0],
+                template=self.modelfile.template,
+                needs_text=needs_text,
+            )
+        preferred("commands.notices", "note_load", lambda *_: None)(self, llm)
         decoder = llm.engine.decoder
         log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
         if floats := getattr(decoder.backend, "floats", None):
@@ -6721,16 +6776,18 @@ class Settings:
         return llm
 
 
-def read_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
-    """Check the flags and read the Modelfile. Ends the program on a wrong flag."""
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Check the flags and read the Modelfile. Raises UsageError and others."""
     flags = given_flags(args, SamplingParams)
+    if "grammar" in flags:
+        flags["grammar"] = read_text(flags["grammar"])
     if "schema" in flags:
         flags["schema"] = extra("answers.grammars", "--schema").read_schema(flags["schema"])
     try:
         SamplingParams(**flags)
         EngineConfig(**given_flags(args, EngineConfig))
     except RequestError as error:
-        parser.error(str(error))
+        raise UsageError(str(error)) from None
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
     name = getattr(args, "ref", None) or (args.models[-1] if args.models else None)
     return use_model(Settings(args, modelfile, flags), name)
@@ -6760,6 +6817,12 @@ def speed_line(stats: EngineStats) -> str:
     return f"[{line}]"
 
 
+def print_speed(settings: Settings, stats: EngineStats) -> None:
+    """The speed line, dimmed on a terminal; nothing with --quiet."""
+    if not getattr(settings.args, "quiet", False):
+        put(f"{speed_line(stats)}\n", sys.stderr, is_thought=True)
+
+
 class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -6785,8 +6848,10 @@ class AnswerPrinter:
         self.splitter, self.hide_thinking, self.out = splitter, hide_thinking, out
         self.text = {"content": "", "thought": ""}
         self.calls: list[Json] = []
+        self.last: Delta | None = None
 
     def push(self, delta: Delta) -> None:
+        self.last = delta
         self.write(self.splitter.push(delta.text))
         if delta.finish_reason:
             self.write(self.splitter.flush(delta.finish_reason == "length"))
@@ -6817,20 +6882,22 @@ class AnswerPrinter:
 
 def read_toolbox(args: argparse.Namespace) -> Any:
     """The toolbox of --tools and --mcp, which runs the model's calls; None without these flags."""
-    flag = "--tools" if args.tools else "--mcp" if args.mcp else ""
+    flag = "--mcp" if args.mcp else "--tools" if getattr(args, "tools", None) else ""
     return extra("answers.toolbox", flag).open_toolbox(args) if flag else None
 
 
 def confirmed(question: str) -> bool:
     """Ask the user. Returns whether the answer is yes."""
-    put(printable(question), sys.stderr)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    with preferred("commands.terminal", "asking", contextlib.nullcontext)():
+        put(printable(question), sys.stderr)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> Json:
     """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program.
     Returns the answer as a message."""
-    printer, is_started = AnswerPrinter(AnswerSplitter(), hide_thinking), False
+    out = preferred("commands.terminal", "wrapped", lambda out: out)(sys.stdout)
+    printer, is_started = AnswerPrinter(AnswerSplitter(), hide_thinking, out), False
     deltas: Any = None
     try:
         prepared = llm.prepare(request)
@@ -6849,44 +6916,33 @@ def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catc
             deltas.close()
         if is_started and (printer.text["content"] or not printer.calls):
             put("\n")
+    note_cut([printer], request.params.max_tokens, catch)
     return printer.message()
 
 
+def note_cut(printers: list[AnswerPrinter], most: int | None, talks: bool = False) -> None:
+    """Say which answers were cut, at `most` tokens or by the context."""
+    preferred("commands.notices", "note_cut", lambda *_: None)(printers, most, talks)
+
+
 def print_answers(
-    llm: LLM, request: GenerationRequest, toolbox: Any, hide_thinking: bool, catch: bool = False
+    settings: Settings, llm: LLM, request: GenerationRequest, toolbox: Any, catch: bool = False
 ) -> list[Json]:
     """Print the answer and, with a toolbox, the answers to its tool calls -> the new messages."""
+    hide_thinking = settings.args.hide_thinking
     answer = functools.partial(print_answer, llm, hide_thinking=hide_thinking, catch=catch)
-    return list(toolbox.converse(request, answer)) if toolbox else [answer(request)]
-
-
-def read_input(name: str) -> bytes:
-    """The content of a file, or of stdin for the name -. Raises RequestError."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise RequestError(f"{name}: cannot be read: {error.strerror}") from None
-    return data.removeprefix(codecs.BOM_UTF8)
-
-
-def read_prompt(args: argparse.Namespace) -> str:
-    """The text of --prompt, or of stdin for `--prompt -`. Raises RequestError."""
-    if args.prompt != "-":
-        return str(args.prompt)
-    try:  # without the newline that `echo` adds
-        return read_input("-").decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError:
-        raise RequestError("the prompt on stdin is not UTF-8 text", "prompt") from None
+    new: list[Json] = toolbox.converse(request, answer) if toolbox else [answer(request)]
+    preferred("commands.logs", "record", lambda *_: None)(settings, llm, request, new)
+    return new
 
 
 def run_prompt(settings: Settings) -> int:
     """--prompt: one answer."""
-    args, text = settings.args, read_prompt(settings.args)
+    args = settings.args
+    text = read_text("-") if args.prompt == "-" else str(args.prompt)
     toolbox, llm = read_toolbox(args), settings.load()
-    if settings.value("system")[0] and not args.chat:
-        log.warning("the system prompt is used with --chat only")
-    print_answers(llm, settings.request(text, llm), toolbox, args.hide_thinking)
-    log.warning(speed_line(llm.engine.stats))
+    print_answers(settings, llm, settings.request(text, llm), toolbox)
+    print_speed(settings, llm.engine.stats)
     return 0
 
 
@@ -6956,11 +7012,6 @@ def answer_rows(
         yield row
 
 
-def with_progress(items: Iterable[Item], total: int, **options: Any) -> Iterable[Item]:
-    """The items, counted by a progress bar where stderr is a terminal."""
-    return tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **options)
-
-
 def run_batch(
     settings: Settings, rows: list[BatchRow], write: Callable[[BatchRow], None] | None = None
 ) -> int:
@@ -6968,52 +7019,44 @@ def run_batch(
     llm = settings.load()
     request = functools.partial(settings.request, llm=llm)
     answers: Iterable[BatchRow] = answer_rows(rows, llm, request, settings.args.hide_thinking)
-    if settings.args.output not in (None, "-") or not sys.stdout.isatty():  # no bar in answers
-        answers = with_progress(answers, len(rows), unit="prompt")
+    count: Any = preferred("commands.status", "count_answers", lambda _, answers, *__: answers)
+    answers = count(settings, answers, len(rows))
     for row in answers:
         if row.error:
-            tqdm.tqdm.write(printable(f"line {row.line}: {row.error}"), file=sys.stderr)
+            log.error(f"line {row.line}: {row.error}")
         write(row) if write else put(row.text + "\n")
-    log.warning(speed_line(llm.engine.stats))
+    printers = [row.printer for row in rows if row.printer]
+    note_cut(printers, settings.params(llm.sampling).max_tokens)
+    print_speed(settings, llm.engine.stats)
     return 1 if any(row.error for row in rows) else 0
 
 
 # ---- the conversation ----------------------------------------------------------------------------
 
 
-# Functions of extras' commands/conversation.py
-TALK_COMMANDS = "load prompt retry save set show system tokens tools undo".split()
-
-
 class Repl:
-    """--interactive: a conversation. Each turn sends all messages; the engine reads new ones."""
+    """--interactive: a conversation. Each turn sends all messages; the engine reads new ones.
+    A command /NAME TEXT is a method do_NAME(TEXT)."""
 
     def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
         self.settings, self.llm, self.toolbox = settings, llm, toolbox
         self.values = dataclasses.asdict(settings.params(llm.sampling))
         self.messages = settings.messages()
-        self.sent: list[Json] = []  # messages of the last prompt
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.tools: list[Json] | None = toolbox.tools if toolbox else None
 
     def read_line(self, prompt: str) -> str:
         """One line of input. Raises EOFError at its end."""
-        if self.is_terminal:
-            return input(prompt)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\n")
+        return input(prompt if self.is_terminal else "")
+
+    def read_message(self) -> str:
+        return self.read_line(">>> ").strip()
 
     def run(self) -> int:
-        whole: Any = preferred("commands.conversation", "whole", lambda repl, text: text.strip())
         if self.is_terminal:
-            with contextlib.suppress(ExtraError):
-                extra("commands.conversation", "history").open_history(cache_root() / "history")
             log.warning(f"{self.settings.model}  ·  /help lists the commands, Ctrl-D leaves")
         while True:
             try:
-                self.handle(whole(self, self.read_line(">>> ")))
+                self.handle(self.read_message())
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -7026,62 +7069,36 @@ class Repl:
 
     def handle(self, text: str) -> None:
         words = dict.fromkeys(("quit", "exit", "/exit", "/bye"), "/quit") | {"clear": "/clear"}
-        name, argument = split_word(words.get(text.lower(), text))
+        name, argument = split_word({**words, "/?": "/help"}.get(text.lower(), text))
         command = name[1:] if name.startswith("/") else ""
         if own := getattr(self, f"do_{command}", None):
-            own()
-        elif command in TALK_COMMANDS:
-            getattr(extra("commands.conversation", name), command)(self, argument)
+            own(argument)
         elif command.isalpha():
+            extra("commands.conversation", name)  # has more commands
             raise UsageError(f"unknown command {name}; /help lists the commands")
         elif text:
             self.answer([*self.messages, {"role": "user", "content": text}])
 
     def answer(self, messages: list[Json]) -> None:
         """Send messages, print the answer, and keep both. Ctrl-C ends the answer only."""
-        llm = self.llm
-        params = SamplingParams(**self.values)
-        with contextlib.suppress(ExtraError):  # a full context loses its oldest turns
-            fit_context = extra("commands.conversation", "").fit_context
-            messages = fit_context(llm, messages, params.max_tokens or 0, self.tools)
-        before = dataclasses.replace(llm.engine.stats)
-        request = GenerationRequest(messages=messages, params=params)
-        hide_thinking = self.settings.args.hide_thinking
-        new = print_answers(llm, request, self.toolbox, hide_thinking, catch=True)
-        self.sent = [*messages, *new[:-1]]
+        before = dataclasses.replace(self.llm.engine.stats)
+        request = GenerationRequest(messages=messages, params=SamplingParams(**self.values))
+        new = print_answers(self.settings, self.llm, request, self.toolbox, catch=True)
         self.messages = [*messages, *new]
-        log.warning(speed_line(llm.engine.stats.since(before)))
+        print_speed(self.settings, self.llm.engine.stats.since(before))
 
-    def do_help(self) -> None:
-        log.warning(preferred("commands.conversation", "TALK_HELP", "/help /clear /quit"))
+    def do_help(self, _: str) -> None:
+        log.warning("/help /clear /quit")
 
-    def do_quit(self) -> None:
+    def do_quit(self, _: str) -> None:
         raise EOFError
 
-    def do_clear(self) -> None:
-        self.messages, self.sent = self.settings.messages(), []
+    def do_clear(self, _: str) -> None:
+        self.messages = self.settings.messages()
         log.warning("Conversation cleared.")
 
 
 # ---- serving -------------------------------------------------------------------------------------
-
-
-def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
-    """The backend that runs a model, and the type of its keys and values."""
-    engine = settings.engine()
-    place = pick_device(engine.device), getattr(torch, engine.dtype)
-    backend = pick_backend(engine.kernels, *place, starts_gpu=False)
-    is_packed = bool(engine.quantize) or any(t.is_packed for t in checkpoint.tensors.values())
-    return backend, backend.kv_dtype(engine.kv_dtype, is_packed)
-
-
-def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
-    """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
-    engine, config = settings.engine(), checkpoint.config
-    n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
-    backend, kv_dtype = chosen_kernels(checkpoint, settings)
-    num_weights = weight_bytes(checkpoint, engine, backend)
-    return num_weights, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 
 def model_source(settings: Settings, name: str) -> ModelSource:
@@ -7114,6 +7131,7 @@ def run_serve(settings: Settings, open_models: Any = None) -> int:
         open_models = extra("testing", "a server for tests").open_models
     open_models = open_models or preferred("api.shelf", "open_shelf", open_model)
     models = open_models(settings, config)
+    preferred("api.access_log", "set_up", lambda _: None)(args)
     with read_toolbox(args) or contextlib.nullcontext():
         serve(models)
     if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
@@ -7125,8 +7143,7 @@ def run_serve(settings: Settings, open_models: Any = None) -> int:
 
 
 def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
-    text = COMMANDS[name].help.capitalize() + "."
-    return argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text, **options)
+    return CommandLine(prog=f"{PROGRAM} {name}", allow_abbrev=False, **options)
 
 
 def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
@@ -7141,35 +7158,19 @@ def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) 
 
 
 def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate) -> list[str]:
-    """The lines of `show`."""
-    config = checkpoint.config
-    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
-    backend, kv_dtype = chosen_kernels(checkpoint, settings)
-    num_weights, kv_bytes = memory_needed(checkpoint, settings)
-    rope, states = config.rope["rope_type"], ""
-    head = ", and one that drafts (--lookup mtp)" * ("mtp.fc.weight" in checkpoint.tensors)
-    heads = f"{config.n_heads} heads over {config.n_kv_heads} key/value heads of {config.head_dim}"
-    if config.window_heads:
-        heads += " ({} of {} in windows)".format(*config.window_heads)
-    if config.state_bytes:
-        each = human_bytes(config.kv_bytes(2, kv_dtype) - config.kv_bytes(1, kv_dtype))
-        states = f", {each} each, and a state of {human_bytes(config.state_bytes)}"
-    return [
-        f"model         {settings.model}",
-        f"path          {checkpoint.path}",
-        f"architecture  {config.model_type}",
-        f"parameters    {checkpoint.num_parameters / 1e6:.1f} M",
-        f"context       {config.n_ctx} tokens"
-        + ("" if rope in ("default", "proportional") else f" (RoPE scaling: {rope})"),
-        f"quantization  {checkpoint.quantization} ({checkpoint.format}, "
-        f"{human_bytes(checkpoint.num_bytes)})",
-        f"layers        {config.n_layers} of width {config.n_embd}, {heads}{head}",
-        f"vocabulary    {config.n_vocab} tokens",
-        f"template      {template.origin}",
-        f"memory        {human_bytes(num_weights)} weights + up to {human_bytes(kv_bytes)} for "
-        f"the keys and values of {n_ctx} tokens{states}",
-        f"kernels       {backend.describe()}; keys and values in {kv_dtype}",
-    ]
+    """The lines of `show`; an extra adds memory and kernels."""
+    config, size = checkpoint.config, human_bytes(checkpoint.num_bytes)
+    lines = {
+        "model": settings.model,
+        "path": str(checkpoint.path),
+        "architecture": config.model_type,
+        "parameters": f"{checkpoint.num_parameters / 1e6:.1f} M",
+        "context": f"{config.n_ctx} tokens",
+        "quantization": f"{checkpoint.quantization} ({checkpoint.format}, {size})",
+        "template": template.origin,
+    }
+    preferred("commands.details", "add_details", lambda *_: None)(lines, checkpoint, settings)
+    return [f"{name:<13} {text}" for name, text in lines.items()]
 
 
 def command_show(argv: list[str]) -> int:
@@ -7178,7 +7179,7 @@ def command_show(argv: list[str]) -> int:
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
     args = parser.parse_args(argv)
-    settings = read_settings(args, parser)
+    settings = read_settings(args)
     path = ModelStore().find(settings.model, args.revision)
     if path is None:
         remedy = f"get it with: {PROGRAM} pull {settings.model}"
@@ -7234,46 +7235,41 @@ def command_rm(argv: list[str]) -> int:
 
 @memory_errors()
 def run(argv: list[str]) -> int:
-    parser = build_parser()
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            parser.error(f"unknown command {argv[0]!r}; commands are: {', '.join(COMMANDS)}")
-        runs = COMMANDS[argv[0]].runs
-        module = extra(runs, f"{PROGRAM} {argv[0]}") if "." in runs else None
-        return int((module.run if module else globals()[runs])(argv[1:]))
-    try:
-        args = parser.parse_args(argv)
-    except (RequestError, UsageError) as error:
-        parser.error(str(error))
-    talks = args.interactive or (args.chat and args.prompt is not None)
-    for is_wrong, message in (
-        (len(args.models) > 1 and not args.serve, "several --model need --serve"),
-        (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
-        (args.mcp and not (talks or args.serve), "--mcp needs --interactive, --chat or --serve"),
-        (args.output and args.batch_file is None, "--output needs --batch-file"),
-        (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
-    ):
-        if is_wrong:
-            parser.error(message)
+            close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
+            raise UsageError(f"unknown command {argv[0]!r}; {hint}")
+        place, name = COMMANDS[argv[0]], f"{PROGRAM} {argv[0]}"
+        command = extra_object(place, name) if ":" in place else globals()[place]
+        return int(command(argv[1:]))
+    return run_mode(build_parser().parse_args(argv), argv)
+
+
+def run_mode(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run the mode that the flags choose. Returns the exit code."""
+    if len(args.models) > 1 and not args.serve:
+        raise UsageError("several --model need --serve")
+    preferred("commands.options", "check", lambda _: None)(args)
     if args.verbose:
         log.setLevel(logging.DEBUG)
-    settings = read_settings(args, parser)
-    if (code := getattr(args, "enter", lambda *_: None)(settings, argv)) is not None:
-        return int(code)
-    if args.embed:
-        return int(extra("commands.embed", "--embed").run(settings))
+    settings = preferred("commands.logs", "resumed", lambda own: own)(read_settings(args))
+    for enter in getattr(args, "enter", ()):  # modes of extras
+        if (code := enter(settings, argv)) is not None:
+            return int(code)
     if args.interactive:
-        return Repl(settings, toolbox=read_toolbox(args), llm=settings.load()).run()
+        talk = preferred("commands.conversation", "Conversation", Repl)
+        return talk(settings, toolbox=read_toolbox(args), llm=settings.load()).run()
     if args.serve:
         return run_serve(settings)
     if args.batch_file is None:
         return run_prompt(settings)
-    run_rows = extra("commands.json_lines", "--output").run_batch if args.output else run_batch
-    return int(run_rows(settings, read_rows(args.batch_file)))
+    return run_batch(settings, read_rows(args.batch_file))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code; argparse exits by itself on a usage error."""
+    """Run the command line. Returns the exit code; argparse exits by itself after --help."""
+    argv = sys.argv[1:] if argv is None else argv
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:  # closed by the parent process
@@ -7284,11 +7280,14 @@ def main(argv: list[str] | None = None) -> int:
     log.handlers[0].setFormatter(LogFormatter())
     log.setLevel(logging.INFO)
     try:
-        code = run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        with interruptible():
+            code = run(argv)
+            sys.stdout.flush()
         return code
     except NanollamaError as error:
         log.error(f"error: {error}")
+        if isinstance(error, UsageError):
+            log.error(f"see: {' '.join([PROGRAM, *(set(argv[:1]) & set(COMMANDS))])} --help")
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per 
 
 import hypothesis
 import torch
+from command_line import Ran
+from huggingface_hub import constants
 
 import nanollama
 from nanollama import test_server  # noqa: F401 (a fixture)
@@ -186,3 +190,28 @@ def ray_address(ray_cluster: Any) -> str:
     """The address of a Ray that this process has started."""
     address: str = ray_cluster.address
     return address
+
+
+@pytest.fixture
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches without models."""
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """cli(*argv, stdin=b"") runs `main` in this process."""
+
+    def run(*argv: object, stdin: bytes = b"") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()  # what making a model has printed
+        code: Any
+        try:
+            code = nanollama.main([str(argument) for argument in argv])
+        except SystemExit as exited:
+            code = exited.code
+        return Ran(code, *capsys.readouterr())
+
+    return run

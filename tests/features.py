@@ -156,9 +156,14 @@ def run_test_server(llm: LLM) -> None:
 def serve_all_models(llm: LLM) -> None:
     """What --serve without --model serves."""
     parser = nanollama.build_parser()
-    settings = nanollama.read_settings(parser.parse_args(["--serve"]), parser)
+    settings = nanollama.read_settings(parser.parse_args(["--serve"]))
     open_models = nanollama.preferred("api.shelf", "open_shelf", nanollama.open_model)
     assert not open_models(settings, nanollama.ServerConfig()).named
+
+
+def serve_with(flag: str) -> Callable[[LLM], None]:
+    """A command line of a server with a flag."""
+    return lambda _: vars(nanollama.build_parser().parse_args(["--serve", flag])).clear()
 
 
 def show_timings(llm: LLM) -> None:
@@ -257,7 +262,7 @@ FORMS = {*GRAMMARS, "answers.notations", "answers.tools"}
 RESPONSES = {f"api.{name}" for name in ("responses", "response_input", "response_tools", "sealed")}
 RESPONSES |= {"api.compaction", "answers.lark_regex"}
 NEST = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
-OLLAMA_API = {"api.ollama", "api.ollama_models", "api.blobs", "api.shelf"}
+OLLAMA_API = {"api.ollama", "api.ollama_models", "api.blobs", "api.shelf", "commands.details"}
 GAP: dict[str, Any] = {"model": "model", "prompt": "a", "suffix": "b", "stream": False}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLED = [
@@ -289,7 +294,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a streamed text": (set(), request("POST", "/v1/completions", {**TEXT, "stream": True})),
     "models": (set(), request("GET", "/v1/models")),
     "health": (set(), request("GET", "/health")),
-    "several models": ({"api.shelf"}, serve_all_models),
+    "several models": ({"api.shelf", "commands.details"}, serve_all_models),
     "timings": ({"api.timings"}, show_timings),
     "fingerprint": ({"api.fingerprint"}, show_fingerprint),
     "limits": ({"api.limits"}, limit_bodies),
@@ -301,13 +306,18 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
     "convert": ({"commands.convert"}, command("convert", "--help")),
+    "run": ({"commands.verbs"}, command("run", "MODEL", "hello", "--max-tokens", 2)),
+    "ps": ({"commands.control"}, command("ps", "--help")),
+    "logs": ({"commands.logs"}, command("logs", "--help")),
+    "completion": ({"commands.completion", "commands.help"}, command("completion", "bash")),
+    "--log-json": ({"api.access_log"}, serve_with("--log-json")),
     "launch": ({"commands.launch"}, command("launch", "--help")),
     "--embed": (
-        {"commands.embed", "answers.embeddings"},
+        {"commands.embed", "commands.options", "answers.embeddings"},
         command("--embed", "--model", "MODEL", "--prompt", "hello"),
     ),
-    "--output": ({"commands.json_lines"}, write_json_lines),
-    "--tools": ({"answers.toolbox", *FORMS}, run_tools),
+    "--output": ({"commands.json_lines", "commands.options"}, write_json_lines),
+    "--tools": ({"answers.toolbox", "commands.options", *FORMS}, run_tools),
     "--mcp": ({"answers.toolbox", "answers.mcp_tools", *FORMS}, lend_tools),
     "tools of the page": (
         {"api.lent_tools", "answers.mcp_tools", "answers.schemas", "answers.sandboxed"},

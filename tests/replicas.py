@@ -23,7 +23,7 @@ def settings_for(path: Path, *options: str) -> nanollama.Settings:
     argv += ["--dtype", "float32", "--kernels", "torch"]
     argv += [f"--logit-bias={token}={bias}" for token, bias in ENDLESS.items()]
     parser = nanollama.build_parser()
-    return nanollama.read_settings(parser.parse_args(argv), parser)
+    return nanollama.read_settings(parser.parse_args(argv))
 
 
 def parents(pid: int) -> Iterator[int]:

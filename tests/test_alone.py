@@ -140,7 +140,7 @@ def test_one_prompt(run: Run, smollm2: Path) -> None:
 
 def test_a_conversation(run: Run, smollm2: Path) -> None:
     """The core has /help, /clear and /quit."""
-    others = nanollama.TALK_COMMANDS
+    others = "load prompt retry save set show system tokens tools undo".split()
     lines = [QUESTION, "/clear", QUESTION, "/help", *(f"/{name} x" for name in others), "/quit"]
     ran = run(*SMOLLM2, "--interactive", stdin="\n".join(lines))
     assert (ran.returncode, ran.stdout) == (0, f"{ANSWER}\n{ANSWER}\n")
@@ -288,10 +288,8 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.budgets": (f"{ON_MODEL} --thinking-budget 4",),
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
-    "answers.toolbox": (
-        f"{ON_MODEL} --chat --tools features.py",
-        f"{ON_MODEL} --chat --mcp a.json",
-    ),
+    "answers.toolbox": (f"{ON_MODEL} --chat --mcp a.json",),
+    "api.access_log": ("--serve --log-json",),
     "api.shelf": (
         "--serve",
         "--serve --model a --model b",
@@ -299,10 +297,19 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
         "--serve --model a --num-gpus 2",
     ),
     "commands.bench": ("bench --model smollm2",),
-    "commands.embed": (f"{ON_MODEL} --embed",),
-    "commands.json_lines": ("--model smollm2 --batch-file nanollama.py --output -",),
+    "commands.completion": ("completion bash",),
+    "commands.control": ("ps", "stop a", "cp a b", "create a"),
+    "commands.options": (
+        f"{ON_MODEL} --chat --tools features.py",
+        f"{ON_MODEL} --embed",
+        f"{ON_MODEL} --quiet",
+        "--model smollm2 --batch-file nanollama.py --output -",
+        "--interactive -c",
+    ),
+    "commands.verbs": ("run smollm2", "chat smollm2", "serve", "batch a b", "embed a b"),
     "commands.eval": ("eval --model smollm2",),
     "commands.launch": ("launch claude",),
+    "commands.logs": ("logs",),
     "commands.verify": ("verify --help",),
     "cluster.options": ("--serve --ray", "--serve --tensor-parallel 2"),
     "files.nanochat_store": (
@@ -414,6 +421,10 @@ UNUSED = {
     "kernels.cuda",
     "kernels.floats",
     "commands.conversation",
+    "commands.notices",
+    "commands.status",
+    "commands.terminal",
+    "api.signals",
     "files.mxfp4",
     "files.quantized",
     "files.fp8",

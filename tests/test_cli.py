@@ -12,10 +12,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from command_line import Ran
 
 import nanollama
 from nanollama import AnswerPrinter, Delta
@@ -23,44 +23,7 @@ from nanollama import AnswerPrinter, Delta
 SPEED = re.compile(r"\[prefill: (\d+) tok @ \d+ t/s \| decode: (\d+) tok @ \d+\.\d t/s\]")
 
 
-class Ran(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The only line on stderr, which is an error; nothing else came of the run."""
-        assert self.code == 1
-        assert self.out == ""
-        (line,) = self.err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-
-@pytest.fixture(autouse=True)
-def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "own"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    """cli(*argv, stdin=b"") runs `main` in this process."""
-
-    def run(*argv: object, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        capsys.readouterr()  # what making a model has printed
-        code: Any
-        try:
-            code = nanollama.main([str(argument) for argument in argv])
-        except SystemExit as exited:
-            code = exited.code
-        return Ran(code, *capsys.readouterr())
-
-    return run
-
+pytestmark = pytest.mark.usefixtures("empty_caches")
 
 # ---- the reference -------------------------------------------------------------------------------
 
@@ -121,7 +84,7 @@ def test_every_example_of_the_reference_runs(
 
 def test_the_defaults_are_those_of_the_reference() -> None:
     args = nanollama.build_parser().parse_args(["--prompt", "x"])
-    settings = nanollama.read_settings(args, nanollama.build_parser())
+    settings = nanollama.read_settings(args)
     assert settings.model == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     params = settings.params({})
     assert (params.temperature, params.top_k, params.top_p) == (0.7, 50, 0.9)
@@ -147,13 +110,11 @@ def test_the_chat_tools_spellings_mean_the_same(short: str, long: str) -> None:
     assert parse(short.split()) == parse(long.split())
 
 
-def test_help_names_every_flag(cli: Callable[..., Ran]) -> None:
-    ran = cli("--help")
-    assert (ran.code, ran.err) == (0, "")
-    for action in nanollama.build_parser()._actions:
-        assert all(option in ran.out for option in action.option_strings)
+def test_every_command_explains_itself(cli: Callable[..., Ran]) -> None:
     for command in nanollama.COMMANDS:
-        assert cli(command, "--help").code == 0
+        ran = cli(command, "--help")
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith(f"usage: nanollama.py {command}")
     assert cli("--version").out == f"nanollama {nanollama.__version__}\n"
 
 
@@ -584,7 +545,7 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
     ("argv", "message"),
     [
         ("", "one of the arguments --prompt/-p --interactive --batch-file"),
-        ("lsit", "unknown command 'lsit'; commands are: pull, list, show, rm, bench, eval, verify"),
+        ("lsit", "unknown command 'lsit'; did you mean list?"),
         ("--prompt x --interactive", "not allowed with argument"),
         ("--prompt x --script a.yaml", "--script needs --serve without --model"),
         ("--serve --model x --script a.yaml", "--script needs --serve without --model"),
@@ -622,8 +583,10 @@ def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[...
 def test_a_usage_error_is_explained(cli: Callable[..., Ran], argv: str, message: str) -> None:
     ran = cli(*argv.split())
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("usage: nanollama.py ")
-    assert message in ran.err.splitlines()[-1]
+    error, hint = ran.err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert re.fullmatch("see: nanollama.py (rm |pull |list |show )?--help", hint)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,10 @@ from nanollama_extras.files import gguf_types
 SHELL = lines("sh")
 # Cannot run here: installs into this environment, the tests themselves, tools that are not ours.
 NOT_RUN = {
-    'pip install . && nanollama --model smollm2 --chat --prompt "Name the capital of France."'
-    " --temp 0",
+    'pip install . && nanollama run smollm2 "Name the capital of France." --temp 0',
     "pip install torch --index-url https://download.pytorch.org/whl/cpu && pip install .",
     "uv venv && . .venv/bin/activate && uv pip install . --torch-backend cpu",
-    'uv run nanollama.py --model smollm2 --chat --prompt "Name the capital of France." --temp 0',
+    'uv run nanollama.py run smollm2 "Name the capital of France." --temp 0',
     'pip install -e ".[test]" && python -m pytest',
     "ruff check && ruff format --check && mypy",
     "nanollama --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
@@ -277,9 +276,10 @@ def test_the_tables_of_the_seams_exist() -> None:
 
 
 def test_the_commands_of_the_repl_are_listed() -> None:
-    own = {name[3:] for name in dir(nanollama.Repl) if name.startswith("do_")}
+    talk = nanollama.extra("commands.conversation", "the test").Conversation
+    own = {name[3:] for name in dir(talk) if name.startswith("do_")}
     listed = {code.split()[0][1:] for row in table("A conversation") for code in codes(row[0])}
-    assert own | set(nanollama.TALK_COMMANDS) <= listed
+    assert own <= listed
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.stem)

@@ -217,7 +217,7 @@ def settings(tmp_path: Path, text: str, *flags: str) -> nanollama.Settings:
     path.write_text(text)
     parser = nanollama.build_parser()
     args = parser.parse_args(["--prompt", "x", "--modelfile", str(path), *flags])
-    return nanollama.read_settings(args, parser)
+    return nanollama.read_settings(args)
 
 
 def test_a_flag_wins_over_the_modelfile_over_the_model_over_the_built_in(tmp_path: Path) -> None:

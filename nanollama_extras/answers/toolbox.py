@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanollama import UsageError, confirmed, excerpt, extra, first_line, log
-from nanollama_extras.answers.tools import JSON_NAMES
+from nanollama_extras.answers.tools import JSON_NAMES, ToolChoice
 
 if TYPE_CHECKING:
     import argparse
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nanollama_extras.answers.mcp_tools import LentTool, Servers
 
 MAX_ROUNDS = 10  # of tool calls for one answer
+CHOICES = ("auto", "none", "required")  # of --tool-choice, beside names of functions
 
 
 def hint_schema(hint: Any) -> Json:
@@ -101,8 +102,14 @@ class Toolbox:
     """The functions of a Python file and the tools of MCP servers, run for the model when the user
     agrees. Raises UsageError for a file that cannot be loaded."""
 
-    def __init__(self, path: str | None, asks: bool = True, servers: Servers | None = None) -> None:
-        self.asks, self.servers = asks, servers
+    def __init__(
+        self,
+        path: str | None,
+        asks: bool = True,
+        servers: Servers | None = None,
+        choice: str | None = None,
+    ) -> None:
+        self.asks, self.servers, self.choice = asks, servers, choice
         self.functions, self.own_tools = load_functions(path) if path else ({}, [])
 
     def __enter__(self) -> Toolbox:
@@ -128,15 +135,27 @@ class Toolbox:
         answer has no calls. Returns the new messages."""
         messages = request.messages or []
         new: list[Json] = []
-        tools = self.tools or None
+        tools, choice = self.tools or None, self.tool_choice()
         for _ in range(MAX_ROUNDS):
-            request = dataclasses.replace(request, messages=[*messages, *new], tools=tools)
+            whole = [*messages, *new]
+            request = dataclasses.replace(request, messages=whole, tools=tools, tool_choice=choice)
             new.append(answer(request))
+            choice = None  # a required call has been made
             if "tool_calls" not in new[-1]:
                 return new
             new += [self.call(call) for call in new[-1]["tool_calls"]]
         log.warning(f"(no answer after {MAX_ROUNDS} rounds of calls)")
         return new
+
+    def tool_choice(self) -> ToolChoice | None:
+        """The choice of --tool-choice. Raises UsageError for a function that is not there."""
+        names = [tool["function"]["name"] for tool in self.tools]
+        if self.choice is None or self.choice in CHOICES:
+            return ToolChoice(self.choice) if self.choice else None
+        if self.choice not in names:
+            known = ", ".join([*CHOICES, *names])
+            raise UsageError(f"--tool-choice {self.choice}: choose one of {known}")
+        return ToolChoice("required", (self.choice,))
 
     def call(self, call: Fields) -> Json:
         """Run a call of the model, if the user agrees. Returns the message with its result."""
@@ -169,4 +188,6 @@ class Toolbox:
 def open_toolbox(args: argparse.Namespace) -> Toolbox:
     """The toolbox of --tools and --mcp. Raises UsageError, and PackageError without `mcp`."""
     servers = extra("answers.mcp_tools", "--mcp").open_servers(args.mcp) if args.mcp else None
-    return Toolbox(args.tools, asks=not args.yes_tools, servers=servers)
+    choice = getattr(args, "tool_choice", None)
+    asks, path = not getattr(args, "yes_tools", False), getattr(args, "tools", None)
+    return Toolbox(path, asks=asks, servers=servers, choice=choice)

@@ -2,7 +2,8 @@
 unloaded after an idle time (--keep-alive) or where another one needs room; and replicas on GPUs.
 
 Seam       subclasses of `nanollama.Models` and `nanollama.Pool`; `nanollama.run_serve` asks for
-           `open_shelf`, the list of models for `model_fields`.
+           `open_shelf`, the list of models for `model_fields`. commands.details tells how much
+           memory a model needs.
 Remove     delete this file; a server then has one model on one device, /v1/models lists its name
            alone, and Ollama's API, which loads and unloads models, goes as well.
 """
@@ -45,7 +46,6 @@ from nanollama import (
     local_path,
     log,
     mark_used,
-    memory_needed,
     model_source,
     open_checkpoint,
     pick_device,
@@ -54,6 +54,7 @@ from nanollama import (
     refuse,
     use_model,
 )
+from nanollama_extras.commands.details import memory_needed
 
 if TYPE_CHECKING:
     from nanollama import Fields, GenerationRequest, Json, ServerConfig, Settings

@@ -53,7 +53,7 @@ BLOCKS_EACH = 8  # for an actor, where there are few rows: the last to end leave
 # Options that change no answer: a second run may have others
 FREE_OPTIONS = frozenset(
     "batch_file output unordered ray replicas num_cpus num_gpus verbose threads parallel device "
-    "force prefill_chunk state_mb".split()
+    "force prefill_chunk state_mb quiet log log_json words".split()
 )
 
 
@@ -70,8 +70,8 @@ def packed(settings: Settings) -> Json:
 
 
 def plain(args: argparse.Namespace) -> Json:
-    """The values of options; defaults that are functions are no options."""
-    return {name: value for name, value in vars(args).items() if not callable(value)}
+    """The values of options; `enter` holds functions, and is none."""
+    return {name: value for name, value in vars(args).items() if name != "enter"}
 
 
 def absolute(reference: Any) -> Any:

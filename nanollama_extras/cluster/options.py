@@ -1,8 +1,8 @@
 """`--ray` and `--tensor-parallel`: the options of a cluster, and the modes that run on one.
 
-Seam       `nanollama.build_parser` calls `add_options`, which makes `enter` the parser's default
-           of that name; `nanollama.run` calls it before a mode runs. The modes are modules beside
-           this one, imported when they run: cluster.serve, cluster.batch,
+Seam       `nanollama.build_parser` calls `add_options`, which adds `enter` to the parser's default
+           of that name; `nanollama.run_mode` calls it before a mode runs. The modes are modules
+           beside this one, imported when they run: cluster.serve, cluster.batch,
            cluster.tensor_parallel.
 Remove     delete the folder; the flags then name it. Ray itself is the extra package `cluster`.
 """
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num-cpus N", text, int, action=NeedsRay)
     text = "split the model over N processes of this machine; torchrun does over several"
     add("--tensor-parallel N", text, int)
-    parser.set_defaults(enter=enter)
+    parser.set_defaults(enter=[enter, *(parser.get_default("enter") or ())])
 
 
 def enter(settings: Settings, argv: list[str]) -> int | None:

@@ -23,7 +23,6 @@ from nanollama import (
     LogFormatter,
     NanollamaError,
     ServerConfig,
-    build_parser,
     create_app,
     extra,
     first_line,
@@ -53,7 +52,7 @@ CANCEL_S = 5.0  # until a call whose client has gone is cancelled
 
 def settings_of(values: Json) -> Settings:
     """The settings of a command line that was parsed elsewhere."""
-    return read_settings(argparse.Namespace(**values), build_parser())
+    return read_settings(argparse.Namespace(**values))
 
 
 def open_models(settings: Settings) -> Models:

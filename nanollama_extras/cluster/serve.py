@@ -71,7 +71,7 @@ def values_of(args: argparse.Namespace) -> Json:
         is_path = value and local_path(str(value)) and Path(str(value)).name != str(value)
         return type(value)(os.path.abspath(os.path.expanduser(value))) if is_path else value
 
-    values = dict(vars(args))
+    values = {name: value for name, value in vars(args).items() if name != "enter"}
     values["models"] = [absolute(model) for model in args.models]
     return {**values, **{name: absolute(values.get(name)) for name in FILES}}
 

@@ -180,9 +180,8 @@ def numbers(text: str, least: int) -> list[int]:
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    usage = "nanollama.py bench [--model MODEL] [-p N,..] [-n N,..] [-d N,..] [-b N,..] [-r N]"
     # --dtype leaves -d to --depth
-    parser = command_parser("bench", usage=usage, conflict_handler="resolve")
+    parser = command_parser("bench", conflict_handler="resolve")
     add_model_options(parser)
     add = option_group(parser, "bench")
     for flags, least, default, text in (
@@ -233,7 +232,7 @@ def run(argv: list[str]) -> int:
     if not any(args.prompt_tokens + args.gen_tokens):
         parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
     args.parallel = max(args.parallel or 0, *args.batch)
-    settings = read_settings(args, parser)
+    settings = read_settings(args)
     llm = settings.load(needs_text=False)
     length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
     if length > llm.engine.n_ctx:

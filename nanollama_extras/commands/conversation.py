@@ -1,144 +1,272 @@
-"""Commands of `--interactive` beyond /help, /clear and /quit; messages of several lines; the
-history of lines; and the end of old turns when the context is full.
+"""The conversation of `--interactive`, `run` and `chat` with all its commands: messages of several
+lines, an editor, other models, parameters; and the end of old turns when the context is full.
 
-Seam: TALK_COMMANDS in nanollama.py. Each names a function here that takes the conversation and
-the text after the command; TALK_HELP here is the text of /help. Repl also calls `open_history`,
-`whole` and `fit_context`. To remove it, delete this module and those rows.
+Seam       `Conversation` is a subclass of `nanollama.Repl`; a command /NAME TEXT is a method
+           do_NAME(TEXT), and a row of TALK_HELP. The terminal is that of commands.terminal.
+Remove     delete this file; the core's /help, /clear and /quit remain.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
+import dataclasses
 import json
 import os
-import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanollama import (
     GenerationRequest,
     Json,
+    Repl,
     RequestError,
     SamplingParams,
     UsageError,
+    cache_root,
     describe,
     local_path,
     log,
+    print_answers,
+    print_speed,
     read_json,
     set_parameter,
     settings_lines,
     split_word,
+    use_model,
 )
+from nanollama_extras.commands import terminal
 
 if TYPE_CHECKING:
-    from nanollama import LLM, Repl
+    from nanollama import LLM, Settings
 
 TALK_HELP = '''\
   /clear              forget all messages but the system prompt
-  /help               print this list
+  /continue           go on with an answer that was cut
+  /edit [TEXT]        write a message in $EDITOR; so does Ctrl-G
+  /help, /?           print this list
   /load FILE          continue a conversation written by /save
+  /model NAME         go on with another model
   /prompt             print the text last sent to the model
   /quit, /exit        leave; so does Ctrl-D
   /retry              answer the last message again
   /save FILE          write the conversation to a JSON file
-  /set NAME VALUE     change a sampling parameter, as in /set temperature 0.2
+  /set NAME VALUE     change a sampling parameter, as in /set temperature 0.2 or /set seed none
   /show               print the model and the sampling parameters
   /system [TEXT]      set or print the system prompt
   /tokens             print the token ids last sent, with their text
   /tools              list the tools that the model may call
   /undo               remove the last message and its answer
-  """                 start and end a message of several lines
-  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer'''
-# the message that /retry answered last, and the number of its retries
-RETRIES: weakref.WeakKeyDictionary[Repl, tuple[Json, int]] = weakref.WeakKeyDictionary()
+  """                 start and end a message of several lines; pasted lines are one message
+  quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer, Tab completes'''
+NO_VALUE = {"seed": None, "stop": (), "max_tokens": None, "thinking_budget": None}  # of /set X none
+ROOM = 4  # a part of the context, one in so many, that an answer without a limit gets at least
 
 
-def open_history(path: Path) -> None:
-    """Edit lines with a history that is kept in a file between sessions."""
-    try:
-        import readline
-    except ImportError:  # on Windows, input() offers no history
-        return
+class Conversation(Repl):
+    """A conversation with all commands."""
 
-    def save_history() -> None:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
+    def __init__(self, settings: Settings, llm: LLM, toolbox: Any = None) -> None:
+        super().__init__(settings, llm, toolbox)
+        self.sent: list[Json] = []  # messages of the last prompt
+        self.retried: tuple[Json, int] = {}, 0  # the message that /retry answered; how often
+        self.tools: list[Json] | None = toolbox.tools if toolbox else None
 
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(1000)
-    if os.environ.get("TERM") != "dumb":  # which shows the marks that this sends
-        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
-    atexit.register(save_history)
+    def run(self) -> int:
+        if self.is_terminal:
+            names = [name[3:] for name in dir(self) if name.startswith("do_")]
+            terminal.open_lines(cache_root() / "history", sorted(names))
+        return super().run()
 
+    def read_message(self) -> str:
+        """A line, or all lines between two triple quotes. Raises UsageError."""
+        text = self.read_line(">>> ")
+        if not text.lstrip().startswith('"""'):
+            return text.strip()
+        lines = [text.lstrip()[3:]]
+        try:
+            while '"""' not in lines[-1]:
+                lines.append(self.read_line("... "))
+        except EOFError:
+            raise UsageError('the message was not sent: no """ closed it') from None
+        return "\n".join(lines).replace('"""', "", 1).strip("\n")
 
-def whole(repl: Repl, text: str) -> str:
-    """A message that begins with this line: the line, or all lines between two triple quotes.
-    Raises UsageError."""
-    if not text.lstrip().startswith('"""'):
-        return text.strip()
-    lines = [text.lstrip()[3:]]
-    try:
-        while '"""' not in lines[-1]:
-            lines.append(repl.read_line("... "))
-    except EOFError:
-        raise UsageError('the message was not sent: no """ closed it') from None
-    return "\n".join(lines).replace('"""', "", 1).strip("\n")
+    def answer(self, messages: list[Json]) -> None:
+        """As Repl.answer; a full context loses its oldest turns, and keys wait."""
+        most, n_ctx = self.values["max_tokens"], self.llm.engine.n_ctx
+        room = n_ctx // ROOM if most is None else most
+        messages = fit_context(self.llm, messages, room, self.tools)
+        with terminal.silent_keys():
+            super().answer(messages)
+        # up to the last answer: calls of tools and their results are messages, too
+        self.sent = self.messages[:-1]
 
+    def do_help(self, _: str) -> None:
+        log.warning(TALK_HELP)
 
-def save(repl: Repl, argument: str) -> None:
-    """/save FILE. Raises UsageError and RequestError."""
-    if not argument:
-        raise UsageError("/save needs a file name")
-    body = {"model": repl.settings.model, "messages": repl.messages}
-    try:
-        Path(os.path.expanduser(argument)).write_text(
-            json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    def do_clear(self, argument: str) -> None:
+        self.sent, args = [], self.settings.args
+        args.conversation = None  # a new one in the log
+        if getattr(args, "goes_on", False):
+            modelfile = dataclasses.replace(self.settings.modelfile, messages=())
+            self.settings = dataclasses.replace(self.settings, modelfile=modelfile)
+        super().do_clear(argument)
+
+    def do_continue(self, _: str) -> None:
+        """/continue: go on with the last answer. Raises UsageError."""
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != "assistant" or "tool_calls" in last:
+            raise UsageError("there is no answer to continue")
+        text, thought = last["content"], last.get("reasoning_content", "")
+        opened = "".join((self.llm.template.thoughts or ("",))[:1])
+        cut = text if text or not thought else f"{opened}\n{thought}"
+        self.go_on([*self.messages[:-1], {"role": "assistant", "content": cut}])
+        new = self.messages[-1]
+        new["content"] = text + new["content"]
+        if thought:
+            new["reasoning_content"] = (thought + " " + new.get("reasoning_content", "")).strip()
+
+    def go_on(self, messages: list[Json]) -> None:
+        """Print what follows the last of the messages, and keep it in its place."""
+        llm, params = self.llm, SamplingParams(**self.values)
+        request = GenerationRequest(
+            messages=messages,
+            params=params,
+            template_kwargs={"continue_final_message": True, "add_generation_prompt": False},
         )
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{argument}: cannot be written: {reason}") from None
-    log.warning(f"saved {len(repl.messages)} messages to {argument}")
+        before = dataclasses.replace(llm.engine.stats)
+        with terminal.silent_keys():
+            new = print_answers(self.settings, llm, request, None, catch=True)
+        self.messages = [*messages[:-1], *new]
+        print_speed(self.settings, llm.engine.stats.since(before))
+
+    def do_edit(self, argument: str) -> None:
+        """/edit [TEXT]: a message from the editor. Raises UsageError."""
+        if not self.is_terminal:
+            raise UsageError("/edit needs a terminal")
+        if text := terminal.edited(argument):
+            log.warning(text)
+            self.answer([*self.messages, {"role": "user", "content": text}])
+
+    def do_model(self, argument: str) -> None:
+        """/model NAME: go on with another model; without a name, print the present one."""
+        if argument:
+            settings = use_model(self.settings, argument)
+            llm = settings.load()
+            old = dataclasses.asdict(self.settings.params(self.llm.sampling))
+            changed = {n: v for n, v in self.values.items() if v != old[n]}
+            self.settings, self.llm = settings, llm
+            self.values = dataclasses.asdict(settings.params(llm.sampling)) | changed
+        log.warning(f"model: {self.settings.model}")
+
+    def do_save(self, argument: str) -> None:
+        """/save FILE. Raises UsageError and RequestError."""
+        if not argument:
+            raise UsageError("/save needs a file name")
+        body = {"model": self.settings.model, "messages": self.messages}
+        try:
+            Path(os.path.expanduser(argument)).write_text(
+                json.dumps(body, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{argument}: cannot be written: {reason}") from None
+        log.warning(f"saved {len(self.messages)} messages to {argument}")
+
+    def do_load(self, argument: str) -> None:
+        """/load FILE. Raises UsageError."""
+        path = local_path(argument)
+        if path is None or not path.is_file():
+            raise UsageError(f"{argument or '/load'}: no such file")
+        messages = read_json(path).get("messages")
+        if not isinstance(messages, list) or not all(map(is_message, messages)):
+            raise UsageError(f"{argument}: holds no list of messages as /save writes it")
+        self.messages = messages
+        log.warning(f"loaded {len(messages)} messages from {argument}")
+
+    def do_prompt(self, _: str) -> None:
+        """/prompt: the exact text that was last sent to the model."""
+        log.warning(self.llm.template.prompt(self.sent or self.messages, self.tools))
+
+    def do_tokens(self, _: str) -> None:
+        """/tokens: the same as token ids, each with its text."""
+        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
+        ids, _ = self.llm.encode_request(sent)
+        log.warning(" ".join(f"{i}:{self.llm.tokenizer.piece(i)!r}" for i in ids))
+        log.warning(f"{len(ids)} tokens")
+
+    def do_tools(self, _: str) -> None:
+        """/tools: each tool with the first line of its description."""
+        functions = [tool["function"] for tool in self.tools or ()]
+        width = max((len(function["name"]) for function in functions), default=0)
+        for function in functions:
+            line = (function["description"].strip().splitlines() or [""])[0]
+            log.warning(f"  {function['name']:<{width}}  {line}".rstrip())
+        if not functions:
+            log.warning("no tools; start again with --tools FILE or --mcp FILE")
+
+    def do_system(self, argument: str) -> None:
+        """/system [TEXT]: set or print the system prompt."""
+        rest = [m for m in self.messages if m["role"] != "system"]
+        if argument:
+            self.settings.args.system = argument
+            self.messages = [{"role": "system", "content": argument}, *rest]
+        log.warning(f"system: {self.settings.value('system')[0] or '(none)'}")
+
+    def do_set(self, argument: str) -> None:
+        """/set NAME VALUE: change a sampling parameter. Raises UsageError and RequestError."""
+        name, value = split_word(argument)
+        if not value:
+            raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
+        if value.lower() == "none" and name in NO_VALUE:
+            given = {name: NO_VALUE[name]}
+        else:
+            given = {}
+            set_parameter(given, name, value.strip('"'))
+        for key, parsed in given.items():
+            if key not in self.values:
+                raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
+            self.values[key] = parsed
+            log.warning(f"{key} = {'none' if parsed in (None, ()) else parsed}")
+
+    def do_show(self, _: str) -> None:
+        """/show: the model and the sampling parameters, each with its origin."""
+        settings, llm = self.settings, self.llm
+        lines = describe(llm.checkpoint, settings, llm.template)
+        now = settings.sampling(llm.sampling)
+        now |= {n: (v, "now") for n, v in self.values.items() if v != now[n][0]}
+        log.warning("\n".join([*lines, *settings_lines(settings, now)]))
+
+    def without_last_turn(self) -> list[Json]:
+        """The messages before the user's last one. Raises UsageError without one."""
+        users = (i for i, m in enumerate(self.messages) if m["role"] == "user")
+        last = max(users, default=None)
+        if last is None:
+            raise UsageError("there is no message yet")
+        return self.messages[:last]
+
+    def do_undo(self, _: str) -> None:
+        """/undo: remove the last message and its answer. Raises UsageError."""
+        self.messages = self.without_last_turn()
+        log.warning(f"{len(self.messages)} messages left")
+
+    def do_retry(self, _: str) -> None:
+        """/retry: answer the last message again. A fixed seed grows by one at each retry, so that
+        the answers differ, repeatably. Raises UsageError."""
+        messages, values = self.without_last_turn(), self.values
+        question = self.messages[len(messages)]
+        retried, num_retries = self.retried
+        self.retried = question, num_retries + 1 if retried is question else 1
+        seed = SamplingParams(**values).seed
+        if seed is not None:
+            self.values = {**values, "seed": seed + self.retried[1]}
+        try:
+            self.answer([*messages, question])
+        finally:
+            self.values = values
 
 
-def load(repl: Repl, argument: str) -> None:
-    """/load FILE. Raises UsageError."""
-    path = local_path(argument)
-    if path is None or not path.is_file():
-        raise UsageError(f"{argument or '/load'}: no such file")
-    messages = read_json(path).get("messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages
-    ):
-        raise UsageError(f"{argument}: holds no list of messages as /save writes it")
-    repl.messages = messages
-    log.warning(f"loaded {len(messages)} messages from {argument}")
-
-
-def prompt(repl: Repl, argument: str) -> None:
-    """/prompt: the exact text that was last sent to the model."""
-    log.warning(repl.llm.template.prompt(repl.sent or repl.messages, repl.tools))
-
-
-def tokens(repl: Repl, argument: str) -> None:
-    """/tokens: the same as token ids, each with its text."""
-    sent = GenerationRequest(messages=repl.sent or repl.messages, tools=repl.tools)
-    ids, _ = repl.llm.encode_request(sent)
-    log.warning(" ".join(f"{i}:{repl.llm.tokenizer.piece(i)!r}" for i in ids))
-    log.warning(f"{len(ids)} tokens")
-
-
-def tools(repl: Repl, argument: str) -> None:
-    """/tools: each tool with the first line of its description."""
-    functions = [tool["function"] for tool in repl.tools or ()]
-    width = max((len(function["name"]) for function in functions), default=0)
-    for function in functions:
-        line = (function["description"].strip().splitlines() or [""])[0]
-        log.warning(f"  {function['name']:<{width}}  {line}".rstrip())
-    if not functions:
-        log.warning("no tools; start again with --tools FILE or --mcp FILE")
+def is_message(message: Any) -> bool:
+    is_object = isinstance(message, dict) and isinstance(message.get("content"), str)
+    return is_object and "role" in message
 
 
 def fit_context(
@@ -162,65 +290,3 @@ def fit_context(
             f"(the context of {n_ctx} tokens is full: dropped the oldest {num_dropped} messages)"
         )
     return recent
-
-
-def system(repl: Repl, argument: str) -> None:
-    """/system [TEXT]: set or print the system prompt."""
-    rest = [m for m in repl.messages if m["role"] != "system"]
-    if argument:
-        repl.settings.args.system = argument
-        repl.messages = [{"role": "system", "content": argument}, *rest]
-    log.warning(f"system: {repl.settings.value('system')[0] or '(none)'}")
-
-
-def set(repl: Repl, argument: str) -> None:
-    """/set NAME VALUE: change a sampling parameter. Raises UsageError and RequestError."""
-    name, value = split_word(argument)
-    if not value:
-        raise UsageError("/set needs a name and a value, as in /set temperature 0.2")
-    given: Json = {}
-    set_parameter(given, name, value.strip('"'))
-    for key, parsed in given.items():
-        if key not in repl.values:
-            raise UsageError(f"{name} cannot change now; start again with --{key} {value}")
-        repl.values[key] = parsed
-        log.warning(f"{key} = {parsed}")
-
-
-def show(repl: Repl, argument: str) -> None:
-    """/show: the model and the sampling parameters, each with its origin."""
-    settings, llm = repl.settings, repl.llm
-    lines = describe(llm.checkpoint, settings, llm.template)
-    now = settings.sampling(llm.sampling)
-    now |= {n: (v, "now") for n, v in repl.values.items() if v != now[n][0]}
-    log.warning("\n".join([*lines, *settings_lines(settings, now)]))
-
-
-def without_last_turn(repl: Repl) -> list[Json]:
-    """The messages before the user's last one. Raises UsageError without one."""
-    last = max((i for i, m in enumerate(repl.messages) if m["role"] == "user"), default=None)
-    if last is None:
-        raise UsageError("there is no message yet")
-    return repl.messages[:last]
-
-
-def undo(repl: Repl, argument: str) -> None:
-    """/undo: remove the last message and its answer. Raises UsageError."""
-    repl.messages = without_last_turn(repl)
-    log.warning(f"{len(repl.messages)} messages left")
-
-
-def retry(repl: Repl, argument: str) -> None:
-    """/retry: answer the last message again. A fixed seed grows by one at each retry, so that the
-    answers differ, repeatably. Raises UsageError."""
-    messages, values = without_last_turn(repl), repl.values
-    question = repl.messages[len(messages)]
-    retried, num_retries = RETRIES.get(repl, ({}, 0))
-    RETRIES[repl] = question, num_retries + 1 if retried is question else 1
-    seed = SamplingParams(**values).seed
-    if seed is not None:
-        repl.values = {**values, "seed": seed + RETRIES[repl][1]}
-    try:
-        repl.answer([*messages, question])
-    finally:
-        repl.values = values

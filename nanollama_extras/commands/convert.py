@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import tqdm
 
 from nanollama import (
-    COMMANDS,
-    PROGRAM,
     Modelfile,
     ModelStore,
     RequestError,
@@ -38,7 +36,7 @@ TEXT_WINDOWS = 64  # of a text, at most, that importance is taken from
 
 
 def convert_parser() -> argparse.ArgumentParser:
-    parser = command_parser("convert", usage=f"{PROGRAM} convert {COMMANDS['convert'].usage}")
+    parser = command_parser("convert")
     add = parser.add_argument
     add("model", metavar="MODEL", help="alias, hub id, path, or the name of a created model")
     text = "the GGUF file to write, if it ends in .gguf; else a directory of safetensors"

@@ -16,8 +16,8 @@ from nanollama import (
     UsageError,
     answer_rows,
     log,
-    read_prompt,
     read_rows,
+    read_text,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def run(settings: Settings) -> int:
     is_batch = args.batch_file is not None
     if args.prompt is None and not is_batch:
         raise UsageError("--embed needs --prompt or --batch-file")
-    rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, read_prompt(args))]
+    text = read_text("-") if args.prompt == "-" else args.prompt
+    rows = read_rows(args.batch_file) if is_batch else [BatchRow(1, text)]
     for row in answer_rows(rows, settings.load(), functools.partial(GenerationRequest, embed=True)):
         if row.error and not is_batch:
             raise row.error

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanollama import (
     RequestError,
@@ -20,9 +20,9 @@ from nanollama import (
     command_parser,
     excerpt,
     option_group,
+    preferred,
     read_input,
     read_settings,
-    with_progress,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 
 EVAL_WINDOW = 2048  # tokens at most, unless --window says more
+Scores = Iterator[tuple[int, list[float]]]
+
+
+def counted(scores: Scores, total: int) -> Scores:
+    """The scores, counted by a progress bar on a terminal, where commands.status is installed."""
+    bar: Any = preferred("commands.status", "with_progress", None)
+    return iter(bar(scores, total, leave=False)) if bar else scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,7 @@ def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
         raise RequestError(f"{name}: too short to score")
     windows = list(text_windows(prefix, ids, window, stride))
     num_tokens, bits = 0, 0.0
-    for _, logprobs in with_progress(llm.score(windows), len(windows), leave=False):
+    for _, logprobs in counted(llm.score(windows), len(windows)):
         num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
     return {
         "file": name,
@@ -136,7 +143,7 @@ def eval_task(llm: LLM, name: str) -> Json:
     questions = read_task(name)
     texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
     sums = [0.0] * len(texts)
-    for index, logprobs in with_progress(llm.score(texts), len(texts), leave=False):
+    for index, logprobs in counted(llm.score(texts), len(texts)):
         sums[index] = sum(logprobs)
     result: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)
@@ -165,8 +172,7 @@ def eval_lines(results: Fields) -> Iterator[str]:
 
 
 def eval_parser() -> argparse.ArgumentParser:
-    usage = "nanollama.py eval [--model MODEL] [--text FILE] [--task FILE.jsonl] [--json]"
-    parser = command_parser("eval", usage=usage)
+    parser = command_parser("eval")
     add_model_options(parser)
     add = option_group(parser, "eval")
     add("--text FILE", "measure perplexity and bits per byte of this text")
@@ -184,7 +190,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.text and not args.task:
         parser.error("give --text FILE, --task FILE, or both")
-    settings = read_settings(args, parser)
+    settings = read_settings(args)
     llm = settings.load()
     longest = llm.engine.n_ctx - 1
     window = min(longest, EVAL_WINDOW) if args.window is None else args.window

@@ -460,7 +460,7 @@ def run(argv: list[str]) -> int:
     add("--json", "print one JSON object", action="store_true")
     args = parser.parse_args(argv)
     args.prefill_chunk = None
-    settings = read_settings(args, parser)
+    settings = read_settings(args)
     if args.save_reference and not os.access(args.save_reference.resolve().parent, os.W_OK):
         raise UsageError(f"{args.save_reference}: its directory does not exist or is not writable")
     if args.reference and not args.save_reference:

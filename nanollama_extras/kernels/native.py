@@ -138,6 +138,9 @@ def cpu_features() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(words)}))
 
 
+COMPILES = "compiling the kernels for this CPU; the next start finds them"
+
+
 def find_compiler() -> str:
     """The system's C compiler. Raises KernelError."""
     names = (os.environ.get("CC", ""), "gcc", "cc", "clang")
@@ -155,9 +158,15 @@ def compile_kernels(target: Path, flags: tuple[str, ...], source: str | None = N
     command = (compiler, *flags, "-w", str(c_file), "-o", str(target), "-lm", "-lpthread")
     environment = {**os.environ, "TMPDIR": str(target.parent)}
     try:
-        ran = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=environment, errors="replace"
-        )
+        with preferred("commands.status", "activity", contextlib.nullcontext)(COMPILES):
+            ran = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=environment,
+                errors="replace",
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"{compiler} does not run: {first_line(error)}") from None
     if ran.returncode:

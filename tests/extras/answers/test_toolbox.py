@@ -213,8 +213,7 @@ def test_a_model_that_calls_for_ever_is_stopped(
 
 def test_tools_need_a_chat(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--prompt", "x"], ["--serve"], ["--batch-file", "x", "--chat"]):
-        with pytest.raises(SystemExit):
-            nanollama.main([*words, "--tools", str(file)])
+        assert nanollama.main([*words, "--tools", str(file)]) == 2
         assert "--tools needs" in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ def served(*flags: str, open_models: Any = open_shelf) -> nanollama.Models:
     parser = nanollama.build_parser()
     args = parser.parse_args(["--serve", "--kernels", "torch", *flags])
     config = nanollama.ServerConfig(**nanollama.given_flags(args, nanollama.ServerConfig))
-    return open_models(nanollama.read_settings(args, parser), config)  # type: ignore[no-any-return]
+    return open_models(nanollama.read_settings(args), config)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def hub(place: Path, tiny: Callable[..., Path]) -> Iterator[HubServer]:
 
 def served(*flags: str, **config: Any) -> nanollama.Models:
     parser = nanollama.build_parser()
-    settings = nanollama.read_settings(parser.parse_args(["--serve", *flags]), parser)
+    settings = nanollama.read_settings(parser.parse_args(["--serve", *flags]))
     return open_shelf(settings, nanollama.ServerConfig(**config))
 
 

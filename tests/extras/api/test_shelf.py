@@ -91,7 +91,7 @@ def test_a_model_is_loaded_when_it_is_asked_for(shelf: Shelf) -> None:
 
 def settings(*argv: str) -> nanollama.Settings:
     parser = nanollama.build_parser()
-    return nanollama.read_settings(parser.parse_args(["--serve", *argv]), parser)
+    return nanollama.read_settings(parser.parse_args(["--serve", *argv]))
 
 
 def listed(models: nanollama.Models) -> dict[str, Any]:
@@ -345,8 +345,7 @@ def test_without_a_model_those_in_the_cache_and_no_path(
 
 
 def test_several_models_are_for_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        nanollama.main(["--prompt", "a", "--model", "x/y", "--model", "smollm2"])
+    assert nanollama.main(["--prompt", "a", "--model", "x/y", "--model", "smollm2"]) == 2
     assert "several --model need --serve" in capsys.readouterr().err
 
 

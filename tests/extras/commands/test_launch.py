@@ -106,7 +106,7 @@ def test_what_is_missing_is_told(test_server: TestServer, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UsageError, match="claude is not installed"):
         run(["claude", "--url", test_server.url])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="invalid choice: 'emacs'"):
         run(["emacs"])
 
 

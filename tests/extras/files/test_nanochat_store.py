@@ -50,7 +50,7 @@ def test_source_tag_and_step_choose_as_in_nanochat(
         if model is None or (not model and not flags):
             continue
         args = parser.parse_args(["-p", "x", *model, *flags.split()])
-        settings = nanollama.read_settings(args, parser)
+        settings = nanollama.read_settings(args)
         assert nanollama.ModelStore().find(settings.model) == many / expected
 
 

@@ -1,0 +1,56 @@
+"""What `show` says beyond the core: memory, kernels, and parts that only models of extras have.
+
+Seam       `nanollama.describe` calls `add_details`; api.shelf asks `memory_needed` how many models
+           fit.
+Remove     delete this file together with api/shelf.py; `show` then leaves these lines out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanollama import human_bytes, library, pick_backend, pick_device, weight_bytes
+
+if TYPE_CHECKING:
+    from nanollama import Backend, Checkpoint, Settings
+
+
+def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
+    """The backend that runs a model, and the type of its keys and values."""
+    engine = settings.engine()
+    place = pick_device(engine.device), getattr(library("torch"), engine.dtype)
+    backend = pick_backend(engine.kernels, *place, starts_gpu=False)
+    is_packed = bool(engine.quantize) or any(t.is_packed for t in checkpoint.tensors.values())
+    return backend, backend.kv_dtype(engine.kv_dtype, is_packed)
+
+
+def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
+    """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
+    engine, config = settings.engine(), checkpoint.config
+    n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
+    backend, kv_dtype = chosen_kernels(checkpoint, settings)
+    num_weights = weight_bytes(checkpoint, engine, backend)
+    return num_weights, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
+
+
+def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Settings) -> None:
+    """Complete the lines of `show`."""
+    config, states = checkpoint.config, ""
+    n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
+    backend, kv_dtype = chosen_kernels(checkpoint, settings)
+    num_weights, kv_bytes = map(human_bytes, memory_needed(checkpoint, settings))
+    if config.rope["rope_type"] not in ("default", "proportional"):
+        lines["context"] += f" (RoPE scaling: {config.rope['rope_type']})"
+    heads = f"{config.n_heads} heads over {config.n_kv_heads} key/value heads of {config.head_dim}"
+    lines["layers"] = f"{config.n_layers} of width {config.n_embd}, {heads}"
+    if config.window_heads:
+        lines["layers"] += " ({} of {} in windows)".format(*config.window_heads)
+    if "mtp.fc.weight" in checkpoint.tensors:
+        lines["layers"] += ", and one that drafts (--lookup mtp)"
+    if config.state_bytes:
+        each = human_bytes(config.kv_bytes(2, kv_dtype) - config.kv_bytes(1, kv_dtype))
+        states = f", {each} each, and a state of {human_bytes(config.state_bytes)}"
+    lines["vocabulary"] = f"{config.n_vocab} tokens"
+    keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
+    lines["memory"] = f"{num_weights} weights + {keys}{states}"
+    lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"

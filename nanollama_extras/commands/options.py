@@ -1,0 +1,65 @@
+"""Options of answers beyond those of the core, and the modes --embed and --output.
+
+Seam       `nanollama.build_parser` calls `add_options`, which adds `enter` to the parser's default
+           of that name; `nanollama.run_mode` calls it, and `check`, before a mode runs.
+           The options are read by `nanollama.print_speed`, commands.logs, commands.embed,
+           commands.json_lines and answers.toolbox.
+Remove     delete this file; the flags then name it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanollama import UsageError, extra, option_group, read_rows
+
+if TYPE_CHECKING:
+    import argparse
+
+    from nanollama import Settings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = option_group(parser, "chat and output")
+    add("--tools FILE", "Python file with functions that the model may call")
+    add("--yes-tools", "run calls without asking", action="store_true")
+    text = "with --tools: auto, none, required, or the name of a function (default: auto)"
+    add("--tool-choice CHOICE", text)
+    add("--embed", "print the embedding of the prompt as JSON", action="store_true")
+    add("--output FILE", "with --batch-file: write JSON lines; - is stdout")
+    add("--quiet", "no line with the speeds", action="store_true")
+    add("--log FILE", "keep conversations in this SQLite file (or NANOLLAMA_LOG)")
+    text = "go on with the last conversation in the file of --log"
+    add("--continue -c", text, action="store_true", dest="goes_on")
+    add("--help-all", "list every option", action="help")
+    parser.set_defaults(enter=[*(parser.get_default("enter") or ()), enter])
+
+
+def enter(settings: Settings, _: list[str]) -> int | None:
+    """Run --embed or --output -> the exit code; None without them. Raises as these."""
+    args = settings.args
+    if args.embed:
+        return int(extra("commands.embed", "--embed").run(settings))
+    if args.output:
+        run_batch = extra("commands.json_lines", "--output").run_batch
+        return int(run_batch(settings, read_rows(args.batch_file)))
+    return None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UsageError for an option without the one that it needs."""
+    talks = args.interactive or (args.chat and args.prompt is not None)
+    has_tools = args.tools or args.mcp
+    for is_wrong, message in (
+        (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
+        (args.mcp and not (talks or args.serve), "--mcp needs --interactive, --chat or --serve"),
+        (args.output and args.batch_file is None, "--output needs --batch-file"),
+        (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
+        (args.tool_choice and not has_tools, "--tool-choice needs --tools or --mcp"),
+        (args.goes_on and not talks, "--continue needs --interactive, or --prompt and --chat"),
+    ):
+        if is_wrong:
+            raise UsageError(message)
+    if args.log or args.goes_on:
+        extra("commands.logs", "--log")
