@@ -71,8 +71,7 @@ function downloads(isFirst, typed) {
   const offer = iconText('import', `Download ${FIRST_MODEL}`, () => pull(FIRST_MODEL), 'primary');
   offer.name = 'first';
   offer.firstChild.classList.add('turned');
-  if (isFirst) found.push(offer, el('p', {}, `${FIRST_MODEL} is small (135 M parameters, 145 MB) and `
-    + 'runs on any machine.'));
+  if (isFirst) found.push(offer, el('p', {}, 'It is small (145 MB) and runs on any machine.'));
   const form = el('form', {className: 'pull'},
     el('input', {name: 'reference', value: typed, placeholder: 'owner/model from the hub',
       ariaLabel: 'Another model to download', autocomplete: 'off', spellcheck: false}),
