@@ -66,6 +66,8 @@ MORE_KEYS = {
     },
     "llama4_text": {"interleave_moe_layer_step": "interleave_moe_layer_step"},
 }
+# Families whose files say how wide the expert is that every token goes to, beside how many it is of
+WIDTH_OF_SHARED = ("ernie4_5_moe",)
 EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 SKIPPED = ("rotary_emb.inv_freq", "masked_bias", "cls.output.weight")  # no weights
 
@@ -256,7 +258,6 @@ def rope_stacks(config: ModelConfig) -> list[Stack]:
 
 def shape_values(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keys under {arch} that every model has, and those of experts and windows"""
-    eps = "layer_norm_epsilon" if config.norm.startswith("layer") else "layer_norm_rms_epsilon"
     norm_eps = next((given[key] for key in EPS_KEYS if given.get(key)), config.norm_eps)
     found: dict[str, Any] = {
         "block_count": config.n_layers,
@@ -268,14 +269,19 @@ def shape_values(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any
         "attention.head_count_kv": config.n_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        f"attention.{eps}": float(norm_eps),
+        "attention.layer_norm_rms_epsilon": float(norm_eps),
     }
+    if config.norm.startswith("layer"):  # llama.cpp reads the one or the other, by architecture
+        found["attention.layer_norm_epsilon"] = float(norm_eps)
     if experts := config.experts:
         found["expert_count"] = experts.count
         found["expert_used_count"] = experts.num_used
         found["expert_feed_forward_length"] = experts.n_ff
-        if experts.n_ff_shared:
-            found["expert_shared_feed_forward_length"] = experts.n_ff_shared
+        shared = experts.n_ff_shared
+        if config.model_type in WIDTH_OF_SHARED:
+            shared = config.own["routing"].n_ff_shared
+        if shared:
+            found["expert_shared_feed_forward_length"] = shared
     if scoring := GATING.get(getattr(config.own.get("routing"), "scoring", "")):
         found["expert_gating_func"] = scoring
     if window := max(filter(None, config.windows), default=0):
