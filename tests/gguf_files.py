@@ -16,6 +16,9 @@ import safetensors.torch
 import torch
 
 Kind = gguf.GGMLQuantizationType
+# relative root of the mean squared error that a quantizer may make of normal weights
+ERRORS = {"Q2_K": 0.31, "Q3_K": 0.16, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.02}
+ERRORS |= {"Q4_0": 0.092, "Q4_1": 0.075, "Q5_0": 0.046, "Q5_1": 0.038, "Q8_0": 0.0056}
 DEQUANTIZABLE = sorted({"F32", "F16", "F64"} | {kind.name for kind in gguf.quants._type_traits})
 
 # Where a block keeps its float16 scales, for the types that the gguf package cannot quantize to.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollama import LLM, RequestError, Tokenizer, with_progress
+from nanollama import LLM, RequestError, Tokenizer, preferred
 
 if TYPE_CHECKING:
     from nanollama import Json
@@ -81,6 +82,13 @@ class Totals:
         self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
 
 
+def counted(pieces: list[list[int]], title: str) -> Iterable[list[int]]:
+    """The windows, counted by a progress bar on a terminal, where commands.status is installed"""
+    bar: Any = preferred("commands.status", "with_progress", None)
+    found: Iterable[list[int]] = bar(pieces, len(pieces), desc=title) if bar else pieces
+    return found
+
+
 def compare(path: Path, adapter: str | None, out: Path, text: str | None) -> Json:
     """Perplexity of a model and of the file made from it, the mean KL divergence of next tokens
     from the original's, in nats, and the share of equal likeliest tokens; over a text, or TEXT.
@@ -90,12 +98,12 @@ def compare(path: Path, adapter: str | None, out: Path, text: str | None) -> Jso
     with tempfile.TemporaryFile() as file:
         llm = LLM(path, adapter=adapter, **options)
         pieces = windows(llm.tokenizer, TEXT if text is None else text, MEASURED, llm.engine.n_ctx)
-        for ids in with_progress(pieces, len(pieces), desc="original", leave=False):
+        for ids in counted(pieces, "original"):
             np.save(file, llm.logits(ids).cpu().numpy())
         del llm
         file.seek(0)
         llm = LLM(out, **options)
-        for ids in with_progress(pieces, len(pieces), desc="converted", leave=False):
+        for ids in counted(pieces, "converted"):
             totals.add(torch.from_numpy(np.load(file)), llm.logits(ids).cpu(), ids)
     n = totals.tokens
     return {

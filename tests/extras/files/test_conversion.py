@@ -16,8 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 from families import ALL, GGUF_ROWS
+from gguf_files import ERRORS
 from oracle import Tiny, rewritten
-from test_quantizers import ERRORS
 
 import nanollama
 from nanollama import LLM, CheckpointError, NanollamaError, open_checkpoint, read_gguf

@@ -5,15 +5,13 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from gguf_files import ERRORS
 
 from nanollama import quantize
 from nanollama_extras.files import quantizers
 from nanollama_extras.files.quantizers import PACKERS, Gain, quantized_rows, unpacked
 
 PUBLISHED = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}  # types that the gguf package writes
-# relative root of the mean squared error on normal weights
-ERRORS = {"Q2_K": 0.31, "Q3_K": 0.16, "Q4_K": 0.075, "Q5_K": 0.038, "Q6_K": 0.02}
-ERRORS |= {"Q4_0": 0.092, "Q4_1": 0.075, "Q5_0": 0.046, "Q5_1": 0.038, "Q8_0": 0.0056}
 
 
 def weights(num_rows: int = 48, num_cols: int = 512) -> torch.Tensor:
