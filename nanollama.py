@@ -1505,13 +1505,14 @@ class TensorSource:
     load: Callable[..., Tensor | PackedLinear]
     is_packed: bool = False  # whether `load` gives a PackedLinear
     stays: bool = False  # in its file, where rows are read
+    bits: float = 0  # of a packed weight, if others than on disk
 
     def part(self, rows: Tensor, *expert: int) -> TensorSource:
         """The tensor of these rows, or of these rows of one expert."""
         shape = (len(rows), *self.shape[1 + len(expert) :])
         nbytes = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
         load = lambda at=slice(None): self.load(*expert, rows[at])  # noqa: E731
-        return TensorSource(shape, self.kind, nbytes, load, self.is_packed, self.stays)
+        return dataclasses.replace(self, shape=shape, nbytes=nbytes, load=load)
 
 
 def keep_8_bits(names: Iterable[str]) -> set[str]:
@@ -2417,11 +2418,12 @@ def read_json(path: Path, required: bool = True) -> Json:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config = model_config(read_json(path / "config.json"), str(path / "config.json"))
-    generation, tensors = path / "generation_config.json", _safetensors(path)
+    raw = read_json(path / "hf_quant_config.json", required=False) | read_json(path / "config.json")
+    config = model_config(raw, str(path / "config.json"))
+    tensors, source = _safetensors(path), path / "generation_config.json"
     with errors_about(path):
         tensors = canonical_tensors(tensors, config)
-    sampling = _file_sampling(read_json(generation, required=False), generation)
+    sampling = _file_sampling(read_json(source, False), source)
     return Checkpoint(path, "safetensors", config, tensors, _directory_text(path), sampling)
 
 
@@ -2458,9 +2460,8 @@ def weight_files(path: Path) -> list[str]:
 
 
 def _safetensors(path: Path) -> Tensors:
-    tensors: dict[str, TensorSource] = {}
-    for name in weight_files(path):
-        tensors |= read_safetensors(path / name)
+    files = [read_safetensors(path / name) for name in weight_files(path)]
+    tensors = {name: tensor for file in files for name, tensor in file.items()}
     if "embed_tokens.weight" in tensors:  # an embedding model, saved without its head
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return tensors
@@ -2593,9 +2594,9 @@ class GGUFCursor:
         return [self.string() for _ in range(self.bounded(count, 8))]  # of 8 bytes or more
 
 
-def read_gguf(path: Path) -> tuple[Json, Tensors]:
-    """The metadata and the tensors of a GGUF file, with row-major shapes as in torch.
-    Raises CheckpointError for a file that departs from the specification."""
+def read_gguf(path: Path, partial: bool = False) -> tuple[Json, Tensors]:
+    """The metadata and the tensors of a GGUF file, with row-major shapes as in torch. Raises
+    CheckpointError for a file that departs from the specification, or cut unless `partial`."""
     with errors_about(path):
         if path.stat().st_size == 0:
             raise CheckpointError("the file is empty")
@@ -2614,11 +2615,11 @@ def read_gguf(path: Path) -> tuple[Json, Tensors]:
             key = cursor.string()
             cursor.part = f"metadata value {excerpt(key)}"
             metadata[key] = cursor.value(cursor.scalar("I"))
-        return metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata)
+        return metadata, _gguf_tensors(cursor, mapped, num_tensors, metadata, partial)
 
 
 def _gguf_tensors(
-    cursor: GGUFCursor, mapped: np.ndarray[Any, Any], num_tensors: int, metadata: Mapping[str, Any]
+    cursor: GGUFCursor, mapped: Any, num_tensors: int, metadata: Json, partial: bool
 ) -> Tensors:
     headers: dict[str, tuple[tuple[int, ...], BlockType, int]] = {}  # shape, type, offset
     cursor.part = "tensor list"
@@ -2645,7 +2646,7 @@ def _gguf_tensors(
         if shape[-1] % kind.width or min(shape) < 1:
             raise CheckpointError(f"{title} of {kind.name} cannot have the shape {shape}")
         start, num_bytes = data_start + offset, math.prod(shape) // kind.width * kind.num_bytes
-        if (end := start + num_bytes) > len(mapped):
+        if (end := start + num_bytes) > len(mapped) and not partial:
             raise CheckpointError(f"{title} is truncated: it ends at byte {end} of {len(mapped)}")
         load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
         tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(kind.unpack))
@@ -2690,9 +2691,9 @@ def gguf_shards(path: Path) -> list[Path]:
     return shards
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Path, files: Any = None) -> Checkpoint:
     try:
-        files = [read_gguf(shard) for shard in gguf_shards(path)]
+        files = files or [read_gguf(shard) for shard in gguf_shards(path)]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     metadata = files[0][0]
@@ -2707,10 +2708,9 @@ def _open_gguf(path: Path) -> Checkpoint:
         own = {key.removeprefix(prefix): value for key, value in metadata.items()}
         raw = _gguf_config(own, tensors, model_type)
     config = model_config(raw, str(path))
-    tensors = canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True)
+    named = canonical_tensors(_gguf_names(tensors, config), config, from_gguf=True)
     text, sampling = _gguf_text(metadata, str(path)), _file_sampling(metadata, path)
-    pooling = own.get("pooling_type")
-    return Checkpoint(path, "gguf", config, tensors, text, sampling, pooling)
+    return Checkpoint(path, "gguf", config, named, text, sampling, own.get("pooling_type"))
 
 
 def gguf_model_type(metadata: Mapping[str, Any]) -> str:
@@ -2820,7 +2820,7 @@ def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = F
     if not from_gguf:
         named = {canonical_name(name, family): tensor for name, tensor in named.items()}
         if config.packing:
-            named = config.packing(named)
+            named = config.packing(named, config)
     if layout := family.gguf_layout if from_gguf else family.layout:
         named = extra_object(layout, config.model_type)(named, config)
     named = {name: part for key in named for name, part in _split(key, named[key], config)}
@@ -2957,7 +2957,7 @@ GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 # Files of a model directory beside its weights and its tokenizer
 SIDE_FILES = (
     "config.json generation_config.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json chat_template.json chat_template.jinja additional_chat_templates/*.jinja "
+    "added_tokens.json chat_template.j* additional_chat_templates/*.jinja hf_quant_config.json "
     "model.safetensors.index.json modules.json [0-9]_*/config.json [0-9]_*/*.safetensors"
 ).split()
 TINY_RANDOM = "tiny-random"  # a model for tests
@@ -5052,10 +5052,10 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend)
     wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
 
     def size(name: str, tensor: TensorSource) -> float:
-        width: float = backend.float_bytes(tensor.kind)
-        if config.quantize:
-            width = 1.0625 if name in wide else 0.625
-        return tensor.nbytes if tensor.is_packed else math.prod(tensor.shape) * width
+        plain = 1.0625 if name in wide else 0.625
+        plain = plain if config.quantize else backend.float_bytes(tensor.kind)
+        is_plain = tensor.is_packed and not tensor.bits
+        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
 
     return int(sum(itertools.starmap(size, tensors.items())))
 
@@ -7181,13 +7181,14 @@ def command_show(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     settings = read_settings(args)
     path = ModelStore().find(settings.model, args.revision)
-    if path is None:
+    plain: Any = lambda path, _: path and (open_checkpoint(path), ())  # noqa: E731
+    if not (found := preferred("files.show_types", "look", plain)(path, settings)):
         remedy = f"get it with: {PROGRAM} pull {settings.model}"
         raise ModelNotFoundError(f"{settings.model}: not on this machine; {remedy}")
-    checkpoint = open_checkpoint(path)
+    checkpoint, types = found
     template = ChatTemplate(checkpoint.text, settings.modelfile.template)
     sampling = settings.sampling(checkpoint.sampling)
-    lines = [*describe(checkpoint, settings, template), "settings"]
+    lines = [*describe(checkpoint, settings, template), *types, "settings"]
     supported = textwrap.wrap(f"supported architectures: {', '.join(all_families())}", 98)
     put("\n".join([*lines, *settings_lines(settings, sampling), *supported, ""]))
     return 0

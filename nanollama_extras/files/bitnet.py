@@ -50,4 +50,5 @@ def ternary(weight: TensorSource, scale: TensorSource) -> TensorSource:
         number = cast("Tensor", scale.load()).to(torch.float16)
         return PackedLinear(pack_nibbles(q), number.expand(len(rows), q.shape[1]).contiguous())
 
-    return TensorSource(shape, "ternary", weight.nbytes + scale.nbytes, load, is_packed=True)
+    num_bytes = weight.nbytes + scale.nbytes
+    return TensorSource(shape, "ternary", num_bytes, load, is_packed=True, bits=4.5)

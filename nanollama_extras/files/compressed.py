@@ -171,7 +171,9 @@ class Integers:
     def source(self) -> TensorSource:
         bits = 8.5 if self.bits == 8 else 4.5
         title = f"compressed-tensors {self.bits}-bit"
-        return packed_source(title, self.shape, bits + 0.5 * (self.zeros is not None), self.load)
+        bits += 0.5 * (self.zeros is not None)
+        parts = self.codes, self.scales, self.zeros, self.order
+        return packed_source(title, self.shape, bits, self.load, *parts)
 
     def column_groups(self) -> Tensor | None:
         """The group of each column; None if the columns of a group are side by side"""

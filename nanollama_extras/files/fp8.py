@@ -106,7 +106,7 @@ def float8(tensors: Tensors, name: str, scale_name: str, block: Block | None) ->
         numbers = numbers.reshape(-1, -(-num_cols // width))[torch.arange(num_rows)[at] // height]
         return scaled(cast("Tensor", weight.load(*index)), numbers, width)
 
-    return packed_source("FP8", weight.shape, 8.5, load)
+    return packed_source("FP8", weight.shape, 8.5, load, weight, scale)
 
 
 def scaled(weight: Tensor, scale: Tensor, width: int) -> PackedLinear | Tensor:

@@ -1,10 +1,11 @@
 """Weights of AWQ and GPTQ in safetensors files: NAME.qweight, NAME.scales and NAME.qzeros.
 
-Adds       the quant_methods `awq` (version gemm, 4 bits) and `gptq` (2, 3, 4 and 8 bits, formats v1
-           and v2, symmetric or not, in any order of columns).
+Adds       the quant_methods `awq` (version gemm, 4 bits), `gptq` (2, 3, 4 and 8 bits, formats v1
+           and v2, symmetric or not, in any order of columns) and `auto-round`, which writes both.
 Seam       rows of METHODS in files.quantized, which it imports.
 Source     https://github.com/casper-hansen/AutoAWQ (awq/modules/linear/gemm.py, awq/utils)
            https://github.com/ModelCloud/GPTQModel (nn_modules/qlinear)
+           https://github.com/intel/auto-round (inference/convert_model.py: packing_format)
 Remove     delete this file and its rows of METHODS; such files then say that they need it.
 
 Both store w^T: qweight is (cols / n, rows) for GPTQ, with n numbers of a column in an int32, and
@@ -12,10 +13,12 @@ Both store w^T: qweight is (cols / n, rows) for GPTQ, with n numbers of a column
 That is exact in groups of 32 columns: without an offset where every z is the middle, else with the
 offset -z * scale. GPTQ's g_idx gives the group of each column. Where columns of a group are far
 apart (desc_act), a group of 32 columns has many scales; these matrices are rounded to 8 bits.
+Where a config has widths for single layers (`dynamic`, `extra_config`), shapes tell each one's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import cast
@@ -32,6 +35,7 @@ from nanollama_extras.files.quantized import (
     WholeMatrix,
     affine,
     check_found,
+    check_width,
     choice,
     packed_source,
     part_of,
@@ -42,6 +46,14 @@ from nanollama_extras.files.quantized import (
     width,
 )
 
+# packing_format of auto-round, or its older `backend` -> method and format of zeros
+ROUND_FORMATS = {
+    **dict.fromkeys(("auto", "auto_round:auto_gptq", "auto_round:gptq"), ("gptq", "gptq")),
+    "auto_round:gptq:exllamav2": ("gptq", "gptq"),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), ("gptq", "gptq_v2")),
+    **dict.fromkeys(("auto_round:auto_awq", "auto_round:awq"), ("awq", "")),
+}
+ROUND_NAMES = " or ".join(ROUND_FORMATS)
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibbles of an int32 that hold its 8 rows
 STEP = 1 << 22  # weights that are unpacked at a time
 
@@ -54,7 +66,9 @@ class Layout:
     bits: int
     group: int  # columns that share a scale; 0 for all
     subtracts_one: bool = False  # from each zero, in the file
-    in_memory: float = 5  # expected bits of a weight
+    has_offset: bool = True  # expected, beside the scales in memory
+    is_reordered: bool = False  # expected of the columns
+    is_mixed: bool = False  # whether single layers have other widths and groups
 
 
 def packing(settings: Settings) -> Packing:
@@ -62,23 +76,30 @@ def packing(settings: Settings) -> Packing:
     group = 0 if settings.get("group_size") == -1 else width(settings, "group_size", GROUP)
     title = "quantization_config: group_size"
     check_value(group % GROUP == 0, title, group, f"-1 or a multiple of {GROUP}")
-    given = settings.get("dynamic")
-    check_value(not given, "quantization_config: dynamic", given, "none")
-    formats = ("auto_round:auto_gptq", "auto_round:auto_awq")
-    method = str(settings["quant_method"])
+    method, version = str(settings["quant_method"]), "gptq"
     if method == "auto-round":
-        kind = choice(settings, "packing_format", *formats)
-        method = kind.rpartition("_")[2]
+        kind = settings.get("packing_format") or settings.get("backend", "auto")
+        is_known = isinstance(kind, str) and kind in ROUND_FORMATS
+        check_value(is_known, "quantization_config: packing_format", kind, ROUND_NAMES)
+        method, version = ROUND_FORMATS[kind]
+    is_mixed = any(settings.get(key) for key in ("dynamic", "extra_config"))
     if method == "awq":
         choice(settings, "bits", 4)
         choice(settings, "version", "gemm", "GEMM", default="gemm")
         choice(settings, "zero_point", True, default=True)
-        return functools.partial(packed_tensors, layout=Layout("awq", 4, group))
+        layout = Layout("awq", 4, group, is_mixed=is_mixed)
+        return functools.partial(packed_tensors, layout=layout)
     bits = choice(settings, "bits", 2, 3, 4, 8)
-    version = choice(settings, "checkpoint_format", "gptq", "gptq_v2", default="gptq")
-    is_wide = bits == 8 or choice(settings, "desc_act", True, False, default=False)
-    narrow = 4.5 if choice(settings, "sym", True, False, default=True) else 5
-    layout = Layout("gptq", bits, group, version == "gptq", 8.5 if is_wide else narrow)
+    version = choice(settings, "checkpoint_format", "gptq", "gptq_v2", default=version)
+    layout = Layout(
+        "gptq",
+        bits,
+        group,
+        subtracts_one=version == "gptq",
+        has_offset=not choice(settings, "sym", True, False, default=True),
+        is_reordered=choice(settings, "desc_act", True, False, default=False),
+        is_mixed=is_mixed,
+    )
     return functools.partial(packed_tensors, layout=layout)
 
 
@@ -94,13 +115,33 @@ def packed_tensors(tensors: Tensors, layout: Layout) -> Tensors:
     return found
 
 
+def own_layout(tensors: Tensors, name: str, layout: Layout) -> Layout:
+    """The layout of a matrix by its shapes: qzeros (groups, rows * bits / 32), qweight of GPTQ
+    (cols * bits / 32, rows). Raises CheckpointError."""
+    zeros = part_of(tensors, f"{name}.qzeros", "I32", (-1, -1)).shape
+    high, wide = part_of(tensors, f"{name}.qweight", "I32", (-1, -1)).shape
+    bits = layout.bits if layout.method == "awq" else 32 * zeros[1] // max(1, wide)
+    num_cols = high if layout.method == "awq" else high * 32 // max(1, bits)
+    group = num_cols // max(1, zeros[0])
+    if bits not in (2, 3, 4, 8) or group % GROUP or not group:
+        raise CheckpointError(
+            f"tensor {excerpt(name)}.qzeros has shape {zeros}, for {bits} bits in groups of {group}"
+        )
+    return dataclasses.replace(layout, bits=bits, group=group)
+
+
 class Matrix:
     """A matrix (rows, cols) and its tensors. Raises CheckpointError for wrong shapes."""
 
     def __init__(self, tensors: Tensors, name: str, layout: Layout) -> None:
-        self.layout, self.name = layout, name
         self.codes = part_of(tensors, f"{name}.qweight", "I32", (-1, -1))
         high, wide = self.codes.shape
+        if layout.is_mixed:
+            layout = own_layout(tensors, name, layout)
+        elif layout.method == "gptq":
+            zeros = part_of(tensors, f"{name}.qzeros", "I32", (-1, -1)).shape
+            check_width(name, 32 * zeros[1] / max(1, wide), layout.bits)
+        self.layout, self.name = layout, name
         words = wide if layout.method == "awq" else -(-wide * layout.bits // 32)
         num_rows = 8 * wide if layout.method == "awq" else wide
         num_cols = high if layout.method == "awq" else high * 32 // layout.bits
@@ -118,9 +159,12 @@ class Matrix:
             self.order = part_of(tensors, f"{name}.g_idx", "I32 I64", (num_cols,))
 
     def source(self) -> TensorSource:
-        title = f"{self.layout.method.upper()} {self.layout.bits}-bit"
-        whole = WholeMatrix(self.pack)
-        return packed_source(title, self.shape, self.layout.in_memory, whole.load)
+        layout = self.layout
+        title = f"{layout.method.upper()} {layout.bits}-bit"
+        is_wide = layout.bits == 8 or layout.is_reordered
+        bits = 8.5 if is_wide else 4.5 + 0.5 * layout.has_offset
+        parts = self.codes, self.scales, self.zeros, self.order
+        return packed_source(title, self.shape, bits, WholeMatrix(self.pack).load, *parts)
 
     def column_groups(self) -> Tensor | None:
         """The group of each column; None if the columns of a group are side by side"""

@@ -1,15 +1,17 @@
 """Weights as MLX quantizes them in safetensors files: NAME.weight, NAME.scales and NAME.biases.
 
-Adds       the modes `affine` (2, 3, 4, 5, 6 and 8 bits, in groups of 32, 64 or 128 columns) and
-           `mxfp4`, with settings for single layers.
-Seam       a row of METHODS in files.quantized, which it imports, as it does files.mxfp4.
+Adds       the modes `affine` (2, 3, 4, 5, 6 and 8 bits, in groups of 32, 64 or 128 columns),
+           `mxfp4`, `mxfp8` and `nvfp4`, with settings for single layers.
+Seam       a row of METHODS in files.quantized, which it imports, as it does files.fp8,
+           files.mxfp4 and files.nvfp4.
 Source     https://ml-explore.github.io/mlx (mlx.core.quantize, mlx.core.dequantize)
            https://github.com/ml-explore/mlx-lm (models/switch_layers.py, utils.py)
 Remove     delete this file and its row of METHODS; MLX's files then say that they need it.
 
 weight (.., rows, words) uint32 holds the numbers q of a row from the lowest bits on, across borders
 of words. w = q * scale + bias, with scales and biases (.., rows, cols / group), is exact in groups
-of 32 columns: 2 and 3 bits in 4, and 5 and 6 bits in 8.
+of 32 columns: 2 and 3 bits in 4, and 5 and 6 bits in 8. The modes of floats have no biases, and
+scales of 8 bits: powers of two (mxfp4, mxfp8) or FP8 (nvfp4).
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 import nanollama
 from nanollama import GROUP, CheckpointError, PackedLinear, TensorSource, excerpt
-from nanollama_extras.files.mxfp4 import packed_floats
+from nanollama_extras.files import fp8, mxfp4, nvfp4
 from nanollama_extras.files.quantized import (
     FLOATS,
     Packing,
@@ -31,6 +34,7 @@ from nanollama_extras.files.quantized import (
     Tensors,
     affine,
     check_found,
+    check_width,
     choice,
     packed_source,
     part_of,
@@ -39,6 +43,9 @@ from nanollama_extras.files.quantized import (
     stems,
     unpacked_bits,
 )
+
+# Modes of floats -> bits, columns that share a scale, and bits of a weight in memory
+MODES = {"mxfp4": (4, GROUP, 4.5), "mxfp8": (8, GROUP, 8.5), "nvfp4": (4, 16, 9)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +66,10 @@ def packing(settings: Settings) -> Packing:
 
 
 def layout_of(settings: Mapping[str, Any]) -> Layout:
-    mode = choice(settings, "mode", "affine", "mxfp4", default="affine")
-    if mode == "mxfp4":
-        return Layout(choice(settings, "bits", 4), choice(settings, "group_size", GROUP), mode)
+    mode = choice(settings, "mode", "affine", *MODES, default="affine")
+    if mode in MODES:
+        bits, group, _ = MODES[mode]
+        return Layout(choice(settings, "bits", bits), choice(settings, "group_size", group), mode)
     bits = choice(settings, "bits", 2, 3, 4, 5, 6, 8)
     return Layout(bits, choice(settings, "group_size", 32, 64, 128), mode)
 
@@ -98,7 +106,9 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
     weight = part_of(tensors, f"{name}.weight", "U32", (-1,) * (2 + is_stack))
     words, num_cols = weight.shape[-1], weight.shape[-1] * 32 // bits
     grouped = *weight.shape[:-1], num_cols // group
-    is_float = layout.mode == "mxfp4"
+    is_float = layout.mode in MODES
+    num_groups = tensors[f"{name}.scales"].shape[-1:] or (0,)
+    check_width(name, 32 * words / max(1, num_groups[0] * group), bits)
     scales = part_of(tensors, f"{name}.scales", "U8" if is_float else FLOATS, grouped)
     shape = *weight.shape[:-1], num_cols
     if words * 32 % bits or num_cols % group or not num_cols:
@@ -107,7 +117,9 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
             f"groups of {group} numbers of {bits} bits"
         )
     if is_float:
-        return packed_source("MLX mxfp4", shape, 4.5, functools.partial(float4, weight, scales))
+        load_floats = functools.partial(floats, layout.mode, weight, scales)
+        title, in_memory = f"MLX {layout.mode}", MODES[layout.mode][2]
+        return packed_source(title, shape, in_memory, load_floats, weight, scales)
     biases = part_of(tensors, f"{name}.biases", FLOATS, grouped)
 
     def load(*index: int | slice | Tensor) -> PackedLinear:
@@ -118,10 +130,17 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
         )
         return affine(q, scale, bias, bits)
 
-    return packed_source(f"MLX {bits}-bit", shape, 5 if bits <= 4 else 9, load)
+    parts = weight, scales, biases
+    return packed_source(f"MLX {bits}-bit", shape, 5 if bits <= 4 else 9, load, *parts)
 
 
-def float4(weight: TensorSource, scales: TensorSource, *index: Any) -> PackedLinear:
-    """Rows of a matrix in MXFP4"""
-    q = unpacked_bits(cast("Tensor", weight.load(*index)), 4).unflatten(-1, (-1, GROUP))
-    return packed_floats(cast("Tensor", scales.load(*index)), nanollama.pack_nibbles(q))
+def floats(mode: str, weight: TensorSource, scales: TensorSource, *index: Any) -> PackedLinear:
+    """Rows of a matrix of 4- or 8-bit floats"""
+    data, scale = (cast("Tensor", part.load(*index)) for part in (weight, scales))
+    if mode == "mxfp8":
+        numbers = data.contiguous().view(torch.float8_e4m3fn)
+        return fp8.packed_floats(numbers, torch.exp2(scale.float() - 127))
+    codes = unpacked_bits(data, 4)
+    if mode == "mxfp4":
+        return mxfp4.packed_floats(scale, nanollama.pack_nibbles(codes.unflatten(-1, (-1, GROUP))))
+    return nvfp4.packed_floats(codes, scale.view(torch.float8_e4m3fn).float())

@@ -56,4 +56,5 @@ def mxfp4_source(blocks: TensorSource, scales: TensorSource) -> TensorSource:
 
     E, num_rows, num_groups, width = blocks.shape
     shape = (E, num_rows, num_groups * width * 2)
-    return TensorSource(shape, "MXFP4", blocks.nbytes + scales.nbytes, load, is_packed=True)
+    num_bytes = blocks.nbytes + scales.nbytes
+    return TensorSource(shape, "MXFP4", num_bytes, load, is_packed=True, bits=4.5)

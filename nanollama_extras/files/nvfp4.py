@@ -1,6 +1,6 @@
 """Weights in NVFP4 in safetensors files, packed as 8-bit integers in groups of 16.
 
-Adds       the quant_method `modelopt` (quant_algo NVFP4 and FP8), and `float4` for
+Adds       the quant_method `modelopt` (quant_algo NVFP4, FP8 and both mixed), and `float4` for
            files.compressed (nvfp4-pack-quantized): a byte holds the 4-bit floats of columns 2i and
            2i + 1, 16 columns share a scale in FP8, and all of them one in float32.
 Seam       a row of METHODS in files.quantized, which it imports, as it does files.fp8.
@@ -39,7 +39,7 @@ GROUP = 16
 
 def packing(settings: Settings) -> Packing:
     """For the quant_method modelopt. Raises CheckpointError."""
-    if choice(settings, "quant_algo", "NVFP4", "FP8") == "FP8":
+    if choice(settings, "quant_algo", "NVFP4", "MIXED_PRECISION", "FP8") == "FP8":
         return functools.partial(fp8.packed_tensors, block=None, suffix=".weight_scale")
     choice(settings, "group_size", GROUP, default=GROUP)
     return packed_tensors
@@ -77,10 +77,15 @@ def float4(
     whole = part_of(tensors, whole_name, "F32", (1,) if given and given.shape == (1,) else ())
 
     def load(at: slice | Tensor = slice(None)) -> PackedLinear:
-        codes = unpacked_bits(cast("Tensor", weight.load(at)), 4).long()
-        q = torch.tensor(FLOAT4, dtype=torch.int8)[codes].unflatten(-1, (-1, GROUP))
+        codes = unpacked_bits(cast("Tensor", weight.load(at)), 4)
         factor = cast("Tensor", whole.load()).reshape(())
         scale = cast("Tensor", scales.load(at)).float()
-        return grouped(q, (scale / factor if divides else scale * factor) / 2)
+        return packed_floats(codes, scale / factor if divides else scale * factor)
 
-    return packed_source("NVFP4", (num_rows, num_cols), 9, load)
+    return packed_source("NVFP4", (num_rows, num_cols), 9, load, weight, scales, whole)
+
+
+def packed_floats(codes: Tensor, scale: Tensor) -> PackedLinear:
+    """4-bit floats (rows, cols) times scales (rows, cols / 16)"""
+    q = torch.tensor(FLOAT4, dtype=torch.int8)[codes.long()].unflatten(-1, (-1, GROUP))
+    return grouped(q, scale / 2)

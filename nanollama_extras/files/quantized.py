@@ -3,18 +3,19 @@
 Adds       `read_config`, which finds the format's module, and the steps from a format's codes,
            scales and zero points to PackedLinears: groups of 32 columns of 4 or 8 bits.
 Seam       ModelConfig.packing: `read_config` gives it from `quantization_config` (MLX writes
-           `quantization`), and it turns a file's tensors into packed ones. A format is a module
-           whose `packing(settings)` makes it, and a row of METHODS.
+           `quantization`, and so does ModelOpt in hf_quant_config.json), and it turns a file's
+           tensors into packed ones. A format is a module whose `packing(settings)` makes it, and a
+           row of METHODS.
 Imports    the module of the format, by its name in METHODS.
-Remove     delete this file, files.fp8, files.gptq, files.mlx, files.compressed, files.nvfp4,
-           files.mxfp4 and files.bitnet; quantized safetensors files then say that they need it.
+Remove     delete this file and the modules of METHODS; quantized safetensors files then say that
+           they need it.
 
 Scales that float16 holds stay float16. Others are float32, which native kernels round to float16.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from nanollama import (
     GROUP,
     CheckpointError,
+    ModelConfig,
     PackedLinear,
     TensorSource,
     check_value,
@@ -49,21 +51,54 @@ METHODS = {
     "modelopt": "files.nvfp4",
     "mxfp4": "files.mxfp4",
     "bitnet": "files.bitnet",
+    "bitsandbytes": "files.bitsandbytes",
+    "torchao": "files.torchao",
 }
 
 
-def read_config(settings: Any) -> Packing:
-    """What packs the tensors of files with these settings. Raises CheckpointError."""
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if isinstance(settings, Mapping) and method is None and "group_size" in settings:
-        method = "mlx"  # which does not write the method
-    if not isinstance(method, str) or method not in METHODS:
+def read_config(settings: Any) -> Callable[..., Tensors]:
+    """What packs the tensors of files with these settings; it takes them and perhaps the model's
+    ModelConfig. Raises CheckpointError."""
+    method = method_of(settings) if isinstance(settings, Mapping) else None
+    if method not in METHODS:
         raise CheckpointError(
             f"quantization_config {excerpt(settings)} is not supported; take GGUF, float weights "
             f"or one of {', '.join(METHODS)}"
         )
+    settings = {**settings, "quant_method": method}
     packing: Packing = extra(METHODS[method], f"quant_method {method}").packing(settings)
-    return packing
+    return functools.partial(packed, packing)
+
+
+def method_of(settings: Settings) -> str:
+    """The quant_method of settings, which ModelOpt and MLX leave out."""
+    method = settings.get("quant_method")
+    if method is None and "quant_algo" in settings:
+        return "modelopt"
+    if method is None and "group_size" in settings:
+        return "mlx"
+    return str(method).removeprefix("intel/")  # of auto-round
+
+
+# Matrices -> the field of ModelConfig that tells whether they have biases
+BIASES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "qkv_bias"),
+    "o_proj": "o_bias",
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "gate_up_proj"), "mlp_bias"),
+}
+
+
+def packed(packing: Packing, tensors: Tensors, config: ModelConfig | None = None) -> Tensors:
+    """Packed tensors, without biases of zeros that the model has not: AutoGPTQ gives every matrix
+    a bias."""
+    found = dict(packing(tensors))
+    for name in stems(found, ".bias") if config else ():
+        own = BIASES.get(name.rpartition(".")[2])
+        weight = found.get(f"{name}.weight")
+        is_unknown = own and weight and weight.is_packed and not getattr(config, own)
+        if is_unknown and not bool(cast("Tensor", found[f"{name}.bias"].load()).any()):
+            del found[f"{name}.bias"]
+    return found
 
 
 # ---- settings and tensors, checked ---------------------------------------------------------------
@@ -121,19 +156,33 @@ def part_of(tensors: Tensors, name: str, kinds: str, shape: tuple[int, ...]) -> 
     return found
 
 
+def check_width(name: str, found: float, bits: int) -> None:
+    """Raises CheckpointError for a matrix whose shapes are those of other `bits` than its config
+    says."""
+    if found != bits and found in (2, 3, 4, 5, 6, 8):
+        raise CheckpointError(
+            f"tensor {excerpt(name)} has {found:g} bits by its shapes; quantization_config says "
+            f"{bits}, and nothing else of this layer"
+        )
+
+
 FLOATS = "F16 BF16 F32"
 
 
 # ---- codes, scales and offsets to groups of 32 ---------------------------------------------------
 
 
-def packed_source(title: str, shape: tuple[int, ...], bits: float, load: Load) -> TensorSource:
+def packed_source(
+    title: str, shape: tuple[int, ...], bits: float, load: Load, *parts: TensorSource | None
+) -> TensorSource:
     """A matrix (rows, cols), or matrices (E, rows, cols), of which `load` gives rows in `bits` a
-    weight, with scales and offsets. `load` gives floats where 32 does not divide the columns."""
+    weight, with scales and offsets, made of `parts` of the file. `load` gives floats where 32 does
+    not divide the columns."""
+    num_bytes = sum(part.nbytes for part in parts if part is not None)
     if shape[-1] % GROUP:
-        return TensorSource(shape, f"{title}, unpacked", 4 * math.prod(shape), load)
+        return TensorSource(shape, f"{title}, unpacked", num_bytes, load)
     kind = f"{title}, packed as {8 if bits >= 8 else 4} bits"
-    return TensorSource(shape, kind, int(math.prod(shape) * bits / 8), load, is_packed=True)
+    return TensorSource(shape, kind, num_bytes, load, is_packed=True, bits=bits)
 
 
 def unpacked_bits(words: Tensor, bits: int) -> Tensor:

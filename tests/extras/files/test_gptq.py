@@ -190,8 +190,8 @@ def test_groups_without_scales_are_refused() -> None:
         ({**GPTQ, "bits": 5}, "bits is 5; 2 or 3 or 4 or 8"),
         ({**GPTQ, "bits": True}, "bits is True"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        ({**GPTQ, "dynamic": {"a": {"bits": 8}}}, "dynamic is {'a'"),
-        ({"quant_method": "auto-round", "bits": 4, "group_size": 32}, "packing_format is None"),
+        ({**GPTQ, "quant_method": "auto-round", "packing_format": "mlx"}, "format is 'mlx'; auto"),
+        ({**GPTQ, "quant_method": "auto-round", "backend": [1]}, r"packing_format is \[1\]; auto"),
     ],
 )
 def test_settings_that_are_not_supported_are_named(settings: dict[str, Any], named: str) -> None:
@@ -199,8 +199,45 @@ def test_settings_that_are_not_supported_are_named(settings: dict[str, Any], nam
         sources(settings, {})
 
 
-def test_auto_round_names_the_format() -> None:
-    parts, expected = awq(torch.randn(48, 64))
-    settings = {**AWQ, "quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}
+@pytest.mark.parametrize(
+    ("settings", "quantizer"),
+    [
+        ({"packing_format": "auto_round:auto_awq"}, awq),
+        ({"packing_format": "auto_round:awq"}, awq),
+        ({"packing_format": "auto_round:auto_gptq"}, gptq),
+        ({"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"}, gptq),
+        ({}, gptq),
+        ({"packing_format": "auto_round"}, lambda w: gptq(w, version="gptq_v2")),
+        ({"packing_format": "auto_round:gptqmodel"}, lambda w: gptq(w, version="gptq_v2")),
+    ],
+)
+def test_auto_round_names_the_format(settings: dict[str, Any], quantizer: Any) -> None:
+    parts, expected = quantizer(torch.randn(48, 64))
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32, **settings}
     found = unpacked(source_of(parts, settings)["a.weight"])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["dynamic", "extra_config"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (8, 32)])
+def test_single_layers_may_have_widths_of_their_own(bits: int, group: int, key: str) -> None:
+    parts, expected = gptq(torch.randn(32, 128), bits, group)
+    settings = {**GPTQ, key: {"+:.*": {"bits": bits}}}
+    source = source_of(parts, settings)["a.weight"]
+    assert source.kind == f"GPTQ {bits}-bit, packed as {8 if bits == 8 else 4} bits"
+    torch.testing.assert_close(unpacked(source), expected, rtol=0, atol=2e-6)
+    words = rf"'a' has {bits} bits by its shapes; quantization_config says 4, and nothing else"
+    with pytest.raises(CheckpointError, match=r"a\.scales' has shape" if bits == 4 else words):
+        source_of(parts, GPTQ)
+
+
+def test_biases_of_zeros_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    def with_bias(weight: Tensor, value: float = 0.0) -> tuple[dict[str, Tensor], Tensor]:
+        parts, expected = gptq(weight)
+        return {**parts, "bias": torch.full((len(weight),), value)}, expected
+
+    check(*saved(tiny(), tmp_path / "zeros", GPTQ, with_bias))
+    packed, _ = saved(tiny(), tmp_path / "halves", GPTQ, lambda w: with_bias(w, 0.5))
+    with pytest.raises(CheckpointError, match=r"unexpected tensor .*bias"):
+        LLM(packed)
+    check(*saved(tiny("Qwen2"), tmp_path / "own", GPTQ, gptq))  # has biases of its own

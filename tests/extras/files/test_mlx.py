@@ -83,15 +83,28 @@ def test_every_width_is_exact(bits: int, group: int, dtype: torch.dtype) -> None
     assert torch.equal(unpacked(source, rows), packed.dequantize()[rows])
 
 
-def test_mxfp4_is_exact() -> None:
+LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_modes_of_floats_are_exact(mode: str) -> None:
     torch.manual_seed(0)
-    codes, exponents = torch.randint(16, (8, 64)), torch.randint(120, 130, (8, 2))
-    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    expected = torch.cat((levels, -levels))[codes]
-    expected *= torch.exp2(exponents - 127.0).repeat_interleave(32, 1)
-    parts = {"weight": files.words(codes, 4).view(torch.uint32), "scales": exponents.byte()}
-    found = source_of(parts, {"bits": 4, "group_size": 32, "mode": "mxfp4"})["a.weight"]
-    assert torch.equal(unpacked(found), expected)
+    group, bits = 16 if mode == "nvfp4" else 32, 8 if mode == "mxfp8" else 4
+    scales = torch.randint(120, 130, (8, 64 // group), dtype=torch.uint8)
+    values = torch.exp2(scales.float() - 127)
+    if mode == "nvfp4":
+        scales = torch.rand(8, 4).to(torch.float8_e4m3fn)
+        values, scales = scales.float(), scales.view(torch.uint8)
+    codes = torch.randint(16, (8, 64))
+    numbers = torch.cat((LEVELS, -LEVELS))[codes]
+    if mode == "mxfp8":
+        numbers = torch.randint(16, 31, (8, 64)) * torch.tensor(1.0)  # of 4 significant bits
+        numbers = (numbers // 2 * 2).clamp(16, 30)
+        codes = numbers.to(torch.float8_e4m3fn).view(torch.uint8)
+    parts = {"weight": files.words(codes, bits).view(torch.uint32), "scales": scales}
+    found = source_of(parts, {"bits": bits, "group_size": group, "mode": mode})["a.weight"]
+    assert found.kind == f"MLX {mode}, packed as {4 if mode == 'mxfp4' else 8} bits"
+    assert torch.equal(unpacked(found), numbers * values.repeat_interleave(group, 1))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +129,7 @@ def test_files_that_contradict_their_config_are_refused(
 
 def test_another_width_than_the_configs_is_refused() -> None:
     parts, _ = affine(torch.randn(24, 64))
-    with pytest.raises(CheckpointError, match=r"a\.scales' has shape"):
+    with pytest.raises(CheckpointError, match=r"'a' has 4 bits by its shapes; .* says 8"):
         source_of(parts, {**MLX, "a": {"bits": 8, "group_size": 32}})
 
 
@@ -126,7 +139,8 @@ def test_another_width_than_the_configs_is_refused() -> None:
         ({"bits": 7}, "bits is 7"),
         ({"bits": None}, "bits is None"),
         ({"group_size": 16}, "group_size is 16; 32 or 64 or 128"),
-        ({"mode": "nvfp4"}, "mode is 'nvfp4'; affine or mxfp4"),
+        ({"mode": "mxfp6"}, "mode is 'mxfp6'; affine or mxfp4 or mxfp8 or nvfp4"),
+        ({"mode": "nvfp4"}, "group_size is 32; 16 is needed"),
         ({"model.layers.0.mlp.gate": {"bits": 9}}, "bits is 9"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from nanollama import LLM, CheckpointError
 
 MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+MIXED = {**MODELOPT, "quant_algo": "MIXED_PRECISION"}
 COMPRESSED: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "nvfp4-pack-quantized",
@@ -56,6 +59,7 @@ def float8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         ("Qwen3Moe", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 8 bits"),
         ("Qwen3", COMPRESSED, compressed, 1e-5, "NVFP4, packed as 8 bits"),
         ("Llama", {**MODELOPT, "quant_algo": "FP8"}, float8, 0.04, "FP8, packed as 8 bits"),
+        ("Llama", MIXED, lambda w: (nvfp4 if w.shape[1] == 96 else float8)(w), 0.04, "FP8, .*"),
     ],
 )
 def test_logits_are_those_of_the_floats(
@@ -63,7 +67,18 @@ def test_logits_are_those_of_the_floats(
 ) -> None:
     packed, plain = saved(tiny(name, **SIZES.get(name, {})), tmp_path, settings, quantizer)
     check(packed, plain, bound)
-    assert LLM(packed).checkpoint.quantization == title
+    assert re.fullmatch(title, LLM(packed).checkpoint.quantization)
+
+
+def test_modelopt_s_own_file_names_the_format(tiny: Tiny, tmp_path: Path) -> None:
+    packed, plain = saved(tiny(), tmp_path, MODELOPT, nvfp4)
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (packed / "config.json").write_text(json.dumps(config))
+    quantization = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    own = {"producer": {"name": "modelopt"}, "quantization": quantization}
+    (packed / "hf_quant_config.json").write_text(json.dumps(own))
+    check(packed, plain)
 
 
 @pytest.mark.parametrize(
@@ -89,5 +104,7 @@ def test_rows_are_those_of_the_matrix_and_other_algorithms_are_named() -> None:
     parts, expected = nvfp4(torch.randn(8, 64))
     source = sources(MODELOPT, {f"a.{end}": part for end, part in parts.items()})["a.weight"]
     torch.testing.assert_close(unpacked(source, torch.tensor([7, 2])), expected[[7, 2]])
-    with pytest.raises(CheckpointError, match="quant_algo is 'W4A8_AWQ'; NVFP4 or FP8"):
+    with pytest.raises(
+        CheckpointError, match="quant_algo is 'W4A8_AWQ'; NVFP4 or MIXED_PRECISION or FP8"
+    ):
         sources({**MODELOPT, "quant_algo": "W4A8_AWQ"}, {})

@@ -23,14 +23,12 @@ KEYS = (
     "quant_method bits group_size version zero_point sym desc_act checkpoint_format dynamic "
     "packing_format mode weight_block_size expert_dtype fmt format config_groups "
     "quantization_status model.layers.0.mlp.gate weights num_bits type strategy symmetric "
-    "block_structure group_0"
+    "block_structure group_0 load_in_4bit load_in_8bit bnb_4bit_quant_type quant_type weight_dtype "
+    "quant_algo extra_config"
 ).split()
+WORDS = ["", *"awq gemm affine int float group channel block nf4 NVFP4".split()]
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-2, 130)
-    | st.floats()
-    | st.sampled_from(["awq", "gemm", "affine", "int", "float", "group", "channel", "block", ""]),
+    st.none() | st.booleans() | st.integers(-2, 130) | st.floats() | st.sampled_from(WORDS),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=12,
 )
@@ -76,10 +74,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "b": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}},
         },
     },
+    "mixed": {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"a": {"bits": 8}}},
+    "modelopt": {"quant_algo": "MIXED_PRECISION"},
+    "bnb": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "torchao": {"quant_method": "torchao"},
 }
 ENDS = (
     "weight scales biases qweight qzeros g_idx weight_scale weight_scale_inv weight_packed "
-    "weight_zero_point weight_g_idx"
+    "weight_zero_point weight_g_idx weight_scale_2 SCB _weight_qdata _weight_scale "
+    "_weight_zero_point weight.absmax weight.quant_map weight.quant_state.bitsandbytes__nf4"
 ).split()
 TYPES = [torch.float32, torch.float16, torch.int32, torch.uint32, torch.int8, torch.int64]
 TYPES += [torch.float8_e4m3fn, torch.uint8]
