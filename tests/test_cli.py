@@ -114,7 +114,7 @@ def test_every_command_explains_itself(cli: Callable[..., Ran]) -> None:
     for command in nanollama.COMMANDS:
         ran = cli(command, "--help")
         assert (ran.code, ran.err) == (0, "")
-        assert ran.out.startswith(f"usage: nanollama.py {command}")
+        assert ran.out.startswith(f"usage: nanollama.py {command.replace('ls', 'list')}")
     assert cli("--version").out == f"nanollama {nanollama.__version__}\n"
 
 
@@ -129,7 +129,7 @@ def test_stdout_carries_the_text_alone(
     request = nanollama.GenerationRequest("the quick", params=params)
     completion = tiny_llm.complete(request)
     assert ran.out == completion.text + "\n"
-    speed = SPEED.fullmatch(ran.err.strip())
+    speed = SPEED.fullmatch(ran.err.splitlines()[-1])
     assert speed
     assert int(speed[1]) == len(tiny_llm.encode("the quick"))
     assert int(speed[2]) == completion.usage.completion_tokens - 1  # the first comes with prefill
@@ -377,7 +377,7 @@ def test_a_batch_gives_each_lines_answer_in_order(
     prompts = ("the quick brown", "fox", "What is the capital of France?")
     alone = [cli("--model", tiny(), "--prompt", prompt, *BATCH).out for prompt in prompts]
     assert (ran.code, ran.out) == (0, "".join(alone))
-    assert SPEED.fullmatch(ran.err.strip())
+    assert SPEED.fullmatch(ran.err.splitlines()[-1])
     stdin = cli("--model", tiny(), "--batch-file", "-", *BATCH, stdin=batch.read_bytes())
     assert stdin.out == ran.out
 
@@ -454,7 +454,8 @@ def test_answers_on_a_terminal_have_no_progress_bar_between_them(
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     assert nanollama.main(["--batch-file", str(batch), *BATCH, *flags]) == 0
-    assert SPEED.fullmatch(err.getvalue().strip())
+    assert SPEED.search(err.getvalue())
+    assert "prompt/s" not in err.getvalue()
     assert out.getvalue().count("\n") >= 3
 
 
