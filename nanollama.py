@@ -937,7 +937,7 @@ class SamplingParams:
     grammar: str | None = option(
         None, "--grammar FILE: answer in this grammar, Lark's or llama.cpp's GBNF", on_wire=False
     )
-    # (Sequence, logits (V,)) -> token id, in place of Sequence.choose; whether a Sequence is done
+    # (Sequence, logits (V,)) -> id, in place of Sequence.choose; whether a Sequence is done
     sampler: Any = option(None, on_wire=False)
     stop_when: Any = option(None, on_wire=False)
 
@@ -6560,7 +6560,7 @@ COMMANDS = {
     **{name: f"commands.control:{name}" for name in "cp create ps stop".split()},
     **{
         name: f"commands.{name}:run"
-        for name in "bench eval verify launch convert logs completion".split()
+        for name in "bench eval verify launch lens convert logs completion".split()
     },
 }
 

@@ -304,6 +304,8 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         {"commands.eval", "answers.scores", "answers.library"},
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
+    "lens": ({"commands.lens", "models.tracing"}, command("lens", "hello", "--model", "MODEL")),
+    "hooks": ({"models.tracing", "answers.library"}, lambda llm: put_away(llm.hooks({}))),
     "verify": ({"commands.verify"}, command("verify", "--help")),
     "convert": ({"commands.convert"}, command("convert", "--help")),
     "run": ({"commands.verbs"}, command("run", "MODEL", "hello", "--max-tokens", 2)),

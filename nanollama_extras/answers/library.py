@@ -1,7 +1,8 @@
 """The methods of `LLM` that a Python program uses, beyond `start`, `stream` and `complete`.
 
 Adds       `LLM.chat`, `LLM.astream`, requests made of texts, messages and fields, `LLM.render` and
-           others. Most are a line here, and are defined in the extra that each one names.
+           others. Most are a line here, and are defined in the extra that each one names, such as
+           models.tracing.
 Seam       `LLM.__getattr__` of nanollama.py looks a method up in `Library`; type checkers see
            `Library` as a base class of LLM.
 Remove     delete this file; these methods then say that they need it.
@@ -9,6 +10,7 @@ Remove     delete this file; these methods then say that they need it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nanollama import LLM, AnyRequest, Completion, Decoder, Delta
+    from nanollama_extras.models.tracing import Hook
 
 REQUEST_FIELDS = tuple(GenerationRequest.__dataclass_fields__)
 
@@ -118,6 +121,26 @@ class Library:
         """The model's modules. A program may replace any layer, module or tensor in them: the next
         step runs the new one, and reuses nothing that was computed before."""
         return extra("models.parts", "LLM.decoder").opened(self)
+
+    def trace(
+        self,
+        text: str | list[int],
+        layers: Iterable[int] | None = None,
+        what: Iterable[str] = ("resid", "attn", "mlp"),
+    ) -> dict[str, Tensor]:
+        """What the model computes while it reads a text or ids: name -> tensor, as in `attn.3`.
+        `what` may have resid, attn, mlp, q, k, v, patterns, router and logits, whose shapes
+        models.tracing lists. `layers`: all, or some, counted from the end if below 0; resid.i is
+        the input of layer i, and resid.L the last layer's output. Raises RequestError."""
+        return extra("models.tracing", "LLM.trace").trace(self, text, layers, what)
+
+    def hooks(self, functions: Mapping[str, Hook]) -> contextlib.AbstractContextManager[None]:
+        """In the block, requests of this thread or task call functions for tensors: the key is a
+        name as in `trace`, or a pattern such as `mlp.*`. A function gets a copy of the tensor, with
+        the rows of new tokens, and a Place (name, kind, layer, positions), and returns None or
+        another tensor to compute with. Other requests of a batch stay as they are. Raises
+        RequestError."""
+        return extra("models.tracing", "LLM.hooks").hooks(self, functions)
 
     def forget(self) -> None:
         """Reuse nothing that has been computed so far, as after a change of a weight in place."""

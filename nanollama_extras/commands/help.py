@@ -37,6 +37,7 @@ VERBS = {
     "eval": ("[--text FILE] [--task FILE]", "measure how well a model predicts"),
     "verify": ("MODEL", "compare a model with transformers"),
     "launch": ("CLIENT", "run a coding agent on a local model"),
+    "lens": ("TEXT [--model MODEL]", "show what each layer would say next"),
     "convert": ("MODEL OUT", "convert a model to GGUF, or pack it"),
     "logs": ("[ID]", "print conversations that --log keeps"),
     "completion": ("SHELL", "print completions for bash, zsh or fish"),
