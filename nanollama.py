@@ -1009,6 +1009,7 @@ class EngineConfig:
         choices=("auto", *DTYPES, "q8"),
     )
     force: bool = option(False, "--force: load a model that is larger than the free memory")
+    record: str | None = option(None, "--record FILE: keep each answer, for `replay`")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -5116,7 +5117,9 @@ class LLM(TextSide, Library):
         new_decoder = extra_object(place, family) if place else Decoder
         with torch.inference_mode():
             decoder = new_decoder(self.config, weights, config.kv_dtype)
-        self.engine = Engine(decoder, self.tokenizer.end_ids, config)
+        recorder = extra("commands.record", "--record").recording_engine if config.record else None
+        new_engine = recorder(self, adapter) if recorder else Engine
+        self.engine = new_engine(decoder, self.tokenizer.end_ids, config)
 
     def __repr__(self) -> str:
         return preferred("answers.library", "describe", object.__repr__)(self)
@@ -6558,10 +6561,8 @@ COMMANDS = {
     **{name: f"command_{name}" for name in "pull list show rm".split()},
     "ls": "command_list",
     **{name: f"commands.control:{name}" for name in "cp create ps stop".split()},
-    **{
-        name: f"commands.{name}:run"
-        for name in "bench eval verify launch lens convert logs completion".split()
-    },
+    **{name: f"commands.{name}:run" for name in "bench eval verify diff replay lens".split()},
+    **{name: f"commands.{name}:run" for name in "launch convert logs completion".split()},
 }
 
 
@@ -6768,11 +6769,6 @@ class Settings:
                 needs_text=needs_text,
             )
         preferred("commands.notices", "note_load", lambda *_: None)(self, llm)
-        decoder = llm.engine.decoder
-        log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
-        if floats := getattr(decoder.backend, "floats", None):
-            extra("kernels.floats", "").advise(floats)
-        log.debug(f"template: {llm.template.origin}; slots: {llm.engine.num_slots}")
         return llm
 
 

@@ -240,6 +240,13 @@ def write_json_lines(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
+def record_and_replay(llm: LLM) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/answers.jsonl"
+        command("--model", "MODEL", "--prompt", "hello", "-m", 2, "--record", path)(llm)
+        command("replay", path, "--json")(llm)
+
+
 def score(llm: LLM) -> None:
     assert llm.logits([5, 6]).shape[0] == 2
     assert [index for index, _ in llm.score([([5, 6, 7], 1)])] == [0]
@@ -306,6 +313,14 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     ),
     "lens": ({"commands.lens", "models.tracing"}, command("lens", "hello", "--model", "MODEL")),
     "hooks": ({"models.tracing", "answers.library"}, lambda llm: put_away(llm.hooks({}))),
+    "diff": (
+        {"commands.diff", "commands.eval", "answers.scores"},
+        command("diff", "MODEL", "MODEL", "--text", __file__, "--json"),
+    ),
+    "--record and replay": (
+        {"commands.record", "commands.replay", "answers.scores"},
+        record_and_replay,
+    ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
     "convert": ({"commands.convert"}, command("convert", "--help")),
     "run": ({"commands.verbs"}, command("run", "MODEL", "hello", "--max-tokens", 2)),

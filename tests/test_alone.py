@@ -310,6 +310,9 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "commands.eval": ("eval --model smollm2",),
     "commands.launch": ("launch claude",),
     "commands.logs": ("logs",),
+    "commands.diff": ("diff a b --text c",),
+    "commands.record": (f"{ON_MODEL} --record answers.jsonl",),
+    "commands.replay": ("replay answers.jsonl",),
     "commands.verify": ("verify --help",),
     "cluster.options": ("--serve --ray", "--serve --tensor-parallel 2"),
     "files.nanochat_store": (

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 def logits(llm: LLM, token_ids: list[int]) -> Tensor:
     """Logits (T, V) float32 after each of T ids, computed without the engine's cache. Raises
     RequestError for no ids, and for ids outside the vocabulary."""
+    return torch.cat(list(logit_pieces(llm, token_ids)))
+
+
+def logit_pieces(llm: LLM, token_ids: list[int], start: int = 0) -> Iterator[Tensor]:
+    """The logits of `logits` from id `start` on, a piece (n, V) at a time. Raises as `logits`."""
     token_ids, _ = llm.encode_request(GenerationRequest(token_ids))
     llm.engine.check_ids(token_ids, "token_ids")
     if not token_ids:
@@ -32,13 +37,21 @@ def logits(llm: LLM, token_ids: list[int]) -> Tensor:
     decoder, chunk = llm.engine.decoder, llm.engine.scheduler.prefill_chunk
     cache = decoder.new_cache(1, chunk)
     cache.reserve(0, len(token_ids))
-    with llm.engine.lock, torch.inference_mode():
-        chunks = []
-        for at in range(0, len(token_ids), chunk):
-            new = token_ids[at : at + chunk]
-            batch = Batch([(0, at, new, len(new))], decoder.device, decoder.row_tile)
-            chunks.append(decoder(batch, cache))
-    return torch.cat(chunks)
+    for at in range(0, len(token_ids), chunk):
+        new = token_ids[at : at + chunk]
+        num_wanted = min(len(new), at + len(new) - start)
+        batch = Batch([(0, at, new, max(0, num_wanted))], decoder.device, decoder.row_tile)
+        with llm.engine.lock, torch.inference_mode():
+            x = decoder.hidden(batch, cache)
+            piece = decoder.logits(x, batch).cpu() if num_wanted > 0 else None
+        if piece is not None:
+            yield piece
+
+
+def divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of other logits (n, V) from reference ones, in nats (n,)."""
+    p, q = (x.double().log_softmax(-1) for x in (reference, other))
+    return (p.exp() * (p - q)).sum(-1).clamp_(min=0)
 
 
 def score(llm: LLM, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:

@@ -36,6 +36,8 @@ VERBS = {
     "bench": ("[--model MODEL]", "measure how fast a model runs here"),
     "eval": ("[--text FILE] [--task FILE]", "measure how well a model predicts"),
     "verify": ("MODEL", "compare a model with transformers"),
+    "diff": ("A B", "compare the predictions of two models"),
+    "replay": ("FILE", "run recorded answers again, and compare"),
     "launch": ("CLIENT", "run a coding agent on a local model"),
     "lens": ("TEXT [--model MODEL]", "show what each layer would say next"),
     "convert": ("MODEL OUT", "convert a model to GGUF, or pack it"),

@@ -2,6 +2,7 @@
 
 Seam       `nanollama.print_answer` and `run_batch` call `note_cut`, `nanollama.Settings.load` calls
            `note_load`.
+Imports    kernels.floats, for the gain of --quantize.
 Remove     delete this file; an answer that was cut then looks like a whole one.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanollama import log
+from nanollama import extra, log
 
 if TYPE_CHECKING:
     from nanollama import LLM, AnswerPrinter, Settings
@@ -49,9 +50,13 @@ def is_at_limit(printer: AnswerPrinter, most: int | None) -> bool:
 
 
 def note_load(settings: Settings, llm: LLM) -> None:
-    """Say that --quantize does nothing to weights that are packed, and that a prompt that is
-    continued has no system prompt."""
-    args, checkpoint = settings.args, llm.checkpoint
+    """Say that --quantize does nothing to weights that are packed, what it would gain for floats,
+    and that a prompt that is continued has no system prompt; with --verbose, what was chosen."""
+    args, checkpoint, decoder = settings.args, llm.checkpoint, llm.engine.decoder
+    log.debug(f"kernels: {decoder.kernels}; keys and values: {decoder.kv_dtype}")
+    log.debug(f"template: {llm.template.origin}; slots: {llm.engine.num_slots}")
+    if floats := getattr(decoder.backend, "floats", None):
+        extra("kernels.floats", "--dtype").advise(floats)
     quantize, kind = getattr(args, "quantize", None), checkpoint.quantization
     continues = getattr(args, "prompt", None) is not None and not (args.chat or args.embed)
     if continues and settings.value("system")[0]:
