@@ -1009,7 +1009,7 @@ class EngineConfig:
         choices=("auto", *DTYPES, "q8"),
     )
     force: bool = option(False, "--force: load a model that is larger than the free memory")
-    record: str | None = option(None, "--record FILE: keep each answer, for `replay`")
+    record: str | None = option(None, "--record FILE: keep answers, for `replay`")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -7127,8 +7127,8 @@ def run_serve(settings: Settings, open_models: Any = None) -> int:
         open_models = extra("testing", "a server for tests").open_models
     open_models = open_models or preferred("api.shelf", "open_shelf", open_model)
     models = open_models(settings, config)
-    preferred("api.access_log", "set_up", lambda _: None)(args)
     with read_toolbox(args) or contextlib.nullcontext():
+        preferred("api.access_log", "set_up", lambda _: None)(args)
         serve(models)
     if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
         os._exit(0)  # a thread is inside torch: Python's own exit would abort

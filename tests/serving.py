@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,13 @@ def wait_until(condition: Callable[[], Any], what: str = "it", timeout_s: float 
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen in {timeout_s} s"
         time.sleep(0.002)
+
+
+def url_in(line: str) -> str:
+    """The address in the first line of a server's log."""
+    found = re.search(r"http://\S+", line)
+    assert found, line
+    return found[0]
 
 
 @dataclass

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -249,7 +248,7 @@ def gguf_columns(place: tuple[Any, ...], rows: range, own: range) -> Tensor | Pa
     """Columns of some rows of a matrix. place: its bytes, type and shape. Only the blocks that hold
     them are read."""
     raw, kind, shape = place
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block, block_bytes = kind.width, kind.num_bytes
     first, last = own.start // block, -(-own.stop // block)
     table = raw.reshape(shape[0], -1)[rows.start : rows.stop]
     data = np.array(table[:, first * block_bytes : last * block_bytes]).reshape(-1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from pages import blocks
-from serving import serving, wait_until
+from serving import serving, url_in, wait_until
 from test_server import Process
 
 import nanollama
@@ -273,9 +273,7 @@ def test_a_scripted_server_starts_without_torch(tmp_path: Path) -> None:
     ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            client = openai.OpenAI(
-                base_url=process.stderr.readline().split()[0] + "/v1", api_key="a"
-            )
+            client = openai.OpenAI(base_url=url_in(process.stderr.readline()) + "/v1", api_key="a")
             answer = client.chat.completions.create(model="gpt-4o", messages=USER)
             assert answer.choices[0].message.content == "Hello from a file!"
         finally:

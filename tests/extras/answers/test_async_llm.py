@@ -56,7 +56,8 @@ async def test_a_stream_that_is_left_or_cancelled_ends_its_sequences(tiny_llm: L
     await stream.aclose()  # type: ignore[attr-defined]
     await asyncio.wait_for(until_idle(tiny_llm), 30)
     task = asyncio.create_task(AsyncLLM(tiny_llm).complete("the fox", **LONG))
-    await asyncio.sleep(0.05)
+    while not tiny_llm.engine.has_work:
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 from mcp_server import ENTRY as PLAIN
 from scripted_program import DRIVER
-from serving import wait_until
+from serving import url_in, wait_until
 
 import nanollama
 from nanollama import Delta, GenerationRequest, PackageError, UsageError
@@ -295,7 +295,7 @@ def test_the_servers_end_with_a_server_that_lends_their_tools(tmp_path: Path) ->
         env={**os.environ, "PYTHONPATH": str(Path(nanollama.__file__).parent)},
     )
     assert program.stderr
-    url = next(line.split()[0] for line in program.stderr if "http://" in line)
+    url = url_in(next(line for line in program.stderr if "http://" in line))
     answer = httpx.post(f"{url}/tools/call", json={"name": "pid"}, headers={"origin": url})
     program.send_signal(signal.SIGINT)
     _, errors = program.communicate(timeout=60)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from serving import Live, serving
+from serving import Live, serving, wait_until
 
 import nanollama
 from nanollama_extras.api.access_log import JsonFormatter, ServerFormatter, reason
@@ -46,6 +46,11 @@ def live(tiny_llm: nanollama.LLM, logged: dict[str, Lines]) -> Iterator[Live]:
         yield live
 
 
+def wait_for_line(logged: dict[str, Lines], path: str) -> None:
+    """Wait for the line of a request, which is written after the client has its answer."""
+    wait_until(lambda: path in logged["json"].lines[-1], f"the line of {path}")
+
+
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 
@@ -54,6 +59,7 @@ def test_a_line_has_time_status_tokens_and_speed(
     live: Live, logged: dict[str, Lines], stream: bool
 ) -> None:
     live.chat(max_tokens=4, stream=stream, logit_bias={"1": -100, "3": -100})
+    wait_for_line(logged, "/v1/chat/completions")
     text, row = logged["text"].lines[-1], json.loads(logged["json"].lines[-1])
     assert re.fullmatch(
         rf"{TIME} 127\.0\.0\.1 POST /v1/chat/completions 200 [\d.]+s \w{{16}} "
@@ -70,6 +76,7 @@ def test_a_line_has_time_status_tokens_and_speed(
 def test_the_reason_of_an_error_is_in_its_line(live: Live, logged: dict[str, Lines]) -> None:
     for path, body in (("/v1/chat/completions", {"messages": 5}), ("/api/chat", {"model": 5})):
         said = live.http.post(path, json=body).json()["error"]
+        wait_for_line(logged, path)
         message = said["message"] if isinstance(said, dict) else said
         assert logged["text"].lines[-1].endswith(f" ({message})")
         assert json.loads(logged["json"].lines[-1])["reason"] == message

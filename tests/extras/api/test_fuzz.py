@@ -96,7 +96,7 @@ def send(live: Live, method: str, path: str, body: Any) -> None:
     assert response.status_code < 500, (response.status_code, response.text)
     assert "internal_error" not in response.text
     assert "internal error" not in response.text
-    if response.status_code >= 400 and method != "head":
+    if response.status_code >= 400 and method.lower() != "head":
         error = response.json()["error"]
         assert isinstance(error, str) if path.startswith("/api/") else set(error) >= {"message"}
         assert "\n" not in (error if isinstance(error, str) else error["message"])

@@ -140,8 +140,8 @@ def test_sums_of_rounded_activations_are_those_of_one_process(
 
 
 def test_each_process_holds_its_part_only(outcomes: dict[str, Pair]) -> None:
-    for label, (whole, split) in outcomes.items():
-        assert split["bytes"] * 2 == whole["bytes"], label
+    for label, (whole, split) in outcomes.items():  # rows of floats are padded to blocks of 32
+        assert 1 <= 2 * split["bytes"] / whole["bytes"] < 1.25, label
 
 
 def test_process_0_cannot_compute_alone(outcomes: dict[str, Pair]) -> None:
@@ -155,12 +155,13 @@ def test_process_0_cannot_compute_alone(outcomes: dict[str, Pair]) -> None:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """refused(*argv): the error of a command line, which is one line"""
+    """refused(*argv): the error of a command line, without the line that names its help"""
 
     def run(*argv: object) -> str:
         capsys.readouterr()  # of the programs that made the models
         assert nanollama.main(list(map(str, argv))) in (1, 2)
-        (line,) = capsys.readouterr().err.splitlines()
+        line, *hint = capsys.readouterr().err.splitlines()
+        assert all(row.startswith("see: ") for row in hint)
         return line.removeprefix("error: ")
 
     return run
