@@ -1315,7 +1315,7 @@ def test_the_command_answers_without_a_compiler(said: str, tiny: oracle.Tiny) ->
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0
     assert len(ran.stdout) > 1
-    warning, speed = ran.stderr.splitlines()
+    warning, _, speed = ran.stderr.splitlines()
     assert warning.startswith("warning: torch's slower kernels")
     assert said in warning
     assert speed.startswith("[prefill: ")
