@@ -375,7 +375,7 @@ class DecodeCalls:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         """Raises KernelError for a decoder that computes with other operators too."""
-        if not hasattr(cache, "fill"):
+        if not hasattr(getattr(cache, "cache", cache), "fill"):  # that of states holds another
             raise KernelError("attention is not a native kernel")
         self.decoder, self.parts = decoder, decoder.parts()
         self.cache = cast("NativeKVCache", cache)
