@@ -16,6 +16,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
+from command_line import share_kernels
 from pages import ROOT, TEXTS, anchor, blocks, codes, headings, lines, prose, table
 from serving import serving
 from test_layout import SECTIONS, tomllib
@@ -55,9 +56,7 @@ def desk(tmp_path: Path, smollm2: Path) -> Path:
         os.link(smollm2.resolve(), model)
     except OSError:  # another file system
         shutil.copyfile(smollm2, model)
-    kernels = nanollama.cache_root() / "kernels"  # compiled once for all tests
-    kernels.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "cache" / "kernels").symlink_to(kernels)
+    share_kernels(tmp_path / "cache")
     (tmp_path / "bin").mkdir()
     for name, script in {"python": "", "nanollama": ROOT / "nanollama.py"}.items():
         command = tmp_path / "bin" / name  # `nanollama` as `pip install .` makes it

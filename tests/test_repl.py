@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from command_line import share_kernels
 
 import nanollama
 from nanollama_extras.commands.conversation import Conversation
@@ -307,6 +308,7 @@ def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     """terminal(*flags) -> --interactive in a pseudo-terminal, at its first prompt."""
     spawned = []
     monkeypatch.setenv("TERM", "dumb")  # readline then sends no control sequences
+    share_kernels(tmp_path / "own")
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "own"))
 
     def run(*flags: object) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import share_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,6 +155,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     children = []
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    share_kernels(tmp_path / "own")
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "own"))
 
     def run(*argv: object) -> Any:
