@@ -85,7 +85,7 @@ for lazy in [item for item in vars(nanollama).values() if type(item) is nanollam
     missing = f"if name.split('.')[0] not in {here}: raise ImportError('no ' + name)"
     ran = run_where(missing, program)
     lines = ran.stdout.splitlines()
-    assert len(lines) >= 11, ran
+    assert len(lines) >= 9, ran
     for line in lines:
         pattern = r"(\w+) cannot be imported: no \1(\.\w+)*; in the directory .*, run: pip .*"
         assert re.fullmatch(pattern, line)
@@ -124,7 +124,7 @@ def test_a_package_that_an_extra_misses_is_one_line(package: str, arguments: lis
     assert (ran.returncode, ran.stdout) == (1, "")
     assert "Traceback" not in ran.stderr
     last = ran.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"error: .*{package},? .*cannot be imported: .*run: pip install \.", last)
+    assert re.search(rf"error: .*{package},? .*cannot be imported: .*run: pip install \.$", last)
 
 
 def test_ctrl_c_while_a_module_is_imported_waits_for_the_whole_of_it(
