@@ -1,4 +1,5 @@
-"""Scores of texts: log-probabilities of their tokens, for many texts together; logits of one text.
+"""Scores of texts: log-probabilities of their tokens, for many texts together; logits of one text,
+and how far those of two models are from each other.
 
 Seam       `LLM.score` and `LLM.logits`. Each text to score is a sequence with prompt_logprobs and
            no answer.
@@ -9,17 +10,21 @@ Remove     delete this file; `LLM.score`, `LLM.logits`, `nanollama eval` and `na
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanollama import Batch, GenerationRequest, RequestError, SamplingParams
+from nanollama import Batch, GenerationRequest, Item, RequestError, SamplingParams, preferred
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanollama import LLM, Sequence
+    from nanollama import LLM, Fields, Json, Sequence
+
+MEASURES = "kl agrees logprobs_a logprobs_b".split()  # lists, with a value for each token
+ROWS = 32  # distributions that are compared at once, in float64
 
 
 def logits(llm: LLM, token_ids: list[int]) -> Tensor:
@@ -48,10 +53,47 @@ def logit_pieces(llm: LLM, token_ids: list[int], start: int = 0) -> Iterator[Ten
             yield piece
 
 
-def divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """The Kullback-Leibler divergence of other logits (n, V) from reference ones, in nats (n,)."""
-    p, q = (x.double().log_softmax(-1) for x in (reference, other))
-    return (p.exp() * (p - q)).sum(-1).clamp_(min=0)
+def compare(reference: Tensor, other: Tensor, token_ids: list[int]) -> Json:
+    """The measures of n tokens, of which two models expect logits (n, V): the Kullback-Leibler
+    divergence of `other` from `reference` in nats, the log-probabilities of the token itself, and
+    whether the likeliest token is the same."""
+    found: Json = {key: [] for key in MEASURES}
+    ids = torch.tensor(token_ids).unsqueeze(1)
+    for *logits, id_rows in zip(*(x.split(ROWS) for x in (reference, other, ids))):
+        p, q = (x.double().log_softmax(-1) for x in logits)
+        found["kl"] += (p.exp() * (p - q)).sum(-1).clamp_(min=0).tolist()
+        found["agrees"] += (p.argmax(-1) == q.argmax(-1)).tolist()
+        for key, rows in (("logprobs_a", p), ("logprobs_b", q)):
+            found[key] += rows.gather(1, id_rows).squeeze(1).tolist()
+    return found
+
+
+def summary(*parts: Fields) -> Json:
+    """The measures of all tokens of some texts, in short."""
+    found = {key: [value for part in parts for value in part[key]] for key in MEASURES}
+    kl = sorted(found["kl"])
+    num = len(kl)
+
+    def perplexity(logprobs: list[float]) -> float:
+        return math.exp(min(700.0, -sum(logprobs) / num))
+
+    return {
+        "tokens": num,
+        "kl_mean": sum(kl) / num,
+        "kl_median": kl[num // 2],
+        "kl_99": kl[num * 99 // 100],
+        "kl_max": kl[-1],
+        "agreement": sum(found["agrees"]) / num,
+        "perplexity_a": perplexity(found["logprobs_a"]),
+        "perplexity_b": perplexity(found["logprobs_b"]),
+    }
+
+
+def counted(items: Iterable[Item], total: int, **options: Any) -> Iterable[Item]:
+    """The items, counted by a progress bar on a terminal, where commands.status is installed.
+    options: of tqdm"""
+    bar: Any = preferred("commands.status", "with_progress", None)
+    return bar(items, total, **options) if bar else items
 
 
 def score(llm: LLM, texts: Iterable[tuple[list[int], int]]) -> Iterator[tuple[int, list[float]]]:

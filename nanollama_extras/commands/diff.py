@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -45,49 +44,19 @@ else:  # --help and usage errors do without it
     torch = LazyModule("torch")
 
 WINDOW = 512  # tokens of a text that are read at once, with both sets of logits in memory
-ROWS = 32  # distributions that are compared at once, in float64
 NUM_WORST = 5  # positions to show
-MEASURES = "kl agrees logprobs_a logprobs_b".split()  # lists, with a value for each token
 SHARED = "device ctx threads".split()  # options of both models; other options are B's
 
 
 def compare_tokens(a: LLM, b: LLM, ids_a: list[int], ids_b: list[int], num: int) -> Json:
-    """For each of the last `num` tokens, which both texts share: the divergence of B from A in
-    nats, the token's log-probabilities, and whether the likeliest token is the same."""
+    """The measures of the last `num` tokens, which both texts share."""
     scores = extra("answers.scores", "diff")
     wholes = [
         torch.cat(list(scores.logit_pieces(llm, ids[:-1], len(ids) - 1 - num)))
         for llm, ids in ((a, ids_a), (b, ids_b))
     ]
-    found: Json = {key: [] for key in MEASURES}
-    tokens = torch.tensor(ids_a[-num:]).unsqueeze(1)
-    for ours, theirs, ids in zip(*(x.split(ROWS) for x in (*wholes, tokens))):
-        found["kl"] += scores.divergence(ours, theirs).tolist()
-        found["agrees"] += (ours.argmax(-1) == theirs.argmax(-1)).tolist()
-        for key, logits in (("logprobs_a", ours), ("logprobs_b", theirs)):
-            found[key] += logits.double().log_softmax(-1).gather(1, ids).squeeze(1).tolist()
+    found: Json = scores.compare(*wholes, ids_a[-num:])
     return found
-
-
-def summary(*parts: Fields) -> Json:
-    """The measures of all tokens of some texts, in short."""
-    found = {key: [value for part in parts for value in part[key]] for key in MEASURES}
-    kl = sorted(found["kl"])
-    num = len(kl)
-
-    def perplexity(logprobs: list[float]) -> float:
-        return math.exp(min(700.0, -sum(logprobs) / num))
-
-    return {
-        "tokens": num,
-        "kl_mean": sum(kl) / num,
-        "kl_median": kl[num // 2],
-        "kl_99": kl[num * 99 // 100],
-        "kl_max": kl[-1],
-        "agreement": sum(found["agrees"]) / num,
-        "perplexity_a": perplexity(found["logprobs_a"]),
-        "perplexity_b": perplexity(found["logprobs_b"]),
-    }
 
 
 def check_vocabularies(a: LLM, b: LLM, texts: list[str]) -> None:
@@ -117,7 +86,7 @@ def diff_text(a: LLM, b: LLM, text: str, window: int) -> Json:
         {"kl": kl, "after": a.decode(ids[-13:-1]), "token": a.decode(ids[-1:])}
         for kl, ids in places
     ]
-    return {**summary(*parts), "worst": worst}
+    return {**extra("answers.scores", "diff").summary(*parts), "worst": worst}
 
 
 def diff_prompts(a: LLM, b: LLM, prompts: list[str], max_tokens: int) -> Json:
@@ -132,7 +101,7 @@ def diff_prompts(a: LLM, b: LLM, prompts: list[str], max_tokens: int) -> Json:
             if delta.token_id is not None:
                 tokens[delta.index].append(delta.token_id)
         answers.append(tokens)
-    parts, rows = [], []
+    summary, parts, rows = extra("answers.scores", "diff").summary, [], []
     for request, prompt, ours, theirs in zip(requests, prompts, *answers):
         ids_a, ids_b = (llm.prompt_ids(request) + ours for llm in (a, b))
         parts.append(compare_tokens(a, b, ids_a, ids_b, len(ours)))

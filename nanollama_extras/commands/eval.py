@@ -1,7 +1,7 @@
 """`nanollama eval`: how well a model predicts a text, and how often it chooses the right answer.
 
 Seam: Command (the row "eval" of COMMANDS in nanollama.py). To remove it, delete this
-module and that row.
+module and that row. answers.scores has the bar of a long measurement.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanollama import (
     RequestError,
     add_model_options,
     command_parser,
     excerpt,
+    extra,
     option_group,
-    preferred,
     read_input,
     read_settings,
 )
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
 
 
 EVAL_WINDOW = 2048  # tokens at most, unless --window says more
-Scores = Iterator[tuple[int, list[float]]]
-
-
-def counted(scores: Scores, total: int) -> Scores:
-    """The scores, counted by a progress bar on a terminal, where commands.status is installed."""
-    bar: Any = preferred("commands.status", "with_progress", None)
-    return iter(bar(scores, total, leave=False)) if bar else scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +117,8 @@ def eval_text(llm: LLM, name: str, window: int, stride: int) -> Json:
         raise RequestError(f"{name}: too short to score")
     windows = list(text_windows(prefix, ids, window, stride))
     num_tokens, bits = 0, 0.0
-    for _, logprobs in counted(llm.score(windows), len(windows)):
+    counted = extra("answers.scores", "eval").counted
+    for _, logprobs in counted(llm.score(windows), len(windows), leave=False):
         num_tokens, bits = num_tokens + len(logprobs), bits - sum(logprobs) / math.log(2)
     return {
         "file": name,
@@ -143,7 +137,8 @@ def eval_task(llm: LLM, name: str) -> Json:
     questions = read_task(name)
     texts = [choice_ids(llm, q.prompt, choice) for q in questions for choice in q.choices]
     sums = [0.0] * len(texts)
-    for index, logprobs in counted(llm.score(texts), len(texts)):
+    counted = extra("answers.scores", "eval").counted
+    for index, logprobs in counted(llm.score(texts), len(texts), leave=False):
         sums[index] = sum(logprobs)
     result: Json = {"file": name, "questions": len(questions)}
     left = iter(sums)

@@ -2,24 +2,21 @@
 
 Adds       `windows`, which cuts a text into token ids, and `compare`, which runs two models over
            them, one after the other.
-Seam       commands/convert.py calls it. No other extra is imported.
+Seam       commands/convert.py calls it.
+Imports    answers.scores, for the measures of two models' logits.
 Remove     delete this file with commands/convert.py.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nanollama import LLM, RequestError, Tokenizer, preferred
+from nanollama import LLM, RequestError, Tokenizer, extra
 
 if TYPE_CHECKING:
     from nanollama import Json
@@ -61,55 +58,28 @@ def windows(tokenizer: Tokenizer, text: str, most: int, n_ctx: int = WINDOW) -> 
     return found
 
 
-@dataclass(slots=True)
-class Totals:
-    """Sums over predicted tokens."""
-
-    tokens: int = 0
-    nats: float = 0.0  # negative log-likelihoods of the original and of the other model
-    other_nats: float = 0.0
-    divergence: float = 0.0
-    same: int = 0
-
-    def add(self, original: Tensor, other: Tensor, ids: list[int]) -> None:
-        """Add a window: logits (T, V) of both after each of T ids"""
-        p, q = (x[:-1].float().log_softmax(-1) for x in (original, other))
-        right = torch.tensor(ids[1:]).unsqueeze(1)
-        self.tokens += len(right)
-        self.nats -= float(p.gather(1, right).sum())
-        self.other_nats -= float(q.gather(1, right).sum())
-        self.divergence += float((p.exp() * (p - q)).sum())
-        self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
-
-
-def counted(pieces: list[list[int]], title: str) -> Iterable[list[int]]:
-    """The windows, counted by a progress bar on a terminal, where commands.status is installed"""
-    bar: Any = preferred("commands.status", "with_progress", None)
-    found: Iterable[list[int]] = bar(pieces, len(pieces), desc=title) if bar else pieces
-    return found
-
-
 def compare(path: Path, adapter: str | None, out: Path, text: str | None) -> Json:
     """Perplexity of a model and of the file made from it, the mean KL divergence of next tokens
     from the original's, in nats, and the share of equal likeliest tokens; over a text, or TEXT.
     Each model is in memory alone; logits wait in a file."""
-    totals = Totals()
+    scores, parts = extra("answers.scores", "--measure"), []
     options: Any = {"ctx": WINDOW + 1, "parallel": 1, "force": True}
     with tempfile.TemporaryFile() as file:
         llm = LLM(path, adapter=adapter, **options)
         pieces = windows(llm.tokenizer, TEXT if text is None else text, MEASURED, llm.engine.n_ctx)
-        for ids in counted(pieces, "original"):
+        for ids in scores.counted(pieces, len(pieces), desc="original"):
             np.save(file, llm.logits(ids).cpu().numpy())
         del llm
         file.seek(0)
         llm = LLM(out, **options)
-        for ids in counted(pieces, "converted"):
-            totals.add(torch.from_numpy(np.load(file)), llm.logits(ids).cpu(), ids)
-    n = totals.tokens
+        for ids in scores.counted(pieces, len(pieces), desc="converted"):
+            original = torch.from_numpy(np.load(file))
+            parts.append(scores.compare(original[:-1], llm.logits(ids).cpu()[:-1], ids[1:]))
+    found = scores.summary(*parts)
     return {
-        "tokens": n,
-        "perplexity": math.exp(totals.nats / n),
-        "converted_perplexity": math.exp(totals.other_nats / n),
-        "divergence": totals.divergence / n,
-        "same_top": totals.same / n,
+        "tokens": found["tokens"],
+        "perplexity": found["perplexity_a"],
+        "converted_perplexity": found["perplexity_b"],
+        "divergence": found["kl_mean"],
+        "same_top": found["agreement"],
     }

@@ -20,6 +20,7 @@ import pytest
 from command_line import share_kernels
 from hypothesis import given
 from hypothesis import strategies as st
+from serving import url_in
 
 import nanollama
 
@@ -333,8 +334,7 @@ def test_the_second_ctrl_c_ends_a_server_at_once(tiny: Callable[..., Path], tmp_
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     assert server.stderr
     try:
-        url = re.search(r"http://[\d.:]+", server.stderr.readline())
-        assert url
+        url = url_in(server.stderr.readline())
         bias = {"1": -100, "3": -100}
         body = json.dumps(
             {"prompt": "x", "max_tokens": 900_000, "stream": True, "logit_bias": bias}
@@ -343,7 +343,7 @@ def test_the_second_ctrl_c_ends_a_server_at_once(tiny: Callable[..., Path], tmp_
 import json, time, urllib.request, urllib.error
 while True:
     try:
-        request = urllib.request.Request({url[0] + "/v1/completions"!r}, {body.encode()!r})
+        request = urllib.request.Request({url + "/v1/completions"!r}, {body.encode()!r})
         answer = urllib.request.urlopen(request)
         break
     except urllib.error.HTTPError as error:
