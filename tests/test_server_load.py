@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import random
 import socket
 import subprocess
@@ -162,7 +163,9 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
-def test_500_requests_leave_nothing_behind(live: Live) -> None:
+def test_500_requests_leave_nothing_behind(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="nanollama")  # pytest keeps each line of the log
+
     def send(count: int) -> None:
         for i in range(count):
             body = {"prompt": f"number {i}", "max_tokens": 2, "stream": i % 2 == 0, "logprobs": 2}

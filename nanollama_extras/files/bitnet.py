@@ -38,13 +38,13 @@ def packed_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSourc
 
 def ternary(weight: TensorSource, scale: TensorSource) -> TensorSource:
     """A byte's bits 2i and 2i + 1 are a weight of the i-th quarter of the rows, plus 1."""
-    num_bytes, num_cols = weight.shape
-    shape = (4 * num_bytes, num_cols)
+    quarter, num_cols = weight.shape
+    shape = (4 * quarter, num_cols)
 
     def load(at: slice | Tensor = slice(None)) -> PackedLinear:
         rows = torch.arange(shape[0])[at]
-        data = cast("Tensor", weight.load())[rows % num_bytes]
-        shift = (2 * (rows // num_bytes)).unsqueeze(1)
+        data = cast("Tensor", weight.load())[rows % quarter]
+        shift = (2 * (rows // quarter)).unsqueeze(1)
         q = (data >> shift & 3).to(torch.uint8) + 7  # 8 stands for 0
         q = q.view(len(rows), -1, GROUP)
         number = cast("Tensor", scale.load()).to(torch.float16)
