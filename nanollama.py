@@ -4366,20 +4366,27 @@ def softmax(logits: Row, temperature: float) -> Probs:
 
 
 def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
-    """Temperature and top-k -> probabilities (K,), best first, and their token ids (K,). Without
-    top-k, K grows until top-p and min-p need no further token."""
-    V = len(logits)
-    if params.top_k > 0:
-        top, ids = likeliest(logits, min(params.top_k, V))
-        return softmax(top, params.temperature), ids
-    whole = softmax(logits, params.temperature)  # (V,)
-    num = 64 if params.top_p < 1 or params.min_p > 0 else V
-    while True:
-        ids = likeliest(logits, min(num, V))[1]
-        probs = whole[ids]
-        if num >= V or probs.sum() >= params.top_p or probs[-1] < params.min_p * probs[0]:
-            return probs, ids
-        num *= 16
+    """Temperature to min-p -> the probabilities (K,) that are left, best first, and their ids (K,).
+    Without top-k, K grows until top-p and min-p need no more."""
+    V, num = len(logits), params.top_k
+    if params.temperature == 0 or num == 1:
+        return np.ones(1), logits.argmax(0, keepdims=True)
+    if num > 0:
+        top, ids = likeliest(logits, min(num, V))
+        probs = softmax(top, params.temperature)
+    else:
+        whole = softmax(logits, params.temperature)  # (V,)
+        num = 64 if params.top_p < 1 or params.min_p > 0 else V
+        while True:
+            ids = likeliest(logits, min(num, V))[1]
+            probs = whole[ids]
+            if num >= V or probs.sum() >= params.top_p or probs[-1] < params.min_p * probs[0]:
+                break
+            num *= 16
+    if params.top_p < 1:  # the smallest set that reaches top_p
+        probs = probs[(probs.cumsum() - probs < params.top_p) | (probs == probs[0])]
+    probs = probs[~(probs < params.min_p * probs[0])]
+    return probs, ids[: len(probs)]
 
 
 def check_number(value: float, name: str) -> None:
@@ -4401,21 +4408,14 @@ def sample(
     allowed: npt.NDArray[np.bool_] | None = None,
     is_free: bool = True,
 ) -> int:
-    """The next token id for one row of logits (V,), at position len(history). `allowed` (V,) masks
-    the tokens that may come; `is_free`, `distinct`: see `penalize`. Raises LogitsError."""
+    """The next token id for logits (V,), at position len(history). `allowed` (V,) masks the tokens
+    that may come; `is_free`, `distinct`: see `penalize`. Raises LogitsError."""
     check_number(float(logits.max()), "largest logit")
     with np.errstate(over="ignore"):  # penalties may overflow to infinity, which is right
         logits = penalize(logits, params, history, num_prompt, distinct, is_free)
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
-        if params.temperature == 0 or params.top_k == 1:
-            return int(logits.argmax())
         probs, ids = candidates(logits, params)
-    if params.top_p < 1:  # the smallest set that reaches top_p
-        in_nucleus = (probs.cumsum() - probs < params.top_p) | (probs == probs[0])
-        probs = probs[: int(in_nucleus.sum())]
-    if params.min_p > 0:
-        probs = probs[probs >= params.min_p * probs[0]]
     cumulative = probs.cumsum()
     drawn = cumulative.searchsorted(uniform(seed, len(history)) * cumulative[-1], side="right")
     return int(ids[min(int(drawn), len(probs) - 1)])
@@ -5768,6 +5768,7 @@ DIALECTS = {
     "api.metrics": "/metrics",
     "api.inspect": "/stats /v1/capabilities /openapi.json /tokenizer_info /tokenize /detokenize "
     "/apply-template",
+    "api.xray": "/xray",
 }
 
 
@@ -6654,7 +6655,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system TEXT", "system prompt, with --chat or --interactive")
     add("--hide-thinking", "leave out text in think tags", action="store_true")
     flags = "--tools --yes-tools --tool-choice --embed --output --quiet --log --continue -c"
-    flags += " --help-all"
+    flags += " --explain --help-all"
     add_extra_options(parser, "commands.options", flags)
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
@@ -6860,7 +6861,7 @@ class AnswerPrinter:
             text, is_thought = piece.text, piece.kind == "thought"
             is_gap = self.text["thought"] and not (is_thought or self.text["content"])
             if self.hide_thinking and is_gap:
-                text = text.lstrip("\n")  # between the hidden thoughts and the answer
+                text = text.lstrip("\n")  # between hidden thoughts and the answer
             self.text[piece.kind] += text
             if not (is_thought and self.hide_thinking):
                 put(text, self.out, is_thought)
@@ -6883,24 +6884,22 @@ def read_toolbox(args: argparse.Namespace) -> Any:
 
 
 def confirmed(question: str) -> bool:
-    """Ask the user. Returns whether the answer is yes."""
+    """Ask the user -> whether the answer is yes."""
     with preferred("commands.terminal", "asking", contextlib.nullcontext)():
         put(printable(question), sys.stderr)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catch: bool) -> Json:
-    """Print an answer as it comes. With `catch`, Ctrl-C ends the answer and not the program.
-    Returns the answer as a message."""
+    """Print an answer as it comes -> it as a message. With `catch`, Ctrl-C ends it alone."""
     out = preferred("commands.terminal", "wrapped", lambda out: out)(sys.stdout)
-    printer, is_started = AnswerPrinter(AnswerSplitter(), hide_thinking, out), False
-    deltas: Any = None
+    new: Any = preferred("commands.xray", "printer_for", lambda _: AnswerPrinter)(llm)
+    printer, deltas = new(AnswerSplitter(), hide_thinking, out), cast("Any", None)
     try:
         prepared = llm.prepare(request)
         printer.splitter = prepared.splitter(keep_tags=True)
         deltas = llm.stream(prepared)
         for delta in deltas:
-            is_started = True
             printer.push(delta)
     except KeyboardInterrupt:
         printer.write(printer.splitter.flush())
@@ -6910,7 +6909,7 @@ def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catc
     finally:
         if deltas:
             deltas.close()
-        if is_started and (printer.text["content"] or not printer.calls):
+        if printer.last and (printer.text["content"] or not printer.calls):
             put("\n")
     note_cut([printer], request.params.max_tokens, catch)
     return printer.message()
@@ -6924,7 +6923,7 @@ def note_cut(printers: list[AnswerPrinter], most: int | None, talks: bool = Fals
 def print_answers(
     settings: Settings, llm: LLM, request: GenerationRequest, toolbox: Any, catch: bool = False
 ) -> list[Json]:
-    """Print the answer and, with a toolbox, the answers to its tool calls -> the new messages."""
+    """Print the answer and, with a toolbox, those to its tool calls -> the new messages."""
     hide_thinking = settings.args.hide_thinking
     answer = functools.partial(print_answer, llm, hide_thinking=hide_thinking, catch=catch)
     new: list[Json] = toolbox.converse(request, answer) if toolbox else [answer(request)]

@@ -321,6 +321,14 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         {"commands.record", "commands.replay", "answers.scores"},
         record_and_replay,
     ),
+    "--explain": (
+        {"commands.xray", "answers.stages", "commands.options"},
+        command("--explain", "--model", "MODEL", "--prompt", "hello", "--max-tokens", 2),
+    ),
+    "stages of the sampler": (
+        {"api.xray", "answers.stages"},
+        request("POST", "/xray", {**CHAT, "answer_ids": [5]}),
+    ),
     "verify": ({"commands.verify"}, command("verify", "--help")),
     "convert": ({"commands.convert"}, command("convert", "--help")),
     "run": ({"commands.verbs"}, command("run", "MODEL", "hello", "--max-tokens", 2)),

@@ -2,7 +2,8 @@
 lines, an editor, other models, parameters; and the end of old turns when the context is full.
 
 Seam       `Conversation` is a subclass of `nanollama.Repl`; a command /NAME TEXT is a method
-           do_NAME(TEXT), and a row of TALK_HELP. The terminal is that of commands.terminal.
+           do_NAME(TEXT), and a row of TALK_HELP. The terminal is that of commands.terminal;
+           `/explain`, `/why` and `/branch` are in commands.xray.
 Remove     delete this file; the core's /help, /clear and /quit remain.
 """
 
@@ -23,6 +24,7 @@ from nanollama import (
     UsageError,
     cache_root,
     describe,
+    extra,
     local_path,
     log,
     print_answers,
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
     from nanollama import LLM, Settings
 
 TALK_HELP = '''\
+  /branch N TEXT      another answer, in which TEXT, or a token id, is in the place of token N
   /clear              forget all messages but the system prompt
   /continue           go on with an answer that was cut
   /edit [TEXT]        write a message in $EDITOR; so does Ctrl-G
+  /explain            shade tokens by their probability, and mark surprising ones; or stop that
   /help, /?           print this list
   /load FILE          continue a conversation written by /save
   /model NAME         go on with another model
@@ -55,6 +59,7 @@ TALK_HELP = '''\
   /tokens             print the token ids last sent, with their text
   /tools              list the tools that the model may call
   /undo               remove the last message and its answer
+  /why [N]            the candidates of token N through every stage of the sampler; or all tokens
   """                 start and end a message of several lines; pasted lines are one message
   quit, exit, clear   like /quit, /exit, /clear; Ctrl-C stops an answer, Tab completes'''
 NO_VALUE = {"seed": None, "stop": (), "max_tokens": None, "thinking_budget": None}  # of /set X none
@@ -69,6 +74,8 @@ class Conversation(Repl):
         self.sent: list[Json] = []  # messages of the last prompt
         self.retried: tuple[Json, int] = {}, 0  # the message that /retry answered; how often
         self.tools: list[Json] | None = toolbox.tools if toolbox else None
+        if getattr(settings.args, "explain", False):
+            self.do_explain("")
 
     def run(self) -> int:
         if self.is_terminal:
@@ -153,9 +160,22 @@ class Conversation(Repl):
             llm = settings.load()
             old = dataclasses.asdict(self.settings.params(self.llm.sampling))
             changed = {n: v for n, v in self.values.items() if v != old[n]}
-            self.settings, self.llm = settings, llm
+            xray = extra("commands.xray", "/explain") if self.values["logprobs"] else None
+            self.settings, self.llm = settings, xray.Watched(llm) if xray else llm
             self.values = dataclasses.asdict(settings.params(llm.sampling)) | changed
         log.warning(f"model: {self.settings.model}")
+
+    def do_explain(self, _: str) -> None:
+        """/explain: begin, or end, to shade tokens by their probability."""
+        extra("commands.xray", "/explain").toggle(self)
+
+    def do_why(self, argument: str) -> None:
+        """/why [N]: why a token of the last answer was taken. Raises UsageError."""
+        extra("commands.xray", "/why").why(self, argument)
+
+    def do_branch(self, argument: str) -> None:
+        """/branch N ID|TEXT: the last answer with another token N. Raises UsageError."""
+        extra("commands.xray", "/branch").branch(self, argument)
 
     def do_save(self, argument: str) -> None:
         """/save FILE. Raises UsageError and RequestError."""

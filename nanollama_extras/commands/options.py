@@ -3,7 +3,7 @@
 Seam       `nanollama.build_parser` calls `add_options`, which adds `enter` to the parser's default
            of that name; `nanollama.run_mode` calls it, and `check`, before a mode runs.
            The options are read by `nanollama.print_speed`, commands.logs, commands.embed,
-           commands.json_lines and answers.toolbox.
+           commands.json_lines, commands.conversation, commands.xray and answers.toolbox.
 Remove     delete this file; the flags then name it.
 """
 
@@ -32,6 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--log FILE", "keep conversations in this SQLite file (or NANOLLAMA_LOG)")
     text = "go on with the last conversation in the file of --log"
     add("--continue -c", text, action="store_true", dest="goes_on")
+    text = "shade each token by its probability, and mark surprising ones"
+    add("--explain", text, action="store_true")
     add("--help-all", "list every option", action="help")
     parser.set_defaults(enter=[*(parser.get_default("enter") or ()), enter])
 
@@ -39,6 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def enter(settings: Settings, _: list[str]) -> int | None:
     """Run --embed or --output -> the exit code; None without them. Raises as these."""
     args = settings.args
+    if args.explain:
+        extra("commands.xray", "--explain").start(settings)
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
     if args.output:
@@ -57,6 +61,10 @@ def check(args: argparse.Namespace) -> None:
         (args.output and args.batch_file is None, "--output needs --batch-file"),
         (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
         (args.tool_choice and not has_tools, "--tool-choice needs --tools or --mcp"),
+        (
+            args.explain and not (args.interactive or (args.prompt is not None and not args.embed)),
+            "--explain needs --prompt or --interactive",
+        ),
         (args.goes_on and not talks, "--continue needs --interactive, or --prompt and --chat"),
     ):
         if is_wrong:

@@ -11,7 +11,8 @@ says what it is; each other line is an answer:
      "seed": .., "params": {..}, "finish_reason": .., "is_constrained": .., "seconds": ..}
 
 The log-probabilities are those of the token and of the 20 likeliest, before temperature and
-penalties. Keys and headers are never in it, nor are embeddings. Only its owner may read a new file.
+penalties. Keys and headers are never in it, nor are embeddings and answers of a sampler of one's
+own, such as those of /branch. Only its owner may read a new file.
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ class RecordingEngine(Engine):
 
     def add(self, seq: Sequence) -> None:
         super().add(seq)
-        if not seq.pooler:
+        if not (seq.pooler or seq.params.sampler):  # what a function draws cannot be replayed
             self.logprobs[id(seq)] = []
 
     def sample(self, seq: Sequence, logits: Row) -> Delta:
         delta = super().sample(seq, logits)
-        if delta.token_id is not None:
-            self.logprobs[id(seq)].append(token_logprobs(logits, delta.token_id, NUM_TOP))
+        kept = self.logprobs.get(id(seq))
+        if kept is not None and delta.token_id is not None:
+            kept.append(token_logprobs(logits, delta.token_id, NUM_TOP))
         return delta
 
     def advance(self, seq: Sequence, logits: Any) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from nanollama import PARAMETERS, ModelStore, UsageError
+from nanollama import PARAMETERS, PLAIN, ModelStore, UsageError
 
 termios: Any
 try:
@@ -53,6 +53,7 @@ class Wrapped:
         self.out, self.width = out, 0
         self.column = 0  # of the cursor
         self.word = self.line = ""  # the unfinished word and line
+        self.styled = ""  # the same word with its styles
         self.is_code = False
 
     def isatty(self) -> bool:
@@ -64,45 +65,59 @@ class Wrapped:
     def write(self, text: str) -> None:
         width = os.get_terminal_size(self.out.fileno()).columns
         if width != self.width:  # rows moved: nothing that was written can be taken back
-            self.column, self.word = self.column % max(width, 1), ""
+            self.column = self.column % max(width, 1)
+            self.end_word()
         self.width = width
-        style = ""
         for part in re.split(f"({STYLE.pattern})", text):
             if STYLE.fullmatch(part):
-                style = part
+                self.styled += part
                 self.out.write(part)
             else:
                 for character in part:
-                    self.put(character, style)
+                    self.put(character)
 
-    def put(self, character: str, style: str) -> None:
+    def put(self, character: str) -> None:
         if character == "\n":
             self.is_code ^= self.line.lstrip().startswith(FENCE)
-            self.column, self.word, self.line = 0, "", ""
+            self.column, self.line = 0, ""
+            self.end_word()
             self.out.write(character)
             return
         self.line += character
         num = 8 - self.column % 8 if character == "\t" else num_columns(character)
         # the last column stays free: a cursor behind it would be between two rows
         if self.column + num >= self.width and not self.is_code:
-            if self.begin_row(character, style):
+            if self.begin_row(character):
                 return
             num = num_columns(character)
         self.column += num
-        self.word = "" if character.isspace() else self.word + character
+        if character.isspace():
+            self.end_word()
+        else:
+            self.word, self.styled = self.word + character, self.styled + character
         self.out.write(character)
 
-    def begin_row(self, character: str, style: str) -> bool:
+    def end_word(self) -> None:
+        self.word, self.styled = "", active_style(self.styled)
+
+    def begin_row(self, character: str) -> bool:
         """Begin a row, with the unfinished word. Returns whether the character is done with."""
         size = num_columns(self.word)
         moves = 0 < size < self.column and not character.isspace()
+        style = active_style(self.styled)
+        plain = PLAIN if style else ""  # a row is cleared in the colour of the moment
         if moves:
-            self.out.write(f"\x1b[{size}D\x1b[K\n{style}{self.word}")
+            self.out.write(f"{plain}\x1b[{size}D\x1b[K\n{self.styled}")
         else:
-            self.out.write("\n")
-            self.word = ""
+            self.out.write(f"{plain}\n{style}")
+            self.end_word()
         self.column = size if moves else 0
         return character.isspace()
+
+
+def active_style(text: str) -> str:
+    """The styles that hold at the end of a text."""
+    return "".join(STYLE.findall(text.rpartition(PLAIN)[2]))
 
 
 def wrapped(out: IO[str]) -> Any:

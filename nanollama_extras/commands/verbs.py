@@ -115,7 +115,7 @@ def serve(argv: list[str]) -> int:
 
 def batch(argv: list[str]) -> int:
     """`batch MODEL FILE`: answers to the lines of a file as chat messages."""
-    parser = verb_parser("batch", ANSWERS, "chat", "embed", "goes_on")
+    parser = verb_parser("batch", ANSWERS, "chat", "embed", "goes_on", "explain")
     parser.add_argument("words", nargs="*", metavar="FILE", help="one prompt a line; - reads stdin")
 
     def mode(args: argparse.Namespace) -> dict[str, Any]:
