@@ -66,7 +66,7 @@ def beginning(body: Fields, headers: Mapping[str, str]) -> Beginning:
     names += [value for value in (body.get("prompt_cache_key"),) if isinstance(value, str)]
     head = [json.dumps([body.get(name) for name in HEAD], sort_keys=True)]
     text: Any = next((body[name] for name in TEXT if body.get(name)), [])
-    texts = list(itertools.islice((*pieces(head), *pieces(text)), MAX_BLOCKS))
+    texts = list(itertools.islice(itertools.chain(pieces(head), pieces(text)), MAX_BLOCKS))
     num_head = len(list(pieces(head)))
     first = (index for index, one in enumerate(texts) if index >= num_head and one[0] == "0")
     sessions = tuple(session(name) for name in names)
@@ -90,7 +90,7 @@ class Placement:
 
     def pick(self, start: Beginning, avoid: Container[str] = ()) -> str:
         """The replica for a request; an empty name where none is left."""
-        free = [name for name in self.replicas() if name not in avoid]
+        free = {name: None for name in self.replicas() if name not in avoid}  # in their order
         if not free:
             return ""
         least = min(free, key=lambda name: (self.loads[name], self.last_turn[name]))
