@@ -367,6 +367,11 @@ def preferred(path: str, name: str, plain: Item) -> Item:
     return plain
 
 
+def notify(path: str, name: str, *about: Any) -> None:
+    """Call `name` of the extra `path`, where both are there."""
+    preferred(path, name, lambda *_: None)(*about)
+
+
 def human_bytes(num_bytes: float) -> str:
     """1536 -> '1.5 KB', in decimal units, as vendors of disks count."""
     for unit in ("B", "KB", "MB", "GB"):
@@ -436,7 +441,7 @@ def memory_errors() -> Iterator[None]:
 
 def return_unused_memory() -> None:
     """Return freed memory to the system, where the extra for it is installed."""
-    preferred("kernels.memory", "return_unused_memory", lambda: None)()
+    notify("kernels.memory", "return_unused_memory")
 
 
 def cache_root() -> Path:
@@ -3132,8 +3137,7 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
             hub.repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
         )
     sha, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
-    check: Any = preferred("files.refusals", "check_repo", lambda *_: None)
-    check(hub, sha, files)
+    notify("files.refusals", "check_repo", hub, sha, files)
     needed = model_files(hub, (n for n in files if not n.endswith(".pkl")))
     fetch = preferred("files.hub_files", "fetch_file", fetch_file)
     with hub_errors(hub):
@@ -3447,16 +3451,8 @@ def set_parameter(parameters: Json, name: str, text: str) -> None:
 
 
 # Directive of a Modelfile -> the field that it sets
-DIRECTIVES = {
-    "FROM": "model",
-    "TOKENIZER": "tokenizer",
-    "ADAPTER": "adapter",
-    "PARAMETER": "parameters",
-    "SYSTEM": "system",
-    "TEMPLATE": "template",
-    "MESSAGE": "messages",
-    "LICENSE": "license",
-}
+DIRECTIVES = {"FROM": "model", "PARAMETER": "parameters", "MESSAGE": "messages"}
+DIRECTIVES |= {name.upper(): name for name in "tokenizer adapter system template license".split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -4043,14 +4039,13 @@ PLAIN_START, PLAIN_END = "\ufdd0", "\ufdd1"  # around the name of a control toke
 
 def clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as most templates expect it: no null values, "system" for "developer", thoughts
-    under both names in use. Raises RequestError for content that is not text."""
+    under both names in use. Raises RequestError for other content than text and images."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         problem = f"a message is {excerpt(message)}; give an object with a role"
         raise TemplateError(problem, "messages")
     clean = {key: value for key, value in message.items() if value is not None}
-    message_text(clean)
-    if isinstance(parts := clean.get("content"), list):  # a refusal is text, too
-        clean["content"] = [{"type": "text", "text": part[part["type"]]} for part in parts]
+    if isinstance(parts := clean.get("content"), list):
+        clean["content"] = [clean_part(part, f"content[{i}]") for i, part in enumerate(parts)]
     if clean.get("role") == "developer":
         clean["role"] = "system"
     names = (name for name in ("reasoning_content", "thinking", "reasoning") if name in clean)
@@ -4066,16 +4061,23 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def joined_text(content: Any, where: str) -> str:
-    """The text of a string or text parts. Raises RequestError."""
+    """The text of a string or of parts, without images. Raises RequestError."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise RequestError(f"{where} is {excerpt(content)}; it must be a string or array", where)
-    for i, part in enumerate(content):
-        at, kind = f"{where}[{i}]", part.get("type") if isinstance(part, Mapping) else part
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
-            raise RequestError(f"{at} is of type {excerpt(kind)}; only text is supported", at)
-    return "".join(part[part["type"]] for part in content)
+    parts = [clean_part(part, f"{where}[{i}]") for i, part in enumerate(content)]
+    return "".join(part.get("text", "") for part in parts)
+
+
+def clean_part(part: Any, where: str) -> Json:
+    """A part of a message: a text (a refusal is one, too) or an image. Raises RequestError."""
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    if kind in ("image", "image_url"):
+        return extra("answers.images", "an image").checked(part, where)
+    if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
+        raise RequestError(f"{where} is of type {excerpt(kind)}; give text or images", where)
+    return {"type": "text", "text": part[kind]}
 
 
 def encode_chat(
@@ -4117,7 +4119,8 @@ def encode_chat(
     def safe(message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message, its parts joined where the name of a control token may span them."""
         clean = clean_message(message)
-        if not isinstance(parts := clean.get("content"), list):
+        parts = clean.get("content")
+        if not isinstance(parts, list) or not all("text" in part for part in parts):
             return clean
         spans = control.search("".join(part["text"].strip() for part in parts))
         return {**clean, "content": message_text(clean)} if spans else clean
@@ -4990,8 +4993,9 @@ class TextSide:
         """The prompt of a request as ids and as text. Raises RequestError."""
         prompt, messages = request.prompt, request.messages
         if messages is not None:
-            kwargs = request.template_kwargs
-            return encode_chat(self.tokenizer, self.template, messages, request.tools, **kwargs)
+            read: Any = preferred("answers.images", "read_messages", lambda _, own: own)
+            about = self.tokenizer, self.template, read(self, messages), request.tools
+            return encode_chat(*about, **request.template_kwargs)
         assert prompt is not None
         if request.suffix:
             return extra("answers.fim", "a suffix").encode_request(self.tokenizer, request)
@@ -5040,11 +5044,10 @@ class TextSide:
     def calls(self, request: GenerationRequest) -> Calls | None:
         """The functions that an answer may call; None for none. Raises RequestError."""
         choice = request.tool_choice
-        needs_tools = request.tools or (choice and choice.needs_tools)
-        if request.messages is None or not needs_tools:
+        if request.messages is None or not (request.tools or (choice and choice.needs_tools)):
             return None
-        find_calls = extra("answers.tools", "an answer with tools").find_calls
-        return find_calls(request, self.template, self.tokenizer)
+        tools = extra("answers.tools", "an answer with tools")
+        return tools.find_calls(request, self.template, self.tokenizer)
 
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
@@ -5432,13 +5435,7 @@ def _sampling(given: Fields, defaults: Fields, least: int = 1) -> tuple[Json, di
             check_type("logit_bias", bias, "number")
         values["logit_bias"] = {int(i): bias for i, bias in given["logit_bias"].items()}
     if GUIDE_FIELDS.keys() & given.keys():
-        guide = extra("answers.guides", "an answer in a given form").read_guide(given)
-        if guide is not None:
-            name, value, where = guide
-            if "repeat_penalty" not in own:  # forms may loop
-                del values["repeat_penalty"]
-            values |= dict.fromkeys(ANSWER_FIELDS)
-            return (values | {name: value} if name else values), {name: where}
+        return extra("answers.guides", "an answer in a given form").guided(given, own, values)
     return values, {}
 
 
@@ -5715,11 +5712,9 @@ class ChoicesReply(Reply):
     def _closing(self) -> Json:
         """The fields at the end of the finished answer."""
         usages = [choice.usage for choice in self.choices if choice.usage is not None]
-        per_prompt, num_thought = len(usages) // self.wire.num_prompts, self.num_thought
-        body: Json = {"usage": usage_body(usages, per_prompt, num_thought)}
-        with contextlib.suppress(ExtraError):
-            body["timings"] = extra("api.timings", "timings").timings_body(usages)
-        return body
+        per_prompt = len(usages) // self.wire.num_prompts
+        more: Any = preferred("api.timings", "timings_field", lambda _: {})
+        return {"usage": usage_body(usages, per_prompt, self.num_thought), **more(usages)}
 
     def result(self) -> Json:
         body = {**self.head, "choices": [choice.result() for choice in self.choices]}
@@ -5811,6 +5806,9 @@ class ServerConfig:
     )
     idle_s: int = option(75, "--idle-timeout N: seconds that an idle connection lasts", (1, 2**31))
     mcp: str | None = option(None, "--mcp FILE: JSON of MCP servers, whose tools models may call")
+    image_hosts: tuple[str, ...] = option(
+        (), "--allow-image-hosts HOST: get images there", kind=str
+    )
     any_model: bool = option(False, "--any-model: answer for every model name")
     strict: bool = option(False, "--strict: refuse unknown fields in requests")
     log_prompts: bool = option(False, "--log-prompts: write request bodies to the log")
@@ -6333,7 +6331,7 @@ class Handlers:
     async def body(self, request: Request) -> Json:
         """The JSON object of a request of any content type. Raises RequestError or WireError."""
         data = bytearray()
-        limit = self.config.max_body_bytes
+        limit = request.scope.get("body_limit", self.config.max_body_bytes)
         async for chunk in request.stream():
             data += chunk
             if len(data) > limit:
@@ -6345,7 +6343,8 @@ class Handlers:
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object")
         if self.config.log_prompts:
-            log.info(encode_json(value).decode())
+            hide = preferred("answers.images", "without_data", dict)
+            log.info(encode_json(hide(value)).decode())
         return value
 
     async def read_request(self, request: Request) -> tuple[Json, Pool]:
@@ -6475,7 +6474,7 @@ def dialect_router(*shared: Any) -> ASGIApp:
 def create_app(models: Models) -> starlette.applications.Starlette:
     """The ASGI application."""
     config = models.config
-    watched: Any = preferred("api.access_log", "Watched", lambda observer: observer)
+    watched: Any = preferred("api.access_log", "Watched", lambda own: own)
     shared = models, config, watched(preferred("api.metrics", "Metrics", Observer)())
     app = OpenAI(*shared)
 
@@ -6655,7 +6654,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system TEXT", "system prompt, with --chat or --interactive")
     add("--hide-thinking", "leave out text in think tags", action="store_true")
     flags = "--tools --yes-tools --tool-choice --embed --output --quiet --log --continue -c"
-    flags += " --explain --help-all"
+    flags += " --explain --image --help-all"
     add_extra_options(parser, "commands.options", flags)
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
@@ -6769,7 +6768,7 @@ class Settings:
                 template=self.modelfile.template,
                 needs_text=needs_text,
             )
-        preferred("commands.notices", "note_load", lambda *_: None)(self, llm)
+        notify("commands.notices", "note_load", self, llm)
         return llm
 
 
@@ -6911,23 +6910,18 @@ def print_answer(llm: LLM, request: GenerationRequest, hide_thinking: bool, catc
             deltas.close()
         if printer.last and (printer.text["content"] or not printer.calls):
             put("\n")
-    note_cut([printer], request.params.max_tokens, catch)
+    notify("commands.notices", "note_cut", [printer], request.params.max_tokens, catch)
     return printer.message()
-
-
-def note_cut(printers: list[AnswerPrinter], most: int | None, talks: bool = False) -> None:
-    """Say which answers were cut, at `most` tokens or by the context."""
-    preferred("commands.notices", "note_cut", lambda *_: None)(printers, most, talks)
 
 
 def print_answers(
     settings: Settings, llm: LLM, request: GenerationRequest, toolbox: Any, catch: bool = False
 ) -> list[Json]:
     """Print the answer and, with a toolbox, those to its tool calls -> the new messages."""
-    hide_thinking = settings.args.hide_thinking
-    answer = functools.partial(print_answer, llm, hide_thinking=hide_thinking, catch=catch)
+    hide = settings.args.hide_thinking
+    answer = functools.partial(print_answer, llm, hide_thinking=hide, catch=catch)
     new: list[Json] = toolbox.converse(request, answer) if toolbox else [answer(request)]
-    preferred("commands.logs", "record", lambda *_: None)(settings, llm, request, new)
+    notify("commands.logs", "record", settings, llm, request, new)
     return new
 
 
@@ -7021,7 +7015,7 @@ def run_batch(
             log.error(f"line {row.line}: {row.error}")
         write(row) if write else put(row.text + "\n")
     printers = [row.printer for row in rows if row.printer]
-    note_cut(printers, settings.params(llm.sampling).max_tokens)
+    notify("commands.notices", "note_cut", printers, settings.params(llm.sampling).max_tokens)
     print_speed(settings, llm.engine.stats)
     return 1 if any(row.error for row in rows) else 0
 
@@ -7127,7 +7121,7 @@ def run_serve(settings: Settings, open_models: Any = None) -> int:
     open_models = open_models or preferred("api.shelf", "open_shelf", open_model)
     models = open_models(settings, config)
     with read_toolbox(args) or contextlib.nullcontext():
-        preferred("api.access_log", "set_up", lambda _: None)(args)
+        notify("api.access_log", "set_up", args)
         serve(models)
     if any(worker.is_alive() for pool in models.pools.values() for worker in pool.workers):
         os._exit(0)  # a thread is inside torch: Python's own exit would abort
@@ -7164,7 +7158,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
         "quantization": f"{checkpoint.quantization} ({checkpoint.format}, {size})",
         "template": template.origin,
     }
-    preferred("commands.details", "add_details", lambda *_: None)(lines, checkpoint, settings)
+    notify("commands.details", "add_details", lines, checkpoint, settings)
     return [f"{name:<13} {text}" for name, text in lines.items()]
 
 
@@ -7246,7 +7240,7 @@ def run_mode(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the mode that the flags choose. Returns the exit code."""
     if len(args.models) > 1 and not args.serve:
         raise UsageError("several --model need --serve")
-    preferred("commands.options", "check", lambda _: None)(args)
+    notify("commands.options", "check", args)
     if args.verbose:
         log.setLevel(logging.DEBUG)
     settings = preferred("commands.logs", "resumed", lambda own: own)(read_settings(args))

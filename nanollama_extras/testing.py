@@ -58,6 +58,7 @@ from nanollama import (
     extra,
     library,
     listen,
+    message_text,
     open_model,
     parse_json,
     preferred,
@@ -243,6 +244,15 @@ def spelled_calls(template: ChatTemplate, calls: list[tuple[str, str]]) -> str:
     return str(style.form.spell(calls))
 
 
+def noted(llm: LLM, request: GenerationRequest) -> GenerationRequest:
+    """The request with a note in the place of each image. Raises RequestError for one that cannot
+    be read."""
+    if request.messages is None:
+        return request
+    note: Any = preferred("answers.images", "noted", lambda _, messages: messages)
+    return dataclasses.replace(request, messages=note(llm, request.messages))
+
+
 class ScriptLLM(LLM):
     """An LLM whose answers a script gives."""
 
@@ -252,11 +262,16 @@ class ScriptLLM(LLM):
         self.tokenizer = cast("Tokenizer", WordTokenizer())
         self.template = ChatTemplate(TextFiles("script"))
         self.sampling = {}
+        self.vision = True
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The fingerprint of the code: there are no weights."""
         return f"fp_{__version__}"
+
+    def encode_request(self, request: GenerationRequest) -> tuple[list[int], str]:
+        """As of any model; the word [image] stands in the place of each image."""
+        return super().encode_request(noted(self, request))
 
     def constraint(
         self, request: GenerationRequest, ids: list[int], calls: Calls | None
@@ -272,8 +287,8 @@ class ScriptLLM(LLM):
         request = prepared.request
         if request.embed:
             raise RequestError("a script has no embeddings; --model tiny-random has", "input")
-        question = (request.messages or [{"content": request.prompt}])[-1].get("content")
-        answer = self.script.next(str(question or ""))
+        said = request.messages
+        answer = self.script.next(message_text(said[-1]) if said else str(request.prompt or ""))
         if status := answer.get("error"):
             code = "rate_limit_exceeded" if status == 429 else "scripted"
             raise WireError(status, code, answer.get("message", "the script says so"))

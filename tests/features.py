@@ -232,6 +232,20 @@ def refused(path: str, **body: Any) -> Callable[[LLM], None]:
     return run
 
 
+def send_image_file(llm: LLM) -> None:
+    """A prompt with an image that is not there: only a missing extra counts."""
+    flags = ("--prompt", "x", "--image", "no-such-file.png")
+    with contextlib.suppress(nanollama.RequestError):
+        command("--model", "MODEL", *flags)(llm)
+
+
+def fetch_image(llm: LLM) -> None:
+    """An image of a host that is not allowed: only a missing extra counts."""
+    part = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
+    with contextlib.suppress(nanollama.RequestError):
+        nanollama.extra("answers.images", "an image").part_picture(part, "image")
+
+
 def write_json_lines(llm: LLM) -> None:
     with tempfile.NamedTemporaryFile("w") as file:
         file.write("hello\n")
@@ -279,6 +293,7 @@ CALLED = [
 ]
 OLLAMA = {"model": "model", "stream": False, "options": {"num_predict": 4}}
 CHAT = {"messages": USER, "max_tokens": 4}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TEXT = {"prompt": "x", "max_tokens": 4}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 # feature -> modules of nanollama_extras that it needs, a use of it
@@ -369,6 +384,12 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "a question": ({"answers.library"}, lambda llm: put_away(llm.chat("hi", max_tokens=4))),
     "a model in asyncio": ({"answers.async_llm", "answers.library"}, ask_in_asyncio),
     "a replaced module": ({"models.parts", "answers.library"}, lambda llm: put_away(llm.decoder)),
+    "an image": (
+        {"answers.images"},
+        refused("/v1/chat/completions", messages=[{"role": "user", "content": [IMAGE]}]),
+    ),
+    "an image of another server": ({"answers.images", "api.image_hosts"}, fetch_image),
+    "--image": ({"commands.images", "commands.options", "answers.images"}, send_image_file),
     "a regular expression": (GRAMMARS, answer(messages=USER, params={"regex": "[a-c]{2}"})),
     "a conversation with calls": ({*FORMS, "answers.call_shapes"}, answer(messages=CALLED)),
     "tools": (FORMS, answer(messages=USER, tools=TOOLS)),

@@ -277,8 +277,10 @@ def test_a_tool_call_without_content_reaches_every_template_that_knows_tools(
 def test_what_is_no_text_is_refused_by_name() -> None:
     template = chat_template(CHATML)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    with pytest.raises(nanollama.RequestError, match=r"content\[0\] is of type .image_url"):
+    with pytest.raises(nanollama.RequestError, match="the chat template takes no images"):
         template.render([{"role": "user", "content": [image]}])
+    with pytest.raises(nanollama.RequestError, match=r"content\[0\] is of type .input_audio"):
+        template.render([{"role": "user", "content": [{"type": "input_audio"}]}])
     with pytest.raises(TemplateError, match="'hello'; give an object"):
         template.render(["hello"])  # type: ignore[list-item]
 

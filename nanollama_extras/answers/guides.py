@@ -1,7 +1,7 @@
 """Request fields that give the form of an answer: guided_json, structured_outputs, response_format,
 grammar and their like, as vLLM, llama.cpp and OpenAI spell them.
 
-Seam       Answer form. The core's reader of bodies calls `read_guide` when a body has one of
+Seam       Answer form. The core's reader of bodies calls `guided` when a body has one of
            `nanollama.GUIDE_FIELDS`; answers/grammars.py then compiles the form. It imports
            answers.schemas.
 Remove     delete this file; requests with such a field are then refused.
@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nanollama import check_type, excerpt, first_line, refuse, required
+from nanollama import ANSWER_FIELDS, check_type, excerpt, first_line, refuse, required
 from nanollama_extras.answers.schemas import BestEffort
 
 if TYPE_CHECKING:
-    from nanollama import Fields
+    from nanollama import Fields, Json
 
 # field of a body -> kind of guide
 GUIDES = {
@@ -37,6 +37,19 @@ GUIDE_TYPES = {
     "grammar": "string",
     "json_object": "boolean",
 }
+
+
+def guided(given: Fields, own: Fields, values: Json) -> tuple[Json, dict[str, str]]:
+    """SamplingParams fields with the form of an answer that a body asks for, if any, and the place
+    of that form. own: the fields that the caller chose. Raises RequestError."""
+    guide = read_guide(given)
+    if guide is None:
+        return values, {}
+    name, value, where = guide
+    values = values | dict.fromkeys(ANSWER_FIELDS)
+    if "repeat_penalty" not in own:  # forms may loop
+        del values["repeat_penalty"]
+    return (values | {name: value} if name else values), {name: where}
 
 
 def read_guide(given: Fields) -> tuple[str, Any, str] | None:

@@ -1,5 +1,6 @@
 """Messages in the form that a template takes: templates disagree on the order of roles, on messages
-without text, and on text in parts. And a final message that the model continues.
+without text, and on text in parts. Images stay where they are. And a final message that the model
+continues.
 
 Seam       Answer form. `ChatTemplate.render` hands its messages and tools to `draw_any`.
 Needs      answers/call_shapes.py, for conversations with tools and calls.
@@ -41,7 +42,7 @@ def draw_any(
     template takes none."""
     if continues:
         last = messages[-1]
-        messages = [*messages[:-1], {**last, "content": message_text(last) + CUT_HERE}]
+        messages = [*messages[:-1], {**last, "content": with_text(last, CUT_HERE)}]
     errors: list[TemplateError] = []
     whole: list[str] = []  # prompts that lack no more than a system message
     lists: list[Any] = [None, []]  # some templates iterate over no tools
@@ -125,9 +126,7 @@ def check_systems(draw: Draw, messages: Messages, tools: Any) -> None:
     for i in places:
         content = marked[i]["content"]
         marked[i]["content"] = (
-            content + KEPT
-            if isinstance(content, str)
-            else [*content, {"type": "text", "text": KEPT}]
+            content + KEPT if isinstance(content, str) else [*content, as_part(KEPT)]
         )
     if draw(marked, tools).count(KEPT) < len(places):
         raise TemplateError("the chat template leaves out a system message", "messages")
@@ -153,11 +152,33 @@ def in_turns(messages: Messages) -> Messages:
         last = turns[-1] if turns else {}
         joinable = "tool_calls" not in {**last, **message} and message.get("role") != "tool"
         if turns and joinable and last.get("role") == message.get("role"):
-            texts = [text for m in (last, message) if (text := message_text(m))]
-            turns[-1] = {**last, **message, "content": "\n\n".join(texts)}
+            turns[-1] = {**last, **message, "content": joined(last, message)}
         else:
             turns.append(message)
     return turns
+
+
+def shows(message: dict[str, Any]) -> bool:
+    """Whether a message has an image."""
+    content = message.get("content")
+    return isinstance(content, list) and not all("text" in part for part in content)
+
+
+def as_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> Any:
+    """The content of two messages as that of one, with an empty line between their texts."""
+    if not shows(first) and not shows(second):
+        return "\n\n".join(text for m in (first, second) if (text := message_text(m)))
+    one, other = (m["content"] if shows(m) else [as_part(message_text(m))] for m in (first, second))
+    return [*one, as_part("\n\n"), *other]
+
+
+def with_text(message: dict[str, Any], text: str) -> Any:
+    """The content of a message with a text behind it."""
+    return [*message["content"], as_part(text)] if shows(message) else message_text(message) + text
 
 
 def check_nulls(text: str, draw: Draw, messages: Messages, tools: Any) -> None:
@@ -179,11 +200,15 @@ def fit_content(source: str | None, draw: Draw, message: dict[str, Any]) -> dict
     """The message with text as the template reads it: parts stay where the template joins them in
     its own way, and a string becomes a part where it would vanish."""
     role, content = str(message.get("role")), message.get("content")
+    if shows(message):
+        if reads(source, draw, role, True):
+            return message
+        raise TemplateError("the chat template takes no images", "messages")
     if isinstance(content, list) and not reads(source, draw, role, True):
         return {**message, "content": message_text(message)}
     is_lost = isinstance(content, str) and not reads(source, draw, role, False)
     if is_lost and reads(source, draw, role, True):
-        return {**message, "content": [{"type": "text", "text": content}]}
+        return {**message, "content": [as_part(str(content))]}
     return message
 
 
@@ -193,7 +218,7 @@ def reads(source: str | None, draw: Draw, role: str, in_parts: bool) -> bool:
     if key not in READS:
 
         def content(text: str) -> Any:
-            return [{"type": "text", "text": text}] if in_parts else text
+            return [as_part(text)] if in_parts else text
 
         word = f"probe-{role}"
         user = {"role": "user", "content": content("?")}

@@ -14,12 +14,13 @@ Spec       https://docs.anthropic.com/en/api/messages
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nanollama import SAMPLING_FIELDS, RequestError, check_type, excerpt, log, refuse, table
+from nanollama import SAMPLING_FIELDS, RequestError, check_type, excerpt, extra, log, refuse, table
 from nanollama_extras.api.sealed import unseal
 
 if TYPE_CHECKING:
@@ -295,43 +296,77 @@ def read_answer(blocks: list[Any], place: str) -> Json:
 
 def read_question(role: str, blocks: list[Any], place: str, tools: ToolList) -> list[Json]:
     """The messages of a user's or system message: a result of a call is one of its own."""
-    messages, texts = list[dict[str, Any]](), list[str]()
+    messages, parts = list[dict[str, Any]](), list[Any]()
 
     def end_text() -> None:
-        if texts or not messages:
-            messages.append({"role": role, "content": join_texts(texts)})
-            texts.clear()
+        if parts or not messages:
+            messages.append({"role": role, "content": joined_parts(parts)})
+            parts.clear()
 
     for i, block in enumerate(blocks):
         at = f"{place}.{i}"
         check_type(at, block, "object")
         if role == "user" and block.get("type") == "tool_result":
-            if texts:
+            if parts:
                 end_text()
             check_type(f"{at}.tool_use_id", block.get("tool_use_id"), "string")
-            text = result_text(block, at, tools)
-            result = {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text}
+            content = result_content(block, at, tools)
+            result = {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
             messages.append(result)
         else:
-            texts.append(block_text(block, at))
+            parts.append(block_part(block, at, role == "user"))
     end_text()
     return messages
 
 
-def result_text(block: Json, place: str, tools: ToolList) -> str:
-    """The text of a tool_result. One of an error says so."""
+def result_content(block: Json, place: str, tools: ToolList) -> Any:
+    """The content of a tool_result. The text of an error says so."""
     content = block.get("content") or ""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    check_type(f"{place}.content", parts, "array")
-    texts = []
-    for i, part in enumerate(parts):
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    check_type(f"{place}.content", given, "array")
+    parts: list[Any] = []
+    for i, part in enumerate(given):
         if isinstance(part, dict) and part.get("type") == "tool_reference":
-            texts.append(tools.described(str(part.get("tool_name"))))
+            parts.append(tools.described(str(part.get("tool_name"))))
         else:
-            texts.append(block_text(part, f"{place}.content.{i}"))
-    text = join_texts(texts)
+            parts.append(block_part(part, f"{place}.content.{i}"))
+    text = join_texts([part for part in parts if isinstance(part, str)])
     says_so = re.match(r"\W*(tool_use_)?error\b", text, re.IGNORECASE)
-    return text if says_so or not block.get("is_error") else f"Error: {text}"
+    if says_so or not block.get("is_error"):
+        return joined_parts(parts)
+    return joined_parts(["Error: ", *parts]) if has_images(parts) else f"Error: {text}"
+
+
+def has_images(parts: list[Any]) -> bool:
+    return not all(isinstance(part, str) for part in parts)
+
+
+def joined_parts(parts: list[Any]) -> Any:
+    """Texts and images of several blocks as the content of a message: a text where no image is."""
+    if not has_images(parts):
+        return join_texts(parts)
+    content: list[Any] = []
+    for is_text, run in itertools.groupby(parts, lambda part: isinstance(part, str)):
+        found = list(run)
+        text = join_texts(found) if is_text else ""
+        content += [{"type": "text", "text": text}] * bool(text) if is_text else found
+    return content
+
+
+def block_part(block: Any, place: str, may_show: bool = True) -> Any:
+    """The text of a block, or its image as a part of a message. Raises RequestError."""
+    check_type(place, block, "object")
+    if block.get("type") != "image" or not may_show:
+        return block_text(block, place)
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, dict) else source
+    if kind not in ("base64", "url"):
+        invalid(f"{place}.source", "an object of type 'base64' or 'url' is needed")
+    images = extra("answers.images", "an image")
+    if kind == "base64":
+        return images.base64_part(source.get("data"), f"{place}.source.data")
+    check_type(f"{place}.source.url", source.get("url"), "string")
+    return images.image_part(source["url"], f"{place}.source.url")
 
 
 def in_own_words(error: RequestError, tools: ToolList) -> RequestError:

@@ -12,9 +12,9 @@ Spec       https://developers.openai.com/api/docs/guides/conversation-state
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nanollama import read_fields, refuse, table
+from nanollama import message_text, read_fields, refuse, table
 from nanollama_extras.api.response_input import SUMMARY
 from nanollama_extras.api.sealed import seal
 
@@ -49,18 +49,30 @@ def summary_request(body: Fields, strict: bool) -> tuple[Json, tuple[str, ...]]:
 def compacted(reply: ResponseReply) -> Json:
     """The finished answer with the summary as the answer to the client."""
     messages = (reply.wire.requests[0].messages or [])[:-1]  # without PROMPT
-    texts = [message["content"] for message in messages if message["role"] == "user"]
     head = {"type": "message", "status": "completed", "role": "user"}
     items: list[Json] = [
-        {"id": new_id("msg"), **head, "content": [{"type": "input_text", "text": text}]}
-        for text in texts
-        if not text.startswith(SUMMARY)  # an earlier one, which this one replaces
+        {"id": new_id("msg"), **head, "content": item_parts(message["content"])}
+        for message in messages
+        # an earlier summary is replaced by this one
+        if message["role"] == "user" and not message_text(message).startswith(SUMMARY)
     ]
     summary = seal(reply.text["content"] or reply.text["thought"])
     items.append({"id": new_id("cmp"), "type": "compaction", "encrypted_content": summary})
     names = ("id", "created_at", "usage")
     own = {name: reply.body[name] for name in names}
     return {**own, "object": "response.compaction", "output": items}
+
+
+def item_parts(content: Any) -> list[Json]:
+    """The content of a user's message as parts of an item."""
+    text = [{"type": "text", "text": content}]
+    parts: list[Json] = text if isinstance(content, str) else content
+    return [
+        {"type": "input_text", "text": part["text"]}
+        if "text" in part
+        else {"type": "input_image", "image_url": part["image_url"]["url"]}
+        for part in parts
+    ]
 
 
 def new_id(prefix: str) -> str:

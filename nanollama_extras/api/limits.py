@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nanollama import ContextLengthError, RequestError, WireError, human_bytes, parse_json, refuse
+from nanollama import (
+    ContextLengthError,
+    RequestError,
+    WireError,
+    human_bytes,
+    message_text,
+    notify,
+    parse_json,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,6 +42,12 @@ MAX_CONNECTIONS = 1000  # or three quarters of the files that this process may o
 LEAST_RATE = 1 << 16
 SMALL_BYTES = 1 << 16  # of a body that always has room
 FILES = "/api/blobs/"  # beginning of paths whose bodies go to files, whatever their size
+# Paths whose messages may have images, and what an image of the largest size adds to their bodies
+WITH_IMAGES = re.compile(
+    r"(/v1)?/(chat/completions|responses(/compact)?|messages(/count_tokens)?)"
+    "|/tokenize|/apply-template|/api/(chat|generate)"
+)
+IMAGE_BYTES = 27 << 20  # 20 MB in base64
 MAX_BODIES = 8  # of the largest size, for which there is room at a time
 # Values in a body. Parsing holds the interpreter, so nothing else runs meanwhile: this many take
 # 0.05 to 0.3 s, and a body of one long text takes less.
@@ -118,6 +133,7 @@ class Bodies:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        notify("api.image_hosts", "allow", self.config.image_hosts)
         body = Body(self, scope, receive)
 
         async def send_on(message: Message) -> None:
@@ -141,6 +157,8 @@ class Body:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         self.length = int(length) if length.isdigit() else 0
         self.is_file = scope["path"].startswith(FILES)
+        more = IMAGE_BYTES if WITH_IMAGES.fullmatch(scope["path"]) else 0
+        self.limit = scope["body_limit"] = bodies.config.max_body_bytes + more
 
     async def receive(self) -> Message:
         """The next message. Raises WireError 408, 413 or 503 for a body over a limit."""
@@ -172,9 +190,9 @@ class Body:
             task.cancel()
 
     def check_size(self, num_bytes: int) -> None:
-        limit = self.bodies.config.max_body_bytes
-        if num_bytes > limit and not self.is_file:
-            raise WireError(413, "request_too_large", f"the body is over {human_bytes(limit)}")
+        if num_bytes > self.limit and not self.is_file:
+            text = f"the body is over {human_bytes(self.limit)}"
+            raise WireError(413, "request_too_large", text)
 
     def hold(self) -> None:
         """Take room for the bytes beyond SMALL_BYTES."""
@@ -233,7 +251,7 @@ def prepare_all(llm: LLM, requests: Iterable[GenerationRequest]) -> list[Prepare
         text = request.prompt if isinstance(request.prompt, str) else ""
         text = max(text, request.suffix, key=len)
         if request.messages is not None:
-            text = "".join(str(m.get("content")) for m in request.messages)
+            text = "".join(map(message_text, request.messages))
         start = text[: CHARS_READ * n_ctx]
         if start != text and (num_tokens := len(llm.encode(start))) > 2 * n_ctx:
             problem = f"the prompt has over {num_tokens} tokens and the context holds {n_ctx}"

@@ -70,7 +70,11 @@ OLLAMA_CHAT = table(OLLAMA_ANSWER, array="messages tools")
 
 
 OLLAMA_GENERATE = table(
-    OLLAMA_ANSWER, string="prompt system suffix", boolean="raw", array="context"
+    OLLAMA_ANSWER,
+    string="prompt system suffix",
+    boolean="raw",
+    array="context",
+    string_or_array="images",  # an array: an error about a string would show what is in it
 )
 
 
@@ -126,7 +130,8 @@ def ollama_body(given: Fields, strict: bool = False) -> tuple[Json, tuple[str, .
         body["messages"] = ollama_messages(given["messages"])
     else:
         system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
-        body["messages"] = [*system, {"role": "user", "content": given["prompt"]}]
+        content = with_images(given["prompt"], given.get("images"), "images")
+        body["messages"] = [*system, {"role": "user", "content": content}]
     return body, tuple(f"options.{name}" for name in ignored)
 
 
@@ -135,12 +140,11 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
     out, num_calls, latest, answered = [], 0, list[dict[str, Any]](), set[str]()
     for i, message in enumerate(messages):
         check_type(f"messages[{i}]", message, "object")
-        if message.get("images"):
-            refuse(f"messages[{i}] has images; only text is supported", "messages")
         one = {
             k: v for k, v in message.items() if v is not None and k not in ("images", "thinking")
         }
         one.setdefault("content", "")
+        one["content"] = with_images(one["content"], message.get("images"), f"messages[{i}].images")
         if message.get("thinking"):
             one["reasoning_content"] = message["thinking"]
         calls, where = [], f"messages[{i}].tool_calls"
@@ -159,6 +163,19 @@ def ollama_messages(messages: list[Any]) -> list[Any]:
             one |= {"name": message["tool_name"]} if message.get("tool_name") else {}
         out.append(one)
     return out
+
+
+def with_images(text: Any, files: Any, where: str) -> Any:
+    """The content of a message with images in base64, which come before its text. Raises
+    RequestError."""
+    if not files:
+        return text
+    if not isinstance(files, list):
+        refuse(f"{where} must be a list of images in base64", where)
+    check_type(where.removesuffix("images") + "content", text, "string")
+    base64_part = extra("answers.images", "an image").base64_part
+    parts = [base64_part(file, f"{where}[{i}]") for i, file in enumerate(files)]
+    return [*parts, {"type": "text", "text": text}]
 
 
 def answered_call(message: Json, calls: list[Json], answered: set[str]) -> str:
@@ -261,6 +278,8 @@ def generate_wire(given: Fields, wire: WireRequest, llm: LLM) -> WireRequest:
     if any(type(i) is not int or not 0 <= i < llm.engine.n_vocab for i in context):
         refuse("context must list token ids of the model", "context")
     suffix = given.get("suffix") or ""
+    if given.get("images") and (suffix or given.get("raw") or context):
+        refuse("images cannot be combined with raw, suffix or context", "images")
     if suffix or given.get("raw"):
         prompt: str | list[int] = given["prompt"]
     elif context:
@@ -317,7 +336,7 @@ class API(ModelHandlers):
             with pool.held():
                 wire = await asyncio.to_thread(generate_wire, given, wire, pool.llm())
         job = await pool.start(wire.requests, wire.names)
-        with_context = not is_chat and not given.get("raw")
+        with_context = not is_chat and not given.get("raw") and not given.get("images")
         seq, splitter = job.sequences[0], job.prepared[0].splitter()
         reply = OllamaReply(seq, splitter, given["model"], clock, is_chat, with_context)
         is_stream = given.get("stream", True)

@@ -51,6 +51,7 @@ from nanollama import (
     parse_hub_ref,
     parse_modelfile,
     plain_name,
+    preferred,
     public_name,
     read_directive,
     read_fields,
@@ -155,10 +156,12 @@ def ollama_details(path: Path, modified: float) -> Json:
     # tools are described in the system prompt where the template has no place for them
     has_tools = importlib.util.find_spec("nanollama_extras.answers.tools") is not None
     embeds_only = "reach" in c.own  # models.bidirectional
+    sees: Any = preferred("models.vision", "has_vision", lambda _: False)
     able = {
         "completion": not embeds_only,
         "embedding": embeds_only,
         "tools": has_tools and not embeds_only,
+        "vision": sees(checkpoint),
         "thinking": template.thoughts is not None,
     }
     return {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nanollama import check_type, excerpt, joined_text, refuse
+from nanollama import check_type, excerpt, extra, joined_text, refuse
 from nanollama_extras.api.response_tools import INPUT, chat_name
 from nanollama_extras.api.sealed import unseal
 
@@ -28,6 +28,7 @@ CALL_NAMES = {
     "shell_call": "shell",
     "apply_patch_call": "apply_patch",
 }
+TEXTS = ("input_text", "output_text")  # types of parts
 OUTPUTS = {
     "function_call_output",
     "custom_tool_call_output",
@@ -66,7 +67,7 @@ def add_item(messages: list[Json], item: Fields, where: str) -> None:
     kind = "message" if item.get("type") is None else item["type"]
     check_type(f"{where}.type", kind, "string")
     if kind == "message":
-        content, role = item_text(item, "content", where), item.get("role")
+        content, role = item_content(item, "content", where), item.get("role")
         last = messages[-1] if messages else {}
         if role == "assistant" and is_thought(last):
             last["content"] = content
@@ -129,23 +130,32 @@ def add_call(messages: list[Json], item: Fields, where: str) -> None:
     messages[-1].setdefault("tool_calls", []).append(call)
 
 
-def output_text(item: Fields, where: str) -> str:
-    """The text of a call's result: as text, in parts, or what a shell wrote."""
+def output_text(item: Fields, where: str) -> Any:
+    """The content of a call's result: as text, in parts, or what a shell wrote."""
     value = item.get("output")
     if item.get("type") == "shell_call_output" and isinstance(value, list):
         return json.dumps(value, ensure_ascii=False)
     if item.get("type") == "apply_patch_call_output" and value is None:
         return str(item.get("status") or "completed")
-    return item_text(item, "output", where)
+    return item_content(item, "output", where)
 
 
-def item_text(item: Fields, name: str, where: str) -> str:
-    """The text of a field of an item; its parts are those of a chat under other names."""
+def item_content(item: Fields, name: str, where: str) -> Any:
+    """A field of an item as the content of a message: its text, or parts where it has images. The
+    parts are those of a chat under other names. Raises RequestError."""
     content = item.get(name)
+    if not isinstance(content, list):
+        return joined_text(content, f"{where}.{name}")
+    parts = [chat_part(part, f"{where}.{name}[{i}]") for i, part in enumerate(content)]
+    text = joined_text(parts, f"{where}.{name}")
+    return parts if any("image_url" in part for part in parts) else text
 
-    def chat_part(part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, dict) else part
-        return {**part, "type": "text"} if kind in ("input_text", "output_text") else part
 
-    parts = [*map(chat_part, content)] if isinstance(content, list) else content
-    return joined_text(parts, f"{where}.{name}")
+def chat_part(part: Any, where: str) -> Any:
+    """A part of an item as a chat has it. Raises RequestError for an image without a URL."""
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind == "input_image":
+        if not isinstance(part.get("image_url"), str):
+            refuse(f"{where} has no image_url; give the image as a data: URL", where)
+        return extra("answers.images", "an image").image_part(part["image_url"], where)
+    return {"type": "text", "text": part.get("text")} if kind in TEXTS else part

@@ -50,6 +50,7 @@ from nanollama import (
     open_checkpoint,
     pick_device,
     plain_name,
+    preferred,
     public_name,
     refuse,
     use_model,
@@ -231,8 +232,9 @@ def open_shelf(settings: Settings, config: ServerConfig) -> Shelf:
 
 @lru_cache(maxsize=1024)
 def file_numbers(path: Path, modified: float, size: int) -> Json:
-    """The numbers of a model's files, as llama.cpp names them; empty for files that cannot be
-    opened. `modified` and `size` tell versions of the files apart."""
+    """The numbers of a model's files, as llama.cpp names them, and whether it reads images
+    (`vision`); empty for files that cannot be opened. `modified` and `size` tell versions of the
+    files apart."""
     try:
         checkpoint = open_checkpoint(path)
     except (NanollamaError, OSError) as error:
@@ -240,7 +242,9 @@ def file_numbers(path: Path, modified: float, size: int) -> Json:
         return {}
     c = checkpoint.config
     numbers = {"n_ctx_train": c.n_ctx, "n_vocab": c.n_vocab, "n_embd": c.n_embd}
-    return {**numbers, "n_params": checkpoint.num_parameters, "size": checkpoint.num_bytes}
+    numbers |= {"n_params": checkpoint.num_parameters, "size": checkpoint.num_bytes}
+    sees: Any = preferred("models.vision", "has_vision", lambda _: False)
+    return {**numbers, "vision": sees(checkpoint)}
 
 
 def numbers_of(path: Path | None) -> Json:
@@ -261,8 +265,8 @@ def sampling_numbers(defaults: Fields) -> Json:
 
 async def model_fields(models: Models, name: str) -> Json:
     """The state of a model, its default sampling and its context: `max_model_len` is vLLM's name,
-    `context_length` OpenRouter's, `meta` has llama.cpp's. Files say the context of a model that is
-    not in memory."""
+    `context_length` OpenRouter's, `meta` and `architecture` have llama.cpp's. Files say the context
+    of a model that is not in memory."""
     pool = models.pools.get(name)
     state = "unloaded" if pool is None else "loaded" if pool.ready else "loading"
     try:
@@ -278,7 +282,10 @@ async def model_fields(models: Models, name: str) -> Json:
         path = None
         with contextlib.suppress(NanollamaError):  # the path of a named model leads nowhere
             path = await asyncio.to_thread(source.locate)
-    meta = await asyncio.to_thread(numbers_of, path)
+    meta = dict(await asyncio.to_thread(numbers_of, path))
+    if meta.pop("vision", False):
+        kinds = {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
+        said["architecture"] = kinds
     n_ctx = min(filter(None, (ctx, meta.get("n_ctx_train"))), default=None)
     if n_ctx is None:
         return said

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from nanollama import Json, Usage
 
 
+def timings_field(usages: list[Usage]) -> Json:
+    """The field, to be added to an answer."""
+    return {"timings": timings_body(usages)}
+
+
 def timings_body(usages: list[Usage]) -> Json:
     """`timings` as llama.cpp names them, summed over all choices."""
     total = Counter[str]()

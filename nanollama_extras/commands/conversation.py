@@ -27,6 +27,7 @@ from nanollama import (
     extra,
     local_path,
     log,
+    preferred,
     print_answers,
     print_speed,
     read_json,
@@ -47,6 +48,7 @@ TALK_HELP = '''\
   /edit [TEXT]        write a message in $EDITOR; so does Ctrl-G
   /explain            shade tokens by their probability, and mark surprising ones; or stop that
   /help, /?           print this list
+  /image FILE [TEXT]  send an image with the next message, or with TEXT; so does a dropped file
   /load FILE          continue a conversation written by /save
   /model NAME         go on with another model
   /prompt             print the text last sent to the model
@@ -76,6 +78,9 @@ class Conversation(Repl):
         self.tools: list[Json] | None = toolbox.tools if toolbox else None
         if getattr(settings.args, "explain", False):
             self.do_explain("")
+        self.images: list[Json] = []  # of the next message
+        if names := getattr(settings.args, "images", []):
+            self.images = extra("commands.images", "--image").file_parts(names)
 
     def run(self) -> int:
         if self.is_terminal:
@@ -96,8 +101,42 @@ class Conversation(Repl):
             raise UsageError('the message was not sent: no """ closed it') from None
         return "\n".join(lines).replace('"""', "", 1).strip("\n")
 
+    def handle(self, text: str) -> None:
+        """As Repl.handle; files that were dropped on the terminal are images of the message."""
+        plain: Any = lambda text: ([], text)  # noqa: E731
+        names, text = preferred("commands.images", "dropped", plain)(text)
+        self.add_images(names)
+        super().handle(text)
+
+    def add_images(self, names: list[str]) -> None:
+        """Keep images for the next message. Raises RequestError."""
+        if names:
+            images = extra("commands.images", "/image")
+            self.images += images.file_parts(names)
+            log.warning(f"image: {', '.join(map(os.path.basename, names))}")
+
+    def do_image(self, argument: str) -> None:
+        """/image FILE [TEXT]: an image for the next message, which TEXT is. Raises UsageError."""
+        names, text = extra("commands.images", "/image").dropped(argument, is_whole=True)
+        if not names:
+            problem = f"{argument}: no such image" if argument else "/image needs a file"
+            raise UsageError(f"{problem}; give the path of a PNG, JPEG, WebP or GIF file")
+        self.add_images(names)
+        if text:
+            self.answer([*self.messages, {"role": "user", "content": text}])
+
+    def with_images(self, messages: list[Json]) -> list[Json]:
+        """The messages with the images that wait in the last one, unless that was sent before."""
+        *before, last = messages
+        if not self.images or any(last is message for message in self.messages):
+            return messages
+        content = extra("commands.images", "/image").with_images(self.images, last["content"])
+        self.images = []
+        return [*before, {**last, "content": content}]
+
     def answer(self, messages: list[Json]) -> None:
         """As Repl.answer; a full context loses its oldest turns, and keys wait."""
+        messages = self.with_images(messages)
         most, n_ctx = self.values["max_tokens"], self.llm.engine.n_ctx
         room = n_ctx // ROOM if most is None else most
         messages = fit_context(self.llm, messages, room, self.tools)
@@ -110,7 +149,7 @@ class Conversation(Repl):
         log.warning(TALK_HELP)
 
     def do_clear(self, argument: str) -> None:
-        self.sent, args = [], self.settings.args
+        self.sent, self.images, args = [], [], self.settings.args
         args.conversation = None  # a new one in the log
         if getattr(args, "goes_on", False):
             modelfile = dataclasses.replace(self.settings.modelfile, messages=())
@@ -204,7 +243,8 @@ class Conversation(Repl):
 
     def do_prompt(self, _: str) -> None:
         """/prompt: the exact text that was last sent to the model."""
-        log.warning(self.llm.template.prompt(self.sent or self.messages, self.tools))
+        sent = GenerationRequest(messages=self.sent or self.messages, tools=self.tools)
+        log.warning(self.llm.encode_request(sent)[1])
 
     def do_tokens(self, _: str) -> None:
         """/tokens: the same as token ids, each with its text."""
@@ -285,7 +325,7 @@ class Conversation(Repl):
 
 
 def is_message(message: Any) -> bool:
-    is_object = isinstance(message, dict) and isinstance(message.get("content"), str)
+    is_object = isinstance(message, dict) and isinstance(message.get("content"), (str, list))
     return is_object and "role" in message
 
 

@@ -29,6 +29,7 @@ from nanollama import (
     command_parser,
     first_line,
     log,
+    preferred,
     put,
     use_model,
 )
@@ -78,7 +79,8 @@ def record(settings: Settings, llm: LLM, request: GenerationRequest, new: list[J
     params = {key: value for key, value in given if value not in (None, (), {}, False)}
     messages = None
     if request.messages is not None:
-        messages = [*request.messages, *new]
+        noted: Any = preferred("answers.images", "as_notes", lambda message: message)
+        messages = [*map(noted, request.messages), *new]  # images are not kept
         if not request.is_new_turn:  # the answer goes on with the last message
             last, rest = request.messages[-1], new[0]
             messages[-2:] = [{**rest, "content": last["content"] + rest["content"]}]

@@ -1,9 +1,10 @@
-"""Options of answers beyond those of the core, and the modes --embed and --output.
+"""Options of answers beyond those of the core, and the modes --embed, --image and --output.
 
 Seam       `nanollama.build_parser` calls `add_options`, which adds `enter` to the parser's default
            of that name; `nanollama.run_mode` calls it, and `check`, before a mode runs.
            The options are read by `nanollama.print_speed`, commands.logs, commands.embed,
-           commands.json_lines, commands.conversation, commands.xray and answers.toolbox.
+           commands.images, commands.json_lines, commands.conversation, commands.xray and
+           answers.toolbox.
 Remove     delete this file; the flags then name it.
 """
 
@@ -34,17 +35,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--continue -c", text, action="store_true", dest="goes_on")
     text = "shade each token by its probability, and mark surprising ones"
     add("--explain", text, action="store_true")
+    text = "image for the prompt, or for the first message; repeatable"
+    add("--image FILE", text, action="append", dest="images", default=[])
     add("--help-all", "list every option", action="help")
     parser.set_defaults(enter=[*(parser.get_default("enter") or ()), enter])
 
 
 def enter(settings: Settings, _: list[str]) -> int | None:
-    """Run --embed or --output -> the exit code; None without them. Raises as these."""
+    """Run --embed, --image or --output -> the exit code; None without them. Raises as these."""
     args = settings.args
     if args.explain:
         extra("commands.xray", "--explain").start(settings)
     if args.embed:
         return int(extra("commands.embed", "--embed").run(settings))
+    if args.images and args.prompt is not None:
+        return int(extra("commands.images", "--image").run_prompt(settings))
     if args.output:
         run_batch = extra("commands.json_lines", "--output").run_batch
         return int(run_batch(settings, read_rows(args.batch_file)))
@@ -52,13 +57,15 @@ def enter(settings: Settings, _: list[str]) -> int | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for an option without the one that it needs."""
+    """Raises UsageError for an option without the one that it needs. An image makes a chat."""
+    args.chat = args.chat or bool(args.images and args.prompt is not None)
     talks = args.interactive or (args.chat and args.prompt is not None)
     has_tools = args.tools or args.mcp
     for is_wrong, message in (
         (args.tools and not talks, "--tools needs --interactive, or --prompt and --chat"),
         (args.mcp and not (talks or args.serve), "--mcp needs --interactive, --chat or --serve"),
         (args.output and args.batch_file is None, "--output needs --batch-file"),
+        (args.images and not talks, "--image needs --prompt or --interactive"),
         (args.script and (args.models or not args.serve), "--script needs --serve without --model"),
         (args.tool_choice and not has_tools, "--tool-choice needs --tools or --mcp"),
         (

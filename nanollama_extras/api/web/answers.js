@@ -22,8 +22,14 @@ function fenced({name, text}) {
   const ticks = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => run.length)) + 1;
   return `${name}:\n${'`'.repeat(ticks)}\n${text}\n${'`'.repeat(ticks)}`;
 }
-function asSent({role, content, calls, files}) {  // the messages of a request for a message
-  if (files?.length) content = [...files.map(fenced), content].filter(Boolean).join('\n\n');
+function asText({content, files = []}) {  // a message with its files as text; images are named
+  const texts = files.map((one) => (one.small ? `[Image: ${one.name}]` : fenced(one)));
+  return [...texts, content].filter(Boolean).join('\n\n');
+}
+function asSent({role, content, calls, files = []}) {  // the messages of a request for a message
+  const images = files.filter(({small}) => small);
+  content = asText({content, files: files.filter(({small}) => !small)});
+  if (images.length) content = [...images.map(imagePart), ...content ? [{type: 'text', text: content}] : []];
   if (!calls) return content ? [{role, content}] : [];  // one that failed may have none
   const results = calls.map(({id, result}) =>
     ({role: 'tool', tool_call_id: id, content: result ?? REFUSED}));

@@ -9,13 +9,15 @@ const isText = (text) => typeof text === 'string';
 const isTexts = (values) => Object.values(Object(values)).every(isText);
 const isCall = (one) => [one?.id, one?.name, one?.arguments, one?.server ?? '', one?.result ?? '']
   .every(isText);
+const isFile = (file) => isText(file?.name) && (isText(file.text) || isImageUrl(file.small)
+  && (file.image === undefined || isImageUrl(file.image)));
 const areAll = (list, test) => list === undefined || Array.isArray(list) && list.every(test);
 const isSound = ({id, title, updated, messages, at = 0, settings}) => isText(id) && isText(title)
   && typeof (updated ?? 0) === 'number' && Number.isInteger(at) && isTexts(settings)
   && Array.isArray(messages) && messages.every((message, i) => isText(message?.content)
     && isText(message.role) && isText(message.reasoning ?? '')
     && areAll(message.calls, isCall) && isTexts(message.settings)
-    && areAll(message.files, (file) => isText(file?.name) && isText(file.text))
+    && areAll(message.files, isFile)
     && Number.isInteger(message.parent ?? -1) && (message.parent ?? -1) < i);
 
 function read(name) {  // an item of the storage; what is being written here goes before it
@@ -85,8 +87,8 @@ function exportJson(list, name) {
 }
 const MARK = /^<!-- nanollama: (system|user|assistant) -->$/m;
 function asMarkdown(chat) {  // the branch on view
-  const {system} = settingsOf(chat), said = path(chat).filter(({content}) => content);
-  const parts = said.map((message) => [message.role, asSent(message)[0].content]);
+  const {system} = settingsOf(chat), said = path(chat).filter((message) => asText(message));
+  const parts = said.map((message) => [message.role, asText(message)]);
   if (system?.trim()) parts.unshift(['system', system]);
   const names = {system: 'System', user: 'You', assistant: 'Answer'};
   return [`# ${titleOf(chat)}\n`, ...parts.map(([role, text]) =>

@@ -20,7 +20,9 @@ function article(chat, message) {
 function question(chat, message, node, text, actions) {
   const arrows = el('span', {className: 'versions'});
   text.textContent = message.content;
-  for (const {name, text: body, tokens} of message.files ?? []) {
+  for (const one of message.files ?? []) {
+    const {name, text: body, tokens} = one;
+    if (one.small) { text.before(pictureNode(one)); continue; }
     const summary = el('summary', {}, icon('file'), name, tokens ? ` · ${count(tokens, 'token')}` : '');
     text.before(el('details', {className: 'file'}, summary, el('pre', {tabIndex: 0}, body)));
   }

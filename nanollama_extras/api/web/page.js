@@ -110,15 +110,18 @@ $('imported').onchange = ({target}) => {
 $('export').onclick = () => exportJson([...chats.values()], 'nanollama-chats.json');
 $('keys').onclick = () => $('help').showModal();
 $('attach').onclick = () => $('picked').click();
-$('picked').onchange = ({target}) => {
+$('shoot').onclick = () => $('shot').click();
+$('shoot').hidden = !touch.matches;  // elsewhere, a browser shows the dialog for files
+$('picked').onchange = $('shot').onchange = ({target}) => {
   attach([...target.files]);
   target.value = '';
 };
 $('composer').onsubmit = (event) => {
   event.preventDefault();
-  const text = input.value, files = attached.map(({name, text: body, tokens}) => ({name, text: body, tokens}));
+  const text = input.value, files = attached;
   if (runs.has(current.id)) return stop(current);
   if (!text.trim() && !files.length) return;
+  for (const one of files) { delete one.exact; delete one.problem; }
   input.value = '';
   attached = [];
   drawFiles();

@@ -181,7 +181,8 @@ async function showPrompt(chat, message = null) {  // of an answer, or of the ne
   } catch (error) {
     const more = request.messages.length ? ' This is what is sent:' : '';
     $('prompt-about').textContent = `${error.message}${more}`;
-    if (more) $('prompt-text').replaceChildren(JSON.stringify(request, null, 1));
+    const short = (_, value) => (value?.length > 200 && isImageUrl(value) ? `${value.slice(0, 30)}…` : value);
+    if (more) $('prompt-text').replaceChildren(JSON.stringify(request, short, 1));
   }
 }
 function tokenBox({id, piece}) {
@@ -194,9 +195,10 @@ $('inspect').onclick = () => showPrompt(current);
 
 // ---- files to send -----------------------------------------------------------------------------
 const MAX_FILE = 1_000_000;  // bytes
-let attached = [];  // {name, text, tokens, exact}
+let attached = [];  // {name, text, tokens, exact}, or an image
 async function attach(files) {
   for (const file of files) {
+    if (isPicture(file)) { await attachImage(file); continue; }
     const text = file.size <= MAX_FILE ? (await file.text()).replace(/\r\n/g, '\n') : null;
     if (text === null) toast(`${file.name} is larger than ${bytes(MAX_FILE)}.`);
     else if (/[\0\uFFFD]/.test(text)) toast(`${file.name} is not a text file.`);
@@ -215,14 +217,16 @@ function drawFiles() {
   const free = (model?.max_model_len ?? Infinity) - usedOf(current);
   list.hidden = !attached.length;
   list.replaceChildren(...attached.map((one) => {
-    const size = one.tokens === undefined ? 'counting…'
-      : (one.exact ? '' : '≈ ') + count(one.tokens, 'token');
+    const size = one.problem ?? (one.tokens === undefined ? 'counting…'
+      : (one.exact ? '' : '≈ ') + count(one.tokens, 'token'));
+    const mark = one.small ? el('img', {src: one.small, alt: ''}) : icon('file');
     const drop = iconButton('close', `Remove ${one.name}`, () => {
       attached = attached.filter((other) => other !== one);
       drawFiles();
       input.focus();
     });
-    return el('li', {}, icon('file'), el('span', {}, one.name, el('small', {}, size)), drop);
+    return el('li', {className: one.problem ? 'over' : ''}, mark,
+      el('span', {}, one.name, el('small', {}, size)), drop);
   }));
   if (all > free) {
     const room = count(Math.max(free, 0), 'token');

@@ -21,15 +21,20 @@ from nanollama_extras.api.rerank import FIELDS as RERANK
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 from nanollama_extras.testing import Script, ScriptLLM
 
+# an image of one pixel
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+URL = f"data:image/png;base64,{PNG}"
+IMAGE = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
+BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 FUNCTION = {"name": "f", "description": "d", "strict": False, "parameters": SCHEMA}
 TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TALK: list[Any] = [
     {"role": "system", "content": "s"},
-    {"role": "user", "content": [{"type": "text", "text": "a"}]},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]},
     {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "t"},
-    {"role": "tool", "tool_call_id": "c", "name": "f", "content": "r"},
+    {"role": "tool", "tool_call_id": "c", "name": "f", "content": [IMAGE]},
     {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
     {"role": "user", "content": "hello"},
 ]
@@ -59,7 +64,14 @@ FLAT = {"type": "function", **FUNCTION}
 NEST = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start ")" | "x"'}
 RESPONSE = {
     "input": [
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {
+            "type": "message",
+            "role": "user",
+            "content": [
+                {"type": "input_text", "text": "a"},
+                {"type": "input_image", "image_url": URL, "detail": "auto"},
+            ],
+        },
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
         {
             "type": "function_call_output",
@@ -77,7 +89,7 @@ RESPONSE = {
 }
 OLLAMA = {
     "messages": [
-        {"role": "user", "content": "a", "images": []},
+        {"role": "user", "content": "a", "images": [PNG]},
         {"role": "assistant", "content": "", "thinking": "t", "tool_calls": [CALL]},
         {"role": "tool", "tool_name": "f", "content": "r"},
     ],
@@ -89,11 +101,15 @@ OLLAMA = {
     "stream": False,
 }
 THOUGHT = {"type": "thinking", "thinking": "t", "signature": ""}
-RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "r"}]}
+RESULT = {
+    "type": "tool_result",
+    "tool_use_id": "c",
+    "content": [{"type": "text", "text": "r"}, BLOCK],
+}
 COUNTED = {
     "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
     "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, BLOCK]},
         {
             "role": "assistant",
             "content": [THOUGHT, {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}],
@@ -138,7 +154,10 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/detokenize": [{"tokens": [1, 2]}],
     "/apply-template": [CHAT],
     "/api/chat": [OLLAMA],
-    "/api/generate": [{"prompt": "a", "context": [1], "options": {"num_predict": 2}}],
+    "/api/generate": [
+        {"prompt": "a", "context": [1], "options": {"num_predict": 2}},
+        {"prompt": "a", "images": [PNG]},
+    ],
     "/api/embed": [{"input": ["a"], "options": {"num_ctx": 1}, "dimensions": 2}],
     "/api/embeddings": [{"prompt": "a"}],
     "/api/show": [{}],
