@@ -2,7 +2,7 @@
 
 Seam       commands.options calls `run_prompt` for --image with a prompt; commands.conversation
            calls `dropped`, `file_parts` and `with_images`.
-Needs      answers/images.py, which reads the files.
+Imports    answers.images, which reads the files.
 Remove     delete this file; --image and /image then name it.
 """
 
