@@ -6554,14 +6554,14 @@ def serve(models: Models) -> None:
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-# Subcommand -> `argv -> exit code`: a function here, or module:function of nanollama_extras.
-# commands.help has a line of help for each.
+# Subcommand -> a function here or module:function of nanollama_extras, argv -> exit code
 COMMANDS = {
     **{name: f"commands.verbs:{name}" for name in "run chat serve batch embed".split()},
     **{name: f"command_{name}" for name in "pull list show rm".split()},
     "ls": "command_list",
     **{name: f"commands.control:{name}" for name in "cp create ps stop".split()},
     **{name: f"commands.{name}:run" for name in "bench eval verify diff replay lens".split()},
+    "explain": "commands.anatomy:run",
     **{name: f"commands.{name}:run" for name in "launch convert logs completion".split()},
 }
 

@@ -327,6 +327,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),
     ),
     "lens": ({"commands.lens", "models.tracing"}, command("lens", "hello", "--model", "MODEL")),
+    "explain": ({"commands.anatomy"}, command("explain", "--help")),
     "hooks": ({"models.tracing", "answers.library"}, lambda llm: put_away(llm.hooks({}))),
     "diff": (
         {"commands.diff", "commands.eval", "answers.scores"},

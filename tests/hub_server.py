@@ -5,6 +5,7 @@ https://huggingface.co/docs/hub/api, https://huggingface.co/docs/huggingface_hub
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -28,7 +29,8 @@ class HubServer(ThreadingHTTPServer):
     next downloads breaks off. `stalls`: names of files whose downloads stop halfway and wait; then
     `stalled` is set. `damaged`: file name -> other content. `lies`: etag, or key of the list of
     files -> a wrong value. `lists_hashes`: as the real hub does. `status`, `body`: what to answer
-    every request with. `seen`: (method, path, headers) of each request about a repo."""
+    every request with. `seen`: (method, path, headers) of each request about a repo. `sent`: file
+    name -> bytes of its content that were asked for."""
 
     daemon_threads = True
 
@@ -48,6 +50,7 @@ class HubServer(ThreadingHTTPServer):
         self.status: int | None = None
         self.body: bytes | None = None
         self.seen: list[tuple[str, str, Mapping[str, str]]] = []
+        self.sent: dict[str, int] = {}
 
     def add(self, repo: str, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Commit `files` to a branch -> the commit's hash."""
@@ -144,14 +147,17 @@ class Handler(BaseHTTPRequestHandler):
     def content(self, data: bytes, name: str, headers: Mapping[str, str] | None = None) -> None:
         """A file, or what a Range header asks of it; broken off where `cuts` says so."""
         data = self.server.damaged.get(name, data)
-        start = re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range", ""))
-        part = data[int(start[1]) :] if start else data
-        ranged = {"Content-Range": f"bytes {len(data) - len(part)}-{len(data) - 1}/{len(data)}"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        part = data[start : int(asked[2]) + 1] if asked and asked[2] else data[start:]
+        ranged = {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(data)}"}
         cuts = self.server.cuts.get(name) if self.command == "GET" else None
         cut = cuts.pop(0) if cuts else None
         if name in self.server.stalls and self.command == "GET":
             cut = len(part) // 2
-        status, more = (206, ranged) if start else (200, {})
+        status, more = (206, ranged) if asked else (200, {})
+        if self.command == "GET":
+            self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
         self.answer(status, part, {**(headers or {}), **more, "Accept-Ranges": "bytes"}, cut)
 
     def json(self, value: object) -> None:
@@ -173,8 +179,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[:cut])
+        with contextlib.suppress(ConnectionError):  # a client that has read enough
+            if self.command == "GET":
+                self.wfile.write(body[:cut])
         if self.server.stalls and cut is not None:
             self.server.stalled.set()
             self.server.closing.wait()

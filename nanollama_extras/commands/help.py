@@ -40,6 +40,7 @@ VERBS = {
     "replay": ("FILE", "run recorded answers again, and compare"),
     "launch": ("CLIENT", "run a coding agent on a local model"),
     "lens": ("TEXT [--model MODEL]", "show what each layer would say next"),
+    "explain": ("MODEL", "show what a model consists of, costs and reaches"),
     "convert": ("MODEL OUT", "convert a model to GGUF, or pack it"),
     "logs": ("[ID]", "print conversations that --log keeps"),
     "completion": ("SHELL", "print completions for bash, zsh or fish"),

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from huggingface_hub import constants
 
@@ -126,14 +126,32 @@ def find_part(reference: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def warn(path: Path, there: int, total: int, missing: int) -> None:
-    also = f", and {missing} more files are missing" if missing else ""
-    sizes = f"{human_bytes(there)} of {human_bytes(total)}"
+class Part(NamedTuple):
+    """What is there of a model: bytes of the total, and how many files are missing."""
+
+    checkpoint: Checkpoint
+    there: int
+    total: int
+    missing: int
+
+
+def warn(path: Path, part: Part) -> None:
+    also = f", and {part.missing} more files are missing" if part.missing else ""
+    sizes = f"{human_bytes(part.there)} of {human_bytes(part.total)}"
     log.warning(f"warning: {path}: incomplete: {sizes} are here{also}")
 
 
 def open_gguf(path: Path) -> Checkpoint | None:
     """A GGUF file, or several, of which parts may be missing; None for one that is whole."""
+    part = gguf_part(path)
+    if not part.missing and part.there == part.total:
+        return None
+    warn(path, part)
+    return part.checkpoint
+
+
+def gguf_part(path: Path) -> Part:
+    """What is there of a GGUF model, whose header must be."""
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     files, missing = [path], 0
     if split:
@@ -144,15 +162,20 @@ def open_gguf(path: Path) -> Checkpoint | None:
     tensors = [tensor for _, found in read for tensor in found.values()]
     total = sum(tensor.nbytes for tensor in tensors)
     there = sum(cast("Any", tensor.load).args[0].nbytes for tensor in tensors)
-    if not missing and there == total:
-        return None
-    checkpoint = nanollama._open_gguf(path, read)
-    warn(path, there, total, missing)
-    return checkpoint
+    return Part(nanollama._open_gguf(path, read), there, total, missing)
 
 
 def open_directory(path: Path) -> Checkpoint | None:
     """A directory of safetensors, of which parts may be missing; None for one that is whole."""
+    part = directory_part(path)
+    if not part.missing and part.there >= part.total:
+        return None
+    warn(path, part)
+    return part.checkpoint
+
+
+def directory_part(path: Path) -> Part:
+    """What is there of a directory of safetensors, whose headers must be."""
     names = nanollama.weight_files(path)
     tensors: Tensors = {}
     there = total = 0
@@ -161,17 +184,16 @@ def open_directory(path: Path) -> Checkpoint | None:
         tensors |= found
         there, total = there + file.stat().st_size, total + size
     missing = sum(not (path / name).exists() for name in names)
-    if not missing and there >= total:
-        return None
     raw = read_json(path / "hf_quant_config.json", required=False) | read_json(path / "config.json")
     config, source = nanollama.model_config(raw, str(path)), path / "generation_config.json"
     try:
         named = nanollama.canonical_tensors(tensors, config)
     except CheckpointError:  # such as a scale that is in a missing file
         named = nanollama.canonical_tensors(tensors, dataclasses.replace(config, packing=None))
-    warn(path, there, total, missing)
     sampling = nanollama._file_sampling(read_json(source, required=False), source)
-    return Checkpoint(path, "safetensors", config, named, nanollama.open_text(path), sampling)
+    text = nanollama.open_text(path)
+    checkpoint = Checkpoint(path, "safetensors", config, named, text, sampling)
+    return Part(checkpoint, there, total, missing)
 
 
 def read_header(file: Path) -> tuple[Tensors, int]:

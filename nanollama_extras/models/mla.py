@@ -72,7 +72,7 @@ def transposed(tensor: TensorSource) -> TensorSource:
         return turned[at[0]] if at else turned
 
     kind = "F32" if tensor.is_packed and not packs else tensor.kind
-    return TensorSource((cols, rows), kind, tensor.nbytes, load, packs)
+    return TensorSource((cols, rows), kind, tensor.nbytes, load, packs, bits=8.5 * packs)
 
 
 def rope_last(tensor: TensorSource, num_heads: int, shape: LatentShape) -> TensorSource:
