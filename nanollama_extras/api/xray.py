@@ -2,7 +2,7 @@
 
 Adds       the candidates of one token through every stage of the sampler, as JSON.
 Seam       a dialect (the row "api.xray" of `nanollama.DIALECTS`). Imports answers.stages.
-Remove     delete this file and its row.
+Remove     delete this file and its row; the page then shows probabilities without stages.
 
 A request is that of the chat, with `answer_ids`, the ids of the answer before the token, and
 `token_id`, the token. The model runs for this token once more, after what is in its cache.

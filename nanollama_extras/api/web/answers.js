@@ -66,8 +66,11 @@ async function answer(chat, parent = endOf(chat), message = null) {  // or goes 
     Object.assign(request, {continue_final_message: true, add_generation_prompt: false});
     Object.assign(message, {finish: undefined, error: undefined});
     message.reasoning ??= '';
+    if (!settings.xray) delete message.tokens;
+    else message.tokens ??= [[message.content, 0, null, []]];  // its tokens are not known
   } else message = append(chat, {role: 'assistant', content: '', reasoning: '', model: model?.id}, parent);
   message.settings = values;
+  if (settings.xray) Object.assign(request, {logprobs: true, top_logprobs: NUM_OTHERS});
   const run = {chat, message, controller: new AbortController(), chunks: 0, cost: 0, saved: 0};
   run.signal = run.controller.signal;
   chat.updated = Date.now();
@@ -133,6 +136,7 @@ function take(run, {error, choices: [choice] = [], usage, timings}) {
     const one = (message.calls ??= [])[index] ??= {id, name, arguments: ''};
     one.arguments += text ?? '';
   }
+  if (choice?.logprobs?.content) takeTokens(run, choice.logprobs.content);
   message.finish = choice?.finish_reason ?? message.finish;
   run.rate = timings?.predicted_per_second ?? run.rate;
   if (usage) {

@@ -17,6 +17,7 @@ const isSound = ({id, title, updated, messages, at = 0, settings}) => isText(id)
   && Array.isArray(messages) && messages.every((message, i) => isText(message?.content)
     && isText(message.role) && isText(message.reasoning ?? '')
     && areAll(message.calls, isCall) && isTexts(message.settings)
+    && areAll(message.tokens, isToken) && isText(message.name ?? '')
     && areAll(message.files, isFile)
     && Number.isInteger(message.parent ?? -1) && (message.parent ?? -1) < i);
 

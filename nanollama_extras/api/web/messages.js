@@ -36,9 +36,13 @@ function reply(chat, message, node, text, actions) {
   const details = el('details', {className: 'thoughts'}, summary, thoughts);
   const thinking = new Markdown(thoughts), writing = new Markdown(text);
   const calls = el('div'), arrows = el('span', {className: 'versions'});
+  const tokens = el('div', {className: 'tokens', role: 'group',
+    ariaLabel: 'Tokens and their probabilities: arrow keys go through them, Enter opens one'});
   const more = iconText('on', 'Continue', () => answer(chat, null, message), 'continue');
   text.className = 'md text';
-  text.after(calls);
+  text.after(tokens, calls);
+  watchTokens(tokens, {tokens: () => message.tokens, choose: (...other) => branch(chat, message, ...other),
+    stages: (at) => stagesOf(chat, message, at)});
   note.className = 'note';
   actions.append(copyButton('Copy', () => message.content),
     iconButton('again', 'Regenerate', () => answerAgain(chat, message), 'again'),
@@ -51,13 +55,18 @@ function reply(chat, message, node, text, actions) {
       : message.thought ? `Thought for ${message.thought} s` : 'Thoughts';
     thinking.update(message.reasoning ?? '');
     writing.update(message.content);
+    text.hidden = hasXray(message);
+    tokens.hidden = !hasXray(message);
+    if (hasXray(message)) drawTokens(tokens, message);
     if (message.finish === 'tool_calls' && message.calls) {
       calls.replaceChildren(...message.calls.map((one) => callNode(chat, message, one)));
     }
     if (calls.nextSibling !== actions) calls.nextSibling.remove();
     if (message.error) calls.after(failure(chat, message));
     const ending = live || message.error ? '' : ENDINGS[message.finish] ?? 'interrupted';
-    note.textContent = [models.length > 1 && message.model, message.note, ending].filter(Boolean).join(' · ');
+    const plain = settings.xray && !live && message.content && !message.tokens && 'made without probabilities';
+    note.textContent = [models.length > 1 && message.model, message.note, ending, plain].filter(Boolean)
+      .join(' · ');
     more.hidden = live || !message.content || message.calls
       || ['stop', 'tool_calls'].includes(message.finish);
     drawVersions(chat, message, arrows);
@@ -67,9 +76,10 @@ function reply(chat, message, node, text, actions) {
 }
 function drawVersions(chat, message, arrows) {  // ‹ 2 / 3 ›
   const all = versions(chat, message), at = all.indexOf(message);
+  const place = `${at + 1} / ${all.length}`;
   arrows.hidden = all.length < 2;
-  if (arrows.hidden || arrows.dataset.at === `${at + 1} / ${all.length}`) return;
-  arrows.dataset.at = `${at + 1} / ${all.length}`;
+  if (arrows.hidden || arrows.dataset.at === place) return;
+  arrows.dataset.at = place;
   const turn = (name, label, step) => {
     const one = iconButton(name, label, () => {
       choose(chat, all[at + step]);
@@ -80,8 +90,8 @@ function drawVersions(chat, message, arrows) {  // ‹ 2 / 3 ›
     one.disabled = !all[at + step];
     return one;
   };
-  arrows.replaceChildren(turn('left', 'Earlier version', -1), arrows.dataset.at,
-    turn('right', 'Later version', 1));
+  arrows.replaceChildren(turn('left', 'Earlier version', -1), place, turn('right', 'Later version', 1));
+  if (message.name) arrows.append(el('span', {}, message.name));
 }
 function callNode(chat, message, one) {  // a call with its result, or with the question for it
   const shown = `${one.name}(${one.arguments})` + (one.server ? ` on ${one.server}` : '');

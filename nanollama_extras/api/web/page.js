@@ -150,7 +150,7 @@ const COMMANDS = {  // of the keys with Ctrl, or ⌘
   },
   ',': openSettings, '/': () => $('keys').click(),
   'shift+o': () => { $('new').click(); }, 'shift+p': () => showPrompt(current),
-  'shift+u': () => $('attach').click(),
+  'shift+u': () => $('attach').click(), 'shift+l': () => $('xray').click(),
   'shift+;': () => [...log.querySelectorAll('.assistant [aria-label=Copy]')].at(-1)?.click()};
 COMMANDS['shift+:'] = COMMANDS['shift+;'];
 document.onkeydown = (event) => {

@@ -168,6 +168,8 @@ async function showPrompt(chat, message = null) {  // of an answer, or of the ne
   const request = requestOf(values, said), {tools} = await lent;
   if (message?.model) request.model = message.model;
   if (tools?.length) request.tools = tools;
+  Object.assign($('prompt'), {model: request.model});
+  $('prompt-text').tokens = null;
   $('prompt-about').textContent = 'Asking the server…';
   $('prompt-text').replaceChildren();
   $('prompt').showModal();
@@ -178,6 +180,7 @@ async function showPrompt(chat, message = null) {  // of an answer, or of the ne
     const fields = Object.entries(sampling(values)).map(([name, x]) => `${name} ${JSON.stringify(x)}`);
     $('prompt-about').textContent = [count(number, 'token'), request.model, ...fields].join(' · ');
     $('prompt-text').replaceChildren(...tokens.slice(0, 20_000).map(tokenBox));
+    shadePrompt();
   } catch (error) {
     const more = request.messages.length ? ' This is what is sent:' : '';
     $('prompt-about').textContent = `${error.message}${more}`;
@@ -187,7 +190,7 @@ async function showPrompt(chat, message = null) {  // of an answer, or of the ne
 }
 function tokenBox({id, piece}) {
   const node = el('span', {title: `token ${id}`}, piece.replace(/\n/g, '⏎\n') || '·');
-  node.dataset.id = id;
+  Object.assign(node.dataset, {id, piece});
   return node;
 }
 $('with-ids').onchange = ({target}) => { $('prompt-text').classList.toggle('ids', target.checked); };
@@ -292,7 +295,8 @@ const SHORTCUTS = [['Enter', 'Send'], ['Shift Enter', 'New line'], ['Esc', 'Stop
   ['↑', 'Edit the last message (in an empty field)'], ['/', 'Go to the message field'],
   ['Ctrl Shift O', 'New chat'], ['Ctrl K', 'Search the conversations'], ['Ctrl ,', 'Settings'],
   ['Ctrl Shift P', 'The prompt and its tokens'], ['Ctrl Shift U', 'Attach files'],
-  ['Ctrl Shift ;', 'Copy the last answer'], ['?  or  Ctrl /', 'This sheet']];
+  ['Ctrl Shift ;', 'Copy the last answer'],
+  ['Ctrl Shift L', 'Probabilities of the tokens'], ['?  or  Ctrl /', 'This sheet']];
 $('shortcuts').append(...SHORTCUTS.flatMap(([keys, use]) => [
   el('dt', {}, ...keys.split(' ').flatMap((one, i) => one === 'or' ? [' or '] : one
     ? [i ? ' ' : '', el('kbd', {}, one)] : [])), el('dd', {}, use)]));
