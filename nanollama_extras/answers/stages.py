@@ -25,6 +25,7 @@ import numpy.typing as npt
 from nanollama import (
     ANSWER_FIELDS,
     GenerationRequest,
+    RequestError,
     candidates,
     likeliest,
     penalize,
@@ -160,13 +161,18 @@ class Probe:
 
 
 def probe_request(
-    params: SamplingParams,
+    request: GenerationRequest,
     prompt: list[int],
     answer: list[int],
     constraint: Constraint | None = None,
 ) -> GenerationRequest:
-    """A request that draws the token after the ids of a prompt and of its answer so far. Its
-    `params.sampler` is the Probe. constraint: of the answer, before its first token."""
+    """A request that draws the token after the ids of the prompt of another one, and of its answer
+    so far. Its `params.sampler` is the Probe. constraint: of the answer, before its first token.
+    Raises RequestError for images, which ids alone do not have."""
+    params, contents = request.params, [m.get("content") for m in request.messages or ()]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if any("text" not in part for part in parts):
+        raise RequestError("the stages of an answer to images are not shown", "messages")
     if constraint:
         constraint = constraint.copy()
         for token_id in answer:

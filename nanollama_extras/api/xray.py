@@ -66,8 +66,8 @@ class API(Handlers):
         prompt, _ = await asyncio.to_thread(llm.encode_request, chat)
         seed = secrets.randbits(63) if chat.params.seed is None else chat.params.seed
         answer = read_ids(own.get("answer_ids", []), n_vocab)
-        params = replace(chat.params, seed=seed)
-        asked = probe_request(params, prompt, answer)
+        drawn = replace(chat, params=replace(chat.params, seed=seed))
+        asked = probe_request(drawn, prompt, answer)
         job = await pool.start((asked,), wire.names)
         await unless_disconnected(request.receive, self.used(job), job.finish)
         found = report(asked.params.sampler, llm.tokenizer, token_id)

@@ -364,7 +364,7 @@ def why(talk: Conversation, argument: str) -> None:
     number = number_of(answer, argument)
     before = [token.token_id for token in answer.tokens[: number - 1]]
     made = answer.prepared
-    request = probe_request(made.request.params, made.ids, before, made.form.constraint)
+    request = probe_request(made.request, made.ids, before, made.form.constraint)
     taken = answer.tokens[number - 1].token_id
     body = report(look(watched(talk).llm, request), llm.tokenizer, taken)
     log.warning("\n".join(why_lines(number, body)))

@@ -23,6 +23,7 @@ import nanollama
 from nanollama import LLM, GenerationRequest, SamplingParams
 from nanollama_extras.answers.stages import (
     NEUTRAL,
+    Probe,
     entropy,
     links,
     look,
@@ -74,7 +75,7 @@ def test_the_last_stage_is_what_a_token_is_drawn_from(
 def test_each_stage_is_what_a_chain_that_ends_there_draws_from(
     seed: int, params: SamplingParams
 ) -> None:
-    logits, later = random_logits(seed), list(NEUTRAL)
+    logits = random_logits(seed)
     for link in links(logits, params, HISTORY, 2):
         field = link.name.replace("-", "_")
         own = {"repeat": "repeat_penalty", "presence": "frequency_penalty", "bias": "logit_bias"}
@@ -133,7 +134,7 @@ def test_a_probe_draws_each_token_of_an_answer_again(params: dict[str, Any], tin
     assert len(answer.token_ids) >= 3
     for i, token_id in enumerate(answer.token_ids):
         before = answer.token_ids[:i]
-        one = probe_request(request.params, made.ids, before, made.form.constraint)
+        one = probe_request(request, made.ids, before, made.form.constraint)
         probe = look(tiny_llm, one)
         assert probe.drawn == token_id
         assert probe.links[-1].values[token_id] > 0
@@ -145,23 +146,26 @@ def test_a_probe_draws_each_token_of_an_answer_again(params: dict[str, Any], tin
         )
 
 
+def first_token(llm: LLM, **params: Any) -> Probe:
+    """The probe of the first token after a text."""
+    request = GenerationRequest("the fox", params=SamplingParams(**params))
+    return look(llm, probe_request(request, llm.encode("the fox"), []))
+
+
 def test_a_sampler_of_ones_own_is_a_stage(tiny_llm: LLM) -> None:
     def without(seq: nanollama.Sequence, logits: Any) -> int:
         logits[:100] = -np.inf
         return seq.choose(logits)
 
-    params = SamplingParams(seed=1, sampler=without)
-    probe = look(tiny_llm, probe_request(params, tiny_llm.encode("the fox"), []))
+    probe = first_token(tiny_llm, seed=1, sampler=without)
     assert [link.name for link in probe.links[:2]] == ["logits", "sampler"]
     assert probe.links[-1].values[:100].sum() == 0
-    chosen = SamplingParams(sampler=lambda seq, logits: 5)
-    probe = look(tiny_llm, probe_request(chosen, tiny_llm.encode("the fox"), []))
+    probe = first_token(tiny_llm, sampler=lambda seq, logits: 5)
     assert ([link.name for link in probe.links], probe.drawn) == (["logits"], 5)
 
 
 def test_a_report_counts_what_each_stage_removed(tiny_llm: LLM) -> None:
-    params = SamplingParams(seed=1, top_k=6, top_p=0.5, repeat_penalty=1.0)
-    probe = look(tiny_llm, probe_request(params, tiny_llm.encode("the fox"), []))
+    probe = first_token(tiny_llm, seed=1, top_k=6, top_p=0.5, repeat_penalty=1.0)
     body = report(probe, tiny_llm.tokenizer, token_id=200)
     stages = {stage["name"]: stage for stage in body["stages"]}
     assert [*stages] == ["logits", "temperature", "top-k", "top-p"]
@@ -175,3 +179,14 @@ def test_a_report_counts_what_each_stage_removed(tiny_llm: LLM) -> None:
     left = [value for value in stages["top-p"]["values"] if value is not None]
     assert sum(left) == pytest.approx(1)
     assert body["rank"] == rank(probe.links[0].values, 200)
+
+
+def test_images_are_refused() -> None:
+    """A row of logits after ids alone is not the one after their images."""
+    parts = [
+        {"type": "text", "text": "what?"},
+        {"type": "image_url", "image_url": {"url": "data:"}},
+    ]
+    request = GenerationRequest(messages=[{"role": "user", "content": parts}])
+    with pytest.raises(nanollama.RequestError, match="an answer to images"):
+        probe_request(request, [5], [])
