@@ -669,8 +669,9 @@ class ConfigValues(dict[str, Any]):
 def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a multimodal config.json that describes the language model."""
     nested = raw.get("text_config")
-    if not isinstance(nested, Mapping):
-        return raw
+    if not isinstance(nested, Mapping):  # version 4 may have the text's keys beside the vision's
+        kind = raw.get("model_type")
+        return {**raw, "model_type": f"{kind}_text"} if "vision_config" in raw else raw
     outer = ("tie_word_embeddings", *QUANTIZED)
     return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
 
@@ -1435,20 +1436,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_bias(
-    start: int, num_new: int, num_groups: int, window: int | None, like: Tensor, ring: int = 0
+    start: int, num_new: int, groups: int, window: Any, like: Tensor, ring: int = 0, whole: int = 0
 ) -> Tensor:
     """Numbers to add to scores of `num_new` queries from position `start` on: 0 for visible keys,
-    -inf for later ones, those outside `window` and the strip's unused end. `ring`: see KVCache.
+    -inf for later ones (if they are `whole`, than the last query), those outside `window` and the
+    strip's unused end. `ring`: see KVCache.
 
-    (rows, S): each query repeated for its `num_groups` = H/Hkv heads, rows padded to ROW_TILE."""
+    (rows, S): each query repeated for its `groups` = H/Hkv heads, rows padded to ROW_TILE."""
     num_keys, last = round_up(start + num_new, KEY_TILE), start + num_new - 1
     num_keys = min(num_keys, ring or num_keys)
     places = last - (last - torch.arange(num_keys)) % num_keys  # the position that each key has
     row = torch.arange(start, start + num_new).unsqueeze(1)
-    hidden = (row < places) | (places < 0)
+    hidden = ((last if whole else row) < places) | (places < 0)
     if window is not None:
-        hidden |= row - places >= getattr(window, "reach", lambda _: window)(row)
-    bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(num_groups, 1)
+        hidden = hidden | (row - places >= getattr(window, "reach", lambda _: window)(row))
+    bias = torch.zeros(num_new, num_keys).masked_fill_(hidden, -math.inf).repeat(groups, 1)
     return F.pad(bias, (0, 0, 0, -len(bias) % ROW_TILE)).to(like.device, like.dtype)
 
 
@@ -1647,12 +1649,14 @@ class Span:
     num_new: int  # tokens
     row: int  # first flat row
     num_rows: int = 0  # last tokens that need logits: a draft is among them
+    is_whole: bool = False  # each token sees those after it, too
 
 
 class Batch:
     """The input of one step: the new tokens of every running sequence, end to end.
 
     token_ids, positions  (N,), padded with unused rows to a multiple of `row_tile`
+    vectors               by row, ids that have a `vector` (C,): it stands for their embedding
     spans                 which rows belong to which sequence
     logit_rows            the rows that need logits, padded likewise
     num_logits            R: the number of logit_rows without padding"""
@@ -1668,6 +1672,7 @@ class Batch:
             positions += range(start, start + len(new))
             rows += range(len(ids) - num_rows, len(ids))
         self.num_logits = len(rows)
+        self.vectors: Any = {row: i for row, i in enumerate(ids) if hasattr(i, "vector")}
         pad = [0] * (-len(ids) % row_tile)
         self.token_ids = torch.tensor(ids + pad, device=device)
         self.positions = torch.tensor(positions + pad, device=device)
@@ -1715,6 +1720,7 @@ class KVCache:
         )
         self.regime_of: Callable[[int], int] = lambda num_tokens: 0  # Rope.regime
         self.regimes: list[int | None] = [None] * num_slots  # of the text in each slot
+        self.texts: list[list[int]] = [[]] * num_slots  # ids of the text in each slot
 
     @property
     def nbytes(self) -> int:
@@ -1744,7 +1750,7 @@ class KVCache:
 
     def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
         """Begin a text in `target` with `num_tokens` positions of `source`."""
-        self.regimes[target] = self.regime_of(len(token_ids))
+        self.regimes[target], self.texts[target] = self.regime_of(len(token_ids)), token_ids
         self.written[target] = self.written[source] if num_tokens else 0
         if num_tokens and source != target:
             num_tokens = round_up(num_tokens, KV_BLOCK)
@@ -1778,7 +1784,8 @@ class KVCache:
         strips[:, :, at] = self.encoded(new)
         bias = batch.memo.get((span.row, window))
         if bias is None:
-            bias = attention_bias(span.start, span.num_new, num_groups, window, q, ring)
+            extent = span.start, span.num_new, num_groups, window
+            bias = attention_bias(*extent, q, ring, span.is_whole)
             batch.memo[span.row, window] = bias
         kept = self.decoded(strips[:, :, : bias.shape[1]], q.dtype)
         scaling = config.attn_scale, config.attn_softcap, attn.sinks
@@ -2208,10 +2215,7 @@ class Decoder:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
         lib = self.backend.arrays or torch
-
-        def tensor(x: Any) -> Tensor:
-            return torch.as_tensor(x).to(self.dtype)
-
+        tensor: Any = lambda x: torch.as_tensor(x).to(self.dtype)  # noqa: E731
         positions = self.backend.array(batch.positions)
         positions = lib.asarray(positions, dtype=lib.float32)[:, None]  # (N, 1)
         for i, rope in enumerate(self.ropes):
@@ -2233,10 +2237,16 @@ class Decoder:
 
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """Process the batch's tokens, add them to the cache -> (N, C), before the last norm"""
-        config, rotations = self.config, batch.rotations or self.rotations(batch, cache)
-        x = self.embed_tokens.rows(batch.token_ids, config.embed_scale)
-        for layer, rope in zip(self.layers, config.layer_ropes):
+        x, rotations = self.embed(batch), batch.rotations or self.rotations(batch, cache)
+        for layer, rope in zip(self.layers, self.config.layer_ropes):
             x = layer(x, rotations[rope], cache, batch)
+        return x
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The embeddings of the batch's tokens (N, C)"""
+        x = self.embed_tokens.rows(batch.token_ids, self.config.embed_scale)
+        for row, token in batch.vectors.items():
+            x[row] = token.vector
         return x
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
@@ -2277,12 +2287,8 @@ END_OF_GENERATION = frozenset(
 
 # Glob pattern of a directory's tokenizer file -> the extra whose `read_vocabulary(TextFiles) ->
 # (TextFiles, Tokenizer)` reads it; "" for the core. The first match decides.
-VOCABULARIES = {
-    "tokenizer.json": "",
-    **dict.fromkeys(
-        ("tekken.json", "tokenizer.model*", "*.tiktoken", "tokenizer.pkl"), "files.vocabularies"
-    ),
-}
+RARER_VOCABULARIES = "tekken.json tokenizer.model* *.tiktoken tokenizer.pkl".split()
+VOCABULARIES = {"tokenizer.json": "", **dict.fromkeys(RARER_VOCABULARIES, "files.vocabularies")}
 
 # GGUF name -> Hugging Face name, both without the layer prefix and the .weight or .bias suffix.
 GGUF_TENSORS = {
@@ -2308,11 +2314,11 @@ GGUF_TENSORS = {
 
 # Pattern of a name in safetensors files -> the decoder's name; a family may have more rows.
 TENSOR_NAMES = {
-    r"^(?:model\.)?language_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
+    r"^(?:model\.)?(?:language|text)_model\.(?:model\.)?(?=layers|norm|embed_tokens)": "model.",
     r"^language_model\.(?=lm_head)": "",
     r"(?<=experts)\.(gate_up_proj|down_proj)$": r".\1.weight",
 }
-NOT_TEXT = re.compile(r"(model\.)?(embed_)?(vision|visual|multi_modal|mm_|image|audio)")
+NOT_TEXT = re.compile(r"(model\.)?(embed_)?(vision|visual|multi_modal|mm_|image|audio|connector)")
 
 # GGUF metadata under {arch} -> key of config.json.
 GGUF_VALUES = {
@@ -4973,6 +4979,7 @@ class TextSide:
     tokenizer: Tokenizer
     template: ChatTemplate
     config: ModelConfig
+    vision: Any = None  # encodes messages with images
 
     @functools.cached_property
     def grammars(self) -> Any:
@@ -4995,7 +5002,7 @@ class TextSide:
         if messages is not None:
             read: Any = preferred("answers.images", "read_messages", lambda _, own: own)
             about = self.tokenizer, self.template, read(self, messages), request.tools
-            return encode_chat(*about, **request.template_kwargs)
+            return (self.vision or encode_chat)(*about, **request.template_kwargs)
         assert prompt is not None
         if request.suffix:
             return extra("answers.fim", "a suffix").encode_request(self.tokenizer, request)
@@ -5050,20 +5057,6 @@ class TextSide:
         return tools.find_calls(request, self.template, self.tokenizer)
 
 
-def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
-    """Bytes that the weights of a checkpoint take in memory."""
-    tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
-    wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
-
-    def size(name: str, tensor: TensorSource) -> float:
-        plain = 1.0625 if name in wide else 0.625
-        plain = plain if config.quantize else backend.float_bytes(tensor.kind)
-        is_plain = tensor.is_packed and not tensor.bits
-        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
-
-    return int(sum(itertools.starmap(size, tensors.items())))
-
-
 class LLM(TextSide, Library):
     """A loaded model: requests in, deltas out. Threads may share it.
 
@@ -5110,8 +5103,8 @@ class LLM(TextSide, Library):
         files = (self.checkpoint.tensors, str(self.checkpoint.path))
         kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
-        needed = weight_bytes(checkpoint, config, weights.backend)
-        free = available_memory(used_device)
+        size: Any = preferred("commands.details", "weight_bytes", lambda *_: 0)
+        needed, free = size(checkpoint, config, weights.backend), available_memory(used_device)
         if needed > free and not config.force:
             problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
             raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
@@ -5123,6 +5116,7 @@ class LLM(TextSide, Library):
         recorder = extra("commands.record", "--record").recording_engine if config.record else None
         new_engine = recorder(self, adapter) if recorder else Engine
         self.engine = new_engine(decoder, self.tokenizer.end_ids, config)
+        self.vision = preferred("models.vision", "opened", lambda *_: None)(checkpoint, decoder)
 
     def __repr__(self) -> str:
         return preferred("answers.library", "describe", object.__repr__)(self)
@@ -7135,17 +7129,6 @@ def command_parser(name: str, **options: Any) -> argparse.ArgumentParser:
     return CommandLine(prog=f"{PROGRAM} {name}", allow_abbrev=False, **options)
 
 
-def settings_lines(settings: Settings, sampling: Mapping[str, tuple[Any, str]]) -> list[str]:
-    """One line for each setting, with its origin; - stands for no value."""
-    rows = {n: settings.value(n) for n in "system tokenizer adapter ctx threads".split()}
-    rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
-    shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
-    return [
-        f"  {name:<18} {'-' if shown[name] in (None, [], {}) else excerpt(shown[name])}  ({origin})"
-        for name, (_, origin) in rows.items()
-    ]
-
-
 def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate) -> list[str]:
     """The lines of `show`; an extra adds memory and kernels."""
     config, size = checkpoint.config, human_bytes(checkpoint.num_bytes)
@@ -7177,9 +7160,10 @@ def command_show(argv: list[str]) -> int:
     checkpoint, types = found
     template = ChatTemplate(checkpoint.text, settings.modelfile.template)
     sampling = settings.sampling(checkpoint.sampling)
-    lines = [*describe(checkpoint, settings, template), *types, "settings"]
+    listed: Any = preferred("commands.details", "listed_settings", lambda *_: [])
+    lines = [*describe(checkpoint, settings, template), *types, *listed(settings, sampling)]
     supported = textwrap.wrap(f"supported architectures: {', '.join(all_families())}", 98)
-    put("\n".join([*lines, *settings_lines(settings, sampling), *supported, ""]))
+    put("\n".join([*lines, *supported, ""]))
     return 0
 
 

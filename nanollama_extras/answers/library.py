@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nanollama import (
@@ -66,6 +68,38 @@ def request_fields(given: Any) -> dict[str, Any]:
     return {"prompt": given}
 
 
+def opened_image(part: Any) -> Any:
+    """A part of a message; if it is an image as a path, a URL, the bytes of a file or an object of
+    Pillow, one that messages may have. Raises RequestError."""
+    if not isinstance(part, Mapping) or part.get("type") != "image":
+        return part
+    images, value = extra("answers.images", "an image in a message"), part.get("image")
+    if isinstance(value, str) and value.partition(":")[0].lower() in ("data", "http", "https"):
+        return {"type": "image_url", "image_url": {"url": value}}
+    name = value if isinstance(value, (str, Path)) else "the image"
+    if isinstance(value, (str, Path)):
+        try:
+            value = Path(value).read_bytes()
+        except OSError as error:
+            raise RequestError(f"{name}: cannot be read: {error.strerror}", "messages") from None
+    if isinstance(value, (bytes, bytearray)):
+        return {"type": "image", "image": images.read_picture(bytes(value), str(name))}
+    if isinstance(value, images.pillow().Image):
+        images.check_size(value.size, name)
+        pixels = images.as_rgb(images.upright(value))
+        digest = hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
+        return {"type": "image", "image": images.Picture(digest, pixels)}
+    return part
+
+
+def with_images(message: Any) -> Any:
+    """A message whose images may be paths and the like."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [opened_image(part) for part in content]}
+
+
 def make_request(llm: LLM, given: Any, params: Mapping[str, Any]) -> AnyRequest:
     """As `Library.request`."""
     if isinstance(given, (GenerationRequest, Prepared)):
@@ -84,6 +118,8 @@ def make_request(llm: LLM, given: Any, params: Mapping[str, Any]) -> AnyRequest:
             close = difflib.get_close_matches(name, [*known, *REQUEST_FIELDS], n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise RequestError(f"a request has no field {name!r}; {hint}", name)
+    if isinstance(own.get("messages"), list):
+        own["messages"] = [with_images(message) for message in own["messages"]]
     if isinstance(stop := fields.get("stop"), str):
         fields["stop"] = (stop,)
     return GenerationRequest(**{"params": SamplingParams(**{**llm.sampling, **fields}), **own})
@@ -107,8 +143,9 @@ class Library:
         return make_request(cast("LLM", self), request, params)
 
     def chat(self, messages: Any, **params: Any) -> Completion:
-        """The whole answer to a conversation: a text, a message, or a list of both. `params` as in
-        `request`. Raises RequestError."""
+        """The whole answer to a conversation: a text, a message, or a list of both. A part
+        {"type": "image", "image": ..} of a message is a path, a URL, the bytes of a file, or an
+        image of Pillow. `params` as in `request`. Raises RequestError."""
         llm = cast("LLM", self)
         return llm.complete({"messages": conversation(messages)}, **params)
 

@@ -2,8 +2,9 @@
 lines, an editor, other models, parameters; and the end of old turns when the context is full.
 
 Seam       `Conversation` is a subclass of `nanollama.Repl`; a command /NAME TEXT is a method
-           do_NAME(TEXT), and a row of TALK_HELP. The terminal is that of commands.terminal;
-           `/explain`, `/why` and `/branch` are in commands.xray.
+           do_NAME(TEXT), and a row of TALK_HELP. The terminal is that of commands.terminal, the
+           lines about settings those of commands.details; `/explain`, `/why` and `/branch` are in
+           commands.xray.
 Remove     delete this file; the core's /help, /clear and /quit remain.
 """
 
@@ -32,11 +33,11 @@ from nanollama import (
     print_speed,
     read_json,
     set_parameter,
-    settings_lines,
     split_word,
     use_model,
 )
 from nanollama_extras.commands import terminal
+from nanollama_extras.commands.details import settings_lines
 
 if TYPE_CHECKING:
     from nanollama import LLM, Settings

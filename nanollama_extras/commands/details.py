@@ -1,18 +1,46 @@
-"""What `show` says beyond the core: memory, kernels, and parts that only models of extras have.
+"""What `show` says beyond the core: memory, kernels, settings, and parts that only models of extras
+have.
 
-Seam       `nanollama.describe` calls `add_details`; api.shelf asks `memory_needed` how many models
-           fit.
+Seam       `nanollama.describe` calls `add_details`, `command_show` `listed_settings`, and an LLM
+           asks `weight_bytes` whether it fits; api.shelf asks `memory_needed` how many models do.
 Remove     delete this file together with api/shelf.py; `show` then leaves these lines out.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from nanollama import human_bytes, library, pick_backend, pick_device, weight_bytes
+from nanollama import (
+    PARAMETERS,
+    excerpt,
+    human_bytes,
+    keep_8_bits,
+    library,
+    pick_backend,
+    pick_device,
+)
 
 if TYPE_CHECKING:
-    from nanollama import Backend, Checkpoint, Settings
+    from nanollama import Backend, Checkpoint, EngineConfig, Settings, TensorSource
+
+    Sampling = Mapping[str, tuple[Any, str]]  # values with their origins
+
+
+def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
+    """Bytes that the weights of a checkpoint take in memory."""
+    tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
+    wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
+
+    def size(name: str, tensor: TensorSource) -> float:
+        plain = 1.0625 if name in wide else 0.625
+        plain = plain if config.quantize else backend.float_bytes(tensor.kind)
+        is_plain = tensor.is_packed and not tensor.bits
+        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
+
+    return int(sum(itertools.starmap(size, tensors.items())))
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
@@ -39,7 +67,7 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
     n_ctx = min(settings.value("ctx")[0] or config.n_ctx, config.n_ctx)
     backend, kv_dtype = chosen_kernels(checkpoint, settings)
     num_weights, kv_bytes = map(human_bytes, memory_needed(checkpoint, settings))
-    if config.rope["rope_type"] not in ("default", "proportional"):
+    if config.rope["rope_type"] not in ("default", "proportional", "mrope"):
         lines["context"] += f" (RoPE scaling: {config.rope['rope_type']})"
     heads = f"{config.n_heads} heads over {config.n_kv_heads} key/value heads of {config.head_dim}"
     lines["layers"] = f"{config.n_layers} of width {config.n_embd}, {heads}"
@@ -54,3 +82,19 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
     keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
     lines["memory"] = f"{num_weights} weights + {keys}{states}"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
+
+
+def settings_lines(settings: Settings, sampling: Sampling) -> list[str]:
+    """One line for each setting, with its origin; - stands for no value."""
+    rows = {n: settings.value(n) for n in "system tokenizer adapter ctx threads".split()}
+    rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
+    shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
+    return [
+        f"  {name:<18} {'-' if shown[name] in (None, [], {}) else excerpt(shown[name])}  ({origin})"
+        for name, (_, origin) in rows.items()
+    ]
+
+
+def listed_settings(settings: Settings, sampling: Sampling) -> list[str]:
+    """The lines of `show` about settings."""
+    return ["settings", *settings_lines(settings, sampling)]

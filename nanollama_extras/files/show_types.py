@@ -38,9 +38,8 @@ from nanollama import (
     open_checkpoint,
     parse_hub_ref,
     read_json,
-    weight_bytes,
 )
-from nanollama_extras.commands.details import chosen_kernels
+from nanollama_extras.commands.details import chosen_kernels, weight_bytes
 
 MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, as in its own library
 Tensors = dict[str, TensorSource]

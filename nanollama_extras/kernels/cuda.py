@@ -427,7 +427,7 @@ class CudaKVCache(KVCache):
         spans = batch.spans
         if qkv.dtype == getattr(torch, self.kv_dtype, None):
             self.attend_rows(attn, (q, k, v), batch, out)
-            spans = [span for span in spans if span.num_new > SHORT_SPAN]
+            spans = [span for span in spans if not is_short(span)]
         for span in spans:
             out[span.row : span.row + span.num_new] = self.attend_span(attn, heads, batch, span)
         return out.flatten(1)
@@ -457,9 +457,13 @@ class CudaKVCache(KVCache):
             )
 
 
+def is_short(span: Span) -> bool:
+    return span.num_new <= SHORT_SPAN and not span.is_whole
+
+
 def find_rows(spans: Iterable[Span], strips: list[Tensor]) -> StripRows:
     """The rows of all short spans."""
-    short = [span for span in spans if span.num_new <= SHORT_SPAN]
+    short = list(filter(is_short, spans))
     rows = [(s.row + i, s.start + i, strips[s.slot]) for s in short for i in range(s.num_new)]
     table = [(row, at, strip.data_ptr(), strip.shape[3]) for row, at, strip in rows]
     columns = torch.tensor(table, dtype=torch.int64, device=strips[0].device).view(-1, 4)
@@ -581,8 +585,10 @@ class CudaBackend(Backend):
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         """Raises RequestError if the first step cannot be recorded."""
         looks_at_results = decoder.config.experts or not getattr(decoder, "is_recordable", True)
+        # graphs know one position of a token
+        moves = any(rope.parameters["rope_type"] == "mrope" for rope in decoder.ropes)
         is_direct = getattr(torch, decoder.kv_dtype, None) == decoder.dtype
-        if not compile or not is_direct or looks_at_results:
+        if not compile or not is_direct or looks_at_results or moves:
             return super().record(decoder, cache, compile)
         steps = DecodeGraphs(decoder, cache)
         try:

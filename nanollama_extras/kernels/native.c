@@ -1222,10 +1222,11 @@ enum { FLOAT32, FLOAT16, Q8 };
 #define MAX_D 576
 #define NOTHING -1e30f /* stands for the largest of no scores */
 
-/* `num_new` tokens of a sequence: positions `start`.. of its strip, rows `row`.. of the call */
+/* `num_new` tokens of a sequence: positions `start`.. of its strip, rows `row`.. of the call;
+ * if it is whole, each token sees those after it, too */
 typedef struct {
     char *strip;
-    int64_t num_blocks, start, num_new, row;
+    int64_t num_blocks, start, num_new, row, is_whole;
 } span;
 
 /* The norm of queries and keys: of each head, of all heads together, of each head after RoPE */
@@ -1484,6 +1485,7 @@ static task find_task(const attention_call *c, int64_t index) {
         t.end = t.s->start + (t.first_row + MIN(r, t.num_rows - 1)) / heads + 1;
         t.from[r] = c->window > 0 ? MAX(0, t.end - c->window) : 0;
         if (c->window < 0) t.from[r] = (t.end - 1) / -c->window * -c->window; /* a chunk's first */
+        if (t.s->is_whole) t.end = t.s->start + t.s->num_new;
         t.to[r] = t.end;
     }
     t.first_chunk = t.from[0] / CHUNK;

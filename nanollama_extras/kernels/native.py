@@ -662,6 +662,7 @@ class NativeKVCache(KVCache):
                     start=span.start,
                     num_new=span.num_new,
                     row=span.row,
+                    is_whole=span.is_whole,
                 )
             table[len(batch.spans)] = STRUCTURES["span"]()
 

@@ -1,9 +1,11 @@
 """Models whose tokens see the tokens after them, too: EmbeddingGemma. They make embeddings only.
 
 Adds       `new_decoder`: for such a model a decoder that reads each text in one step and keeps
-           nothing of it, and that refuses to continue a text.
+           nothing of it, and that refuses to continue a text; for another, Gemma 3's, in which only
+           tokens of an image see each other.
 Seam       Family.decoder and Family.gguf_layout of Gemma 3; models.gemma_config reads its config.
-           `Decoder.scheduler` and `Decoder.new_cache`. Imports models.layers.
+           `Decoder.scheduler` and `Decoder.new_cache`. Imports models.layers and
+           models.whole_images.
 Source     https://github.com/huggingface/transformers (src/transformers/models/gemma3)
 Remove     delete this file and let Gemma 3's row name models.layers:VariedDecoder.
 """
@@ -34,6 +36,7 @@ from nanollama import (
     attention,
 )
 from nanollama_extras.models.layers import VariedDecoder
+from nanollama_extras.models.whole_images import WholeImages
 
 QUERIES = 256  # rows of attention at a time, for which a table of scores is small
 # Layers after pooling, in GGUF files of llama.cpp's converter and of Ollama's
@@ -129,7 +132,11 @@ class WholeTextDecoder(VariedDecoder):
         refuse_text()
 
 
+class GemmaDecoder(WholeImages, VariedDecoder):
+    pass
+
+
 def new_decoder(config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> Decoder:
     """The decoder of a model that may or may not be of this kind."""
-    kind = WholeTextDecoder if "reach" in config.own else VariedDecoder
+    kind = WholeTextDecoder if "reach" in config.own else GemmaDecoder
     return kind(config, weights, kv_dtype)

@@ -49,7 +49,7 @@ from nanollama_extras.models.mamba2_config import (
     nemotron_from_gguf,
 )
 from nanollama_extras.models.routing import CORRECTION, ROUTED_NAMES
-from nanollama_extras.models.rows import Values, family, keys, list_ropes, yarn
+from nanollama_extras.models.rows import Values, family, keys, list_ropes, read_sections, yarn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +115,17 @@ def check_llama4(values: ConfigValues) -> Values:
     windows = tuple(Chunk(size) if kind == CHUNKED else None for kind in kinds)
     check_value(len(windows) == n_layers, "layer_types", kinds, f"a list of {n_layers}")
     return {"own": {**own, **router["own"]}, "windows": windows}
+
+
+def in_three(*sections: int, alternates: bool = False) -> Callable[[ConfigValues], None]:
+    """A check that gives tokens positions in three dimensions."""
+    return lambda values: read_sections(values, [*sections], alternates)
+
+
+def check_glm4v_moe(values: ConfigValues) -> Values:
+    """GLM-4.5V: as GLM-4.5, with positions in three dimensions."""
+    read_sections(values, [8, 12, 12], False)
+    return routing.check_glm4_moe(values)
 
 
 def check_muse(values: ConfigValues) -> Values:
@@ -311,6 +322,9 @@ SHORT_CONV: Values = {
         r"\.w2\.": ".down_proj.",
     },
 }
+QWEN_VL: Values = {"switches": {"qkv_bias": True, "o_bias": False}, "check": in_three(16, 24, 24)}
+DEEP: Values = {"decoder": "models.qwen3_vl:DeepDecoder"}
+DEEP |= {"check": in_three(24, 20, 20, alternates=True)}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
 FAMILIES: dict[str, Family] = {
@@ -574,6 +588,7 @@ FAMILIES: dict[str, Family] = {
         keys(128000, n_kv_heads=32, head_dim=128, theta=5e5),
         gguf="qwen3vl",
         switches={"qk_norm": "head"},
+        **DEEP,
     ),
     "qwen3_vl_moe_text": family(
         keys(128000, n_kv_heads=16, theta=5e5, norm_topk_prob=True, tied=True)
@@ -581,6 +596,11 @@ FAMILIES: dict[str, Family] = {
         gguf="qwen3vlmoe",
         switches={"experts": True, "qk_norm": "head"},
         layout="models.qwen3_vl:split_experts",
+        **DEEP,
+    ),
+    **dict.fromkeys(
+        ("qwen2_vl_text", "qwen2_5_vl_text"),
+        family(keys(32768, n_kv_heads=8, theta=1e6, eps=1e-5, **NO_WINDOW), **QWEN_VL),
     ),
     "qwen3_5_text": family(
         keys(32768, n_kv_heads=4, head_dim=256, partial_rotary_factor=0.25, **DELTA_NET),
@@ -661,6 +681,22 @@ FAMILIES: dict[str, Family] = {
         from_gguf=routing.glm4_moe_from_gguf,
         decoder=ROUTED,
         gguf="glm4moe",
+    ),
+    "glm4v_text": family(
+        keys(32768, n_kv_heads=2, eps=1e-5, attention_bias=True),
+        check=in_three(8, 12, 12),
+        interleaved=True,
+        switches={**SANDWICH, "o_bias": False},
+        decoder=VARIED,
+    ),
+    "glm4v_moe_text": family(
+        keys(65536, n_kv_heads=8, eps=1e-5, partial_rotary_factor=0.5, norm_topk_prob=True)
+        | keys(n_used=8, n_routed_experts=128, moe_intermediate_size=1408, n_shared_experts=1)
+        | keys(first_k_dense_replace=1, attention_bias=True),
+        check=check_glm4v_moe,
+        switches={"experts": True, "o_bias": False},
+        names=ROUTED_NAMES,
+        decoder=ROUTED,
     ),
     **mla_config.FAMILIES,
     "cohere2": family(

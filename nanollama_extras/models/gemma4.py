@@ -3,7 +3,8 @@ token for each layer, experts beside the MLP.
 
 Adds       `Gemma4Decoder`. Its table of embeddings for layers stays in the file.
 Seam       Family.layout, Family.gguf_layout and Family.decoder. models.gemma_config reads the
-           configs, models.grouped_cache keeps keys and values; imports models.layers.
+           configs, models.grouped_cache keeps keys and values; imports models.layers and
+           models.whole_images.
 Source     https://github.com/huggingface/transformers (src/transformers/models/gemma4)
 Remove     delete this file; the families that name it then say that they need it.
 """
@@ -31,12 +32,14 @@ from nanollama import (
     Norm,
     PackedLinear,
     Rotation,
+    Scheduler,
     TensorSource,
     Weights,
 )
 from nanollama_extras.models.gemma_config import Gemma4Shape
 from nanollama_extras.models.grouped_cache import GroupedCache, head_groups
 from nanollama_extras.models.layers import VariedLayer
+from nanollama_extras.models.whole_images import MOST_TOKENS, ImageScheduler
 
 TABLE = "model.embed_tokens_per_layer.weight"
 PROJECTION = "model.per_layer_model_projection"
@@ -222,14 +225,19 @@ class Gemma4Decoder(Decoder):
     def __init__(self, config: ModelConfig, weights: Weights, kv_dtype: str = "auto") -> None:
         has_inputs = config.own["shape"].per_layer
         self.per_layer = PerLayerInputs(config, weights) if has_inputs else None
+        self.scheduler = ImageScheduler if config.own.get("whole_images") else Scheduler
         super().__init__(config, weights, kv_dtype)
 
     def new_cache(self, num_slots: int, most_new: int = 0, **saving: Any) -> KVCache:
+        whole_images = bool(self.config.own.get("whole_images"))
+        if whole_images:
+            self.most_image = max(most_new, MOST_TOKENS)
+            most_new = most_new and self.most_image
         caches = [
             self.backend.new_cache(view, num_slots, self.kv_dtype, most_new)
             for view in head_groups(self.config)
         ]
-        return cast("KVCache", GroupedCache(caches))
+        return cast("KVCache", GroupedCache(caches, whole_images))
 
     def prepare(self, batch: Batch) -> None:
         """Read the rows of a batch's tokens from the file, before a step that may be recorded."""
@@ -250,7 +258,7 @@ class Gemma4Decoder(Decoder):
 
     def embedded(self, batch: Batch) -> Tensor:
         """The first layer's input; the batch gets what layers have beside it."""
-        x = self.embed_tokens.rows(batch.token_ids, self.config.embed_scale)
+        x = self.embed(batch)
         if self.per_layer is not None:
             if "rows" not in batch.memo:
                 self.prepare(batch)

@@ -145,7 +145,9 @@ def check_gemma4(values: ConfigValues) -> Values:
     values["layer_types"] = kinds = [*kinds[:-1], FULL]  # as transformers has it
     values.count("sliding_window")
     values["embedding_multiplier"] = values.count("hidden_size") ** 0.5
-    if values.get("use_bidirectional_attention") == "vision":  # among the tokens of an image
+    # among the tokens of an image, in layers with a window
+    whole_images = values.get("use_bidirectional_attention") == "vision"
+    if whole_images:
         del values["use_bidirectional_attention"]
     window_heads = read_heads(values, kinds)
     read_ropes(values, window_heads[1])
@@ -163,7 +165,7 @@ def check_gemma4(values: ConfigValues) -> Values:
     fields["attn_scale"] = 1.0
     if values.get("enable_moe_block"):
         fields["experts"] = read_experts(values, n_layers)
-    return {**fields, "own": {"shape": shape}}
+    return {**fields, "own": {"shape": shape, "whole_images": whole_images}}
 
 
 def has_tables(values: ConfigValues) -> bool:

@@ -2,8 +2,9 @@
 
 Adds       `GroupedCache`: a KVCache of the layers without a window, and one of those with a window.
            A layer may also read the keys and values of an earlier one.
-Seam       `Decoder.new_cache` of such a family. ModelConfig.window_heads has the heads of layers
-           with a window. An attention says which cache is its own (`group`), its place there
+Seam       `Decoder.new_cache` of such a family. Imports models.whole_images, for images whose
+           tokens see each other in layers with a window. ModelConfig.window_heads has the heads of
+           layers with a window. An attention says which cache is its own (`group`), its place there
            (`index`), and whether it reads what another layer wrote (`is_reader`).
 Remove     delete this file and the families that import it.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanollama import Batch, ModelConfig, Rotation
+from nanollama_extras.models.whole_images import whole_spans
 
 if TYPE_CHECKING:
     from nanollama import Attention, KVCache
@@ -40,8 +42,8 @@ def head_groups(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
 class GroupedCache:
     """A KVCache for each of `head_groups`, as one."""
 
-    def __init__(self, caches: list[KVCache]) -> None:
-        self.caches = caches
+    def __init__(self, caches: list[KVCache], whole_images: bool = False) -> None:
+        self.caches, self.whole_images = caches, whole_images
         if all(hasattr(cache, "fill") for cache in caches):
             self.new_tables, self.fill = self.new_group_tables, self.fill_groups
 
@@ -86,6 +88,8 @@ class GroupedCache:
             batch.memo["groups"] = [copy.copy(batch) for _ in self.caches]
             for view in batch.memo["groups"]:
                 view.memo = {}
+            if self.whole_images and batch.vectors:
+                batch.memo["groups"][1].spans = whole_spans(batch)
         return cast("list[Batch]", batch.memo["groups"])
 
     # -- recorded steps --------------------------------------------------------------------------

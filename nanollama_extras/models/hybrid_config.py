@@ -2,7 +2,8 @@
 
 Adds       what config.json and GGUF metadata say about such layers, as fields of ModelConfig. This
            needs no torch, so that a list of models is quick.
-Seam       Family.check and Family.from_gguf. models.routing reads the keys of routers.
+Seam       Family.check and Family.from_gguf. models.routing reads the keys of routers, models.rows
+           those of positions.
 Remove     delete this file and the rows of these families.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from nanollama import CheckpointError, ConfigValues, check_value
 from nanollama_extras.models.routing import read_router, without_predictions
+from nanollama_extras.models.rows import read_sections
 
 Values = dict[str, Any]
 
@@ -75,10 +77,8 @@ def check_delta_net(values: ConfigValues) -> Values:
         kinds = [
             "linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)
         ]
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if isinstance(rope, Mapping):  # positions in three dimensions are those of text in one
-        values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
-        values.pop("rope_scaling", None)
+    if values.get("model_type") != "qwen3_next":  # the one whose text has positions in one
+        read_sections(values, [11, 11, 10], True)
     shape = DeltaNetShape(
         k_heads=values.count("linear_num_key_heads", most=2**16),
         v_heads=values.count("linear_num_value_heads", most=2**16),

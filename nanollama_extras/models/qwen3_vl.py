@@ -1,8 +1,11 @@
-"""Qwen3-VL's layout of experts in safetensors files.
+"""Qwen3-VL's layers, which take more of an image than its rows, and its layout of experts.
 
-Adds       experts' matrices from tensors (E, columns, rows), as the files on the hub have them;
+Adds       `DeepDecoder`: after each of the first layers, a vector is added to each row of an image
+           (https://arxiv.org/abs/2406.04334, DeepStack).
+           Experts' matrices from tensors (E, columns, rows), as the files on the hub have them;
            transformers 5 writes (E, rows, columns), which the core reads.
-Seam       Family.layout: `split_experts`. It reads single experts by models.gpt_oss.
+Seam       Family.decoder: `DeepDecoder`. Family.layout: `split_experts`, which reads single experts
+           by models.gpt_oss.
 Source     https://github.com/huggingface/transformers (src/transformers/models/qwen3_vl_moe)
 Remove     delete this file; the model_type qwen3_vl_moe_text then says that it needs it.
 """
@@ -10,11 +13,40 @@ Remove     delete this file; the model_type qwen3_vl_moe_text then says that it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanollama import ModelConfig, TensorSource
+from nanollama import (
+    Batch,
+    Decoder,
+    DecoderLayer,
+    KVCache,
+    ModelConfig,
+    Rotation,
+    TensorSource,
+    Weights,
+)
 from nanollama_extras.models.gpt_oss import transposed_expert
+
+
+class DeepLayer(DecoderLayer):
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        super().__init__(config, weights, index)
+        self.index = index
+
+    def __call__(self, x: Tensor, rotation: Rotation, cache: KVCache, batch: Batch) -> Tensor:
+        y = super().__call__(x, rotation, cache, batch)
+        vectors: dict[int, Any] = batch.vectors
+        for row, token in vectors.items():
+            if self.index < len(token.image.deep):
+                y[row] += token.image.deep[self.index][token.index]
+        return y
+
+
+class DeepDecoder(Decoder):
+    layer = DeepLayer
 
 
 def split_experts(

@@ -1,11 +1,11 @@
 """Rotary embeddings of some models only: yarn, dynamic NTK, NTK with an alpha, longrope, those of
-the first columns of a head.
+the first columns of a head, those of positions in three dimensions.
 
-Adds       rope_type yarn, dynamic, ntk, longrope (or su) and proportional.
+Adds       rope_type yarn, dynamic, ntk, longrope (or su), proportional and mrope.
 Seam       the core asks `check_rope` about rope_parameters of a type that it does not know,
            `from_gguf` for those of a GGUF file, and `ROPES` for the `Rope` of such a type.
 Source     https://huggingface.co/docs/transformers/internal/rope_utils
-           https://arxiv.org/abs/2309.00071 (yarn), 2402.13753 (longrope)
+           https://arxiv.org/abs/2309.00071 (yarn), 2402.13753 (longrope), 2409.12191 (mrope)
 Remove     delete this file; a model with such a type then says that it needs it.
 """
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +27,13 @@ from nanollama import (
     KVCache,
     Rope,
     TensorSource,
+    check_value,
     excerpt,
     positive,
 )
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 NUMBERS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
@@ -36,6 +41,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "ntk": ("alpha",),
     "longrope": (),
     "proportional": (),
+    "mrope": (),
 }
 OPTIONS = "beta_fast beta_slow attention_factor mscale mscale_all_dim".split()
 OPTIONS += ["short_mscale", "long_mscale"]
@@ -83,6 +89,8 @@ def check_rope(rope: dict[str, Any], values: ConfigValues) -> None:
     elif kind == "longrope":
         check_factors(rope)
         rope["factor"] = rope.get("factor") or n_ctx / rope["original_max_position_embeddings"]
+    elif kind == "mrope":
+        check_sections(rope)
     elif kind != "yarn" and rope["n_rot"] < 4:
         raise CheckpointError(f"rope turns {rope['n_rot']} columns; {kind} needs 4 or more")
     elif kind == "dynamic":  # transformers ignores another number
@@ -103,6 +111,18 @@ def check_factors(rope: Mapping[str, Any]) -> None:
     if (n_old := rope["original_max_position_embeddings"]) <= 1:
         raise CheckpointError(
             f"rope original_max_position_embeddings is {n_old}; it must be above 1"
+        )
+
+
+def check_sections(rope: Mapping[str, Any]) -> None:
+    """Checks `mrope_section`: columns for time, height and width, which in some families alternate
+    and must add up in the others."""
+    sections = rope.get("mrope_section")
+    is_valid = isinstance(sections, list) and [type(n) for n in sections] == [int] * 3
+    check_value(is_valid, "rope: mrope_section", sections, "a list of three integers")
+    if not rope.get("mrope_interleaved") and sum(cast("list[int]", sections)) != rope["n_rot"] // 2:
+        raise CheckpointError(
+            f"rope mrope_section {sections} does not add up to {rope['n_rot'] // 2}"
         )
 
 
@@ -216,10 +236,70 @@ class ProportionalRope(Rope):
         return inv_freq / float(rope.get("factor") or 1), 1.0
 
 
+class Places(NamedTuple):
+    """Positions in time, height and width (T, 3) of a text up to the end of its last image; later
+    tokens have their index + `shift` thrice."""
+
+    table: npt.NDArray[np.float32]
+    shift: int
+
+    def of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The positions (n, 3) of tokens (n,)"""
+        later = np.repeat(np.float32(index + self.shift)[:, None], 3, axis=1)
+        near = self.table[index.clip(0, len(self.table) - 1)]
+        return np.where((index < len(self.table))[:, None], near, later)
+
+
+def read_places(text: list[int]) -> Places | None:
+    """The places of a text whose rows of images have a `place`; None without images."""
+    rows = [i for i, token_id in enumerate(text) if hasattr(token_id, "place")]
+    if not rows:
+        return None
+    table, last = np.zeros((rows[-1] + 1, 3), dtype=np.float32), -1
+    for i, token_id in enumerate(text[: len(table)]):
+        own = getattr(token_id, "place", (last + 1,) * 3)
+        table[i], last = own, max(last, *own)
+    return Places(table, last + 1 - len(table))
+
+
+class ThreeRope(Rope):
+    """Some columns turn by a token's position in time, others by its height or width in an image
+    (mrope). These differ in images only; the text after one goes on at the largest position + 1."""
+
+    def __init__(self, parameters: Mapping[str, Any], head_dim: int) -> None:
+        super().__init__(parameters, head_dim)
+        sections = parameters["mrope_section"]
+        axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+        if parameters.get("mrope_interleaved"):
+            axes = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(self.n_rot // 2)]
+        self.axes = np.array(axes + [0] * (head_dim // 2 - len(axes)))  # of each pair of columns
+        self.known: dict[int, tuple[list[int], Places | None]] = {}  # of the text in each slot
+
+    def angles(self, positions: Any, batch: Batch, cache: KVCache) -> Any:
+        spans = [(span, found) for span in batch.spans if (found := self.find(cache, span.slot))]
+        if not spans:
+            return super().angles(positions, batch, cache)
+        is_torch = isinstance(positions, torch.Tensor)
+        three = np.repeat(positions.cpu().numpy() if is_torch else positions, 3, axis=1)
+        for span, found in spans:
+            index = np.arange(span.start, span.start + span.num_new)
+            three[span.row : span.row + span.num_new] = found.of(index)
+        turned: Any = np.take(three, self.axes, axis=1)  # in the order that kernels read
+        return (torch.from_numpy(turned).to(positions.device) if is_torch else turned) * self.freqs
+
+    def find(self, cache: KVCache, slot: int) -> Places | None:
+        """The places of the text in a slot; None for one without images."""
+        text = cache.texts[slot]
+        if self.known.get(slot, ([], None))[0] is not text:
+            self.known[slot] = text, read_places(text)
+        return self.known[slot][1]
+
+
 ROPES = {
     "yarn": YarnRope,
     "dynamic": DynamicRope,
     "ntk": NTKRope,
     "longrope": LongRope,
     "proportional": ProportionalRope,
+    "mrope": ThreeRope,
 }

@@ -1,7 +1,8 @@
 """How a row of a family is written: short names of keys, and keys that many families share.
 
 Adds       `family`, which makes a Family whose patterns of windows and of layers without RoPE, in
-           config.json and in GGUF metadata, become keys that the core knows.
+           config.json and in GGUF metadata, become keys that the core knows; `read_sections`, for
+           positions in three dimensions.
 Seam       models.families and the modules that it names have their rows made here. Imports
            models.routing, for the keys of routers.
 Remove     delete this file with models.families.
@@ -97,6 +98,20 @@ def list_ropes(values: ConfigValues) -> None:
         values["no_rope_layers"] = [(i + 1) % step for i in range(n_layers)]
     if values.get("rope_only_in_windows") and any(windows := layer_windows(values)):
         values["no_rope_layers"] = [window or 0 for window in windows]
+
+
+def read_sections(values: ConfigValues, default: list[int], alternates: bool) -> None:
+    """Positions in three dimensions: the sections of columns that time, height and width turn, and
+    whether these alternate, go into rope_parameters of type mrope."""
+    written = values.pop("rope_scaling", None) or values.get("rope_parameters") or {}
+    check_value(isinstance(written, Mapping), "rope_parameters", written, "an object")
+    rope = {key: value for key, value in written.items() if not key.startswith("mrope")}
+    kind = rope.pop("type", None) or "default"
+    rope["rope_type"] = kind = rope.get("rope_type") or kind
+    if kind in ("default", "mrope"):
+        sections = written.get("mrope_section") or default
+        rope |= {"rope_type": "mrope", "mrope_section": sections, "mrope_interleaved": alternates}
+    values["rope_parameters"] = rope
 
 
 def layers_without_rope(values: ConfigValues) -> Values:

@@ -15,7 +15,8 @@ from quantized_files import saved, sources
 from test_mlx import MLX, affine
 
 import nanollama
-from nanollama import Backend, CheckpointError, EngineConfig, open_checkpoint, weight_bytes
+from nanollama import Backend, CheckpointError, EngineConfig, open_checkpoint
+from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.files.quantized import METHODS, read_config, unpacked_bits
 
 ROOT = Path(__file__).parents[3]

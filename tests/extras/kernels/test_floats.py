@@ -24,6 +24,7 @@ from torch import Tensor
 
 import nanollama
 from nanollama import ACTS, GATED, LLM, Norm, open_checkpoint
+from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.kernels import floats
 from nanollama_extras.kernels.floats import FloatLinear
 from nanollama_extras.kernels.native import NativeLinear, NativeProjection
@@ -206,7 +207,7 @@ def test_the_estimate_of_memory_is_that_of_the_weights(tiny: Tiny, tmp_path: Pat
     path = halved(tiny(), tmp_path / "half", torch.bfloat16)
     llm = LLM(path)
     backend: Any = llm.engine.decoder.backend
-    found = nanollama.weight_bytes(open_checkpoint(path), nanollama.EngineConfig(), backend)
+    found = weight_bytes(open_checkpoint(path), nanollama.EngineConfig(), backend)
     held = sum(part.nbytes for part in backend.floats)
     assert found == pytest.approx(held, rel=0.02)
     assert found < 1.01 * llm.checkpoint.num_bytes

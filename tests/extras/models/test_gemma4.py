@@ -27,6 +27,7 @@ from nanollama import (
     TensorSource,
     model_config,
 )
+from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.kernels.native import NativeKVCache
 from nanollama_extras.models import gemma4
 from nanollama_extras.models.gemma4 import TABLE
@@ -214,7 +215,7 @@ def test_the_table_takes_no_memory(tiny: Tiny, tmp_path: Path) -> None:
         without = dataclasses.replace(checkpoint, tensors=rest)
         engine = nanollama.EngineConfig(**options)
         backend = nanollama.Backend(torch.device("cpu"), torch.float32, "torch")
-        sizes = [nanollama.weight_bytes(c, engine, backend) for c in (checkpoint, without)]
+        sizes = [weight_bytes(c, engine, backend) for c in (checkpoint, without)]
         assert sizes[0] == sizes[1]
         assert checkpoint.num_parameters - without.num_parameters == 320 * 6 * 32
         assert table.stays

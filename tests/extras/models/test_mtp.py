@@ -29,8 +29,8 @@ from nanollama import (
     RequestError,
     SamplingParams,
     open_checkpoint,
-    weight_bytes,
 )
+from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.models import mtp, recurrent
 
 FAMILIES = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]

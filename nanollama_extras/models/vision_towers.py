@@ -1,0 +1,199 @@
+"""Image processors and vision towers of transformers, for models whose text part runs here.
+
+Adds       `Tower`: transformers' own image processor, on Pillow alone, and its own model class with
+           the weights of the vision part only: the text part is made without layers and with a
+           vocabulary of a few tokens, so that nothing of it is read.
+Seam       models.vision makes one. Code of a model's repository never runs, and pickles are never
+           read (trust_remote_code=False, use_safetensors=True).
+Remove     delete this file with vision.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nanollama import (
+    CheckpointError,
+    Decoder,
+    NanollamaError,
+    PackageError,
+    RequestError,
+    first_line,
+    memory_errors,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from nanollama_extras.models.vision import Encoded, VisionFamily
+
+INSTALL = "pip install 'nanollama[vision]'"
+FEW = 8  # tokens of the text part's vocabulary
+# Settings of a text part that list something for each of its layers
+BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def library() -> Any:
+    """transformers. Raises PackageError."""
+    try:
+        import PIL  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise PackageError(f"images need {error.name}; run: {INSTALL}") from None
+    return transformers
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings: about the text part, which is left out on purpose."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def errors_of_files(path: Path) -> Iterator[None]:
+    """Turn an error of transformers about a model's files into a CheckpointError."""
+    try:
+        with memory_errors():
+            yield
+    except NanollamaError:
+        raise
+    except ImportError as error:  # mostly torchvision, which some processors need
+        raise PackageError(f"images of this model need more: {first_line(error)}") from None
+    except Exception as error:  # of files that others wrote, of any kind
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{path}: its vision part cannot be read: {problem}") from None
+
+
+class TextWatch:
+    """A tokenizer that notes the text it gets: what a processor makes of a placeholder."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.text = tokenizer, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        self.text = text if isinstance(text, str) else text[0]
+        return self.tokenizer(text, **options)
+
+
+def open_processor(path: Path, model_type: str) -> Any:
+    """The model's processor, without the one for videos, which would need torchvision."""
+    transformers = library()
+    named = (
+        read_json(path / f"{part}_config.json", required=False).get("processor_class")
+        for part in ("processor", "preprocessor", "tokenizer")
+    )
+    usual = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type]
+    base = getattr(transformers, str(next(filter(None, named), usual)))
+    parts: dict[str, Any] = {
+        "image_processor": transformers.AutoImageProcessor.from_pretrained(
+            path, backend="pil", trust_remote_code=False
+        ),
+        "tokenizer": TextWatch(
+            transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        ),
+    }
+    unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
+    kind: Any = type(base.__name__, (base,), unchecked)
+    values, _ = kind.get_processor_dict(path)
+    arguments = [parts.get(name) for name in kind.get_attributes()]
+    return kind.from_args_and_dict(arguments, values)
+
+
+def open_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
+    """transformers' model of a config with the vision part's weights. Raises CheckpointError."""
+    transformers = library()
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    for part in (config, text):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, FEW, 0
+    for key in filter(lambda key: getattr(text, key, None) is not None, BY_LAYER):
+        setattr(text, key, type(getattr(text, key))())
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    missing = [name for name in report["missing_keys"] if "lm_head" not in name]
+    if missing:
+        raise CheckpointError(f"{path}: tensor {sorted(missing)[0]} of its vision part is missing")
+    return model.eval().requires_grad_(False).model
+
+
+class Tower:
+    """The image processor and the vision tower of a model's files."""
+
+    def __init__(self, path: Path, family: VisionFamily, decoder: Decoder) -> None:
+        """Raises PackageError and CheckpointError."""
+        self.path, self.family, self.device = path, family, decoder.device
+        transformers = library()
+        with quiet(), errors_of_files(path):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.processor = open_processor(path, config.model_type)
+            self.model = open_model(path, config, decoder.dtype).to(self.device)
+        ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+        self.image_id: int = next(i for i in ids if i is not None)
+        self.placeholder: str = self.processor.image_token
+        padding = getattr(config.get_text_config(), "pad_token_id", None) or 0
+        self.stand_in = padding if family.id_of_padding else self.image_id
+        self.width = decoder.config.n_embd
+        self.takes = inspect.signature(self.model.get_image_features).parameters
+
+    def encode(
+        self, pixels: Any, where: str
+    ) -> tuple[str, Tensor, tuple[Tensor, ...], Tensor | None]:
+        """An image -> the text of its placeholder, its rows (n, C), tensors (n, C) to add after the
+        first layers, and its grid (1, 3). Raises RequestError, which names `where`."""
+        with quiet(), torch.inference_mode(), memory_errors():
+            try:
+                inputs = self.processor(
+                    images=[pixels], text=[self.placeholder], return_tensors="pt"
+                )
+            except (ValueError, ZeroDivisionError, TypeError, RuntimeError) as error:
+                size = "x".join(map(str, pixels.size))
+                problem = f"{where}, of {size} pixels, is refused by the model's image processor"
+                raise RequestError(f"{problem}: {first_line(error)}", "messages") from None
+            given = {key: x.to(self.device) for key, x in inputs.items() if key in self.takes}
+            out = self.model.get_image_features(**given)
+            deep = getattr(out, "deepstack_features", None) or ()
+            rows, *added = (self.joined(x) for x in (out.pooler_output, *deep))
+        return self.processor.tokenizer.text, rows, tuple(added), inputs.get("image_grid_thw")
+
+    def joined(self, rows: Any) -> Tensor:
+        """Rows (.., C), or a list of such tensors, as one tensor (n, C) of its own."""
+        parts = [rows] if isinstance(rows, torch.Tensor) else list(rows)
+        return torch.cat([part.reshape(-1, self.width) for part in parts]).contiguous()
+
+    def places(self, ids: list[int], images: list[Encoded]) -> list[list[int]] | None:
+        """Each token's positions in time, height and width; None in other families."""
+        if not self.family.in_three:
+            return None
+        grids = [image.grid for image in images if image.grid is not None]
+        tokens = torch.tensor([ids])
+        kinds = (tokens == self.image_id).int()
+        found, _ = self.model.get_rope_index(tokens, kinds, image_grid_thw=torch.cat(grids))
+        listed: list[list[int]] = found[:, 0].T.tolist()
+        return listed
