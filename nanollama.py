@@ -3457,8 +3457,8 @@ def set_parameter(parameters: Json, name: str, text: str) -> None:
 
 
 # Directive of a Modelfile -> the field that it sets
-DIRECTIVES = {"FROM": "model", "PARAMETER": "parameters", "MESSAGE": "messages"}
-DIRECTIVES |= {name.upper(): name for name in "tokenizer adapter system template license".split()}
+DIRECTIVES = {n.upper(): n for n in "from tokenizer adapter system template license".split()}
+DIRECTIVES |= {"FROM": "model", "PARAMETER": "parameters", "MESSAGE": "messages"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ MAX_PIXELS = 50_000_000  # of an image
 MAX_IMAGES, MAX_ALL_PIXELS = 100, 200_000_000  # of a request
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-NO_VISION = "the model reads text only; send no images, or use a model with vision"
+NO_VISION = "this model does not read images; use a model with vision"
 ORIENTATION = 0x0112  # EXIF's tag -> what makes the image upright, by its value
 UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -234,12 +234,14 @@ def read_messages(llm: Any, messages: Iterable[Mapping[str, Any]]) -> list[Mappi
     """The messages of a request with a picture in the place of each image; those of a result of a
     call come in the user's next message. Raises RequestError, also for a model without vision."""
     messages = list(messages)
-    if not any(map(has_images, messages)):
+    first = next((i for i, message in enumerate(messages) if has_images(message)), None)
+    if first is None:
         return messages
     if getattr(llm, "vision", None) is None:
         why_not: Any = preferred("models.vision", "why_not", lambda _: "")
         checkpoint = getattr(llm, "checkpoint", None)
-        refuse((checkpoint and why_not(checkpoint)) or NO_VISION, "messages", "unsupported_image")
+        reason = (checkpoint and why_not(checkpoint)) or NO_VISION
+        refuse(f"messages[{first}] has an image: {reason}", "messages", "unsupported_image")
     pictures: list[Picture] = []
     return [with_pictures(m, i, pictures) for i, m in enumerate(after_results(messages))]
 

@@ -232,7 +232,7 @@ def test_spellings_of_an_image(part: Any) -> None:
 
 def test_a_model_without_vision_refuses_images_in_one_line() -> None:
     for llm in (object(), type("Blind", (), {"vision": None})()):
-        with pytest.raises(nanollama.RequestError, match="reads text only") as caught:
+        with pytest.raises(nanollama.RequestError, match="does not read images") as caught:
             read_messages(llm, [user(PART)])
         assert (caught.value.status, caught.value.param) == (400, "messages")
         assert contents(user(text("a")), llm=llm) == [[text("a")["text"]]]

@@ -134,7 +134,7 @@ def test_a_model_without_vision_is_a_400_that_the_client_understands(
     blind: Live, name: str
 ) -> None:
     errors = (openai.BadRequestError, anthropic.BadRequestError, ollama.ResponseError)
-    with pytest.raises(errors, match="reads text only") as caught:
+    with pytest.raises(errors, match="does not read images") as caught:
         CLIENTS[name][0](blind.url)
     assert getattr(caught.value, "status_code", 0) == 400
     assert encoded(5)[20:40] not in str(caught.value)
