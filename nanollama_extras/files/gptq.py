@@ -190,8 +190,9 @@ class Matrix:
         """Rows of the codes (n, cols); of AWQ's, a multiple of 8"""
         if self.layout.method == "gptq":
             return unpacked_bits(words[:, rows].T, self.layout.bits)
-        q = unpacked_bits(words[:, rows.start // 8 : rows.stop // 8], 4)  # (cols, n)
-        return q.unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1).T.contiguous()
+        data = words[:, rows.start // 8 : rows.stop // 8].contiguous().view(torch.uint8)
+        data = data.T.contiguous().unflatten(0, (-1, 4))  # (n / 8, 4, cols) of two nibbles each
+        return torch.stack((data & 15, data >> 4), 2).flatten(1, 2)[:, AWQ_ORDER].flatten(0, 1)
 
     def pack(self) -> PackedLinear:
         (num_rows, num_cols), bits = self.shape, self.layout.bits
