@@ -17,7 +17,7 @@ import pexpect
 import pytest
 import torch
 from command_line import share_kernels
-from pages import ROOT, TEXTS, anchor, blocks, codes, headings, lines, prose, table
+from pages import BLOCKS, ROOT, TEXTS, anchor, blocks, codes, headings, lines, prose, table
 from serving import serving
 from test_layout import SECTIONS, tomllib
 
@@ -314,6 +314,12 @@ def test_the_front_page_is_short_and_links_to_every_other_page() -> None:
     readme = TEXTS[ROOT / "README.md"]
     assert len(readme.splitlines()) <= 250
     assert all(f"(docs/{page.name})" in readme for page in TEXTS if page.parent != ROOT)
+
+
+def test_each_of_the_ten_experiments_is_short() -> None:
+    found = [block.text for block in BLOCKS if block.page == "learn"]
+    assert len(found) == len(headings(TEXTS[ROOT / "docs" / "learn.md"])) - 1 == 10
+    assert all(len([line for line in text.splitlines() if line]) < 20 for text in found)
 
 
 def test_every_command_is_documented() -> None:
