@@ -43,6 +43,16 @@ def command(*argv: object) -> Callable[[LLM], None]:
     return run
 
 
+def compare_with_a_peer(llm: LLM) -> None:
+    """`bench --compare` on a GGUF of the model, which a script measures like llama-bench."""
+    with tempfile.TemporaryDirectory() as name:
+        file, _ = gguf_files.convert(llm.checkpoint.path, Path(name, "model.gguf"))
+        peer = Path(name, "llama-bench")
+        peer.write_text(f"#!{sys.executable}\nprint('[{{\"avg_ts\": 1}}]')\n")
+        peer.chmod(0o755)
+        command("bench", "--model", file, "-p", 4, "-n", 0, "-r", 1, "--compare", peer)(llm)
+
+
 def request(method: str, path: str, body: Any = None, **changed: Any) -> Callable[[LLM], None]:
     """A request to a server of the model."""
 
@@ -322,6 +332,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "limits": ({"api.limits"}, limit_bodies),
     "web pages of other origins": ({"api.origins"}, read_from_another_origin),
     "bench": ({"commands.bench"}, command("bench", "--model", "MODEL", "-p", 4, "-n", 2, "-r", 1)),
+    "bench --compare": ({"commands.bench", "commands.bench_peer"}, compare_with_a_peer),
     "eval": (
         {"commands.eval", "answers.scores", "answers.library"},
         command("eval", "--model", "MODEL", "--text", __file__, "--json"),

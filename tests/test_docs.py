@@ -36,7 +36,11 @@ NOT_RUN = {
     "nanollama --serve --model smollm2",  # it would not end; `test_a_request_..` asks it
     "nanollama --serve --model smollm2 --model Qwen/Qwen3-0.6B --keep-alive 10m",
     "nanollama --serve",
-    *(line for line in SHELL if re.search("docker |kubectl |--ray|--tensor-par|torchrun", line)),
+    *(
+        line
+        for line in SHELL
+        if re.search("docker |kubectl |--ray|--tensor-par|torchrun|--compare", line)
+    ),
 }
 
 

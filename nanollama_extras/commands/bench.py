@@ -28,6 +28,7 @@ from nanollama import (
     UsageError,
     add_model_options,
     command_parser,
+    extra,
     human_bytes,
     option_group,
     read_settings,
@@ -194,6 +195,8 @@ def bench_parser() -> argparse.ArgumentParser:
         add(f"{flags} N,..", shown, kind, default=[default])
     text = "measured runs, after a warm-up run (default: 3)"
     add("-r --repetitions N", text, int, default=3)
+    text = "take turns with llama.cpp's llama-bench on the same GGUF file"
+    add("--compare PROGRAM", text)
     add("--json", "print one JSON object instead of a table", action="store_true")
     return parser
 
@@ -205,6 +208,18 @@ def bench_rows(bench: Bench, args: argparse.Namespace) -> Iterator[Json]:
             yield bench.prefill(batch, depth, num, args.repetitions)
         for num in filter(None, args.gen_tokens):
             yield bench.decode(batch, depth, num, args.repetitions)
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> list[Json]:
+    """The results, printed as they come unless `--json` is given."""
+    rows = []
+    if not args.json:
+        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
+    for row in bench_rows(bench, args):
+        rows.append(row)
+        if not args.json:
+            print(bench_line(row), flush=True)
+    return rows
 
 
 def bench_model(settings: Settings, bench: Bench) -> Json:
@@ -237,13 +252,12 @@ def run(argv: list[str]) -> int:
     length = max(args.depth) + max(*args.prompt_tokens, *args.gen_tokens) + 1
     if length > llm.engine.n_ctx:
         raise UsageError(f"the test needs {length} tokens; the context holds {llm.engine.n_ctx}")
-    bench, rows = Bench(llm), []
-    if not args.json:
-        print("TEST      BATCH   DEPTH           TOKENS/S        READS    BANDWIDTH  REACHED")
-    for row in bench_rows(bench, args):
-        rows.append(row)
-        if not args.json:
-            print(bench_line(row), flush=True)
+    bench = Bench(llm)
+    if args.compare:
+        peer = extra("commands.bench_peer", "--compare")
+        rows = peer.compare(bench, args, torch.get_num_threads())
+    else:
+        rows = measure(bench, args)
     about = bench_model(settings, bench)
     if args.json:
         print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
