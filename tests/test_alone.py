@@ -442,6 +442,7 @@ UNUSED = {
     "models.qwen3_vl",
     "files.bitnet",
     "files.conversion",
+    "files.gguf_families",
     "files.gguf_model",
     "files.gguf_vocabulary",
     "files.gguf_writer",

@@ -3,8 +3,9 @@
 Adds       `gguf_form`: metadata and tensors of a checkpoint under GGUF's names. The names come from
            the tables that the reader uses, and what the reader makes of the result is compared with
            the model: a family that GGUF cannot describe is refused.
-Seam       files.conversion calls it. Imports models.routing, models.rows and models.ropes, for
-           their tables of metadata.
+Seam       files.conversion calls it. Imports files.gguf_families; models.routing, models.rows and
+           models.ropes, for their tables of metadata; and models.routers, which names the tensors
+           of blocks that predict further tokens.
 Remove     delete this file with commands/convert.py.
 Spec       https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -12,6 +13,7 @@ Spec       https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -46,7 +48,9 @@ from nanollama import (
     read_json,
     text_config,
 )
+from nanollama_extras.files import gguf_families
 from nanollama_extras.models import ropes, routing, rows
+from nanollama_extras.models.routers import prediction_tensors
 
 # Layouts of tensors that a file has as the decoder does: norms with 1 added, experts apart
 SAME_LAYOUTS = (
@@ -108,20 +112,30 @@ def gguf_form(checkpoint: Checkpoint) -> Form:
     title = f"{checkpoint.path}: model_type {config.model_type}"
     if not arch:
         raise CheckpointError(f"{title} has no architecture in GGUF; write a directory instead")
-    if arch in UNLIKE or not {family.layout, family.gguf_layout} <= set(SAME_LAYOUTS):
+    own_family = gguf_families.FAMILIES.get(config.model_type)
+    is_alike = own_family or {family.layout, family.gguf_layout} <= set(SAME_LAYOUTS)
+    if arch in UNLIKE or not is_alike:
         raise CheckpointError(f"{title} cannot be written as GGUF yet; write a directory instead")
     values, given = family_values(checkpoint, family)
     stacks = named_stacks(checkpoint, family, arch)
     stacks += rope_stacks(config)
+    expected, more = config, dict[str, Any]()
+    if own_family:
+        expected = own_family.expected(config, checkpoint.tensors)
+        more = own_family.values(config, given, checkpoint.tensors)
     own = {
         **shape_values(config, given),
         **rope_values(config),
         **table_values(config, values, given),
+        **more,
     }
     own["context_length"] = values.get("max_position_embeddings", config.n_ctx)  # not stretched
-    metadata = {f"{arch}.{name}": value for name, value in own.items()}
+    named = {name: f"{arch}." * (name not in gguf_families.WITHOUT_ARCH) + name for name in own}
+    metadata = {named[name]: value for name, value in own.items()}
     metadata = {"general.architecture": arch, "general.type": "model", **metadata}
-    metadata, notes = checked(title, config, metadata, stacks)
+    metadata, notes = checked(title, expected, metadata, stacks)
+    if prediction_tensors(checkpoint.tensors, config.n_layers):
+        notes.append("the blocks that predict further tokens are left out")
     return Form(arch, metadata, tuple(stacks), tuple(notes))
 
 
@@ -158,13 +172,17 @@ def named_stacks(checkpoint: Checkpoint, family: Family, arch: str) -> list[Stac
     """The checkpoint's tensors under GGUF's names, in their order: experts on top of each other,
     matrices fused that the architecture has fused. Raises CheckpointError for other tensors."""
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
-    known = arch_tensors(arch)
-    names = own_names(config, known)
+    known, own_family = arch_tensors(arch), gguf_families.FAMILIES.get(config.model_type)
+    names = own_names(config, known) | (own_family.names if own_family else {})
+    for name in prediction_tensors(tensors, config.n_layers):
+        del tensors[name]
     if config.tie_embeddings and "lm_head.weight" in tensors:
         weights = Weights(tensors, str(checkpoint.path), torch.device("cpu"), torch.float32)
         if weights.is_copy("lm_head", "model.embed_tokens"):
             del tensors["lm_head.weight"]
-    parts: dict[str, list[tuple[str, TensorSource]]] = {}
+    in_order = functools.partial(file_order, config=config, family=family)
+    own = own_family.tensors(tensors, config, in_order) if own_family else {}
+    parts: dict[str, list[tuple[str, TensorSource]]] = {name: of for name, (_, of) in own.items()}
     for name, tensor in tensors.items():
         if name.endswith(SKIPPED):
             continue
@@ -181,7 +199,10 @@ def named_stacks(checkpoint: Checkpoint, family: Family, arch: str) -> list[Stac
         parts = fused(parts, ("ffn_gate", "ffn_up"), "ffn_up")
     if known and "attn_qkv" in known and arch == "phi3":
         parts = fused(parts, ("attn_q", "attn_k", "attn_v"), "attn_qkv")
-    return [stacked(name, tuple(of)) for name, of in sorted_parts(parts).items()]
+    return [
+        Stack(name, own[name][0], tuple(of)) if name in own else stacked(name, tuple(of))
+        for name, of in sorted_parts(parts).items()
+    ]
 
 
 def sorted_parts(parts: dict[str, Any]) -> dict[str, Any]:
@@ -414,7 +435,7 @@ def same_ropes(config: ModelConfig, other: ModelConfig, stacks: list[Stack]) -> 
         betas = [rope.get("llama_4_scaling_beta", 0.0) for rope in (a, b)]
         if not is_same_kind or one.freqs.shape != freqs.shape or not is_close(*betas):
             return False
-        if not torch.allclose(one.freqs, freqs, rtol=1e-5, atol=0):
+        if not torch.allclose(one.freqs, freqs, rtol=1e-5, atol=1e-20):
             return False
         if not torch.allclose(one.scales, two.scales, rtol=1e-5):
             return False

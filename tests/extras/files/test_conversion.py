@@ -26,10 +26,7 @@ from nanollama_extras.files.conversion import Plan, convert_to_gguf
 from nanollama_extras.files.gguf_writer import value_bytes
 
 # Families whose layouts of tensors have no inverse yet, or that GGUF does not know
-REFUSED = (
-    "nanochat olmo_hybrid apertus bitnet muse_glimmer qwen3_5 qwen3_next lfm2 "
-    "granitemoehybrid nemotron_h falcon_h1 gemma3n gemma4 deepseek kimi_k2 glm4_moe_lite mistral4"
-).split()
+REFUSED = "nanochat olmo_hybrid bitnet muse_glimmer nemotron_h falcon_h1 gemma4_unified".split()
 # What GGUF cannot say of a family that it knows
 SPECIAL = {
     "qwen2_moe": "experts",  # layers without experts
@@ -42,10 +39,19 @@ SPECIAL = {
     "llama4_text": "windows",
     "llama4_text-plain": "layer_ropes",
     "starcoder2-unbiased": "qkv_bias",
+    "deepseek_v2-lite": "qkv_bias",
+    "glm4_moe_lite-odd-widths": "qkv_bias",
+    "deepseek_v3-halves": "own",
+    "gemma3n_text-three": "own",
+    "lfm2-biased": "own",
+    "granitemoehybrid-attention": "mamba2",
+    "granitemoehybrid-nope": "mamba2",
+    "qwen3_next-dense": "experts",
 }
 NOT_WRITTEN = ["ministral", *(name for name in ALL if name.startswith(tuple(REFUSED)))]
 WRITTEN = {name: row for name, row in ALL.items() if name not in SPECIAL} | GGUF_ROWS
-WRITTEN = {n: row for n, row in WRITTEN.items() if n != "ministral" and n not in NOT_WRITTEN}
+NO_ROWS = (*NOT_WRITTEN, "granitemoehybrid-attention")  # which llama.cpp names granite
+WRITTEN = {n: row for n, row in WRITTEN.items() if n not in NO_ROWS}
 WRITTEN = {n: row for n, row in WRITTEN.items() if not n.startswith(tuple(REFUSED))}
 
 
