@@ -43,9 +43,15 @@ compdef _nanollama nanollama
 FISH = """\
 function __nanollama
     set -l words (commandline -opc)
-    nanollama completion --words $words[2..-1] (commandline -ct) 2>/dev/null
+    set -l word (commandline -ct)
+    set -l found (nanollama completion --words $words[2..-1] "$word" 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path "$word"
+    end
 end
-complete -c nanollama -a '(__nanollama)'
+complete -c nanollama -f -a '(__nanollama)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 HOW = {

@@ -62,21 +62,50 @@ ASK = {
 }
 
 
-@pytest.mark.parametrize("shell", ASK)
-def test_a_shell_shows_the_candidates(shell: str, tmp_path: Path) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"{shell} is not installed")
+@pytest.fixture
+def program(tmp_path: Path) -> dict[str, str]:
+    """An environment with the command `nanollama`."""
     command = tmp_path / "nanollama"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{nanollama.__file__}" "$@"\n')
     command.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+@pytest.mark.parametrize("shell", ASK)
+def test_a_shell_shows_the_candidates(shell: str, program: dict[str, str], tmp_path: Path) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "notes.txt").write_text("")
     for words, expected in (
         ("nanollama comp", ["completion"]),
-        ("nanollama list --he", ["--help"]),
+        ("nanollama completion ", ["bash", "zsh", "fish"]),
+        ("nanollama --batch-file no", ["notes.txt"] if shell == "fish" else []),
     ):
         line = ASK[shell].format(words=words)
-        ran = subprocess.run([shell, "-c", line], env=env, capture_output=True, text=True)
-        assert ran.stdout.split() == expected, ran.stderr
+        ran = subprocess.run(
+            [shell, "-c", line], env=program, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert sorted(ran.stdout.split()) == sorted(expected), ran.stderr
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_at_its_prompt(tmp_path: Path, program: dict[str, str]) -> None:
+    pexpect = pytest.importorskip("pexpect")
+    start = 'autoload -U compinit; compinit -u; eval "$(nanollama completion zsh)"; echo ready'
+    (tmp_path / ".zshrc").write_text(f"PS1='zsh> '\n{start}\n")
+    (tmp_path / "notes.txt").write_text("")
+    env = {**program, "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
+    shell = pexpect.spawn("zsh", ["-i"], env=env, cwd=str(tmp_path), encoding="utf-8", timeout=60)
+    shell.expect_exact("ready")
+    for typed, expected in (
+        ("nanollama comp\tzsh\r", "#compdef nanollama"),
+        ("nanollama completion --he\t\r", "usage:"),
+        ("nanollama --prompt a --batch-file no\t\r", "notes.txt"),
+    ):
+        shell.expect_exact("zsh> ")
+        shell.send(typed)
+        shell.expect_exact(expected)
+    shell.close(force=True)
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
