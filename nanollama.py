@@ -4147,13 +4147,12 @@ def encode_chat(
 class ThoughtSplitter:
     """Splits a reasoning model's answer at its think tags: `push` text, get (is_thought, text).
 
-    A template may have opened the tag at the end of the prompt. Only an answer's beginning may be a
-    thought; a later tag is text. With `keep_tags`, tags are part of the thoughts."""
+    The prompt may end with an open tag. Only an answer's beginning may be a thought; a later tag is
+    text. With `keep_tags`, thoughts have their tags."""
 
     def __init__(self, prompt: str = "", keep_tags: bool = False) -> None:
-        tail = prompt.rstrip()
-        self.tags = next((tags for tags in THOUGHTS if tail.endswith(tags.open)), None)
-        self.done = False  # no thought may begin any more
+        self.tags = next((tags for tags in THOUGHTS if prompt.rstrip().endswith(tags.open)), None)
+        self.done = False  # no thought may begin
         self.keep_tags = keep_tags
         self._held = ""
 
@@ -4171,17 +4170,14 @@ class ThoughtSplitter:
             if self.tags:
                 before, opening, text = text.partition(self.tags.open)
                 yield True, (before + opening) * self.keep_tags
-            elif not final and any(
-                mark.startswith(start) for tags in THOUGHTS for mark in (tags.open, tags.answer)
-            ):
+            elif not final and any(m.startswith(start) for tags in THOUGHTS for m in tags[::2]):
                 self._held = text
                 return
             else:
                 self.done = True
-                heads = [t.answer for t in THOUGHTS if t.answer and start.startswith(t.answer)]
-                if heads:
-                    text = start.removeprefix(heads[0])
-                    yield True, heads[0] * self.keep_tags
+                for head in (t.answer for t in THOUGHTS if t.answer and start.startswith(t.answer)):
+                    text = start.removeprefix(head)
+                    yield True, head * self.keep_tags
         if not self.tags:
             yield False, text
             return
@@ -4198,7 +4194,7 @@ class ThoughtSplitter:
 
 class Piece(NamedTuple):
     """A part of an answer. kind: thought, content, name (of the function in a new call), arguments
-    (JSON, the next part, for the latest call)."""
+    (JSON, its next part)."""
 
     kind: str
     text: str
@@ -4910,7 +4906,7 @@ class GenerationRequest:
 
     @property
     def is_new_turn(self) -> bool:
-        """Whether the answer is a turn of a conversation, not the continuation of a text."""
+        """Whether the answer is a new turn."""
         return bool(self.messages and not self.template_kwargs.get("continue_final_message"))
 
 
@@ -4926,7 +4922,7 @@ class AnswerForm:
 class Prepared:
     """A request with its prompt as ids and as text, and the form of its answer.
 
-    `LLM.prepare` makes it once, in the caller's thread; `LLM.start` hands it to the engine."""
+    `LLM.prepare` makes it, in the caller's thread; `LLM.start` hands it to the engine."""
 
     request: GenerationRequest
     ids: list[int]
@@ -4934,9 +4930,10 @@ class Prepared:
     form: AnswerForm
 
     def splitter(self, keep_tags: bool = False) -> AnswerSplitter:
-        """A new splitter, for one answer."""
-        calls = self.form.calls
-        return AnswerSplitter(self.prompt_text, calls.splitter() if calls else None, keep_tags)
+        """A new splitter; a cut thought goes on."""
+        calls, last = self.form.calls, (self.request.messages or [{}])[-1]
+        before = self.prompt_text.removesuffix(str(last.get("reasoning_content") or "").strip())
+        return AnswerSplitter(before, calls.splitter() if calls else None, keep_tags)
 
 
 AnyRequest = GenerationRequest | Prepared
@@ -5041,7 +5038,7 @@ class TextSide:
         form, params = None, request.params
         if params.answer_field or calls:
             tags = self.template.thoughts if request.is_new_turn else None
-            tail = self.decode(ids[-16:])  # shows whether the prompt has opened a thought
+            tail = self.decode(ids[-16:])  # where a thought may begin
             form = self.grammars.constraint(params, tail, tags, calls)
         if params.thinking_budget is not None:
             extra("answers.budgets", "--thinking-budget")
@@ -5138,7 +5135,7 @@ class LLM(TextSide, Library):
         thoughts = None
         if request.messages is not None:
             if stop:
-                thoughts = ThoughtSplitter(prepared.prompt_text, keep_tags=True)
+                thoughts = prepared.splitter(keep_tags=True).thoughts
             tags = "".join(self.template.thoughts or ())
             control = self.tokenizer.control
             tags += "".join(t.open + t.close for t in THOUGHTS if t.open in control)
@@ -5789,6 +5786,7 @@ class ServerConfig:
         (), "--allowed-host NAME: name of this server in URLs; * for any; repeatable", kind=str
     )
     max_queue: int = option(64, "--max-queue N: sequences that wait; more get a 429", (0, math.inf))
+    page_servers: tuple[str, ...] = option((), "--page-server URL: a server for the page", kind=str)
     served_names: tuple[str, ...] = option(
         (), "--served-model-name --alias NAME: name of the model for clients", kind=str
     )
@@ -6862,12 +6860,12 @@ class AnswerPrinter:
     def message(self) -> Json:
         """The answer as a message of the conversation."""
         thoughts = self.text["thought"]
-        for tag in (tag for tags in THOUGHTS for tag in tags[:2]):
-            thoughts = thoughts.replace(tag, "")
+        for mark in sum((tags[:2] for tags in THOUGHTS), ()):
+            thoughts = thoughts.replace(mark, "")
         message: Json = {"role": "assistant", "content": self.text["content"]}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
             message["tool_calls"] = self.calls
-        return {**message, "reasoning_content": thoughts.strip()} if thoughts else message
+        return {**message, "reasoning_content": thoughts.strip("\n")} if thoughts else message
 
 
 def read_toolbox(args: argparse.Namespace) -> Any:

@@ -95,6 +95,15 @@ class ScriptedServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
+            def end_headers(self) -> None:  # for pages of other servers
+                self.send_header("Access-Control-Allow-Origin", "*")
+                self.send_header("Access-Control-Allow-Headers", "authorization, content-type")
+                super().end_headers()
+
+            def do_OPTIONS(self) -> None:
+                self.send_response(204)
+                self.end_headers()
+
             def do_GET(self) -> None:
                 outer.get(self)
 

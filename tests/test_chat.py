@@ -524,6 +524,24 @@ def test_a_final_message_is_continued_whatever_it_says(
         assert ids.count(tokenizer.control["<|im_end|>"]) == 2
 
 
+@pytest.mark.parametrize(
+    "thought",
+    ["", "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>{% endif %}"],
+)
+def test_a_message_that_ends_inside_its_thought_is_continued_there(
+    smol: tuple[Tokenizer, ChatTemplate], thought: str
+) -> None:
+    source = "{% for m in messages %}<{{ m.role }}>" + thought + "{{ m.content }}</s>{% endfor %}"
+    last = {"role": "assistant", "content": "", "reasoning_content": " The cat"}
+    kwargs = {"continue_final_message": True}
+    ids, text = nanollama.encode_chat(smol[0], chat_template(source), [USER, last], **kwargs)
+    assert text.endswith("<assistant><think>\nThe cat")
+    request = nanollama.GenerationRequest(messages=[USER, last], template_kwargs=kwargs)
+    splitter = nanollama.Prepared(request, ids, text, nanollama.AnswerForm()).splitter()
+    pieces = splitter.push(" sat.</think>Yes.")
+    assert pieces == [("thought", " sat."), ("content", "Yes.")]
+
+
 # ---- think tags ----------------------------------------------------------------------------------
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import safetensors.torch
 from command_line import share_kernels
 
 import nanollama
@@ -217,6 +220,67 @@ def test_a_conversation_is_saved_and_loaded(talk: Callable[..., Said], tmp_path:
         {"role": "assistant", "content": said.answers[0]},
     ]
     assert talk("other", "/load chat.json", "dog").answers[1] == said.answers[1]
+
+
+@pytest.mark.parametrize(
+    ("cut", "new", "whole"),
+    [
+        ({"content": "The c"}, {"content": "at."}, {"content": "The cat."}),
+        (
+            {"content": "", "reasoning_content": "The c"},
+            {"content": "Yes.", "reasoning_content": "at sat."},
+            {"content": "Yes.", "reasoning_content": "The cat sat."},
+        ),
+    ],
+)
+def test_a_cut_answer_goes_on_where_it_ended(
+    talk: Callable[..., Said],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: dict[str, str],
+    new: dict[str, str],
+    whole: dict[str, str],
+) -> None:
+    said = [{"role": "user", "content": "fox"}, {"role": "assistant", **cut}]
+    (tmp_path / "cut.json").write_text(json.dumps({"messages": said}))
+    requests: list[nanollama.GenerationRequest] = []
+
+    def answer(_: Any, llm: Any, request: Any, *rest: Any, **options: Any) -> list[Any]:
+        requests.append(request)
+        return [{"role": "assistant", **new}]
+
+    monkeypatch.setattr("nanollama_extras.commands.conversation.print_answers", answer)
+    talk("/load cut.json", "/continue", "/save whole.json")
+    assert requests[0].messages == said
+    saved = json.loads((tmp_path / "whole.json").read_text(encoding="utf-8"))["messages"]
+    assert saved[-1] == {"role": "assistant", **whole}
+
+
+def test_another_model_takes_the_memory_of_the_old_one(
+    talk: Callable[..., Said], tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []  # weak references to the decoders
+    alive: list[int] = []  # of these, while another one is loaded
+    load = nanollama.Settings.load
+
+    def counted(settings: Any, *args: Any, **options: Any) -> Any:
+        alive.append(sum(each() is not None for each in loaded))
+        llm = load(settings, *args, **options)
+        loaded.append(weakref.ref(llm.engine.decoder))
+        return llm
+
+    monkeypatch.setattr(nanollama.Settings, "load", counted)
+    other = tiny("Qwen3", head_dim=32)
+    broken = tiny("Qwen3", head_dim=16).parent / "broken"
+    shutil.copytree(other, broken)
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    del weights["model.norm.weight"]
+    safetensors.torch.save_file(weights, broken / "model.safetensors")
+    said = talk("fox", f"/model {other}", f"/model {broken}", "/model absent/x.gguf", "/model", "a")
+    assert alive == [0, 0, 0, 0]  # the second one again, behind the broken one
+    assert said.notes.count(f"model: {other}\n") == 2
+    assert "model.norm.weight" in said.notes
+    assert len(said.answers) == 2
 
 
 def test_ctrl_c_while_the_prompt_is_prepared_keeps_the_turn(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nanollama import TemplateError, extra, is_about_calls, message_text, warn_once
+from nanollama import THOUGHTS, TemplateError, extra, is_about_calls, message_text, warn_once
 
 Messages = list[dict[str, Any]]
 Shape = tuple[Messages, str]  # with a notice for the log, "" for none
@@ -28,6 +28,7 @@ KEPT = "\ufdd4"  # a noncharacter that shows which messages the template writes
 # A noncharacter, which Unicode reserves for a program's own use; the space shows whether a template
 # strips the content of messages
 CUT_HERE = "\ufdd2 "
+THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning")  # of a message's thoughts
 
 
 def draw_any(
@@ -37,12 +38,42 @@ def draw_any(
     tools: list[dict[str, Any]] | None,
     continues: bool,
 ) -> str:
-    """The prompt of the first form of messages and tools that the template takes; if the final
-    message `continues`, up to its end. Raises TemplateError, that of the first form, where the
-    template takes none."""
-    if continues:
-        last = messages[-1]
-        messages = [*messages[:-1], {**last, "content": with_text(last, CUT_HERE)}]
+    """The prompt of messages and tools; if the final message `continues`, up to its end. Raises
+    TemplateError where the template takes no form of them."""
+    if not continues:
+        return draw_shapes(source, draw, messages, tools, lambda text: text)
+    errors: list[TemplateError] = []
+    for last in cut_endings(messages[-1], source):
+        try:
+            return draw_shapes(source, draw, [*messages[:-1], last], tools, up_to_cut)
+        except TemplateError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def cut_endings(last: dict[str, Any], source: str | None) -> Iterator[dict[str, Any]]:
+    """A message to continue, marked where that begins: at the end of its text, or of its thoughts
+    if it has no text. These are in the content for templates that do not write thoughts."""
+    text, thought = message_text(last), str(last.get("reasoning_content", "")).strip()
+    if text or not thought:
+        yield {**last, "content": with_text(last, CUT_HERE)}
+        return
+    thoughts = dict.fromkeys(THOUGHT_NAMES, thought + CUT_HERE)
+    yield {**last, **thoughts, "content": ""}
+    tags = next((tags for tags in THOUGHTS if tags.close in (source or "")), THOUGHTS[0])
+    rest = {name: value for name, value in last.items() if name not in THOUGHT_NAMES}
+    yield {**rest, "content": f"{tags.open}\n{thought}{CUT_HERE}"}
+
+
+def draw_shapes(
+    source: str | None,
+    draw: Draw,
+    messages: Messages,
+    tools: list[dict[str, Any]] | None,
+    end: Callable[[str], str],
+) -> str:
+    """What `end` makes of the prompt of the first form that the template takes. Raises
+    TemplateError, that of the first form, where the template takes none."""
     errors: list[TemplateError] = []
     whole: list[str] = []  # prompts that lack no more than a system message
     lists: list[Any] = [None, []]  # some templates iterate over no tools
@@ -53,7 +84,7 @@ def draw_any(
             fitted = [fit_content(source, draw, message) for message in shape]
             text = draw(fitted, listed)
             check_nulls(text, draw, fitted, listed)
-            whole.append(up_to_cut(text) if continues else text)
+            whole.append(end(text))
             check_systems(draw, fitted, listed)
         except TemplateError as error:
             errors.append(error)

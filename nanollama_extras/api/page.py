@@ -27,6 +27,7 @@ from nanollama import (
     Reply,
     Route,
     SamplingParams,
+    UsageError,
     parse_messages,
     read_fields,
     refuse,
@@ -36,7 +37,7 @@ from nanollama import (
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from nanollama import Delta, Json
+    from nanollama import Delta, Json, Models, Observer, ServerConfig
 
 WEB = Path(__file__).with_name("web")
 WEB_SSE = dataclasses.replace(SSE, last=sse({"done": True}))
@@ -62,10 +63,18 @@ PAGE = read_page()
 MATH = (WEB / "vendored/temml.js").read_text(encoding="utf-8")
 
 
-@lru_cache(maxsize=1)
-def page_headers() -> dict[str, str]:
+def page_server(url: str) -> str:
+    """The address of a server that the page may use, without /v1. Raises UsageError."""
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d+)?(/[\w./~-]*)?", url, re.ASCII):
+        raise UsageError(f"--page-server {url}: give an address, as in http://localhost:8080")
+    return re.sub(r"/(v1/?)?$", "", url)
+
+
+@lru_cache(maxsize=4)
+def page_headers(servers: tuple[str, ...] = ()) -> dict[str, str]:
     """Headers that let the browser run the page's own scripts and style, known by their hashes, and
-    what these scripts load, and nothing else."""
+    what these scripts load, and nothing else; and let these reach `servers` beside their own."""
+    origins = ["'self'", *dict.fromkeys("/".join(url.split("/")[:3]) for url in servers)]
 
     def hashes(tag: str) -> str:
         texts = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", PAGE, re.DOTALL)
@@ -75,7 +84,7 @@ def page_headers() -> dict[str, str]:
     return {
         "content-security-policy": (
             f"default-src 'none'; script-src {hashes('script')} 'strict-dynamic'; style-src "
-            f"{hashes('style')}; connect-src 'self'; img-src data:; base-uri 'none'; "
+            f"{hashes('style')}; connect-src {' '.join(origins)}; img-src data:; base-uri 'none'; "
             "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
             "trusted-types temml"
         ),
@@ -90,9 +99,11 @@ def compressed(text: str) -> bytes:
     return gzip.compress(text.encode())
 
 
-def text_response(request: Request, text: str, media_type: str) -> Response:
+def text_response(
+    request: Request, text: str, media_type: str, servers: tuple[str, ...] = ()
+) -> Response:
     """A response with a text, compressed for a client that takes that."""
-    headers = {**page_headers(), "vary": "accept-encoding"}
+    headers = {**page_headers(servers), "vary": "accept-encoding"}
     if "gzip" not in request.headers.get("accept-encoding", ""):
         return Response(text, headers=headers, media_type=media_type)
     headers["content-encoding"] = "gzip"
@@ -125,12 +136,18 @@ class PageReply(Reply):
 class API(Handlers):
     """The page and its own route."""
 
+    def __init__(self, models: Models, config: ServerConfig, observer: Observer) -> None:
+        super().__init__(models, config, observer)
+        self.servers = tuple(map(page_server, config.page_servers))
+
     async def page(self, request: Request) -> Response:
         """GET /: the chat"""
         if request.url.query == "temml":
             return text_response(request, MATH, "text/javascript")
         mark = " data-tools" if self.config.mcp else ""  # the page then asks for the tools
-        return text_response(request, PAGE.replace("<html", f"<html{mark}", 1), "text/html")
+        mark += f' data-servers="{" ".join(self.servers)}"' if self.servers else ""
+        page = PAGE.replace("<html", f"<html{mark}", 1)
+        return text_response(request, page, "text/html", self.servers)
 
     async def chat_stream(self, request: Request) -> Response:
         """POST /chat/completions: {token, gpu} events, then {done}. Sampling values out of range

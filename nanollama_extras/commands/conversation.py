@@ -11,6 +11,7 @@ Remove     delete this file; the core's /help, /clear and /quit remain.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from nanollama import (
     GenerationRequest,
     Json,
+    ModelStore,
+    NanollamaError,
     Repl,
     RequestError,
     SamplingParams,
@@ -28,10 +31,12 @@ from nanollama import (
     extra,
     local_path,
     log,
+    open_checkpoint,
     preferred,
     print_answers,
     print_speed,
     read_json,
+    return_unused_memory,
     set_parameter,
     split_word,
     use_model,
@@ -162,27 +167,19 @@ class Conversation(Repl):
         last = self.messages[-1] if self.messages else {}
         if last.get("role") != "assistant" or "tool_calls" in last:
             raise UsageError("there is no answer to continue")
-        text, thought = last["content"], last.get("reasoning_content", "")
-        opened = "".join((self.llm.template.thoughts or ("",))[:1])
-        cut = text if text or not thought else f"{opened}\n{thought}"
-        self.go_on([*self.messages[:-1], {"role": "assistant", "content": cut}])
-        new = self.messages[-1]
-        new["content"] = text + new["content"]
-        if thought:
-            new["reasoning_content"] = (thought + " " + new.get("reasoning_content", "")).strip()
-
-    def go_on(self, messages: list[Json]) -> None:
-        """Print what follows the last of the messages, and keep it in its place."""
         llm, params = self.llm, SamplingParams(**self.values)
         request = GenerationRequest(
-            messages=messages,
+            messages=self.messages,
             params=params,
             template_kwargs={"continue_final_message": True, "add_generation_prompt": False},
         )
         before = dataclasses.replace(llm.engine.stats)
         with terminal.silent_keys():
-            new = print_answers(self.settings, llm, request, None, catch=True)
-        self.messages = [*messages[:-1], *new]
+            (new,) = print_answers(self.settings, llm, request, None, catch=True)
+        for name in ("reasoning_content", "content"):
+            if name in last:
+                new[name] = last[name] + new.get(name, "")
+        self.messages = [*self.messages[:-1], new]
         print_speed(self.settings, llm.engine.stats.since(before))
 
     def do_edit(self, argument: str) -> None:
@@ -197,13 +194,36 @@ class Conversation(Repl):
         """/model NAME: go on with another model; without a name, print the present one."""
         if argument:
             settings = use_model(self.settings, argument)
-            llm = settings.load()
+            open_checkpoint(ModelStore().resolve(settings.model, settings.args.revision))
             old = dataclasses.asdict(self.settings.params(self.llm.sampling))
             changed = {n: v for n, v in self.values.items() if v != old[n]}
-            xray = extra("commands.xray", "/explain") if self.values["logprobs"] else None
-            self.settings, self.llm = settings, xray.Watched(llm) if xray else llm
-            self.values = dataclasses.asdict(settings.params(llm.sampling)) | changed
+            self.exchange(settings)
+            self.values = dataclasses.asdict(settings.params(self.llm.sampling)) | changed
         log.warning(f"model: {self.settings.model}")
+
+    def opened(self, settings: Settings) -> Any:
+        """A model, whose tokens are watched if /explain asks for that."""
+        llm = settings.load()
+        explains = self.values["logprobs"]
+        return extra("commands.xray", "/explain").Watched(llm) if explains else llm
+
+    def exchange(self, settings: Settings) -> None:
+        """Load another model into the memory of the present one, which is loaded again if that
+        fails. Raises NanollamaError, and EOFError if neither can be loaded."""
+        del self.llm
+        gc.collect()
+        return_unused_memory()
+        try:
+            self.llm = self.opened(settings)
+        except (NanollamaError, KeyboardInterrupt) as error:
+            error.__traceback__ = None  # whose frames hold what was loaded
+            try:
+                self.llm = self.opened(self.settings)
+            except (NanollamaError, KeyboardInterrupt):
+                log.error(f"error: {error}; {self.settings.model} cannot be loaded again")
+                raise EOFError from None
+            raise
+        self.settings = settings
 
     def do_explain(self, _: str) -> None:
         """/explain: begin, or end, to shade tokens by their probability."""

@@ -76,7 +76,8 @@ class Screen(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        flags = [f for f in action.option_strings if f != NANOCHAT_SHORT or shows_nanochat()]
+        hidden = NANOCHAT_SHORT if action.dest == "dtype" and not shows_nanochat() else ""
+        flags = [flag for flag in action.option_strings if flag != hidden]
         text = ", ".join(sorted(flags, key=len))
         if action.nargs != 0:
             text += f" {self._format_args(action, self._get_default_metavar_for_optional(action))}"

@@ -83,7 +83,8 @@ def record(settings: Settings, llm: LLM, request: GenerationRequest, new: list[J
         messages = [*map(noted, request.messages), *new]  # images are not kept
         if not request.is_new_turn:  # the answer goes on with the last message
             last, rest = request.messages[-1], new[0]
-            messages[-2:] = [{**rest, "content": last["content"] + rest["content"]}]
+            names = [name for name in ("content", "reasoning_content") if name in last]
+            messages[-2:] = [{**rest, **{n: last[n] + rest.get(n, "") for n in names}}]
     row = (
         args.conversation,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),

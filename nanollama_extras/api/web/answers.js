@@ -64,6 +64,10 @@ async function answer(chat, parent = endOf(chat), message = null) {  // or goes 
   const request = requestOf(values, path(chat, end));
   if (isMore) {
     Object.assign(request, {continue_final_message: true, add_generation_prompt: false});
+    if (!message.content) {  // it was cut inside its thought
+      const {reasoning: reasoning_content} = message;
+      request.messages.push({role: 'assistant', content: '', reasoning_content});
+    }
     Object.assign(message, {finish: undefined, error: undefined});
     message.reasoning ??= '';
     if (!settings.xray) delete message.tokens;

@@ -67,7 +67,7 @@ function reply(chat, message, node, text, actions) {
     const plain = settings.xray && !live && message.content && !message.tokens && 'made without probabilities';
     note.textContent = [models.length > 1 && message.model, message.note, ending, plain].filter(Boolean)
       .join(' · ');
-    more.hidden = live || !message.content || message.calls
+    more.hidden = live || !(message.content || message.reasoning) || message.calls
       || ['stop', 'tool_calls'].includes(message.finish);
     drawVersions(chat, message, arrows);
     return [...text.childNodes].slice(said, live ? writing.done : undefined);

@@ -173,8 +173,10 @@ for (const one of document.querySelectorAll('dialog')) {
 }
 $('shelf').onclose = () => drawModels();
 $('pick').onchange = ({target}) => useModel(target.value);
-fields.key.value = key;
-fields.remember.checked = load('key');
+showKey();
+$('servers').hidden = !servers.length;
+fields.server.append(...servers.map((url) => el('option', {}, url)));
+fields.server.value = server;
 fields.theme.value = document.documentElement.dataset.theme = settings.theme ?? '';
 
 onbeforeunload = onpagehide = () => { runs.forEach(({chat}) => { stop(chat); write(chat); }); };

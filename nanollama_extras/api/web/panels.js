@@ -35,7 +35,8 @@ function drawModels() {
   const {activeElement} = document, focused = modelList.contains(activeElement) && activeElement.name;
   if (download?.box?.isConnected && !download.error) return void downloadBox(download);
   const typed = modelList.querySelector('[name=reference]')?.value ?? '';
-  modelList.replaceChildren(el('ul', {}, ...models.map(modelRow)), ...downloads(isFirst, typed));
+  modelList.replaceChildren(el('ul', {}, ...models.map(modelRow)),
+    ...server ? [] : downloads(isFirst, typed));
   if (focused) [...modelList.querySelectorAll('[name]')].find(({name}) => name === focused)?.focus();
 }
 function modelRow({id, state, meta}) {
@@ -124,8 +125,14 @@ form.oninput = ({target: {name, value, validity, checked, type}}) => {
     change('system', fields.system.value);
   } else if (name === 'key' || name === 'remember') {
     if (fields.key.validity.valid) key = fields.key.value;
-    save('key', key, 'sessionStorage');
-    save('key', fields.remember.checked && key);
+    save(keyName, key, 'sessionStorage');
+    save(keyName, fields.remember.checked && key);
+  } else if (name === 'server') {
+    settings.server = value;
+    save('settings', settings);
+    useServer(value);
+    showKey();
+    connect();
   } else if (name === 'theme') {
     document.documentElement.dataset.theme = settings.theme = value;
     save('settings', settings);
@@ -153,6 +160,10 @@ $('for-new').onclick = () => {
 };
 form.onsubmit = (event) => { event.preventDefault(); dialog.close(); };
 fields.key.onchange = connect;
+function showKey() {
+  fields.key.value = key;
+  fields.remember.checked = load(keyName);
+}
 function askKey(why = '') {
   $('refused').textContent = why;
   openSettings();

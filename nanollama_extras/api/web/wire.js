@@ -2,7 +2,15 @@
 // The server: requests, its models, downloads, and what its errors mean.
 // Only v1/models and v1/chat/completions are needed; a server without the rest offers less.
 const settings = {...Object(load('settings'))};  // of this browser, and the start of new chats
-let key = load('key', 'sessionStorage') ?? load('key') ?? '';
+// Servers that --page-server allows beside this page's own, which is ''; each has a key of its own
+const servers = document.documentElement.dataset.servers?.split(' ') ?? [];
+let server, keyName, key;
+function useServer(url) {
+  server = servers.includes(url) ? url : '';
+  keyName = server ? `key ${server}` : 'key';
+  key = load(keyName, 'sessionStorage') ?? load(keyName) ?? '';
+}
+useServer(settings.server);
 const NO_MODEL = 'no model here yet';
 let models = [], model = null, trouble = 'Connecting…', reconnect, since = 0;
 
@@ -12,7 +20,7 @@ function lost(error) {
 }
 async function call(path, options) {
   const headers = {'Content-Type': 'application/json', ...key && {Authorization: `Bearer ${key}`}};
-  const response = await fetch(path, {headers, ...options}).catch(lost);
+  const response = await fetch(server ? `${server}/${path}` : path, {headers, ...options}).catch(lost);
   if (response.ok) return response;
   let message = (await response.text().catch(lost)).slice(0, 9999) || response.statusText;
   const wait = response.headers.get('retry-after');
@@ -69,7 +77,7 @@ async function connect() {
   try {
     models = (await (await call('v1/models')).json()).data;
     model = models.find(({id}) => id === settings.model) ?? models[0] ?? null;
-    if ('tools' in document.documentElement.dataset) lent = askForTools();
+    lent = 'tools' in document.documentElement.dataset && !server ? askForTools() : Promise.resolve({});
     const isLoading = model?.state === 'loading';
     noteLoading(isLoading);
     trouble = !model ? NO_MODEL : isLoading ? loadingText() : '';

@@ -130,6 +130,61 @@ def test_a_cut_answer_goes_on(page: Any, page_server: ScriptedServer) -> None:
     expect(texts(page)).to_have_text(["Tell me", "The first half and the second."])
 
 
+def test_an_answer_that_was_cut_inside_its_thought_goes_on(
+    page: Any, page_server: ScriptedServer
+) -> None:
+    def cut(answer: Answer) -> None:
+        answer.think("The cat")
+        answer.finish("length")
+
+    def rest(answer: Answer) -> None:
+        answer.think(" sat.")
+        answer.say("Yes.")
+        answer.finish()
+
+    page_server.script = cut
+    send(page, "Did it sit?")
+    more = page.get_by_role("button", name="Continue")
+    expect(more).to_be_visible()
+    page_server.script = rest
+    more.click()
+    expect(last(page)).to_have_text("Yes.")
+    expect(page.locator(".thoughts .md")).to_have_text("The cat sat.")
+    final = {"role": "assistant", "content": "", "reasoning_content": "The cat"}
+    assert page_server.requests[1]["messages"][-1] == final
+
+
+# ---- other servers ------------------------------------------------------------------------------
+
+
+def test_the_page_uses_another_server_with_a_key_of_its_own(
+    context: Any, page_server: ScriptedServer, tiny: Callable[..., Path]
+) -> None:
+    page = context.new_page()
+    page_server.script, page_server.key = says("From afar."), "other-key"
+    with serving(lambda: nanollama.LLM(tiny()), page_servers=(f"{page_server.url}/v1",)) as live:
+        page.goto(live.url)
+        expect(page.locator("#model")).to_have_text("model")
+        page.locator("#configure").click()
+        page.locator("[name=server]").select_option(page_server.url)
+        expect(page.locator("#refused")).to_have_text("Incorrect API key provided.")
+        page.get_by_label("API key").fill("other-key")
+        page.keyboard.press("Escape")
+        expect(page.locator("#model")).to_have_text("scripted")
+        ask(page, "Who?", "From afar.")
+        page.reload()
+        expect(page.locator("#model")).to_have_text("scripted")
+        page.locator("#configure").click()
+        page.locator("[name=server]").select_option("")
+        expect(page.get_by_label("API key")).to_have_value("")
+        expect(page.locator("#model")).to_have_text("model")
+
+
+def test_without_other_servers_the_page_has_no_choice(page: Any) -> None:
+    page.locator("#configure").click()
+    expect(page.locator("[name=server]")).to_be_hidden()
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 

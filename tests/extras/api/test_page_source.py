@@ -14,7 +14,8 @@ import npm
 import pytest
 from starlette.requests import Request
 
-from nanollama_extras.api.page import MATH, PAGE, WEB, page_headers, text_response
+import nanollama
+from nanollama_extras.api.page import MATH, PAGE, WEB, page_headers, page_server, text_response
 
 VENDORED = WEB / "vendored"
 
@@ -80,3 +81,30 @@ def test_the_libraries_are_the_published_ones() -> None:
         assert (VENDORED / file).read_text(encoding="utf-8") == found
         licence = (folder / name / "LICENSE").read_text(encoding="utf-8")
         assert (VENDORED / f"{Path(file).stem}.LICENSE").read_text(encoding="utf-8") == licence
+
+
+def test_the_page_may_reach_the_servers_that_an_option_names_and_no_others() -> None:
+    servers = ("https://a.example", "http://[::1]:8080/llm", "http://[::1]:8080/two")
+    policy = page_headers(servers)["content-security-policy"]
+    assert "connect-src 'self' https://a.example http://[::1]:8080; " in policy
+    assert "connect-src 'self'; " in page_headers()["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://localhost:8080/v1/", "http://localhost:8080"),
+        ("https://a.example/llm/v1", "https://a.example/llm"),
+        ("localhost:8080", None),
+        ("http://a.example; script-src *", None),
+        ('http://a.example/"><script>', None),
+        ("ftp://a.example", None),
+    ],
+)
+def test_an_address_of_a_server_for_the_page(url: str, address: str | None) -> None:
+    if address:
+        assert page_server(url) == address
+        return
+    with pytest.raises(nanollama.UsageError, match="--page-server"):
+        page_server(url)

@@ -29,6 +29,12 @@ def bench(capsys: pytest.CaptureFixture[str], *flags: Any) -> str:
     return capsys.readouterr().out
 
 
+def test_the_help_has_the_short_flag_of_the_depth(cli: Callable[..., Any]) -> None:
+    text = cli("bench", "--help").out
+    assert "-d, --depth N,.." in text
+    assert "-d, --dtype" not in text
+
+
 def test_the_table_has_a_row_for_each_combination(
     tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
