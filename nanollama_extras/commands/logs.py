@@ -84,7 +84,8 @@ def record(settings: Settings, llm: LLM, request: GenerationRequest, new: list[J
         if not request.is_new_turn:  # the answer goes on with the last message
             last, rest = request.messages[-1], new[0]
             names = [name for name in ("content", "reasoning_content") if name in last]
-            messages[-2:] = [{**rest, **{n: last[n] + rest.get(n, "") for n in names}}]
+            whole = {name: last[name] + rest.get(name, "") for name in names}
+            messages[-2:] = [{**rest, **whole}]
     row = (
         args.conversation,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),

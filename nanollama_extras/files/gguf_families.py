@@ -408,7 +408,7 @@ WITHOUT_ARCH = tuple(
 
 def apertus_tensors(tensors: Tensors, config: ModelConfig, _: InOrder) -> Own:
     """None: the numbers are metadata."""
-    for name, _ in places(tensors, r"(\d+)\.mlp\.act_fn\.\w+"):
+    for name, _layer in places(tensors, r"(\d+)\.mlp\.act_fn\.\w+"):
         del tensors[name]
     return {}
 

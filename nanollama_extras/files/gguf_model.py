@@ -173,7 +173,7 @@ def named_stacks(checkpoint: Checkpoint, family: Family, arch: str) -> list[Stac
     matrices fused that the architecture has fused. Raises CheckpointError for other tensors."""
     config, tensors = checkpoint.config, dict(checkpoint.tensors)
     known, own_family = arch_tensors(arch), gguf_families.FAMILIES.get(config.model_type)
-    names = own_names(config, known) | (own_family.names if own_family else {})
+    names = {**own_names(config, known), **(own_family.names if own_family else {})}
     for name in prediction_tensors(tensors, config.n_layers):
         del tensors[name]
     if config.tie_embeddings and "lm_head.weight" in tensors:
