@@ -85,7 +85,7 @@ def record(settings: Settings, llm: LLM, request: GenerationRequest, new: list[J
             last, rest = request.messages[-1], new[0]
             names = [name for name in ("content", "reasoning_content") if name in last]
             whole = {name: last[name] + rest.get(name, "") for name in names}
-            messages[-2:] = [{**rest, **whole}]
+            messages[-2:] = [rest | whole]
     row = (
         args.conversation,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
