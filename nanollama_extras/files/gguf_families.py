@@ -11,6 +11,7 @@ Source     https://github.com/ggml-org/llama.cpp (conversion)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -214,9 +215,9 @@ def mamba2_tensors(tensors: Tensors, config: ModelConfig, _: InOrder) -> Own:
         if f"{part}{suffix}" == "conv1d.weight":
             tensor = turned(tensor)
         elif part in ("A", "D", "norm"):
-            shape = (groups if part == "norm" else tensor.shape[0], -1)
-            sizes = (shape[0], tensor.shape[0] // shape[0])
-            tensor = remade(tensor, lambda x, sizes=sizes: x.view(sizes), sizes)  # type: ignore[misc]
+            num = groups if part == "norm" else tensor.shape[0]
+            sizes = (num, tensor.shape[0] // num)
+            tensor = remade(tensor, functools.partial(torch.reshape, shape=sizes), sizes)
         found[f"blk.{layer}.{MAMBA2_NAMES[part]}{suffix}"] = one(name, tensor)
     return found
 
