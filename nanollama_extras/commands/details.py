@@ -8,9 +8,10 @@ Remove     delete this file together with api/shelf.py; `show` then leaves these
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanollama import (
@@ -21,6 +22,7 @@ from nanollama import (
     library,
     pick_backend,
     pick_device,
+    preferred,
 )
 
 if TYPE_CHECKING:
@@ -52,12 +54,36 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend,
     return backend, backend.kv_dtype(engine.kv_dtype, is_packed)
 
 
+class Memory:
+    """What a checkpoint's tensors take in memory: on the CPU as the kernels lay them out."""
+
+    def __init__(self, checkpoint: Checkpoint, engine: EngineConfig, backend: Backend) -> None:
+        self.checkpoint, self.engine, self.backend = checkpoint, engine, backend
+        new_sizes = preferred("models.sketch", "weights_of", None)
+        is_cpu = backend.device.type == "cpu"
+        self.sizes = new_sizes(checkpoint, engine) if new_sizes and is_cpu else None
+
+    def num_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors."""
+        if self.sizes is not None:
+            return sum(map(self.sizes.tensor_bytes, names))
+        tensors = {name: self.checkpoint.tensors[name] for name in names}
+        part = dataclasses.replace(self.checkpoint, tensors=tensors)
+        return weight_bytes(part, self.engine, self.backend)
+
+    def bits(self, name: str) -> float:
+        """Bits of a weight of this tensor."""
+        if self.sizes is not None:
+            return float(self.sizes.tensor_bits(name))
+        return 8 * self.num_bytes([name]) / max(1, math.prod(self.checkpoint.tensors[name].shape))
+
+
 def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
     """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
     engine, config = settings.engine(), checkpoint.config
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
     backend, kv_dtype = chosen_kernels(checkpoint, settings)
-    num_weights = weight_bytes(checkpoint, engine, backend)
+    num_weights = Memory(checkpoint, engine, backend).num_bytes(checkpoint.tensors)
     return num_weights, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
 
 

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import glob
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -25,7 +24,6 @@ from huggingface_hub import constants
 
 import nanollama
 from nanollama import (
-    Backend,
     Checkpoint,
     CheckpointError,
     EngineConfig,
@@ -39,7 +37,7 @@ from nanollama import (
     parse_hub_ref,
     read_json,
 )
-from nanollama_extras.commands.details import chosen_kernels, weight_bytes
+from nanollama_extras.commands.details import Memory, chosen_kernels
 
 MOST_HEADER_BYTES = 100 << 20  # of a safetensors file, as in its own library
 Tensors = dict[str, TensorSource]
@@ -65,38 +63,30 @@ def look(path: Path | None, settings: Settings) -> tuple[Checkpoint, list[str]] 
 def type_lines(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     """The lines of `show` about types, that with most bytes first."""
     engine, (backend, _) = settings.engine(), chosen_kernels(checkpoint, settings)
-    memory = functools.partial(memory_of, checkpoint, engine, backend)
+    memory = Memory(checkpoint, engine, backend)
     rows: dict[tuple[str, str], Tensors] = {}
     for name, tensor in checkpoint.tensors.items():
-        key = tensor.kind.partition(",")[0], form(tensor, memory({name: tensor}), engine)
+        key = tensor.kind.partition(",")[0], form(tensor, memory.bits(name), engine)
         rows.setdefault(key, {})[name] = tensor
     width = max((len(kind) for kind, _ in rows), default=0)
     lines = {}
     for (kind, words), found in rows.items():
         num_bytes = sum(tensor.nbytes for tensor in found.values())
-        sizes = human_bytes(num_bytes), human_bytes(memory(found))
+        sizes = human_bytes(num_bytes), human_bytes(memory.num_bytes(found))
         line = f"  {kind:<{width}}  {len(found):>5} tensors  {sizes[0]:>9} in the file"
         lines[f"{line}  {sizes[1]:>9} in memory: {words}"] = num_bytes
     return ["types", *sorted(lines, key=lambda line: -lines[line])]
 
 
-def form(tensor: TensorSource, num_bytes: int, engine: EngineConfig) -> str:
-    """What becomes of a tensor that takes `num_bytes` in memory, in words."""
+def form(tensor: TensorSource, bits: float, engine: EngineConfig) -> str:
+    """What becomes of a tensor whose weights take so many bits in memory, in words."""
     if tensor.stays:
         return "rows are read from the file"
-    bits = 8 * num_bytes / max(1, math.prod(tensor.shape))
     if tensor.is_packed:
         return f"packed, {bits:.3g} bits a weight"
     if engine.quantize:
         return f"matrices rounded to {engine.quantize}"
     return "float32" if bits > 16 else "16-bit floats"
-
-
-def memory_of(
-    checkpoint: Checkpoint, engine: EngineConfig, backend: Backend, tensors: Tensors
-) -> int:
-    """Bytes of some of a checkpoint's tensors in memory."""
-    return weight_bytes(dataclasses.replace(checkpoint, tensors=tensors), engine, backend)
 
 
 # ---- incomplete models ---------------------------------------------------------------------------

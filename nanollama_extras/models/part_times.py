@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanollama import Batch, extra
+from nanollama import Attention, Batch, extra
 from nanollama_extras.models.dissection import kernel_lines, word_of
 from nanollama_extras.models.tracing import derived
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from nanollama import LLM, Decoder, Json
 
 BETWEEN = "rest of the layers"  # norms and sums that are not in a block
-ATTEND = "over keys and values"
 
 
 class Marks:
@@ -56,9 +55,15 @@ class Marks:
                 yield part, start, end
 
 
+def matrices_of(block: Any) -> str:
+    """The name of the work of a block; of a mixer, without its keys and values, or its state."""
+    is_mixer = isinstance(block, Attention) or hasattr(block, "num_floats")
+    return f"{word_of(block)}, its matrices" if is_mixer else word_of(block)
+
+
 def marked_block(block: Any, marks: Marks) -> Any:
     """A block that marks the end of what was before it, and its own."""
-    kind, name = type(block), word_of(block)
+    kind, name = type(block), matrices_of(block)
 
     def call(self: Any, *args: Any, **rest: Any) -> Any:
         marks.begin()
@@ -74,13 +79,13 @@ def marked_cache(cache: Any, marks: Marks) -> Any:
     kind = type(cache)
 
     def attend(self: Any, attn: Any, *args: Any) -> Any:
-        marks.end(word_of(attn))
+        marks.end(matrices_of(attn))
         result = kind.attend(self, attn, *args)
-        marks.end(f"{word_of(attn)}, {ATTEND}")
+        marks.end(f"{word_of(attn)}, over keys and values")
         return result
 
     def run(self: Any, mixer: Any, *args: Any) -> Any:
-        marks.end(word_of(mixer))
+        marks.end(matrices_of(mixer))
         result = kind.run(self, mixer, *args)
         marks.end(f"{word_of(mixer)}, its state")
         return result

@@ -1,10 +1,12 @@
 """A decoder made of shapes: its modules are the real ones, its weights are not read.
 
 Adds       `sketch`: the decoder of a checkpoint, of which only config and headers are there, with
-           each tensor's form and bytes as the backend would hold it.
-Seam       `Weights` of nanollama.py, by inheritance: a decoder asks it for its tensors.
+           each tensor's form and bytes as the backend would hold it. `weights_of`: the bytes alone.
+Seam       `Weights` of nanollama.py, by inheritance: a decoder asks it for its tensors;
+           commands.details asks `weights_of`.
 Imports    files.gguf_types, for the layouts of GGUF's rarer types.
-Remove     delete this file with commands/anatomy.py, whose `explain` needs it.
+Remove     delete this file with commands/anatomy.py, whose `explain` needs it; `show` then counts
+           the bytes of packed weights as they are in the file.
 
 A matrix's bytes are those of the matrix that the backend makes of a few rows of zeros, extended to
 all rows. A tensor is one zero with the strides of many, so that nothing grows with the model.
@@ -141,6 +143,24 @@ class SketchWeights(Weights):
             return size(num_rows)
         return size(low) + (size(low + SAMPLE_ROWS) - size(low)) * (num_rows - low) // SAMPLE_ROWS
 
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of a tensor in memory, as far as they do not depend on the decoder."""
+        tensor = self.tensors[name]
+        if tensor.stays:
+            return 0
+        if len(tensor.shape) == 2:
+            return self.matrix_bytes(name, (tensor.shape[0], tensor.shape[1]), False)
+        return math.prod(tensor.shape) * self.backend.float_bytes(tensor.kind)
+
+    def tensor_bits(self, name: str) -> float:
+        """Bits of a weight of a tensor in memory, without rows that only fill up a block."""
+        shape = self.tensors[name].shape
+        if len(shape) != 2:
+            return 8.0 * self.backend.float_bytes(self.tensors[name].kind)
+        num_rows = 2 * SAMPLE_ROWS
+        size = self.matrix_bytes(name, (num_rows, shape[1]), False)
+        return 8 * size / (num_rows * max(1, shape[1]))
+
     def sample(self, name: str, num_rows: int, is_table: bool = False) -> Any:
         """A matrix of the backend's with some rows, all 0, of the tensor `name`."""
         self.num_sample = num_rows
@@ -181,14 +201,18 @@ def block_type(name: str) -> BlockType | None:
     return next((kind for kind in kinds if kind.name == name), None)
 
 
-def sketch(checkpoint: Checkpoint, engine: EngineConfig) -> tuple[Decoder, SketchWeights]:
-    """The decoder of a checkpoint, and the tensors that it asked for. Its tables of positions are
-    real, its weights cannot run. Raises CheckpointError, as loading the model would."""
+def weights_of(checkpoint: Checkpoint, engine: EngineConfig) -> SketchWeights:
+    """A checkpoint's tensors as the backend of these settings would hold them."""
     bits = {"q8": 8, "q4": 4}.get(engine.quantize or "")
     kind = getattr(torch, engine.dtype), bits, engine.kernels
     source = dict(checkpoint.tensors), str(checkpoint.path)
-    weights = SketchWeights(*source, pick_device(engine.device), *kind)
-    family = checkpoint.config.model_type
+    return SketchWeights(*source, pick_device(engine.device), *kind)
+
+
+def sketch(checkpoint: Checkpoint, engine: EngineConfig) -> tuple[Decoder, SketchWeights]:
+    """The decoder of a checkpoint, and the tensors that it asked for. Its tables of positions are
+    real, its weights cannot run. Raises CheckpointError, as loading the model would."""
+    weights, family = weights_of(checkpoint, engine), checkpoint.config.model_type
     place = find_family(family).decoder
     new_decoder = extra_object(place, family) if place else Decoder
     with torch.inference_mode():

@@ -9,10 +9,11 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import oracle
 import pytest
 import quantized_files as files
 import safetensors.torch
-from gguf_files import U32, smallest
+from gguf_files import U32, convert, smallest
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ def gguf(tmp_path: Path) -> Path:
 
 
 def test_a_gguf_s_types_are_listed_with_their_bytes(gguf: Path, show: Show) -> None:
-    out, warnings = show(gguf)
+    out, warnings = show(gguf, "--kernels", "torch")
     tensors = nanollama.open_checkpoint(gguf).tensors.values()
     packed = [t for t in tensors if t.kind == "Q8_0"]
     size = nanollama.human_bytes(sum(t.nbytes for t in packed))
@@ -61,6 +62,17 @@ def test_a_gguf_s_types_are_listed_with_their_bytes(gguf: Path, show: Show) -> N
     assert found["F32"][3] == "float32"
     assert list(found) == ["Q8_0", "F32"]
     assert warnings == ""
+
+
+def test_bytes_in_memory_are_those_of_the_loaded_model(
+    tiny: Tiny, tmp_path: Path, show: Show
+) -> None:
+    path = tiny("Llama", hidden_size=256, intermediate_size=256, vocab_size=330)
+    file, _ = convert(path, tmp_path / "model.gguf", "Q4_K")
+    decoder = nanollama.LLM(file).engine.decoder
+    num_bytes = sum({id(m): m.nbytes for m in oracle.matrices(decoder)}.values())
+    found = types(show(file)[0])["Q4_K"]
+    assert found[2] == nanollama.human_bytes(num_bytes)
 
 
 def test_quantized_safetensors_take_other_bytes_in_memory(
