@@ -19,7 +19,6 @@ from nanollama import (
     CHAT_FIELDS,
     Handlers,
     Route,
-    WireError,
     as_json,
     excerpt,
     parse_chat,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from nanollama import Job
+    from nanollama import GenerationRequest, Job
 
 FIELDS = table(array="answer_ids", integer="token_id")
 
@@ -47,6 +46,14 @@ def read_ids(value: Any, n_vocab: int) -> list[int]:
     return list(value)
 
 
+def check_free(chat: GenerationRequest) -> None:
+    """Raise RequestError for an answer in a given form, whose constraint is not made here."""
+    if form := chat.params.answer_field:
+        refuse(f"the stages of an answer with a {form} are not shown", "response_format")
+    if chat.tool_choice and chat.tool_choice.needs_tools:
+        refuse("the stages of an answer with a tool_choice are not shown", "tool_choice")
+
+
 class API(Handlers):
     """The stages of the sampler."""
 
@@ -56,16 +63,15 @@ class API(Handlers):
         own, _ = read_fields({name: body.pop(name, None) for name in FIELDS}, FIELDS)
         wire = parse_chat(body, pool.sampling, self.config.strict, pool.source.opening)
         chat, llm = wire.requests[0], pool.llm()
-        if getattr(llm, "checkpoint", None) is None:
-            raise WireError(501, "no_model", "this server plays a script, which has no stages")
-        if chat.params.answer_field or (chat.tool_choice and chat.tool_choice.needs_tools):
-            refuse("the stages of an answer in a given form are not shown", "response_format")
+        check_free(chat)
         n_vocab, token_id = llm.engine.n_vocab, own.get("token_id")
         if token_id is not None and not 0 <= token_id < n_vocab:
             refuse(f"token_id is {token_id}, which is not a token id", "token_id")
+        answer = read_ids(own.get("answer_ids", []), n_vocab)
+        if getattr(llm, "checkpoint", None) is None:
+            refuse("a script has no stages; start the server with a model", "model")
         prompt, _ = await asyncio.to_thread(llm.encode_request, chat)
         seed = secrets.randbits(63) if chat.params.seed is None else chat.params.seed
-        answer = read_ids(own.get("answer_ids", []), n_vocab)
         drawn = replace(chat, params=replace(chat.params, seed=seed))
         asked = probe_request(drawn, prompt, answer)
         job = await pool.start((asked,), wire.names)

@@ -62,4 +62,4 @@ def test_mistakes_are_named(fields: dict[str, Any], param: str, live: Live) -> N
 def test_a_script_has_no_stages() -> None:
     with nanollama.TestServer("hi") as server:
         answer = httpx.post(f"{server.url}/xray", json={"messages": SAID})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "no_model")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")

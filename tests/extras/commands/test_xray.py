@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from command_line import Ran, share_kernels
+from families import ROWS
 
 import nanollama
 from nanollama import LLM, AnswerSplitter, Delta, GenerationRequest, SamplingParams, TokenLogprobs
+from nanollama_extras.answers.stages import look, probe_request
 from nanollama_extras.commands.xray import Fork, Token, Watched, XrayPrinter, forked
 
 MARK = re.compile("‹[0-9]+›")
@@ -123,6 +125,28 @@ def test_a_branch_equals_a_fresh_run_with_its_prefix_forced(
     assert branch.logprobs[: number - 1] == first.logprobs[: number - 1]
     assert branch.usage.cached_tokens == len(made.ids) + number - 2
     assert branch.usage.completion_tokens == len(fresh.token_ids)
+
+
+def test_a_model_with_states_goes_on_from_a_saved_one(tiny: Any) -> None:
+    """Its states cannot be cut: what follows the last saved one is read again."""
+    name, shape = ROWS["lfm2"]
+    llm = LLM(tiny(name, **shape, max_position_embeddings=4096), kernels="torch", lookup=4)
+    values: dict[str, Any] = {"seed": 5, "max_tokens": 12, "logprobs": 2}
+    request = GenerationRequest("the quick fox " * 9, params=SamplingParams(**values))
+    made = llm.prepare(request)
+    first = llm.complete(made)
+    ids = first.token_ids
+    tokens = [Token(i, *one) for i, one in enumerate(zip(ids, first.logprobs), 1)]
+    assert [look(llm, probe_request(request, made.ids, ids[:i])).drawn for i in (0, 9)] == [
+        ids[0],
+        ids[9],
+    ]
+    branch = nanollama.Completion.of([*forked(llm, made, Fork(tokens[:7], [ids[0]], 5))])
+    assert 0 < branch.usage.cached_tokens < len(made.ids) + 7
+    params = SamplingParams(**values, sampler=forcing([*ids[:7], ids[0]]))
+    llm.forget()
+    fresh = llm.complete(GenerationRequest("the quick fox " * 9, params=params))
+    assert branch.token_ids == fresh.token_ids
 
 
 def test_a_branch_that_the_form_forbids_is_refused(tiny_llm: LLM) -> None:
@@ -251,4 +275,7 @@ def test_a_recording_of_a_terminal(tiny: Any, tmp_path: Path, monkeypatch: Any) 
     child.expect_exact(">>> ")
     child.send("/branch 2 65\r")
     child.expect_exact("(token 2 replaced; ")
-    child.close(force=True)
+    child.expect_exact(">>> ")
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
