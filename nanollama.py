@@ -439,11 +439,6 @@ def memory_errors() -> Iterator[None]:
         raise NanollamaError(f"out of memory: {first_line(error)}; {remedy}") from None
 
 
-def return_unused_memory() -> None:
-    """Return freed memory to the system, where the extra for it is installed."""
-    notify("kernels.memory", "return_unused_memory")
-
-
 def cache_root() -> Path:
     """The cache: NANOLLAMA_CACHE, else XDG_CACHE_HOME/nanollama, else ~/.cache/nanollama."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nanollama"
@@ -1880,7 +1875,7 @@ def available_memory(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[0])
     with contextlib.suppress(OSError, IndexError, ValueError):  # Linux's
         found = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
-        return int(found.split()[0]) * 1024.0
+        return preferred("kernels.containers", "free_memory", float)(1024 * int(found.split()[0]))
     return math.inf
 
 
@@ -5093,9 +5088,9 @@ class LLM(TextSide, Library):
         # frees the memory of a GGUF's list of tokens for the weights
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = dataclasses.replace(checkpoint, text=text)
-        return_unused_memory()
-        if config.threads:
-            torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
+        notify("kernels.memory", "return_unused_memory")
+        cores = preferred("kernels.containers", "num_cores", os.cpu_count)() or 1
+        torch.set_num_threads(min(config.threads or torch.get_num_threads(), cores))
         lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
         files = (self.checkpoint.tensors, str(self.checkpoint.path))
         kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
@@ -5924,7 +5919,7 @@ class EngineWorker(threading.Thread):
                 self.loaded.set_exception(error)
         finally:
             self.llm = None
-            return_unused_memory()
+            notify("kernels.memory", "return_unused_memory")
 
     def work(self, llm: LLM) -> None:
         """Run the functions in the inbox, step the engine, deliver its deltas; until a None."""

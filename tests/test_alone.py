@@ -408,8 +408,9 @@ def test_every_feature_works_or_names_its_extra(
 
 
 # A GPU, a conversation (`test_a_conversation`), weights of gpt-oss, and a hub that does not answer
-# are more than a use of a feature can bring; without kernels.memory and those of templates, of
-# parameters without effect and of models without a tokenizer, no feature of these fails.
+# are more than a use of a feature can bring; without kernels.memory, kernels.containers and those
+# of templates, of parameters without effect and of models without a tokenizer, no feature of these
+# fails.
 UNUSED = {
     "cluster.batch",
     "cluster.batch_files",
@@ -487,6 +488,7 @@ UNUSED = {
     "files.package_index",
     "files.parameters",
     "files.refusals",
+    "kernels.containers",
     "kernels.memory",
 }
 

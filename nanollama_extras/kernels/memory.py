@@ -1,7 +1,7 @@
 """Memory that a program holds without use, returned to the system.
 
-Seam: the core's `return_unused_memory`, called after a model was loaded or unloaded, and the copy
-that it makes of tensors in safetensors files. To remove it, delete this module.
+Seam: the core calls `return_unused_memory` after a model was loaded or unloaded, and `copied` for
+tensors in safetensors files. To remove it, delete this module.
 """
 
 from __future__ import annotations

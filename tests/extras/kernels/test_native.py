@@ -1374,7 +1374,7 @@ def file_bytes():
     return int(status.partition("RssFile:")[2].split()[0])
 
 before = file_bytes()
-nanollama.return_unused_memory()
+nanollama.notify("kernels.memory", "return_unused_memory")
 assert file_bytes() < before / 2
 assert torch.arange(5).softmax(0, dtype=torch.float32).argmax() == 4
 """
