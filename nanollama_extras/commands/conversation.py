@@ -31,12 +31,12 @@ from nanollama import (
     extra,
     local_path,
     log,
+    notify,
     open_checkpoint,
     preferred,
     print_answers,
     print_speed,
     read_json,
-    return_unused_memory,
     set_parameter,
     split_word,
     use_model,
@@ -212,7 +212,7 @@ class Conversation(Repl):
         fails. Raises NanollamaError, and EOFError if neither can be loaded."""
         del self.llm
         gc.collect()
-        return_unused_memory()
+        notify("kernels.memory", "return_unused_memory")
         try:
             self.llm = self.opened(settings)
         except (NanollamaError, KeyboardInterrupt) as error:
