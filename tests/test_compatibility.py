@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import vision_models
 from pages import codes, table
 from puppets import write
 from serving import Live, serving
@@ -36,6 +37,7 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +196,12 @@ def scripted(live: Live) -> bool:
 
 
 def images(live: Live) -> bool:
-    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-    body = {"model": "one", "messages": [{"role": "user", "content": [part]}]}
-    return not refused(live.http.post("/v1/chat/completions", json=body))
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+    body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        llm = nanollama.LLM(vision_models.save(Path(folder), "smolvlm"))
+        with serving(lambda: llm) as other:
+            return not refused(other.http.post("/v1/chat/completions", json=body))
 
 
 def coder(path: str, **body: Any) -> Any:
