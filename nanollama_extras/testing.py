@@ -55,6 +55,7 @@ from nanollama import (
     as_json,
     check_type,
     create_app,
+    encode_chat,
     extra,
     library,
     listen,
@@ -262,7 +263,7 @@ class ScriptLLM(LLM):
         self.tokenizer = cast("Tokenizer", WordTokenizer())
         self.template = ChatTemplate(TextFiles("script"))
         self.sampling = {}
-        self.vision = True
+        self.vision = encode_chat  # images are notes before it is called
 
     @functools.cached_property
     def fingerprint(self) -> str:

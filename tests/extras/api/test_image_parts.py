@@ -43,7 +43,7 @@ def url(width: int) -> str:
 class Seer(ScriptLLM):
     """A script that notes what a model with vision gets: the width stands for each image."""
 
-    def __init__(self, vision: Any = True) -> None:
+    def __init__(self, vision: Any = nanollama.encode_chat) -> None:
         super().__init__(Script([{"text": "A cat."}]))
         self.vision = vision
         self.seen: list[Any] = []
