@@ -237,6 +237,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "image": "[IMG]",
     },
+    "lfm2_vl": {
+        "kind": "Lfm2Vl",
+        "text": {
+            "model_type": "lfm2",
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 32,
+        },
+        "vision": {
+            **{key: value for key, value in SQUARE.items() if key != "image_size"},
+            "num_patches": 64,
+        },
+        "whole": {"projector_hidden_size": 48},
+        "tokens": "<image> <|image_start|> <|image_end|> <|img_thumbnail|> "
+        + TILES.replace("<row", "<|img_row").replace(">", "|>"),
+        "names": {"image_token": "<image>"},
+        "pixels": {
+            "encoder_patch_size": 8,
+            "tile_size": 32,
+            "min_image_tokens": 4,
+            "max_image_tokens": 16,
+            "min_tiles": 2,
+            "max_tiles": 4,
+            "max_num_patches": 64,
+        },
+        "image": "<image>",
+    },
     "internvl": {
         "kind": "InternVL",
         "text": {"model_type": "qwen2"},
@@ -286,7 +313,8 @@ def save_tokenizer(directory: Path, row: dict[str, Any]) -> tokenizers.Tokenizer
 
 def save_processor(directory: Path, row: dict[str, Any]) -> None:
     name = row.get("image_processor", row["kind"])
-    kind = getattr(transformers, f"{name}ImageProcessorPil")
+    pil, own = f"{name}ImageProcessorPil", f"{name}ImageProcessor"
+    kind = getattr(transformers, pil if hasattr(transformers, pil) else own)
     kind(**row["pixels"]).save_pretrained(directory)
     (directory / "processor_config.json").write_text(json.dumps(row.get("processor", {})))
 
