@@ -306,7 +306,7 @@ def as_json(costs: Costs) -> Json:
 def blocks_of(layer: Any) -> Iterator[tuple[str, Any]]:
     """The modules of a layer that have tensors, without norms."""
     for name, part in vars(layer).items():
-        if callable(part) and not isinstance(part, Norm) and hasattr(part, "__dict__"):
+        if callable(part) and not (isinstance(part, Norm) or inspect.isroutine(part)):
             yield name, part
 
 

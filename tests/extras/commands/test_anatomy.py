@@ -218,9 +218,18 @@ def test_a_drawing_has_the_parts_of_the_family(name: str, line: str, tiny: Tiny)
 
 def test_every_family_can_be_explained(tiny: Tiny) -> None:
     """Those whose tiny models other tests have made."""
-    for name in ("gemma4_text", "lfm2", "nanochat", "llama4_text", "gpt_oss", "apertus", "bitnet"):
+    for name in (
+        "gemma3n_text",
+        "gemma4_text",
+        "lfm2",
+        "nanochat",
+        "llama4_text",
+        "gpt_oss",
+        "apertus",
+        "bitnet",
+    ):
         prefix, overrides = families.ROWS[name]
-        found = dissected(tiny(prefix, **overrides), depth=4, kernels="torch")
+        found = dissected(tiny(prefix, **overrides), depth=4)
         assert all(group["blocks"] for group in found["groups"])
 
 
