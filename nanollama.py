@@ -1034,15 +1034,13 @@ DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 #               4     uint8 (rows, G, group/2)   8 without an offset   Q4_0, Q4_1, Q4_K
 #               8     int8  (rows, G, group)     0                     Q5_*, Q6_K, Q8_0
 #
-#               MXFP4's 4 bits are an index into FLOAT4 instead.
-#
 #               Two nibbles share a byte; byte j of a group holds columns j and j + group/2:
 #
 #                   byte   0        1              15
 #                        [16|0]   [17|1]   ...   [31|15]     high nibble | low nibble
 #
-#   Invariant   repacking is exact. Native kernels round the combined scales of K types to float16.
-#   Extend      a GGUF type is a row of GGUF_TYPES, or of TYPES in the extra files.gguf_types.
+#   Invariant   repacking is exact.
+#   Extend      a GGUF type is a row of GGUF_TYPES, or of TYPES in files.gguf_types.
 #   Spec        https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block layouts)
 # ==================================================================================================
 
@@ -1266,13 +1264,10 @@ def _nonzero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0, 1.0, divisor)
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The float16 at byte `start` of each block (.., blocks, bytes) -> (.., blocks)"""
-    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
-
-
-def _halves(b: Tensor) -> tuple[Tensor, Tensor]:
-    return _half(b, 0), _half(b, 2)
+def _half(blocks: Tensor, *starts: int) -> tuple[Any, ...]:
+    """The float16 at some bytes of blocks (.., n, bytes): (.., n) each"""
+    parts = [blocks[..., at : at + 2].contiguous() for at in starts]
+    return tuple(part.view(torch.float16).squeeze(-1) for part in parts)
 
 
 def _nibbles(qs: Tensor) -> Tensor:
@@ -1288,7 +1283,7 @@ def _fives(b: Tensor) -> Tensor:  # fifth bits (4) | 16 bytes of nibbles
 def _k_scales(b: Tensor) -> tuple[Tensor, Tensor]:
     """The head of a Q4_K or Q5_K super-block, d (2) | dmin (2) | 8 scales and mins of 6 bits (12),
     as scale and offset of its 8 groups: (rows, blocks * 8) float32 each."""
-    d, d_min = (part.float().unsqueeze(-1) for part in _halves(b))
+    d, d_min = (part.float().unsqueeze(-1) for part in _half(b, 0, 2))
     low, mid, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=-1)
     mins = torch.cat((mid & 63, (high >> 4) | ((mid >> 2) & 48)), dim=-1)
@@ -1312,7 +1307,7 @@ def _q6_k(b: Tensor) -> PackedLinear:  # ql (128) | qh (64) | 16 int8 scales | d
     shift = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shift) & 3  # (rows, blocks, 2, 4, 32)
     q = (low | (high << 4)).view(torch.int8) - 32
-    scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208).float().unsqueeze(-1)
+    scale = b[..., 192:208].contiguous().view(torch.int8) * _half(b, 208)[0].float().unsqueeze(-1)
     return PackedLinear(q.flatten(1).unflatten(1, (-1, 16)), scale.flatten(1))
 
 
@@ -1325,14 +1320,14 @@ class BlockType(NamedTuple):
     unpack: Callable[[Tensor], PackedLinear] | None = None  # of blocks (rows, n, num_bytes)
 
 
-GGUF_TYPES = {  # by number; 2 to 8 begin with one float16 or two
+GGUF_TYPES = {  # by number
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
-    2: BlockType("Q4_0", 32, 18, lambda b: PackedLinear(b[..., 2:].contiguous(), _half(b, 0))),
-    3: BlockType("Q4_1", 32, 20, lambda b: PackedLinear(b[..., 4:].contiguous(), *_halves(b))),
-    6: BlockType("Q5_0", 32, 22, lambda b: PackedLinear(_fives(b[..., 2:]) - 16, _half(b, 0))),
-    7: BlockType("Q5_1", 32, 24, lambda b: PackedLinear(_fives(b[..., 4:]), *_halves(b))),
-    8: BlockType("Q8_0", 32, 34, lambda b: PackedLinear(b[..., 2:].char(), _half(b, 0))),
+    2: BlockType("Q4_0", 32, 18, lambda b: PackedLinear(b[..., 2:].contiguous(), *_half(b, 0))),
+    3: BlockType("Q4_1", 32, 20, lambda b: PackedLinear(b[..., 4:].contiguous(), *_half(b, 0, 2))),
+    6: BlockType("Q5_0", 32, 22, lambda b: PackedLinear(_fives(b[..., 2:]) - 16, *_half(b, 0))),
+    7: BlockType("Q5_1", 32, 24, lambda b: PackedLinear(_fives(b[..., 4:]), *_half(b, 0, 2))),
+    8: BlockType("Q8_0", 32, 34, lambda b: PackedLinear(b[..., 2:].char(), *_half(b, 0))),
     12: BlockType("Q4_K", 256, 144, _q4_k),
     13: BlockType("Q5_K", 256, 176, _q5_k),
     14: BlockType("Q6_K", 256, 210, _q6_k),
@@ -1507,8 +1502,9 @@ class TensorSource:
     nbytes: int
     load: Callable[..., Tensor | PackedLinear]
     is_packed: bool = False  # whether `load` gives a PackedLinear
+    sample: Callable[[], PackedLinear] | None = None  # a row of this form
     stays: bool = False  # in its file, where rows are read
-    bits: float = 0  # of a packed weight, if others than on disk
+    bits: float = 0  # of a packed weight in memory, without a sample
 
     def part(self, rows: Tensor, *expert: int) -> TensorSource:
         """The tensor of these rows, or of these rows of one expert."""
@@ -1916,10 +1912,6 @@ class Backend:
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
         """The type of keys and values: `wanted`, or the backend's choice for `auto`."""
         return str(self.dtype).removeprefix("torch.") if wanted == "auto" else wanted
-
-    def float_bytes(self, kind: str) -> int:
-        """Bytes in memory of a file's float of a kind (F32, BF16, ..)."""
-        return self.dtype.itemsize
 
     def pack(
         self,
@@ -2449,7 +2441,7 @@ def _file_sampling(values: Mapping[str, Any], source: Path) -> Json:
 
 def weight_files(path: Path) -> list[str]:
     """Names of a directory's safetensors files: the index's shards, model.safetensors or the only
-    one. Raises CheckpointError where there is none."""
+    one. Raises CheckpointError without one."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -2629,6 +2621,7 @@ def _gguf_tensors(
     cursor: GGUFCursor, mapped: Any, num_tensors: int, metadata: Json, partial: bool
 ) -> Tensors:
     headers: dict[str, tuple[tuple[int, ...], BlockType, int]] = {}  # shape, type, offset
+    types = GGUF_TYPES | preferred("files.gguf_blocks", "TYPES", {})
     cursor.part = "tensor list"
     for _ in range(cursor.bounded(num_tensors, 24)):
         name = cursor.string()
@@ -2639,7 +2632,7 @@ def _gguf_tensors(
         if not 1 <= num_dims <= 4:
             raise CheckpointError(f"{cursor.part} has {num_dims} dimensions")
         shape = cursor.scalars("Q", num_dims)[::-1]
-        kind, offset = GGUF_TYPES.get(number := cursor.scalar("I")), cursor.scalar("Q")
+        kind, offset = types.get(number := cursor.scalar("I")), cursor.scalar("Q")
         if kind is None:
             rare = extra("files.gguf_types", f"{cursor.part} of type {number}")
             kind = cast("BlockType", rare.find(number, cursor.part))
@@ -2656,7 +2649,9 @@ def _gguf_tensors(
         if (end := start + num_bytes) > len(mapped) and not partial:
             raise CheckpointError(f"{title} is truncated: it ends at byte {end} of {len(mapped)}")
         load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
-        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(kind.unpack))
+        zeros = torch.zeros(1, 1, kind.num_bytes, dtype=torch.uint8)
+        sample = kind.unpack and functools.partial(kind.unpack, zeros)
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(sample), sample)
     return tensors
 
 
@@ -2677,10 +2672,10 @@ def _load_gguf(
         packed = kind.unpack(data.reshape(-1, shape[-1] // kind.width, kind.num_bytes))
         weight = packed if len(wanted) == 2 else packed.dequantize().view(wanted)
     else:
-        # a tensor may start at any byte that `general.alignment` allows: copy before the view
+        # a tensor may start at any byte: copy before the view
         weight = data.clone().view(getattr(torch, FLOAT_KINDS[kind.name])).view(wanted)
     if (file := getattr(raw, "_mmap", None)) is not None and hasattr(mmap, "MADV_DONTNEED"):
-        # pages stay in the system's cache only; neighbours were mapped, too
+        # pages stay in the system's cache only
         file.madvise(mmap.MADV_DONTNEED)
     return weight
 
@@ -3085,12 +3080,10 @@ def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
 
     Raises ModelNotFoundError, listing the files, when no model or several models fit."""
     names = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
-
-    def of_quant(word: str) -> list[str]:
-        pattern = rf"(^|[-_./]){re.escape(word)}([-_./]|$)"
-        return [n for n in names if re.search(pattern, n, re.IGNORECASE)]
-
-    matches = map(of_quant, [quant] if quant else GGUF_PREFERENCE)
+    matches = (
+        [n for n in names if re.search(rf"(?i)(^|[-_./]){re.escape(word)}([-_./]|$)", n)]
+        for word in ([quant] if quant else GGUF_PREFERENCE)
+    )
     files = next(filter(None, matches), [] if quant else names)
     models = {GGUF_SHARD.sub("", n) for n in files}
     if len(models) == 1:

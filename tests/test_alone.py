@@ -443,6 +443,7 @@ UNUSED = {
     "models.qwen3_vl",
     "files.bitnet",
     "files.conversion",
+    "files.gguf_blocks",
     "files.gguf_families",
     "files.gguf_model",
     "files.gguf_vocabulary",

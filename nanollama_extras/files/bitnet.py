@@ -1,6 +1,7 @@
 """BitNet's ternary weights in safetensors: 2 bits each, packed in bytes, and a scale for a matrix.
 
-Adds       `packed_tensors`, which makes them 4-bit weights without any loss.
+Adds       `packed_tensors`: weights of 2 bits (kernels.fine, which it imports), or of 4 where 64
+           does not divide the columns.
 Seam       a row of METHODS in files.quantized: `packing`. models.families checks its settings.
 Source     https://github.com/huggingface/transformers (src/transformers/integrations/bitnet.py)
 Remove     delete this file; BitNet's packed files then say that they need it.
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from nanollama import GROUP, PackedLinear, TensorSource, pack_nibbles
+from nanollama_extras.kernels.fine import Fine, FineLinear
+
+BLOCK = 64  # columns of a block of kernels.fine
 
 
 def packing(settings: object) -> Callable[[Mapping[str, TensorSource]], dict[str, TensorSource]]:
@@ -45,10 +49,13 @@ def ternary(weight: TensorSource, scale: TensorSource) -> TensorSource:
         rows = torch.arange(shape[0])[at]
         data = cast("Tensor", weight.load())[rows % quarter]
         shift = (2 * (rows // quarter)).unsqueeze(1)
-        q = (data >> shift & 3).to(torch.uint8) + 7  # 8 stands for 0
-        q = q.view(len(rows), -1, GROUP)
-        number = cast("Tensor", scale.load()).to(torch.float16)
-        return PackedLinear(pack_nibbles(q), number.expand(len(rows), q.shape[1]).contiguous())
+        codes, number = (data >> shift & 3).to(torch.uint8), cast("Tensor", scale.load())
+        if not is_fine:
+            q = pack_nibbles((codes + 7).view(len(rows), -1, GROUP))  # 8 stands for 0
+            return PackedLinear(q, number.half().expand(q.shape[:2]).contiguous())
+        ones = torch.ones(len(rows), num_cols // BLOCK, dtype=torch.float16)
+        return FineLinear(Fine("ONE_SCALE", 2, codes, None, None, ones, unit=float(number)))
 
-    num_bytes = weight.nbytes + scale.nbytes
-    return TensorSource(shape, "ternary", num_bytes, load, is_packed=True, bits=4.5)
+    is_fine, num_bytes = num_cols % BLOCK == 0, weight.nbytes + scale.nbytes
+    bits = 2.25 if is_fine else 4.5
+    return TensorSource(shape, "ternary", num_bytes, load, is_packed=True, bits=bits)

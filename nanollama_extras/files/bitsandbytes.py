@@ -12,7 +12,8 @@ into quant_map, whose values lie from -1 to 1. `blocksize` numbers share a facto
 double quantization, absmax = nested_quant_map[absmax] * nested_absmax + nested_offset.
 
 The values of nf4 are no multiples of a common step. They are rounded to integers of 8 bits, with
-the step that suits them best. That adds 0.5 % (relative RMS) to nf4's own error of 9.2 %.
+the step that suits them best. That adds 0.5 % (relative RMS) to nf4's own error of 9.2 %. Weights
+stay indices of 4 bits (kernels.fine, which it imports).
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from nanollama_extras.files.quantized import (
     check_found,
     choice,
     grouped,
+    halved,
     packed_source,
     part_of,
     spread,
     stems,
 )
+from nanollama_extras.kernels.fine import Fine, FineLinear
 
 STATE = ".weight.quant_state.bitsandbytes__"
 # ends of names of the tensors beside a 4-bit weight
@@ -191,7 +194,7 @@ class Matrix:
         parts = [self.weight, self.absmax, self.quant_map]
         if self.state.nested_block:
             parts += [self.nested_absmax, self.nested_map]
-        found = packed_source(title, self.state.shape, 8.5, self.load, *parts)
+        found = packed_source(title, self.state.shape, 4.5, self.load, *parts)
         if self.state.block % GROUP and found.is_packed:
             kind = f"{title}, unpacked"
             return dataclasses.replace(found, kind=kind, is_packed=False, bits=0)
@@ -236,16 +239,16 @@ class Matrix:
         """Rows, which are the numbers from `start` to `stop`"""
         num_cols, block = self.state.shape[1], self.state.block
         num_rows = (stop - start) // num_cols
-        codes, first = self.codes(start, stop).long(), start // block
+        codes, first = self.codes(start, stop).view(num_rows, num_cols), start // block
         factors = self.factors(first, -(-stop // block))
         is_packed = num_cols % GROUP == 0 and block % GROUP == 0
         at = torch.arange(start, stop, GROUP if is_packed else 1) // block - first
         if not is_packed:
             values = cast("Tensor", self.quant_map.load())
-            return (values[codes] * factors[at]).view(num_rows, num_cols)
-        levels, unit = self.levels
-        q = levels[codes].view(num_rows, num_cols // GROUP, GROUP)
-        return grouped(q, (factors[at] * unit).view(num_rows, num_cols // GROUP))
+            return values[codes.long()] * factors[at].view(num_rows, num_cols)
+        (scale,), (levels, unit) = halved(factors[at].view(num_rows, -1)), self.levels
+        numbers = tuple(levels.tolist())
+        return FineLinear(Fine("ONE_SCALE", 4, codes, numbers, None, scale, unit=unit))
 
 
 def integer_levels(values: Tensor) -> tuple[Tensor, float]:

@@ -56,6 +56,7 @@ from nanollama_extras.files.quantizers import (
     Gain,
     packed_blocks,
     packed_kind,
+    plain,
     quantized_rows,
 )
 
@@ -257,7 +258,7 @@ def kept_kind(stack: Stack, is_gguf: bool) -> str:
         return "F32"
     if not tensor.is_packed:
         return tensor.kind if tensor.kind in FLOATS else "F32"
-    return packed_kind(cast("PackedLinear", tensor.load(slice(0, 1)))) or "F16"
+    return packed_kind(plain(cast("PackedLinear", tensor.load(slice(0, 1))))) or "F16"
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -305,8 +306,8 @@ def loaded_parts(name: str, tensor: TensorSource) -> Iterator[tuple[str, Tensor 
 def block_rows(part: Tensor | PackedLinear, kind: str, weight: Tensor | None, gain: Gain) -> Tensor:
     """Rows as bytes (rows, bytes) of a type: exactly if they are packed in it"""
     if not isinstance(part, Tensor):
-        if packed_kind(part) == kind:
-            return packed_blocks(part).contiguous()
+        if packed_kind(packed := plain(part)) == kind:
+            return packed_blocks(packed).contiguous()
         part = part.dequantize()
     return quantized_rows(part.float(), kind, weight if kind in PACKERS else None, gain)
 

@@ -119,6 +119,8 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
     if is_float:
         load_floats = functools.partial(floats, layout.mode, weight, scales)
         title, in_memory = f"MLX {layout.mode}", MODES[layout.mode][2]
+        if layout.mode == "nvfp4":
+            in_memory = nvfp4.memory_bits(num_cols)
         return packed_source(title, shape, in_memory, load_floats, weight, scales)
     biases = part_of(tensors, f"{name}.biases", FLOATS, grouped)
 
@@ -143,4 +145,4 @@ def floats(mode: str, weight: TensorSource, scales: TensorSource, *index: Any) -
     codes = unpacked_bits(data, 4)
     if mode == "mxfp4":
         return mxfp4.packed_floats(scale, nanollama.pack_nibbles(codes.unflatten(-1, (-1, GROUP))))
-    return nvfp4.packed_floats(codes, scale.view(torch.float8_e4m3fn).float())
+    return nvfp4.packed_floats(codes, scale.view(torch.float8_e4m3fn))

@@ -1,19 +1,22 @@
-"""Weights in NVFP4 in safetensors files, packed as 8-bit integers in groups of 16.
+"""Weights in NVFP4 in safetensors files, packed as they are there.
 
 Adds       the quant_method `modelopt` (quant_algo NVFP4, FP8 and both mixed), and `float4` for
            files.compressed (nvfp4-pack-quantized): a byte holds the 4-bit floats of columns 2i and
            2i + 1, 16 columns share a scale in FP8, and all of them one in float32.
-Seam       a row of METHODS in files.quantized, which it imports, as it does files.fp8.
+Seam       a row of METHODS in files.quantized, which it imports, as it does files.fp8 and
+           kernels.fine.
 Source     https://docs.nvidia.com/deeplearning/cudnn (Block Scaling)
            https://github.com/NVIDIA/Model-Optimizer (modelopt/torch/quantization/qtensor)
 Remove     delete this file and its row of METHODS; such files then say that they need it.
 
-Twice a 4-bit float is an integer up to 12, so the repacking is exact.
+Twice a 4-bit float is an integer up to 12, so the repacking is exact. Where 64 does not divide the
+columns, weights become such integers in 8 bits.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import cast
 
 import torch
@@ -33,8 +36,10 @@ from nanollama_extras.files.quantized import (
     stems,
     unpacked_bits,
 )
+from nanollama_extras.kernels.fine import Fine, FineLinear
 
 GROUP = 16
+BLOCK = 64  # columns of a block of kernels.fine
 
 
 def packing(settings: Settings) -> Packing:
@@ -78,14 +83,30 @@ def float4(
 
     def load(at: slice | Tensor = slice(None)) -> PackedLinear:
         codes = unpacked_bits(cast("Tensor", weight.load(at)), 4)
-        factor = cast("Tensor", whole.load()).reshape(())
-        scale = cast("Tensor", scales.load(at)).float()
-        return packed_floats(codes, scale / factor if divides else scale * factor)
+        factor = float(cast("Tensor", whole.load()))
+        scale = cast("Tensor", scales.load(at))
+        return packed_floats(codes, scale, 1 / factor if divides and factor else factor)
 
-    return packed_source("NVFP4", (num_rows, num_cols), 9, load, weight, scales, whole)
+    bits = memory_bits(num_cols)
+    return packed_source("NVFP4", (num_rows, num_cols), bits, load, weight, scales, whole)
 
 
-def packed_floats(codes: Tensor, scale: Tensor) -> PackedLinear:
-    """4-bit floats (rows, cols) times scales (rows, cols / 16)"""
-    q = torch.tensor(FLOAT4, dtype=torch.int8)[codes.long()].unflatten(-1, (-1, GROUP))
-    return grouped(q, scale / 2)
+def memory_bits(num_cols: int) -> float:
+    """Bits of a weight in memory"""
+    return 9 if num_cols % BLOCK else 4.5
+
+
+def packed_floats(codes: Tensor, scale: Tensor, factor: float = 1.0) -> PackedLinear:
+    """4-bit floats (rows, cols) times scales (rows, cols / 16) in E4M3 and a factor. Raises
+    CheckpointError for numbers that are not finite."""
+    bits = scale.view(torch.uint8)
+    if bool((bits & 127 == 127).any()) or not math.isfinite(factor):
+        raise CheckpointError("a scale is infinite or NaN")
+    if codes.shape[-1] % BLOCK:
+        q = torch.tensor(FLOAT4, dtype=torch.int8)[codes.long()].unflatten(-1, (-1, GROUP))
+        return grouped(q, scale.float() * (factor / 2))
+    codes = codes ^ (bits >> 7 << 3).repeat_interleave(GROUP, -1)  # the sign of a scale
+    # E4M3 is read times 2^-8
+    return FineLinear(
+        Fine("SCALES_FLOAT", 4, codes, tuple(FLOAT4), bits & 127, None, unit=128 * factor)
+    )

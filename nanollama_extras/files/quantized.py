@@ -212,16 +212,22 @@ def spread(x: Tensor, num_cols: int, group: int) -> Tensor:
     return wide[..., : num_cols // GROUP].contiguous()
 
 
-def grouped(q: Tensor, scale: Tensor, offset: Tensor | None = None) -> PackedLinear:
-    """A PackedLinear of q (rows, G, 32 or 16 bytes), with scales and offsets (rows, G) in float16
-    if it holds all of them, else in float32. Raises CheckpointError for numbers beyond it."""
-    numbers = [scale.float()] + ([] if offset is None else [offset.float()])
-    halves = [x.to(torch.float16) for x in numbers]
+def halved(*numbers: Tensor) -> list[Any]:
+    """Scales and offsets in float16 if it holds all of them, else in float32. Raises
+    CheckpointError for numbers beyond it."""
+    floats = [x.float() for x in numbers]
+    halves = [x.to(torch.float16) for x in floats]
     if not all(bool(x.isfinite().all()) for x in halves):
         raise CheckpointError("a scale is too large for float16, infinite or NaN")
-    is_exact = all(bool((h == x).all()) for h, x in zip(halves, numbers))
-    kept = halves if is_exact else numbers
-    return PackedLinear(q, kept[0], None if offset is None else kept[1])
+    return halves if all(bool((h == x).all()) for h, x in zip(halves, floats)) else floats
+
+
+def grouped(q: Tensor, scale: Tensor, offset: Tensor | None = None) -> PackedLinear:
+    """A PackedLinear of q (rows, G, 32 or 16 bytes), with scales and offsets (rows, G). Raises
+    CheckpointError for numbers beyond float16."""
+    if offset is None:
+        return PackedLinear(q, *halved(scale))
+    return PackedLinear(q, *halved(scale, offset))
 
 
 def affine(q: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> PackedLinear:

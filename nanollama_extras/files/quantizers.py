@@ -288,12 +288,23 @@ def pack_q6_k(groups: Groups) -> Tensor:
 # ---- packed weights, which some types hold exactly -----------------------------------------------
 
 
+def plain(packed: PackedLinear) -> PackedLinear:
+    """A weight of a form of its own as integers of 4 or 8 bits, with scales in float16 if it holds
+    all of them"""
+    if type(packed) is PackedLinear:
+        return packed
+    q, scale, offset = packed.q, packed.scale, packed.offset
+    if offset is None and torch.equal(scale.half().float(), scale.float()):
+        scale = scale.half()
+    return PackedLinear(q, scale, offset)
+
+
 def packed_kind(packed: PackedLinear) -> str | None:
     """The type whose blocks hold packed weights exactly; None for none"""
     numbers = [packed.scale] if packed.offset is None else [packed.scale, packed.offset]
     is_half = all(part.dtype == torch.float16 for part in numbers)
     is_grouped = packed.shape[1] == packed.scale.shape[1] * GROUP
-    if type(packed) is not PackedLinear or not (is_half and is_grouped):
+    if not (is_half and is_grouped):
         return None
     if packed.float4:
         return "MXFP4"

@@ -1,8 +1,10 @@
 """Weights of 2 to 4 bits with scales of 8 bits: a form of packed weights for native kernels.
 
-Seam       PackedLinear of nanollama.py, by inheritance. kernels.native finds what `layout` and
-           `fill` give; for torch and Triton the same weight is 8-bit integers, which is exact.
-Remove     delete this file with files.gguf_types, which makes such weights.
+Seam       PackedLinear of nanollama.py, by inheritance. kernels.native asks `layout` and `fill`
+           of a weight that has them; for torch and Triton the same weight is integers of 8 bits,
+           or of 4, which is exact.
+Remove     delete this file with files.gguf_types, files.bitnet, files.bitsandbytes and
+           files.nvfp4, which make such weights.
 
 A weight is levels[code] * scale - minimum, where the scale is a product: one of 8 bits, which 16 or
 32 columns share, one in float16, which a block of columns shares, and a number for all. native.c
@@ -27,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanollama import PackedLinear
+from nanollama import PackedLinear, pack_nibbles
 
 BLOCK_ROWS = 16
 # kind -> columns that share an 8-bit scale, 0 without them
@@ -43,7 +45,7 @@ class Fine:
     codes: Tensor  # (rows, cols) uint8
     levels: tuple[int, ...] | None  # 2^bits integers; None: the code itself, or 1 less (ONE_SCALE)
     small: Tensor | None  # 8-bit scales (rows, cols / 16 or 32) uint8 or int8
-    scale: Tensor | None  # (rows, blocks) float16
+    scale: Tensor | None  # (rows, blocks) float16; float32 is rounded to it by native kernels
     minima: Tensor | None = None  # the scale of minima (rows, blocks) float16
     unit: float = 1.0  # the number for all
 
@@ -53,12 +55,11 @@ class Fine:
         return 64 if self.scale is None else self.codes.shape[1] // self.scale.shape[1]
 
     def integers(self) -> Tensor:
-        """(rows, groups, columns of a group) int8"""
+        """The q of a PackedLinear: (rows, groups, columns of a group) int8, or nibbles"""
+        codes = self.codes.unflatten(1, (-1, WIDTHS[self.kind] or 32))
         if self.levels is not None:
-            q = torch.tensor(self.levels, dtype=torch.int8)[self.codes.int()]
-        else:
-            q = self.codes.view(torch.int8) - int(self.kind == "ONE_SCALE")
-        return q.unflatten(1, (-1, WIDTHS[self.kind] or 32))
+            return torch.tensor(self.levels, dtype=torch.int8)[codes.int()]
+        return pack_nibbles(codes + 7) if self.kind == "ONE_SCALE" else codes.view(torch.int8)
 
     def scales(self) -> Tensor:
         """(rows, groups) float32"""
@@ -86,8 +87,8 @@ def float8(bits: Tensor) -> Tensor:
 
 
 class FineLinear(PackedLinear):
-    """A PackedLinear of 8-bit integers, which are made when something other than native kernels
-    asks for them."""
+    """A PackedLinear of 8-bit integers, or of 4 bits for two, which are made when something other
+    than native kernels asks for them."""
 
     def __init__(self, fine: Fine) -> None:
         self.fine, self.bias, self.dtype, self.float4 = fine, None, torch.float32, False
@@ -125,8 +126,8 @@ class FineLinear(PackedLinear):
         """The fields of native.c's `matrix`, whose enum is `kinds`, and the bytes of a block."""
         fine = self.fine
         fields = {"bits": fine.bits, "group": fine.wide, "fine": kinds[fine.kind]}
-        levels = level_bytes(fine.levels, WIDTHS[fine.kind] == 16)
-        return {**fields, "levels": levels, "unit": fine.unit}, BLOCK_ROWS * row_bytes(fine)
+        levels = {"levels": level_bytes(fine), "centre": centre(fine), "unit": fine.unit}
+        return fields | levels, BLOCK_ROWS * row_bytes(fine)
 
     def fill(self, blocks: Tensor) -> None:
         """Write the weight into blocks (rows / 16, cols / wide, bytes)."""
@@ -160,13 +161,20 @@ def row_bytes(fine: Fine) -> int:
     return fine.wide * fine.bits // 8 + num_scales + 2 * num_floats
 
 
-def level_bytes(levels: tuple[int, ...] | None, is_narrow: bool) -> Tensor | None:
-    """Levels as unsigned bytes: above 0 by 64 if they are at most 62, as with scales of 16 columns,
-    so that 16 bits hold the sum of two products; else by 128."""
-    if levels is None:
+def centre(fine: Fine) -> int:
+    """What codes, or the bytes of levels, are above their numbers: 64 for levels of at most 62, as
+    with scales of 16 columns, so that 16 bits hold the sum of two products."""
+    if fine.levels is None:
+        return int(fine.kind == "ONE_SCALE")
+    return 64 if WIDTHS[fine.kind] == 16 else 128
+
+
+def level_bytes(fine: Fine) -> Tensor | None:
+    """Levels as 16 unsigned bytes"""
+    if fine.levels is None:
         return None
-    centre = 64 if is_narrow else 128
-    return torch.tensor(levels * (16 // len(levels)), dtype=torch.int16).add(centre).to(torch.uint8)
+    levels = torch.tensor(fine.levels * (16 // len(fine.levels)), dtype=torch.int16)
+    return levels.add(centre(fine)).to(torch.uint8)
 
 
 def code_words(codes: Tensor, bits: int) -> Tensor:

@@ -345,14 +345,16 @@ typedef struct {
     int32_t bits, group, has_offset, is_float, block_bytes;
     int32_t fine;          /* which scales have 8 bits; COARSE for none */
     float unit;            /* the factor of a fine matrix */
-    const uint8_t *levels; /* its 16 levels, of which codes are numbers; see `multiply_fine` */
+    int32_t centre;        /* what its codes or levels are above their numbers */
+    const uint8_t *levels; /* its 16 levels, of which codes are numbers, or NULL */
     int32_t floats; /* PACKED, or the type of a matrix of floats, for which blocks alone count */
 } matrix;
 
-/* Scales of fine matrices, besides one in float16 for each `group` of columns: none; of 32 columns,
- * an integer; of 16, an integer; of 16, one of 4 bits and a minimum of 4 bits, with another float16
- * for the minima; of 16, an E4M3 without a sign, and no float16 */
-enum { COARSE, ONE_SCALE, SCALES_32, SCALES_16, SCALES_MINS, SCALES_FLOAT };
+/* Scales of fine matrices, besides one in float16 for each `group` of columns: none; none, but an
+ * offset in float16; of 32 columns, an integer; of 32, two integers, of which one is a minimum's,
+ * with another float16 for the minima; of 16, an integer; of 16, one of 4 bits and a minimum of 4
+ * bits, with another float16 for the minima; of 16, an E4M3 without a sign, and no float16 */
+enum { COARSE, ONE_SCALE, ONE_OFFSET, SCALES_32, MINS_32, SCALES_16, SCALES_MINS, SCALES_FLOAT };
 
 /* The operand: x, rms_norm(x), an activation of gate and up, or (RELU2, GELU) one of x alone */
 enum { PLAIN, NORM, SWIGLU, GEGLU, REGLU2, CLAMPED_SWIGLU, RELU2, GELU, XIELU };
@@ -526,28 +528,45 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
 
 /* Word i, which is the codes of columns 4i .. 4i + 3, of 16 rows x 32 columns:
  *
+ *   6 bits   [ words 0 .. 7: four low bits, as below | words 0 .. 3: two high bits | words 4 .. 7 ]
+ *   5 bits   [ words 0 .. 7: four low bits, as below | words 0 .. 7: the high bit ]
  *   4 bits   [ words 0, 4 | words 1, 5 | words 2, 6 | words 3, 7 ]   64 bytes each
  *   3 bits   [ words 0 .. 3: two low bits | words 4 .. 7 | words 0 .. 7: the high bit ]
  *   2 bits   [ words 0 .. 3 | words 4 .. 7 ]
+ *   8 bits   [ word 0 | word 1 | .. | word 7 ]   as `widen_codes` makes them
  */
 INLINE ivec code_word(const uint8_t *codes, int v, int bits, int i) {
     const ivec *words = (const ivec *)codes + v;
-    if (bits == 4) return words[i % 4 * VECS] >> 4 * (i / 4) & 0x0f0f0f0f;
+    if (bits == 8) return words[i * VECS];
+    if (bits >= 4) {
+        ivec low = words[i % 4 * VECS] >> 4 * (i / 4) & 0x0f0f0f0f;
+        if (bits == 4) return low;
+        ivec high = words[(bits == 5 ? 4 : 4 + i / 4) * VECS];
+        if (bits == 5) return low | ((i < 4 ? high << (4 - i) : high >> (i - 4)) & 0x10101010);
+        return low | ((i % 4 < 2 ? high << (4 - i % 4 * 2) : high >> (i % 4 * 2 - 4)) & 0x30303030);
+    }
     ivec low = words[i / 4 * VECS] >> 2 * (i % 4) & 0x03030303, high = words[2 * VECS];
     if (bits == 2) return low;
     return low | ((i < 2 ? high << (2 - i) : high >> (i - 2)) & 0x04040404);
 }
 
-/* `multiply` for a fine matrix and one block of rows. Levels are above 0 by `centre`, and codes, if
- * they are levels themselves, by `centre` too. A block of 16 rows x `wide` columns:
+INLINE int num_scales_of(int fine) { /* of 8 bits, for 32 columns */
+    return fine < SCALES_32 ? 0 : fine == SCALES_32 ? 1 : 2;
+}
+
+/* `multiply` for a fine matrix and one block of rows. A block of 16 rows x `wide` columns:
  *
  *   [ codes | 8-bit scales (16) for each 16 or 32 columns | float16 scales (16) | those of minima ]
- */
-INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *out,
-                          int T, int bits, int wide, int fine, int centre) {
-    const int num_groups = wide / 32, dot_bits = centre > 64 ? 8 : 4, has_table = centre > 1;
-    const int in_halves = fine >= SCALES_16, num_scales = in_halves ? 2 : fine == SCALES_32;
-    const int at_halves = num_groups * (64 * bits + 16 * num_scales), ahead = m->block_bytes;
+ *
+ * Minima's 8-bit scales stand behind each of the others. With `bits` 8, codes are those that
+ * `widen_codes` has made of the matrix's. */
+INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *codes,
+                          const uint8_t *tile, vec *out, int T, int bits, int wide, int fine,
+                          int centre) {
+    const int num_groups = wide / 32, dot_bits = centre > 64 ? 8 : 4, code_bytes = 64 * bits;
+    const int in_halves = fine >= SCALES_16, num_scales = num_scales_of(fine);
+    const int stored_bytes = num_groups * 64 * (bits == 8 ? m->bits : bits);
+    const int has_table = bits < 8 && centre >= 64, ahead = m->block_bytes;
     vec y[VECS][TILE];
     for (int v = 0; v < VECS; v++)
         for (int t = 0; t < T; t++) y[v][t] = (vec){0};
@@ -555,15 +574,17 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
         vec sum[VECS][TILE], minima[VECS][TILE];
         for (int v = 0; v < VECS; v++)
             for (int t = 0; t < T; t++) sum[v][t] = minima[v][t] = (vec){0};
-        const uint8_t *codes = block, *scales = block + num_groups * 64 * bits;
-        for (int g = 0; g < num_groups; g++, codes += 64 * bits, scales += 16 * num_scales) {
+        const uint8_t *scales = block + stored_bytes;
+        if (bits < 8) codes = block;
+        for (int g = 0; g < num_groups; g++, codes += code_bytes, scales += 16 * num_scales) {
             const int8_t *a = (const int8_t *)tile + (col / 32 + g) * GROUP_BYTES * T;
             const float *s = (const float *)(a + 32 * T);
-            ivec dot[VECS][TILE], whole[VECS][TILE];
+            ivec dot[VECS][TILE];
             vec part[VECS][TILE];
-            for (int i = 0; i < ahead / num_groups; i += 64) __builtin_prefetch(codes + AHEAD + i);
+            for (int i = 0; i < ahead / num_groups && bits < 8; i += 64)
+                __builtin_prefetch(codes + AHEAD + i);
             for (int v = 0; v < VECS; v++)
-                for (int t = 0; t < T; t++) whole[v][t] = (ivec){0}, part[v][t] = (vec){0};
+                for (int t = 0; t < T; t++) part[v][t] = (vec){0};
             for (int h = 0; h < 2; h++) {
                 for (int v = 0; v < VECS; v++)
                     for (int t = 0; t < T; t++) {
@@ -579,36 +600,41 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
                     }
                 for (int v = 0; v < VECS && in_halves; v++) {
                     const uint8_t *at = scales + 16 * h + v * LANES;
-                    ivec scale = from_int8(at), least = scale >> 4 & 15;
-                    if (fine == SCALES_MINS) scale = scale & 15;
+                    ivec both = from_int8(at);
+                    vec scale = __builtin_convertvector(both & 15, vec), least;
+                    least = __builtin_convertvector(both >> 4 & 15, vec);
+                    if (fine == SCALES_16) scale = from_bytes(at);
+                    if (fine == SCALES_FLOAT) scale = from_float8(at);
                     for (int t = 0; t < T; t++) {
-                        if (fine == SCALES_FLOAT)
-                            part[v][t] = madd(__builtin_convertvector(dot[v][t], vec),
-                                              from_float8(at), part[v][t]);
-                        else
-                            whole[v][t] += dot[v][t] * scale;
+                        vec product = __builtin_convertvector(dot[v][t], vec);
+                        part[v][t] = madd(product, scale, part[v][t]);
                         if (fine == SCALES_MINS)
-                            minima[v][t] = madd(__builtin_convertvector(least, vec),
-                                                splat(s[(2 + h) * T + t]), minima[v][t]);
+                            minima[v][t] = madd(least, splat(s[(2 + h) * T + t]), minima[v][t]);
                     }
                 }
             }
-            for (int v = 0; v < VECS; v++)
+            for (int v = 0; v < VECS; v++) {
+                vec scale = splat(1), least = {0};
+                if (fine == SCALES_32 || fine == MINS_32) scale = from_bytes(scales + v * LANES);
+                if (fine == MINS_32) least = from_bytes(scales + 16 + v * LANES);
                 for (int t = 0; t < T; t++) {
-                    if (fine == ONE_SCALE) whole[v][t] = dot[v][t];
-                    if (fine == SCALES_32) whole[v][t] = dot[v][t] * from_int8(scales + v * LANES);
-                    if (fine != SCALES_FLOAT)
-                        part[v][t] = __builtin_convertvector(whole[v][t], vec);
+                    if (!in_halves) part[v][t] = __builtin_convertvector(dot[v][t], vec);
+                    if (fine == SCALES_32 || fine == MINS_32) part[v][t] *= scale;
                     sum[v][t] = madd(part[v][t], splat(s[t]), sum[v][t]);
+                    if (fine == MINS_32) minima[v][t] = madd(least, splat(s[T + t]), minima[v][t]);
+                    if (fine == ONE_OFFSET) minima[v][t] = splat(-s[T + t]);
                 }
+            }
         }
         for (int v = 0; v < VECS; v++) {
+            const uint8_t *halves = scales + v * LANES * 2;
             vec scale = splat(1), least = {0};
-            if (fine != SCALES_FLOAT) scale = from_half(block + at_halves + v * LANES * 2);
-            if (fine == SCALES_MINS) least = from_half(block + at_halves + 32 + v * LANES * 2);
+            if (fine != SCALES_FLOAT) scale = from_half(halves);
+            const int has_minima = fine == SCALES_MINS || fine == MINS_32 || fine == ONE_OFFSET;
+            if (has_minima) least = from_half(halves + 32);
             for (int t = 0; t < T; t++) {
                 y[v][t] = madd(sum[v][t], scale, y[v][t]);
-                if (fine == SCALES_MINS) y[v][t] = madd(minima[v][t], -least, y[v][t]);
+                if (has_minima) y[v][t] = madd(minima[v][t], -least, y[v][t]);
             }
         }
     }
@@ -616,49 +642,82 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
         for (int t = 0; t < T; t++) out[v * T + t] = y[v][t] * m->unit;
 }
 
-#define FINE(T, BITS, WIDE, KIND, CENTRE) \
-    if (num_tokens == T && m->bits == BITS && m->fine == KIND) \
-    multiply_fine(m, block, tile, y, T, BITS, WIDE, KIND, CENTRE)
-#define FINES(T) \
-    FINE(T, 4, 32, ONE_SCALE, 128); \
-    FINE(T, 4, 256, SCALES_32, 128); \
-    FINE(T, 4, 64, SCALES_FLOAT, 64); \
-    FINE(T, 3, 256, SCALES_16, 64); \
-    FINE(T, 2, 256, SCALES_MINS, 0); \
-    FINE(T, 2, 64, ONE_SCALE, 1)
-static void multiply_fine_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
-                               int num_tokens) {
-    FINES(1);
-    FINES(2);
-#if TILE > 2
-    FINES(TILE);
-#endif
+/* Scales, centre, bits and columns of a block */
+#define EVERY_FINE(FINE, T) \
+    FINE(T, ONE_SCALE, 128, 4, 32) \
+    FINE(T, ONE_SCALE, 16, 5, 32) \
+    FINE(T, ONE_SCALE, 1, 2, 64) \
+    FINE(T, ONE_OFFSET, 0, 5, 32) \
+    FINE(T, SCALES_32, 128, 4, 256) \
+    FINE(T, MINS_32, 0, 4, 256) \
+    FINE(T, MINS_32, 0, 5, 256) \
+    FINE(T, SCALES_16, 64, 3, 256) \
+    FINE(T, SCALES_16, 32, 6, 256) \
+    FINE(T, SCALES_MINS, 0, 2, 256) \
+    FINE(T, SCALES_FLOAT, 64, 4, 64)
+#define STORED(T, KIND, CENTRE, BITS, WIDE) \
+    if (m->fine == KIND && m->centre == CENTRE && m->bits == BITS) \
+        multiply_fine(m, block, block, tile, y, T, BITS, WIDE, KIND, CENTRE);
+#define WIDENED(T, KIND, CENTRE, BITS, WIDE) \
+    if (m->fine == KIND && m->centre == CENTRE && m->bits == BITS) \
+        multiply_fine(m, block, codes, tile, y, T, 8, WIDE, KIND, CENTRE);
+static void multiply_fine_tile(const matrix *m, const uint8_t *block, const uint8_t *codes,
+                               const uint8_t *tile, vec *y, int num_tokens) {
+    if (num_tokens == TILE && codes) {
+        EVERY_FINE(WIDENED, TILE)
+    } else if (num_tokens == 1) {
+        EVERY_FINE(STORED, 1)
+    } else if (num_tokens == 2) {
+        EVERY_FINE(STORED, 2)
+    } else {
+        EVERY_FINE(STORED, TILE)
+    }
+}
+
+/* Codes of a block of rows, or their levels, as bytes: (cols / 32, 8 words, 16 rows) */
+#define WIDEN(BITS) \
+    if (m->bits == BITS) \
+        for (int i = 0; i < 8 * VECS; i++) to[i] = code_word(codes, i % VECS, BITS, i / VECS);
+static void widen_codes(const matrix *m, const uint8_t *block, uint8_t *out) {
+    for (int64_t col = 0; col < m->cols; col += 32, out += 512) {
+        const uint8_t *codes = block + col % m->group * 2 * m->bits;
+        ivec *to = (ivec *)out;
+        WIDEN(2)
+        WIDEN(3)
+        WIDEN(4)
+        WIDEN(5)
+        WIDEN(6)
+        for (int i = 0; i < 8 * VECS && m->levels; i++) to[i] = look_up(m->levels, to[i]);
+        if ((col + 32) % m->group == 0) block += m->block_bytes;
+    }
 }
 
 /* Columns of one row of a block of a fine matrix, times the factor */
 static void gather_fine(const matrix *m, const uint8_t *block, int64_t lane, float factor,
                         float *out) {
-    int has_table = m->levels != NULL, num_groups = m->group / 32;
-    int width = m->fine == ONE_SCALE ? 0 : m->fine == SCALES_32 ? 32 : 16;
-    int centre = !has_table ? m->fine == ONE_SCALE : m->fine >= SCALES_16 ? 64 : 128;
+    int num_groups = m->group / 32, num_scales = num_scales_of(m->fine);
     const uint8_t *scales = block + num_groups * 64 * m->bits;
-    const uint8_t *halves = scales + (width ? m->group / width * 16 : 0) + lane / LANES * LANES * 2;
+    const uint8_t *halves = scales + num_groups * num_scales * 16 + lane / LANES * LANES * 2;
     float d = 1, d_min = 0;
     if (m->fine != SCALES_FLOAT) d = from_half(halves)[lane % LANES];
-    if (m->fine == SCALES_MINS) d_min = from_half(halves + 32)[lane % LANES];
+    if (m->fine == SCALES_MINS || m->fine == MINS_32 || m->fine == ONE_OFFSET)
+        d_min = from_half(halves + 32)[lane % LANES];
     for (int j = 0; j < m->group; j++) {
         const uint8_t *codes = block + j / 32 * 64 * m->bits;
         ivec word = code_word(codes, lane / LANES, m->bits, j % 32 / 4);
         int q = ((const uint8_t *)&word)[lane % LANES * 4 + j % 4];
-        const uint8_t *at = scales + (width ? j / width * 16 : 0);
+        const uint8_t *at = scales + j / 32 * num_scales * 16;
         float scale = d * m->unit, least = 0;
+        if (m->fine >= SCALES_16 && j % 32 >= 16) at += 16;
         if (m->fine == SCALES_FLOAT)
             scale *= from_float8(at + lane / LANES * LANES)[lane % LANES];
         else if (m->fine == SCALES_MINS)
             least = d_min * (at[lane] >> 4), scale *= at[lane] & 15;
-        else if (width)
+        else if (num_scales)
             scale *= (int8_t)at[lane];
-        out[j] = (((has_table ? m->levels[q] : q) - centre) * scale - least) * factor;
+        if (m->fine == MINS_32) least = d_min * at[16 + lane];
+        if (m->fine == ONE_OFFSET) least = -d_min;
+        out[j] = (((m->levels ? m->levels[q] : q) - m->centre) * scale - least) * factor;
     }
 }
 
@@ -678,10 +737,6 @@ static void gather_fine(const matrix *m, const uint8_t *block, int64_t lane, flo
     }
 static void multiply_tile(const matrix *m, const uint8_t *block, const uint8_t *tile, vec *y,
                           int num_blocks, int num_tokens) {
-    if (m->fine) {
-        multiply_fine_tile(m, block, tile, y, num_tokens);
-        return;
-    }
     FORMATS(1, 1);
     FORMATS(1, 2);
 #if TILE > 2
@@ -713,6 +768,7 @@ static void multiply_piece(const void *job, int64_t piece) {
     const linear_call *c = job;
     int64_t token_bytes = c->cols / 32 * GROUP_BYTES, last = c->num_blocks * (piece + 1);
     int64_t chunk = MAX(TILE, (512 << 10) / token_bytes / TILE * TILE);
+    uint8_t *wide = NULL; /* the codes of a block, if they are multiplied with many tokens */
     for (int64_t from = 0; from < c->num_tokens; from += chunk) {
         const matrix *m = c->parts;
         int64_t first_block = 0, first_row = 0, stop = MIN(c->num_tokens, from + chunk), B;
@@ -726,10 +782,19 @@ static void multiply_piece(const void *job, int64_t piece) {
             B = MIN(BLOCKS, MIN(left, last / c->num_pieces - i));
             if (m->fine || c->num_tokens == 1)
                 B = 1; /* memory delivers one stream faster than two */
+            int is_widened = m->fine && stop - from >= 2 * TILE;
+            if (is_widened) {
+                if (!wide) wide = malloc(16 * c->cols);
+                widen_codes(m, block, wide);
+            }
             for (int64_t start = from, T; start < stop; start += T) {
                 vec y[BLOCKS * VECS * TILE];
+                const uint8_t *tile = c->acts + start * token_bytes;
                 T = tile_size(c->num_tokens - start);
-                multiply_tile(m, block, c->acts + start * token_bytes, y, B, T);
+                if (m->fine)
+                    multiply_fine_tile(m, block, is_widened ? wide : NULL, tile, y, T);
+                else
+                    multiply_tile(m, block, tile, y, B, T);
                 for (int64_t n = 0; n < B * VECS * T; n++) {
                     int64_t r = row + n / T * LANES, token = start + n % T;
                     int64_t at = token * c->num_rows + first_row + r;
@@ -738,6 +803,7 @@ static void multiply_piece(const void *job, int64_t piece) {
             }
         }
     }
+    free(wide);
 }
 
 #define PIECES 4 /* for each thread, so that others can take over from a thread that is held up */
@@ -974,6 +1040,126 @@ void linear(const void *call, int64_t num_tokens, int64_t num_threads) {
         c.out += num_rows;
         if (c.residual) c.residual += num_rows;
     }
+}
+
+/* ---- rows of GGUF's blocks, laid out for the kernels ---- */
+
+typedef struct {
+    const uint8_t *rows; /* (num_rows, cols / wide, bytes of a block) */
+    uint8_t *out;        /* (num_rows / 16, cols / wide, block_bytes), as `multiply` reads them */
+    int64_t num_rows, cols, type;
+} lay_blocks_call;
+
+enum { OF_Q4_0, OF_Q4_1, OF_Q5_0, OF_Q5_1, OF_Q8_0, OF_Q4_K, OF_Q5_K, OF_Q6_K };
+
+/* A block of a row: its codes, scales of 8 bits and float16 scales */
+typedef struct gguf_block {
+    uint8_t codes[256], scales[16];
+    const uint8_t *halves;
+} gguf_block;
+
+static const struct gguf_type {
+    int wide, num_bytes, bits, num_scales, num_halves;
+} gguf_types[] = {
+    [OF_Q4_0] = {32, 18, 4, 0, 1},    [OF_Q4_1] = {32, 20, 4, 0, 2},
+    [OF_Q5_0] = {32, 22, 5, 0, 1},    [OF_Q5_1] = {32, 24, 5, 0, 2},
+    [OF_Q8_0] = {32, 34, 8, 0, 1},    [OF_Q4_K] = {256, 144, 4, 16, 2},
+    [OF_Q5_K] = {256, 176, 5, 16, 2}, [OF_Q6_K] = {256, 210, 6, 16, 1},
+};
+
+/* Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c */
+INLINE void read_block(const uint8_t *b, int type, gguf_block *out) {
+    uint8_t *codes = out->codes;
+    out->halves = b;
+    if (type == OF_Q4_0 || type == OF_Q4_1 || type == OF_Q5_0 || type == OF_Q5_1) {
+        int is_five = type >= OF_Q5_0, has_offset = type == OF_Q4_1 || type == OF_Q5_1;
+        const uint8_t *high = b + 2 + 2 * has_offset, *q = high + 4 * is_five;
+        for (int i = 0; i < 16; i++) codes[i] = q[i] & 15, codes[16 + i] = q[i] >> 4;
+        for (int i = 0; i < 32 && is_five; i++) codes[i] |= (high[i / 8] >> i % 8 & 1) << 4;
+    } else if (type == OF_Q8_0) {
+        for (int i = 0; i < 32; i++) codes[i] = b[2 + i] ^ 128;
+    } else if (type == OF_Q6_K) {
+        const uint8_t *low = b, *high = b + 128;
+        for (int n = 0; n < 256; n += 128, low += 64, high += 32)
+            for (int i = 0; i < 32; i++) {
+                codes[n + i] = (low[i] & 15) | (high[i] & 3) << 4;
+                codes[n + 32 + i] = (low[32 + i] & 15) | (high[i] >> 2 & 3) << 4;
+                codes[n + 64 + i] = low[i] >> 4 | (high[i] >> 4 & 3) << 4;
+                codes[n + 96 + i] = low[32 + i] >> 4 | high[i] >> 6 << 4;
+            }
+        memcpy(out->scales, b + 192, 16);
+        out->halves = b + 208;
+    } else {
+        const uint8_t *s = b + 4, *high = b + 16, *q = type == OF_Q5_K ? b + 48 : b + 16;
+        for (int i = 0; i < 4; i++) { /* scales and minima of 6 bits */
+            out->scales[2 * i] = s[i] & 63, out->scales[2 * i + 1] = s[4 + i] & 63;
+            out->scales[8 + 2 * i] = (s[8 + i] & 15) | (s[i] >> 6) << 4;
+            out->scales[9 + 2 * i] = s[8 + i] >> 4 | (s[4 + i] >> 6) << 4;
+        }
+        for (int n = 0; n < 4; n++)
+            for (int i = 0; i < 32; i++) {
+                codes[64 * n + i] = q[32 * n + i] & 15;
+                codes[64 * n + 32 + i] = q[32 * n + i] >> 4;
+            }
+        for (int n = 0; n < 8 && type == OF_Q5_K; n++)
+            for (int i = 0; i < 32; i++) codes[32 * n + i] |= (high[i] >> n & 1) << 4;
+    }
+}
+
+/* Write a row's block to its lane of a block of 16 rows: see `multiply` and `code_word` */
+INLINE void lay_row(const gguf_block *b, const struct gguf_type *k, int bits, uint8_t *out) {
+    for (int col = 0; col < k->wide; col += 32, out += 64 * bits) {
+        uint32_t words[8], high[2] = {0, 0};
+        memcpy(words, b->codes + col, 32);
+        for (int i = 0; i < 8 && bits == 8; i++) memcpy(out + 64 * i, words + i, 4);
+        for (int i = 0; i < 4 && bits < 8; i++) {
+            uint32_t low = (words[i] & 0x0f0f0f0f) | (words[i + 4] & 0x0f0f0f0f) << 4;
+            memcpy(out + 64 * i, &low, 4);
+        }
+        for (int i = 0; i < 8 && bits == 5; i++) high[0] |= (words[i] >> 4 & 0x01010101) << i;
+        for (int i = 0; i < 8 && bits == 6; i++)
+            high[i / 4] |= (words[i] >> 4 & 0x03030303) << i % 4 * 2;
+        if (bits == 5 || bits == 6) memcpy(out + 256, high, 4);
+        if (bits == 6) memcpy(out + 320, high + 1, 4);
+    }
+}
+
+#define LAY(TYPE, BITS) \
+    if (c->type == TYPE) { \
+        read_block(from, TYPE, &b); \
+        lay_row(&b, k, BITS, out + 4 * lane); \
+    }
+
+/* A piece is 16 rows */
+static void lay_blocks_piece(const void *job, int64_t piece) {
+    const lay_blocks_call *c = job;
+    const struct gguf_type *k = gguf_types + c->type;
+    int64_t first = 16 * piece, num_wide = c->cols / k->wide, num_codes = 2 * k->wide * k->bits;
+    int64_t block_bytes = num_codes + 16 * k->num_scales + 32 * k->num_halves;
+    uint8_t *out = c->out + piece * num_wide * block_bytes;
+    if (first + 16 > c->num_rows) memset(out, 0, num_wide * block_bytes);
+    for (int64_t w = 0; w < num_wide; w++, out += block_bytes)
+        for (int64_t lane = 0; lane < MIN(16, c->num_rows - first); lane++) {
+            const uint8_t *from = c->rows + ((first + lane) * num_wide + w) * k->num_bytes;
+            gguf_block b;
+            LAY(OF_Q4_0, 4)
+            LAY(OF_Q4_1, 4)
+            LAY(OF_Q5_0, 5)
+            LAY(OF_Q5_1, 5)
+            LAY(OF_Q8_0, 8)
+            LAY(OF_Q4_K, 4)
+            LAY(OF_Q5_K, 5)
+            LAY(OF_Q6_K, 6)
+            uint8_t *at = out + num_codes;
+            for (int i = 0; i < k->num_scales; i++) at[16 * i + lane] = b.scales[i];
+            at += 16 * k->num_scales + 2 * lane;
+            for (int i = 0; i < k->num_halves; i++) memcpy(at + 32 * i, b.halves + 2 * i, 2);
+        }
+}
+
+/* Lay n blocks of 16 rows out; what is beyond the last row are zeros */
+void lay_blocks(const void *call, int64_t n, int64_t num_threads) {
+    share_out(lay_blocks_piece, call, n, num_threads);
 }
 
 typedef struct {

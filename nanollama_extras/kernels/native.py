@@ -14,7 +14,7 @@ A PackedLinear's rows, 16 at a time, become blocks that the kernels read from fr
           [ row 0 word 0 | row 1 word 0 | .. | row 15 word 0 ]  64 bytes: one vector register,
           [ row 0 word 1 | row 1 word 1 | .. | row 15 word 1 ]  a lane for each row
 
-Weights of kernels.fine have blocks of their own, which `layout` and `fill_blocks` get from them.
+Weights with blocks of their own, as those of kernels.fine, have `layout` and `fill`.
 
 One instruction multiplies 16 rows by 4 activations, which are int8 with a scale for each group of
 32 and the same for all lanes, so no sum ever runs across lanes. A token's arithmetic is the same
@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanollama import (
@@ -65,7 +66,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Attention, Decoder, ModelConfig
+    from nanollama import Attention, Decoder, ModelConfig, TensorSource
 
 SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
 THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -464,30 +465,24 @@ class NativeLinear:
 
 def layout(packed: Any) -> tuple[dict[str, Any], int]:
     """The fields of `matrix` that tell a weight's layout, and the bytes of a block."""
-    if hasattr(packed, "fine"):  # of kernels.fine
-        fields, num_bytes = packed.layout(NUMBERS)
-        return fields, num_bytes
+    if hasattr(packed, "layout"):
+        return cast("tuple[dict[str, Any], int]", packed.layout(NUMBERS))
     group, has_offset = packed.shape[1] // packed.q.shape[1], packed.offset is not None
     fields = {"bits": packed.bits, "group": group, "has_offset": has_offset}
-    num_bytes = BLOCK_ROWS * (group * packed.bits // 8 + 2 + 2 * has_offset)
-    return {**fields, "is_float": packed.float4}, num_bytes
+    fields["is_float"] = packed.float4
+    return fields, BLOCK_ROWS * (group * packed.bits // 8 + 2 + 2 * has_offset)
 
 
 def padded(packed: PackedLinear, num_rows: int) -> PackedLinear:
     """The same weight with rows of zeros up to `num_rows`."""
     num_missing = num_rows - len(packed.q)
-    q, scale, offset = (
-        None if part is None else torch.cat((part, part.new_zeros(num_missing, *part.shape[1:])))
-        for part in (packed.q, packed.scale, packed.offset)
-    )
-    assert q is not None
-    assert scale is not None
-    return PackedLinear(q, scale, offset, dtype=packed.dtype, float4=packed.float4)
+    longer = lambda part: F.pad(part, (0,) * (2 * part.dim() - 1) + (num_missing,))  # noqa: E731
+    return packed._changed(longer, packed.dtype)
 
 
 def fill_blocks(blocks: Tensor, packed: Any) -> None:
     """Copy rows into blocks (rows / 16, G, block_bytes), in the layout drawn above."""
-    if hasattr(packed, "fine"):
+    if hasattr(packed, "fill"):
         packed.fill(blocks)
         return
     num_blocks, num_groups, _ = blocks.shape
@@ -711,8 +706,11 @@ class NativeBackend(Backend):
         self.floats.append(self.new_floats(shape, read, bias, self.float_dtype))
         return self.floats[-1]
 
-    def float_bytes(self, kind: str) -> int:
-        stays = self.new_floats and kind in ("F16", "BF16")
+    def item_bytes(self, tensor: TensorSource) -> float:
+        if tensor.is_packed:
+            packed = tensor.sample and tensor.sample()
+            return packed.nbytes / packed.shape[1] if packed else tensor.bits / 8
+        stays = self.new_floats and tensor.kind in ("F16", "BF16")
         return 2 if stays else (self.float_dtype if self.new_floats else self.dtype).itemsize
 
     def linear(self, parts: list[Any]) -> Projection:

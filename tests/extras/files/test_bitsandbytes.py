@@ -84,9 +84,9 @@ def source_of(parts: dict[str, Tensor | None], settings: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("name", "settings", "quantizer", "bound", "title"),
     [
-        ("Llama", NF4, bnb4, 0.05, "bitsandbytes nf4, packed as 8 bits"),
-        ("Qwen3Moe", NF4, bnb4, 0.2, "bitsandbytes nf4, packed as 8 bits"),
-        ("Llama", FP4, lambda w: bnb4(w, "fp4"), 0.05, "bitsandbytes fp4, packed as 8 bits"),
+        ("Llama", NF4, bnb4, 0.05, "bitsandbytes nf4, packed as 4 bits"),
+        ("Qwen3Moe", NF4, bnb4, 0.2, "bitsandbytes nf4, packed as 4 bits"),
+        ("Llama", FP4, lambda w: bnb4(w, "fp4"), 0.05, "bitsandbytes fp4, packed as 4 bits"),
         ("Qwen3", INT8, int8, 1e-5, "LLM.int8, packed as 8 bits"),
     ],
 )
@@ -112,6 +112,7 @@ def test_numbers_are_rounded_to_8_bits(
     packed = source.load()
     assert isinstance(packed, PackedLinear)
     assert source.shape == packed.shape == (48, 96)
+    assert 8 * packed.nbytes == 4.5 * 48 * 96
     assert (packed.dequantize() - expected).norm() < 0.007 * expected.norm()
     for rows in (slice(16, 24), slice(47, 48), torch.tensor([40, 3, 3])):
         assert torch.equal(unpacked(source, rows), packed.dequantize()[rows])

@@ -103,7 +103,7 @@ def test_modes_of_floats_are_exact(mode: str) -> None:
         codes = numbers.to(torch.float8_e4m3fn).view(torch.uint8)
     parts = {"weight": files.words(codes, bits).view(torch.uint32), "scales": scales}
     found = source_of(parts, {"bits": bits, "group_size": group, "mode": mode})["a.weight"]
-    assert found.kind == f"MLX {mode}, packed as {4 if mode == 'mxfp4' else 8} bits"
+    assert found.kind == f"MLX {mode}, packed as {bits} bits"
     assert torch.equal(unpacked(found), numbers * values.repeat_interleave(group, 1))
 
 

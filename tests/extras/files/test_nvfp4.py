@@ -14,6 +14,7 @@ from quantized_files import SIZES, check, saved, sources, unpacked
 from torch import Tensor
 
 from nanollama import LLM, CheckpointError
+from nanollama_extras.kernels.native import NativeLinear
 
 MODELOPT: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
@@ -55,9 +56,9 @@ def float8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("name", "settings", "quantizer", "bound", "title"),
     [
-        ("Llama", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 8 bits"),
-        ("Qwen3Moe", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 8 bits"),
-        ("Qwen3", COMPRESSED, compressed, 1e-5, "NVFP4, packed as 8 bits"),
+        ("Llama", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 4 bits"),
+        ("Qwen3Moe", MODELOPT, nvfp4, 1e-5, "NVFP4, packed as 4 bits"),
+        ("Qwen3", COMPRESSED, compressed, 1e-5, "NVFP4, packed as 4 bits"),
         ("Llama", {**MODELOPT, "quant_algo": "FP8"}, float8, 0.04, "FP8, packed as 8 bits"),
         ("Llama", MIXED, lambda w: (nvfp4 if w.shape[1] == 96 else float8)(w), 0.04, "FP8, .*"),
     ],
@@ -108,3 +109,15 @@ def test_rows_are_those_of_the_matrix_and_other_algorithms_are_named() -> None:
         CheckpointError, match="quant_algo is 'W4A8_AWQ'; NVFP4 or MIXED_PRECISION or FP8"
     ):
         sources({**MODELOPT, "quant_algo": "W4A8_AWQ"}, {})
+
+
+@pytest.mark.parametrize(("num_cols", "bits"), [(128, 4.5), (96, 9)])
+def test_weights_take_the_bits_of_the_file(num_cols: int, bits: float) -> None:
+    """Scales may have a sign."""
+    parts, expected = nvfp4(torch.randn(16, num_cols))
+    parts["weight_scale"] = (-parts["weight_scale"].float()).to(torch.float8_e4m3fn)
+    source = sources(MODELOPT, {f"a.{end}": part for end, part in parts.items()})["a.weight"]
+    torch.testing.assert_close(unpacked(source), -expected)
+    held: Any = NativeLinear(source.shape, source.load, None)
+    torch.testing.assert_close(held.dequantize(), -expected)
+    assert 8 * held.nbytes == bits * expected.numel() == source.bits * expected.numel()

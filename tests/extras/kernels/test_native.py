@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import itertools
 import logging
@@ -51,7 +50,7 @@ from nanollama import (
     rotate,
     round_up,
 )
-from nanollama_extras.files import gguf_types
+from nanollama_extras.files import gguf_blocks, gguf_types
 from nanollama_extras.kernels import native as kernels
 from nanollama_extras.kernels.native import (
     KERNEL_FLAGS,
@@ -137,6 +136,7 @@ LAYOUTS = [  # those of REPACK, for q of any bits
     "8 bits, group 16, offset",
 ]
 RARE = {kind.name: kind for kind in gguf_types.TYPES.values()}
+UNPACK = REPACK | {kind.name: kind.unpack for kind in gguf_blocks.TYPES.values()}
 KINDS = [*REPACK, *RARE, "q8", "q4", *LAYOUTS]
 
 
@@ -166,10 +166,9 @@ def packed(kind: str, num_rows: int, num_cols: int, seed: int = 0) -> PackedLine
         return linear
     raw = encode(weight, Kind[kind], random)
     blocks = raw.reshape(num_rows, num_cols // block_width(kind), -1)
-    repacked = REPACK[kind](torch.from_numpy(blocks))
-    # the blocks of native kernels keep the combined scales of K types as float16
-    offset = None if repacked.offset is None else repacked.offset.half()
-    return dataclasses.replace(repacked, scale=repacked.scale.half(), offset=offset)
+    unpack = UNPACK[kind]
+    assert unpack
+    return unpack(torch.from_numpy(blocks))
 
 
 def native(weight: PackedLinear, bias: Tensor | None = None) -> NativeLinear:

@@ -110,6 +110,30 @@ static void try_linear(int format, int64_t rows, int64_t num_tokens, int before,
                     (void *)parts[0].bias, (void *)parts[1].blocks, (void *)parts[1].bias};
     for (int i = 0; i < 11; i++) free(made[i]);
 }
+/* GGUF's blocks, laid out for a matrix */
+static void try_blocks(int type, int64_t rows, int64_t num_tokens) {
+    const struct gguf_type *k = gguf_types + type;
+    static const int fine[] = {0, 0, ONE_SCALE, ONE_OFFSET, 0, MINS_32, MINS_32, SCALES_16};
+    int64_t cols = 2 * k->wide, num_blocks = (rows + 15) / 16, num_out = num_tokens * rows;
+    int32_t width = 2 * k->wide * k->bits + 16 * k->num_scales + 32 * k->num_halves;
+    uint8_t *from = bytes(rows * 2 * k->num_bytes), *blocks = malloc(num_blocks * 2 * width);
+    lay_blocks(&(lay_blocks_call){from, blocks, rows, cols, type}, num_blocks, 3);
+    for (int64_t i = 0; i < num_blocks * 2; i++) /* scales that are numbers */
+        for (int j = 1; j <= 32 * k->num_halves; j += 2) blocks[(i + 1) * width - j] &= 0x8f;
+    matrix m = {.blocks = blocks, .rows = rows, .cols = cols, .bits = k->bits, .group = k->wide,
+                .has_offset = k->num_halves == 2, .block_bytes = width, .fine = fine[type],
+                .unit = 1, .centre = type == OF_Q5_0 ? 16 : type == OF_Q6_K ? 32 : 0};
+    float *x = floats(num_tokens * cols), *out = floats(num_out), *again = floats(num_out);
+    linear_call call = {.parts = &m, .num_parts = 1, .x = x, .out = out};
+    linear(&call, num_tokens, 1);
+    call.out = again;
+    linear(&call, num_tokens, 3);
+    check(!memcmp(out, again, num_out * sizeof(float)), "linear of blocks");
+    int64_t last = rows - 1;
+    gather(&(gather_call){&m, &last, x, 1}, 1, 1);
+    void *made[] = {from, blocks, x, out, again};
+    for (int i = 0; i < 5; i++) free(made[i]);
+}
 static void try_norm(int64_t n, int is_centred) {
     int64_t C = 48;
     float *x = floats(n * C), *weight = floats(C), *bias = is_centred ? floats(C) : NULL;
@@ -227,6 +251,8 @@ int main(void) {
         for (int r = 0; r < 5; r++)
             for (int n = 0; n < 8; n++)
                 try_linear(format, rows[r], tokens[n], (format + r + n) % 7, n == 4);
+    for (int type = OF_Q4_0; type <= OF_Q6_K; type++)
+        for (int64_t n = 1; n < 20; n += 1 + n) try_blocks(type, 13 + n, n);
     for (int format = 0; format < 9; format++)
         for (int64_t n = 0; n < 9; n += 1 + n) {
             try_experts(format, n, n % 2);
