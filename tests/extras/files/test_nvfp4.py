@@ -119,5 +119,5 @@ def test_weights_take_the_bits_of_the_file(num_cols: int, bits: float) -> None:
     source = sources(MODELOPT, {f"a.{end}": part for end, part in parts.items()})["a.weight"]
     torch.testing.assert_close(unpacked(source), -expected)
     held: Any = NativeLinear(source.shape, source.load, None)
-    torch.testing.assert_close(held.dequantize(), -expected)
+    torch.testing.assert_close(held.dequantize(), -expected, rtol=1e-3, atol=1e-6)
     assert 8 * held.nbytes == bits * expected.numel() == source.bits * expected.numel()
