@@ -45,7 +45,7 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend)
 
 
 def item_bytes(tensor: TensorSource, backend: Backend) -> float:
-    """Bytes that each number of a tensor takes in memory; a backend may have an answer of its own."""
+    """Bytes of each number of a tensor in memory, for which a backend may have an own answer."""
     if own := getattr(backend, "item_bytes", None):
         return float(own(tensor))
     if tensor.sample:
