@@ -22,7 +22,7 @@ from serving import serving
 from test_layout import SECTIONS, tomllib
 
 import nanollama
-from nanollama_extras.files import gguf_types
+from nanollama_extras.files import gguf_blocks, gguf_types
 
 SHELL = lines("sh")
 # Cannot run here: installs into this environment, the tests themselves, tools that are not ours.
@@ -239,12 +239,15 @@ def test_the_gguf_types_that_stay_packed_are_the_codes() -> None:
     assert codes(packed[1]) == list(nanollama.REPACK)
 
 
-def test_the_table_of_rarer_gguf_types_is_the_codes() -> None:
-    listed = {codes(row[0])[0]: float(row[1]) for row in table("Rarer GGUF types")}
-    kinds = gguf_types.TYPES.values()
-    assert listed == {
-        kind.name: math.floor(800 * kind.num_bytes / kind.width + 0.5) / 100 for kind in kinds
-    }
+def test_the_table_of_bits_in_memory_is_the_codes() -> None:
+    listed = {codes(row[0])[0]: (float(row[1]), float(row[2])) for row in table("Bits in memory")}
+    types = {**nanollama.GGUF_TYPES, **gguf_types.TYPES, **gguf_blocks.TYPES}
+    kinds = {kind.name: kind for kind in types.values() if kind.unpack}
+    assert sorted(listed) == sorted(kinds)
+    for name, kind in kinds.items():
+        packed = kind.unpack(torch.zeros(1, 1, kind.num_bytes, dtype=torch.uint8))
+        bits = [8 * num_bytes / kind.width for num_bytes in (kind.num_bytes, packed.nbytes)]
+        assert listed[name] == tuple(math.floor(100 * n + 0.5) / 100 for n in bits), name
 
 
 def test_every_form_of_a_reference_is_understood() -> None:
