@@ -1502,9 +1502,8 @@ class TensorSource:
     nbytes: int
     load: Callable[..., Tensor | PackedLinear]
     is_packed: bool = False  # whether `load` gives a PackedLinear
-    sample: Callable[[], PackedLinear] | None = None  # a row of this form
     stays: bool = False  # in its file, where rows are read
-    bits: float = 0  # of a packed weight in memory, without a sample
+    bits: float = 0  # of a packed weight, if others than on disk
 
     def part(self, rows: Tensor, *expert: int) -> TensorSource:
         """The tensor of these rows, or of these rows of one expert."""
@@ -1912,6 +1911,10 @@ class Backend:
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
         """The type of keys and values: `wanted`, or the backend's choice for `auto`."""
         return str(self.dtype).removeprefix("torch.") if wanted == "auto" else wanted
+
+    def float_bytes(self, kind: str) -> int:
+        """Bytes in memory of a file's float of a kind (F32, BF16, ..)."""
+        return self.dtype.itemsize
 
     def pack(
         self,
@@ -2649,9 +2652,7 @@ def _gguf_tensors(
         if (end := start + num_bytes) > len(mapped) and not partial:
             raise CheckpointError(f"{title} is truncated: it ends at byte {end} of {len(mapped)}")
         load = functools.partial(_load_gguf, mapped[start:end], kind, shape)
-        zeros = torch.zeros(1, 1, kind.num_bytes, dtype=torch.uint8)
-        sample = kind.unpack and functools.partial(kind.unpack, zeros)
-        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(sample), sample)
+        tensors[name] = TensorSource(shape, kind.name, num_bytes, load, bool(kind.unpack))
     return tensors
 
 

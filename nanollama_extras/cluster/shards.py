@@ -12,7 +12,6 @@ Rows are taken where kernels round the operand.
 Adds       the parts of tensors and of a ModelConfig, and the reasons why a model cannot be split.
 Seam       cluster.tensor_parallel hands its tensors out. A part is a TensorSource that reads its
            own rows, or its own columns.
-Imports    commands.details.
 Remove     delete this file with cluster.tensor_parallel.
 """
 
@@ -42,7 +41,6 @@ from nanollama import (
     Weights,
     find_family,
 )
-from nanollama_extras.commands.details import item_bytes
 
 VOCABULARY = ("model.embed_tokens", "lm_head")
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -138,12 +136,11 @@ def check_split(config: ModelConfig, size: int) -> None:
 
 def part_bytes(weights: Weights) -> int:
     """Bytes that the tensors of some weights take in memory."""
-    bits = weights.quantize_bits
+    bits, plain = weights.quantize_bits, weights.backend.float_bytes
 
     def size(tensor: TensorSource) -> int:
-        is_kept = tensor.is_packed or not bits
-        item = item_bytes(tensor, weights.backend) if is_kept else (bits or 0) * 1.0625 / 8
-        return int(math.prod(tensor.shape) * item)
+        item = bits * 1.0625 / 8 if bits else plain(tensor.kind)
+        return tensor.nbytes if tensor.is_packed else int(math.prod(tensor.shape) * item)
 
     return sum(map(size, weights.tensors.values()))
 
@@ -204,7 +201,7 @@ def part_of(name: str, tensor: TensorSource, share: Share, bits: int | None) -> 
 def without(tensor: TensorSource) -> TensorSource:
     """Zeros in place of a float tensor."""
     load = lambda *rows: torch.zeros(tensor.shape)[rows or ...]  # noqa: E731
-    return dataclasses.replace(tensor, load=load, nbytes=0, is_packed=False, sample=None)
+    return dataclasses.replace(tensor, load=load, nbytes=0, is_packed=False)
 
 
 def _changed(tensor: TensorSource, shape: tuple[int, ...], load: Any) -> TensorSource:

@@ -37,21 +37,12 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend)
     wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
 
     def size(name: str, tensor: TensorSource) -> float:
-        is_kept = tensor.is_packed or not config.quantize
-        each = item_bytes(tensor, backend) if is_kept else 1.0625 if name in wide else 0.625
-        return math.prod(tensor.shape) * each
+        plain = 1.0625 if name in wide else 0.625
+        plain = plain if config.quantize else backend.float_bytes(tensor.kind)
+        is_plain = tensor.is_packed and not tensor.bits
+        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
 
     return int(sum(itertools.starmap(size, tensors.items())))
-
-
-def item_bytes(tensor: TensorSource, backend: Backend) -> float:
-    """Bytes of each number of a tensor in memory, for which a backend may have an own answer."""
-    if own := getattr(backend, "item_bytes", None):
-        return float(own(tensor))
-    if tensor.sample:
-        packed = tensor.sample()
-        return packed.to(packed.q.device, backend.dtype).nbytes / packed.shape[1]
-    return tensor.bits / 8 or backend.dtype.itemsize
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:

@@ -66,7 +66,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Attention, Decoder, ModelConfig, TensorSource
+    from nanollama import Attention, Decoder, ModelConfig
 
 SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
 THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -706,11 +706,8 @@ class NativeBackend(Backend):
         self.floats.append(self.new_floats(shape, read, bias, self.float_dtype))
         return self.floats[-1]
 
-    def item_bytes(self, tensor: TensorSource) -> float:
-        if tensor.is_packed:
-            packed = tensor.sample and tensor.sample()
-            return packed.nbytes / packed.shape[1] if packed else tensor.bits / 8
-        stays = self.new_floats and tensor.kind in ("F16", "BF16")
+    def float_bytes(self, kind: str) -> int:
+        stays = self.new_floats and kind in ("F16", "BF16")
         return 2 if stays else (self.float_dtype if self.new_floats else self.dtype).itemsize
 
     def linear(self, parts: list[Any]) -> Projection:

@@ -4,7 +4,8 @@ Adds       `sketch`: the decoder of a checkpoint, of which only config and heade
            each tensor's form and bytes as the backend would hold it. `weights_of`: the bytes alone.
 Seam       `Weights` of nanollama.py, by inheritance: a decoder asks it for its tensors;
            commands.details asks `weights_of`.
-Imports    files.gguf_types, for the layouts of GGUF's rarer types.
+Imports    files.gguf_blocks and files.gguf_types, for the layouts of GGUF's types, and
+           kernels.fine, for that of ternary weights.
 Remove     delete this file with commands/anatomy.py, whose `explain` needs it; `show` then counts
            the bytes of packed weights as they are in the file.
 
@@ -33,6 +34,7 @@ from nanollama import (
     Projection,
     TensorSource,
     Weights,
+    extra,
     extra_object,
     find_family,
     pick_device,
@@ -186,6 +188,12 @@ def zeros_of(tensor: TensorSource, num_rows: int) -> Tensor | PackedLinear:
     if not tensor.bits and (block := block_type(tensor.kind)) and block.unpack:
         blocks = (num_rows, num_cols // block.width, block.num_bytes)
         return block.unpack(torch.zeros(blocks, dtype=torch.uint8))
+    if tensor.bits < 4:
+        fine = extra("kernels.fine", "weights of 2 bits")
+        codes = torch.zeros(num_rows, num_cols, dtype=torch.uint8)
+        scale = torch.zeros((num_rows, num_cols // 64), dtype=torch.float16)
+        packed: PackedLinear = fine.FineLinear(fine.Fine("ONE_SCALE", 2, codes, None, None, scale))
+        return packed
     bits = 8 if tensor.bits >= 8 else 4
     q = torch.zeros(
         (num_rows, num_cols // GROUP, GROUP * bits // 8),
@@ -197,7 +205,9 @@ def zeros_of(tensor: TensorSource, num_rows: int) -> Tensor | PackedLinear:
 
 def block_type(name: str) -> BlockType | None:
     """A type of GGUF's by its name."""
-    kinds = [*GGUF_TYPES.values(), *preferred("files.gguf_types", "TYPES", {}).values()]
+    places = "files.gguf_blocks", "files.gguf_types"
+    extras: list[Mapping[int, BlockType]] = [preferred(each, "TYPES", {}) for each in places]
+    kinds = [kind for types in (*extras, GGUF_TYPES) for kind in types.values()]
     return next((kind for kind in kinds if kind.name == name), None)
 
 

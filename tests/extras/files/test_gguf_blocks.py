@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import gguf
@@ -15,9 +14,9 @@ from oracle import Tiny, matrices
 
 import nanollama
 from nanollama import LLM, BlockType, EngineConfig, KernelError, PackedLinear
-from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.files.gguf_blocks import TYPES, BlockLinear
 from nanollama_extras.kernels.native import NativeLinear, find_compiler
+from nanollama_extras.models.sketch import weights_of
 
 try:
     find_compiler()
@@ -104,10 +103,10 @@ def test_the_estimate_of_memory_is_what_the_weights_take(
     for kind in ("Q4_0", "Q5_1", "Q4_K", "Q6_K", "IQ1_S", "MXFP4"):
         path, _ = gguf_files.convert(directory, tmp_path / f"{kind}.gguf", kind)
         llm = LLM(path, kernels=kernels)
-        tensors = {n: t for n, t in llm.checkpoint.tensors.items() if t.is_packed}
-        checkpoint = dataclasses.replace(llm.checkpoint, tensors=tensors)
-        found = weight_bytes(checkpoint, EngineConfig(), llm.engine.decoder.backend)
-        assert found == sum(matrix.nbytes for matrix in matrices(llm.engine.decoder))
+        packed = [name for name, t in llm.checkpoint.tensors.items() if t.is_packed]
+        sizes = weights_of(llm.checkpoint, EngineConfig(kernels=kernels))
+        held = sum(matrix.nbytes for matrix in matrices(llm.engine.decoder))
+        assert sum(map(sizes.tensor_bytes, packed)) == held
 
 
 def resident(field: str) -> int:
