@@ -59,11 +59,11 @@ def main() -> int:
                 assert server.stderr
                 line = next(line for line in server.stderr if "http://" in line)
                 url = line[line.index("http://") :].split()[0]
-                answer = ask(url, chromium, "What is the capital of Italy?")
+                answer = ask(url, chromium, "Name the capital of France.")
             finally:
                 server.kill()
-    print(f"first time: {time.monotonic() - started:.0f} s to {answer!r}")
-    return int("Rome" not in answer)
+    print(f"first time: {time.monotonic() - started:.0f} s to {answer[:60]!r}")
+    return int(not answer.strip())
 
 
 if __name__ == "__main__":
