@@ -55,7 +55,12 @@ SUMMED = re.compile(r"\.self_attn\.o_proj$|\.mlp\.down_proj$")  # experts are su
 READ_WEIGHTS = 1 << 20  # of which columns are taken at a time
 
 DECODERS: dict[str, str] = {}  # model_type -> Family.decoder, before it was replaced
-SPLITTABLE = ("", "models.layers:VariedDecoder", "models.routers:RoutedDecoder")
+SPLITTABLE = (
+    "",
+    "models.layers:VariedDecoder",
+    "models.routers:RoutedDecoder",
+    "models.qwen3_vl:DeepDecoder",
+)
 CAUSAL_OR_NOT = "models.bidirectional:new_decoder"
 LAYERS = {  # module of a decoder -> the layers that are not attention and MLPs of the usual kind
     "models.delta_net": "gated delta nets",

@@ -12,6 +12,7 @@ import difflib
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,7 +134,8 @@ def main_screen(parser: argparse.ArgumentParser) -> Iterator[str]:
     for name in MAIN_VERBS:
         words, text = VERBS[name]
         yield f"  {f'{name} {words}':<24}  {text}\n"
-    yield f"  and {', '.join(name for name in COMMANDS if name not in (*MAIN_VERBS, 'ls'))}\n"
+    others = ", ".join(name for name in COMMANDS if name not in (*MAIN_VERBS, "ls"))
+    yield textwrap.fill(others, 80, initial_indent="  and ", subsequent_indent=6 * " ") + "\n"
     by_flag = parser._option_string_actions
     for title, flags in (("modes without a verb", MODES), ("options", POPULAR)):
         yield f"\n{title}:\n"

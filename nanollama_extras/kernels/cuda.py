@@ -482,7 +482,7 @@ class DecodeBatch(Batch):
     def __init__(self, num_rows: int, cache: KVCache) -> None:
         device = cache.strips[0].device
         self.num_logits, self.logit_rows = num_rows, slice(None)
-        self.spans, self.memo, self.rotations = [], {}, {}
+        self.spans, self.memo, self.rotations, self.vectors = [], {}, {}, {}
         self.unused = [
             like.new_zeros((*like.shape[:3], 1, like.shape[4]))
             for like in (cache.strips[0], cache.rings[0])

@@ -99,7 +99,7 @@ def test_a_model_without_vision_refuses_a_file_in_one_line(
     ):
         ran = cli(*words)
         assert (ran.code, ran.out) == (1, "")
-        assert ran.err.startswith("error: messages[0] has an image: this model does not read")
+        assert ran.err.startswith("error: messages[0] has an image: llama: this model reads no ")
         assert len(ran.err.splitlines()) == 1
 
 
