@@ -121,9 +121,9 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
 #define BLOCKS 1
 #define ROWS 4
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
-INLINE vec from_bytes(const int8_t *p) {
+INLINE vec from_bytes(const void *p) {
     vec x = {0};
-    for (int i = 0; i < LANES; i++) x[i] = p[i];
+    for (int i = 0; i < LANES; i++) x[i] = ((const int8_t *)p)[i];
     return x;
 }
 #if defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)

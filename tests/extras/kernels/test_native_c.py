@@ -44,7 +44,7 @@ def test_the_structures_are_those_of_c() -> None:
     twin = native.STRUCTURES["linear_call"]
     assert [name for name, _ in twin._fields_][:4] == ["parts", "num_parts", "x", "norm"]
     own = {"delta_net", "mamba2", "short_conv", "few_rows", "sigmoid_gate", "product"}
-    own |= {"head_linear", "latent_heads", "lay_floats"}
+    own |= {"head_linear", "latent_heads", "lay_floats", "lay_blocks"}
     own |= {"altup_predict", "altup_correct", "match_scale", "cut_gates"}
     assert set(native.KERNELS) == {"linear", "gather", "norm", "experts", "attention", *own}
     assert native.NUMBERS["NORM"] == 1
