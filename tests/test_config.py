@@ -190,7 +190,7 @@ def test_what_the_arithmetic_does_not_cover_is_refused_by_name() -> None:
     for values, named in [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.2}, "rope turns 1 of the 8 columns"),
-        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_type 'mrope'"),
+        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope_section is None"),
         ({"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ({"quantization_config": {"quant_method": "vptq"}}, "quantization_config .*vptq"),
     ]:
@@ -470,7 +470,7 @@ def test_engine_values_that_make_no_sense_are_refused_by_name(name: str, value: 
 
 def test_a_config_saved_by_transformers_reads_back_as_it_was(tmp_path: Any) -> None:
     for model_type, make in CONFIGS.items():
-        theirs = make(**DIMENSIONS, rope_theta=12345.0, **GIVEN.get(model_type, {}))
+        theirs = make(**{**DIMENSIONS, "rope_theta": 12345.0, **GIVEN.get(model_type, {})})
         theirs.save_pretrained(tmp_path)
         raw = json.loads((tmp_path / "config.json").read_text())
         ours = model_config(raw, "config.json")
