@@ -2205,7 +2205,7 @@ class Decoder:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
         lib = self.backend.arrays or torch
-        tensor: Any = lambda x: torch.as_tensor(x).to(self.dtype)  # noqa: E731
+        tensor = functools.partial(torch.as_tensor, dtype=self.dtype)
         positions = self.backend.array(batch.positions)
         positions = lib.asarray(positions, dtype=lib.float32)[:, None]  # (N, 1)
         for i, rope in enumerate(self.ropes):
@@ -2217,8 +2217,7 @@ class Decoder:
                 grows = tensor(1 + beta * lib.log(1 + positions // n_old))
             found[i] = Rotation(cos, sin, grows)
         if None in self.config.layer_ropes:
-            still = lib.ones_like(angles), lib.zeros_like(angles)
-            found[None] = Rotation(*map(tensor, still))
+            found[None] = Rotation(tensor(lib.ones_like(angles)), tensor(lib.zeros_like(angles)))
         return found
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -4164,9 +4163,10 @@ class ThoughtSplitter:
                 return
             else:
                 self.done = True
-                for head in (t.answer for t in THOUGHTS if t.answer and start.startswith(t.answer)):
-                    text = start.removeprefix(head)
-                    yield True, head * self.keep_tags
+                heads = [t.answer for t in THOUGHTS if t.answer and start.startswith(t.answer)]
+                if heads:
+                    text = start.removeprefix(heads[0])
+                    yield True, heads[0] * self.keep_tags
         if not self.tags:
             yield False, text
             return
@@ -6849,8 +6849,8 @@ class AnswerPrinter:
     def message(self) -> Json:
         """The answer as a message of the conversation."""
         thoughts = self.text["thought"]
-        for mark in sum((tags[:2] for tags in THOUGHTS), ()):
-            thoughts = thoughts.replace(mark, "")
+        for tag in (tag for tags in THOUGHTS for tag in tags[:2]):
+            thoughts = thoughts.replace(tag, "")
         message: Json = {"role": "assistant", "content": self.text["content"]}
         if self.calls and self.splitter.finish_reason("stop") == "tool_calls":
             message["tool_calls"] = self.calls

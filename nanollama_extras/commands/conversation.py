@@ -109,8 +109,8 @@ class Conversation(Repl):
 
     def handle(self, text: str) -> None:
         """As Repl.handle; files that were dropped on the terminal are images of the message."""
-        plain: Any = lambda text: ([], text)  # noqa: E731
-        names, text = preferred("commands.images", "dropped", plain)(text)
+        dropped: Any = preferred("commands.images", "dropped", lambda text: ([], text))
+        names, text = dropped(text)
         self.add_images(names)
         super().handle(text)
 
