@@ -24,7 +24,8 @@ else:
 
 pytestmark = pytest.mark.xdist_group("launch")
 QUESTION = "Run the command, then say done."
-COMMAND = "echo made-$((40 + 2))"  # no client knows what it prints without running it
+COMMAND = "echo made-$((40 + 2)); sleep 1"  # no client knows the number without running it
+# (qwen-code on a busy machine loses what a program prints as it ends: hence the sleep)
 
 
 @pytest.fixture
