@@ -7,6 +7,10 @@ Prints the time to the first token and the time between tokens, too. Every clien
 after another, each with a prompt that is new to every cache, and reads the stream. Servers take
 turns at each number of clients, so that one run compares them.
 
+Without a pause between a client's requests, the server is never idle, and the times of an answer
+only share what its speed leaves: clients / (answers per second). With --pause SECONDS, a client
+waits between its requests, half to one and a half times as long, the first one too.
+
 With --agent WORDS it measures the first request of a coding agent: a system prompt of so many words
 and 20 tools, new to every cache, then the next request of the same conversation. An answer has one
 token, so that its time is the time to the first token.
@@ -15,6 +19,7 @@ token, so that its time is the time to the first token.
 import argparse
 import itertools
 import json
+import random
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +30,7 @@ parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
 parser.add_argument("--requests", type=int, default=3, help="requests per client")
 parser.add_argument("--prompt-words", type=int, default=100)
 parser.add_argument("--max-tokens", type=int, default=64)
+parser.add_argument("--pause", type=float, default=0, metavar="SECONDS", help="before a request")
 parser.add_argument("--agent", type=int, metavar="WORDS", help="the first request of an agent")
 parser.add_argument("--api-key", default="none")
 args = parser.parse_args()
@@ -37,7 +43,7 @@ def post(url, path, body=None):
 
 
 def stream(url, model, number):
-    """One request -> (tokens, seconds to the first of them, seconds between the others)."""
+    """One request -> (tokens of prompt and answer, seconds to the first, those between others)."""
     words = " ".join(str(number * 7919 + i * 31) for i in range(args.prompt_words))
     body = {
         "model": model,
@@ -47,17 +53,21 @@ def stream(url, model, number):
         "stream_options": {"include_usage": True},
         "ignore_eos": True,  # servers that know this field give answers of equal length
     }
-    times, usage, started = [], None, time.perf_counter()
+    time.sleep(args.pause * (0.5 + random.Random(number).random()))
+    started = time.perf_counter()
     with post(url, "/chat/completions", body) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                usage = event.get("usage") or usage
-                deltas = [choice["delta"] for choice in event["choices"]]
-                if any(delta.get("content") or delta.get("reasoning_content") for delta in deltas):
-                    times.append(time.perf_counter())
+        # parsed afterwards: clients share a core with the server
+        lines = [(time.perf_counter(), line) for line in response if line.startswith(b"data: {")]
+    times, usage = [], None
+    for at, line in lines:
+        event = json.loads(line[6:])
+        usage = event.get("usage") or usage
+        deltas = [choice["delta"] for choice in event["choices"]]
+        if any(delta.get("content") or delta.get("reasoning_content") for delta in deltas):
+            times.append(at)
     gaps = [after - before for before, after in itertools.pairwise(times)]
-    return usage["completion_tokens"], times[0] - started, gaps
+    num_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    return num_tokens, times[0] - started, gaps
 
 
 def agent_body(model, number):
@@ -111,9 +121,9 @@ def percentiles(seconds):
 
 
 def measure_load(number):
-    print(" " * 30 + "  first token, ms".ljust(29) + "  between tokens, ms")
+    print(" " * 33 + "  first token, ms".ljust(29) + "  between tokens, ms")
     columns = "      p50      p90      p99   "
-    print("clients  tokens/s  failed     " + columns + columns + "server")
+    print("clients  prompt  tokens/s  failed" + columns + columns + "  server")
     for num_clients in args.clients:
         for url in args.urls:
             numbers = range(number, number := number + num_clients * args.requests)
@@ -123,11 +133,11 @@ def measure_load(number):
             seconds = time.perf_counter() - started
             errors = [future.exception() for future in futures if future.exception()]
             done = [future.result() for future in futures if not future.exception()]
-            speed = sum(num_tokens for num_tokens, _, _ in done) / seconds
+            prompts, answers = (sum(column) for column in zip(*(tokens for tokens, _, _ in done)))
             first = percentiles([first for _, first, _ in done])
             between = percentiles([gap for _, _, gaps in done for gap in gaps])
-            done = f"{num_clients:7d}{speed:10.1f}{len(errors):8d}"
-            print(f"{done}      {first}    {between}   {url}")
+            sizes = f"{num_clients:7d}{prompts // len(done):8d}{answers / seconds:10.1f}"
+            print(f"{sizes}{len(errors):8d}   {first}   {between}   {url}", flush=True)
             if errors:
                 print(f"        one of the failures: {errors[0]!r}")
 

@@ -557,8 +557,9 @@ def test_the_benchmark_measures_any_server(live: Live) -> None:
     )
     rows = [line.split() for line in ran.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["1", "1", "6", "6"]
-    for _, speed, num_failed, *times, server in rows:
+    for _, num_prompt, speed, num_failed, *times, server in rows:
         assert (num_failed, server) == ("0", url)
+        assert int(num_prompt) > 5
         first, between = [float(t) for t in times[:3]], [float(t) for t in times[3:]]
         assert len(between) == 3
         assert float(speed) > 0
