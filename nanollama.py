@@ -991,6 +991,7 @@ class EngineConfig:
         None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
+    max_gap: float | None = option(None, "--max-gap MS: longest gap in text", (0, 1e6), kind=float)
     state_mb: int = option(512, "--state-mb N: saved states of hybrid models", (0, 2**24))
     lookup: int | str = option(
         0,
@@ -1875,14 +1876,13 @@ def available_memory(device: torch.device) -> float:
 
 
 class DecodeSteps(Protocol):
-    """Decode steps that a backend recorded, for up to `num_rows` sequences at a time."""
+    """Steps that a backend recorded."""
 
-    num_rows: int
     parts: list[Any]  # of the decoder when they were recorded
 
-    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
-        valid until the next step. The slots must have room."""
+    def __call__(self, work: list[Work]) -> Tensor | None:
+        """A Batch's `work` -> logits (R, V) float32, valid until the next step; None for work that
+        was not recorded. The slots must have room."""
 
 
 class Backend:
@@ -4448,8 +4448,8 @@ def token_logprobs(logits: Row, token_id: int, num_top: int) -> TokenLogprobs:
 #                   if        a = guess 1, b = guess 2, c is not guess 3: three tokens in one step
 #   Invariant   the engine knows ids only (text comes in as a TextStream), runs in one thread, and
 #               is the only place that decides when an answer ends.
-#   Extend      another order of sequences is a Scheduler that a decoder names; another way to
-#               guess tokens is a Drafter.
+#   Extend      another order of sequences is a Scheduler that a decoder names, or its `pace`;
+#               another way to guess tokens is a Drafter.
 #   Papers      https://www.usenix.org/conference/osdi22/presentation/yu (continuous batching),
 #               https://arxiv.org/abs/2308.16369 (chunked prefill)
 #               https://arxiv.org/abs/2211.17192 (speculative decoding)
@@ -4494,13 +4494,6 @@ class Drafter(Protocol):
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None: ...
 
 
-class Pooler(Protocol):
-    """Makes the embedding of one text from the hidden states of its tokens."""
-
-    def take(self, states: Tensor) -> None: ...  # (n, C) of the next n tokens
-    def embedding(self) -> list[float]: ...  # (C,)
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One prompt and its growing answer. The engine owns it and changes it at every step."""
@@ -4524,7 +4517,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     distinct: DistinctTokens = field(default_factory=DistinctTokens)
     constraint: Constraint | None = None  # None: any text
-    pooler: Pooler | None = None  # makes an embedding of the prompt instead of an answer
+    pooler: Any = None  # makes an embedding of the prompt instead of an answer
     drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -4608,6 +4601,7 @@ class Scheduler:
     ) -> None:
         """`resumable` is that of KVCache."""
         self.prefill_chunk, self.lookup, self.resumable = prefill_chunk, lookup, resumable
+        self.pace: Any = self  # has `rank`, `room` and `learn`
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         # tokens that finished sequences left in each slot
@@ -4617,8 +4611,19 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
+    def rank(self, seq: Sequence) -> float:
+        """Prompts of a lower rank come first."""
+        return seq.created_s
+
+    def room(self, num_rows: int) -> int:
+        """Prompt tokens of a step where answers have `num_rows` rows."""
+        return self.prefill_chunk
+
+    def learn(self, work: list[tuple[Sequence, int]], seconds: float) -> None:
+        """Hear the time of a step."""
+
     def admit(self) -> tuple[Sequence, int] | None:
-        """Give the next waiting sequence a slot -> it, and the slot to copy its prefix from.
+        """Give the first waiting sequence a slot -> it, and the slot to copy its prefix from.
 
         A free slot with the longest common prefix is taken over; from a slot in use, the prefix is
         copied to the least recently used one. The last prompt token is always processed, for its
@@ -4626,7 +4631,7 @@ class Scheduler:
         longer prefix to share: n samples of one prompt then take one prefill."""
         if not self.waiting or not self.free:
             return None
-        seq = self.waiting[0]
+        seq = min(self.waiting, key=self.pace.rank)
         end = seq.logprobs_from - 1 if seq.params.prompt_logprobs else -1
         wanted = [] if seq.pooler else seq.shared_ids[:end]
         computed = list(self.contents)
@@ -4644,7 +4649,7 @@ class Scheduler:
             coming = self.resumable(other.slot, coming, length)
             if coming > max(other.num_computed, least):
                 return None
-        self.waiting.popleft()
+        self.waiting.remove(seq)
         # taking a slot over drops the rest of its contents: only if that is the smaller part
         own = source in self.free and shared[source] * 2 >= len(self.contents[source])
         seq.slot = source if own else self.free[0]
@@ -4657,18 +4662,21 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Running sequences with the number of tokens that each processes next; sets their drafts.
 
-        Prompts take their share of the chunk in order of arrival; drafts share rows evenly."""
-        budget, work = self.prefill_chunk, []
+        Prompts share the room in order of rank; drafts share rows evenly."""
+        work, num_rows, num_read = [], 0, 0
         most_drafted = max(DRAFT_ROWS, self.lookup + 1) // max(len(self.running), 1) - 1
-        for seq in self.running:
-            num_left = len(seq.token_ids) - seq.num_computed
-            num_new = num_left if num_left == 1 else min(num_left, budget)
+        queue = sorted(self.running, key=self.pace.rank)
+        for seq in sorted(queue, key=lambda seq: len(seq.token_ids) - seq.num_computed > 1):
+            num_new = num_left = len(seq.token_ids) - seq.num_computed
             seq.draft = []
-            if num_left == 1 and seq.drafter and seq.num_generated:
+            if num_left > 1:
+                num_new = max(0, min(num_left, self.pace.room(num_rows) - num_read))
+                num_read += num_new
+            elif seq.drafter and seq.num_generated:
                 seq.draft = seq.drafter.draft(seq, min(self.lookup, most_drafted))
-            if num_new > 0:
+            if num_new:
                 work.append((seq, num_new))
-                budget -= num_new if num_left > 1 else 0
+            num_rows += (num_new == num_left) * (1 + len(seq.draft))
         return work
 
     def retire(self, seq: Sequence) -> None:
@@ -4697,7 +4705,7 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
-    def add(self, num_prefill: int, num_decode: int, seconds: float) -> None:
+    def add(self, num_decode: int, num_prefill: int, seconds: float) -> None:
         share = num_prefill / max(num_prefill + num_decode, 1)
         self.prefill_tokens += num_prefill
         self.decode_tokens += num_decode
@@ -4733,6 +4741,8 @@ class Engine:
         self.cache = decoder.new_cache(self.num_slots, most_new, end_ids=end_ids, state_mb=state_mb)
         kind = getattr(decoder, "scheduler", Scheduler)
         self.scheduler = kind(self.num_slots, chunk, lookup, self.cache.resumable)
+        if config.max_gap is not None:
+            extra("answers.pacing", "--max-gap").keep_pace(self, config.max_gap)
         self.stats, self.parts = EngineStats(), decoder.parts()
         with torch.inference_mode():
             self.decode_steps = decoder.backend.record(decoder, self.cache, config.compile)
@@ -4791,7 +4801,7 @@ class Engine:
             work = self.scheduler.schedule()
             if not work:
                 return
-            num_prefill = num_decode = 0
+            num = [0, 0]  # tokens of answers, of prompts
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
@@ -4800,9 +4810,9 @@ class Engine:
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
-                num_prefill += num_new if is_prefill else 0
-                num_decode += 0 if is_prefill else len(seq.token_ids) - num_before
-        self.stats.add(num_prefill, num_decode, time.perf_counter() - started)
+                num[is_prefill] += num_new if is_prefill else len(seq.token_ids) - num_before
+        self.stats.add(num[0], num[1], seconds := time.perf_counter() - started)
+        self.scheduler.pace.learn(work, seconds)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
         """Run the decoder on each sequence's new tokens and draft -> logits (rows, V) for each: of
@@ -4814,17 +4824,15 @@ class Engine:
             num_rows = 0 if seq.pooler else len(seq.draft) + seq.num_rows(num_new)
             inputs.append((seq.slot, seq.num_computed, new, num_rows))
         decoder, steps = self.decoder, self.decode_steps
-        is_recorded = steps and len(inputs) <= steps.num_rows and steps.parts == self.parts
-        if steps and is_recorded and all(len(new) == 1 == n for _, _, new, n in inputs):
-            logits = steps([(slot, start, new[0]) for slot, start, new, _ in inputs]).cpu()
-        else:
+        logits = steps(inputs) if steps and steps.parts == self.parts else None
+        if logits is None:
             batch = Batch(inputs, decoder.device, decoder.row_tile)
             x = decoder.hidden(batch, self.cache)
             for (seq, num_new), span in zip(work, batch.spans):
                 if seq.pooler:
                     seq.pooler.take(decoder.norm(x[span.row :][:num_new]).float().cpu())
-            logits = decoder.logits(x, batch).cpu() if batch.num_logits else x[:0]
-        return torch.split(logits, [num_rows for *_, num_rows in inputs])
+            logits = decoder.logits(x, batch) if batch.num_logits else x[:0]
+        return torch.split(logits.cpu(), [num_rows for *_, num_rows in inputs])
 
     def advance(self, seq: Sequence, logits: Tensor) -> None:
         """Sample from the last rows of logits (rows, V): one token, and one more for each guess of
@@ -4852,10 +4860,8 @@ class Engine:
     def extend(self, seq: Sequence, logits: Row | None) -> None:
         """Add the Delta of a sequence's next token or, without logits (V,), of its embedding."""
         try:
-            if seq.pooler:
-                delta = seq.end("stop", embedding=seq.pooler.embedding())
-            else:
-                delta = self.sample(seq, cast("Row", logits))
+            made = seq.pooler and seq.end("stop", embedding=seq.pooler.embedding())
+            delta = made or self.sample(seq, cast("Row", logits))
         except NanollamaError as error:
             delta = seq.end("error", error=error)
         seq.outbox.append(delta)
@@ -4895,7 +4901,6 @@ class GenerationRequest:
 
     @property
     def is_new_turn(self) -> bool:
-        """Whether the answer is a new turn."""
         return bool(self.messages and not self.template_kwargs.get("continue_final_message"))
 
 
@@ -5089,11 +5094,7 @@ class LLM(TextSide, Library):
         files = (self.checkpoint.tensors, str(self.checkpoint.path))
         kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
-        size: Any = preferred("commands.details", "weight_bytes", lambda *_: 0)
-        needed, free = size(checkpoint, config, weights.backend), available_memory(used_device)
-        if needed > free and not config.force:
-            problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
-            raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
+        notify("commands.details", "check_memory", model, checkpoint, config, weights.backend)
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
         new_decoder = extra_object(place, family) if place else Decoder
@@ -5900,6 +5901,7 @@ class EngineWorker(threading.Thread):
         """Load the model and work; the thread's own function."""
         try:
             self.llm = self.load_model()
+            notify("answers.pacing", "keep_pace", self.llm.engine)
             self.loaded.set_result(None)
             self.work(self.llm)
         except BaseException as error:
@@ -5962,9 +5964,7 @@ class Pool:
 
     def llm(self) -> LLM:
         """The model, to read from."""
-        llm = self.workers[0].llm
-        assert llm is not None
-        return llm
+        return cast("LLM", self.workers[0].llm)
 
     @property
     def sampling(self) -> Json:
@@ -6005,11 +6005,10 @@ class Pool:
             message = f"the queue of {self.max_queue} is full; try again soon"
             raise WireError(429, "rate_limit_exceeded", message, {"retry-after": "1"})
         job = Job(worker, requests, self.note_use)
-        assert worker.llm is not None
         try:
             # in a third thread: a long text delays neither the engine nor other clients
             prepare = preferred("api.limits", "prepare_all", LLM.prepare_all)
-            job.prepared = await asyncio.to_thread(prepare, worker.llm, requests)
+            job.prepared = await asyncio.to_thread(prepare, self.llm(), requests)
             worker.inbox.put(job.start)
             if isinstance(started := await job.events.get(), NanollamaError):
                 raise started

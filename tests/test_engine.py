@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import random
@@ -210,15 +211,16 @@ def test_a_model_that_computes_no_numbers_ends_the_answer_with_an_error(
     tiny: Callable[..., Path], weight: float, changes: dict[str, Any]
 ) -> None:
     llm = LLM(tiny("Llama"))
-    norm = llm.engine.decoder.norm
-    fine, norm.weight = norm.weight, torch.full((64,), weight)
+    decoder = llm.engine.decoder
+    fine, decoder.norm = decoder.norm, copy.copy(decoder.norm)
+    decoder.norm.weight = torch.full((64,), weight)
     with pytest.raises(nanollama.LogitsError, match="largest logit is nan: its weights are dam"):
         llm.complete(request([5, 6], **changes))
     with pytest.raises(nanollama.LogitsError, match="log-probability is nan"):
         list(llm.score([([5, 6, 7], 1)]))
     with pytest.raises(nanollama.LogitsError, match="embedding is nan"):
         llm.embed([[5, 6, 7]])
-    norm.weight = fine
+    decoder.norm = fine
     assert idle(llm)
     assert llm.complete(request([5, 6], max_tokens=3)).usage.completion_tokens == 3
 

@@ -2,7 +2,7 @@
 have.
 
 Seam       `nanollama.describe` calls `add_details`, `command_show` `listed_settings`, and an LLM
-           asks `weight_bytes` whether it fits; api.shelf asks `memory_needed` how many models do.
+           calls `check_memory`; api.shelf asks `memory_needed` how many models do.
 Remove     delete this file together with api/shelf.py; `show` then leaves these lines out.
 """
 
@@ -14,8 +14,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import nanollama
 from nanollama import (
     PARAMETERS,
+    NanollamaError,
     excerpt,
     human_bytes,
     keep_8_bits,
@@ -26,6 +28,8 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nanollama import Backend, Checkpoint, EngineConfig, Settings, TensorSource
 
     Sampling = Mapping[str, tuple[Any, str]]  # values with their origins
@@ -43,6 +47,17 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend)
         return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
 
     return int(sum(itertools.starmap(size, tensors.items())))
+
+
+def check_memory(
+    model: str | Path, checkpoint: Checkpoint, config: EngineConfig, backend: Backend
+) -> None:
+    """Raises NanollamaError for a model that is larger than the free memory."""
+    needed = weight_bytes(checkpoint, config, backend)
+    free = nanollama.available_memory(backend.device)
+    if needed > free and not config.force:
+        problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
+        raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:

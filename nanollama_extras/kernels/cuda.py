@@ -35,7 +35,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Attention, Decoder, DecodeSteps, ModelConfig, Span
+    from nanollama import Attention, Decoder, DecodeSteps, ModelConfig, Span, Work
 
 
 @functools.cache
@@ -515,19 +515,20 @@ class DecodeGraphs:
         self.recorded: dict[int, tuple[DecodeBatch, Callable[[], Tensor]]] = {}
         self.pool: Any = None  # memory that all graphs share: only one runs at a time
 
-    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """One step of the sequences given as (slot, position, token id) -> logits (R, V) float32,
-        valid until the next step. The slots must have room."""
-        size = 1 << (len(rows) - 1).bit_length()
+    def __call__(self, work: list[Work]) -> Tensor | None:
+        """As in DecodeSteps: one token of each sequence was recorded."""
+        if len(work) > self.num_rows or any((len(new), n) != (1, 1) for _, _, new, n in work):
+            return None
+        size = 1 << (len(work) - 1).bit_length()
         strips, rings = self.cache.strips, self.cache.rings
-        inputs = [(token_id, at, (strips[slot], rings[slot])) for slot, at, token_id in rows]
+        inputs = [(new[0], at, (strips[slot], rings[slot])) for slot, at, new, _ in work]
         if size not in self.recorded:
             batch = DecodeBatch(size, self.cache)
             batch.load(inputs)
             self.recorded[size] = batch, self.record(batch)
         batch, replay = self.recorded[size]
         batch.load(inputs)
-        return replay()[: len(rows)]
+        return replay()[: len(work)]
 
     def record(self, batch: DecodeBatch) -> Callable[[], Tensor]:
         """-> a function that runs the decoder on what the batch's tensors hold then."""
@@ -593,7 +594,7 @@ class CudaBackend(Backend):
         steps = DecodeGraphs(decoder, cache)
         try:
             cache.reserve(0, 1)
-            steps([(0, 0, 0)])
+            steps([(0, 0, [0], 1)])
         except RuntimeError as error:
             raise RequestError(
                 f"compile does not work on this machine: {first_line(error)}", "compile"

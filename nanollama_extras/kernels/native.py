@@ -56,7 +56,6 @@ from nanollama import (
     PackedLinear,
     Projection,
     Rotation,
-    Span,
     cache_root,
     first_line,
     log,
@@ -66,7 +65,7 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from nanollama import Attention, Decoder, ModelConfig
+    from nanollama import Attention, Decoder, DecodeSteps, ModelConfig
 
 SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
 THIS_CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -314,6 +313,11 @@ def run_kernel(name: str, out: Tensor, **fields: Any) -> Tensor:
     return out
 
 
+def num_recorded() -> int:
+    """Calls that this thread has noted so far, if it records calls."""
+    return len(getattr(_recording, "calls", ()))
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
@@ -327,22 +331,25 @@ class KernelCalls:
     # functions that look at a tensor, or at a part of it, without computing anything
     harmless = tuple("__get__ __getitem__ __len__ contiguous data_ptr float numel size".split())
 
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        """Note the kernels that `function` calls; none is run. Raises KernelError if it computes
-        anything by torch, since that would be missing afterwards."""
+    def __init__(self, function: Callable[[], Tensor], arena: Any = None) -> None:
+        """Note the kernels that `function` calls; none is run. Results lie in an Arena of
+        kernels.recorded, if there is one. Raises KernelError if `function` computes anything by
+        torch, since that would be missing afterwards."""
         live: list[Any] = []  # tensors whose addresses are in the calls
 
         class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
             def __torch_function__(
                 self, op: Any, types: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
-                result = op(*args, **kwargs or {})
+                new = arena.empty if arena and op is torch.empty else op
+                result = new(*args, **kwargs or {})
                 if op is not torch.empty and (
                     op.__name__ not in KernelCalls.harmless
                     or (isinstance(result, torch.Tensor) and not shares_memory(result, args[0]))
                 ):
                     raise KernelError(f"{op.__name__} is not a native kernel")
-                live.append(result)
+                if arena is None or not arena.owns(result):
+                    live.append(result)
                 return result
 
         calls: list[tuple[Any, ctypes.Structure]] = []
@@ -352,7 +359,7 @@ class KernelCalls:
                 self.result = function()
         finally:
             del _recording.calls
-        self.live = live, calls
+        self.live = live, calls, arena
         step = STRUCTURES["step"]
         steps = [
             step(run=ctypes.cast(kernel, ctypes.c_void_p).value, call=ctypes.addressof(call))
@@ -360,51 +367,11 @@ class KernelCalls:
         ]
         self.steps = (step * len(steps))(*steps)
 
-    def run(self, num_rows: int) -> None:
-        steps, num_threads = self.steps, torch.get_num_threads()
-        load_kernels().replay(ctypes.byref(steps), len(steps), num_rows, num_threads)
-
-
-class DecodeCalls:
-    """Decode steps recorded as the list of their kernel calls: run again from C, they leave out
-    what Python does for each layer, a third of a small model's time.
-
-    They are recorded once, for as many rows as there are slots, and take fewer just as well. They
-    hold no address of a strip, since these are inputs: strips may move and change hands."""
-
-    most_rows = 16  # from there on, Python's share is small, and buffers would take room
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        """Raises KernelError for a decoder that computes with other operators too."""
-        if not hasattr(getattr(cache, "cache", cache), "fill"):  # that of states holds another
-            raise KernelError("attention is not a native kernel")
-        self.decoder, self.parts = decoder, decoder.parts()
-        self.cache = cast("NativeKVCache", cache)
-        self.num_rows = min(len(cache.strips), self.most_rows)
-        self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
-        batch.logit_rows, batch.rotations = slice(None), decoder.rotations(batch, cache)
-        self.cache.new_tables(batch, self.num_rows)
-        self.prepare = getattr(decoder, "prepare", lambda batch: None)  # before each step
-        self.prepare(batch)
-        self.calls = KernelCalls(
-            lambda: decoder.lm_head(decoder.hidden(batch, cache), norm=decoder.norm).float()
-        )
-
-    def __call__(self, rows: list[tuple[int, int, int]]) -> Tensor:
-        """As in DecodeSteps."""
-        batch, num_rows = self.batch, len(rows)
-        _, positions, token_ids = zip(*rows)
-        batch.token_ids.numpy()[:num_rows] = token_ids
-        batch.positions.numpy()[:num_rows] = positions
-        batch.spans = [Span(slot, at, 1, row) for row, (slot, at, _) in enumerate(rows)]
-        self.cache.fill(batch)
-        self.prepare(batch)
-        for name, rotation in self.decoder.rotations(batch, self.cache).items():
-            for old, new in zip(batch.rotations[name], rotation):
-                if old is not None and new is not None:
-                    old.copy_(new)
-        self.calls.run(num_rows)
-        return self.decoder.capped(self.calls.result[:num_rows])
+    def run(self, num_rows: int, calls: slice = slice(None)) -> None:
+        """Run the calls, or some of them one after another."""
+        first, last, _ = calls.indices(len(self.steps))
+        address = ctypes.byref(self.steps, first * ctypes.sizeof(self.steps._type_))
+        load_kernels().replay(address, last - first, num_rows, torch.get_num_threads())
 
 
 # ---- matrices ------------------------------------------------------------------------------------
@@ -776,10 +743,11 @@ class NativeBackend(Backend):
         logits = scores.numpy() * np.float32(scale)
         return torch.from_numpy(cap * np.tanh(logits / cap) if cap else logits)
 
-    def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeCalls | None:
+    def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         super().record(decoder, cache, compile)
         try:
-            return DecodeCalls(decoder, cache)
+            new: Any = preferred("kernels.recorded", "DecodeCalls", lambda *_: None)
+            return cast("DecodeSteps | None", new(decoder, cache))
         except KernelError as error:
             log.debug(f"decode steps are not recorded: {error}")
             return None

@@ -150,10 +150,11 @@ class RecordedParts:
     def __init__(self, decoder: Decoder, cache: Any, depth: int) -> None:
         """Raises KernelError where the step cannot be recorded."""
         self.native = extra("kernels.native", "kernels in C")
-        marks = Marks(lambda: len(getattr(self.native._recording, "calls", ())))
+        marks = Marks(self.native.num_recorded)
         view = marked_decoder(decoder, marks)
-        self.steps = self.native.DecodeCalls(view, marked_cache(cache, marks))
-        self.marks, self.row = marks, (0, depth, 0)
+        recorded = extra("kernels.recorded", "recorded steps")
+        self.steps = recorded.DecodeCalls(view, marked_cache(cache, marks))
+        self.marks, self.row = marks, (0, depth, [0], 1)
         calls = self.steps.calls.live[1]
         marks.ends.append(("head", len(calls)))
         self.kernels: dict[str, list[str]] = {}

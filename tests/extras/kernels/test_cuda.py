@@ -310,12 +310,15 @@ def test_a_step_in_fixed_tensors_is_an_ordinary_step(
         decoder(Batch(work, DEVICE), cache)
     steps = graphs(decoder, caches[0])
     for turn, slots in enumerate(([2, 0, 1], [0, 1], [2], [1, 2])):  # 3 rows: 4, one for nobody
-        rows = [(slot, 1 + slot + turn, 30 + slot) for slot in slots]
+        work = [(slot, 1 + slot + turn, [30 + slot], 1) for slot in slots]
         for slot in slots:  # strips move when they grow
             caches[0].strips[slot] = caches[0].strips[slot].clone()
-        ordinary = Batch([(slot, at, [token], 1) for slot, at, token in rows], DEVICE)
-        assert torch.equal(steps(rows), decoder(ordinary, caches[1]))
+        found = steps(work)
+        assert found is not None
+        assert torch.equal(found, decoder(Batch(work, DEVICE), caches[1]))
     assert sorted(steps.recorded) == [1, 2, 4]
+    assert steps([(0, 9, [1, 2], 1)]) is None
+    assert steps([(0, 9, [1], 1)] * 5) is None
     for ours, theirs in zip(caches[0].strips, caches[1].strips):
         assert torch.equal(ours, theirs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from families import ALL
 
 from nanollama import LLM, Batch, GenerationRequest, KernelError, SamplingParams
-from nanollama_extras.kernels.native import DecodeCalls, KernelCalls, find_compiler
+from nanollama_extras.kernels.native import KernelCalls, find_compiler
+from nanollama_extras.kernels.recorded import Arena, DecodeCalls
 
 try:
     find_compiler()
@@ -85,19 +87,25 @@ def test_a_recorded_step_is_the_step_bit_for_bit(
         steps = DecodeCalls(decoder, caches[0])
         for cache in caches:
             for slot in range(3):
-                cache.reserve(slot, 120)
+                cache.reserve(slot, 200)
             work = [(slot, 0, [7, 8, 9][: slot + 1], 1) for slot in (2, 0, 1)]
             decoder(Batch(work, CPU, decoder.row_tile), cache)
         lengths = [1, 2, 3]
         for turn in range(110):  # around rings, and past the short context of longrope
             slots = [[2, 0, 1], [0, 1], [2], [1, 2]][turn % 4]
-            rows = [(slot, lengths[slot], 30 + slot) for slot in slots]
-            for slot in slots:
-                lengths[slot] += 1  # strips move when they grow
+            # a piece of a prompt, all logits of a draft, and single tokens
+            sizes = [(5, 1), (3, 2), (1, 1)] if steps.most_new > 1 and turn % 8 == 4 else [(1, 1)]
+            work = [
+                (slot, lengths[slot], [*range(30 + slot, 30 + slot + num)], num_rows)
+                for slot, (num, num_rows) in zip(slots, itertools.cycle(sizes))
+            ]
+            for slot, _, new, _ in work:
+                lengths[slot] += len(new)  # strips move when they grow
                 caches[0].strips[slot] = caches[0].strips[slot].clone()
-            work = [(slot, at, [token], 1) for slot, at, token in rows]
             expected = decoder(Batch(work, CPU, decoder.row_tile), caches[1])
-            assert torch.equal(steps(rows), expected)
+            found = steps(work)
+            assert found is not None
+            assert torch.equal(found, expected)
     for ours, theirs in zip(caches[0].strips + caches[0].rings, caches[1].strips + caches[1].rings):
         assert torch.equal(ours, theirs)
 
@@ -116,11 +124,45 @@ def test_more_sequences_than_were_recorded_run_all_the_same(
     tiny: oracle.Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = answers(load("qwen3", tiny, 5))
-    monkeypatch.setattr(DecodeCalls, "most_rows", 2)
+    monkeypatch.setattr(DecodeCalls, "most_sequences", 2)
     few = load("qwen3", tiny, 5)
-    assert few.engine.decode_steps is not None
-    assert few.engine.decode_steps.num_rows == 2
+    steps: Any = few.engine.decode_steps
+    assert steps([(0, 0, [1], 1)] * 3) is None
     assert answers(few) == expected
+
+
+def test_pieces_of_prompts_and_drafts_are_recorded(
+    tiny: oracle.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, sizes = answers(load("qwen3", tiny, 3)), []
+    llm = load("qwen3", tiny, 3, max_gap=1e-3, lookup=4)
+    steps: Any = llm.engine.decode_steps
+
+    def watched(work: Any) -> Any:
+        logits = steps(work)
+        if logits is not None:
+            sizes.append(max(len(new) for _, _, new, _ in work))
+        return logits
+
+    watched.parts = steps.parts  # type: ignore[attr-defined]
+    monkeypatch.setattr(llm.engine, "decode_steps", watched)
+    assert answers(llm) == expected
+    assert max(sizes) == 16
+    assert steps([(0, 0, [1, 2], 0)]) is None  # a pooler takes hidden states
+
+
+def test_results_that_nothing_reads_any_more_leave_their_memory_to_others() -> None:
+    arena = Arena()
+    a, b = arena.empty(3, 4), arena.empty((3, 4), dtype=torch.int64)
+    places = a.data_ptr(), b.data_ptr()
+    part = a[1:]
+    del a, b
+    assert arena.empty(2, 6, dtype=torch.int64).data_ptr() == places[1]
+    assert arena.empty(12).data_ptr() != places[0]
+    assert arena.owns(part)
+    del part
+    assert arena.empty(12).data_ptr() == places[0]
+    assert not arena.owns(torch.empty(12))
 
 
 @pytest.mark.parametrize("name", ["layers", "lm_head"])

@@ -1,0 +1,123 @@
+"""Recorded steps of the CPU backend: the kernel calls of a step as a list that C runs.
+
+Adds       `DecodeCalls`, steps in which sequences decode and, beside them, pieces of prompts and
+           drafts are read. `Arena`, the memory of their results.
+Seam       `DecodeSteps` of nanollama.py; NativeBackend.record makes them. Imports kernels.native.
+Remove     delete this file: Python then calls every kernel of every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from nanollama import Batch, KernelError, KVCache, Span
+from nanollama_extras.kernels.native import KernelCalls, num_recorded
+
+if TYPE_CHECKING:
+    from nanollama import Decoder, Work
+    from nanollama_extras.kernels.native import NativeKVCache
+
+
+class Arena:
+    """Memory for the results of recorded calls. Where nothing refers to a result any more, no later
+    call reads it, and the next result of its size takes its place."""
+
+    def __init__(self) -> None:
+        self.free: dict[int, list[Any]] = {}  # bytes -> arrays of this size
+        self.addresses: set[int] = set()
+
+    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
+        """torch.empty, on the CPU"""
+        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
+        num_bytes = size.numel() * dtype.itemsize
+        free = self.free.setdefault(num_bytes, [])
+        buffer = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        self.addresses.add(buffer.ctypes.data)
+        view = buffer[:]  # which the tensor's storage refers to as long as it lives
+        weakref.finalize(view, free.append, buffer)
+        return torch.from_numpy(view).view(dtype).view(size)
+
+    def owns(self, x: Any) -> bool:
+        """Whether a tensor is a result, or a part of one."""
+        return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.addresses
+
+
+class DecodeCalls:
+    """Steps recorded as the list of their kernel calls: run again from C, they leave out what
+    Python does for each layer, a third of a small model's time.
+
+    They are recorded once, for the most rows that they take, and take fewer just as well: a row of
+    each sequence that decodes, more of a draft or of a piece of a prompt. They hold no address of a
+    strip, since these are inputs: strips may move and change hands."""
+
+    most_sequences = 16  # from there on, Python's share is small
+    most_rows = 128
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        """Raises KernelError for a decoder that computes with other operators too."""
+        if not hasattr(getattr(cache, "cache", cache), "fill"):  # that of states holds another
+            raise KernelError("attention is not a native kernel")
+        self.decoder, self.parts = decoder, decoder.parts()
+        self.cache = cast("NativeKVCache", cache)
+        self.num_sequences = min(len(cache.strips), self.most_sequences)
+        self.most_new = 1 if hasattr(cache, "cache") else self.most_rows  # as states are recorded
+        self.num_rows = self.num_sequences if self.most_new == 1 else self.most_rows
+        self.batch = batch = Batch([(0, 0, [0], 1)] * self.num_rows, decoder.device, 1)
+        batch.rotations = decoder.rotations(batch, cache)
+        self.cache.new_tables(batch, self.num_rows)
+        self.prepare = getattr(decoder, "prepare", lambda batch: None)  # before each step
+        self.prepare(batch)
+        self.calls = KernelCalls(self.step, Arena())
+
+    def step(self) -> Tensor:
+        """The scores of `num_sequences` rows"""
+        self.hidden = self.decoder.hidden(self.batch, self.cache)
+        self.head = num_recorded()  # calls before the head's
+        self.states = torch.empty(self.num_sequences, self.hidden.size(1))
+        return self.decoder.lm_head(self.states, norm=self.decoder.norm).float()
+
+    def __call__(self, work: list[Work]) -> Tensor | None:
+        """As in DecodeSteps."""
+        spans, ids = list[Span](), list[int]()
+        for slot, start, new, num_logits in work:
+            spans.append(Span(slot, start, len(new), len(ids), num_logits))
+            ids += new
+        if not self.takes(spans, ids):
+            return None
+        batch, positions = self.batch, [range(s.start, s.start + s.num_new) for s in spans]
+        batch.token_ids.numpy()[: len(ids)] = ids
+        batch.positions.numpy()[: len(ids)] = [*itertools.chain.from_iterable(positions)]
+        batch.spans = spans
+        self.cache.fill(batch)
+        self.prepare(batch)
+        self.rotate(len(ids))
+        self.calls.run(len(ids), slice(self.head))
+        ends = [(span.row + span.num_new, span.num_rows) for span in spans]
+        rows = [row for end, num in ends for row in range(end - num, end)]
+        self.states.numpy()[: len(rows)] = self.hidden.numpy()[rows]
+        self.calls.run(len(rows), slice(self.head, None))
+        return self.decoder.capped(self.calls.result[: len(rows)])
+
+    def takes(self, spans: list[Span], ids: list[int]) -> bool:
+        """Whether such a step was recorded. One for a pooler, which has no logits, was not."""
+        return (
+            len(ids) <= self.num_rows
+            and sum(span.num_rows for span in spans) <= self.num_sequences
+            and all(span.num_rows and span.num_new <= self.most_new for span in spans)
+            and not any(hasattr(i, "vector") for i in ids)
+        )
+
+    def rotate(self, num_rows: int) -> None:
+        """Compute how the first rows are turned."""
+        view = copy.copy(self.batch)
+        view.positions = view.positions[:num_rows]
+        for name, rotation in self.decoder.rotations(view, self.cache).items():
+            for old, new in zip(self.batch.rotations[name], rotation):
+                if old is not None and new is not None:
+                    old[:num_rows].copy_(new)
