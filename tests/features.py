@@ -391,6 +391,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "capped attention": ({"models.attention"}, attend_capped),
     "native kernels": ({"kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
+    "short steps": ({"answers.pacing"}, option(max_gap=5)),
     "scores": ({"answers.scores", "answers.library"}, score),
     "an embedding": ({"answers.embeddings", "answers.library"}, embed),
     "a question": ({"answers.library"}, lambda llm: put_away(llm.chat("hi", max_tokens=4))),

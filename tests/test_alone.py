@@ -288,6 +288,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.budgets": (f"{ON_MODEL} --thinking-budget 4",),
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
+    "answers.pacing": (f"{ON_MODEL} --max-gap 5",),
     "answers.toolbox": (f"{ON_MODEL} --chat --mcp a.json",),
     "api.access_log": ("--serve --log-json",),
     "api.shelf": (
@@ -491,6 +492,7 @@ UNUSED = {
     "files.refusals",
     "kernels.containers",
     "kernels.memory",
+    "kernels.recorded",
 }
 
 

@@ -53,7 +53,7 @@ BLOCKS_EACH = 8  # for an actor, where there are few rows: the last to end leave
 # Options that change no answer: a second run may have others
 FREE_OPTIONS = frozenset(
     "batch_file output unordered ray replicas num_cpus num_gpus verbose threads parallel device "
-    "force prefill_chunk state_mb quiet log log_json words".split()
+    "force prefill_chunk max_gap state_mb quiet log log_json words".split()
 )
 
 
