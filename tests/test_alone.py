@@ -427,6 +427,7 @@ UNUSED = {
     "cluster.tensor_parallel",
     "kernels.cuda",
     "kernels.floats",
+    "commands.bench_servers",
     "commands.conversation",
     "commands.notices",
     "commands.status",

@@ -195,7 +195,8 @@ def bench_parser() -> argparse.ArgumentParser:
         add(f"{flags} N,..", shown, kind, default=[default])
     text = "measured runs, after a warm-up run (default: 3)"
     add("-r --repetitions N", text, int, default=3)
-    text = "take turns with llama.cpp's llama-bench on the same GGUF file"
+    text = "take turns with llama.cpp's llama-bench on the same GGUF file; with the folder of that "
+    text += "program, with llama-server too"
     add("--compare PROGRAM", text)
     add("--json", "print one JSON object instead of a table", action="store_true")
     return parser

@@ -1,7 +1,8 @@
-"""`nanollama bench --compare PROGRAM`: the same tests by llama.cpp's llama-bench, in turns.
+"""`nanollama bench --compare PROGRAM`: the same tests by llama.cpp's llama-bench, in turns; with
+the folder of that program also its server.
 
 Seam: the option `--compare` of commands.bench, which imports this module. To remove it, delete this
-module and that option. It imports commands.bench.
+module and that option. It imports commands.bench, and commands.bench_servers for a folder.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import statistics
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanollama import NanollamaError, UsageError, excerpt
+from nanollama import NanollamaError, UsageError, excerpt, extra
 from nanollama_extras.commands.bench import Bench
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ def peer_of(llm: LLM, args: argparse.Namespace, threads: int) -> Peer:
         raise UsageError("--compare measures the file as it is: leave --quantize and --adapter out")
     decoder = llm.engine.decoder
     is_cpu = decoder.device.type == "cpu"
-    return Peer(args.compare, str(file), threads, decoder.kv_dtype, is_cpu)
+    given = Path(args.compare)
+    program = str(given / "llama-bench") if given.is_dir() else args.compare
+    return Peer(program, str(file), threads, decoder.kv_dtype, is_cpu)
 
 
 def compared(bench: Bench, peer: Peer, args: argparse.Namespace) -> Iterator[Json]:
@@ -108,12 +112,13 @@ def line(row: Any) -> str:
 def compare(bench: Bench, args: argparse.Namespace, threads: int) -> list[Json]:
     """Measure, and print the table unless `--json` is given. Raises NanollamaError."""
     peer, rows = peer_of(bench.llm, args, threads), []
-    if not args.json:
-        print(HEAD)
+    show = print if not args.json else lambda *_, **__: None
+    show(HEAD)
     for row in compared(bench, peer, args):
         rows.append(row)
-        if not args.json:
-            print(line(row), flush=True)
-    if not args.json:
-        print(RULE.format(args.repetitions, threads, peer.kv_dtype))
+        show(line(row), flush=True)
+    show(RULE.format(args.repetitions, threads, peer.kv_dtype))
+    if Path(args.compare).is_dir():
+        servers = extra("commands.bench_servers", "--compare FOLDER")
+        rows += servers.compare(peer, bench.llm, args.repetitions, show)
     return rows

@@ -12,7 +12,9 @@ import gguf_files
 import pytest
 
 import nanollama
+from nanollama import NanollamaError
 from nanollama_extras.commands import bench as bench_command
+from nanollama_extras.commands import bench_servers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the peer is a script with #!")
 
@@ -126,3 +128,65 @@ def test_a_directory_of_safetensors_is_refused(
 ) -> None:
     assert bench("--model", tiny("Llama"), "--compare", "x", "-p", 8, "-n", 0) == 2
     assert "--compare needs a model that is one GGUF file" in capsys.readouterr().err
+
+
+SERVER = """#!{python}
+import sys
+import nanollama
+port = sys.argv[sys.argv.index("--port") + 1]
+nanollama.main(["--serve", "--script", "{script}", "--port", port])
+"""
+
+
+def test_a_folder_brings_its_server_in(
+    model: Path,
+    peer: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {
+        "CLIENTS": 2,
+        "REQUESTS": 2,
+        "PROMPT_TOKENS": 40,
+        "ANSWER_TOKENS": 8,
+    }.items():
+        monkeypatch.setattr(bench_servers, name, value)
+    script = tmp_path / "script.json"
+    script.write_text(json.dumps([{"text": "one two three four", "token_delay": 0.01}]))
+    server = peer().with_name("llama-server")
+    server.write_text(SERVER.format(python=sys.executable, script=script))
+    server.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(Path(nanollama.__file__).parent))
+    flags = ["-p", 0, "-n", 2, "-r", 1, "--threads", 1, "--json"]
+    assert bench("--model", model, "--compare", tmp_path, *flags) == 0
+    _, *rows = json.loads(capsys.readouterr().out)["results"]
+    found = {row["test"]: row for row in rows}
+    assert list(found)[:3] == [
+        "start to first token, s",
+        "memory after it, MB",
+        "2 clients, tokens/s",
+    ]
+    assert list(found)[3:] == [
+        f"{wait} {mark}, ms"
+        for wait in ("to first token", "between tokens")
+        for mark in ("p50", "p99")
+    ]
+    for row in rows:
+        assert row["ratio"] == row["value"] / row["peer_value"] > 0
+
+
+def test_a_server_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho bad flag >&2\nexit 1\n")
+    with (
+        pytest.raises(NanollamaError, match="llama-server does not run: Permission denied"),
+        bench_servers.serving([str(program)]),
+    ):
+        pass
+    program.chmod(0o755)
+    with (
+        pytest.raises(NanollamaError, match="llama-server does not serve: 'bad flag'"),
+        bench_servers.serving([str(program)]),
+    ):
+        pass
