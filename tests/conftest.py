@@ -17,11 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per 
 
 import hypothesis
 import torch
-from command_line import Ran
+from command_line import Ran, share_kernels
 from huggingface_hub import constants
 
 import nanollama
 from nanollama import test_server  # noqa: F401 (a fixture)
+from nanollama_extras.kernels.containers import num_cores
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
@@ -40,6 +41,11 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: a third of the time, tests wait for programs that they start."""
+    return min(num_cores(), 7) + 1
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +200,8 @@ def ray_address(ray_cluster: Any) -> str:
 
 @pytest.fixture
 def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches without models."""
+    """Caches without models, but with compiled kernels for other processes."""
+    share_kernels(tmp_path / "own")
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -156,8 +156,9 @@ def test_what_was_asked_is_kept_within_bounds(test_server: TestServer) -> None:
     assert asked["body"]["temperature"] == 0.5
     assert asked["headers"]["user-agent"].startswith("OpenAI")
     assert test_server.requests[0]["body"] == asked["body"]
-    for i in range(300):
-        httpx.post(f"{test_server.base_url}/completions", content=f"no json {i}")
+    with httpx.Client() as client:
+        for i in range(300):
+            client.post(f"{test_server.base_url}/completions", content=f"no json {i}")
     assert len(httpx.delete(url).json()["requests"]) == MAX_RECORDED_REQUESTS
     assert httpx.get(url).json() == {"requests": []}
 

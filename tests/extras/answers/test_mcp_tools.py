@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from command_line import share_kernels
 from mcp_server import ENTRY as PLAIN
 from scripted_program import DRIVER
 from serving import url_in, wait_until
@@ -481,7 +482,8 @@ def test_in_a_conversation_each_call_is_asked_for(
     path = write(tmp_path / "mcp.json", plain=PLAIN)
     words = [str(driver), "--model", str(tiny()), "--interactive", "--mcp", path]
     env = {**os.environ, "PYTHONPATH": str(Path(nanollama.__file__).parent)}
-    env |= {"TERM": "dumb", "XDG_CACHE_HOME": str(tmp_path)}
+    env |= {"TERM": "dumb", "NANOLLAMA_CACHE": str(tmp_path)}
+    share_kernels(tmp_path)
     child = pexpect.spawn(sys.executable, words, encoding="utf-8", timeout=120, env=env)
     try:
         child.expect(">>> ")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from command_line import share_kernels
 from scripted_program import DRIVER
 
 import nanollama
@@ -230,7 +231,8 @@ def test_on_a_terminal_each_call_is_asked_for(
     driver.write_text(DRIVER.format(answers=answers))
     words = [str(driver), "--model", str(tiny()), "--interactive", "--tools", str(file)]
     env = {**nanollama.os.environ, "PYTHONPATH": str(Path(nanollama.__file__).parent)}
-    env |= {"TERM": "dumb", "XDG_CACHE_HOME": str(tmp_path)}
+    env |= {"TERM": "dumb", "NANOLLAMA_CACHE": str(tmp_path)}
+    share_kernels(tmp_path)
     child = pexpect.spawn(sys.executable, words, encoding="utf-8", timeout=120, env=env)
     try:
         child.expect(">>> ")

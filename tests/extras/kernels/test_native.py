@@ -989,6 +989,8 @@ def test_a_fork_has_threads_of_its_own() -> None:
 
 ROOT = Path(nanollama.__file__).parent
 LOAD = "print(native.load_kernels().path().decode())"
+SH = "#!/bin/sh\n"
+TO_TARGET = 'while [ "$1" != -o ]; do shift; done; '
 
 
 def python(program: str, **variables: object) -> subprocess.CompletedProcess[str]:
@@ -1010,13 +1012,16 @@ def executable(path: Path, program: str) -> Path:
 
 
 class Desk:
-    """A cache, a place for temporary files, and a compiler that is quick and counts its runs."""
+    """A cache, a place for temporary files, and a compiler that counts its runs, and that copies
+    what the system's has made."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compiled: bytes) -> None:
         self.cache, self.temporary, self.runs = folder / "cache", folder / "tmp", folder / "runs"
         self.temporary.mkdir()
-        quick = f'echo run >> "{self.runs}"; exec {kernels.find_compiler()} "$@" -O0'
-        self.compiler = executable(folder / "compiler", f"#!/bin/sh\n{quick}\n")
+        made = folder / "made"
+        made.write_bytes(compiled)
+        copies = f'echo run >> "{self.runs}"; {TO_TARGET} exec cp "{made}" "$2"'
+        self.compiler = executable(folder / "compiler", f"{SH}{copies}\n")
 
     def load(self, before: str = "") -> str:
         """What the kernels call themselves in a new process."""
@@ -1036,9 +1041,17 @@ class Desk:
         return [path for path in self.cache.rglob("*") if path.is_file()]
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The kernels, compiled quickly."""
+    target = tmp_path_factory.mktemp("compiled") / "kernels.so"
+    kernels.compile_kernels(target, (*KERNEL_FLAGS, "-O0"))
+    return target.read_bytes()
+
+
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+def desk(tmp_path: Path, compiled: bytes) -> Desk:
+    return Desk(tmp_path, compiled)
 
 
 def test_the_second_process_does_not_compile(desk: Desk) -> None:
@@ -1099,14 +1112,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(desk: Desk) -> None:
 
 
 # ---- places that are full, closed, or open to others ---------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The kernels, compiled quickly."""
-    target = tmp_path_factory.mktemp("compiled") / "kernels.so"
-    kernels.compile_kernels(target, (*KERNEL_FLAGS, "-O0"))
-    return target.read_bytes()
 
 
 @pytest.fixture
@@ -1257,17 +1262,15 @@ def test_a_group_of_this_user_alone_may_write(
 
 # ---- no kernels ----------------------------------------------------------------------------------
 
-SH = "#!/bin/sh\n"
-TO_TARGET = SH + 'while [ "$1" != -o ]; do shift; done; '
 FAILS = "echo said >&2; echo 'x.c:1: error: no vectors here' >&2; echo more >&2; exit 1"
 OTHER = f"echo 'int other;' | {kernels.find_compiler()} -x c -shared -fPIC -o \"$2\" -"
 BAD_COMPILERS: dict[str, tuple[str | None, str]] = {  # the file, and what is said of it
     "missing": (None, "no C compiler was found"),
     "fails": (SH + FAILS, "cannot compile the kernels: x.c:1: error: no vectors here"),
     "says-nothing": (SH + "exit 3", "cannot compile the kernels: exit code 3"),
-    "makes-garbage": (TO_TARGET + 'echo garbage > "$2"', "the compiled kernels do not load: "),
+    "makes-garbage": (SH + TO_TARGET + 'echo garbage > "$2"', "the compiled kernels do not load: "),
     "makes-nothing": (SH + "exit 0", "the compiled kernels do not load: "),
-    "makes-another": (TO_TARGET + OTHER, "the compiled kernels do not load: "),
+    "makes-another": (SH + TO_TARGET + OTHER, "the compiled kernels do not load: "),
     "no-program": ("\x7fELF and no more", "does not run: "),
 }
 
