@@ -602,8 +602,7 @@ class ModelConfig:
 
     def ring_tokens(self, most_new: int) -> int:
         """Positions kept in a layer with a window: all that `most_new` tokens of a step see."""
-        window = max(filter(None, self.windows), default=0)
-        return round_up(window + most_new, RING_TILE)
+        return round_up(max(filter(None, self.windows), default=0) + most_new, RING_TILE)
 
     def kv_bytes(self, num_tokens: int, kv_dtype: str, most_new: int = 2**31) -> int:
         """Bytes of keys, values and states of `num_tokens` tokens, with `most_new` in a step."""
@@ -722,7 +721,6 @@ def _switches(values: ConfigValues) -> Json:
     check_value(str(act) in ACTIVATIONS, "hidden_act", act, " or ".join(ACTIVATIONS))
     bias = any(map(values.get, ("attention_bias", "qkv_bias", "use_qkv_bias", "use_bias")))
     eps_keys = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
-    eps_key = next(filter(values.get, eps_keys), eps_keys[0])
     return {
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "qkv_bias": bias,
@@ -731,7 +729,7 @@ def _switches(values: ConfigValues) -> Json:
         "act": ACTIVATIONS[act],
         "packing": packing,
         "embed_scale": values.number("embedding_multiplier", 1.0),
-        "norm_eps": values.number(eps_key, 1e-6),
+        "norm_eps": values.number(next(filter(values.get, eps_keys), eps_keys[0]), 1e-6),
         "attn_scale": values.number_or(None, "attention_multiplier"),
         "attn_softcap": values.number_or(0.0, "attn_logit_softcapping"),
         "logit_softcap": values.number_or(0.0, "final_logit_softcapping"),
@@ -957,8 +955,7 @@ class SamplingParams:
         check_value(are_words, "stop", self.stop, "up to 64 texts of 1 to 1000 chars", RequestError)
         for name, (kind, wanted) in ANSWER_FIELDS.items():
             value, first = getattr(self, name), self.answer_field
-            is_valid = value is None or isinstance(value, kind)
-            check_value(is_valid, name, value, wanted, RequestError)
+            check_value(value is None or isinstance(value, kind), name, value, wanted, RequestError)
             if value is not None and name != first:
                 raise RequestError(f"an answer cannot have both a {first} and a {name}", name)
             if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -1010,6 +1007,8 @@ class EngineConfig:
         "--kv-dtype: type of keys and values; auto: by the weights",
         choices=("auto", *DTYPES, "q8"),
     )
+    prompt_cache: str | None = option(None, "--prompt-cache DIR: keep prompts on disk")
+    prompt_cache_mb: int = option(4096, "--prompt-cache-mb N: its size", (1, 2**24))
     force: bool = option(False, "--force: load a model that is larger than the free memory")
     record: str | None = option(None, "--record FILE: keep answers, for `replay`")
 
@@ -1131,8 +1130,7 @@ class PackedLinear:
         if self.offset is not None:
             offset = self.offset.to(self.dtype).unsqueeze(-1)
             return torch.addcmul(offset, q.to(self.dtype), scale).flatten(1)
-        zero = 8 if self.bits == 4 else 0
-        return (q - zero).to(self.dtype).mul_(scale).flatten(1)
+        return (q - 8 * (self.bits == 4)).to(self.dtype).mul_(scale).flatten(1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
@@ -2068,8 +2066,7 @@ class MLP:
         C, self.act = config.n_embd, config.act
         self.sub_norm: Norm | None = None  # before down_proj
         names = ("gate_proj", "up_proj") if self.act in GATED else ("up_proj",)
-        rows = {f"{prefix}.{name}": width for name in names}
-        self.gate_up_proj = weights.linear(rows, C, bias)
+        self.gate_up_proj = weights.linear({f"{prefix}.{name}": width for name in names}, C, bias)
         self.down_proj = weights.linear({f"{prefix}.down_proj": C}, width, bias)
         # malloc's larger blocks are new pages, which cost more than a larger product saves
         self.step = max(1, MLP_BYTES // (8 * width) // ROW_TILE) * ROW_TILE
@@ -2109,8 +2106,7 @@ class MoE:
         self.shared_expert_gate: Tensor | None = None
         if width := experts.n_ff_shared:
             self.shared_expert = MLP(config, weights, f"{prefix}.shared_expert", width, False)
-            name = f"{prefix}.shared_expert_gate.weight"
-            self.shared_expert_gate = weights.take(name, 1, C)
+            self.shared_expert_gate = weights.take(f"{prefix}.shared_expert_gate.weight", 1, C)
 
     def __call__(self, x: Tensor, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
         """The weighted sum of each token's experts + residual, (N, C) all"""
@@ -2431,10 +2427,9 @@ def _open_directory(path: Path) -> Checkpoint:
 def _file_sampling(values: Mapping[str, Any], source: Path) -> Json:
     """A model's own defaults; one that makes no sense is skipped, with a warning."""
     chosen: Json = {}
-    rows = options_of(SamplingParams)
     for theirs, ours in FILE_SAMPLING.items():
         value = values.get(theirs)
-        if value is not None and rows[ours].accepts(value):
+        if value is not None and options_of(SamplingParams)[ours].accepts(value):
             chosen[ours] = value
         elif value is not None:
             log.warning(f"{source}: {theirs} is {excerpt(value)}, which is left out")
@@ -2746,9 +2741,8 @@ def _gguf_config(own: Mapping[str, Any], tensors: Tensors, model_type: str) -> J
     head_dim = own.get("attention.key_length", head_dim)
     eps = "attention.layer_norm_rms_epsilon"
     widths = ("feed_forward_length", "expert_feed_forward_length")
-    values = {theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own}
     config = {
-        **values,
+        **{theirs: own[ours] for ours, theirs in GGUF_VALUES.items() if ours in own},
         **family.gguf_values,
         "model_type": model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -3467,8 +3461,7 @@ def read_modelfile(path: Path) -> Modelfile:
     """Parse a Modelfile. Raises ModelfileError with the line number."""
     try:
         is_wide = path.read_bytes()[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = path.read_text(encoding="utf-16" if is_wide else "utf-8-sig")
-        return parse_modelfile(text, path)
+        return parse_modelfile(path.read_text("utf-16" if is_wide else "utf-8-sig"), path)
     except OSError as error:
         raise ModelfileError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -5012,8 +5005,7 @@ class TextSide:
         and ExtraError."""
         calls = self.calls(request)
         ids, text = self.encode_request(request)
-        constraint = self.constraint(request, ids, calls)
-        return Prepared(request, ids, text, AnswerForm(calls, constraint))
+        return Prepared(request, ids, text, AnswerForm(calls, self.constraint(request, ids, calls)))
 
     def prepare_all(self, requests: Iterable[GenerationRequest]) -> list[Prepared]:
         """Prepare the choices of one body. Those of one prompt differ in their seeds only."""
@@ -5091,8 +5083,8 @@ class LLM(TextSide, Library):
         cores = preferred("kernels.containers", "num_cores", os.cpu_count)() or 1
         torch.set_num_threads(min(config.threads or torch.get_num_threads(), cores))
         lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
-        files = (self.checkpoint.tensors, str(self.checkpoint.path))
-        kind = (getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or ""))
+        files = checkpoint.tensors, str(checkpoint.path)
+        kind = getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or "")
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
         notify("commands.details", "check_memory", model, checkpoint, config, weights.backend)
         family = self.config.model_type
@@ -5103,6 +5095,8 @@ class LLM(TextSide, Library):
         recorder = extra("commands.record", "--record").recording_engine if config.record else None
         new_engine = recorder(self, adapter) if recorder else Engine
         self.engine = new_engine(decoder, self.tokenizer.end_ids, config)
+        if config.prompt_cache:
+            extra("answers.prompt_cache", "--prompt-cache").attach(self, adapter, config)
         self.vision = preferred("models.vision", "opened", lambda *_: None)(checkpoint, decoder)
 
     def __repr__(self) -> str:
@@ -5636,8 +5630,7 @@ class TextChoice(Reply):
         if delta.token_id is not None:
             self._add(delta.token_id, delta.logprobs)
         self.text += text
-        new = self.rows[num_before:]
-        chunks = [self._chunk(text, new)] if text or delta.logprobs else []
+        chunks = [self._chunk(text, self.rows[num_before:])] if text or delta.logprobs else []
         if delta.finish_reason:
             self.finish_reason, self.usage = delta.finish_reason, delta.usage
             chunks.append(self._chunk("", reason=delta.finish_reason))
@@ -6323,8 +6316,7 @@ class Handlers:
         if not isinstance(value, dict):
             raise RequestError("the body must be a JSON object")
         if self.config.log_prompts:
-            hide = preferred("answers.images", "without_data", dict)
-            log.info(encode_json(hide(value)).decode())
+            log.info(encode_json(preferred("answers.images", "without_data", dict)(value)).decode())
         return value
 
     async def read_request(self, request: Request) -> tuple[Json, Pool]:

@@ -264,6 +264,11 @@ def write_json_lines(llm: LLM) -> None:
         command("--model", "MODEL", *flags)(llm)
 
 
+def keep_prompts(llm: LLM) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        LLM(llm.checkpoint.path, prompt_cache=folder)
+
+
 def record_and_replay(llm: LLM) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/answers.jsonl"
@@ -344,6 +349,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         {"commands.diff", "commands.eval", "answers.scores"},
         command("diff", "MODEL", "MODEL", "--text", __file__, "--json"),
     ),
+    "--prompt-cache": ({"answers.prompt_cache", "files.block_store"}, keep_prompts),
     "--record and replay": (
         {"commands.record", "commands.replay", "answers.scores"},
         record_and_replay,

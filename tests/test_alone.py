@@ -289,6 +289,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.grammars": (f"{ON_MODEL} --regex a", f"{ON_MODEL} --schema {{}}"),
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
     "answers.pacing": (f"{ON_MODEL} --max-gap 5",),
+    "answers.prompt_cache": (f"{ON_MODEL} --prompt-cache folder",),
     "answers.toolbox": (f"{ON_MODEL} --chat --mcp a.json",),
     "api.access_log": ("--serve --log-json",),
     "api.shelf": (

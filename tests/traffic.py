@@ -8,6 +8,8 @@ from typing import Any
 
 from nanollama import LLM, GenerationRequest, SamplingParams
 
+PLAIN: dict[str, Any] = {"lookup": 0, "prompt_cache": None}  # of what others are compared with
+
 
 def greedy(ids: list[int], num: int = 8) -> GenerationRequest:
     params = SamplingParams(temperature=0, repeat_penalty=1, max_tokens=num, ignore_eos=True)
@@ -24,7 +26,7 @@ def assert_company_changes_nothing(path: Path, num_steps: int, **options: Any) -
     """Run a model for so many steps, with prompts that begin alike and next turns -> the model"""
     rng = random.Random(1)
     llm = LLM(path, parallel=3, prefill_chunk=24, **options)
-    alone = LLM(path, parallel=1, prefill_chunk=512, state_mb=0, **{**options, "lookup": 0})
+    alone = LLM(path, parallel=1, prefill_chunk=512, state_mb=0, **{**options, **PLAIN})
     texts = [[rng.randrange(2, 40) for _ in range(50)] for _ in range(3)]
     known: dict[tuple[int, ...], list[int]] = {}
     running: list[Any] = []

@@ -23,6 +23,7 @@ from nanollama import (
     RequestError,
     SamplingParams,
     extra,
+    notify,
     options_of,
     public_name,
 )
@@ -181,7 +182,9 @@ class Library:
 
     def forget(self) -> None:
         """Reuse nothing that has been computed so far, as after a change of a weight in place."""
-        cast("LLM", self).engine.forget()
+        engine = cast("LLM", self).engine
+        engine.forget()
+        notify("answers.prompt_cache", "leave", engine)
 
     def render(
         self,

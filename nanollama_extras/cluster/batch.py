@@ -53,7 +53,8 @@ BLOCKS_EACH = 8  # for an actor, where there are few rows: the last to end leave
 # Options that change no answer: a second run may have others
 FREE_OPTIONS = frozenset(
     "batch_file output unordered ray replicas num_cpus num_gpus verbose threads parallel device "
-    "force prefill_chunk max_gap state_mb quiet log log_json words".split()
+    "force prefill_chunk max_gap state_mb prompt_cache prompt_cache_mb quiet log log_json "
+    "words".split()
 )
 
 
@@ -66,6 +67,8 @@ def packed(settings: Settings) -> Json:
     values["models"] = [absolute(model) for model in values["models"]]
     values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter")}
     values["threads"] = num_cpus(settings)
+    if values.get("prompt_cache"):  # which may not exist yet
+        values["prompt_cache"] = os.path.abspath(os.path.expanduser(values["prompt_cache"]))
     return {"args": values, "modelfile": modelfile, "flags": settings.flags}
 
 

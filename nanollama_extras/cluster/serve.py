@@ -73,6 +73,8 @@ def values_of(args: argparse.Namespace) -> Json:
 
     values = {name: value for name, value in vars(args).items() if name != "enter"}
     values["models"] = [absolute(model) for model in args.models]
+    if values.get("prompt_cache"):  # which may not exist yet
+        values["prompt_cache"] = os.path.abspath(os.path.expanduser(values["prompt_cache"]))
     return {**values, **{name: absolute(values.get(name)) for name in FILES}}
 
 

@@ -22,6 +22,7 @@ from nanollama import (
     human_bytes,
     keep_8_bits,
     library,
+    notify,
     pick_backend,
     pick_device,
     preferred,
@@ -123,6 +124,7 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
     keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
     lines["memory"] = f"{num_weights} weights + {keys}{states}"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
+    notify("answers.prompt_cache", "add_details", lines, settings.engine())
 
 
 def settings_lines(settings: Settings, sampling: Sampling) -> list[str]:

@@ -122,13 +122,14 @@ def recording_engine(llm: LLM, adapter: Any) -> Callable[..., Engine]:
 
     def describe() -> Json:
         engine: Any = llm.engine
+        own = dataclasses.replace(engine.config, record=None, prompt_cache=None)
         return {
             "version": __version__,
             "model": str(llm.checkpoint.path),
             "adapter": adapter and os.path.abspath(adapter),
             "fingerprint": llm.fingerprint,
             "backend": engine.decoder.kernels,
-            "engine": changed_fields(dataclasses.replace(engine.config, record=None)),
+            "engine": changed_fields(own),
         }
 
     return lambda *args: RecordingEngine(describe, *args)
