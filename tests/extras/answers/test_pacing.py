@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +81,26 @@ def test_steps_fit_into_the_gap_once_the_speed_is_known(machine: str) -> None:
     del clock.steps[:]
     long = clock.add(20_000)
     clock.until(lambda: long in clock.ended)
+    num_used = num_long = 0
     for num_answering, num_read, seconds in clock.steps[:-1]:
         assert num_answering == num_answers
-        assert seconds < 1.05 * GAP or num_read <= max(LEAST_PIECE, num_answering)
-        # the gap is used, and answers never take more of a step than prompts
-        assert seconds > 0.9 * GAP or num_read in (CHUNK, max(LEAST_PIECE, num_answering))
+        is_least = num_read <= max(LEAST_PIECE, num_answering)
+        num_long += not is_least and seconds > 1.05 * GAP
+        num_used += seconds > 0.9 * GAP or num_read in (CHUNK, max(LEAST_PIECE, num_answering))
+    assert num_long < 0.07 * len(clock.steps)  # to learn, some steps have another size
+    assert num_used > 0.9 * len(clock.steps)
+
+
+def test_steps_are_longer_than_the_gap_where_that_would_waste_most_of_the_time() -> None:
+    noise = random.Random(1)
+    base, each = 0.06, 0.0014  # a busy machine: threads wait for a core in every layer
+    clock = Clock(lambda rows: base * noise.uniform(0.8, 1.2) + each * rows)
+    for _ in range(4):
+        clock.add(2, 10**6)
+    long = clock.add(30_000)
+    clock.until(lambda: long in clock.ended)
+    later = sorted(num_read for _, num_read, _ in clock.steps[100:])
+    assert 1.4 * base < each * later[len(later) // 2] < 3 * base
 
 
 def test_without_answers_steps_are_as_large_as_they_may_be() -> None:
