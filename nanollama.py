@@ -997,15 +997,12 @@ class EngineConfig:
         kind=lambda text: int(text) if text.isdecimal() else text,
         bare=8,
     )
+    draft: str | None = option(None, "--draft MODEL: smaller model that drafts")
     kernels: str = option(
-        "auto",
-        "--kernels: native: compiled C for the CPU; torch: its operators; auto: native if possible",
-        choices=("auto", "native", "torch"),
+        "auto", "--kernels: C, torch's operators, or the best", choices=("auto", "native", "torch")
     )
     kv_dtype: str = option(  # auto: float16 where native kernels read packed weights, else `dtype`
-        "auto",
-        "--kv-dtype: type of keys and values; auto: by the weights",
-        choices=("auto", *DTYPES, "q8"),
+        "auto", "--kv-dtype: keys and values; auto: by the weights", choices=("auto", *DTYPES, "q8")
     )
     prompt_cache: str | None = option(None, "--prompt-cache DIR: keep prompts on disk")
     prompt_cache_mb: int = option(4096, "--prompt-cache-mb N: its size", (1, 2**24))
@@ -3439,7 +3436,7 @@ def set_parameter(parameters: Json, name: str, text: str) -> None:
 
 
 # Directive of a Modelfile -> the field that it sets
-DIRECTIVES = {n.upper(): n for n in "from tokenizer adapter system template license".split()}
+DIRECTIVES = {n.upper(): n for n in "from tokenizer adapter draft system template license".split()}
 DIRECTIVES |= {"FROM": "model", "PARAMETER": "parameters", "MESSAGE": "messages"}
 
 
@@ -3450,6 +3447,7 @@ class Modelfile:
     model: str | None = None
     tokenizer: str | None = None
     adapter: str | None = None
+    draft: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -3472,12 +3470,12 @@ def parse_modelfile(text: str, path: Path) -> Modelfile:
     """The directives of a Modelfile, in upper or lower case. A value is bare, in quotes, or in
     triple quotes over several lines; a line that begins with # is a comment.
 
-    Paths of FROM, TOKENIZER and ADAPTER are relative to the directory of `path`. Raises
-    ModelfileError with the line number."""
+    Paths of models are relative to the directory of `path`. Raises ModelfileError with the line
+    number."""
     fields: dict[str, Any] = {"parameters": {}, "messages": ()}
     lines = enumerate(text.split("\n"), 1)
     for number, line in lines:
-        if not line.strip() or line.strip().startswith("#"):
+        if line.strip()[:1] in ("", "#"):
             continue
         try:
             set_directive(fields, path.parent, *read_directive(line, lines))
@@ -3519,12 +3517,10 @@ def set_directive(fields: dict[str, Any], directory: Path, key: str, word: str, 
         fields["messages"] += ({"role": word.lower(), "content": value},)
     elif key == "TEMPLATE" and re.search(r"\{\{-?\s*(\.|if |range |end)", value):
         raise ModelfileError("this is a Go template; write it in Jinja")
-    elif key in ("FROM", "TOKENIZER", "ADAPTER"):
-        path = local_path(value, directory)
-        if path is None and value.startswith("."):
-            path = directory / value
-        fields[DIRECTIVES[key]] = str(path or value)
     else:
+        if key in ("FROM", "TOKENIZER", "ADAPTER", "DRAFT"):
+            path = directory / value if value.startswith(".") else value
+            value = str(local_path(value, directory) or path)
         fields[DIRECTIVES[key]] = value
 
 
@@ -5097,6 +5093,8 @@ class LLM(TextSide, Library):
         self.engine = new_engine(decoder, self.tokenizer.end_ids, config)
         if config.prompt_cache:
             extra("answers.prompt_cache", "--prompt-cache").attach(self, adapter, config)
+        if config.draft:
+            extra("models.drafts", "--draft").attach(self, config)
         self.vision = preferred("models.vision", "opened", lambda *_: None)(checkpoint, decoder)
 
     def __repr__(self) -> str:
@@ -6672,7 +6670,7 @@ def given_flags(args: argparse.Namespace, settings: type) -> Json:
 
 @dataclass(slots=True)
 class Settings:
-    """The settings of a run, each from a flag, the Modelfile, the model or the built-in default."""
+    """The settings of a run, each from a flag, the Modelfile, the model or a default."""
 
     args: argparse.Namespace
     modelfile: Modelfile
@@ -6683,7 +6681,7 @@ class Settings:
         return str(self.value("model")[0])
 
     def value(self, name: str) -> tuple[Any, str]:
-        """A setting (model, tokenizer, adapter, system, ctx or threads) and its origin."""
+        """A setting, such as ctx, and its origin."""
         flag = getattr(self.args, name, None)
         file = getattr(self.modelfile, name, None) or self.modelfile.parameters.get(name)
         if flag is not None:
@@ -6722,7 +6720,7 @@ class Settings:
 
     def engine(self) -> EngineConfig:
         """The engine's settings. Raises RequestError."""
-        own = {name: self.value(name)[0] for name in ("ctx", "threads")}
+        own = {name: self.value(name)[0] for name in "ctx threads draft".split()}
         return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
 
     def load(self, device: str | None = None, needs_text: bool = True) -> LLM:
@@ -6775,13 +6773,13 @@ def use_model(settings: Settings, name: str | None) -> Settings:
 
 
 def speed_line(stats: EngineStats) -> str:
-    """[prefill: 6 tok @ 28 t/s | decode: 29 tok @ 10.6 t/s | lookup: 12 of 20 right]"""
+    """[prefill: 6 tok @ 28 t/s | decode: 9 tok @ 10.6 t/s | drafts: 1 of 2 right]"""
     prefill = stats.prefill_tokens / max(stats.prefill_s, 1e-9)
     decode = stats.decode_tokens / max(stats.decode_s, 1e-9)
     line = f"prefill: {stats.prefill_tokens} tok @ {prefill:.0f} t/s | "
     line += f"decode: {stats.decode_tokens} tok @ {decode:.1f} t/s"
     if stats.drafted_tokens:
-        line += f" | lookup: {stats.accepted_tokens} of {stats.drafted_tokens} right"
+        line += f" | drafts: {stats.accepted_tokens} of {stats.drafted_tokens} right"
     return f"[{line}]"
 
 

@@ -129,6 +129,10 @@ def option(**options: Any) -> Callable[[LLM], None]:
     return run
 
 
+def draft(llm: LLM) -> None:
+    LLM(llm.checkpoint.path, draft=str(llm.checkpoint.path))
+
+
 def attend_capped(llm: LLM) -> None:
     q, keys, bias = torch.zeros(4, 2, 16), torch.zeros(2, 4, 16), torch.zeros(4, 4)
     nanollama.attention(q, keys, keys, bias, softcap=2.0)
@@ -398,6 +402,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "native kernels": ({"kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
     "short steps": ({"answers.pacing"}, option(max_gap=5)),
+    "a draft model": ({"models.drafts", "answers.gains"}, draft),
     "scores": ({"answers.scores", "answers.library"}, score),
     "an embedding": ({"answers.embeddings", "answers.library"}, embed),
     "a question": ({"answers.library"}, lambda llm: put_away(llm.chat("hi", max_tokens=4))),

@@ -326,6 +326,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     ),
     "files.tiny_random": ("--model tiny-random --prompt x",),
     "kernels.native": (f"{ON_MODEL} --kernels native",),
+    "models.drafts": (f"{ON_MODEL} --draft smollm2",),
     "models.lora": (f"{ON_MODEL} --adapter .",),
     "models.mtp": (f"{ON_MODEL} --lookup mtp",),
     "testing": ("--serve --script answers.yaml",),

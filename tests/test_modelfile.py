@@ -21,6 +21,7 @@ def test_every_directive_is_read() -> None:
 # a comment
 FROM org/name:Q4_K_M
 tokenizer org/other
+Draft org/small
 Parameter temperature 0.5
 PARAMETER\ttop_k\t7
 PARAMETER stop "User: "
@@ -39,6 +40,7 @@ LICENSE """MIT"""
     assert parse_modelfile(text, HERE) == Modelfile(
         model="org/name:Q4_K_M",
         tokenizer="org/other",
+        draft="org/small",
         system="You are kind.",
         template="{{ messages }}",
         license="MIT",

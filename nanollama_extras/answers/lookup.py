@@ -71,6 +71,7 @@ class PromptLookup(Pace):
         super().__init__()
         self.latest: dict[tuple[int, int], int] = {}  # pair of tokens -> position after its last
         self.earlier = [0, 0]  # position after a pair -> position after the one before; 0 for none
+        self.num_matched = 0  # tokens before the last guesses that occurred before
 
     def guess(self, tokens: list[int], most: int) -> list[int]:
         if len(tokens) < 3:
@@ -96,4 +97,5 @@ class PromptLookup(Pace):
             if num > longest:
                 best, longest = at, num
             at = self.earlier[at]
+        self.num_matched = longest
         return best

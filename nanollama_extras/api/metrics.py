@@ -38,7 +38,9 @@ class Metrics(Observer):
         self.prompt_tokens = make(counter, "prompt_tokens", "Prompt tokens, cached ones included")
         self.cached_tokens = make(counter, "cached_tokens", "Prompt tokens found in the cache")
         self.generated_tokens = make(counter, "generated_tokens", "Tokens generated")
-        self.drafted_tokens = make(counter, "drafted_tokens", "Tokens guessed by lookup")
+        self.drafted_tokens = make(
+            counter, "drafted_tokens", "Tokens guessed, by lookup or a draft model"
+        )
         self.accepted_tokens = make(counter, "accepted_tokens", "Guesses that came true")
         self.running = make(gauge, "running_sequences", "Sequences in the batch")
         self.waiting = make(gauge, "waiting_sequences", "Sequences in the queue")

@@ -226,8 +226,9 @@ def ollama_show(source: ServedModel) -> Json:
     """The answer of /api/show. Raises CheckpointError."""
     found, modified = source_details(source)
     file = dataclasses.replace(source.modelfile, model=source.reference or source.name)
-    tokenizer, adapter = (name and public_name(name) for name in (file.tokenizer, file.adapter))
-    file = dataclasses.replace(file, tokenizer=tokenizer, adapter=adapter)
+    others = {name: getattr(file, name) for name in ("tokenizer", "adapter", "draft")}
+    others = {name: value and public_name(value) for name, value in others.items()}
+    file = dataclasses.replace(file, **others)
     rows = {**source.sampling, **file.parameters}
     names = {"max_tokens": "num_predict", "ctx": "num_ctx", "threads": "num_thread"}
     lines = [
@@ -306,8 +307,9 @@ def new_modelfile(given: Fields, report: Report) -> Modelfile:
     reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer or whole.adapter:
-            refuse("TEMPLATE, TOKENIZER and ADAPTER are not allowed in a request", "modelfile")
+        if whole.template or whole.tokenizer or whole.adapter or whole.draft:
+            kinds = "TEMPLATE, TOKENIZER, ADAPTER and DRAFT"
+            refuse(f"{kinds} are not allowed in a request", "modelfile")
         reference = named_base(text)
     if given.get("files"):
         path = blobs.made_of_files(given["files"])
@@ -562,7 +564,7 @@ def format_modelfile(modelfile: Modelfile) -> str:
             rows += [("PARAMETER stop", block(word)) for word in value]
         else:  # max_tokens is None without a limit
             rows.append((f"PARAMETER {name}", -1 if value is None else value))
-    for key in ("TOKENIZER", "ADAPTER", "SYSTEM", "TEMPLATE", "LICENSE"):
+    for key in ("TOKENIZER", "ADAPTER", "DRAFT", "SYSTEM", "TEMPLATE", "LICENSE"):
         if (value := getattr(modelfile, DIRECTIVES[key])) is not None:
             rows.append((key, block(value)))
     rows += [(f"MESSAGE {m['role']}", block(m["content"])) for m in modelfile.messages]

@@ -65,7 +65,7 @@ def packed(settings: Settings) -> Json:
     """Settings as plain values for another process, which may have another working directory."""
     values, modelfile = plain(settings.args), dataclasses.asdict(settings.modelfile)
     values["models"] = [absolute(model) for model in values["models"]]
-    values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter")}
+    values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter", "draft")}
     values["threads"] = num_cpus(settings)
     if values.get("prompt_cache"):  # which may not exist yet
         values["prompt_cache"] = os.path.abspath(os.path.expanduser(values["prompt_cache"]))

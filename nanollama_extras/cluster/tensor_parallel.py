@@ -509,6 +509,7 @@ def check_mode(settings: Settings) -> None:
         ((getattr(args, "num_gpus", None) or 1) > 1, "--num-gpus cannot be used with it"),
         (settings.value("adapter")[0], "--adapter cannot be used with it yet"),
         (args.lookup == "mtp", "--lookup mtp cannot be used with it yet"),
+        (settings.value("draft")[0], "--draft cannot be used with it yet"),
     ):
         if is_wrong:
             raise UsageError(f"--tensor-parallel: {reason}")

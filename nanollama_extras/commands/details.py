@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import nanollama
 from nanollama import (
     PARAMETERS,
+    ModelStore,
     NanollamaError,
     excerpt,
     human_bytes,
     keep_8_bits,
     library,
     notify,
+    open_checkpoint,
     pick_backend,
     pick_device,
     preferred,
@@ -95,12 +97,23 @@ class Memory:
 
 
 def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0) -> tuple[int, int]:
-    """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given."""
+    """Bytes of the weights, and of the keys and values of at most `most_ctx` tokens, if given; both
+    with those of the model that drafts."""
     engine, config = settings.engine(), checkpoint.config
     n_ctx = min(engine.ctx or config.n_ctx, most_ctx or config.n_ctx, config.n_ctx)
-    backend, kv_dtype = chosen_kernels(checkpoint, settings)
-    num_weights = Memory(checkpoint, engine, backend).num_bytes(checkpoint.tensors)
-    return num_weights, config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
+    num_weights = num_keys = 0
+    for each in filter(None, (checkpoint, drafting(settings))):
+        backend, kv_dtype = chosen_kernels(each, settings)
+        num_weights += Memory(each, engine, backend).num_bytes(each.tensors)
+        num_keys += each.config.kv_bytes(n_ctx, kv_dtype, engine.prefill_chunk)
+    return num_weights, num_keys
+
+
+def drafting(settings: Settings) -> Checkpoint | None:
+    """The model of --draft, if it is on this machine."""
+    name = settings.value("draft")[0]
+    path = ModelStore().find(name) if name else None
+    return open_checkpoint(path) if path else None
 
 
 def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Settings) -> None:
@@ -122,14 +135,15 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
         states = f", {each} each, and a state of {human_bytes(config.state_bytes)}"
     lines["vocabulary"] = f"{config.n_vocab} tokens"
     keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
-    lines["memory"] = f"{num_weights} weights + {keys}{states}"
+    beside = ", with those of the draft model" if settings.value("draft")[0] else ""
+    lines["memory"] = f"{num_weights} weights + {keys}{states}{beside}"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
     notify("answers.prompt_cache", "add_details", lines, settings.engine())
 
 
 def settings_lines(settings: Settings, sampling: Sampling) -> list[str]:
     """One line for each setting, with its origin; - stands for no value."""
-    rows = {n: settings.value(n) for n in "system tokenizer adapter ctx threads".split()}
+    rows = {n: settings.value(n) for n in "system tokenizer adapter draft ctx threads".split()}
     rows |= {n: row for n, row in sampling.items() if n in PARAMETERS or n == "logit_bias"}
     shown = {name: list(v) if isinstance(v, tuple) else v for name, (v, _) in rows.items()}
     return [

@@ -446,10 +446,10 @@ def test_the_flag_takes_a_number_or_a_good_one(
 ) -> None:
     flags = ["--model", str(tiny("Llama")), "--prompt", "fox fox fox", "--max-tokens", "30"]
     flags += ["--temp", "0", "--repeat-penalty", "1", "--logit-bias", "70=100"]
-    line = re.compile(r"\[prefill: .* \| lookup: (\d+) of (\d+) right\]\n")
+    line = re.compile(r"\[prefill: .* \| drafts: (\d+) of (\d+) right\]\n")
     assert nanollama.main(flags) == 0
     expected = capsys.readouterr()
-    assert "lookup" not in expected.err
+    assert "drafts" not in expected.err
     for lookup in (["--lookup"], ["--lookup", "3"]):
         assert nanollama.main([*flags, *lookup]) == 0
         shown = capsys.readouterr()
@@ -474,7 +474,7 @@ def test_a_bad_number_is_a_usage_error(value: str, capsys: pytest.CaptureFixture
 def test_the_speed_line_tells_of_drafts_where_there_were_any() -> None:
     stats = EngineStats(6, 29, 0.2, 2.9, 20, 12)
     line = nanollama.speed_line(stats)
-    assert line == "[prefill: 6 tok @ 30 t/s | decode: 29 tok @ 10.0 t/s | lookup: 12 of 20 right]"
+    assert line == "[prefill: 6 tok @ 30 t/s | decode: 29 tok @ 10.0 t/s | drafts: 12 of 20 right]"
 
 
 def test_a_server_counts_drafts(tiny: Callable[..., Path]) -> None:

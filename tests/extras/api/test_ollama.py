@@ -659,6 +659,7 @@ def test_the_base_of_a_modelfile_is_read_as_its_other_values(live: Live, text: s
         {"from": TINY, "parameters": {"stop": []}, "messages": [{"role": "tool", "content": "a"}]},
         {"modelfile": f"FROM {TINY}\nTEMPLATE x"},
         {"modelfile": f"FROM {TINY}\nADAPTER x"},
+        {"modelfile": f"FROM {TINY}\nDRAFT x"},
         {"modelfile": "FROM /etc/passwd"},
         {"modelfile": "SYSTEM x"},
         {"modelfile": "WIBBLE"},

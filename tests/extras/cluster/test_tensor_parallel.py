@@ -186,6 +186,7 @@ def test_options_that_do_not_fit_are_refused(
         ("--prompt x --tensor-parallel 0", "it must be at least 1"),
         ("--serve --tensor-parallel 2", "--serve needs exactly one --model with it"),
         ("--prompt x --tensor-parallel 2 --adapter a", "--adapter cannot be used with it yet"),
+        ("--prompt x --tensor-parallel 2 --draft a", "--draft cannot be used with it yet"),
         ("--prompt x --tensor-parallel 2 --lookup mtp", "--lookup mtp cannot be used with it yet"),
     ):
         assert refused(*words.split()) == f"--tensor-parallel: {reason}"
