@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Work = list[tuple[Sequence, int]]  # sequences with their new tokens
 
-DEFAULT_GAP = 15.0  # milliseconds, of a server
+DEFAULT_GAP = 14.0  # milliseconds, of a server; what is around a step takes up to one more
 LEAST_PIECE = 16  # prompt tokens: smaller pieces would read the weights for too little work
 PATIENCE = 4  # a prompt's deadline comes after so many times the time that it takes alone
 SMOOTHING = 0.4  # share of the last step in the speed
@@ -107,10 +107,11 @@ class MeasuredPace:
     def learn(self, work: Work, seconds: float) -> None:
         """Hear how long a step took. For the speed, one without prompts says nothing, and one with
         few rows says little, because these cost more than rows of a full step."""
+        seconds = max(seconds, 1e-9)
         num_rows = sum(num_new + len(seq.draft) for seq, num_new in work)
         self.line.add(num_rows, seconds)
         if any(num_new > 1 for _, num_new in work):
             self.num_steps += 1
             fullness = num_rows / max(num_rows, self.speed * self.gap_s)
             share = SMOOTHING * fullness if self.speed else 1
-            self.speed += (num_rows / max(seconds, 1e-9) - self.speed) * share
+            self.speed += (num_rows / seconds - self.speed) * share
