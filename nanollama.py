@@ -666,8 +666,8 @@ def text_config(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(nested, Mapping):  # version 4 may have the text's keys beside the vision's
         kind = raw.get("model_type")
         return {**raw, "model_type": f"{kind}_text"} if "vision_config" in raw else raw
-    outer = ("tie_word_embeddings", *QUANTIZED)
-    return {**nested, **{key: raw[key] for key in outer if raw.get(key) is not None}}
+    own = {key: raw[key] for key in ("tie_word_embeddings", *QUANTIZED) if raw.get(key) is not None}
+    return preferred("models.families", "with_sizes", dict)({**nested, **own})
 
 
 def model_config(raw: Mapping[str, Any], source: str) -> ModelConfig:
@@ -3909,15 +3909,13 @@ def template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = bounded(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
+    env = bounded(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = tojson
+    env.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    return environment
+    return env
 
 
 @lru_cache(maxsize=8)
@@ -5148,19 +5146,22 @@ class LLM(TextSide, Library):
         Leaving the loop early cancels all that still run."""
         if isinstance(requests, AnyRequest | str | Mapping):
             requests = [requests]
-        sequences: list[Sequence] = []
+        sequences, waiting = list[Sequence](), enumerate(requests)
         try:
-            for index, request in enumerate(requests):
-                try:
-                    if params or not isinstance(request, AnyRequest):
-                        request = self.request(request, **params)
-                    sequences.append(self.start(request, index))
-                except NanollamaError as error:
-                    if raise_errors or isinstance(error, ExtraError):
-                        raise
-                    yield Delta(index, finish_reason="error", error=error)
-            while sequences:
-                # another stream's steps may have served these sequences: take all deltas first
+            while True:
+                while len(sequences) <= self.engine.num_slots and (due := next(waiting, None)):
+                    index, request = due
+                    try:
+                        if params or not isinstance(request, AnyRequest):
+                            request = self.request(request, **params)
+                        sequences.append(self.start(request, index))
+                    except NanollamaError as error:
+                        if raise_errors or isinstance(error, ExtraError):
+                            raise
+                        yield Delta(index, finish_reason="error", error=error)
+                if not sequences:
+                    return
+                # another stream may have stepped: take all deltas first
                 with self.engine.lock:
                     deltas = [delta for seq in sequences for delta in seq.take()]
                     sequences = [seq for seq in sequences if seq.finish_reason is None]
@@ -5779,9 +5780,7 @@ class ServerConfig:
     )
     idle_s: int = option(75, "--idle-timeout N: seconds that an idle connection lasts", (1, 2**31))
     mcp: str | None = option(None, "--mcp FILE: JSON of MCP servers, whose tools models may call")
-    image_hosts: tuple[str, ...] = option(
-        (), "--allow-image-hosts HOST: get images there", kind=str
-    )
+    image_hosts: tuple[str, ...] = option((), "--allow-image-hosts HOST: get its images", kind=str)
     any_model: bool = option(False, "--any-model: answer for every model name")
     strict: bool = option(False, "--strict: refuse unknown fields in requests")
     log_prompts: bool = option(False, "--log-prompts: write request bodies to the log")
@@ -6565,12 +6564,10 @@ def option_group(parser: argparse.ArgumentParser, title: str) -> Callable[..., N
 def add_settings(add: Callable[..., None], settings: type) -> None:
     """Add an option for each field of a settings class with flags. None or False: not given."""
     for name, row in options_of(settings).items():
-        rest: Json = {"dest": name}
+        kind = str.lower if row.choices else row.kind
+        rest: Json = {"dest": name, "kind": kind, "choices": row.choices or None}
         if row.kind is bool:
-            rest["action"] = "store_true"
-        else:
-            kind = str.lower if row.choices else row.kind
-            rest |= {"kind": kind, "choices": row.choices or None}
+            rest = {"dest": name, "action": "store_true"}
         if isinstance(row.default, (tuple, dict)):
             rest["action"] = "append"
         if row.bare is not None:
@@ -6712,11 +6709,9 @@ class Settings:
 
     def request(self, text: str, llm: LLM) -> GenerationRequest:
         """The request for a prompt: an answer with --chat, else a continuation."""
-        params = self.params(llm.sampling)
-        if not self.args.chat:
-            return GenerationRequest(prompt=text, params=params)
-        messages = [*self.messages(), {"role": "user", "content": text}]
-        return GenerationRequest(messages=messages, params=params)
+        chat = [*self.messages(), {"role": "user", "content": text}]
+        source: Json = {"messages": chat} if self.args.chat else {"prompt": text}
+        return GenerationRequest(**source, params=self.params(llm.sampling))
 
     def engine(self) -> EngineConfig:
         """The engine's settings. Raises RequestError."""
@@ -6932,7 +6927,7 @@ def read_rows(name: str) -> list[BatchRow]:
             row = BatchRow(number, line.decode("utf-8"))
         except UnicodeDecodeError:
             row = BatchRow(number, None, RequestError("the line is not UTF-8 text"))
-        if row.prompt is None or row.prompt.strip():
+        if line.strip():
             rows.append(row)
     if not rows:
         raise RequestError(f"{name}: holds no prompts; write one on each line")
@@ -6945,25 +6940,25 @@ def answer_rows(
     make_request: Callable[[str], GenerationRequest],
     hide_thinking: bool = False,
 ) -> Iterator[BatchRow]:
-    """Answer all rows together; yield each one in its turn, as soon as it is done."""
-    running, prompts = list[BatchRow](), list[Prepared]()
-    for row in (row for row in rows if row.error is None):
-        request = make_request(row.prompt or "")
-        try:
-            prepared = llm.prepare(request)
-        except ExtraError:  # no row could be answered
-            raise
-        except NanollamaError as error:
-            row.error = error
-            continue
-        splitter = prepared.splitter(keep_tags=True)
-        row.printer = AnswerPrinter(splitter, hide_thinking, io.StringIO())
-        running.append(row)
-        prompts.append(prepared)
-    deltas = llm.stream(prompts, raise_errors=False)
+    """Answer rows together; yield each in its turn, as soon as it is done."""
+    running = list[BatchRow]()
+
+    def prompts() -> Iterator[Prepared]:
+        for row in (row for row in rows if not row.error):
+            try:
+                prepared = llm.prepare(make_request(row.prompt or ""))
+            except ExtraError:  # no row could be answered
+                raise
+            except NanollamaError as error:
+                row.error = error
+                continue
+            row.printer = AnswerPrinter(prepared.splitter(True), hide_thinking, io.StringIO())
+            running.append(row)
+            yield prepared
+
+    deltas = llm.stream(prompts(), raise_errors=False)
     for row in rows:
-        while not row.is_done:
-            delta = next(deltas)
+        while not row.is_done and (delta := next(deltas, None)):
             other = running[delta.index]
             other.error, other.last = delta.error, delta
             if other.printer and not delta.error:
@@ -6977,17 +6972,16 @@ def run_batch(
     """--batch-file: all lines through the engine together, answers in the order of the lines."""
     llm = settings.load()
     request = functools.partial(settings.request, llm=llm)
-    answers: Iterable[BatchRow] = answer_rows(rows, llm, request, settings.args.hide_thinking)
-    count: Any = preferred("commands.status", "count_answers", lambda _, answers, *__: answers)
-    answers = count(settings, answers, len(rows))
-    for row in answers:
+    count: Any = preferred("commands.status", "count_answers", lambda _, rows, *__: rows)
+    answers = answer_rows(rows, llm, request, settings.args.hide_thinking)
+    for row in count(settings, answers, len(rows)):
         if row.error:
             log.error(f"line {row.line}: {row.error}")
         write(row) if write else put(row.text + "\n")
     printers = [row.printer for row in rows if row.printer]
     notify("commands.notices", "note_cut", printers, settings.params(llm.sampling).max_tokens)
     print_speed(settings, llm.engine.stats)
-    return 1 if any(row.error for row in rows) else 0
+    return int(any(row.error for row in rows))
 
 
 # ---- the conversation ----------------------------------------------------------------------------

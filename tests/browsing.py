@@ -25,6 +25,7 @@ FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     " --disable-component-update --disable-sync"
 )
+CAMERA = "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 expect = sync_api.expect
 
 

@@ -197,6 +197,22 @@ def test_stream_takes_one_request_or_any_iterable_of_them(tiny_llm: LLM) -> None
     assert list(tiny_llm.stream([])) == []
 
 
+def test_requests_are_made_when_they_are_due(tiny_llm: LLM) -> None:
+    """So a long batch, or one with images, takes no memory for all of its prompts."""
+    made: list[int] = []
+
+    def requests() -> Iterator[GenerationRequest]:
+        for number in range(3 * most):
+            made.append(number)
+            yield GenerationRequest([5, 6], params=SamplingParams(max_tokens=1))
+
+    most = tiny_llm.engine.num_slots
+    stream = tiny_llm.stream(requests())
+    first = next(stream)
+    assert len(made) == most + 1
+    assert {first.index, *(delta.index for delta in stream)} == {*range(3 * most)}
+
+
 def test_a_stream_is_made_while_it_is_read(tiny_llm: LLM) -> None:
     stream = tiny_llm.stream(GenerationRequest("the fox", params=GREEDY))
     assert not tiny_llm.engine.has_work

@@ -91,6 +91,21 @@ DELTA_NET = {
     "linear_value_head_dim": 32,
     "rope_parameters": {**THREE, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2]},
 }
+PIXTRAL: dict[str, Any] = {
+    "vision": {"model_type": "pixtral", **SQUARE, "image_size": 64},
+    "tokens": "[IMG] [IMG_BREAK] [IMG_END]",
+    "names": {"image_token": "[IMG]"},
+    "image_processor": "Pixtral",
+    "pixels": {"size": {"longest_edge": 64}, "patch_size": {"height": 8, "width": 8}},
+    "processor": {
+        "processor_class": "PixtralProcessor",
+        "patch_size": 8,
+        "image_token": "[IMG]",
+        "image_break_token": "[IMG_BREAK]",
+        "image_end_token": "[IMG_END]",
+    },
+    "image": "[IMG]",
+}
 PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64]]
 # model_type -> the parts of its config, the tokens beside those of texts, what its files say about
 # pixels, and what the template writes for an image
@@ -153,6 +168,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision": {**QWEN3["vision"], "deepstack_visual_indexes": [1]},
     },
     "qwen3_5": {**QWEN3, "kind": "Qwen3_5", "text": DELTA_NET},
+    "qwen3_5_moe": {
+        **QWEN3,
+        "kind": "Qwen3_5Moe",
+        "text": {
+            **DELTA_NET,
+            "model_type": "qwen3_5_moe_text",
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    },
     "qwen2_vl": {
         **QWEN3,
         "kind": "Qwen2VL",
@@ -220,22 +247,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "image": "<image>\n",
     },
+    "llava-pixtral": {
+        **PIXTRAL,
+        "kind": "Llava",
+        "text": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+        "whole": {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    },
     "mistral3": {
+        **PIXTRAL,
         "kind": "Mistral3",
         "text": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-        "vision": {"model_type": "pixtral", **SQUARE, "image_size": 64},
-        "tokens": "[IMG] [IMG_BREAK] [IMG_END]",
-        "names": {"image_token": "[IMG]"},
-        "image_processor": "Pixtral",
-        "pixels": {"size": {"longest_edge": 64}, "patch_size": {"height": 8, "width": 8}},
-        "processor": {
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "image_token": "[IMG]",
-            "image_break_token": "[IMG_BREAK]",
-            "image_end_token": "[IMG_END]",
-        },
-        "image": "[IMG]",
+        "processor": {**PIXTRAL["processor"], "spatial_merge_size": 2},
     },
     "lfm2_vl": {
         "kind": "Lfm2Vl",
@@ -335,7 +357,7 @@ def save(directory: Path, family: str, **changed: Any) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForMultimodalLM.from_config(config).eval()
     for part, parameter in model.named_parameters():  # large enough that every term matters
-        plus_one = family in ("gemma3", "qwen3_5") and "linear_attn" not in part
+        plus_one = family in ("gemma3", "qwen3_5", "qwen3_5_moe") and "linear_attn" not in part
         plus_one &= "visual" not in part and "vision" not in part
         mean = float("norm" in part and part.endswith("weight") and not plus_one)
         torch.nn.init.normal_(parameter, mean=mean, std=0.2)

@@ -17,12 +17,14 @@ import base64
 import hashlib
 import io
 import itertools
+import math
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from nanollama import (
     NanollamaError,
@@ -56,15 +58,51 @@ UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+FROM_URL = str.maketrans("-_", "+/")
 LONG_DATA = 128  # characters of a string that may be a file
 
 
-@dataclass(frozen=True, slots=True)
 class Picture:
-    """An image: the SHA-256 of its file in hex, and its pixels, RGB and upright."""
+    """An image: the SHA-256 of its file in hex, and its pixels, RGB and upright, or a function that
+    gives them when they are needed, with their size."""
 
-    digest: str
-    pixels: Image.Image
+    def __init__(
+        self,
+        digest: str,
+        pixels: Image.Image | Callable[[], Image.Image],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.digest, self._pixels = digest, pixels
+        self.size: tuple[int, int] = size or self.pixels.size
+
+    @property
+    def pixels(self) -> Image.Image:
+        if callable(self._pixels):
+            self._pixels = self._pixels()
+        return self._pixels
+
+
+class KnownFiles:
+    """The hashes of files that were decoded without an error, with their sizes in pixels: each turn
+    of a conversation sends its images again, whose rows the model may have kept."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self.most, self.sizes, self.lock = most, dict[str, tuple[int, int]](), threading.Lock()
+
+    def picture(self, data: bytes, name: str) -> Picture:
+        """The picture in a file. Raises as `decoded`, for a file that is not known."""
+        digest, pixels = hashlib.sha256(data).hexdigest(), partial(decoded, data, name)
+        if (size := self.sizes.get(digest)) is None:
+            found = Picture(digest, pixels())
+            with self.lock:
+                self.sizes[digest] = found.size
+                for old in list(self.sizes)[: -self.most]:
+                    del self.sizes[old]
+            return found
+        return Picture(digest, pixels, size)
+
+
+KNOWN = KnownFiles()
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -84,12 +122,18 @@ def read_picture(data: bytes, name: str) -> Picture:
     RequestError, which begins with `name`, and PackageError."""
     if len(data) > MAX_BYTES:
         refuse(f"{name} has {human_bytes(len(data))}; at most {human_bytes(MAX_BYTES)} fit", name)
+    pillow()  # must be there, also for a file that is known
+    return KNOWN.picture(data, name)
+
+
+def decoded(data: bytes, name: str) -> Image.Image:
+    """The pixels of a file, RGB and upright. Raises as `read_picture`."""
     image_module = pillow()
     try:
         with image_module.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(image.size, name)
             image.load()
-            pixels = as_rgb(upright(image))
+            return as_rgb(upright(image))
     except (NanollamaError, MemoryError):
         raise
     except image_module.DecompressionBombError:
@@ -98,7 +142,6 @@ def read_picture(data: bytes, name: str) -> Picture:
         refuse(f"{name} is not an image that can be read; PNG, JPEG, WebP and GIF can", name)
     except Exception as error:  # each format has errors of its own
         refuse(f"{name} is damaged or cut short: {first_line(error)}", name)
-    return Picture(hashlib.sha256(data).hexdigest(), pixels)
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
@@ -145,13 +188,14 @@ def read_data_url(url: str, name: str) -> bytes:
 
 
 def read_base64(text: str, name: str) -> bytes:
-    """The bytes that a text in base64 stands for; line breaks and missing padding do not matter.
-    Raises RequestError."""
+    """The bytes that a text in base64 stands for, also in the alphabet of URLs; line breaks,
+    %-escapes and missing padding do not matter. Raises RequestError."""
     if len(text) > 2 * MAX_BYTES:
         refuse(f"{name} has over {human_bytes(MAX_BYTES)}; send a smaller image", name)
-    text = "".join(text.split()).rstrip("=")
+    text = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
     try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        padded = text.translate(FROM_URL) + "=" * (-len(text) % 4)
+        data = base64.b64decode(padded, validate=True)
     except ValueError:
         refuse(f"{name} is not base64", name)
     if not data:
@@ -261,7 +305,7 @@ def with_pictures(
             where = f"messages[{index}].content[{i}]"
             picture = part_picture(part, where)
             pictures.append(picture)
-            num_pixels = sum(one.pixels.width * one.pixels.height for one in pictures)
+            num_pixels = sum(math.prod(one.size) for one in pictures)
             if len(pictures) > MAX_IMAGES or num_pixels > MAX_ALL_PIXELS:
                 most = f"{MAX_IMAGES} images with {MAX_ALL_PIXELS // 10**6} megapixels in all"
                 refuse(f"{where} is too much for one request; at most {most} fit", where)

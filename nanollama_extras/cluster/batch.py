@@ -7,8 +7,8 @@ starts the actors, hands each of them two blocks, so that rows of one take the p
 the other that are done, and repeats the blocks of an actor that dies. Only the process that was
 started reads IN and writes OUT.
 
-Seam       cluster.options calls `run`. It imports cluster.batch_files, cluster.options and
-           commands.json_lines.
+Seam       cluster.options calls `run`. It imports cluster.batch_files, cluster.options,
+           commands.batch_lines and commands.json_lines.
 Remove     delete this module; --batch-file then does not go with --ray.
 """
 
@@ -42,6 +42,7 @@ from nanollama import (
 )
 from nanollama_extras.cluster.batch_files import Parts, read_prompts
 from nanollama_extras.cluster.options import LOCAL, import_ray
+from nanollama_extras.commands.batch_lines import BodyText, LineSettings, json_row
 from nanollama_extras.commands.json_lines import json_line
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Answerer:
 
     def __init__(self, options: Json) -> None:
         args = argparse.Namespace(**options["args"])
-        self.settings = Settings(args, Modelfile(**options["modelfile"]), options["flags"])
+        self.settings = LineSettings(args, Modelfile(**options["modelfile"]), options["flags"])
         try:
             self.llm = self.settings.load()
         except NanollamaError as error:
@@ -99,10 +100,16 @@ class Answerer:
             self.error = None
 
     def __call__(self, table: Any) -> Any:
-        """Rows of `line` and `prompt` -> a row with all `answers`, JSON lines, or with an error."""
+        """Rows of `line`, and `prompt` or `json` -> a row with all `answers`, JSON lines, or with
+        an error."""
         import pyarrow
 
-        rows = [BatchRow(row["line"], row["prompt"]) for row in table.to_pylist()]
+        rows = [
+            json_row(row["line"], row["json"].encode())
+            if row["json"]
+            else BatchRow(row["line"], row["prompt"])
+            for row in table.to_pylist()
+        ]
         try:
             if self.error:
                 raise self.error
@@ -167,10 +174,16 @@ def blocks(settings: Settings, rows: list[BatchRow]) -> list[Any]:
     num_slices = len(rows) // (slice_rows(settings) * most * BLOCKS_EACH)
     size = slice_rows(settings) * min(max(num_slices, 1), MAX_SLICES)
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [
-        pyarrow.table({"line": [r.line for r in part], "prompt": [r.prompt for r in part]})
-        for part in parts
-    ]
+    texts = [(name, pyarrow.string()) for name in ("prompt", "json")]
+    columns = pyarrow.schema([("line", pyarrow.int64()), *texts])
+    return [pyarrow.Table.from_pylist([*map(row_fields, part)], columns) for part in parts]
+
+
+def row_fields(row: BatchRow) -> Json:
+    """A row of a block: a prompt, or the JSON line that has more than that."""
+    if isinstance(row.prompt, BodyText):
+        return {"line": row.line, "json": row.prompt.line}
+    return {"line": row.line, "prompt": row.prompt}
 
 
 def answered(ray: Any, settings: Settings, rows: list[BatchRow]) -> Iterator[list[str]]:

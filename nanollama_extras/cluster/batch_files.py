@@ -5,7 +5,7 @@ each other file has JSON lines in the order in which they came. A run that ends 
 folder; the next one reads which lines it has. A last line without its end is no line.
 
 Seam       cluster.batch reads prompts and writes answers with this module. It needs no Ray;
-           Parquet needs pyarrow, which the package `cluster` brings.
+           Parquet needs pyarrow, which the package `cluster` brings. Imports commands.batch_lines.
 Remove     delete it together with cluster.batch.
 """
 
@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from nanollama import BatchRow, NanollamaError, RequestError, UsageError, first_line, library
 from nanollama import read_input as read_stdin
+from nanollama_extras.commands.batch_lines import SUFFIXES, json_row, value_row
 
 try:
     import fcntl
@@ -77,19 +78,11 @@ def read_prompts(name: str) -> tuple[list[BatchRow], str]:
         rows = parquet_rows(name, data)
     else:
         lines = data.removeprefix(codecs.BOM_UTF8).splitlines()
-        new_row = json_row if name.endswith((".jsonl", ".ndjson")) else text_row
+        new_row = json_row if name.endswith(SUFFIXES) else text_row
         rows = [new_row(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise RequestError(f"{name}: holds no prompts")
     return rows, hashlib.sha256(data).hexdigest()
-
-
-def prompt_row(number: int, value: Any) -> BatchRow:
-    """The row of a value that should be a text, or an object with the text as `prompt`."""
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if isinstance(prompt, str):
-        return BatchRow(number, prompt)
-    return BatchRow(number, None, RequestError('the line has no text as "prompt"'))
 
 
 def text_row(number: int, line: bytes) -> BatchRow:
@@ -97,14 +90,6 @@ def text_row(number: int, line: bytes) -> BatchRow:
         return BatchRow(number, line.decode("utf-8"))
     except UnicodeDecodeError:
         return BatchRow(number, None, RequestError("the line is not UTF-8 text"))
-
-
-def json_row(number: int, line: bytes) -> BatchRow:
-    try:
-        return prompt_row(number, json.loads(line.decode("utf-8")))
-    except (ValueError, RecursionError) as error:
-        reason = f"the line is not valid JSON: {first_line(error)}"
-        return BatchRow(number, None, RequestError(reason))
 
 
 def parquet_rows(name: str, data: bytes) -> list[BatchRow]:
@@ -116,7 +101,7 @@ def parquet_rows(name: str, data: bytes) -> list[BatchRow]:
             columns = ", ".join(file.schema_arrow.names)
             raise RequestError(f"{name}: has no column prompt, but {columns}")
         values = file.read(["prompt"])["prompt"].to_pylist()
-    return [prompt_row(number, value) for number, value in enumerate(values, 1)]
+    return [value_row(number, value) for number, value in enumerate(values, 1)]
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -303,5 +288,6 @@ def schema(pyarrow: Any) -> Any:
 
     kinds = {"int": pyarrow.int64(), "float": pyarrow.float64()}
     usage = pyarrow.struct([(field.name, kinds[str(field.type)]) for field in fields(Usage)])
-    texts = [(name, pyarrow.string()) for name in ("prompt", "text", "error", "finish_reason")]
+    names = ("custom_id", "prompt", "text", "error", "finish_reason")
+    texts = [(name, pyarrow.string()) for name in names]
     return pyarrow.schema([("line", pyarrow.int64()), *texts, ("usage", usage)])

@@ -55,13 +55,14 @@ SUMMED = re.compile(r"\.self_attn\.o_proj$|\.mlp\.down_proj$")  # experts are su
 READ_WEIGHTS = 1 << 20  # of which columns are taken at a time
 
 DECODERS: dict[str, str] = {}  # model_type -> Family.decoder, before it was replaced
+CAUSAL_OR_NOT, CAUSAL = "models.bidirectional:new_decoder", "models.bidirectional:GemmaDecoder"
 SPLITTABLE = (
     "",
+    CAUSAL,
     "models.layers:VariedDecoder",
     "models.routers:RoutedDecoder",
     "models.qwen3_vl:DeepDecoder",
 )
-CAUSAL_OR_NOT = "models.bidirectional:new_decoder"
 LAYERS = {  # module of a decoder -> the layers that are not attention and MLPs of the usual kind
     "models.delta_net": "gated delta nets",
     "models.mamba2": "Mamba-2 layers",
@@ -102,9 +103,7 @@ class Share:
 def own_decoder(config: ModelConfig) -> str:
     """The place of the family's own decoder."""
     place = DECODERS.get(config.model_type, find_family(config.model_type).decoder)
-    if place == CAUSAL_OR_NOT and "reach" not in config.own:
-        return SPLITTABLE[1]
-    return place
+    return CAUSAL if place == CAUSAL_OR_NOT and "reach" not in config.own else place
 
 
 def sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:

@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -353,21 +354,69 @@ class SplitWeights(Weights):
         return Summed(part, world) if is_summed else part
 
 
+class SentRow(int):
+    """A row of an image that process 0 has sent, in place of its models.vision.VectorId: in a text
+    its `place` alone is needed, in a batch the rest."""
+
+    place: list[int]
+    vector: Tensor
+    image: Any  # `deep`: tensors (n, C), to be added to row `index` after the first layers
+    index: int
+
+
+def find_places(text: list[int]) -> list[list[int]]:
+    """Index, and positions in three dimensions, of each row of an image in a text."""
+    return [[i, *token.place] for i, token in enumerate(text) if hasattr(token, "place")]
+
+
+def text_with(length: int, places: list[list[int]]) -> list[int]:
+    """A text of which only its length and such places count."""
+    text = [0] * length
+    for i, *place in places:
+        text[i] = token = SentRow()
+        token.place = place
+    return text
+
+
+def rows_of_images(batch: Batch) -> Tensor | None:
+    """What a batch has of images (n, 1 + number of `deep`, C) float32; None without one."""
+    tokens = batch.vectors.values()
+    rows = [[t.vector, *(deep[t.index] for deep in t.image.deep)] for t in tokens]
+    return torch.stack([torch.stack(row) for row in rows]).float().cpu() if rows else None
+
+
+def with_rows(work: Any, at: list[int], rows: Tensor) -> Any:
+    """The work of a step whose flat rows `at` are those of images."""
+    image = types.SimpleNamespace(deep=tuple(rows[:, 1:].unbind(1)))
+    sent = dict(zip(at, range(len(at))))
+    flat, out = 0, []
+    for slot, start, ids, num_rows in work:
+        ids = list(ids)
+        for i in (i for i in range(len(ids)) if flat + i in sent):
+            ids[i] = token = SentRow(ids[i])
+            token.index, token.image = sent[flat + i], image
+            token.vector = rows[token.index, 0]
+        out.append((slot, start, ids, num_rows))
+        flat += len(ids)
+    return out
+
+
 class LedCache:
     """The KVCache of process 0, which notes for the others which texts begin in which slot."""
 
     def __init__(self, cache: KVCache, number: int) -> None:
         self.cache, self.number = cache, number
-        self.starts: list[tuple[int, int, int, int]] = []  # since the last step
+        self.starts: list[tuple[int, int, int, int, Any]] = []  # since the last step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
     def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
         self.cache.start(source, target, num_tokens, token_ids)
-        self.starts.append((source, target, num_tokens, len(token_ids)))
+        places = find_places(token_ids)
+        self.starts.append((source, target, num_tokens, len(token_ids), places))
 
-    def news(self) -> list[tuple[int, int, int, int]]:
+    def news(self) -> list[tuple[int, int, int, int, Any]]:
         """The starts since the last call."""
         starts, self.starts = self.starts, []
         return starts
@@ -410,7 +459,11 @@ class SplitDecoder(Decoder):
             (span.slot, span.start, ids[span.row : span.row + span.num_new], span.num_rows)
             for span in batch.spans
         ]
-        with self.world.leading("hidden", led.number, led.news(), work):
+        rows = rows_of_images(batch)
+        shape = [] if rows is None else rows.shape
+        with self.world.leading("hidden", led.number, led.news(), work, [*batch.vectors], [*shape]):
+            if rows is not None:
+                dist.broadcast(rows, 0, self.world.plans)
             return super().hidden(batch, led.cache)
 
     def logits(self, x: Tensor, batch: Batch) -> Tensor:
@@ -429,10 +482,14 @@ def follow(decoder: SplitDecoder) -> None:
         if kind == "cache":
             decoder.add_cache(*values)
         elif kind == "hidden":
-            number, starts, work = values
+            number, starts, work, at, shape = values
             cache = decoder.caches[number]
-            for source, target, num_tokens, length in starts:
-                cache.start(source, target, num_tokens, [0] * length)
+            if at:
+                rows = torch.empty(shape)
+                dist.broadcast(rows, 0, world.plans)
+                work = with_rows(work, at, rows)
+            for source, target, num_tokens, length, places in starts:
+                cache.start(source, target, num_tokens, text_with(length, places))
             for slot, start, ids, _ in work:
                 cache.reserve(slot, start + len(ids))
             batch = Batch(work, decoder.device, decoder.row_tile)

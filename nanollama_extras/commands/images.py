@@ -37,8 +37,8 @@ def file_parts(names: list[str]) -> list[Json]:
     parts = []
     for name in names:
         data = read_input(os.path.expanduser(name))
-        pixels = read_picture(data, name).pixels
-        log.debug(f"{name}: {pixels.width} x {pixels.height} pixels")
+        width, height = read_picture(data, name).size
+        log.debug(f"{name}: {width} x {height} pixels")
         parts.append(image_part(data_url(data), name))
     return parts
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def json_line(row: BatchRow) -> str:
     """A line of the file: number and text of a prompt, its answer, its end, tokens and seconds."""
     fields: Json = {"line": row.line, "prompt": row.prompt, "text": row.text}
+    if custom_id := getattr(row.prompt, "custom_id", None):
+        fields = {"line": row.line, "custom_id": custom_id, **fields}
     if row.error:
         fields["error"] = str(row.error)
     fields["finish_reason"] = row.last.finish_reason if row.last else "error"

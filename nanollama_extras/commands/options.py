@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanollama import UsageError, extra, option_group, read_rows
+from nanollama import UsageError, extra, option_group, read_rows, run_batch
 
 if TYPE_CHECKING:
     import argparse
@@ -50,10 +50,17 @@ def enter(settings: Settings, _: list[str]) -> int | None:
         return int(extra("commands.embed", "--embed").run(settings))
     if args.images and args.prompt is not None:
         return int(extra("commands.images", "--image").run_prompt(settings))
-    if args.output:
-        run_batch = extra("commands.json_lines", "--output").run_batch
-        return int(run_batch(settings, read_rows(args.batch_file)))
-    return None
+    if args.batch_file is None:
+        return None
+    if args.batch_file.endswith((".jsonl", ".ndjson")):
+        lines = extra("commands.batch_lines", "a batch file of JSON lines")
+        settings, rows = lines.opened(settings)
+    elif args.output:
+        rows = read_rows(args.batch_file)
+    else:
+        return None
+    run = extra("commands.json_lines", "--output").run_batch if args.output else run_batch
+    return int(run(settings, rows))
 
 
 def check(args: argparse.Namespace) -> None:

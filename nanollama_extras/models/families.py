@@ -327,6 +327,22 @@ DEEP: Values = {"decoder": "models.qwen3_vl:DeepDecoder"}
 DEEP |= {"check": in_three(24, 20, 20, alternates=True)}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
 MINISTRAL3_ROPE |= {"llama_4_scaling_beta": 0.1}
+# Sizes of transformers' classes, which configs of whole models leave out of their text part
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES_LEFT_OUT = {
+    "llama": (32000, 4096, 11008, 32),  # LLaVA 1.5 leaves all out but the first
+    "mistral": (32000, 4096, 14336, 32),  # Pixtral 12B: the number of heads
+    "qwen2": (151936, 4096, 22016, 32),
+}
+
+
+def with_sizes(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a text part, with the sizes of its class that it leaves out."""
+    sizes = SIZES_LEFT_OUT.get(str(text.get("model_type")))
+    usual = {**dict(zip(SIZES, sizes)), "num_attention_heads": 32} if sizes else {}
+    return {**usual, **text}
+
+
 FAMILIES: dict[str, Family] = {
     "ministral": family(keys(131072, n_kv_heads=8, window=4096)),
     "ministral3": family(

@@ -122,18 +122,20 @@ class KeptImages:
 
     most_bytes: int = KEPT_BYTES
     images: OrderedDict[str, Encoded] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def find(self, digest: str) -> Encoded | None:
-        if found := self.images.get(digest):
-            self.images.move_to_end(digest)
-        return found
+        with self.lock:
+            if found := self.images.get(digest):
+                self.images.move_to_end(digest)
+            return found
 
     def add(self, image: Encoded) -> None:
-        self.images[image.digest] = image
-        while (
-            len(self.images) > 1 and sum(i.nbytes for i in self.images.values()) > self.most_bytes
-        ):
-            self.images.popitem(last=False)
+        with self.lock:
+            self.images[image.digest] = image
+            num_bytes = sum(one.nbytes for one in self.images.values())
+            while len(self.images) > 1 and num_bytes > self.most_bytes:
+                num_bytes -= self.images.popitem(last=False)[1].nbytes
 
 
 class ImageTemplate(ChatTemplate):
@@ -161,7 +163,8 @@ class ImageTemplate(ChatTemplate):
 
 class Vision:
     """The vision part of a model. Called as `encode_chat`, by any thread; it encodes one image at a
-    time, in the caller's thread, while the engine's thread goes on."""
+    time, in the caller's thread, while the engine's thread and requests without new images go
+    on."""
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.checkpoint, self.decoder = checkpoint, decoder
@@ -190,11 +193,8 @@ class Vision:
         pictures = list(find_pictures(messages))
         if not pictures:
             return encode_chat(tokenizer, template, messages, tools, **template_kwargs)
-        if hasattr(self.decoder, "world"):
-            raise RequestError("images do not work with --tensor-parallel", "messages")
-        with self.lock:
-            images = [self.encode(p, f"images[{i}]") for i, p in enumerate(pictures)]
-            grown = ImageTemplate(template, self.tower.placeholder, images)
+        images = [self.encode(p, f"images[{i}]") for i, p in enumerate(pictures)]
+        grown = ImageTemplate(template, self.tower.placeholder, images)
         ids, text = encode_chat(tokenizer, grown, messages, tools, **template_kwargs)
         return self.with_rows(ids, images), text
 
@@ -202,10 +202,13 @@ class Vision:
         """A picture as rows, from those kept or now. Raises RequestError."""
         if found := self.kept.find(picture.digest):
             return found
-        self.num_encoded += 1
-        image = Encoded(picture.digest, *self.tower.encode(picture.pixels, where))
-        self.kept.add(image)
-        return image
+        with self.lock:
+            if found := self.kept.find(picture.digest):  # meanwhile
+                return found
+            self.num_encoded += 1
+            image = Encoded(picture.digest, *self.tower.encode(picture.pixels, where))
+            self.kept.add(image)
+            return image
 
     def with_rows(self, ids: list[int], images: list[Encoded]) -> list[int]:
         """The ids with a VectorId in place of each placeholder. Raises RequestError."""

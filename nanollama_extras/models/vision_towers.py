@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +28,21 @@ from nanollama import (
     NanollamaError,
     PackageError,
     RequestError,
+    extra,
     first_line,
     memory_errors,
     read_json,
 )
 
 if TYPE_CHECKING:
+    from nanollama import Json, ModelConfig
     from nanollama_extras.models.vision import Encoded, VisionFamily
 
 INSTALL = "pip install 'nanollama[vision]'"
 FEW = 8  # tokens of the text part's vocabulary
 # Settings of a text part that list something for each of its layers
 BY_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+TEXT_PART = re.compile(r"(^|\.)(language_model|text_model|lm_head)\.")
 
 
 def library() -> Any:
@@ -71,7 +75,10 @@ def errors_of_files(path: Path) -> Iterator[None]:
             yield
     except NanollamaError:
         raise
-    except ImportError as error:  # mostly torchvision, which some processors need
+    except ImportError as error:
+        if "torchvision" in str(error).lower():  # which some image processors need
+            problem = "images of this model need torchvision; run: pip install torchvision"
+            raise PackageError(problem) from None
         raise PackageError(f"images of this model need more: {first_line(error)}") from None
     except Exception as error:  # of files that others wrote, of any kind
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -100,7 +107,7 @@ def open_processor(path: Path, model_type: str) -> Any:
         for part in ("processor", "preprocessor", "tokenizer")
     )
     usual = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type]
-    base = getattr(transformers, str(next(filter(None, named), usual)))
+    name = str(next(filter(None, named), usual))
     parts: dict[str, Any] = {
         "image_processor": transformers.AutoImageProcessor.from_pretrained(
             path, backend="pil", trust_remote_code=False
@@ -109,16 +116,60 @@ def open_processor(path: Path, model_type: str) -> Any:
             transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ),
     }
+    values, _ = transformers.ProcessorMixin.get_processor_dict(path)
+    if name == "PixtralProcessor":
+        pixtral = extra("models.pixtral", "an image for this model")
+        return pixtral.Processor(**parts, settings=values)
+    if name == "LlavaProcessor" and values.get("patch_size") is None:
+        values |= llava_settings(read_json(path / "config.json"))
+    base = getattr(transformers, name)
     unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
     kind: Any = type(base.__name__, (base,), unchecked)
-    values, _ = kind.get_processor_dict(path)
     arguments = [parts.get(name) for name in kind.get_attributes()]
     return kind.from_args_and_dict(arguments, values)
 
 
-def open_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
-    """transformers' model of a config with the vision part's weights. Raises CheckpointError."""
-    transformers = library()
+def llava_settings(config: Json) -> Json:
+    """The settings of LLaVA's processor, which its older files have in config.json alone."""
+    vision: Json = config.get("vision_config") or {}
+    strategy = config.get("vision_feature_select_strategy", "default")
+    has_class = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+    patch = {
+        "patch_size": vision.get("patch_size", 14),
+        "num_additional_image_tokens": int(has_class),
+    }
+    return {**patch, "vision_feature_select_strategy": strategy}
+
+
+def open_model(path: Path, config: Any, own: ModelConfig, dtype: torch.dtype) -> Any:
+    """transformers' model of a config with the vision part's weights. own: the text part's config.
+    Raises CheckpointError."""
+    config = without_text(config)
+    with torch.device("meta"):
+        sketch = library().AutoModelForImageTextToText.from_config(config)
+    weights = None
+    if own.packing:
+        reader = extra("models.vision_weights", "an image for a quantized model")
+        weights = reader.float_weights(path, own, dtype)
+    if weights is not None:
+        shapes = {name: tensor.shape for name, tensor in sketch.state_dict().items()}
+        weights = reader.fitted(weights, shapes)
+    model, report = type(sketch).from_pretrained(
+        path if weights is None else None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    check_whole(path, report)
+    return model.eval().requires_grad_(False).model
+
+
+def without_text(config: Any) -> Any:
+    """A config whose text part has no layers and few tokens."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for part in (config, text):
@@ -127,20 +178,17 @@ def open_model(path: Path, config: Any, dtype: torch.dtype) -> Any:
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, FEW, 0
     for key in filter(lambda key: getattr(text, key, None) is not None, BY_LAYER):
         setattr(text, key, type(getattr(text, key))())
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    missing = [name for name in report["missing_keys"] if "lm_head" not in name]
-    if missing:
-        raise CheckpointError(f"{path}: tensor {sorted(missing)[0]} of its vision part is missing")
-    return model.eval().requires_grad_(False).model
+    return config
+
+
+def check_whole(path: Path, report: Any) -> None:
+    """Raise CheckpointError for a tensor of the vision part that was not in the files, or was of
+    another shape."""
+    absent = dict.fromkeys(report["missing_keys"], "is missing")
+    other = "has another shape than its config says"
+    absent |= {key: other for key, *_ in report["mismatched_keys"]}
+    for name in sorted(key for key in absent if not TEXT_PART.search(key)):
+        raise CheckpointError(f"{path}: tensor {name} of its vision part {absent[name]}")
 
 
 class Tower:
@@ -153,7 +201,8 @@ class Tower:
         with quiet(), errors_of_files(path):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             self.processor = open_processor(path, config.model_type)
-            self.model = open_model(path, config, decoder.dtype).to(self.device)
+            model = open_model(path, config, decoder.config, decoder.dtype)
+            self.model = model.to(self.device)
         ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id: int = next(i for i in ids if i is not None)
         self.placeholder: str = self.processor.image_token

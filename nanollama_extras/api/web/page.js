@@ -110,8 +110,11 @@ $('imported').onchange = ({target}) => {
 $('export').onclick = () => exportJson([...chats.values()], 'nanollama-chats.json');
 $('keys').onclick = () => $('help').showModal();
 $('attach').onclick = () => $('picked').click();
-$('shoot').onclick = () => $('shot').click();
-$('shoot').hidden = !touch.matches;  // elsewhere, a browser shows the dialog for files
+$('shoot').onclick = () => (touch.matches ? $('shot').click() : openCamera());
+$('shoot').hidden = !touch.matches;  // elsewhere, a browser would show the dialog for files
+navigator.mediaDevices?.enumerateDevices().then((all) => {  // https and this machine alone have them
+  if (all.some(({kind}) => kind === 'videoinput')) $('shoot').hidden = false;
+});
 $('picked').onchange = $('shot').onchange = ({target}) => {
   attach([...target.files]);
   target.value = '';

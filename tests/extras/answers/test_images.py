@@ -223,6 +223,9 @@ def test_images_and_texts_keep_their_order() -> None:
         {"type": "image_url", "image_url": {"url": URL.replace("data:image/png", "DATA:")}},
         {"type": "image_url", "image_url": {"url": URL.replace("png", "jpeg")}},
         {"type": "image_url", "image_url": {"url": f"{URL[:60]}\n {URL[60:]}".rstrip("=")}},
+        {"type": "image_url", "image_url": URL.replace("png", "png;charset=utf-8")},
+        {"type": "image_url", "image_url": URL.replace("+", "-").replace("/", "_", 9)},
+        {"type": "image_url", "image_url": URL.replace("+", "%2B").replace("=", "%3D")},
         {"type": "image", "image": read_picture(DATA, "a")},
     ],
 )

@@ -136,6 +136,27 @@ def test_a_prompt_a_record_and_a_log(
     assert "user: [image]\nWhat?" in listed.out
 
 
+def test_lines_of_a_batch_file_have_images(
+    cli: Callable[..., Ran], model: Path, tmp_path: Path
+) -> None:
+    photo, lines = tmp_path / "a.png", tmp_path / "in.jsonl"
+    photo.write_bytes(png(30))
+    flags = ("--temp", "0", "--max-tokens", "3", "--kernels", "torch", "--quiet")
+    parts = [
+        {"type": "image_url", "image_url": {"url": url(30)}},
+        {"type": "text", "text": "What?"},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    broken = json.dumps({"body": body}).replace("base64,", "base64,AAAA")
+    lines.write_text("\n".join([json.dumps({"custom_id": "x", "body": body}), broken]))
+    ran = cli("--model", model, "--batch-file", lines, "--output", "-", *flags)
+    first, second = map(json.loads, ran.out.splitlines())
+    alone = cli("--model", model, "--prompt", "What?", "--image", photo, *flags)
+    assert (ran.code, first["text"]) == (1, alone.out.removesuffix("\n"))
+    assert (first["custom_id"], first["prompt"]) == ("x", "[image]\nWhat?")
+    assert "messages[0].content[0] is not an image" in second["error"]
+
+
 def test_a_conversation_keeps_its_images(
     cli: Callable[..., Ran], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

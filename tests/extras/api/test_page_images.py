@@ -9,6 +9,9 @@ import json
 from typing import Any
 
 from browsing import (  # noqa: F401 (fixtures)
+    CAMERA,
+    CHROMIUM,
+    FLAGS,
     MARKS,
     Answer,
     ScriptedServer,
@@ -142,3 +145,27 @@ def test_the_camera_is_offered_where_there_is_a_touch_screen(
 
 def test_a_mouse_has_no_camera(page: Any) -> None:
     expect(page.get_by_label("Take a photo")).to_be_hidden()
+
+
+def test_a_computer_with_a_camera_takes_a_photo(browser: Any, page_server: ScriptedServer) -> None:
+    """With Chromium's camera that shows a pattern, in a browser of its own."""
+    counts(page_server)
+    page_server.script = says("A pattern.")
+    kind = browser.browser_type
+    own = kind.launch(executable_path=CHROMIUM, args=[*FLAGS.split(), *CAMERA.split()])
+    page = own.new_page()
+    page.goto(page_server.url)
+    page.get_by_label("Take a photo").click()
+    expect(page.get_by_label("What the camera sees")).not_to_have_js_property("videoWidth", 0)
+    page.locator("#camera").get_by_label("Close").click()
+    expect(page.get_by_label("What the camera sees")).to_have_js_property("srcObject", None)
+    expect(page.locator("#files")).to_be_hidden()
+    page.get_by_label("Take a photo").click()
+    expect(page.get_by_label("What the camera sees")).not_to_have_js_property("videoWidth", 0)
+    page.get_by_text("Take the photo").click()
+    expect(page.locator("#files li")).to_contain_text("256 tokens")
+    ask(page, "What?", "A pattern.")
+    part = page_server.requests[0]["messages"][0]["content"][0]
+    data = base64.b64decode(part["image_url"]["url"].removeprefix("data:image/jpeg;base64,"))
+    assert len(set(Image.open(io.BytesIO(data)).convert("L").tobytes())) > 8
+    own.close()

@@ -68,7 +68,7 @@ def test_a_row_without_a_prompt_is_an_error_of_its_own(tmp_path: Path) -> None:
     rows, _ = read_prompts(str(path))
     assert [row.prompt for row in rows] == ["x", *[None] * 5]
     errors = [str(row.error) for row in rows[1:]]
-    assert errors[:2] == ['the line has no text as "prompt"'] * 2
+    assert {error[:32] for error in errors[:2]} == {'the line has no text as "prompt"'}
     assert all(error.startswith("the line is not valid JSON: ") for error in errors[2:])
 
 
@@ -210,6 +210,7 @@ def test_a_parquet_output_has_a_column_for_each_field(tmp_path: Path) -> None:
         parts.add([line(2, "failed"), line(1)])
         parts.merge(is_ordered=True)
     table: Any = parquet.read_table(target)
-    assert table.column_names == ["line", "prompt", "text", "error", "finish_reason", "usage"]
+    names = "line custom_id prompt text error finish_reason usage"
+    assert table.column_names == names.split()
     rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
     assert rows == [json.loads(line(1)), json.loads(line(2, "failed"))]

@@ -72,6 +72,8 @@ def plain(model: Path) -> Iterator[Live]:
 
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "seed": 3, "max_tokens": 12}
+PIXEL = "data:image/gif;base64,R0lGODdhAQABAIEAAAAAAAAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw=="
+IMAGE = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": PIXEL}]}]}
 CLAUDE = {**CHAT, "model": "tiny", "stream": True}
 CLAUDE.pop("seed")
 REQUESTS: dict[str, tuple[str, str, Any]] = {
@@ -90,6 +92,7 @@ REQUESTS: dict[str, tuple[str, str, Any]] = {
     "a wrong field of Claude": ("POST", "/v1/messages", {"messages": 3}),
     "no messages": ("POST", "/v1/responses", {}),
     "too long": ("POST", "/v1/completions", {"prompt": "hello " * 5000}),
+    "an image": ("POST", "/v1/chat/completions", IMAGE),
     "an unknown response": ("GET", "/v1/responses/resp_x", None),
 }
 VARYING = {"id", "created", "created_at", "timings", "owned_by"}

@@ -42,6 +42,7 @@ BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MOE: dict[str, Any] = {**EXPERTS, "num_experts": 5, "head_dim": 32, "norm_topk_prob": True}
 SHARED = {**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 96}
+THREE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
 MODELS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "llama": ("Llama", WIDE, "", {}),
     "llama torch": ("Llama", WIDE, "", {"kernels": "torch"}),
@@ -68,6 +69,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "Q4_0 torch": ("Llama", WIDE, "Q4_0", {"kernels": "torch"}),
     "Q8_0 moe": ("Qwen3Moe", MOE, "Q8_0", {}),
     "Q4_0 moe": ("Qwen3Moe", MOE, "Q4_0", {}),
+    "image qwen3 vl": (
+        "Qwen3VLText",
+        {**WIDE, "num_hidden_layers": 3, "rope_parameters": THREE},
+        "",
+        {},
+    ),
+    "image gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 8}, "", {}),
 }
 # Native kernels round activations to 8 bits for packed weights. The sums of a mixture are added in
 # another order, which moves a value that is on the edge between two of them to the other one; all
@@ -87,7 +95,8 @@ def outcomes(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         if kind:
             path, _ = gguf_files.convert(path, folder / f"{label}.gguf", kind)
         jobs.append((path, options))
-    lines = [json.dumps([str(path), options, PROMPTS]) for path, options in jobs]
+    has_image = [label.startswith("image") for label in MODELS]
+    lines = [json.dumps([str(job[0]), job[1], PROMPTS, has]) for job, has in zip(jobs, has_image)]
     (folder / "jobs").write_text("\n".join(lines))
     command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     program = str(Path(split_ranks.__file__))
@@ -98,7 +107,10 @@ def outcomes(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         stderr=subprocess.PIPE,
         text=True,
     )
-    whole = [split_ranks.outcome(LLM(path, **options), PROMPTS) for path, options in jobs]
+    whole = [
+        split_ranks.outcome(LLM(path, **options), PROMPTS, has)
+        for (path, options), has in zip(jobs, has_image)
+    ]
     stdout, stderr = ran.communicate(timeout=300)
     assert ran.returncode == 0, stderr
     split = [json.loads(line) for line in stdout.splitlines()]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,16 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import transformers
 import vision_models
 from vision_models import FAMILIES, picture
 
+import nanollama
 from nanollama import LLM, Batch, Completion, GenerationRequest, RequestError
 from nanollama_extras.answers import images
 from nanollama_extras.models.vision_towers import open_processor
 
-NEEDS_TORCHVISION = ("mistral3", "lfm2_vl")  # transformers' own classes for them do
+NEEDS_TORCHVISION = ("lfm2_vl",)  # transformers' own class for it does
 A, B, C = picture(40, 23), picture(17, 64), picture(64, 64)
 
 
@@ -200,6 +204,33 @@ def test_encoded_images_are_kept_within_a_budget(saved: Any) -> None:
     assert [*kept.images] == [C.digest]
 
 
+def test_only_requests_with_new_images_wait_for_an_image(
+    saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other answers go on while an image is encoded, those about images that are kept, too."""
+    llm, begun, end = LLM(saved("smolvlm")), threading.Event(), threading.Event()
+    prompt(llm, turns(A))
+    encode = llm.vision.tower.encode
+
+    def slow(*about: Any) -> Any:
+        begun.set()
+        assert end.wait(60)
+        return encode(*about)
+
+    monkeypatch.setattr(llm.vision.tower, "encode", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(llm.complete, request(turns(B), max_tokens=3)) for _ in range(2)]
+        assert begun.wait(60)
+        done = llm.complete(request([{"role": "user", "content": "what?"}], max_tokens=3))
+        seen = llm.complete(request(turns(A), max_tokens=3))
+        assert not any(future.done() for future in asked)
+        end.set()
+        answers = [future.result() for future in asked]
+    assert len(done.token_ids) == len(seen.token_ids) == 3
+    assert answers[0].token_ids == answers[1].token_ids
+    assert llm.vision.num_encoded == 2
+
+
 # ---- what a message may have ---------------------------------------------------------------------
 
 
@@ -251,6 +282,39 @@ def test_a_template_that_leaves_images_out_is_an_error(saved: Any) -> None:
 def test_sizes_that_a_processor_refuses_are_the_requests_error(saved: Any) -> None:
     with pytest.raises(RequestError, match=r"images\[0\], of 900x1 pixels, is refused"):
         LLM(saved("qwen2_5_vl")).complete(request(turns(picture(900, 1))))
+
+
+def test_published_configs_leave_sizes_out() -> None:
+    """Of LLaVA 1.5 7B and of Pixtral 12B."""
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
+    llava = {"model_type": "llava", "text_config": {**text, "vocab_size": 32064}}
+    config = nanollama.model_config(llava, "config.json")
+    assert (config.n_embd, config.n_ff, config.n_layers, config.n_heads) == (4096, 11008, 32, 32)
+    assert (config.n_kv_heads, config.n_vocab, config.n_ctx) == (32, 32064, 4096)
+    text = {"model_type": "mistral", "hidden_size": 5120, "head_dim": 128, "num_hidden_layers": 40}
+    text |= {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 131072}
+    config = nanollama.model_config({"model_type": "llava", "text_config": text}, "config.json")
+    assert (config.n_heads, config.n_kv_heads, config.n_layers) == (32, 8, 40)
+
+
+def test_older_files_of_llava_have_no_settings_of_the_processor(saved: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(saved("llava"), tmp_path / "old")
+    (path / "processor_config.json").write_text("{}")
+    assert prompt(LLM(path), turns(A)) == prompt(LLM(saved("llava")), turns(A))
+
+
+def test_the_text_of_a_pixtral_image_is_that_of_transformers(saved: Any) -> None:
+    pytest.importorskip("torchvision")
+    path = saved("mistral3")
+    theirs = transformers.AutoProcessor.from_pretrained(path, backend="pil")
+    for image in (A, B, C):
+        options: Any = {"return_tensors": "pt", "add_special_tokens": False}
+        one, other = (
+            judge(images=[image.pixels], text=["[IMG]"], **options)
+            for judge in (theirs, open_processor(path, "mistral3"))
+        )
+        for name in ("input_ids", "pixel_values", "image_sizes"):
+            assert torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name]))
 
 
 def test_the_older_flat_config_is_the_same_model(saved: Any, tmp_path: Path) -> None:
