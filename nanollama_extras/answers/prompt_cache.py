@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 BLOCK = 128  # tokens; a multiple of KV_BLOCK
 FORMAT = 1
 AHEAD = 4  # blocks that are read before the scheduler takes them
-MOST_S = 0.01  # seconds of a step for blocks, while others decode
+MOST_S = 0.005  # seconds of a step for blocks, while others decode
 MOST_IDLE_S = 0.1  # while no other does: a server then looks for new requests
 SAMPLE = 1 << 16  # bytes of each of a few places of a file, to tell it from others
 

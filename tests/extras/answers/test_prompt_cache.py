@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 from command_line import Ran
-from families import ROWS
+from families import ALL, ROWS
 from oracle import Tiny
 from serving import serving
 from traffic import assert_company_changes_nothing
@@ -111,6 +111,14 @@ def test_states_resume_at_the_end_of_a_block(tiny: Tiny, tmp_path: Path, family:
     assert assert_read_from_files(path, tmp_path, ids, quantize="q8") == 96
     other = [*ids[:51], *reversed(ids[51:])]
     assert ask(load(path, tmp_path, quantize="q8"), other).usage.cached_tokens == 48
+
+
+def test_a_text_that_outgrows_its_rope_has_other_blocks(tiny: Tiny, tmp_path: Path) -> None:
+    """Up to 64 tokens, this RoPE has other wavelengths; the answer goes beyond."""
+    path = tiny("Phi3", **ALL["phi3-longrope"][1])
+    assert assert_read_from_files(path, tmp_path, IDS[:60]) == 3 * BLOCK
+    assert assert_read_from_files(path, tmp_path, IDS) == NUM_BLOCKS * BLOCK
+    assert len(list(tmp_path.iterdir())) == 3 + NUM_BLOCKS
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_5_text"])
