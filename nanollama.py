@@ -1007,6 +1007,7 @@ class EngineConfig:
     prompt_cache: str | None = option(None, "--prompt-cache DIR: keep prompts on disk")
     prompt_cache_mb: int = option(4096, "--prompt-cache-mb N: its size", (1, 2**24))
     force: bool = option(False, "--force: load a model that is larger than the free memory")
+    mmproj: str | None = option(None, "--mmproj FILE: a GGUF's image part")
     record: str | None = option(None, "--record FILE: keep answers, for `replay`")
 
     def __post_init__(self) -> None:
@@ -2442,9 +2443,8 @@ def weight_files(path: Path) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: names {name!r}, which is not a file beside it")
+        if odd := [n for n in names if not re.fullmatch(r"[^/\\]*\.safetensors", n)]:
+            raise CheckpointError(f"{index}: names {odd[0]!r}, which is not a file beside it")
         return names
     names = [p.name for p in path.glob("*.safetensors") if not p.match("adapter_*")]
     if len(names) == 1 or "model.safetensors" in names:
@@ -2947,6 +2947,7 @@ MODEL_NAME = re.compile(r"(?=.{,200}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:
 # Types of GGUF files, the preferred one first, for a reference that names no file
 GGUF_PREFERENCE = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q8_0", "F16", "BF16", "F32")
 GGUF_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
+GGUF_MODEL = re.compile(r"(?i)(?!.*mmproj).*\.gguf$")
 # Files of a model directory beside its weights and its tokenizer
 SIDE_FILES = (
     "config.json generation_config.json tokenizer_config.json special_tokens_map.json "
@@ -2991,7 +2992,7 @@ class HubRef:
 
 
 def parse_hub_ref(reference: str) -> HubRef | None:
-    """A HubRef, or None when `reference` has another form."""
+    """A HubRef; None for another form of reference."""
     word = r"[A-Za-z0-9][\w.-]*"
     file = r"(?:[\w .-]+/)*[\w .-]+\.gguf"
     match = re.fullmatch(rf"({word}/{word})(?::([\w.-]+)|/({file}))?", plain_name(reference))
@@ -3046,7 +3047,7 @@ def model_files(hub: HubRef, names: Iterable[str]) -> list[str]:
     """The files in a repo or a directory that make the model of a reference, the weights last.
 
     Raises ModelNotFoundError, naming the files that are missing or can be chosen."""
-    names = list(names)
+    names = [n for n in names if not n.endswith(".pkl")]
     if hub.file:
         if hub.file not in names:
             known = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
@@ -3069,8 +3070,8 @@ def model_files(hub: HubRef, names: Iterable[str]) -> list[str]:
 def choose_gguf(names: Iterable[str], quant: str | None, tag: str) -> list[str]:
     """The GGUF file of `quant`, or the preferred one, with all its shards.
 
-    Raises ModelNotFoundError, listing the files, when no model or several models fit."""
-    names = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
+    Raises ModelNotFoundError, which lists the files, unless one model fits."""
+    names = sorted(filter(GGUF_MODEL.match, names))
     matches = (
         [n for n in names if re.search(rf"(?i)(^|[-_./]){re.escape(word)}([-_./]|$)", n)]
         for word in ([quant] if quant else GGUF_PREFERENCE)
@@ -3117,13 +3118,13 @@ def find_in_hub_cache(hub: HubRef, revision: str | None = None) -> Path | None:
 def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | None = None) -> Path:
     """Download a model into Hugging Face's cache, its weights last, if its config is supported."""
     with hub_errors(hub):
-        # one request without retries: an unreachable hub is noticed at once
+        # no retries: an unreachable hub is noticed at once
         info = huggingface_hub.HfApi().model_info(
             hub.repo, revision=revision, timeout=HUB_TIMEOUT_S, files_metadata=True
         )
     sha, files = str(info.sha), {file.rfilename: file for file in info.siblings or []}
     notify("files.refusals", "check_repo", hub, sha, files)
-    needed = model_files(hub, (n for n in files if not n.endswith(".pkl")))
+    needed = preferred("files.mmproj", "model_files", model_files)(hub, files)
     fetch = preferred("files.hub_files", "fetch_file", fetch_file)
     with hub_errors(hub):
         for name in needed:  # snapshot_download's threads do not stop at Ctrl-C
@@ -3273,13 +3274,9 @@ class ModelStore:
     def _unknown(self, reference: str) -> str:
         if "/" in reference or reference.endswith(".gguf"):
             return f"{reference}: no such file or directory"
-        known = [*ALIASES, *(model.id for model in self.models())]
-        short = {name.split("/")[-1].lower(): name for name in known}
-        close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
         hint = f"give an alias ({', '.join(ALIASES)}), a hub id (org/name) or a path"
-        if close:
-            hint = f"did you mean {' or '.join(short[name] for name in close)}?"
-        return f"{reference}: no such model; {hint}"
+        close = preferred("files.refusals", "close_names", lambda *_: "")(reference, self)
+        return f"{reference}: no such model; {close or hint}"
 
     def _alias_path(self, name: str) -> Path:
         return self.root / "models" / name / ALIASES[name].file
@@ -3448,6 +3445,7 @@ class Modelfile:
     tokenizer: str | None = None
     adapter: str | None = None
     draft: str | None = None
+    mmproj: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -3521,7 +3519,8 @@ def set_directive(fields: dict[str, Any], directory: Path, key: str, word: str, 
         if key in ("FROM", "TOKENIZER", "ADAPTER", "DRAFT"):
             path = directory / value if value.startswith(".") else value
             value = str(local_path(value, directory) or path)
-        fields[DIRECTIVES[key]] = value
+        name = "mmproj" if key == "FROM" and "model" in fields else DIRECTIVES[key]
+        fields[name] = value
 
 
 def split_word(text: str) -> tuple[str, str]:
@@ -5093,7 +5092,8 @@ class LLM(TextSide, Library):
             extra("answers.prompt_cache", "--prompt-cache").attach(self, adapter, config)
         if config.draft:
             extra("models.drafts", "--draft").attach(self, config)
-        self.vision = preferred("models.vision", "opened", lambda *_: None)(checkpoint, decoder)
+        see: Any = preferred("models.vision", "opened", lambda *_: None)
+        self.vision = see(checkpoint, decoder, config.mmproj)
 
     def __repr__(self) -> str:
         return preferred("answers.library", "describe", object.__repr__)(self)
@@ -6715,7 +6715,7 @@ class Settings:
 
     def engine(self) -> EngineConfig:
         """The engine's settings. Raises RequestError."""
-        own = {name: self.value(name)[0] for name in "ctx threads draft".split()}
+        own = {name: self.value(name)[0] for name in "ctx threads draft mmproj".split()}
         return EngineConfig(**{**given_flags(self.args, EngineConfig), **own})
 
     def load(self, device: str | None = None, needs_text: bool = True) -> LLM:

@@ -302,7 +302,7 @@ def test_of_a_gguf_repo_one_model_is_fetched_and_found_again(
 ) -> None:
     hub.add("org/gg", GGUFS)
     path = ModelStore().pull(reference)
-    assert hub.fetched() == expected
+    assert hub.fetched() == expected | {"mmproj-tiny-Q8_0.gguf"}
     assert path.read_bytes() == GGUFS[min(expected)]
     go_offline(monkeypatch)
     assert ModelStore().resolve(reference) == path
@@ -1026,6 +1026,7 @@ def test_every_cached_model_has_a_line(hub: HubServer) -> None:
     split = [len(data) for name, data in GGUFS.items() if name.startswith("F16/")]
     assert listed() == {
         "org/gg/F16/tiny-F16-00001-of-00002.gguf": ("gguf", sum(split)),
+        "org/gg/mmproj-tiny-Q8_0.gguf": ("gguf", len(GGUFS["mmproj-tiny-Q8_0.gguf"])),
         "org/gg/tiny-Q4_K_M.gguf": ("gguf", len(GGUFS["tiny-Q4_K_M.gguf"])),
         "org/gg/tiny-Q8_0.gguf": ("gguf", len(GGUFS["tiny-Q8_0.gguf"])),
         "org/tiny": ("safetensors", sum(map(len, TINY.values()))),
@@ -1036,7 +1037,8 @@ def test_a_file_that_two_revisions_share_counts_once(hub: HubServer) -> None:
     for readme in (b"one", b"two"):
         hub.add("org/gg", {**GGUFS, "README.md": readme})
         ModelStore().pull("org/gg:Q8_0")
-    assert listed() == {"org/gg/tiny-Q8_0.gguf": ("gguf", len(GGUFS["tiny-Q8_0.gguf"]))}
+    names = ("mmproj-tiny-Q8_0.gguf", "tiny-Q8_0.gguf")
+    assert listed() == {f"org/gg/{name}": ("gguf", len(GGUFS[name])) for name in names}
 
 
 def test_a_repo_with_both_formats_has_a_line_for_each(hub: HubServer) -> None:
@@ -1071,6 +1073,7 @@ def test_a_models_last_use_is_listed(hub: HubServer) -> None:
             "org/gg",
             {
                 "org/gg/F16/tiny-F16-00001-of-00002.gguf",
+                "org/gg/mmproj-tiny-Q8_0.gguf",
                 "org/gg/tiny-Q4_K_M.gguf",
                 "org/gg/tiny-Q8_0.gguf",
             },

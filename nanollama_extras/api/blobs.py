@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nanollama import (
+    GGUF_MODEL,
     Json,
     Modelfile,
     ModelStore,
@@ -34,6 +35,7 @@ from nanollama import (
     excerpt,
     extra,
     open_checkpoint,
+    preferred,
     refuse,
 )
 
@@ -127,7 +129,8 @@ def made_of_files(files: Mapping[str, Any]) -> Path:
             if not (directory / name).exists():
                 (directory / name).symlink_to(blob)
     ggufs = sorted(name for name in files if name.endswith(".gguf"))
-    return directory / ggufs[0] if ggufs else directory
+    texts = [*filter(GGUF_MODEL.match, ggufs), *ggufs]  # an image part stays beside its text
+    return directory / texts[0] if texts else directory
 
 
 def quantized(modelfile: Modelfile, kind: str, report: Report) -> Modelfile:
@@ -165,8 +168,8 @@ def quantized(modelfile: Modelfile, kind: str, report: Report) -> Modelfile:
         conversion.convert_to_gguf(
             conversion.Plan(checkpoint, name, adapter=lora), target, done=tell
         )
-    tokenizer = modelfile.tokenizer
-    return dataclasses.replace(modelfile, model=str(target), tokenizer=tokenizer, adapter=None)
+    mmproj = modelfile.mmproj or preferred("files.mmproj", "beside", lambda _: None)(path)
+    return dataclasses.replace(modelfile, model=str(target), mmproj=mmproj, adapter=None)
 
 
 def discard_unused() -> None:

@@ -307,8 +307,8 @@ def new_modelfile(given: Fields, report: Report) -> Modelfile:
     reference, whole = given.get("from"), Modelfile()
     if text := given.get("modelfile"):
         whole = parse_modelfile(text, Path("Modelfile"))
-        if whole.template or whole.tokenizer or whole.adapter or whole.draft:
-            kinds = "TEMPLATE, TOKENIZER, ADAPTER and DRAFT"
+        if whole.template or whole.tokenizer or whole.adapter or whole.draft or whole.mmproj:
+            kinds = "TEMPLATE, TOKENIZER, ADAPTER, DRAFT and a second FROM"
             refuse(f"{kinds} are not allowed in a request", "modelfile")
         reference = named_base(text)
     if given.get("files"):
@@ -558,7 +558,8 @@ def format_modelfile(modelfile: Modelfile) -> str:
     """Text that `parse_modelfile` reads as the same Modelfile, unless a line of a value ends with
     triple quotes."""
     block = '"""\n{}\n"""'.format
-    rows: list[tuple[str, Any]] = [("FROM", modelfile.model)]
+    files = (modelfile.model, modelfile.mmproj)
+    rows: list[tuple[str, Any]] = [("FROM", file) for file in files if file]
     for name, value in modelfile.parameters.items():
         if name == "stop":
             rows += [("PARAMETER stop", block(word)) for word in value]

@@ -140,7 +140,7 @@ def cached_path(store: ModelStore, reference: str) -> Path | None:
 def served_model(settings: Settings, name: str, path: Path | None = None) -> ServedModel:
     """The server's source of a model under a name; `path` leads to the files, where it is known."""
     files: dict[str, Any] = {"model": str(path) if path else absolute(settings.model)}
-    for name_of in ("tokenizer", "adapter", "draft"):
+    for name_of in ("tokenizer", "adapter", "draft", "mmproj"):
         files[name_of] = absolute(settings.value(name_of)[0])
     args = argparse.Namespace(**{**vars(settings.args), **files})
     reference = public_name((settings.modelfile.model or name) if path else settings.model)

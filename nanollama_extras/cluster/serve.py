@@ -62,7 +62,7 @@ SLOTS = 16  # sequences of a replica that run at once, where --parallel does not
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve's own logs
 SCALING: Json = {"look_back_period_s": 15.0, "upscale_delay_s": 10.0}  # Ray's own are 30 s
 # settings that may be paths
-FILES = ("tokenizer", "adapter", "draft", "modelfile", "script", "mcp")
+FILES = ("tokenizer", "adapter", "draft", "mmproj", "modelfile", "script", "mcp")
 
 
 def values_of(args: argparse.Namespace) -> Json:

@@ -153,7 +153,7 @@ def create(argv: list[str]) -> int:
     own = read_modelfile(args.file)
     if not own.model:
         raise UsageError(f"{args.file}: has no FROM")
-    under, paths = base(own.model), ("tokenizer", "adapter", "draft")
+    under, paths = base(own.model), ("tokenizer", "adapter", "draft", "mmproj")
     if not local_path(own.model) and ModelStore().modelfile(plain_name(own.model)):
         own = dataclasses.replace(own, model=under.model)
     fields = {f.name: getattr(own, f.name) for f in dataclasses.fields(own)}

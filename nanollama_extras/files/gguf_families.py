@@ -373,7 +373,8 @@ def gemma_expected(config: ModelConfig, _: Sources) -> ModelConfig:
 def gemma4_expected(config: ModelConfig, tensors: Sources) -> ModelConfig:
     config = gemma_expected(config, tensors)
     shape = dataclasses.replace(config.own["shape"], k_is_v=True)  # where v_proj is missing
-    return dataclasses.replace(config, own={**config.own, "shape": shape})
+    own = {**config.own, "shape": shape, "whole_images": not shape.per_layer}
+    return dataclasses.replace(config, own=own)
 
 
 def gemma3n_tensors(tensors: Tensors, config: ModelConfig, _: InOrder) -> Own:

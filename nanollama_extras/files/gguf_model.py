@@ -319,6 +319,8 @@ def rope_values(config: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"rope.freq_base": theta, "rope.dimension_count": n_rot}
     if len(config.ropes) > 1:
         found["rope.freq_base_swa"] = float(config.ropes[1]["rope_theta"])
+    if kind == "mrope":
+        found["rope.dimension_sections"] = [*rope["mrope_section"], 0][:4]
     if kind in ("linear", "yarn"):
         found |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "longrope":

@@ -154,7 +154,7 @@ def open_remote(reference: str, revision: str | None = None) -> tuple[Checkpoint
     """A model of the hub as far as its headers go, and how many bytes of its files were read.
     Raises ModelNotFoundError, DownloadError and CheckpointError."""
     remote = Remote(hub := hub_ref(reference), revision)
-    needed = model_files(hub, (name for name in remote.names if not name.endswith(".pkl")))
+    needed = model_files(hub, remote.names)
     weights = [n for n in needed if re.fullmatch(r"[^/]+\.safetensors|.+\.gguf", n)]
     is_gguf = weights[0].endswith(".gguf")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:

@@ -53,7 +53,8 @@ def fetch_blob(url: str, blob: Path, file: Any, known: str | None, tqdm_class: A
     part = blob.with_name(blob.name + ".incomplete")
     if part.exists() and file.size is not None and part.stat().st_size > file.size:
         part.unlink()
-    with errors_about(file.rfilename), PartFile(part.open("ab", buffering=0)) as out:
+    kind = io.BufferedWriter if "mmproj" in file.rfilename.lower() else PartFile
+    with errors_about(file.rfilename), kind(part.open("ab", buffering=0)) as out:
         http_get(
             url,
             cast("io.BufferedWriter", out),

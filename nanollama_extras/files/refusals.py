@@ -2,8 +2,8 @@
 
 Seam       `nanollama.open_checkpoint` hands every refusal to `explain`, which may raise another one
            that says more; `pull_from_hub` asks `check_repo` about the files of a repo,
-           files.hub_files `check_start` about the first bytes of a download, and `nanollama list`
-           `cached_note` about each model.
+           files.hub_files `check_start` about the first bytes of a download, `nanollama list`
+           `cached_note` about each model, and a name without a model is shown `close_names`.
 Remove     delete this file and its tests; the core's own messages are then seen.
 Source     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (general.type, split.count)
            https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
@@ -12,6 +12,7 @@ Source     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (general.ty
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nanollama import (
+    ALIASES,
     CachedModel,
     CheckpointError,
     GGUFCursor,
@@ -58,7 +60,8 @@ REMOVED_TYPES = {
 }
 # general.type or general.architecture -> what a GGUF is, and what to do
 GGUF_KINDS = {
-    "clip": "is the image part (mmproj) of a multimodal model; give the GGUF of its language model",
+    "clip": "is the image part (mmproj) of a multimodal model; give the GGUF of its text, "
+    "and this one to --mmproj",
     "adapter": "is a LoRA adapter; give the model that it changes, and to --adapter the directory "
     "that PEFT saved",
     "imatrix": "is a table of statistics for llama-quantize (imatrix); give the model's own GGUF",
@@ -187,9 +190,19 @@ def check_start(data: bytes) -> None:
             gguf_model_type(metadata)
 
 
+def close_names(reference: str, store: ModelStore) -> str:
+    """A question about models with a similar name; "" where there are none."""
+    known = [*ALIASES, *(model.id for model in store.models())]
+    short = {name.split("/")[-1].lower(): name for name in known}
+    close = difflib.get_close_matches(reference.lower(), short, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(short[name] for name in close)}?" if close else ""
+
+
 def cached_note(model: CachedModel) -> str:
     """The end of a model's line in `list`: the reason why it cannot run, or nothing. Reads the
     beginning of its files, and neither weights nor torch."""
+    if "mmproj" in model.id.rpartition("/")[2].lower():
+        return "  the image part of the models beside it"
     try:
         check_cached(model)
     except (NanollamaError, OSError) as error:

@@ -360,6 +360,8 @@ def gemma4_from_gguf(own: Mapping[str, Any], values: Values) -> None:
     values["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
     values["num_kv_shared_layers"] = shared_layers(own, 0)
     values["hidden_size_per_layer_input"] = own.get("embedding_length_per_layer_input", 0)
+    if not values["hidden_size_per_layer_input"]:  # all but E2B and E4B
+        values["use_bidirectional_attention"] = "vision"
     values["vocab_size_per_layer_input"] = values["vocab_size"]
     values["enable_moe_block"] = bool(values.get("num_experts"))
     values["top_k_experts"] = values.get("num_experts_per_tok")

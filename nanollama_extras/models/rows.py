@@ -143,6 +143,8 @@ def family(
 
     def all_from_gguf(own: Mapping[str, Any], values: Values) -> None:
         values.update({theirs: own[ours] for ours, theirs in GGUF_KEYS.items() if ours in own})
+        if isinstance(sections := own.get("rope.dimension_sections"), list):
+            values["rope_parameters"]["mrope_section"] = sections[:3]
         heads = values["num_key_value_heads"]  # of each layer, in files of Granite 4
         if isinstance(heads, list) and heads and heads == heads[:1] * len(heads):
             values["num_key_value_heads"] = heads[0]

@@ -7,12 +7,15 @@ Seam       `TextSide.vision`, which the core calls instead of `encode_chat`. A V
            `vector`, which Decoder.embed takes instead of the id's embedding; two are equal if they
            are the same row of the same image, so prefixes are reused as those of texts are.
 Needs      models.vision_towers, which runs transformers' image processors and vision towers;
+           files.mmproj and models.paired_towers, for models in GGUF;
            models.ropes, for positions in three dimensions; answers.images has `Picture`.
 Remove     delete this file and vision_towers.py; models then refuse images.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -26,6 +29,7 @@ from nanollama import (
     Checkpoint,
     CheckpointError,
     Decoder,
+    NanollamaError,
     RequestError,
     TemplateError,
     Tokenizer,
@@ -35,9 +39,12 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from nanollama_extras.answers.images import Picture
+    from nanollama_extras.files.mmproj import Pair
     from nanollama_extras.models.vision_towers import Tower
 
 KEPT_BYTES = 512 << 20  # of encoded images
@@ -166,8 +173,11 @@ class Vision:
     time, in the caller's thread, while the engine's thread and requests without new images go
     on."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
-        self.checkpoint, self.decoder = checkpoint, decoder
+    def __init__(
+        self, path: Path, model_type: str, decoder: Decoder, pair: Pair | None = None
+    ) -> None:
+        """model_type: of the whole model. pair: the image part of a model in GGUF."""
+        self.path, self.model_type, self.decoder, self.pair = path, model_type, decoder, pair
         self.lock, self.kept = threading.Lock(), KeptImages()
         self.num_encoded = 0
         self._tower: Tower | None = None
@@ -177,8 +187,12 @@ class Vision:
         """The image processor and the tower, which are read when they are first needed."""
         if self._tower is None:
             towers = extra("models.vision_towers", "an image")
-            family = FAMILIES[vision_type(self.checkpoint)]
-            self._tower = towers.Tower(self.checkpoint.path, family, self.decoder)
+            read = functools.partial(towers.open_directory, self.path, self.decoder.config)
+            if self.pair:
+                open_pair = extra("models.paired_towers", "an image").open_pair
+                read = functools.partial(open_pair, self.pair)
+            family = FAMILIES[self.model_type]
+            self._tower = towers.Tower(self.path, family, self.decoder, read)
         return self._tower
 
     def __call__(
@@ -242,21 +256,16 @@ def find_pictures(messages: Iterable[Mapping[str, Any]]) -> Iterable[Picture]:
                 yield part["image"]
 
 
-def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config.json of a directory; {} for other models."""
-    return read_json(checkpoint.path / "config.json") if checkpoint.path.is_dir() else {}
-
-
-def vision_type(checkpoint: Checkpoint) -> str:
-    return str(whole_config(checkpoint).get("model_type"))
-
-
 def why_not(checkpoint: Checkpoint) -> str:
     """Why a model reads no images, in one sentence; "" for one that does."""
     path = checkpoint.path
     if not path.is_dir():
-        return f"{path.name}: images need the model as safetensors files, not as a GGUF file"
-    config = whole_config(checkpoint)
+        try:
+            pairs().find_pair(checkpoint)
+        except NanollamaError as error:
+            return str(error).replace(f"{path.parent}{os.sep}", "")  # a client reads it
+        return ""
+    config = read_json(path / "config.json")
     if not isinstance(config.get("vision_config"), Mapping):
         return f"{checkpoint.config.model_type}: this model reads no images"
     if (kind := str(config.get("model_type"))) not in FAMILIES:
@@ -274,6 +283,22 @@ def has_vision(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def opened(checkpoint: Checkpoint, decoder: Decoder) -> Vision | None:
-    """The vision part of a model, which is not read yet; None for a model without one."""
-    return Vision(checkpoint, decoder) if has_vision(checkpoint) else None
+def pairs() -> Any:
+    return extra("files.mmproj", "an image for a model in GGUF")
+
+
+def opened(checkpoint: Checkpoint, decoder: Decoder, mmproj: str | None = None) -> Vision | None:
+    """The vision part of a model, which is not read yet; None for a model without one. mmproj: the
+    file with that of a model in GGUF. Raises CheckpointError for such a file of another model."""
+    path = checkpoint.path
+    if mmproj or not path.is_dir():
+        try:
+            pair = pairs().find_pair(checkpoint, mmproj)
+        except NanollamaError:
+            if mmproj:
+                raise
+            return None
+        return Vision(pair.path, pair.model_type, decoder, pair)
+    if not has_vision(checkpoint):
+        return None
+    return Vision(path, str(read_json(path / "config.json")["model_type"]), decoder)

@@ -15,7 +15,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,11 +122,14 @@ def open_processor(path: Path, model_type: str) -> Any:
         return pixtral.Processor(**parts, settings=values)
     if name == "LlavaProcessor" and values.get("patch_size") is None:
         values |= llava_settings(read_json(path / "config.json"))
-    base = getattr(transformers, name)
+    return new_processor(getattr(transformers, name), parts, values)
+
+
+def new_processor(base: Any, parts: dict[str, Any], values: dict[str, Any]) -> Any:
+    """A processor of the class `base` with these parts alone, and settings."""
     unchecked = {"check_argument_for_proper_class": lambda self, name, argument: None}
     kind: Any = type(base.__name__, (base,), unchecked)
-    arguments = [parts.get(name) for name in kind.get_attributes()]
-    return kind.from_args_and_dict(arguments, values)
+    return kind.from_args_and_dict([parts.get(name) for name in kind.get_attributes()], values)
 
 
 def llava_settings(config: Json) -> Json:
@@ -191,17 +194,29 @@ def check_whole(path: Path, report: Any) -> None:
         raise CheckpointError(f"{path}: tensor {name} of its vision part {absent[name]}")
 
 
-class Tower:
-    """The image processor and the vision tower of a model's files."""
+def open_directory(path: Path, own: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The config, the processor and the model of a directory. own: the text part's config. Raises
+    PackageError and CheckpointError."""
+    config = library().AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config, open_processor(path, config.model_type), open_model(path, config, own, dtype)
 
-    def __init__(self, path: Path, family: VisionFamily, decoder: Decoder) -> None:
+
+class Tower:
+    """The image processor and the vision tower of a model's files.
+
+    read: gives the config, the processor and the model in a type, as `open_directory` does"""
+
+    def __init__(
+        self,
+        path: Path,
+        family: VisionFamily,
+        decoder: Decoder,
+        read: Callable[[torch.dtype], tuple[Any, Any, Any]],
+    ) -> None:
         """Raises PackageError and CheckpointError."""
         self.path, self.family, self.device = path, family, decoder.device
-        transformers = library()
         with quiet(), errors_of_files(path):
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            self.processor = open_processor(path, config.model_type)
-            model = open_model(path, config, decoder.config, decoder.dtype)
+            config, self.processor, model = read(decoder.dtype)
             self.model = model.to(self.device)
         ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
         self.image_id: int = next(i for i in ids if i is not None)
