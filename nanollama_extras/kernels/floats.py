@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanollama import human_bytes, warn_once
-from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel
+from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel, weight_memory
 
 BLOCK_ROWS = 32  # FLOAT_ROWS of native.c
 LOAD_WEIGHTS = 1 << 22  # weights read at a time
@@ -42,7 +42,7 @@ class FloatLinear(NativeLinear):
             if start == 0:
                 self.dtype = rows.dtype if rows.dtype.itemsize == 2 else dtype
                 num_blocks = -(-num_rows // BLOCK_ROWS)
-                self.blocks = torch.empty((num_blocks, BLOCK_ROWS * num_cols), dtype=self.dtype)
+                self.blocks = weight_memory((num_blocks, BLOCK_ROWS * num_cols), self.dtype)
                 self.fields = {"floats": NUMBERS[f"IN_{KINDS[self.dtype]}"]}
             run_kernel(
                 "lay_floats",

@@ -377,6 +377,11 @@ class KernelCalls:
 # ---- matrices ------------------------------------------------------------------------------------
 
 
+def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    plain = lambda shape, dtype: torch.empty(shape, dtype=dtype)  # noqa: E731
+    return cast("Tensor", preferred("kernels.memory", "large_pages", plain)(shape, dtype))
+
+
 class NativeLinear:
     """A packed weight (rows, cols) in the kernels' layout; filled from PackedLinears, some rows at
     a time, so that a file's bytes and the blocks are never in memory together as a whole.
@@ -398,7 +403,7 @@ class NativeLinear:
                 self.fields, num_bytes = layout(packed)
                 num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
                 blocks_shape = (num_blocks, num_cols // self.fields["group"], num_bytes)
-                self.blocks = torch.empty(blocks_shape, dtype=torch.uint8)
+                self.blocks = weight_memory(blocks_shape, torch.uint8)
             fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
 
     @property
