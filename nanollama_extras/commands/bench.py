@@ -30,7 +30,9 @@ from nanollama import (
     command_parser,
     extra,
     human_bytes,
+    notify,
     option_group,
+    preferred,
     read_settings,
 )
 
@@ -98,7 +100,18 @@ class Bench:
     def __init__(self, llm: LLM) -> None:
         self.llm, self.random = llm, torch.Generator().manual_seed(0)
         self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
-        self.buffer = torch.ones(BANDWIDTH_BYTES // 4, device=self.device)
+        self.buffer = self.new_buffer()
+        notify("kernels.memory", "join_pages")  # what a program in use does in the background
+
+    def new_buffer(self) -> Tensor:
+        """Memory to read, in pages like those of the weights"""
+
+        def plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        pages = preferred("kernels.memory", "large_pages", plain)
+        new = pages if self.device.type == "cpu" else plain
+        return new((BANDWIDTH_BYTES // 4,), torch.float32).fill_(1)
 
     def peak_memory(self) -> int:
         """Most bytes of the process, without the buffer, which exists all the time."""

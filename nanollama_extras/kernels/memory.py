@@ -14,6 +14,9 @@ import mmap
 import re
 import sys
 import threading
+import time
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +25,107 @@ from torch import Tensor
 
 LARGE_PAGE = 1 << 21  # bytes
 RESERVED = 1 << 26  # bytes of addresses that weights share; only what is written takes memory
+COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
+JOIN_AFTER_S = 5.0  # after loading: a short answer does without
 
 # A code segment in /proc/self/smaps whose pages all equal those of its file
 CODE = re.compile(r"(?m)^(\w+)-(\w+) r-xp .* /.*\n(?:[A-Z]\w+:.*\n)*?Anonymous: +0 kB")
 
 
-class Reserve:
-    """Addresses in large pages that are left for the next weights."""
+class Weights:
+    """Memory of models' weights, which take addresses one after another.
+
+    It begins as small pages, since a virtual machine may have given its large ones back, and then
+    needs milliseconds for each. `join` makes pages of 2 MB of it, while the model is in use."""
 
     def __init__(self) -> None:
-        self.lock, self.left = threading.Lock(), torch.empty(0, dtype=torch.uint8)
-
-    def take(self, num_bytes: int) -> Tensor:
-        """Memory that stays in use as long as the tensor or a view of it -> (num_bytes,) uint8"""
-        with self.lock:
-            if len(self.left) < num_bytes:
-                self.left = mapped(max(RESERVED, num_bytes))
-            taken, self.left = self.left[:num_bytes], self.left[-(-num_bytes // 64) * 64 :]
-            return taken
+        self.lock, self.joining = threading.Lock(), threading.Lock()
+        self.chunks: list[Chunk] = []  # of which weights are left, and pages to join
+        self.drop()
 
     def drop(self) -> None:
-        """Leave the rest, so that another model's weights do not keep this one's memory."""
+        """Leave the rest, so that the next model's weights do not keep this one's memory."""
         with self.lock:
-            self.left = torch.empty(0, dtype=torch.uint8)
+            self.memory, self.num_taken = torch.empty(0, dtype=torch.uint8), 0
+            self.chunks = [chunk for chunk in self.chunks if chunk.memory()]
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Memory, in use as long as the tensor or a view of it -> (num_bytes,) uint8"""
+        with self.lock:
+            if self.num_taken + num_bytes > len(self.memory):
+                chunk, self.memory = mapped(max(RESERVED, num_bytes))
+                self.chunks.append(chunk)
+                self.num_taken = 0
+            start, stop = self.num_taken, self.num_taken + num_bytes
+            self.num_taken, self.chunks[-1].num_bytes = -(-stop // 64) * 64, stop
+            return self.memory[start:stop]
+
+    def join(self, wait_s: float = 0) -> None:
+        """Make large pages of the small ones, after `wait_s` seconds, and then half of the time."""
+        time.sleep(wait_s)
+        with self.joining:
+            for chunk in list(self.chunks):
+                while chunk.num_joined + LARGE_PAGE <= chunk.num_bytes:
+                    started, memory = time.perf_counter(), chunk.memory()
+                    if not memory or madvise(chunk.start + chunk.num_joined, LARGE_PAGE, COLLAPSE):
+                        break  # it is gone, or the system has no such pages left
+                    chunk.num_joined += LARGE_PAGE
+                    del memory
+                    time.sleep(wait_s and time.perf_counter() - started)
 
 
-_reserve = Reserve()
+@dataclass(slots=True)
+class Chunk:
+    """Memory from the start of a large page on."""
+
+    memory: weakref.ref[mmap.mmap]
+    start: int  # its address
+    num_bytes: int = 0  # in use
+    num_joined: int = 0
 
 
-def mapped(num_bytes: int) -> Tensor:
-    """New memory, from the start of a large page on -> (num_bytes,) uint8. Raises OSError."""
+_weights = Weights()
+
+
+def madvise(start: int, num_bytes: int, advice: int) -> int:
+    """0, or -1 where the system does not do it"""
+    address, size = ctypes.c_void_p(start), ctypes.c_size_t(num_bytes)
+    return int(ctypes.CDLL(None).madvise(address, size, advice))
+
+
+def mapped(num_bytes: int) -> tuple[Chunk, Tensor]:
+    """New memory -> it, and its bytes (num_bytes,) uint8. Raises OSError."""
     memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory`
-    return whole[-whole.data_ptr() % LARGE_PAGE :][:num_bytes]
+    part = whole[-whole.data_ptr() % LARGE_PAGE :][:num_bytes]
+    return Chunk(weakref.ref(memory), part.data_ptr()), part
 
 
 def large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor whose memory is in pages of 2 MB where the system has them (Linux). Reading
-    it from front to back then looks up 500 times fewer addresses of pages."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    """An empty tensor whose memory will be in pages of 2 MB where the system has them (Linux).
+    Reading it from front to back then looks up 500 times fewer addresses of pages."""
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):
             num_bytes = math.prod(shape) * dtype.itemsize
-            return _reserve.take(num_bytes).view(dtype).view(shape)
+            return _weights.take(num_bytes).view(dtype).view(shape)
     return torch.empty(shape, dtype=dtype)
+
+
+def join_pages() -> None:
+    """Make large pages of all weights now."""
+    _weights.join()
 
 
 def return_unused_memory() -> None:
     """Return freed memory from malloc (glibc) and the pages of libraries' code (Linux, 60 MB with
     torch) to the system. Code that runs again is read from the system's file cache."""
-    _reserve.drop()
+    _weights.drop()
+    if any(chunk.num_joined + LARGE_PAGE <= chunk.num_bytes for chunk in _weights.chunks):
+        threading.Thread(target=_weights.join, args=(JOIN_AFTER_S,), daemon=True).start()
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
         for start, stop in CODE.findall(Path("/proc/self/smaps").read_text()):
-            size = ctypes.c_size_t(int(stop, 16) - int(start, 16))
-            libc.madvise(ctypes.c_void_p(int(start, 16)), size, mmap.MADV_DONTNEED)
+            madvise(int(start, 16), int(stop, 16) - int(start, 16), mmap.MADV_DONTNEED)
 
 
 def copied(tensor: Tensor, at: Any) -> Tensor:
@@ -88,7 +136,5 @@ def copied(tensor: Tensor, at: Any) -> Tensor:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = tensor.data_ptr() + tensor.nbytes - start
         if size > mmap.PAGESIZE:
-            size -= size % mmap.PAGESIZE
-            madvise = ctypes.CDLL(None).madvise
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+            madvise(start, size - size % mmap.PAGESIZE, mmap.MADV_DONTNEED)
     return copy

@@ -378,8 +378,8 @@ class KernelCalls:
 
 
 def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    plain = lambda shape, dtype: torch.empty(shape, dtype=dtype)  # noqa: E731
-    return cast("Tensor", preferred("kernels.memory", "large_pages", plain)(shape, dtype))
+    memory = preferred("kernels.memory", "large_pages", None)
+    return cast("Tensor", memory(shape, dtype)) if memory else torch.empty(shape, dtype=dtype)
 
 
 class NativeLinear:
