@@ -210,4 +210,4 @@ class Integers:
             weight = (q - zero[:, columns]) * scale[:, columns]
             return weight if num_cols % GROUP else rounded(weight)
         offset = None if self.zeros is None else spread(-zero * scale, num_cols, self.group)
-        return affine(q, spread(scale, num_cols, self.group), offset, self.bits)
+        return affine(q, spread(scale, num_cols, self.group), offset, self.bits, self.group)

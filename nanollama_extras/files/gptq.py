@@ -43,6 +43,7 @@ from nanollama_extras.files.quantized import (
     spread,
     stems,
     unpacked_bits,
+    wide,
     width,
 )
 
@@ -208,8 +209,9 @@ class Matrix:
                 parts.append(rounded((q - zero[:, groups]) * scale[:, groups]))
                 continue
             offset = spread(-zero * scale, num_cols, self.group) if has_offset else None
-            parts.append(affine(q, spread(scale, num_cols, self.group), offset, bits))
-        return joined(parts)
+            parts.append(affine(q, spread(scale, num_cols, self.group), offset, bits, self.group))
+        packed = joined(parts)
+        return wide(packed, self.group) if packed.bits == 4 else packed
 
 
 def joined(parts: list[PackedLinear]) -> PackedLinear:

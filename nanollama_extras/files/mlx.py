@@ -130,7 +130,7 @@ def matrix(tensors: Tensors, name: str, layout: Layout) -> TensorSource:
             spread(cast("Tensor", part.load(*index)).float(), num_cols, group)
             for part in (scales, biases)
         )
-        return affine(q, scale, bias, bits)
+        return affine(q, scale, bias, bits, group)
 
     parts = weight, scales, biases
     return packed_source(f"MLX {bits}-bit", shape, 5 if bits <= 4 else 9, load, *parts)

@@ -32,6 +32,7 @@ from nanollama import (
     excerpt,
     extra,
     pack_nibbles,
+    preferred,
 )
 
 Tensors = Mapping[str, TensorSource]
@@ -230,9 +231,12 @@ def grouped(q: Tensor, scale: Tensor, offset: Tensor | None = None) -> PackedLin
     return PackedLinear(q, *halved(scale, offset))
 
 
-def affine(q: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> PackedLinear:
+def affine(
+    q: Tensor, scale: Tensor, offset: Tensor | None, bits: int, group: int = GROUP
+) -> PackedLinear:
     """w = q * scale + offset, or without an offset (q - middle) * scale, where the middle is
-    2^(bits - 1): q (rows, cols) from 0 to 2^bits - 1, scale and offset (rows, cols / 32)."""
+    2^(bits - 1): q (rows, cols) from 0 to 2^bits - 1, scale and offset (rows, cols / 32), which are
+    the same for `group` columns."""
     groups = q.unflatten(-1, (-1, GROUP))
     if offset is None:
         if bits <= 4:
@@ -241,8 +245,17 @@ def affine(q: Tensor, scale: Tensor, offset: Tensor | None, bits: int) -> Packed
             groups = (groups.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     elif bits == 8:
         offset, groups = offset.float() + 128 * scale.float(), groups ^ 128
-    packed = pack_nibbles(groups) if bits <= 4 else groups.view(torch.int8)
-    return grouped(packed, scale, offset)
+    packed = grouped(pack_nibbles(groups) if bits <= 4 else groups.view(torch.int8), scale, offset)
+    return wide(packed, group) if bits <= 4 else packed
+
+
+def wide(packed: PackedLinear, group: int) -> PackedLinear:
+    """A weight of 4 bits whose scales are the same for `group` columns, as native kernels hold it
+    in fewer bytes"""
+    kind = preferred("kernels.fine", "WideLinear", PackedLinear)
+    if not hasattr(kind, "widened") or group % GROUP:
+        return packed
+    return cast("PackedLinear", kind(packed.q, packed.scale, packed.offset).widened(group))
 
 
 def rounded(weight: Tensor) -> PackedLinear:

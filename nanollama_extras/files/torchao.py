@@ -139,7 +139,7 @@ def integers(tensors: Tensors, name: str, is_narrow: bool) -> TensorSource:
         middle = 2 ** (bits - 1)
         offset = spread(-(middle + zero) * scale, num_cols, width) if has_zeros else None
         code = (q.to(torch.int16) + middle).to(torch.uint8)
-        return affine(code, spread(scale, num_cols, width), offset, bits)
+        return affine(code, spread(scale, num_cols, width), offset, bits, width)
 
     parts = codes, scales, zeros
     return packed_source(f"torchao int{bits}", codes.shape, bits + 0.5, load, *parts)
@@ -166,7 +166,7 @@ def int4(tensors: Tensors, name: str) -> TensorSource:
         q = unpacked_bits(cast("Tensor", codes.load(at)), 4) ^ 8  # so that 8 stands for 0
         scale, zero = (cast("Tensor", part.load()).T.float() for part in (scales, zeros))
         offset = spread((zero - 8 * scale)[at], num_cols, width) if bool(zero.any()) else None
-        return affine(q, spread(scale[at], num_cols, width), offset, 4)
+        return affine(q, spread(scale[at], num_cols, width), offset, 4, width)
 
     parts = codes, scales, zeros
     return packed_source("torchao int4", (num_rows, num_cols), 5, load, *parts)

@@ -4,7 +4,7 @@ Seam       PackedLinear of nanollama.py, by inheritance. kernels.native asks `la
            of a weight that has them; for torch and Triton the same weight is integers of 8 bits,
            or of 4, which is exact.
 Remove     delete this file with files.gguf_types, files.bitnet, files.bitsandbytes and
-           files.nvfp4, which make such weights.
+           files.nvfp4, which make such weights; files.quantized makes WideLinears if it is there.
 
 A weight is levels[code] * scale - minimum, where the scale is a product: one of 8 bits, which 16 or
 32 columns share, one in float16, which a block of columns shares, and a number for all. native.c
@@ -16,12 +16,16 @@ A weight is levels[code] * scale - minimum, where the scale is a product: one of
   SCALES_16      256                  integers                                      3.56
   SCALES_MINS    256                  4 bits, and 4 bits of the minimum             2.63
   SCALES_FLOAT   64                   floats without a sign (E4M3), none in float16 4.5
+
+A WideLinear is ONE_SCALE of 128 columns (4.13 bits), or ONE_OFFSET of 64 or 128 with an offset in
+float16 (4.5 or 4.25), where a PackedLinear repeats scales and offsets for each 32.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanollama import PackedLinear, pack_nibbles
+from nanollama import GROUP, PackedLinear, pack_nibbles
 
 BLOCK_ROWS = 16
 # kind -> columns that share an 8-bit scale, 0 without them
@@ -148,6 +152,49 @@ class FineLinear(PackedLinear):
             blocks[..., at:end].view(small.shape).copy_(small)
             at = end
         for part in (fine.scale, fine.minima):
+            if part is not None:
+                lanes = tiled(part)[..., 0].transpose(1, 2)
+                blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)
+                at += 2 * BLOCK_ROWS
+
+
+class WideLinear(PackedLinear):
+    """A PackedLinear of 4 bits whose scales and offsets are the same for `wide` columns."""
+
+    wide = GROUP
+
+    def widened(self, num_cols: int) -> WideLinear:
+        """The same with scales that are equal for each `num_cols`"""
+        widths = (128, 64) if self.offset is not None else (128,)
+        fits = (n for n in widths if num_cols % n == 0 and self.shape[1] % n == 0)
+        self.wide = next(fits, GROUP)
+        return self
+
+    def _changed(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> WideLinear:
+        plain = super()._changed(change, dtype)
+        return WideLinear(plain.q, plain.scale, plain.offset, dtype=dtype).widened(self.wide)
+
+    def layout(self, kinds: dict[str, int]) -> tuple[dict[str, Any], int]:
+        """As that of FineLinear"""
+        num_floats = 1 + (self.offset is not None)
+        fields: dict[str, Any] = {"bits": 4, "group": self.wide, "has_offset": num_floats == 2}
+        if self.wide > GROUP:
+            kind, middle = ("ONE_SCALE", 8) if self.offset is None else ("ONE_OFFSET", 0)
+            fields |= {"fine": kinds[kind], "centre": middle, "unit": 1.0}
+        return fields, BLOCK_ROWS * (self.wide // 2 + 2 * num_floats)
+
+    def fill(self, blocks: Tensor) -> None:
+        """As that of FineLinear"""
+        num_blocks, num_wide, _ = blocks.shape
+        missing = num_blocks * BLOCK_ROWS - len(self.q)
+
+        def tiled(part: Tensor) -> Tensor:
+            return F.pad(part, (0, 0, 0, missing)).view(num_blocks, BLOCK_ROWS, num_wide, -1)
+
+        words = tiled(self.q.flatten(1).view(torch.int32)).permute(0, 2, 3, 1)
+        at = 4 * words[0, 0].numel()
+        blocks[..., :at].view(torch.int32).view(words.shape).copy_(words)
+        for part in (self.scale, self.offset):
             if part is not None:
                 lanes = tiled(part)[..., 0].transpose(1, 2)
                 blocks[..., at : at + 2 * BLOCK_ROWS].view(torch.float16).copy_(lanes)

@@ -622,7 +622,7 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
                     if (fine == SCALES_32 || fine == MINS_32) part[v][t] *= scale;
                     sum[v][t] = madd(part[v][t], splat(s[t]), sum[v][t]);
                     if (fine == MINS_32) minima[v][t] = madd(least, splat(s[T + t]), minima[v][t]);
-                    if (fine == ONE_OFFSET) minima[v][t] = splat(-s[T + t]);
+                    if (fine == ONE_OFFSET) minima[v][t] -= s[T + t];
                 }
             }
         }
@@ -647,6 +647,9 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
     FINE(T, ONE_SCALE, 128, 4, 32) \
     FINE(T, ONE_SCALE, 16, 5, 32) \
     FINE(T, ONE_SCALE, 1, 2, 64) \
+    FINE(T, ONE_SCALE, 8, 4, 128) \
+    FINE(T, ONE_OFFSET, 0, 4, 64) \
+    FINE(T, ONE_OFFSET, 0, 4, 128) \
     FINE(T, ONE_OFFSET, 0, 5, 32) \
     FINE(T, SCALES_32, 128, 4, 256) \
     FINE(T, MINS_32, 0, 4, 256) \
@@ -655,11 +658,13 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
     FINE(T, SCALES_16, 32, 6, 256) \
     FINE(T, SCALES_MINS, 0, 2, 256) \
     FINE(T, SCALES_FLOAT, 64, 4, 64)
+#define IS_KIND(KIND, CENTRE, BITS, WIDE) \
+    (m->fine == KIND && m->centre == CENTRE && m->bits == BITS && m->group == WIDE)
 #define STORED(T, KIND, CENTRE, BITS, WIDE) \
-    if (m->fine == KIND && m->centre == CENTRE && m->bits == BITS) \
+    if (IS_KIND(KIND, CENTRE, BITS, WIDE)) \
         multiply_fine(m, block, block, tile, y, T, BITS, WIDE, KIND, CENTRE);
 #define WIDENED(T, KIND, CENTRE, BITS, WIDE) \
-    if (m->fine == KIND && m->centre == CENTRE && m->bits == BITS) \
+    if (IS_KIND(KIND, CENTRE, BITS, WIDE)) \
         multiply_fine(m, block, codes, tile, y, T, 8, WIDE, KIND, CENTRE);
 static void multiply_fine_tile(const matrix *m, const uint8_t *block, const uint8_t *codes,
                                const uint8_t *tile, vec *y, int num_tokens) {
