@@ -170,6 +170,12 @@ class WideLinear(PackedLinear):
         self.wide = next(fits, GROUP)
         return self
 
+    @property
+    def nbytes(self) -> int:
+        """As native kernels hold it"""
+        (num_rows, num_cols), (_, num_bytes) = self.shape, self.layout({})
+        return num_rows * num_cols // self.wide * num_bytes // BLOCK_ROWS
+
     def _changed(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> WideLinear:
         plain = super()._changed(change, dtype)
         return WideLinear(plain.q, plain.scale, plain.offset, dtype=dtype).widened(self.wide)
@@ -180,7 +186,7 @@ class WideLinear(PackedLinear):
         fields: dict[str, Any] = {"bits": 4, "group": self.wide, "has_offset": num_floats == 2}
         if self.wide > GROUP:
             kind, middle = ("ONE_SCALE", 8) if self.offset is None else ("ONE_OFFSET", 0)
-            fields |= {"fine": kinds[kind], "centre": middle, "unit": 1.0}
+            fields |= {"fine": kinds.get(kind), "centre": middle, "unit": 1.0}
         return fields, BLOCK_ROWS * (self.wide // 2 + 2 * num_floats)
 
     def fill(self, blocks: Tensor) -> None:

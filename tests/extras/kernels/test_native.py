@@ -52,6 +52,7 @@ from nanollama import (
 )
 from nanollama_extras.files import gguf_blocks, gguf_types
 from nanollama_extras.kernels import native as kernels
+from nanollama_extras.kernels.fine import WideLinear
 from nanollama_extras.kernels.native import (
     KERNEL_FLAGS,
     SOURCE,
@@ -137,11 +138,14 @@ LAYOUTS = [  # those of REPACK, for q of any bits
 ]
 RARE = {kind.name: kind for kind in gguf_types.TYPES.values()}
 UNPACK = REPACK | {kind.name: kind.unpack for kind in gguf_blocks.TYPES.values()}
-KINDS = [*REPACK, *RARE, "q8", "q4", *LAYOUTS]
+WIDE = ["wide 064, offset", "wide 128, offset", "wide 128"]  # columns that share a scale
+KINDS = [*REPACK, *RARE, "q8", "q4", *LAYOUTS, *WIDE]
 
 
 def block_width(kind: str) -> int:
     """Columns that a matrix of the kind has a multiple of"""
+    if kind in WIDE:
+        return int(kind[5:8])
     return RARE[kind].width if kind in RARE else 256 if kind.endswith("_K") else 32
 
 
@@ -156,6 +160,14 @@ def packed(kind: str, num_rows: int, num_cols: int, seed: int = 0) -> PackedLine
         scale, offset = (random.normal(scale=0.001, size=shape).astype(np.float16) for _ in "so")
         parts = [q, scale, offset] if "offset" in kind else [q, scale]
         return PackedLinear(*map(torch.from_numpy, parts))
+    if kind in WIDE:
+        plain, num = (
+            packed(f"4 bits, group 32{kind[8:]}", num_rows, num_cols),
+            block_width(kind) // 32,
+        )
+        numbers = [part for part in (plain.scale, plain.offset) if part is not None]
+        equal = [part[:, ::num].repeat_interleave(num, 1).contiguous() for part in numbers]
+        return WideLinear(plain.q, *equal).widened(32 * num)
     weight = random.normal(scale=0.06, size=(num_rows, num_cols)).astype(np.float32)
     if kind in ("q8", "q4"):
         return quantize(torch.from_numpy(weight), int(kind[1]))
