@@ -96,8 +96,9 @@ def madvise(start: int, num_bytes: int, advice: int) -> int:
 def mapped(num_bytes: int) -> tuple[Chunk, Tensor]:
     """New memory -> it, and its bytes (num_bytes,) uint8. Raises OSError."""
     memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory`
-    part = whole[-whole.data_ptr() % LARGE_PAGE :][:num_bytes]
+    with torch.inference_mode(False):  # a tensor made under it can be written there only
+        whole = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps `memory`
+        part = whole[-whole.data_ptr() % LARGE_PAGE :][:num_bytes]
     return Chunk(weakref.ref(memory), part.data_ptr()), part
 
 
