@@ -252,8 +252,8 @@ def affine(
 def wide(packed: PackedLinear, group: int) -> PackedLinear:
     """A weight of 4 bits whose scales are the same for `group` columns, as native kernels hold it
     in fewer bytes"""
-    kind = preferred("kernels.fine", "WideLinear", PackedLinear)
-    if not hasattr(kind, "widened") or group % GROUP:
+    kind: Any = preferred("kernels.fine", "WideLinear", None)
+    if kind is None or group % GROUP:
         return packed
     return cast("PackedLinear", kind(packed.q, packed.scale, packed.offset).widened(group))
 
