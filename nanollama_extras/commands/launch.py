@@ -142,13 +142,14 @@ def served(url: str, key: str, model: str | None) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def started(model: str, ctx: int | None, key: str) -> Iterator[str]:
-    """The address of a new server, which ends with the block. Raises NanollamaError."""
+def started(model: str, flags: list[str], key: str) -> Iterator[str]:
+    """The address of a new server with these flags, which ends with the block. Raises
+    NanollamaError."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, str(nanollama.__file__), "--serve", "--model", model, "--any-model"]
-    command += ["--port", str(port), *(["--ctx", str(ctx)] if ctx else [])]
+    command += ["--port", str(port), *flags]
     variables = {} if key == NO_KEY else {"NANOLLAMA_API_KEY": key}
     log.warning(f"starting a server for {model} at {url}")
     server = subprocess.Popen(
@@ -197,6 +198,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", metavar="MODEL", help="its model; by default the server's first")
     parser.add_argument("--url", metavar="URL", help="the server", default="http://127.0.0.1:8000")
     parser.add_argument("--ctx", metavar="N", type=int, help="context of a server that is started")
+    parser.add_argument("--prompt-cache", metavar="DIR", help="files of its prompts")
     parser.add_argument("--api-key", metavar="KEY", help="the server's key (or NANOLLAMA_API_KEY)")
     parser.add_argument("--print", action="store_true", help="show what would be set and run")
     return parser.parse_args(argv[:cut]), argv[cut + 1 :]
@@ -213,7 +215,9 @@ def run(argv: list[str]) -> int:
         elif not name:
             raise UsageError(f"no server answers at {url}; give --model to start one, or --url")
         elif not args.print:
-            url = stack.enter_context(started(name, args.ctx, key))
+            chosen = {"--ctx": args.ctx, "--prompt-cache": args.prompt_cache}
+            flags = [str(word) for row in chosen.items() if row[1] for word in row]
+            url = stack.enter_context(started(name, flags, key))
             name, n_ctx = served(url, key, None)
         plan = CLIENTS[args.client](Target(url, name, key, n_ctx, folder))
         plan.command.extend(own)

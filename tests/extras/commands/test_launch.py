@@ -97,8 +97,10 @@ def test_a_server_is_started_where_there_is_none(
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path / "cache"))
-    assert run(["claude", "--url", "http://127.0.0.1:9", "--model", "tiny-random"]) == 0
+    flags = ["--url", "http://127.0.0.1:9", "--model", "tiny-random"]
+    assert run(["claude", *flags, "--prompt-cache", str(tmp_path / "prompts")]) == 0
     assert (tmp_path / "status").read_text() == "200\n"
+    assert (tmp_path / "prompts").is_dir()
 
 
 def test_what_is_missing_is_told(test_server: TestServer, monkeypatch: pytest.MonkeyPatch) -> None:
