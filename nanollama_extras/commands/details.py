@@ -8,6 +8,7 @@ Remove     delete this file together with api/shelf.py; `show` then leaves these
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import nanollama
 from nanollama import (
+    NOT_TEXT,
     PARAMETERS,
+    CheckpointError,
     ModelStore,
     NanollamaError,
     excerpt,
@@ -28,6 +31,8 @@ from nanollama import (
     pick_backend,
     pick_device,
     preferred,
+    read_safetensors,
+    weight_files,
 )
 
 if TYPE_CHECKING:
@@ -137,8 +142,24 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
     keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
     beside = ", with those of the draft model" if settings.value("draft")[0] else ""
     lines["memory"] = f"{num_weights} weights + {keys}{states}{beside}"
+    num_parameters, num_bytes = tower_size(checkpoint)
+    if num_parameters:
+        size = f"{num_parameters / 1e6:.1f} M more parameters ({human_bytes(num_bytes)})"
+        lines["images"] = f"read by {size}"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
     notify("answers.prompt_cache", "add_details", lines, settings.engine())
+
+
+def tower_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Parameters and bytes of the part of a model that reads images; 0 for a model without one."""
+    tensors: list[TensorSource] = []
+    if preferred("models.vision", "has_vision", lambda _: False)(checkpoint):
+        with contextlib.suppress(CheckpointError):  # of files that are not all there
+            for file in weight_files(checkpoint.path):
+                found = read_safetensors(checkpoint.path / file)
+                tensors += [tensor for name, tensor in found.items() if NOT_TEXT.match(name)]
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return num_parameters, sum(tensor.nbytes for tensor in tensors)
 
 
 def settings_lines(settings: Settings, sampling: Sampling) -> list[str]:

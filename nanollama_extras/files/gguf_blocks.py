@@ -43,6 +43,8 @@ class BlockLinear(PackedLinear):
     """A weight as blocks of a GGUF file (rows, blocks, bytes), which become the core's q, scale and
     offset when something other than native kernels asks for them."""
 
+    load_weights = 1 << 22  # at a time, since they are read from the file's own pages
+
     def __init__(self, number: int, blocks: Tensor) -> None:
         self.number, self.blocks = number, blocks
         self.bias, self.dtype, self.float4 = None, torch.float32, False

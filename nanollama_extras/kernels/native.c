@@ -1057,9 +1057,11 @@ typedef struct {
 
 enum { OF_Q4_0, OF_Q4_1, OF_Q5_0, OF_Q5_1, OF_Q8_0, OF_Q4_K, OF_Q5_K, OF_Q6_K };
 
-/* A block of a row: its codes, scales of 8 bits and float16 scales */
+/* A block of a row: the words of its lane in a block of 16 rows, as many for 32 columns as a code
+ * has bits (see `multiply` and `code_word`), scales of 8 bits and float16 scales */
 typedef struct gguf_block {
-    uint8_t codes[256], scales[16];
+    uint32_t words[64];
+    uint8_t scales[16];
     const uint8_t *halves;
 } gguf_block;
 
@@ -1072,67 +1074,63 @@ static const struct gguf_type {
     [OF_Q5_K] = {256, 176, 5, 16, 2}, [OF_Q6_K] = {256, 210, 6, 16, 1},
 };
 
+INLINE uint32_t word_at(const uint8_t *bytes, int i) {
+    uint32_t word;
+    memcpy(&word, bytes + 4 * i, 4);
+    return word;
+}
+
+/* The words of 32 columns, whose codes have their low 4 bits in 32 bytes, `shift` bits up, and the
+ * other 1 or 2 bits likewise in `high` */
+INLINE void lay_codes(const uint8_t *low, int shift, const uint8_t *high, int high_shift, int bits,
+                      uint32_t *words) {
+    uint32_t nibbles = 0x0f0f0f0f, mask = bits == 5 ? 0x01010101 : 0x03030303;
+    for (int i = 0; i < 4; i++)
+        words[i] = (word_at(low, i) >> shift & nibbles) | (word_at(low, i + 4) >> shift & nibbles)
+                                                              << 4;
+    for (int i = 4; i < bits; i++) words[i] = 0;
+    for (int i = 0; i < 8 && bits == 5; i++)
+        words[4] |= (word_at(high, i) >> high_shift & mask) << i;
+    for (int i = 0; i < 8 && bits == 6; i++)
+        words[4 + i / 4] |= (word_at(high, i) >> high_shift & mask) << i % 4 * 2;
+}
+
 /* Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c */
 INLINE void read_block(const uint8_t *b, int type, gguf_block *out) {
-    uint8_t *codes = out->codes;
+    uint32_t *words = out->words;
     out->halves = b;
     if (type == OF_Q4_0 || type == OF_Q4_1 || type == OF_Q5_0 || type == OF_Q5_1) {
         int is_five = type >= OF_Q5_0, has_offset = type == OF_Q4_1 || type == OF_Q5_1;
-        const uint8_t *high = b + 2 + 2 * has_offset, *q = high + 4 * is_five;
-        for (int i = 0; i < 16; i++) codes[i] = q[i] & 15, codes[16 + i] = q[i] >> 4;
-        for (int i = 0; i < 32 && is_five; i++) codes[i] |= (high[i / 8] >> i % 8 & 1) << 4;
+        const uint8_t *high = b + 2 + 2 * has_offset;
+        memcpy(words, high + 4 * is_five, 16);
+        words[4] = 0;
+        for (int i = 0; i < 8 && is_five; i++) /* a byte for each of 4 bits */
+            words[4] |= ((word_at(high, 0) >> 4 * i & 15) * 0x00204081 & 0x01010101) << i;
     } else if (type == OF_Q8_0) {
-        for (int i = 0; i < 32; i++) codes[i] = b[2 + i] ^ 128;
+        for (int i = 0; i < 8; i++) words[i] = word_at(b + 2, i) ^ 0x80808080;
     } else if (type == OF_Q6_K) {
-        const uint8_t *low = b, *high = b + 128;
-        for (int n = 0; n < 256; n += 128, low += 64, high += 32)
-            for (int i = 0; i < 32; i++) {
-                codes[n + i] = (low[i] & 15) | (high[i] & 3) << 4;
-                codes[n + 32 + i] = (low[32 + i] & 15) | (high[i] >> 2 & 3) << 4;
-                codes[n + 64 + i] = low[i] >> 4 | (high[i] >> 4 & 3) << 4;
-                codes[n + 96 + i] = low[32 + i] >> 4 | high[i] >> 6 << 4;
-            }
+        for (int g = 0; g < 8; g++)
+            lay_codes(b + g / 4 * 64 + g % 2 * 32, g % 4 / 2 * 4, b + 128 + g / 4 * 32, g % 4 * 2,
+                      6, words + 6 * g);
         memcpy(out->scales, b + 192, 16);
         out->halves = b + 208;
     } else {
-        const uint8_t *s = b + 4, *high = b + 16, *q = type == OF_Q5_K ? b + 48 : b + 16;
+        int bits = type == OF_Q5_K ? 5 : 4;
+        const uint8_t *s = b + 4, *high = b + 16, *low = b + (bits == 5 ? 48 : 16);
         for (int i = 0; i < 4; i++) { /* scales and minima of 6 bits */
             out->scales[2 * i] = s[i] & 63, out->scales[2 * i + 1] = s[4 + i] & 63;
             out->scales[8 + 2 * i] = (s[8 + i] & 15) | (s[i] >> 6) << 4;
             out->scales[9 + 2 * i] = s[8 + i] >> 4 | (s[4 + i] >> 6) << 4;
         }
-        for (int n = 0; n < 4; n++)
-            for (int i = 0; i < 32; i++) {
-                codes[64 * n + i] = q[32 * n + i] & 15;
-                codes[64 * n + 32 + i] = q[32 * n + i] >> 4;
-            }
-        for (int n = 0; n < 8 && type == OF_Q5_K; n++)
-            for (int i = 0; i < 32; i++) codes[32 * n + i] |= (high[i] >> n & 1) << 4;
+        for (int g = 0; g < 8; g++)
+            lay_codes(low + g / 2 * 32, g % 2 * 4, high, g, bits, words + bits * g);
     }
 }
 
-/* Write a row's block to its lane of a block of 16 rows: see `multiply` and `code_word` */
-INLINE void lay_row(const gguf_block *b, const struct gguf_type *k, int bits, uint8_t *out) {
-    for (int col = 0; col < k->wide; col += 32, out += 64 * bits) {
-        uint32_t words[8], high[2] = {0, 0};
-        memcpy(words, b->codes + col, 32);
-        for (int i = 0; i < 8 && bits == 8; i++) memcpy(out + 64 * i, words + i, 4);
-        for (int i = 0; i < 4 && bits < 8; i++) {
-            uint32_t low = (words[i] & 0x0f0f0f0f) | (words[i + 4] & 0x0f0f0f0f) << 4;
-            memcpy(out + 64 * i, &low, 4);
-        }
-        for (int i = 0; i < 8 && bits == 5; i++) high[0] |= (words[i] >> 4 & 0x01010101) << i;
-        for (int i = 0; i < 8 && bits == 6; i++)
-            high[i / 4] |= (words[i] >> 4 & 0x03030303) << i % 4 * 2;
-        if (bits == 5 || bits == 6) memcpy(out + 256, high, 4);
-        if (bits == 6) memcpy(out + 320, high + 1, 4);
-    }
-}
-
-#define LAY(TYPE, BITS) \
+#define LAY(TYPE, NUM_WORDS) \
     if (c->type == TYPE) { \
         read_block(from, TYPE, &b); \
-        lay_row(&b, k, BITS, out + 4 * lane); \
+        for (int i = 0; i < NUM_WORDS; i++) memcpy(out + 64 * i + 4 * lane, b.words + i, 4); \
     }
 
 /* A piece is 16 rows */
@@ -1152,9 +1150,9 @@ static void lay_blocks_piece(const void *job, int64_t piece) {
             LAY(OF_Q5_0, 5)
             LAY(OF_Q5_1, 5)
             LAY(OF_Q8_0, 8)
-            LAY(OF_Q4_K, 4)
-            LAY(OF_Q5_K, 5)
-            LAY(OF_Q6_K, 6)
+            LAY(OF_Q4_K, 32)
+            LAY(OF_Q5_K, 40)
+            LAY(OF_Q6_K, 48)
             uint8_t *at = out + num_codes;
             for (int i = 0; i < k->num_scales; i++) at[16 * i + lane] = b.scales[i];
             at += 16 * k->num_scales + 2 * lane;

@@ -396,7 +396,8 @@ class NativeLinear:
     ) -> None:
         self.shape, self.bias = shape, bias
         num_rows, num_cols = shape
-        step = round_up(max(1, LOAD_WEIGHTS // num_cols), BLOCK_ROWS)
+        most = getattr(read_rows(slice(0, 1)), "load_weights", LOAD_WEIGHTS)
+        step = round_up(max(1, most // num_cols), BLOCK_ROWS)
         for start in range(0, num_rows, step):
             packed = read_rows(slice(start, min(start + step, num_rows)))
             if start == 0:

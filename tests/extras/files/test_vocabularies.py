@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import pickle
 import random
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -31,6 +34,7 @@ from nanollama_extras.files import vocabularies
 
 __all__ = ["hugging_face"]  # a fixture
 
+NORMAL, OWN = nanollama.TOKEN_NORMAL, nanollama.TOKEN_USER_DEFINED
 MISTRAL = Path(mistral_common.tokens.tokenizers.__file__).parents[2] / "data"
 
 
@@ -231,6 +235,36 @@ def test_without_sentencepiece_its_models_ask_for_it(
     monkeypatch.setattr(vocabularies, "sentencepiece_model", absent)
     with pytest.raises(nanollama.PackageError, match=r"not_there .*sentencepiece"):
         tokenizer_of(tmp_path, "tokenizer.model", (MISTRAL / "tokenizer.model.v1").read_bytes())
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text("ab▁é🙂", min_size=1, max_size=6),
+            st.integers(-3, 3),
+            st.sampled_from((NORMAL, NORMAL, NORMAL, OWN, nanollama.TOKEN_CONTROL)),
+        ),
+        unique_by=lambda piece: piece[0],
+        max_size=60,
+    )
+)
+def test_merges_of_scores_are_all_ways_to_split_a_piece_best_score_first(
+    pieces: list[tuple[str, int, int]],
+) -> None:
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    merged = {text: row for text, *row in pieces if row[1] in (NORMAL, OWN)}
+    expected = sorted(
+        (-math.inf if kind == OWN else -score, vocab[text], vocab[text[:cut]], text, cut)
+        for text, (score, kind) in merged.items()
+        for cut in range(1, len(text))
+        if text[:cut] in merged and text[cut:] in merged
+    )
+    scores, types = [row[1] for row in pieces], [row[2] for row in pieces]
+    found = vocabularies.scored_merges(scores, vocab, types)
+    assert found == [(text[:cut], text[cut:]) for *_, text, cut in expected]
 
 
 # ---- nanochat's tokenizer.pkl --------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_blocks_are_filled_a_few_rows_at_a_time(kind: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(kernels, "LOAD_WEIGHTS", 20 * 256)
     blocks = NativeLinear(weight.shape, read, None)
-    assert reads == [(0, 32), (32, 64), (64, 77)]
+    assert reads == [(0, 1), (0, 32), (32, 64), (64, 77)]
     assert torch.equal(blocks.dequantize(), weight.dequantize())
 
 

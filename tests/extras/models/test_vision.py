@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from vision_models import FAMILIES, picture
 import nanollama
 from nanollama import LLM, Batch, Completion, GenerationRequest, RequestError
 from nanollama_extras.answers import images
+from nanollama_extras.commands.details import tower_size
 from nanollama_extras.models.vision_towers import open_processor
 
 NEEDS_TORCHVISION = ("lfm2_vl",)  # transformers' own class for it does
@@ -271,6 +273,16 @@ def test_a_model_without_eyes_says_so(saved: Any, tiny: Any, tmp_path: Path) -> 
         (path / name).unlink()
     with pytest.raises(RequestError, match=r"no preprocessor_config\.json"):
         LLM(path).complete(request(turns(A)))
+
+
+def test_show_counts_the_part_that_reads_images(saved: Any, tiny: Any) -> None:
+    path = saved("smolvlm")
+    whole = nanollama.read_safetensors(path / "model.safetensors").values()
+    text_part = nanollama.open_checkpoint(path)
+    num_parameters, num_bytes = tower_size(text_part)
+    assert num_parameters == sum(math.prod(t.shape) for t in whole) - text_part.num_parameters > 0
+    assert num_bytes == sum(t.nbytes for t in whole) - text_part.num_bytes
+    assert tower_size(nanollama.open_checkpoint(tiny("Llama"))) == (0, 0)
 
 
 def test_a_template_that_leaves_images_out_is_an_error(saved: Any) -> None:
