@@ -1144,35 +1144,6 @@ class PackedLinear:
         return self.select(index).dequantize()
 
 
-class Int4Linear:
-    """A 4-bit PackedLinear for torch's CPU kernel: w = (q - 8) * scale + offset in bfloat16."""
-
-    def __init__(self, packed: PackedLinear, bias: Tensor | None) -> None:
-        scale, self.bias = packed.scale.float(), bias
-        q = _nibbles(packed.q).flatten(1).int()
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-        offset = torch.zeros_like(scale)
-        if packed.offset is not None:
-            offset = packed.offset.float() + 8 * scale
-        self.scales = torch.stack((scale.T, offset.T), dim=-1).to(torch.bfloat16)  # (G, rows, 2)
-
-    @staticmethod
-    def fits(packed: PackedLinear) -> bool:
-        """Whether torch's kernel takes the weight."""
-        is_fast = packed.q.device.type == "cpu" and packed.dtype == torch.bfloat16
-        return is_fast and packed.bits == 4 and not packed.float4 and len(packed.q) % 16 == 0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.weight, self.scales))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (N, cols) -> (N, rows)"""
-        args = x.to(torch.bfloat16).contiguous(), self.weight, GROUP, self.scales
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(*args).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-
 def pack_nibbles(q: Tensor) -> Tensor:
     """(..., group) values 0..15 -> (..., group/2) bytes in the banner's order."""
     low, high = q.to(torch.uint8).chunk(2, dim=-1)
@@ -1884,8 +1855,8 @@ class DecodeSteps(Protocol):
 class Backend:
     """A model's arithmetic, here by torch's own operations, on any device.
 
-    Faster ones are subclasses in nanollama_extras/kernels. If these are not installed, `missing`
-    says so, and packed weights are multiplied in the fastest way that torch has."""
+    Faster ones are subclasses in nanollama_extras/kernels. If these cannot be had, `missing` says
+    so, and packed weights are multiplied in the fastest way that torch has."""
 
     arrays: Any = None  # computes small tables at each step; None is torch
     rounds_activations = False  # to 8 bits, for packed weights
@@ -1895,6 +1866,7 @@ class Backend:
     ) -> None:
         self.device, self.dtype = device, dtype
         self.description, self.missing, self.warning = description, missing, missing
+        self.tile = 1 if device.type == "cpu" else ROW_TILE
 
     def describe(self) -> str:
         """One line for users."""
@@ -1902,7 +1874,7 @@ class Backend:
 
     def row_tile(self, has_float_weights: bool) -> int:
         """Batches are padded to a multiple of this, so no row depends on their size."""
-        return ROW_TILE
+        return self.tile
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
         """The type of keys and values: `wanted`, or the backend's choice for `auto`."""
@@ -1922,18 +1894,20 @@ class Backend:
         """A weight (rows, cols) in the backend's layout; `is_table`: rows are read, too"""
         packed = read_rows(slice(0, shape[0])).to(self.device, self.dtype)
         if isinstance(packed, torch.Tensor):
+            self.tile = ROW_TILE
             return Linear(packed, bias)
-        half = packed.to(self.device, torch.bfloat16) if self.missing else packed
-        if Int4Linear.fits(half) and not is_table:
-            matrix: Matrix = Int4Linear(half, bias)
-        elif self.missing and 4 * math.prod(shape) < available_memory(self.device) / 2:
-            matrix = Linear(packed.dequantize(), bias)
-        else:
-            matrix, packed.bias = packed, bias
         if self.warning:
             log.warning(f"warning: packed weights run on torch's slower operations; {self.warning}")
             self.warning = ""
-        return matrix
+        if self.missing or self.dtype == torch.bfloat16:
+            new: Any = preferred("kernels.int4", "new_linear", lambda *_: None)
+            if matrix := new(packed, bias, is_table):
+                return matrix
+        self.tile = ROW_TILE
+        if self.missing and 4 * math.prod(shape) < available_memory(self.device) / 2:
+            return Linear(packed.dequantize(), bias)
+        packed.bias = bias
+        return packed
 
     def linear(self, parts: list[Matrix]) -> Projection:
         return Projection(parts)
@@ -2000,7 +1974,10 @@ def pick_backend(
             failure = f"native kernels cannot be had: {reason}"
             if wanted == "native":
                 raise RequestError(failure, "kernels") from None
-            log.warning(f"warning: torch's slower kernels run, fastest in bfloat16; {failure}")
+            log.warning(f"warning: torch's slower kernels run; {failure}")
+            backend = Backend(device, dtype, f"torch ({reason})", reason)
+            backend.warning = ""
+            return backend
     return Backend(device, dtype, f"torch ({reason})" if reason else "torch")
 
 
@@ -5079,7 +5056,12 @@ class LLM(TextSide, Library):
         files = checkpoint.tensors, str(checkpoint.path)
         kind = getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or "")
         weights = Weights(*files, used_device, *kind, config.kernels, lora)
-        notify("commands.details", "check_memory", model, checkpoint, config, weights.backend)
+        plain: Any = lambda own, *_: 0 if quantize else own.num_bytes  # noqa: E731
+        size = preferred("commands.details", "weight_bytes", plain)
+        needed, free = size(checkpoint, config, weights.backend), available_memory(used_device)
+        if needed > free and not config.force:
+            problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
+            raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
         new_decoder = extra_object(place, family) if place else Decoder

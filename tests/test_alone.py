@@ -431,6 +431,7 @@ UNUSED = {
     "kernels.floats",
     "commands.bench_servers",
     "commands.batch_lines",
+    "kernels.int4",
     "commands.conversation",
     "commands.notices",
     "commands.status",

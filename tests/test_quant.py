@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import nanollama
-from nanollama import REPACK, Backend, Int4Linear, Linear, PackedLinear, pack_nibbles
+from nanollama import REPACK, Backend, Linear, PackedLinear, pack_nibbles
+from nanollama_extras.kernels.int4 import Int4Linear
 
 K_TYPES = ["Q4_K", "Q5_K", "Q6_K"]
 # Where each block keeps its float16 scales: random bytes there would be inf and nan.
@@ -151,31 +152,6 @@ def test_nibbles_lie_as_the_banner_says() -> None:
     assert (packed_q >> 4).flatten().tolist() == q.flatten().tolist()[16:]  # column j + 16
 
 
-# ---- torch's own 4-bit kernel --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1"])
-def test_torch_s_own_kernel_computes_with_the_same_weights(name: str) -> None:
-    packed = random_packed(name, num_rows=32).to(torch.device("cpu"), torch.bfloat16)
-    assert Int4Linear.fits(packed)
-    bias = torch.randn(32).bfloat16()
-    linear = Int4Linear(packed, bias)
-    assert linear.nbytes == 32 * 96 // 2 + 32 * 3 * 2 * 2
-    x = torch.randn(9, 96).bfloat16()
-    exact = x.float() @ packed.to(torch.device("cpu"), torch.float32).dequantize().T + bias.float()
-    error = (linear(x).float() - exact).norm() / exact.norm()
-    assert error < 5e-3  # bfloat16 keeps 8 bits
-    for n in (1, 2, 5):
-        assert torch.equal(linear(x[:n]), linear(x)[:n])
-
-
-def test_torch_s_own_kernel_is_for_bfloat16_on_the_cpu_only() -> None:
-    cpu = torch.device("cpu")
-    assert not Int4Linear.fits(random_packed("Q4_1").to(cpu, torch.bfloat16))  # 24 rows
-    assert not Int4Linear.fits(random_packed("Q4_1", num_rows=32).to(cpu, torch.float32))
-    assert not Int4Linear.fits(random_packed("Q8_0", num_rows=32).to(cpu, torch.bfloat16))
-
-
 # ---- without the native kernels ------------------------------------------------------------------
 
 
@@ -195,12 +171,11 @@ def test_without_native_kernels_packed_weights_take_torch_s_fastest_way(
         assert matrix(x).dtype == dtype
         return matrix
 
-    assert isinstance(made("Q4_1"), Int4Linear)
-    for name, is_table in (("Q4_1", True), ("Q8_0", False), ("MXFP4", False)):
-        assert isinstance(made(name, is_table), Linear)
+    for name, is_table in (("Q4_1", True), ("Q4_1", False), ("Q8_0", False)):
+        assert isinstance(made(name, is_table), Int4Linear)
+    assert isinstance(made("MXFP4"), Linear)
     assert caplog.messages == [
         "warning: packed weights run on torch's slower operations; they are not installed"
     ]
     monkeypatch.setattr(nanollama, "available_memory", lambda device: 1000)
-    assert isinstance(made("Q8_0"), PackedLinear)
-    assert isinstance(made("Q4_1"), Int4Linear)
+    assert isinstance(made("MXFP4"), PackedLinear)

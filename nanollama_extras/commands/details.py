@@ -2,7 +2,7 @@
 have.
 
 Seam       `nanollama.describe` calls `add_details`, `command_show` `listed_settings`, and an LLM
-           calls `check_memory`; api.shelf asks `memory_needed` how many models do.
+           asks `weight_bytes` whether it fits; api.shelf asks `memory_needed` how many models do.
 Remove     delete this file together with api/shelf.py; `show` then leaves these lines out.
 """
 
@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import nanollama
 from nanollama import (
     NOT_TEXT,
     PARAMETERS,
     CheckpointError,
     ModelStore,
-    NanollamaError,
     excerpt,
     human_bytes,
     keep_8_bits,
@@ -36,36 +35,33 @@ from nanollama import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from nanollama import Backend, Checkpoint, EngineConfig, Settings, TensorSource
 
     Sampling = Mapping[str, tuple[Any, str]]  # values with their origins
 
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
-    """Bytes that the weights of a checkpoint take in memory."""
+    """About how many bytes the weights of a checkpoint take in memory."""
     tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
     wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
+    is_native = hasattr(backend, "run_kernel")
 
     def size(name: str, tensor: TensorSource) -> float:
         plain = 1.0625 if name in wide else 0.625
         plain = plain if config.quantize else backend.float_bytes(tensor.kind)
-        is_plain = tensor.is_packed and not tensor.bits
-        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (tensor.bits / 8 or plain)
+        bits = tensor.bits or (held_bits(tensor.kind) if is_native and tensor.is_packed else 0)
+        is_plain = tensor.is_packed and not bits
+        return tensor.nbytes if is_plain else math.prod(tensor.shape) * (bits / 8 or plain)
 
     return int(sum(itertools.starmap(size, tensors.items())))
 
 
-def check_memory(
-    model: str | Path, checkpoint: Checkpoint, config: EngineConfig, backend: Backend
-) -> None:
-    """Raises NanollamaError for a model that is larger than the free memory."""
-    needed = weight_bytes(checkpoint, config, backend)
-    free = nanollama.available_memory(backend.device)
-    if needed > free and not config.force:
-        problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
-        raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
+@functools.cache
+def held_bits(kind: str) -> float:
+    """Bits of a weight of a GGUF type as native kernels hold it; 0 where that is not known."""
+    places = "files.gguf_blocks", "files.gguf_types"
+    sizes: list[Any] = [preferred(place, "held_bits", lambda _: 0) for place in places]
+    return next(filter(None, (size(kind) for size in sizes)), 0.0)
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:

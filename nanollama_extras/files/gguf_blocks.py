@@ -39,6 +39,12 @@ LAYOUTS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 }
 
 
+def held_bits(kind: str) -> float:
+    """Bits of a weight of a type of LAYOUTS in memory; 0 for another one."""
+    bits, group, num_scales, num_halves, _ = LAYOUTS.get(kind, (0, 1, 0, 0, {}))
+    return bits + (8 * num_scales + 16 * num_halves) / group
+
+
 class BlockLinear(PackedLinear):
     """A weight as blocks of a GGUF file (rows, blocks, bytes), which become the core's q, scale and
     offset when something other than native kernels asks for them."""

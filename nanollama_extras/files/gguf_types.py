@@ -272,6 +272,16 @@ TYPES = {
     42: block_type(q2_0, 64, 18),
 }
 
+
+def held_bits(kind: str) -> float:
+    """Bits of a weight of a type of TYPES as native kernels hold it; 0 for another one."""
+    found = next((each for each in TYPES.values() if each.name == kind), None)
+    if found is None or found.unpack is None:
+        return 0
+    blocks = torch.zeros((1, 1, found.num_bytes), dtype=torch.uint8)
+    return 8 * found.unpack(blocks).nbytes / found.width
+
+
 # ---- NVFP4's factors -----------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from nanollama import (
     KV_BLOCK,
+    ROW_TILE,
     Backend,
     Batch,
     KernelError,
@@ -655,7 +656,7 @@ class NativeBackend(Backend):
         self.calls: weakref.WeakKeyDictionary[MoE, ExpertsCall] = weakref.WeakKeyDictionary()
 
     def row_tile(self, has_float_weights: bool) -> int:
-        return super().row_tile(has_float_weights) if has_float_weights else 1
+        return ROW_TILE if has_float_weights else 1
 
     def kv_dtype(self, wanted: str, has_packed_weights: bool) -> str:
         """Beside weights of few bits and activations of 8, half precision is exact enough."""
