@@ -62,7 +62,7 @@ SLOTS = 16  # sequences of a replica that run at once, where --parallel does not
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of Ray Serve's own logs
 SCALING: Json = {"look_back_period_s": 15.0, "upscale_delay_s": 10.0}  # Ray's own are 30 s
 # settings that may be paths
-FILES = ("tokenizer", "adapter", "draft", "mmproj", "modelfile", "script", "mcp")
+FILES = ("tokenizer", "adapter", "draft", "modelfile", "script", "mcp")
 
 
 def values_of(args: argparse.Namespace) -> Json:
@@ -74,8 +74,8 @@ def values_of(args: argparse.Namespace) -> Json:
 
     values = {name: value for name, value in vars(args).items() if name != "enter"}
     values["models"] = [absolute(model) for model in args.models]
-    if values.get("prompt_cache"):  # which may not exist yet
-        values["prompt_cache"] = os.path.abspath(os.path.expanduser(values["prompt_cache"]))
+    for name in filter(values.get, ("prompt_cache", "mmproj")):  # paths, whether they exist or not
+        values[name] = os.path.abspath(os.path.expanduser(values[name]))
     return {**values, **{name: absolute(values.get(name)) for name in FILES}}
 
 
