@@ -130,6 +130,7 @@ def gguf_form(checkpoint: Checkpoint) -> Form:
         **more,
     }
     own["context_length"] = values.get("max_position_embeddings", config.n_ctx)  # not stretched
+    own |= image_values(checkpoint)
     named = {name: f"{arch}." * (name not in gguf_families.WITHOUT_ARCH) + name for name in own}
     metadata = {named[name]: value for name, value in own.items()}
     metadata = {"general.architecture": arch, "general.type": "model", **metadata}
@@ -147,6 +148,14 @@ def family_values(checkpoint: Checkpoint, family: Family) -> tuple[ConfigValues,
     if family.check:
         family.check(values)
     return values, given
+
+
+def image_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The number of layers that take more of an image than its rows, which llama.cpp compares with
+    the image part (mmproj)."""
+    vision = read_json(checkpoint.path / "config.json").get("vision_config")
+    deep = vision.get("deepstack_visual_indexes") if isinstance(vision, Mapping) else None
+    return {"n_deepstack_layers": len(deep)} if isinstance(deep, list) and deep else {}
 
 
 # ---- tensors -------------------------------------------------------------------------------------

@@ -71,6 +71,13 @@ def test_logits_and_tokens_are_those_of_the_safetensors(pair: Any, family: str) 
     assert answers[0] == answers[1]
 
 
+def test_a_text_says_which_layers_take_more_of_an_image(pair: Any) -> None:
+    """llama.cpp refuses a pair in which these numbers differ."""
+    metadata = nanollama.read_gguf(pair("qwen3_vl")[1])[0]
+    assert metadata["qwen3vl.n_deepstack_layers"] == 2
+    assert metadata["qwen3vl.rope.dimension_sections"] == [6, 5, 5, 0]
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
 def test_other_types_of_tensors_give_about_the_same_rows(
     pair: Any, kind: str, tmp_path: Path
