@@ -58,7 +58,6 @@ UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-FROM_URL = str.maketrans("-_", "+/")
 LONG_DATA = 128  # characters of a string that may be a file
 
 
@@ -194,7 +193,7 @@ def read_base64(text: str, name: str) -> bytes:
         refuse(f"{name} has over {human_bytes(MAX_BYTES)}; send a smaller image", name)
     text = "".join((unquote(text) if "%" in text else text).split()).rstrip("=")
     try:
-        padded = text.translate(FROM_URL) + "=" * (-len(text) % 4)
+        padded = text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4)
         data = base64.b64decode(padded, validate=True)
     except ValueError:
         refuse(f"{name} is not base64", name)
