@@ -73,7 +73,6 @@ if (
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback before `main`
 
 import argparse
-import asyncio
 import codecs
 import contextlib
 import dataclasses
@@ -204,23 +203,23 @@ class LazyModule:
     """A stand-in for a library. Reading an attribute imports the library, which then replaces the
     stand-in in this module. Raises PackageError."""
 
-    def __init__(self, path: str, *submodules: str, install: str = "pip install .") -> None:
-        self.__import = functools.partial(library, path, *submodules, install=install)
+    def __init__(self, path: str, *submodules: str, find: Any = library, **options: str) -> None:
+        self.__import = functools.partial(find, path, *submodules, **options)
 
     def __getattr__(self, name: str) -> Any:
         module = self.__import()
-        names = globals()  # torch.compile understands modules, not stand-ins
-        names.update({key: module for key, value in names.items() if value is self})
+        globals().update({key: module for key, value in globals().items() if value is self})
         return getattr(module, name)
 
 
 if TYPE_CHECKING:
+    import asyncio
+
     import huggingface_hub
-    import jinja2.ext
     import jinja2.sandbox
     import numpy as np
     import numpy.typing as npt
-    import safetensors.torch
+    import safetensors
     import starlette.applications
     import starlette.exceptions
     import starlette.requests
@@ -247,14 +246,16 @@ if TYPE_CHECKING:
     Work = tuple[int, int, list[int], int]  # slot, start, new token ids, last rows with logits
     Limits = tuple[float, float] | tuple[float, float, str]  # least, most, another value
 else:
+    asyncio = LazyModule("asyncio")
     huggingface_hub = LazyModule("huggingface_hub", "constants", "errors")
     jinja2 = LazyModule("jinja2", "ext", "sandbox")
     np = LazyModule("numpy")
-    safetensors = LazyModule("safetensors", "torch")
+    safetensors = LazyModule("safetensors")
     starlette = LazyModule("starlette", "applications")  # which imports its other parts
     tokenizers = LazyModule("tokenizers")
-    torch = LazyModule("torch")
-    F = LazyModule("torch.nn.functional")
+    buffers = lambda path: preferred("kernels.arrays", "stand_in", library)(path)  # noqa: E731
+    torch = LazyModule("torch", find=buffers)
+    F = LazyModule("torch.nn.functional", find=buffers)
     uvicorn = LazyModule("uvicorn")
     Library = object  # LLM.__getattr__ finds its methods
 
@@ -1338,7 +1339,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def inverse_wavelengths(theta: float, n_rot: int) -> Tensor:
     """1 / theta^(2i / n_rot) for each pair i of columns (n_rot/2,) float32."""
-    return 1.0 / theta ** (torch.arange(0, n_rot, 2).float() / n_rot)
+    return torch.tensor([theta ** (-column / n_rot) for column in range(0, n_rot, 2)])
 
 
 class Rope:
@@ -1352,7 +1353,7 @@ class Rope:
         self.n_rot: int = parameters.get("n_rot", head_dim)
         freqs, scale = self.frequencies()
         still = (head_dim - self.n_rot) // 2
-        self.scales: Any = F.pad(torch.full((self.n_rot // 2,), scale), (0, still), value=1.0)
+        self.scales: Any = torch.tensor([scale] * (self.n_rot // 2) + [1.0] * still)
         self.freqs: Any = F.pad(freqs, (0, still))
 
     def frequencies(self) -> tuple[Tensor, float]:
@@ -1473,7 +1474,7 @@ class TensorSource:
     stays: bool = False  # in its file, where rows are read
     bits: float = 0  # of a packed weight, if others than on disk
 
-    def part(self, rows: Tensor, *expert: int) -> TensorSource:
+    def part(self, rows: Any, *expert: int) -> TensorSource:
         """The tensor of these rows, or of these rows of one expert."""
         shape = (len(rows), *self.shape[1 + len(expert) :])
         nbytes = self.nbytes * math.prod(shape) // max(math.prod(self.shape), 1)
@@ -2176,9 +2177,8 @@ class Decoder:
         """How each of the model's RoPEs turns the batch's rows; None is the layer without one."""
         found: dict[int | None, Rotation] = {}
         lib = self.backend.arrays or torch
-        tensor = functools.partial(torch.as_tensor, dtype=self.dtype)
-        positions = self.backend.array(batch.positions)
-        positions = lib.asarray(positions, dtype=lib.float32)[:, None]  # (N, 1)
+        tensor = functools.partial(torch.as_tensor, dtype=self.backend.dtype)
+        positions = lib.asarray(self.backend.array(batch.positions), dtype=lib.float32)[:, None]
         for i, rope in enumerate(self.ropes):
             angles = rope.angles(positions, batch, cache)  # (N, D/2)
             cos, sin = tensor(lib.cos(angles) * rope.scales), tensor(lib.sin(angles) * rope.scales)
@@ -2441,7 +2441,7 @@ def read_safetensors(file: Path) -> Tensors:
     """The tensors of a file by their names. Raises CheckpointError."""
     tensors: dict[str, TensorSource] = {}
     try:
-        opened = safetensors.safe_open(file, framework="pt")
+        opened = preferred("files.mapped", "open_file", safetensors.safe_open)(file, "pt")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: this shard is missing; pull the model again") from None
     except (OSError, safetensors.SafetensorError) as error:  # OSError: not a plain file
@@ -2798,8 +2798,8 @@ def canonical_tensors(tensors: Tensors, config: ModelConfig, from_gguf: bool = F
     for name in filter(re.compile(r"self_attn\.[qk]_(proj|norm)").search, named):
         num_rows = math.prod(named[name].shape[:1])
         if order is not None and num_rows and num_rows % config.head_dim == 0:
-            starts = torch.arange(0, num_rows, config.head_dim).unsqueeze(1)
-            named[name] = named[name].part((starts + order).flatten())
+            rows = np.arange(num_rows).reshape(-1, len(order))[:, order]
+            named[name] = named[name].part(rows.flatten())
     return named
 
 
@@ -2810,7 +2810,7 @@ def canonical_name(name: str, family: Family) -> str:
     return name
 
 
-def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
+def head_order(config: ModelConfig, interleaved: bool) -> Ids | None:
     """The order of a head's columns that `rotate` needs; None for the file's. Each half has one
     column of every pair, then columns that stay.
 
@@ -2818,9 +2818,8 @@ def head_order(config: ModelConfig, interleaved: bool) -> Tensor | None:
     D, n_rot = config.head_dim, config.rope["n_rot"]
     if n_rot == D and not interleaved:
         return None
-    pairs = torch.arange(n_rot).view((-1, 2) if interleaved else (2, -1))
-    pairs = pairs.T if interleaved else pairs  # (2, n_rot/2)
-    return torch.cat((pairs, torch.arange(n_rot, D).view(2, -1)), dim=1).flatten()
+    pairs = np.arange(n_rot).reshape(2, -1, order="F" if interleaved else "C")
+    return np.hstack((pairs, np.arange(n_rot, D).reshape(2, -1))).flatten()
 
 
 def _split(
@@ -2836,15 +2835,15 @@ def _split(
     }
     count = config.experts.count if config.experts and owner.endswith("mlp.experts") else 0
     if count and tensor.shape[:1] == (count,) and min(tensor.shape) > 0:  # (E, ..)
-        rows = torch.arange(tensor.shape[min(1, len(tensor.shape) - 1)])
+        rows = np.arange(tensor.shape[min(1, len(tensor.shape) - 1)])
         is_fused = part == "gate_up_proj"
-        parts = dict(zip(fused[part], rows.chunk(2))) if is_fused else {part: rows}
+        parts = dict(zip(fused[part], np.array_split(rows, 2))) if is_fused else {part: rows}
         for key, part_rows in parts.items():
             for e in range(count):
                 yield f"{owner}.{e}.{key}.{suffix}", tensor.part(part_rows, e)
     elif part in fused and not count and tensor.shape[:1] == (sum(fused[part].values()),):
-        rows = torch.arange(tensor.shape[0])
-        for key, part_rows in zip(fused[part], rows.split(list(fused[part].values()))):
+        ends = np.cumsum(list(fused[part].values()))
+        for key, part_rows in zip(fused[part], np.split(np.arange(ends[-1]), ends[:-1])):
             yield f"{owner}.{key}.{suffix}", tensor.part(part_rows)
     else:
         yield name, tensor
@@ -4686,7 +4685,7 @@ class Engine:
     new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
-        library("numpy")  # for Tensor.numpy(), which would fail without saying what to install
+        library("numpy")  # Tensor.numpy() would not say what to install
         self.decoder, self.end_ids = decoder, end_ids
         self.lock = threading.RLock()  # held while sequences change
         self.n_vocab = decoder.config.n_vocab
@@ -4917,8 +4916,8 @@ class Completion:
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best one: cuda > mps > cpu. Raises RequestError."""
-    mps = torch.backends.mps.is_available()
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(mps), "cpu": 1}
+    mps = torch.backends.mps.is_available
+    counts = {"cuda": torch.cuda.device_count(), "mps": mps(), "cpu": 1}
     kinds = [kind for kind, count in counts.items() if count]
     kind, _, index = (name or kinds[0]).partition(":")
     if not re.fullmatch(r"\d{0,3}", index) or int(index or 0) >= counts.get(kind, 0):
@@ -5046,12 +5045,13 @@ class LLM(TextSide, Library):
         self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         self.build = f"{__version__} {dtype} {quantize} {config.kv_dtype} {adapter}"
-        # frees the memory of a GGUF's list of tokens for the weights
+        # frees a GGUF's list of tokens
         text = dataclasses.replace(checkpoint.text, gguf=None)
         self.checkpoint = dataclasses.replace(checkpoint, text=text)
         notify("kernels.memory", "return_unused_memory")
         cores = preferred("kernels.containers", "num_cores", os.cpu_count)() or 1
         torch.set_num_threads(min(config.threads or torch.get_num_threads(), cores))
+        notify("kernels.arrays", "settle", checkpoint, config, adapter)
         lora = adapter and extra("models.lora", "--adapter").open_adapter(adapter, self.config)
         files = checkpoint.tensors, str(checkpoint.path)
         kind = getattr(torch, dtype), {"q8": 8, "q4": 4}.get(quantize or "")
@@ -5794,13 +5794,13 @@ class Job:
     worker: EngineWorker
     requests: tuple[GenerationRequest, ...]
     at_end: Callable[[], None]
-    # an empty list when all have started, then deltas; or the error that ended the job
-    events: asyncio.Queue[list[Delta] | NanollamaError] = field(default_factory=asyncio.Queue)
+    # [] at the start, then deltas; or the error that ended the job
+    events: asyncio.Queue[list[Delta] | NanollamaError] = field(init=False)
     prepared: list[Prepared] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue()
         self.started_s = self.loop.time()
         self.worker.num_sequences += len(self.requests)
 

@@ -399,7 +399,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "SentencePiece in GGUF": ({"files.vocabularies"}, load_gguf("model", "llama")),
     "tekken.json": ({"files.vocabularies"}, load({}, tekken_json="{}")),
     "capped attention": ({"models.attention"}, attend_capped),
-    "native kernels": ({"kernels.native"}, option(kernels="native")),
+    "native kernels": ({"kernels.arrays", "kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
     "short steps": ({"answers.pacing"}, option(max_gap=5)),
     "a draft model": ({"models.drafts", "answers.gains"}, draft),

@@ -455,6 +455,7 @@ UNUSED = {
     "files.gguf_vocabulary",
     "files.gguf_writer",
     "files.importance",
+    "files.mapped",
     "files.measures",
     "files.mixtures",
     "files.mmproj",

@@ -67,7 +67,8 @@ def held_bits(kind: str) -> float:
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
     """The backend that runs a model, and the type of its keys and values."""
     engine = settings.engine()
-    place = pick_device(engine.device), getattr(library("torch"), engine.dtype)
+    torch = preferred("kernels.arrays", "stand_in", library)("torch")
+    place = pick_device(engine.device), getattr(torch, engine.dtype)
     backend = pick_backend(engine.kernels, *place, starts_gpu=False)
     is_packed = bool(engine.quantize) or any(t.is_packed for t in checkpoint.tensors.values())
     return backend, backend.kv_dtype(engine.kv_dtype, is_packed)

@@ -5,7 +5,7 @@ Adds       Q5_0, Q5_1, Q4_K, Q5_K and Q6_K in 4 to 6 bits with all numbers of th
 Seam       `nanollama.read_gguf` takes a type of TYPES in place of its own in GGUF_TYPES.
            kernels.native asks `layout` and `fill` of a weight; for torch and Triton the same
            weight is the core's PackedLinear.
-Imports    kernels.native, in `fill` alone.
+Imports    kernels.arrays; kernels.native, in `fill` alone.
 Remove     delete this file; native kernels then hold 5 and 6 bits as 8.
 
                  bits  scales and offsets                                           bits a weight
@@ -17,12 +17,13 @@ Remove     delete this file; native kernels then hold 5 and 6 bits as 8.
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from nanollama import GGUF_TYPES, PackedLinear, extra
+from nanollama_extras.kernels.arrays import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ROWS = 16
 # Name of a type -> bits of a code, columns of a block, 8-bit scales, float16 scales, and fields of

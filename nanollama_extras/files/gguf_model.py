@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -259,7 +260,7 @@ def file_order(
         return tensor
     if not re.search(r"self_attn\.[qk]_(proj|norm)", name):
         return tensor
-    starts = torch.arange(0, num_rows, config.head_dim).unsqueeze(1)
+    starts = np.arange(0, num_rows, config.head_dim)[:, None]
     return tensor.part((starts + order.argsort()).flatten())
 
 

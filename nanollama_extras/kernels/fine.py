@@ -3,6 +3,7 @@
 Seam       PackedLinear of nanollama.py, by inheritance. kernels.native asks `layout` and `fill`
            of a weight that has them; for torch and Triton the same weight is integers of 8 bits,
            or of 4, which is exact.
+Imports    kernels.arrays
 Remove     delete this file with files.gguf_types, files.bitnet, files.bitsandbytes and
            files.nvfp4, which make such weights; files.quantized makes WideLinears if it is there.
 
@@ -27,13 +28,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from nanollama import GROUP, PackedLinear, pack_nibbles
+from nanollama_extras.kernels.arrays import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ROWS = 16
 # kind -> columns that share an 8-bit scale, 0 without them

@@ -2,24 +2,25 @@
 
 Seam       `pack` of the native backend, which asks for a matrix of floats as `Weights` reads it.
            The kernels are in native.c, and compute in float32.
-Needs      kernels.native
+Needs      kernels.native, kernels.arrays
 Remove     delete this file; float weights then run on torch's operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from nanollama import human_bytes, warn_once
+from nanollama_extras.kernels.arrays import torch
 from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel, weight_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ROWS = 32  # FLOAT_ROWS of native.c
 LOAD_WEIGHTS = 1 << 22  # weights read at a time
 LARGE = 500_000_000  # bytes of weights from which on a smaller form is worth a line
-KINDS = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
 class FloatLinear(NativeLinear):
@@ -43,7 +44,7 @@ class FloatLinear(NativeLinear):
                 self.dtype = rows.dtype if rows.dtype.itemsize == 2 else dtype
                 num_blocks = -(-num_rows // BLOCK_ROWS)
                 self.blocks = weight_memory((num_blocks, BLOCK_ROWS * num_cols), self.dtype)
-                self.fields = {"floats": NUMBERS[f"IN_{KINDS[self.dtype]}"]}
+                self.fields = {"floats": NUMBERS[str(self.dtype).replace("torch.", "IN_").upper()]}
             run_kernel(
                 "lay_floats",
                 self.blocks[start // BLOCK_ROWS :][: -(-len(rows) // BLOCK_ROWS)],

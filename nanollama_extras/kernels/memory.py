@@ -2,7 +2,7 @@
 
 Seam: the core calls `return_unused_memory` after a model was loaded or unloaded, and `copied` for
 tensors in safetensors files; kernels.native and kernels.floats take memory for weights from
-`large_pages`. To remove it, delete this module.
+`large_pages`. Imports kernels.arrays. To remove it, delete this module.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from nanollama_extras.kernels.arrays import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGE_PAGE = 1 << 21  # bytes
 RESERVED = 1 << 26  # bytes of addresses that weights share; only what is written takes memory

@@ -2,6 +2,7 @@
 
 Seam: `Backend` of nanollama.py. `pick_backend` calls `make_backend` here for models on the CPU.
 native.c is compiled once for the machine it runs on; the library stays in nanollama's cache.
+Memory is that of kernels.arrays, which is torch's once torch is imported.
 To remove the feature, delete native.py and native.c: models then run on torch's own operations.
 
 A PackedLinear's rows, 16 at a time, become blocks that the kernels read from front to back:
@@ -41,9 +42,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from nanollama import (
     KV_BLOCK,
@@ -64,8 +62,11 @@ from nanollama import (
     preferred,
     round_up,
 )
+from nanollama_extras.kernels.arrays import FLOAT32, F, only_kernels, torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nanollama import Attention, Decoder, DecodeSteps, ModelConfig
 
 SOURCE = Path(__file__).with_name("native.c").read_text(encoding="utf-8")
@@ -302,7 +303,7 @@ def run_kernel(name: str, out: Tensor, **fields: Any) -> Tensor:
     """Run a kernel with the fields of its structure NAME_call, or note the call if this thread
     records calls. Tensors must be contiguous; the rows of `out` are the tokens -> out"""
     addresses = {
-        key: value.data_ptr() if isinstance(value, torch.Tensor) else value
+        key: value.data_ptr() if hasattr(value, "data_ptr") else value
         for key, value in fields.items()
     }
     call = STRUCTURES[f"{name}_call"](out=out.data_ptr(), **addresses)
@@ -311,16 +312,19 @@ def run_kernel(name: str, out: Tensor, **fields: Any) -> Tensor:
         kernel(ctypes.byref(call), out.numel() // out.size(-1), torch.get_num_threads())
     else:
         recorded.append((kernel, call))
+        keep_alive((out, *fields.values()), *_recording.live)
     return out
+
+
+def keep_alive(values: Iterable[Any], live: list[Any], arena: Any) -> None:
+    """Add the tensors among values, but results in an arena."""
+    tensors = (value for value in values if hasattr(value, "data_ptr"))
+    live += [x for x in tensors if arena is None or not arena.owns(x)]
 
 
 def num_recorded() -> int:
     """Calls that this thread has noted so far, if it records calls."""
     return len(getattr(_recording, "calls", ()))
-
-
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class KernelCalls:
@@ -329,34 +333,15 @@ class KernelCalls:
     They read and write the same tensors each time, as many rows of them as `run` is given; those of
     the result are in `result`."""
 
-    # functions that look at a tensor, or at a part of it, without computing anything
-    harmless = tuple("__get__ __getitem__ __len__ contiguous data_ptr float numel size".split())
-
     def __init__(self, function: Callable[[], Tensor], arena: Any = None) -> None:
         """Note the kernels that `function` calls; none is run. Results lie in an Arena of
-        kernels.recorded, if there is one. Raises KernelError if `function` computes anything by
-        torch, since that would be missing afterwards."""
-        live: list[Any] = []  # tensors whose addresses are in the calls
-
-        class Watch(torch.overrides.TorchFunctionMode):  # a TorchDispatchMode imports for a second
-            def __torch_function__(
-                self, op: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                new = arena.empty if arena and op is torch.empty else op
-                result = new(*args, **kwargs or {})
-                if op is not torch.empty and (
-                    op.__name__ not in KernelCalls.harmless
-                    or (isinstance(result, torch.Tensor) and not shares_memory(result, args[0]))
-                ):
-                    raise KernelError(f"{op.__name__} is not a native kernel")
-                if arena is None or not arena.owns(result):
-                    live.append(result)
-                return result
-
+        kernels.recorded, if there is one. Raises KernelError if `function` computes anything in
+        another way, since that would be missing afterwards."""
         calls: list[tuple[Any, ctypes.Structure]] = []
-        _recording.calls = calls
+        live: list[Any] = []  # tensors whose addresses are in the calls
+        _recording.calls, _recording.live = calls, (live, arena)
         try:
-            with Watch():
+            with only_kernels(arena and arena.empty):
                 self.result = function()
         finally:
             del _recording.calls
@@ -422,7 +407,7 @@ class NativeLinear:
             cols=self.shape[1],
             block_bytes=self.blocks.shape[-1],
             **{
-                key: value.data_ptr() if isinstance(value, Tensor) else value
+                key: value.data_ptr() if hasattr(value, "data_ptr") else value
                 for key, value in self.fields.items()
             },
         )
@@ -648,6 +633,7 @@ class NativeBackend(Backend):
     run_kernel = staticmethod(run_kernel)
     arrays = np  # torch would wake its threads, which then take a core from the kernels
     rounds_activations = True
+    dtype: Any = property(lambda self: FLOAT32.now, lambda *_: None)
 
     def __init__(self, device: torch.device, dtype: torch.dtype, description: str) -> None:
         super().__init__(device, torch.float32, description)
@@ -673,7 +659,7 @@ class NativeBackend(Backend):
         is_table: bool,
     ) -> Any:
         read: Any = read_rows
-        if not isinstance(read(slice(0, 1)), torch.Tensor):
+        if isinstance(read(slice(0, 1)), PackedLinear):
             return NativeLinear(shape, read, bias)
         if self.new_floats is None or shape[1] % 16:
             return super().pack(shape, read, bias, is_table)

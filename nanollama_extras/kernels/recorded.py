@@ -2,7 +2,8 @@
 
 Adds       `DecodeCalls`, steps in which sequences decode and, beside them, pieces of prompts and
            drafts are read. `Arena`, the memory of their results.
-Seam       `DecodeSteps` of nanollama.py; NativeBackend.record makes them. Imports kernels.native.
+Seam       `DecodeSteps` of nanollama.py; NativeBackend.record makes them.
+Imports    kernels.arrays, kernels.native
 Remove     delete this file: Python then calls every kernel of every step.
 """
 
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from nanollama import Batch, KernelError, KVCache, Span
+from nanollama_extras.kernels.arrays import torch
 from nanollama_extras.kernels.native import KernelCalls, num_recorded
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nanollama import Decoder, Work
     from nanollama_extras.kernels.native import NativeKVCache
 
@@ -30,22 +34,23 @@ class Arena:
 
     def __init__(self) -> None:
         self.free: dict[int, list[Any]] = {}  # bytes -> arrays of this size
-        self.addresses: set[int] = set()
+        self.sizes: dict[int, int] = {}  # address -> bytes
 
-    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
+    def empty(self, *shape: Any, dtype: Any = None, device: Any = "cpu") -> Tensor:
         """torch.empty, on the CPU"""
-        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
-        num_bytes = size.numel() * dtype.itemsize
+        dtype, size = dtype or torch.float32, shape if isinstance(shape[0], int) else shape[0]
+        num_bytes = math.prod(size) * dtype.itemsize
         free = self.free.setdefault(num_bytes, [])
         buffer = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8).numpy()
-        self.addresses.add(buffer.ctypes.data)
-        view = buffer[:]  # which the tensor's storage refers to as long as it lives
+        self.sizes[buffer.ctypes.data] = num_bytes
+        view = memoryview(buffer)  # which the tensor's memory refers to as long as it lives
         weakref.finalize(view, free.append, buffer)
-        return torch.from_numpy(view).view(dtype).view(size)
+        return torch.from_numpy(np.frombuffer(view, np.uint8)).view(dtype).view(size)
 
-    def owns(self, x: Any) -> bool:
+    def owns(self, x: Tensor) -> bool:
         """Whether a tensor is a result, or a part of one."""
-        return isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self.addresses
+        address = x.data_ptr()
+        return any(start <= address < start + size for start, size in self.sizes.items())
 
 
 class DecodeCalls:
