@@ -26,13 +26,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import nanollama
 from nanollama import ExtraError, KernelError, PackageError, extra, library, preferred
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nanollama import Checkpoint, EngineConfig
+else:
+    np = library("numpy")  # whose error says what to install
 
 ALIGNMENT = 64  # bytes: a register, and a line of the processor's cache; as torch's memory
 # Files that drivers of accelerators make; torch alone knows whether it can use one.

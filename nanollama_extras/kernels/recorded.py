@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from nanollama_extras.kernels.native import NativeKVCache
 
 
+class Lent:
+    """A buffer's memory. All arrays and tensors of it that NumPy and torch make refer to this."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.__array_interface__ = buffer.__array_interface__
+
+
 class Arena:
     """Memory for the results of recorded calls. Where nothing refers to a result any more, no later
     call reads it, and the next result of its size takes its place."""
@@ -43,9 +50,9 @@ class Arena:
         free = self.free.setdefault(num_bytes, [])
         buffer = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8).numpy()
         self.sizes[buffer.ctypes.data] = num_bytes
-        view = memoryview(buffer)  # which the tensor's memory refers to as long as it lives
-        weakref.finalize(view, free.append, buffer)
-        return torch.from_numpy(np.frombuffer(view, np.uint8)).view(dtype).view(size)
+        lent = Lent(buffer)
+        weakref.finalize(lent, free.append, buffer)  # when the last tensor is gone
+        return torch.from_numpy(np.asarray(lent)).view(dtype).view(size)
 
     def owns(self, x: Tensor) -> bool:
         """Whether a tensor is a result, or a part of one."""
