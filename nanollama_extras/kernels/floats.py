@@ -2,7 +2,7 @@
 
 Seam       `pack` of the native backend, which asks for a matrix of floats as `Weights` reads it.
            The kernels are in native.c, and compute in float32.
-Needs      kernels.native, kernels.arrays
+Needs      kernels.native
 Remove     delete this file; float weights then run on torch's operations.
 """
 
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nanollama import human_bytes, warn_once
-from nanollama_extras.kernels.arrays import torch
 from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel, weight_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK_ROWS = 32  # FLOAT_ROWS of native.c
