@@ -253,9 +253,9 @@ else:
     safetensors = LazyModule("safetensors")
     starlette = LazyModule("starlette", "applications")  # which imports its other parts
     tokenizers = LazyModule("tokenizers")
-    buffers = lambda path: preferred("kernels.arrays", "stand_in", library)(path)  # noqa: E731
-    torch = LazyModule("torch", find=buffers)
-    F = LazyModule("torch.nn.functional", find=buffers)
+    light = lambda path: preferred("kernels.arrays", "stand_in", library)(path)  # noqa: E731
+    torch = LazyModule("torch", find=light)
+    F = LazyModule("torch.nn.functional", find=light)
     uvicorn = LazyModule("uvicorn")
     Library = object  # LLM.__getattr__ finds its methods
 
@@ -1538,7 +1538,7 @@ class Weights:
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A float tensor in the compute dtype, or in `dtype`."""
         self._find(name, shape)
-        return self._floats(name).to(self.device, dtype or self.dtype)
+        return self._floats(name).to(self.device, dtype or self.backend.dtype)
 
     def _floats(self, name: str, *rows: slice) -> Tensor:
         tensor = self._read(name, *rows)

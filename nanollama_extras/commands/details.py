@@ -60,8 +60,11 @@ def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend)
 def held_bits(kind: str) -> float:
     """Bits of a weight of a GGUF type as native kernels hold it; 0 where that is not known."""
     places = "files.gguf_blocks", "files.gguf_types"
-    sizes: list[Any] = [preferred(place, "held_bits", lambda _: 0) for place in places]
-    return next(filter(None, (size(kind) for size in sizes)), 0.0)
+    for place in places:  # the second one imports torch
+        size: Any = preferred(place, "held_bits", lambda _: 0)
+        if bits := size(kind):
+            return float(bits)
+    return 0.0
 
 
 def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend, str]:
