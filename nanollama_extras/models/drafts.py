@@ -75,6 +75,7 @@ def attach(llm: LLM, config: EngineConfig) -> None:
     sizes = small.checkpoint.num_bytes, llm.checkpoint.num_bytes
     if sizes[0] > sizes[1]:
         log.warning(f"--draft {name} is larger than {target}; its drafts will hardly gain time")
+    log.debug(f"drafts: {name}, {small.engine.decoder.kernels}")
     Drafts(small.engine, sizes[0] / max(sizes[1], 1)).attach(llm.engine, config)
 
 
