@@ -402,7 +402,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
     "native kernels": ({"kernels.arrays", "kernels.native"}, option(kernels="native")),
     "guesses": ({"answers.lookup"}, option(lookup=4)),
     "short steps": ({"answers.pacing"}, option(max_gap=5)),
-    "a draft model": ({"models.drafts", "answers.gains"}, draft),
+    "a draft model": ({"models.drafts", "answers.gains", "answers.lookup"}, draft),
     "scores": ({"answers.scores", "answers.library"}, score),
     "an embedding": ({"answers.embeddings", "answers.library"}, embed),
     "a question": ({"answers.library"}, lambda llm: put_away(llm.chat("hi", max_tokens=4))),
