@@ -4,6 +4,7 @@ safetensors, which test_vision.py compares with transformers."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_vision import A, B, C, as_theirs, logits, prompt, request, turns
 
 import nanollama
 from nanollama import LLM, CheckpointError, RequestError
+from nanollama_extras.api import blobs
 from nanollama_extras.files import mmproj
 from nanollama_extras.models import paired_towers, vision, vision_towers
 
@@ -182,6 +184,21 @@ def test_a_modelfile_names_the_image_part_by_a_second_from(pair: Any, tmp_path: 
     parsed = nanollama.read_modelfile(file)
     written = nanollama.extra("api.ollama_models", "a Modelfile").format_modelfile(parsed)
     assert nanollama.parse_modelfile(written, tmp_path / "Modelfile") == parsed
+
+
+def test_a_model_created_of_two_files_reads_images(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOLLAMA_CACHE", str(tmp_path))
+    text, files = pair("smolvlm")[1], {}
+    for file in (image_part(text), text):
+        files[file.name] = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        blob = blobs.blob_path(files[file.name])
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(file, blob)
+    path = blobs.made_of_files(files)
+    assert path.name == "model.gguf"
+    assert vision.has_vision(nanollama.open_checkpoint(path))
 
 
 # ---- damage --------------------------------------------------------------------------------------
