@@ -25,13 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import nanollama
 from nanollama import CheckpointError, Flags, PreTokenizer, TextFiles, excerpt
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 TOKEN_UNUSED, TOKEN_BYTE = 5, 6  # tokenizer.ggml.token_type, as the core's TOKEN_NORMAL
 
 
@@ -139,62 +137,17 @@ def scored_merges(
     if len(scores) < len(types):
         raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = nanollama.TOKEN_USER_DEFINED
+    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     mergeable = {nanollama.TOKEN_NORMAL, TOKEN_UNUSED, user}
-    texts = [piece for piece, i in vocab.items() if types[i] in mergeable]
-    ids = np.fromiter(map(vocab.__getitem__, texts), np.int64, len(texts))
-    order = np.array([-math.inf if types[i] == user else -scores[i] for i in ids.tolist()])
-    ranks = np.lexsort((ids, order)).argsort()
-    numbers, cuts = likely_cuts(texts)
-    find = {text: number for number, text in enumerate(texts)}.get
-    where = [*zip(numbers.tolist(), cuts.tolist())]
-    parts = (
-        [find(texts[number][:cut], -1) for number, cut in where],
-        [find(texts[number][cut:], -1) for number, cut in where],
-    )
-    left, right = np.array(parts, np.int64)
-    merges = np.flatnonzero((left >= 0) & (right >= 0))
-    keys = ranks[numbers[merges]] << 32 | ids[left[merges]]
-    merges = merges[keys.argsort()]
-    names = (map(texts.__getitem__, part[merges].tolist()) for part in (left, right))
-    return [*zip(*names)]
-
-
-HASH_FACTOR = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
-HASH_BITS = 22
-
-
-def likely_cuts(texts: list[str]) -> tuple[Ints, Ints]:
-    """Numbers of texts and where to cut them, such that both parts may be texts, too: all cuts of
-    which that is true, and a few others.
-
-    The hash of a text is c_0 + c_1 f + c_2 f^2 .. modulo 2^64, with its characters c and a factor
-    f: all parts of texts have theirs by a difference of two sums, times a power of 1 / f."""
-    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    num_characters = len(characters)
-
-    def powers(factor: int) -> Any:
-        found = np.full(num_characters + 1, factor, np.uint64)
-        found[0] = 1
-        return np.multiply.accumulate(found)
-
-    sums = np.zeros(num_characters + 1, np.uint64)
-    np.cumsum(characters * powers(HASH_FACTOR)[:-1], out=sums[1:])
-    inverses = powers(pow(HASH_FACTOR, -1, 1 << 64))
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    ends = lengths.cumsum()
-    starts = ends - lengths
-
-    def short_hash(start: Any, end: Any) -> Any:
-        return ((sums[end] - sums[start]) * inverses[start]) >> np.uint64(64 - HASH_BITS)
-
-    are_texts = np.zeros(1 << HASH_BITS, np.bool_)
-    are_texts[short_hash(starts, ends)] = True
-    numbers, places = np.repeat(np.arange(len(texts)), lengths), np.arange(num_characters)
-    for both in (True, False):  # the left parts, then the right ones
-        parts = (starts[numbers], places) if both else (places, ends[numbers])
-        kept = are_texts[short_hash(*parts)] & (places > starts[numbers])
-        numbers, places = numbers[kept], places[kept]
-    return numbers, places - starts[numbers]
+    pieces = {piece: i for piece, i in vocab.items() if types[i] in mergeable}
+    merges = [
+        (order[i], i, pieces[left], pieces[right], left, right)
+        for piece, i in pieces.items()
+        for cut in range(1, len(piece))
+        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
+    ]
+    merges.sort()
+    return [merge[4:] for merge in merges]
 
 
 def sentencepiece_bpe(
