@@ -435,10 +435,11 @@ def test_a_batch_can_hide_thoughts(
 ) -> None:
     """The engine is made to say what a tiny model cannot: an answer with a thought."""
 
-    def stream(requests: list[Any], raise_errors: bool) -> Iterator[Delta]:
+    def stream(requests: Iterator[Any], raise_errors: bool) -> Iterator[Delta]:
+        count = len(list(requests))
         for piece in PIECES:
-            yield from (Delta(index, piece) for index in range(len(requests)))
-        yield from (Delta(index, "!", finish_reason="stop") for index in range(len(requests)))
+            yield from (Delta(index, piece) for index in range(count))
+        yield from (Delta(index, "!", finish_reason="stop") for index in range(count))
 
     monkeypatch.setattr(nanollama.Settings, "load", lambda self: tiny_llm)
     monkeypatch.setattr(tiny_llm, "stream", stream)
