@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ if __name__ == "__main__":
     ]
     llm = LLM(sys.argv[2])
     before = llm.complete("the fox", temperature=0, max_tokens=20).token_ids
-    others = [LLM(sys.argv[2], kernels="torch"), llm]  # from here on, torch is imported
+    warnings.simplefilter("error")
+    logits = llm.logits(before)  # from here on, torch is imported
+    others = [LLM(sys.argv[2], kernels="torch"), llm]
     found += [[x.complete("the fox", temperature=0, max_tokens=20).token_ids for x in others]]
-    found += [before, len(llm.embed(["hello"])[0])]
+    found += [before, len(llm.embed(["hello"])[0]), list(logits.shape), llm.config.n_vocab]
     print(json.dumps(found))

@@ -45,8 +45,8 @@ def logit_pieces(llm: LLM, token_ids: list[int], start: int = 0) -> Iterator[Ten
     for at in range(0, len(token_ids), chunk):
         new = token_ids[at : at + chunk]
         num_wanted = min(len(new), at + len(new) - start)
-        batch = Batch([(0, at, new, max(0, num_wanted))], decoder.device, decoder.row_tile)
         with llm.engine.lock, torch.inference_mode():
+            batch = Batch([(0, at, new, max(0, num_wanted))], decoder.device, decoder.row_tile)
             x = decoder.hidden(batch, cache)
             piece = decoder.logits(x, batch).cpu() if num_wanted > 0 else None
         if piece is not None:

@@ -55,7 +55,7 @@ class Dtype:
     @property
     def now(self) -> Any:
         """torch's dtype, if torch is imported; else this one"""
-        return getattr(import_torch(), self.name) if "torch" in sys.modules else self
+        return getattr(library("torch"), self.name) if "torch" in sys.modules else self
 
 
 NAMES = "float64 float32 float16 int64 int32 int16 int8 uint8 bool"
@@ -332,7 +332,11 @@ def empty_like(x: Tensor) -> Tensor:
     return empty(*x.shape, dtype=x.kind)
 
 
-def tensor(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
+def tensor(data: Any, dtype: Any = None, device: Any = None) -> Any:
+    """As torch's. A Batch begins here, so where torch was imported meanwhile, it takes over now and
+    not in the middle of a step: it would take these Tensors, as an index, for lists of numbers."""
+    if "torch" in sys.modules:
+        return import_torch().tensor(data, dtype=real_of(dtype), device=device)
     array = np.asarray(data)
     if dtype is None:
         kind = FLOAT32 if array.dtype.kind == "f" or not array.size else OF_STORAGE[array.dtype]

@@ -59,12 +59,13 @@ def test_each_mode_answers_without_torch_as_with_it(models: list[Path], tmp_path
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    *without, both, before, width = json.loads(ran.stdout)
+    *without, both, before, width, shape, n_vocab = json.loads(ran.stdout)
     for path, answers in zip(models, without):
         assert not answers.pop("torch"), path
         assert answers == json.loads(json.dumps(without_torch.all_answers(path, tmp_path)))
     assert both[1] == before  # by the model that was loaded without torch
     assert width == 256
+    assert shape == [len(before), n_vocab]
 
 
 # ---- buffers -------------------------------------------------------------------------------------

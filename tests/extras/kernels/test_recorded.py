@@ -147,7 +147,7 @@ def test_pieces_of_prompts_and_drafts_are_recorded(
     watched.parts = steps.parts  # type: ignore[attr-defined]
     monkeypatch.setattr(llm.engine, "decode_steps", watched)
     assert answers(llm) == expected
-    assert max(sizes) == 16
+    assert max(sizes) >= 16  # the least piece of a prompt; the rest is up to the measured speed
     assert steps([(0, 0, [1, 2], 0)]) is None  # a pooler takes hidden states
 
 
