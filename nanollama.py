@@ -2530,7 +2530,7 @@ class GGUFCursor:
         self.data, self.at, self.part = data, 0, "header"
 
     def bounded(self, count: int, item_bytes: int) -> int:
-        """Return `count`, whose items of at least `item_bytes` must fit in the rest of the file."""
+        """Return `count`, whose items of at least `item_bytes` must fit in the file's rest."""
         if count * item_bytes > len(self.data) - self.at:
             needed = f"the {self.part} needs {count} x {item_bytes} bytes at {self.at}"
             raise CheckpointError(f"truncated or corrupt: {needed}, the file has {len(self.data)}")
@@ -2545,9 +2545,9 @@ class GGUFCursor:
         return self.scalars(code, 1)[0]
 
     def string(self) -> str:
-        num_bytes = self.bounded(self.scalar("Q"), 1)
-        self.at += num_bytes
-        return bytes(self.data[self.at - num_bytes : self.at]).decode("utf-8", errors="replace")
+        start = self.at = self.at + 8
+        self.at += self.bounded(int.from_bytes(self.data[start - 8 : start], "little"), 1)
+        return str(self.data[start : self.at], "utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         if kind in GGUF_SCALARS:
@@ -2561,7 +2561,7 @@ class GGUFCursor:
             return list(self.scalars(GGUF_SCALARS[item], count))
         if item != GGUF_STRING:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
-        return [self.string() for _ in range(self.bounded(count, 8))]  # of 8 bytes or more
+        return [self.string() for _ in range(self.bounded(count, 8))]  # 8 bytes or more
 
 
 def read_gguf(path: Path, partial: bool = False) -> tuple[Json, Tensors]:
@@ -4685,7 +4685,7 @@ class Engine:
     new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
-        library("numpy")  # Tensor.numpy() would not say what to install
+        library("numpy")  # Tensor.numpy() hides that it is missing
         self.decoder, self.end_ids = decoder, end_ids
         self.lock = threading.RLock()  # held while sequences change
         self.n_vocab = decoder.config.n_vocab
@@ -4773,7 +4773,7 @@ class Engine:
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
                 num[is_prefill] += num_new if is_prefill else len(seq.token_ids) - num_before
-        self.stats.add(num[0], num[1], seconds := time.perf_counter() - started)
+        self.stats.add(*num, seconds := time.perf_counter() - started)
         self.scheduler.pace.learn(work, seconds)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
