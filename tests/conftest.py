@@ -22,7 +22,6 @@ from huggingface_hub import constants
 
 import nanollama
 from nanollama import test_server  # noqa: F401 (a fixture)
-from nanollama_extras.kernels.containers import num_cores
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background
@@ -41,11 +40,6 @@ hypothesis.settings.register_profile(
     ],
 )
 hypothesis.settings.load_profile("suite")
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: a third of the time, tests wait for programs that they start."""
-    return min(num_cores(), 7) + 1
 
 
 @pytest.fixture(autouse=True)

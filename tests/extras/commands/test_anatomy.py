@@ -361,7 +361,7 @@ def hub(empty_caches: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServ
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
+    return {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
 
 def header_bytes(data: bytes) -> int:
