@@ -1339,7 +1339,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def inverse_wavelengths(theta: float, n_rot: int) -> Tensor:
     """1 / theta^(2i / n_rot) for each pair i of columns (n_rot/2,) float32."""
-    return torch.tensor([theta ** (-column / n_rot) for column in range(0, n_rot, 2)])
+    return torch.tensor(1 / np.float_power(theta, np.arange(0, n_rot, 2, "f") / n_rot).astype("f"))
 
 
 class Rope:
@@ -4574,7 +4574,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def rank(self, seq: Sequence) -> float:
-        """Prompts of a lower rank come first."""
+        """Prompts of lower rank come first."""
         return seq.created_s
 
     def room(self, num_rows: int) -> int:
@@ -4582,7 +4582,7 @@ class Scheduler:
         return self.prefill_chunk
 
     def learn(self, work: list[tuple[Sequence, int]], seconds: float) -> None:
-        """Hear the time of a step."""
+        """Take a step's time."""
 
     def admit(self) -> tuple[Sequence, int] | None:
         """Give the first waiting sequence a slot -> it, and the slot to copy its prefix from.
@@ -4685,7 +4685,7 @@ class Engine:
     new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
-        library("numpy")  # Tensor.numpy() hides that it is missing
+        library("numpy")  # Tensor.numpy() hides its absence
         self.decoder, self.end_ids = decoder, end_ids
         self.lock = threading.RLock()  # held while sequences change
         self.n_vocab = decoder.config.n_vocab

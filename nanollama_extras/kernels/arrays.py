@@ -52,6 +52,12 @@ class Dtype:
     def __repr__(self) -> str:
         return f"torch.{self.name}"
 
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)  # also of torch's
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def now(self) -> Any:
         """torch's dtype, if torch is imported; else this one"""
@@ -545,7 +551,7 @@ def torch_watch() -> Any:
 def is_awaited() -> bool:
     """Whether a module, such as that of the command that runs, will import torch."""
     extras = (m for name, m in list(sys.modules.items()) if name.startswith("nanollama_extras"))
-    return any(isinstance(vars(m).get("torch"), nanollama.LazyModule) for m in extras)
+    return any(isinstance(vars(m).get("torch"), nanollama.LazyModule) for m in extras if m)
 
 
 def settle(checkpoint: Checkpoint, config: EngineConfig, adapter: Any) -> None:

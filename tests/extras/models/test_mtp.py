@@ -187,7 +187,7 @@ def test_a_head_that_knows_the_text_is_always_right(made: MADE, tmp_path: Path) 
     llm = LLM(with_tensors(path, tmp_path / "made", sure), lookup="mtp")
     usage = llm.complete(request(1, 61, **FREE)).usage
     assert usage.accepted_tokens == usage.drafted_tokens == 45  # of every four tokens, three
-    assert "lookup: 45 of 45 right" in nanollama.speed_line(llm.engine.stats)
+    assert "drafts: 45 of 45 right" in nanollama.speed_line(llm.engine.stats)
 
 
 # ---- the text ------------------------------------------------------------------------------------
