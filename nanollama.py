@@ -2530,7 +2530,7 @@ class GGUFCursor:
         self.data, self.at, self.part = data, 0, "header"
 
     def bounded(self, count: int, item_bytes: int) -> int:
-        """Return `count`, whose items of at least `item_bytes` must fit in the file's rest."""
+        """Return `count`, whose items of at least `item_bytes` must fit the file's rest."""
         if count * item_bytes > len(self.data) - self.at:
             needed = f"the {self.part} needs {count} x {item_bytes} bytes at {self.at}"
             raise CheckpointError(f"truncated or corrupt: {needed}, the file has {len(self.data)}")
@@ -4685,7 +4685,7 @@ class Engine:
     new_drafter: Callable[[], Drafter] | None = None  # for each sequence, with lookup
 
     def __init__(self, decoder: Decoder, end_ids: frozenset[int], config: EngineConfig) -> None:
-        library("numpy")  # Tensor.numpy() hides its absence
+        library("numpy")  # Tensor.numpy() hides its lack
         self.decoder, self.end_ids = decoder, end_ids
         self.lock = threading.RLock()  # held while sequences change
         self.n_vocab = decoder.config.n_vocab
@@ -4763,7 +4763,7 @@ class Engine:
             work = self.scheduler.schedule()
             if not work:
                 return
-            num = [0, 0]  # tokens of answers, of prompts
+            num = [0, 0]  # of answers, of prompts
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
@@ -4773,7 +4773,7 @@ class Engine:
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
                 num[is_prefill] += num_new if is_prefill else len(seq.token_ids) - num_before
-        self.stats.add(*num, seconds := time.perf_counter() - started)
+        self.stats.add(num[0], num[1], seconds := time.perf_counter() - started)
         self.scheduler.pace.learn(work, seconds)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
