@@ -25,7 +25,6 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -169,18 +168,7 @@ class Grammars:
         self.checked = Kept[str](lambda grammar: this.check(grammar), 256)
 
     @functools.cached_property
-    def coming_vocabulary(self) -> Future[Any]:
-        """The vocabulary, made in a thread, while the first user waits for the sandbox."""
-        pool = ThreadPoolExecutor(1)
-        future = pool.submit(self.new_vocabulary)
-        pool.shutdown(wait=False)
-        return future
-
-    @property
     def vocabulary(self) -> Any:
-        return self.coming_vocabulary.result()
-
-    def new_vocabulary(self) -> Any:
         ends = sorted(i for i in self.tokenizer.end_ids if i < self.n_vocab) or [self.n_vocab]
         words: Any = Vocabulary(self.tokenizer, self.n_vocab)
         return llguidance.LLTokenizer(words, eos_token=ends)
@@ -206,6 +194,7 @@ class Grammars:
         """As `matcher`, for a grammar that a request may hold: first on trial. Raises RequestError,
         and WireError 503 where too many wait for their trial."""
         with shared_sandbox().turn() as run:
+            assert self.vocabulary  # made while the process starts
             if error := run("begin", grammar=grammar, names=self.names(grammar)).get("error"):
                 raise RequestError(f"no answer fits: {error}")
             return on_deep_stack(lambda: self.matcher(grammar))
@@ -380,7 +369,6 @@ class Grammars:
         """The form of the answer to a prompt that ends with `prompt`; None for any text.
 
         tags: how the model marks its thoughts, if it may write any. Raises RequestError."""
-        assert self.coming_vocabulary  # begin to make it
         answer, nested = self.answer(params)
         if not answer and not calls:
             return None
