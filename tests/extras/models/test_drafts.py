@@ -20,11 +20,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import serving
+from streams import alone, run
 
 import nanollama
 from nanollama import (
     LLM,
-    Delta,
     EngineConfig,
     EngineStats,
     GenerationRequest,
@@ -121,26 +121,6 @@ def request(seed: int, length: int = 20, **params: Any) -> GenerationRequest:
     rng = random.Random(seed)
     ids = [rng.randrange(4, 320) for _ in range(length)]
     return GenerationRequest(ids, params=SamplingParams(**{**FREE, "seed": seed, **params}))
-
-
-def run(llm: LLM, requests: list[GenerationRequest]) -> list[list[Delta]]:
-    """The deltas of each request, without what tells of time and of drafts."""
-    answers: list[list[Delta]] = [[] for _ in requests]
-    none = dict.fromkeys("queue_s prefill_s decode_s".split(), 0.0)
-    none |= dict.fromkeys("cached_tokens drafted_tokens accepted_tokens".split(), 0)
-    for delta in llm.stream(requests):
-        usage: Any = delta.usage and dataclasses.replace(delta.usage, **none)
-        answers[delta.index].append(dataclasses.replace(delta, index=0, usage=usage))
-    return answers
-
-
-def alone(llm: LLM, requests: list[GenerationRequest]) -> list[list[Delta]]:
-    """Each request by itself, with nothing in the cache."""
-    answers = []
-    for one in requests:
-        llm.engine.forget()
-        answers += run(llm, [one])
-    return answers
 
 
 def counts(llm: LLM) -> tuple[int, int]:
