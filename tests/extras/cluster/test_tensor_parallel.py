@@ -102,7 +102,7 @@ def outcomes(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     program = str(Path(split_ranks.__file__))
     ran = subprocess.Popen(
         [sys.executable, *command, program, str(folder / "jobs")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
