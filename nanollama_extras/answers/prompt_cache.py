@@ -309,6 +309,8 @@ class PromptCache:
         for index in range(plan.num_kept, min(num_done, plan.num_kept + most)):
             key = plan.keys[index]
             if not self.store.has(f"{key}.kv"):
+                if not self.store.takes(self.layout.num_bytes):
+                    break  # before the copy: this is asked again at each step
                 if not self.layout.holds(seq.slot, index):
                     plan.keys = plan.keys[:index]  # those behind it are of no use without it
                     break

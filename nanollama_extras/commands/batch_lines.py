@@ -145,7 +145,7 @@ def body_text(fields: Mapping[str, Any], line: str) -> BodyText:
     method, custom_id = fields.get("method", "POST"), fields.get("custom_id")
     if not isinstance(body, Mapping):
         raise RequestError(f"the line's body is {excerpt(body)}; it must be an object")
-    if url not in PARSERS or method != "POST":
+    if not isinstance(url, str) or url not in PARSERS or method != "POST":
         problem = f"the line asks for {excerpt(f'{method} {url}')}"
         raise RequestError(f"{problem}; a batch file can have POST {' and '.join(PARSERS)}")
     text = BodyText(shown(body))

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -75,9 +76,22 @@ def peer_of(llm: LLM, args: argparse.Namespace, threads: int) -> Peer:
         raise UsageError("--compare measures the file as it is: leave --quantize and --adapter out")
     decoder = llm.engine.decoder
     is_cpu = decoder.device.type == "cpu"
-    given = Path(args.compare)
-    program = str(given / "llama-bench") if given.is_dir() else args.compare
+    program = programs(args.compare)[0]
     return Peer(program, str(file), threads, decoder.kv_dtype, is_cpu)
+
+
+def programs(given: str) -> list[str]:
+    """The programs that `--compare` names: llama-bench, and the server of a folder. Raises
+    NanollamaError for one that is not there, or is no program."""
+    folder = Path(given)
+    names = [given]
+    if folder.is_dir():
+        names = [str(folder / name) for name in ("llama-bench", "llama-server")]
+    for name in names:
+        if shutil.which(name) is None:
+            problem = "not a program that can be run; give llama-bench, or the folder that has it"
+            raise NanollamaError(f"--compare {name}: {problem}")
+    return names
 
 
 def compared(bench: Bench, peer: Peer, args: argparse.Namespace) -> Iterator[Json]:

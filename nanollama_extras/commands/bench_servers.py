@@ -92,11 +92,11 @@ class Server:
                 return False
 
     def resident_bytes(self) -> float:
-        """Memory of the process that no file backs, or that the file in it has brought in."""
+        """Resident memory, pages of files included; NaN where the system has no /proc."""
         status = Path(f"/proc/{self.process.pid}/status")
         try:
             return 1024 * float(re.findall(r"VmRSS:\s+(\d+) kB", status.read_text())[0])
-        except (OSError, IndexError):  # not Linux
+        except (OSError, IndexError):
             return float("nan")
 
 

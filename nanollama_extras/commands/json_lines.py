@@ -29,7 +29,8 @@ def json_line(row: BatchRow) -> str:
     fields["finish_reason"] = row.last.finish_reason if row.last else "error"
     if row.last and row.last.usage:
         fields["usage"] = dataclasses.asdict(row.last.usage)
-    return json.dumps(fields, ensure_ascii=False) + "\n"
+    text = json.dumps(fields, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()  # lone surrogates, as JSON has them
 
 
 def open_output(name: str) -> TextIO:

@@ -167,7 +167,7 @@ class BlockStore:
         self.readers = ThreadPoolExecutor(2, "prompt-cache-reader")
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        return os.path.exists(self.folder / name)  # False, too, where the system cannot say
 
     def fetch(self, name: str, head: bytes, num_bytes: int) -> Future[Payload | None]:
         """Read a file in another thread -> `read_payload`"""
@@ -183,11 +183,15 @@ class BlockStore:
         with contextlib.suppress(RuntimeError):
             self.readers.submit(mark_used, self.folder, times)
 
+    def takes(self, num_bytes: int) -> bool:
+        """Whether there is room for a payload among what waits, and files are still written."""
+        is_much = self.num_pending and self.num_pending + num_bytes > MOST_PENDING
+        return not (is_much or self.is_full)
+
     def put(self, name: str, head: bytes, payload: Payload, used: int) -> bool:
-        """Write a file in another thread -> whether there was room among what waits"""
+        """Write a file in another thread -> whether `takes` it"""
         with self.lock:
-            is_much = self.num_pending and self.num_pending + payload.nbytes > MOST_PENDING
-            if is_much or self.is_full:
+            if not self.takes(payload.nbytes):
                 return False
             self.num_pending += payload.nbytes
         try:

@@ -72,6 +72,7 @@ def test_fields_of_a_body_come_before_options(cli: Run, tiny: Tiny, tmp_path: Pa
         ({"text": "x"}, 'the line has no text as "prompt", and no "messages" or "body"'),
         ([1], 'the line has no text as "prompt"'),
         (openai_line(url="/v1/embeddings"), "the line asks for 'POST /v1/embeddings'; a batch"),
+        (openai_line(url=[]), "the line asks for 'POST []'; a batch file can have POST /v1/chat"),
         (openai_line(method="GET"), "the line asks for 'GET /v1/chat/completions'"),
         (openai_line(body=3), "the line's body is 3; it must be an object"),
         (openai_line(body={}), "messages is missing or empty"),
@@ -96,6 +97,16 @@ def test_a_line_that_is_not_json_says_why() -> None:
     for line in (b"{", b"\xff", b"[" * 100_000):
         row = json_row(4, line)
         assert str(row.error).startswith("the line is not valid JSON: ")
+
+
+def test_a_lone_surrogate_ends_no_batch(cli: Run, tiny: Tiny, tmp_path: Path) -> None:
+    lines = written(tmp_path, "\ud800", openai_line(custom_id="b\udfff"), "hello")
+    out = tmp_path / "out.jsonl"
+    ran = cli("--model", tiny("Llama"), "--batch-file", lines, "--output", out, *FLAGS)
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert (ran.code, found[0]["error"]) == (1, "the text holds a lone surrogate")
+    assert (found[0]["prompt"], found[1]["custom_id"]) == ("\ud800", "b\udfff")
+    assert found[2]["finish_reason"] == "length"
 
 
 def test_an_output_shows_the_last_message(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def test_a_peer_that_fails_is_one_line(
 @pytest.mark.parametrize(
     ("flags", "code", "problem"),
     [
-        ("--compare /not/there", 1, "--compare /not/there: No such file or directory"),
+        ("--compare /not/there", 1, "--compare /not/there: not a program that can be run; give"),
+        ("--compare /dev", 1, "--compare /dev/llama-bench: not a program that can be run"),
         ("--compare x -b 2", 2, "measures one sequence at a time"),
         ("--compare x --quantize q8", 2, "leave --quantize and --adapter out"),
     ],
