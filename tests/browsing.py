@@ -18,7 +18,6 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 MARKS = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),  # one browser serves all of these tests
     pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium"),
 ]
 FLAGS = (

@@ -20,6 +20,7 @@ import hypothesis
 import torch
 from command_line import Ran, share_kernels
 from huggingface_hub import constants
+from scheduling import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 (hooks)
 
 import nanollama
 from nanollama import test_server  # noqa: F401 (a fixture)

@@ -28,7 +28,6 @@ from oracle import Tiny
 import nanollama
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("alone")
 # The project may be installed where the tests run, so that its extras could be imported anywhere.
 WITHOUT_EXTRAS = """
 import sys

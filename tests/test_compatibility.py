@@ -26,8 +26,6 @@ from nanollama_extras.api import ollama_models
 from nanollama_extras.api import rerank as rerank_api
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 
-pytestmark = pytest.mark.xdist_group("models")
-
 USER = [{"role": "user", "content": "hello"}]
 SCHEMA = {
     "type": "object",

@@ -191,7 +191,6 @@ def smollm2_reference(smollm2: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.xdist_group("smollm2")  # loads the reference once
 def test_smollm2_is_the_model_that_transformers_runs(smollm2: Path, smollm2_reference: Any) -> None:
     llm = LLM(smollm2, kernels="torch")
     ids = llm.encode("The capital of France is Paris. The capital of Germany is")
@@ -206,7 +205,6 @@ def perplexity(logits: torch.Tensor, ids: list[int]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp())
 
 
-@pytest.mark.xdist_group("smollm2")  # loads the reference once
 def test_eight_bit_activations_hardly_change_smollm2(
     smollm2_llm: LLM, smollm2_reference: Any
 ) -> None:

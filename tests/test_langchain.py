@@ -15,8 +15,6 @@ from serving import serving
 
 import nanollama
 
-pytestmark = pytest.mark.xdist_group("langchain")
-
 
 @pytest.fixture(scope="module")
 def url(smollm2: Path) -> Iterator[str]:

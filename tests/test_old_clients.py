@@ -16,10 +16,7 @@ from serving import Live, serving
 import nanollama
 
 PYTHON = os.environ.get("NANOLLAMA_OLD_CLIENTS", "")
-pytestmark = [
-    pytest.mark.xdist_group("tools"),
-    pytest.mark.skipif(not PYTHON, reason="NANOLLAMA_OLD_CLIENTS is not set"),
-]
+pytestmark = [pytest.mark.skipif(not PYTHON, reason="NANOLLAMA_OLD_CLIENTS is not set")]
 OPEN = {"top_k": 0, "top_p": 1.0, "repeat_penalty": 1.0, "temperature": 1.0, "seed": 1}
 
 

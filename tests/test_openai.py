@@ -25,8 +25,6 @@ import nanollama
 from nanollama import Delta, RequestError, SamplingParams, parse_chat, parse_text
 from nanollama_extras.api.timings import timings_body
 
-pytestmark = pytest.mark.xdist_group("openai")  # one server serves all of these tests
-
 USER = [{"role": "user", "content": "hello"}]
 # ChatML that shows what else it is given
 TEMPLATE = "{{ reasoning_effort }}{{ enable_thinking }}{{ mood }}" + nanollama.CHATML

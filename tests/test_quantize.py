@@ -252,7 +252,6 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     return float((exact.exp() * (exact - other)).sum(-1).mean())
 
 
-@pytest.mark.xdist_group("trained")
 def test_a_trained_model_keeps_its_perplexity(trained: Path, tmp_path: Path) -> None:
     exact, perplexity = log_probs(LLM(trained))
     assert perplexity < 20, "it learnt which of 512 tokens come next"
@@ -269,7 +268,6 @@ def test_a_trained_model_keeps_its_perplexity(trained: Path, tmp_path: Path) -> 
     assert divergence(exact, q4) < divergence(exact, log_probs(LLM(peer))[0]) / 2
 
 
-@pytest.mark.xdist_group("trained")
 def test_sensitive_matrices_keep_8_bits_and_the_others_take_5(trained: Path) -> None:
     layers = LLM(trained, quantize="q4").engine.decoder.layers
     qkv = [[part.nbytes * 8 for part in layer.self_attn.qkv_proj.parts] for layer in layers]
@@ -289,7 +287,6 @@ def test_sensitive_matrices_keep_8_bits_and_the_others_take_5(trained: Path) -> 
     assert keep_8_bits([]) == set()
 
 
-@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("kind", ["q8", "q4"])
 def test_show_foretells_the_bytes_of_the_weights(
     trained: Path, kind: str, capsys: pytest.CaptureFixture[str]

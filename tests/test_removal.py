@@ -14,7 +14,6 @@ from features import FEATURES
 from oracle import Tiny
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("removal")
 
 
 def outcomes(tree: Path, model: Path, **variables: str) -> dict[str, str]:

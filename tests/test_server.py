@@ -30,8 +30,6 @@ from serving import Live, serving, url_in, wait_until
 import nanollama
 from nanollama_extras.api.shelf import Shelf
 
-pytestmark = pytest.mark.xdist_group("server")
-
 USER = [{"role": "user", "content": "hello"}]
 POSTS = (
     "/v1/chat/completions /v1/completions /completions /chat/completions /tokenize /detokenize "

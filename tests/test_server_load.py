@@ -24,8 +24,6 @@ from serving import Live, serving, wait_until
 
 import nanollama
 
-pytestmark = pytest.mark.xdist_group("load")
-
 USER = [{"role": "user", "content": "hello"}]
 
 

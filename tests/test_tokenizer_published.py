@@ -47,10 +47,7 @@ def assert_same_tokenizer(
         assert decoded == normal, text
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in published.NPM],
-)
+@pytest.fixture(scope="module", params=published.NPM)
 def directory(request: Any) -> Path:
     return published.npm_tokenizer(request.param)
 

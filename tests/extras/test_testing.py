@@ -24,8 +24,6 @@ from nanollama import LLM, TestServer, UsageError
 from nanollama_extras.files import tiny_random
 from nanollama_extras.testing import MAX_RECORDED_REQUESTS, SCRIPT_FIELDS, Script, read_script
 
-pytestmark = pytest.mark.xdist_group("models")
-
 USER: Any = [{"role": "user", "content": "hello"}]
 ROOT = Path(nanollama.__file__).parent
 

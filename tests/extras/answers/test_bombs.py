@@ -17,7 +17,6 @@ from serving import Live, serving, wait_until
 
 from nanollama import LLM
 
-pytestmark = pytest.mark.xdist_group("constraint")
 USER = [{"role": "user", "content": "hello"}]
 
 

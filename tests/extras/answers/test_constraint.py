@@ -25,7 +25,6 @@ from nanollama import LLM, GenerationRequest, RequestError, SamplingParams, pars
 from nanollama_extras.answers.grammars import Constraint, Grammars
 from nanollama_extras.answers.tools import branches
 
-pytestmark = pytest.mark.xdist_group("constraint")
 USER = [{"role": "user", "content": "hello"}]
 OPEN = {"top_k": 0, "top_p": 1.0, "repeat_penalty": 1.0, "temperature": 1.0}
 CITY = {

@@ -29,8 +29,6 @@ from nanollama_extras.answers import embeddings
 from nanollama_extras.answers.embeddings import read_modules, read_pooling
 from nanollama_extras.api.embeddings import parse_embed
 
-pytestmark = pytest.mark.xdist_group("models")
-
 TEXTS = ["hello", "the quick brown fox jumps over the lazy dog " * 3, "what is the capital?"]
 
 

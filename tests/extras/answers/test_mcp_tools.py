@@ -29,7 +29,6 @@ from nanollama_extras.answers.tools import TOOL_FORMATS
 
 mcpserver: Any = pytest.importorskip("mcp.server.mcpserver")
 pexpect: Any = pytest.importorskip("pexpect")
-pytestmark = pytest.mark.xdist_group("tools")
 
 THINGS = """
 import os

@@ -18,8 +18,6 @@ from nanollama_extras.answers import sandbox
 from nanollama_extras.answers.sandbox import Kept, Sandbox, on_deep_stack
 from nanollama_extras.answers.sandboxed import TOO_DEEP, TOO_LARGE
 
-pytestmark = pytest.mark.xdist_group("constraint")
-
 
 def chain(num: int) -> str:
     return "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(num)) + f'r{num}: "a"\n'

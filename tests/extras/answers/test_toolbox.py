@@ -19,7 +19,6 @@ from nanollama_extras.answers.toolbox import Toolbox
 from nanollama_extras.answers.tools import TOOL_FORMATS
 
 pexpect: Any = pytest.importorskip("pexpect")
-pytestmark = pytest.mark.xdist_group("tools")
 
 FILE = '''
 """Tools."""

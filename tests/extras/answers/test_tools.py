@@ -29,7 +29,6 @@ from nanollama_extras.answers.tools import (
     tool_style,
 )
 
-pytestmark = pytest.mark.xdist_group("tools")
 USER = [{"role": "user", "content": "What is the weather in Bern?"}]
 OPEN = {"top_k": 0, "top_p": 1.0, "repeat_penalty": 1.0, "temperature": 4.0}
 WEATHER = {

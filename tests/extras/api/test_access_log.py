@@ -13,8 +13,6 @@ from serving import Live, serving, wait_until
 import nanollama
 from nanollama_extras.api.access_log import JsonFormatter, ServerFormatter, reason
 
-pytestmark = pytest.mark.xdist_group("access_log")
-
 
 class Lines(logging.Handler):
     """Keeps the lines of the log in a form."""

@@ -22,7 +22,6 @@ from nanollama import LLM, ChatTemplate, TextFiles, parse_chat
 from nanollama_extras.api import anthropic_body
 from nanollama_extras.api.responses import parse_response
 
-pytestmark = pytest.mark.xdist_group("agents")
 WITHOUT_EFFECT = {  # fields of the recorded requests
     "client_metadata",
     "context_management",

@@ -21,8 +21,6 @@ from nanollama_extras.api.anthropic_body import ToolList, chat_body, read_tools
 from nanollama_extras.api.limits import IMAGE_BYTES
 from nanollama_extras.api.sealed import seal, unseal
 
-pytestmark = pytest.mark.xdist_group("anthropic")
-
 WEATHER: Any = {
     "name": "get_weather",
     "description": "The weather in a city",

@@ -19,8 +19,6 @@ from nanollama_extras.api.inspect import all_routes, openapi_body
 from nanollama_extras.api.ollama import OLLAMA_OPTIONS
 from nanollama_extras.api.shelf import Library, ServedModel, Shelf
 
-pytestmark = pytest.mark.xdist_group("fuzz")
-
 EXAMPLES = hypothesis.settings(
     max_examples=12,
     deadline=None,

@@ -18,8 +18,6 @@ from serving import Live, serving, wait_until
 import nanollama
 from nanollama_extras.api import limits
 
-pytestmark = pytest.mark.xdist_group("limits")
-
 USER = [{"role": "user", "content": "hello"}]
 MAX_BODY = 300_000
 

@@ -17,8 +17,6 @@ import nanollama
 from nanollama import public_name
 from nanollama_extras.api.shelf import DIRECTORIES, open_shelf, public_names
 
-pytestmark = pytest.mark.xdist_group("names")
-
 USER = [{"role": "user", "content": "hello"}]
 
 

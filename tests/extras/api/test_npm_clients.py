@@ -12,7 +12,7 @@ from serving import serving
 
 from nanollama import LLM, Delta, Handlers, Job, TestServer, WireError
 
-pytestmark = [pytest.mark.node, pytest.mark.xdist_group("npm")]
+pytestmark = pytest.mark.node
 
 CALL: Any = {"name": "get_weather", "arguments": {"city": "Bern"}}
 LOOK: Any = {"text": "Let me look. ", "tool_calls": [CALL]}

@@ -33,8 +33,6 @@ from nanollama_extras.api.ollama import ollama_messages
 from nanollama_extras.api.ollama_models import OLLAMA_VERSION, format_modelfile
 from nanollama_extras.api.shelf import KEEP_ALIVE_S, open_shelf
 
-pytestmark = pytest.mark.xdist_group("ollama")
-
 USER = [{"role": "user", "content": "hello"}]
 TINY = "org/tiny"
 GREEDY = {"temperature": 0, "num_predict": 8}

@@ -14,8 +14,6 @@ from serving import serving
 
 from nanollama import LLM, TestServer
 
-pytestmark = pytest.mark.xdist_group("openai")
-
 CALL: Any = {"name": "get_weather", "arguments": {"city": "Bern"}}
 MODELS = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}
 

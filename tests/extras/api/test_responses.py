@@ -24,8 +24,6 @@ from nanollama_extras.api.compaction import summary_request
 from nanollama_extras.api.response_tools import TextArgument, chat_name
 from nanollama_extras.api.responses import parse_response
 
-pytestmark = pytest.mark.xdist_group("openai")
-
 GREEDY: dict[str, Any] = {"temperature": 0, "max_output_tokens": 24}
 WEATHER: Any = {
     "type": "function",

@@ -25,8 +25,6 @@ from nanollama import RequestError
 from nanollama_extras.api import shelf as api
 from nanollama_extras.api.shelf import KEEP_ALIVE_S, ServedModel, parse_duration
 
-pytestmark = pytest.mark.xdist_group("models")
-
 LONG = {"max_tokens": 200, "ignore_eos": True, "stream": True}
 
 

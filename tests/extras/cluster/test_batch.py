@@ -20,7 +20,6 @@ import nanollama
 from nanollama_extras.cluster.batch import absolute
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.xdist_group("ray")
 MODEL = ["--model", "tiny-random", "--seed", "7", "--max-tokens", "24", "--threads", "1"]
 
 

@@ -25,7 +25,7 @@ from ray import serve
 from nanollama_extras.cluster import serve as cluster_serve
 from nanollama_extras.cluster.placement import LIVE
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 CLIENTS = 32
 BODIES = [
     {"messages": [{"role": "user", "content": f"tell {i}"}], "seed": i, "max_tokens": 40 + i}

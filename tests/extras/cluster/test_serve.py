@@ -30,7 +30,7 @@ from nanollama_extras.cluster import front  # noqa: E402
 from nanollama_extras.cluster import serve as cluster_serve  # noqa: E402
 from nanollama_extras.cluster.placement import LIVE, Beginning  # noqa: E402
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.ray
 SLOTS = 6  # of a replica, and no queue
 OPTIONS = ("--parallel", str(SLOTS), "--max-queue", "0")
 LONG = {"max_tokens": 3000, "stream": True, "temperature": 0}

@@ -34,7 +34,6 @@ from nanollama_extras.cluster.shards import Share, SplitError
 from nanollama_extras.kernels import native
 from nanollama_extras.models import families
 
-pytestmark = pytest.mark.xdist_group("tensor_parallel")
 ROOT = Path(__file__).parents[3]
 PROMPTS = [oracle.random_ids(count, seed=count) for count in (40, 25, 33)]
 WIDE: dict[str, Any] = {"head_dim": 32, "intermediate_size": 128}

@@ -319,7 +319,6 @@ def test_a_page_loads_nothing_and_holds_no_markup_of_the_name(
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_browser_shows_the_page(

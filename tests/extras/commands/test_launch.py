@@ -22,7 +22,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-pytestmark = pytest.mark.xdist_group("launch")
 QUESTION = "Run the command, then say done."
 COMMAND = "echo made-$((40 + 2)); sleep 1"  # no client knows the number without running it
 # (qwen-code on a busy machine loses what a program prints as it ends: hence the sleep)

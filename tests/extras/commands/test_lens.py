@@ -105,7 +105,6 @@ def test_a_picture_loads_nothing_and_holds_no_markup_of_the_text(tiny_llm: LLM) 
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_a_browser_shows_the_picture(tiny: Callable[..., Path], tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")

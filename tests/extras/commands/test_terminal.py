@@ -32,7 +32,6 @@ import pexpect
 from nanollama_extras.commands import terminal
 from nanollama_extras.commands.terminal import Wrapped, candidates, num_columns
 
-pytestmark = pytest.mark.xdist_group("terminal")
 NEVER = tuple(f"--logit-bias={end}=-100" for end in (1, 3))  # an answer without an end
 MOMENTS = 10
 

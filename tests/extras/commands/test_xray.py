@@ -247,7 +247,6 @@ def test_branches_are_not_recorded(talk: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
-@pytest.mark.xdist_group("terminal")
 def test_a_recording_of_a_terminal(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     import pexpect
 

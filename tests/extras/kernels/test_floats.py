@@ -31,7 +31,6 @@ from nanollama_extras.kernels.native import NativeLinear, NativeProjection
 
 __all__ = ["code_path", "kernel_folder"]  # fixtures
 
-pytestmark = pytest.mark.xdist_group("native")  # each code path is compiled once
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

@@ -69,7 +69,6 @@ try:
 except KernelError:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("native")  # each code path is compiled once
 CPU = torch.device("cpu")
 TORCH = Backend(CPU, torch.float32, "torch")
 NATIVE = NativeBackend(CPU, torch.float32, "native")

@@ -19,7 +19,6 @@ try:
 except KernelError:
     pytest.skip("there is no C compiler", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("sanitizers")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 # Buffers of exactly the size that the kernels may use, each an allocation of its own.
