@@ -331,15 +331,54 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "testing": ("--serve --script answers.yaml",),
 }
 COMMAND_LINES = [(module, line) for module, lines in COMMANDS.items() for line in lines]
+RUN_EACH = """
+import contextlib, io, json, sys
+import nanollama
+for line in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = nanollama.main(line.split())
+        except SystemExit as ended:
+            code = ended.code
+    nanollama.log.handlers.clear()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    alone: Path,
+    environment: dict[str, str],
+    smollm2: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command line; one process runs them all, with a cache
+    that holds SmolLM2 alone."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").mkdir()
+    (cache / "models" / "smollm2").symlink_to(smollm2.parent)
+    lines = [line for _, line in COMMAND_LINES]
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN_EACH],
+        cwd=alone,
+        env={**environment, "NANOLLAMA_CACHE": str(cache)},
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return dict(zip(lines, map(json.loads, ran.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize(("module", "line"), COMMAND_LINES)
 def test_a_command_line_that_needs_an_extra_says_so(
-    run: Run, smollm2: Path, tmp_path: Path, module: str, line: str
+    outcomes: dict[str, tuple[int, str, str]], module: str, line: str
 ) -> None:
-    ran = run(*line.split(), **({"NANOLLAMA_CACHE": str(tmp_path)} if "random" in line else {}))
-    assert (ran.returncode, ran.stdout) == (2, "")
-    *_, last = ran.stderr.splitlines()
+    code, out, err = outcomes[line]
+    assert (code, out) == (2, "")
+    *_, last = err.splitlines()
     assert last.startswith("error: ")
     assert re.search(NEEDS.format(re.escape(module)), last), last
 

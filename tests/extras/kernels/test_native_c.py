@@ -13,6 +13,7 @@ from nanollama_extras.kernels import native
 
 SOURCE = Path(native.__file__).with_name("native.c")
 WARNINGS = "-Wall -Wextra -Werror -O1 -fPIC -shared -ffp-contract=off".split()
+ONLY = {"gcc": [], "clang": ["-fsyntax-only"]}  # clang warns before it optimizes
 CPUS = [
     native.THIS_CPU,
     *(["-march=haswell", "-march=x86-64"] if native.THIS_CPU[2] == "a" else []),
@@ -20,13 +21,14 @@ CPUS = [
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("compiler", ONLY)
 def test_it_compiles_without_a_warning(compiler: str, cpu: str, tmp_path: Path) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler}")
     whole = tmp_path / "native.c"
     whole.write_text(native.SOURCE + native.layout_assertions())
-    command = [compiler, *WARNINGS, cpu, str(whole), "-o", str(tmp_path / "native.so"), "-lm"]
+    command = [compiler, *WARNINGS, *ONLY[compiler], cpu, str(whole), "-lm"]
+    command += ["-o", str(tmp_path / "native.so")]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
