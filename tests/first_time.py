@@ -33,6 +33,7 @@ def ask(url: str, chromium: str, question: str) -> str:
         page = browser.new_page()
         page.goto(url)
         page.get_by_role("button", name="Download smollm2").click()
+        page.get_by_role("progressbar", name="Download of smollm2").wait_for()
         page.locator("#model").get_by_text("smollm2").wait_for(timeout=1000 * DOWNLOAD_S)
         page.locator("#configure").click()
         page.get_by_label("Temperature").fill("0")
@@ -41,6 +42,7 @@ def ask(url: str, chromium: str, question: str) -> str:
         page.locator("#input").press("Enter")
         page.locator(".assistant .note").get_by_text("tokens").wait_for(timeout=1000 * ANSWER_S)
         answer = page.locator(".assistant .text").last.inner_text()
+        assert page.get_by_role("alert").count() == 0
         browser.close()
     return str(answer)
 

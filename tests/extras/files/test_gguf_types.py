@@ -116,6 +116,7 @@ def test_a_model_computes_what_its_dequantized_weights_do(
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 def test_experts_are_packed(tiny: Tiny, tmp_path: Path, kernels: str) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
+    sizes |= {"num_experts": 5, "num_experts_per_tok": 2}
     directory = tiny("Qwen3Moe", **sizes)
     for kind in ("IQ3_XXS", "NVFP4"):
         path, _ = gguf_files.convert(directory, tmp_path / "model.gguf", kind)

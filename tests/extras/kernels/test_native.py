@@ -26,6 +26,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import share_kernels
 from families import ROWS
 from gguf_files import Kind, encode, rare_blocks
 from hypothesis import strategies as st
@@ -88,7 +89,10 @@ PATHS = {  # flags, the features that they take for granted, what the kernels th
 
 @pytest.fixture(scope="module")
 def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
+    """A cache for the kernels of all code paths; this CPU's own may be compiled already."""
+    folder = tmp_path_factory.mktemp("kernels")
+    share_kernels(folder)
+    return folder
 
 
 @pytest.fixture(params=PATHS)

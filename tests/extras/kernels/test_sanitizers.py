@@ -329,7 +329,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from nanollama_extras.kernels import native
 
-native.KERNEL_FLAGS = ("-g", "-O1", *native.KERNEL_FLAGS[1:], "-fsanitize=address")
+native.KERNEL_FLAGS = ("-g", *native.KERNEL_FLAGS[1:], "-fsanitize=address")  # unoptimized
 
 from nanollama import LLM
 
