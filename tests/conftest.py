@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs one process per core
+os.environ.setdefault("RAY_worker_niceness", "0")  # or Ray's processes wait for other tests
 
 import hypothesis
 import torch
