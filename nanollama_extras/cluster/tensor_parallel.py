@@ -59,6 +59,7 @@ from nanollama import (
     human_bytes,
     log,
     open_checkpoint,
+    preferred,
     uninterrupted,
 )
 from nanollama_extras.cluster import shards
@@ -616,7 +617,7 @@ def launch(settings: Settings, argv: list[str]) -> int:
     size = settings.args.tensor_parallel
     checkpoint = open_checkpoint(ModelStore().resolve(settings.model, settings.args.revision))
     shards.check_split(checkpoint.config, size)
-    cores = max(1, (os.cpu_count() or 1) // size)
+    cores = max(1, preferred("kernels.containers", "num_cores", os.cpu_count)() // size)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.value("threads")[0] or cores))
     config = LaunchConfig(
         min_nodes=1,

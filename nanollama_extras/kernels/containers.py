@@ -7,7 +7,8 @@ limit gets the program killed.
 Seam: `num_cores` stands for os.cpu_count where a model's threads are chosen, `free_memory` limits
 the core's `available_memory`. To remove it, delete this module.
 Source: Linux's Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max, memory.current,
-memory.stat) and cgroup-v1/memory.rst, scheduler/sched-bwc.rst (cpu.cfs_quota_us).
+memory.high, memory.stat), cgroup-v1/memory.rst, scheduler/sched-bwc.rst (cpu.cfs_quota_us) and
+filesystems/proc.rst (mountinfo).
 """
 
 from __future__ import annotations
@@ -15,11 +16,35 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
+MOUNTS = Path("/proc/self/mountinfo")
+ESCAPED = re.compile(r"\\([0-7]{3})")  # spaces and others, in a mount's paths
+
+
+def mounts(controller: str) -> Iterator[tuple[str, Path]]:
+    """Where the groups that limit a controller are, "" for those of version 2: the group that a
+    mount shows, and the folder that shows it."""
+    with contextlib.suppress(OSError):
+        for line in MOUNTS.read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            fields, about = before.split(" "), after.split(" ")
+            if len(fields) < 5 or len(about) < 3:
+                continue
+            is_second = about[0] == "cgroup2" and not controller
+            if is_second or (about[0] == "cgroup" and controller in about[2].split(",")):
+                root, place = (ESCAPED.sub(lambda m: chr(int(m[1], 8)), f) for f in fields[3:5])
+                yield root, Path(place)
+
+
+def parts_below(root: str, path: str) -> tuple[str, ...]:
+    """The folders from one group down to another; none where it is not below."""
+    if ".." in path or not f"{path}/".startswith(root.rstrip("/") + "/"):
+        return ()
+    return Path(path.removeprefix(root.rstrip("/")).lstrip("/")).parts
 
 
 def folders(controller: str) -> Iterator[Path]:
@@ -28,12 +53,11 @@ def folders(controller: str) -> Iterator[Path]:
     with contextlib.suppress(OSError):
         for line in OWN.read_text().splitlines():
             controllers, _, path = line.partition(":")[2].partition(":")
-            names = controllers.split(",")
-            if controllers and controller not in names:
+            if controllers and controller not in controllers.split(","):
                 continue
-            root = GROUPS / controller if controllers else GROUPS
-            parts = Path(path.lstrip("/")).parts if ".." not in path else ()
-            yield from (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
+            for root, place in mounts(controller if controllers else ""):
+                parts = parts_below(root, path)
+                yield from (place.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
 
 
 def numbers(file: Path) -> list[float]:
@@ -62,11 +86,13 @@ def num_cores() -> int:
 
 
 def reclaimable(folder: Path) -> float:
-    """Bytes of a group's memory that only hold files, which the system gives up when asked."""
+    """Bytes of a group's memory, and of the groups in it, that only hold files, which the system
+    gives up when asked."""
     with contextlib.suppress(OSError, ValueError):
         lines = (folder / "memory.stat").read_text().splitlines()
         found = dict(line.split() for line in lines)
-        return float(found.get("inactive_file", 0)) + float(found.get("active_file", 0))
+        total = "total_" if "total_inactive_file" in found else ""  # in version 1
+        return sum(float(found.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))
     return 0.0
 
 
@@ -75,6 +101,7 @@ def free_memory(free: float) -> float:
     for folder in folders("memory"):
         for limit, used in (
             ("memory.max", "memory.current"),
+            ("memory.high", "memory.current"),  # above it, the system slows a program down
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             found = numbers(folder / limit) + numbers(folder / used)
