@@ -83,7 +83,8 @@ COMMON = KERNEL_FLAGS[:-1]  # all but the CPU
 PATHS = {  # flags, the features that they take for granted, what the kernels then call themselves
     "native": (KERNEL_FLAGS, [], None),
     "avx2": ((*COMMON, "-march=haswell"), "avx2 fma f16c bmi2".split(), "AVX2"),
-    "portable": ((*COMMON, "-march=x86-64" if X86 else "-march=armv8-a"), [], "portable C"),
+    # -O3 would take half a minute
+    "portable": ((*COMMON, "-O1", "-march=x86-64" if X86 else "-march=armv8-a"), [], "portable C"),
 }
 
 
