@@ -4193,10 +4193,9 @@ class AnswerSplitter:
 #
 #               The draw inverts the cumulative distribution at u(seed, position), a hash: no state
 #               to carry, nothing that another sequence could disturb. Only the likeliest tokens are
-#               sorted (see `likeliest`), unless top-k, top-p and min-p are all off. It is all
-#               NumPy: torch would wake its threads, which then take a core from the kernels.
-#               Under a constraint, the repeat penalty ignores the prompt: its names and values
-#               belong in the answer.
+#               sorted (see `likeliest`). It is all NumPy: torch would wake its threads, which then
+#               take a core from the kernels. Under a constraint, the repeat penalty ignores the
+#               prompt: its names and values belong in the answer.
 #   Invariant   a token depends on this row, this history, this seed and this position alone. Among
 #               equally likely tokens, the lower id comes first.
 #   Extend      a sampler is a field of SamplingParams with a neutral default, and a link here.
@@ -4246,7 +4245,7 @@ class DistinctTokens:
     def __init__(self) -> None:
         self.known: set[int] = set()
         self.num_read = 0
-        self.ids: Any = None  # array of `known`; a server without a model needs no NumPy
+        self.ids: Any = None  # array of `known`; servers may lack NumPy
 
     def update(self, history: list[int]) -> Ids:
         """The distinct ids of a history that begins with that of the last call."""
@@ -4298,9 +4297,8 @@ def likeliest(logits: Row, num: int) -> tuple[Row, Ids]:
     """The `num` largest of logits (V,), best first, equal ones by id -> values (num,), ids (num,);
     fewer where the rest are -inf.
 
-    The logits stand in 64 rows, whose columns are blocks: one pass of vectors finds the maximum of
-    each. At least `num` tokens reach the `num`-th largest maximum, and only blocks whose maximum
-    reaches it contain them: only these tokens are sorted."""
+    The logits stand in 64 rows, whose columns are blocks. At least `num` tokens reach the `num`-th
+    largest maximum of a block: only blocks that reach it are sorted."""
     V = len(logits)
     height = VOCAB_BLOCK if 2 * VOCAB_BLOCK * num <= V else 1
     whole = np.pad(logits, (0, -V % height), constant_values=-np.inf) if V % height else logits
@@ -4321,9 +4319,9 @@ def softmax(logits: Row, temperature: float) -> Probs:
     return weights / weights.sum()
 
 
-def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
+def candidates(logits: Row, params: SamplingParams, share: float = 2) -> tuple[Probs, Ids]:
     """Temperature to min-p -> the probabilities (K,) that are left, best first, and their ids (K,).
-    Without top-k, K grows until top-p and min-p need no more."""
+    Without top-k, K grows until top-p and min-p or a draw at `share` need no more."""
     V, num = len(logits), params.top_k
     if params.temperature == 0 or num == 1:
         return np.ones(1), logits.argmax(0, keepdims=True)
@@ -4331,14 +4329,15 @@ def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
         top, ids = likeliest(logits, min(num, V))
         probs = softmax(top, params.temperature)
     else:
-        whole = softmax(logits, params.temperature)  # (V,)
-        num = 64 if params.top_p < 1 or params.min_p > 0 else V
-        while True:
+        whole = softmax(logits, params.temperature)
+        wanted = params.top_p if params.top_p < 1 or params.min_p > 0 else share
+        for num in (64, 1024, 16384, V):
             ids = likeliest(logits, min(num, V))[1]
             probs = whole[ids]
-            if num >= V or probs.sum() >= params.top_p or probs[-1] < params.min_p * probs[0]:
+            if probs.sum() > wanted or probs[-1] < params.min_p * probs[0]:
                 break
-            num *= 16
+        if wanted == share:  # the last one has the rest
+            probs[-1] += max(0, 1 - probs.sum())
     if params.top_p < 1:  # the smallest set that reaches top_p
         probs = probs[(probs.cumsum() - probs < params.top_p) | (probs == probs[0])]
     probs = probs[~(probs < params.min_p * probs[0])]
@@ -4348,9 +4347,7 @@ def candidates(logits: Row, params: SamplingParams) -> tuple[Probs, Ids]:
 def check_number(value: float, name: str) -> None:
     """Raises LogitsError for nan and infinity, which an undamaged model never computes."""
     if not math.isfinite(value):
-        problem = (
-            f"the model's {name} is {value}: its weights are damaged, or too large for its dtype"
-        )
+        problem = f"the model's {name} is {value}: its weights are damaged, or its dtype too small"
         raise LogitsError(f"{problem}; fetch the model again, or use --dtype float32")
 
 
@@ -4371,9 +4368,10 @@ def sample(
         logits = penalize(logits, params, history, num_prompt, distinct, is_free)
         if allowed is not None:
             logits = np.where(allowed, logits, np.float32(-np.inf))
-        probs, ids = candidates(logits, params)
+        share = params.temperature and uniform(seed, len(history))
+        probs, ids = candidates(logits, params, share)
     cumulative = probs.cumsum()
-    drawn = cumulative.searchsorted(uniform(seed, len(history)) * cumulative[-1], side="right")
+    drawn = cumulative.searchsorted(share * cumulative[-1], side="right")
     return int(ids[min(int(drawn), len(probs) - 1)])
 
 
