@@ -351,13 +351,14 @@ class KernelCalls:
             step(run=ctypes.cast(kernel, ctypes.c_void_p).value, call=ctypes.addressof(call))
             for kernel, call in calls
         ]
-        self.steps = (step * len(steps))(*steps)
+        self.steps, self.replay = (step * len(steps))(*steps), load_kernels().replay
+        self.address = ctypes.addressof(self.steps)
 
-    def run(self, num_rows: int, calls: slice = slice(None)) -> None:
-        """Run the calls, or some of them one after another."""
-        first, last, _ = calls.indices(len(self.steps))
-        address = ctypes.byref(self.steps, first * ctypes.sizeof(self.steps._type_))
-        load_kernels().replay(address, last - first, num_rows, torch.get_num_threads())
+    def run(self, num_rows: int, first: int = 0, last: int | None = None) -> None:
+        """Run the calls, or those from `first` to `last` (not included)."""
+        num = (len(self.steps) if last is None else last) - first
+        address = self.address + first * ctypes.sizeof(self.steps._type_)
+        self.replay(address, num, num_rows, torch.get_num_threads())
 
 
 # ---- matrices ------------------------------------------------------------------------------------
@@ -606,7 +607,7 @@ class NativeKVCache(KVCache):
 
     def fill(self, batch: Batch) -> None:
         """Write a batch's spans into its tables."""
-        for in_ring, strips in ((False, self.strips), (True, self.rings)):
+        for in_ring, strips in ((False, self.strips), (True, self.rings))[: 1 + bool(self.ring)]:
             table = batch.memo["spans", in_ring]
             for row, span in enumerate(batch.spans):
                 strip = strips[span.slot]
@@ -618,7 +619,7 @@ class NativeKVCache(KVCache):
                     row=span.row,
                     is_whole=span.is_whole,
                 )
-            table[len(batch.spans)] = STRUCTURES["span"]()
+            table[len(batch.spans)].num_new = 0
 
 
 # ---- the backend ---------------------------------------------------------------------------------

@@ -10,22 +10,24 @@ Remove     delete this file: Python then calls every kernel of every step.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from nanollama import Batch, KernelError, KVCache, Span
+from nanollama import Batch, Decoder, KernelError, KVCache, Rope, Rotation, Span
 from nanollama_extras.kernels.arrays import torch
 from nanollama_extras.kernels.native import KernelCalls, num_recorded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanollama import Decoder, Work
+    from nanollama import Work
     from nanollama_extras.kernels.native import NativeKVCache
+
+
+TURNS = 64  # positions
 
 
 class Lent:
@@ -86,35 +88,50 @@ class DecodeCalls:
         self.prepare = getattr(decoder, "prepare", lambda batch: None)  # before each step
         self.prepare(batch)
         self.calls = KernelCalls(self.step, Arena())
+        # Between two steps, all that Python touches comes from memory: so it touches little.
+        self.token_ids, self.positions = batch.token_ids.numpy(), batch.positions.numpy()
+        self.all_states, self.end_states = self.hidden.numpy(), self.states.numpy()
+        self.results = [self.calls.result[:num] for num in range(self.num_sequences + 1)]
+        self.turns: dict[int, list[Any]] = {}  # by number of block
+        self.turned = arrays_of(batch.rotations)
+        of_position = all(type(rope).angles is Rope.angles for rope in decoder.ropes)
+        self.has_turns = of_position and type(decoder).rotations is Decoder.rotations
 
     def step(self) -> Tensor:
         """The scores of `num_sequences` rows"""
         self.hidden = self.decoder.hidden(self.batch, self.cache)
         self.head = num_recorded()  # calls before the head's
+        self.decoder.lm_head(self.hidden[: self.num_sequences], norm=self.decoder.norm)
+        self.end = num_recorded()  # calls of a step with one row of each sequence
         self.states = torch.empty(self.num_sequences, self.hidden.size(1))
         return self.decoder.lm_head(self.states, norm=self.decoder.norm).float()
 
     def __call__(self, work: list[Work]) -> Tensor | None:
         """As in DecodeSteps."""
-        spans, ids = list[Span](), list[int]()
+        spans, ids, positions = list[Span](), list[int](), list[int]()
         for slot, start, new, num_logits in work:
             spans.append(Span(slot, start, len(new), len(ids), num_logits))
             ids += new
+            positions += range(start, start + len(new))
         if not self.takes(spans, ids):
             return None
-        batch, positions = self.batch, [range(s.start, s.start + s.num_new) for s in spans]
-        batch.token_ids.numpy()[: len(ids)] = ids
-        batch.positions.numpy()[: len(ids)] = [*itertools.chain.from_iterable(positions)]
-        batch.spans = spans
-        self.cache.fill(batch)
-        self.prepare(batch)
-        self.rotate(len(ids))
-        self.calls.run(len(ids), slice(self.head))
-        ends = [(span.row + span.num_new, span.num_rows) for span in spans]
-        rows = [row for end, num in ends for row in range(end - num, end)]
-        self.states.numpy()[: len(rows)] = self.hidden.numpy()[rows]
-        self.calls.run(len(rows), slice(self.head, None))
-        return self.decoder.capped(self.calls.result[: len(rows)])
+        num = len(ids)
+        self.token_ids[:num], self.positions[:num] = ids, positions
+        self.batch.spans = spans
+        self.cache.fill(self.batch)
+        self.prepare(self.batch)
+        if num == len(spans):
+            self.turn(positions)
+            self.calls.run(num, 0, self.end)
+        else:
+            self.rotate(num)
+            self.calls.run(num, 0, self.head)
+            ends = [(span.row + span.num_new, span.num_rows) for span in spans]
+            rows = [row for end, num in ends for row in range(end - num, end)]
+            num = len(rows)
+            self.end_states[:num] = self.all_states[rows]
+            self.calls.run(num, self.end)
+        return self.decoder.capped(self.results[num])
 
     def takes(self, spans: list[Span], ids: list[int]) -> bool:
         """Whether such a step was recorded. One for a pooler, which has no logits, was not."""
@@ -127,9 +144,32 @@ class DecodeCalls:
 
     def rotate(self, num_rows: int) -> None:
         """Compute how the first rows are turned."""
+        for old, new in zip(self.turned, self.rotations(self.batch.positions[:num_rows])):
+            old[:num_rows] = new
+
+    def rotations(self, positions: Tensor) -> list[Any]:
+        """The arrays (N, ..) of the rotations to positions (N,)"""
         view = copy.copy(self.batch)
-        view.positions = view.positions[:num_rows]
-        for name, rotation in self.decoder.rotations(view, self.cache).items():
-            for old, new in zip(self.batch.rotations[name], rotation):
-                if old is not None and new is not None:
-                    old[:num_rows].copy_(new)
+        view.positions = positions
+        return arrays_of(self.decoder.rotations(view, self.cache))
+
+    def turn(self, positions: list[int]) -> None:
+        """Turn a row of each sequence: for TURNS positions, most rotations are computed once."""
+        if not self.has_turns:
+            self.rotate(len(positions))
+            return
+        for row, position in enumerate(positions):
+            block, at = divmod(position, TURNS)
+            if block not in self.turns:
+                if len(self.turns) > 2 * self.num_sequences:
+                    del self.turns[next(iter(self.turns))]
+                first = block * TURNS
+                which = torch.from_numpy(np.arange(first, first + TURNS))
+                self.turns[block] = self.rotations(which)
+            for old, new in zip(self.turned, self.turns[block]):
+                old[row] = new[at]
+
+
+def arrays_of(rotations: dict[int | None, Rotation]) -> list[Any]:
+    """The arrays of rotations, in their order"""
+    return [x.numpy() for rotation in rotations.values() for x in rotation if x is not None]
