@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import re
@@ -554,12 +555,33 @@ def value_dim(config: ModelConfig) -> int:
     return int(shape.latent) if shape else config.head_dim
 
 
+def longer(strip: Tensor, capacity: int) -> Tensor:
+    """A strip with zeros up to `capacity`. The system gives their memory when it is written."""
+    shape = (*strip.shape[:3], capacity, strip.shape[4])
+    memory = np.zeros(math.prod(shape) + 63, np.uint8)
+    start = -memory.ctypes.data % 64  # the first byte of a cache line
+    new = torch.from_numpy(memory[start : start + math.prod(shape)]).view(shape)
+    new[:, :, :, : strip.shape[3]] = strip
+    return new
+
+
 class NativeKVCache(KVCache):
     """KVCache in the layout that the kernel reads; 16 positions make a block."""
 
     tile = KV_BLOCK
     has_readers = True  # layers may read the keys and values of another one
     kinds = ("float32", "float16", "q8")
+
+    def reserve(self, slot: int, num_tokens: int) -> None:
+        """As in KVCache. A strip has room for its whole text at once, since memory is taken only
+        where it is written."""
+        length = max(num_tokens, len(self.texts[slot]))
+        for strips, most in ((self.strips, 2**62), (self.rings, self.ring)):
+            capacity = strips[slot].shape[3]
+            if min(num_tokens, most) > capacity and strips[slot].shape[1]:
+                wanted = min(round_up(max(length, 2 * capacity), self.tile), most)
+                strips[slot] = longer(strips[slot], wanted)
+        super().reserve(slot, num_tokens)
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         in_ring, index = self.places[attn.index]
