@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from nanollama import LLM, Engine, EngineConfig, Json, Sequence
 
 BLOCK = 128  # tokens; a multiple of KV_BLOCK
-FORMAT = 1
+FORMAT = 2
 AHEAD = 4  # blocks that are read before the scheduler takes them
 MOST_S = 0.005  # seconds of a step for blocks, while others decode
 MOST_IDLE_S = 0.1  # while no other does: a server then looks for new requests

@@ -39,6 +39,12 @@ INLINE vec pick(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mas
 INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
 INLINE vec smaller(vec a, vec b) { return pick(b < a, b, a); }
 
+INLINE int32_t two_words(const int16_t *a) {
+    int32_t words;
+    memcpy(&words, a, 4);
+    return words;
+}
+
 INLINE int32_t four_bytes(const int8_t *a) {
     int32_t bytes;
     memcpy(&bytes, a, 4);
@@ -54,6 +60,9 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   look_up      for each byte of q, the entry of a table of 16 bytes that it numbers
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, which all lanes share
+ *   from_pairs   loads int8 as int16, two in a lane
+ *   dot2         adds to each lane the dot product of its 2 int16 and those at `a`
+ *   to_int16     stores integers as int16
  *
  *   TILE     tokens, and
  *   BLOCKS   blocks of 16 rows, whose sums fit into the registers together
@@ -84,6 +93,11 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     (void)bits;
     return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(four_bytes(a)));
 }
+INLINE ivec from_pairs(const void *p) { return (ivec)_mm512_cvtepi8_epi16(_mm256_loadu_si256(p)); }
+INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
+    return (ivec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(two_words(a)));
+}
+INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16((__m512i)x)); }
 
 #elif LANES == 8
 #define PATH "AVX2"
@@ -114,6 +128,10 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(acts, 8), 8);
     sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
     return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
+}
+INLINE ivec from_pairs(const void *p) { return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
+INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
+    return sum + (ivec)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(two_words(a)));
 }
 
 #else
@@ -185,9 +203,25 @@ INLINE vec from_float8(const uint8_t *p) {
 }
 #endif
 
+#if LANES < 8
+INLINE ivec from_pairs(const void *bytes) {
+    const int8_t *p = bytes;
+    ivec x = {0};
+    for (int i = 0; i < LANES; i++)
+        x[i] = (p[2 * i] & 0xffff) | (int32_t)((uint32_t)p[2 * i + 1] << 16);
+    return x;
+}
+INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
+    return sum + (w << 16 >> 16) * a[0] + (w >> 16) * a[1];
+}
+#endif
+
 #if LANES < 16
 INLINE void to_bytes(int8_t *p, ivec x) {
     for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i];
+}
+INLINE void to_int16(int16_t *p, ivec x) {
+    for (int i = 0; i < LANES; i++) p[i] = (int16_t)x[i];
 }
 #endif
 
@@ -1410,11 +1444,14 @@ void experts(const void *call, int64_t n, int64_t num_threads) {
  *   of values   (16, D) elements, as are keys whose first `value_dim` elements are the value: then
  *               there is no other plane, and queries and keys are rotated already
  *
- * An 8-bit block ends with its scales, (D / group, 16) float16. Position p is in block p / 16; in a
- * ring, where later positions replace earlier ones, it is in block (p / 16) % ring.
+ * In a block of 8 bits, what is added up lies in pairs: keys are (D / 2, 16, 2) elements, values
+ * (8, D, 2) of pairs of positions. It ends with its scales, (D / group, 16) float16.
+ * Position p is in block p / 16; in a ring, where later positions replace earlier ones, it is in
+ * block (p / 16) % ring.
  */
 enum { FLOAT32, FLOAT16, Q8 };
 #define CHUNK 128 /* keys of one softmax; the results of chunks are merged in their order */
+#define MAX_RUN 8 /* tasks that read a chunk while it is in a cache */
 #define MAX_D 576
 #define NOTHING -1e30f /* stands for the largest of no scores */
 
@@ -1440,6 +1477,8 @@ typedef struct {
     float *q;                  /* (N, H, D), rotated and scaled; from here on set by `attention` */
     float *partials;           /* results of each chunk of each task, if threads share tasks */
     int64_t num_chunks;        /* chunks that threads cut a task into, or 1 */
+    int64_t run;               /* chunks of a task in a piece, or tasks in a piece */
+    int64_t num_tasks;
 } attention_call;
 
 INLINE int64_t scale_group(int64_t D) { return D % 32 ? D : 32; }
@@ -1490,16 +1529,28 @@ INLINE void store_position(const attention_call *c, const float *x, char *block,
         float inverse = most > 0 ? 127.0f / most : 0;
         to_half(half, splat(most / 127.0f));
         ((uint16_t *)(block + 16 * D))[g * 16 + lane] = half[0];
-        for (int64_t d = g * group; d < (g + 1) * group; d++)
-            ((int8_t *)block)[first + d * step] = (int8_t)lrintf(x[d] * inverse);
+        for (int64_t d = g * group; d < (g + 1) * group; d++) {
+            int64_t pair = is_value ? lane / 2 * D + d : d / 2 * 16 + lane;
+            int64_t at = 2 * pair + (is_value ? lane : d) % 2;
+            ((int8_t *)block)[at] = (int8_t)lrintf(x[d] * inverse);
+        }
     }
 }
 
-/* LANES elements of a block, from element `at` on */
+/* Bring the line at p from memory into the second cache. */
+INLINE void fetch_soon(const char *p) { __builtin_prefetch(p, 0, 2); }
+
+/* LANES floats of a block, from element `at` on */
 INLINE vec elements(const char *block, int64_t at, int kind) {
     if (kind == FLOAT32) return load((const float *)block + at);
-    if (kind == FLOAT16) return from_half((const uint16_t *)block + at);
-    return from_bytes((const int8_t *)block + at);
+    return from_half((const uint16_t *)block + at);
+}
+
+/* LANES elements of the value of position i of a block, from column d on */
+INLINE vec value_part(const char *block, int64_t D, int64_t i, int64_t d, int kind) {
+    if (kind != Q8) return elements(block, i * D + d, kind);
+    ivec pairs = from_pairs(block + i / 2 * 2 * D + 2 * d);
+    return __builtin_convertvector(i % 2 ? pairs >> 16 : pairs << 16 >> 16, vec);
 }
 
 /* Up to ROWS queries of one sequence and one key/value head; query r sees keys from[r] .. to[r] */
@@ -1523,7 +1574,7 @@ INLINE void score_rows(const attention_call *c, const float *q, const char *bloc
         for (int64_t g = 0; g < D; g += group) {
             for (int r = 0; r < R; r++) part[r] = (vec){0};
             for (int64_t d = g; d < g + group; d += LANES) {
-                vec key = elements(block, (first + i) * D + d, kind);
+                vec key = value_part(block, D, first + i, d, kind);
                 for (int r = 0; r < R; r++) part[r] = madd(load(q + r * D + d), key, part[r]);
             }
             float scale = 1;
@@ -1534,29 +1585,62 @@ INLINE void score_rows(const attention_call *c, const float *q, const char *bloc
     }
 }
 
-/* p (R, CHUNK) = exp(score - m) of keys first..last for queries q (R, D); m and l */
+/* dot (R) = scores of LANES keys for queries q (D, ROWS). Meanwhile, what is at `next` is fetched:
+ * as many bytes as the keys take. */
+INLINE void score_lanes(const attention_call *c, const float *q, const char *block, int64_t first,
+                        const char *next, vec *dot, int R, int kind) {
+    const int size = kind == FLOAT32 ? 4 : 2, step = 4 / size;
+    for (int64_t d = 0; d < c->head_dim; d += step) {
+        if (first % 16 == 0) fetch_soon(next + d * 16 * size);
+        for (int64_t i = d; i < d + step; i++) {
+            vec key = elements(block, 16 * i + first, kind);
+            for (int r = 0; r < R; r++) dot[r] = madd(splat(q[i * ROWS + r]), key, dot[r]);
+        }
+    }
+}
+
+/* The same of keys of 8 bits, for queries (D / 2, ROWS) of pairs of int16 with their units */
+INLINE void score_pairs(const attention_call *c, const float *tile, const char *block,
+                        int64_t first, const char *next, vec *dot, int R) {
+    int64_t D = c->head_dim, group = scale_group(D);
+    const int16_t *q = (const int16_t *)tile;
+    for (int64_t g = 0; g < D; g += group) {
+        ivec part[ROWS];
+        for (int r = 0; r < R; r++) part[r] = (ivec){0};
+        for (int64_t d = g; d < g + group; d += 4) {
+            if (first % 16 == 0) fetch_soon(next + d * 16);
+            for (int64_t i = d; i < d + 4; i += 2) {
+                ivec keys = from_pairs(block + 16 * i + 2 * first);
+                for (int r = 0; r < R; r++) part[r] = dot2(part[r], keys, q + (i * ROWS + 2 * r));
+            }
+        }
+        vec scale = from_half(block + 16 * D + g / group * 32 + first * 2);
+        for (int r = 0; r < R; r++)
+            dot[r] = madd(__builtin_convertvector(part[r], vec), scale, dot[r]);
+    }
+    for (int r = 0; r < R; r++) dot[r] *= tile[D * ROWS + r];
+}
+
+/* p (R, CHUNK) = exp(score - m) of keys first..last for a tile of queries; m and l. Meanwhile, the
+ * values are fetched. */
 INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
-                  int64_t first, int64_t last, float *p, float *m, float *l, int R, int kind) {
-    int64_t D = c->head_dim, num_keys = last - first, group = kind == Q8 ? scale_group(D) : D;
+                  const char *values, int64_t first, int64_t last, float *p, float *m, float *l,
+                  int R, int kind) {
+    int64_t num_keys = last - first;
     vec most[ROWS], sum[ROWS];
     ivec lanes = {0};
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
     for (int64_t k = 0; k < num_keys; k += LANES) {
-        const char *block = keys + k / 16 * c->block_bytes;
-        vec dot[ROWS], part[ROWS];
+        int64_t at = k / 16 * c->block_bytes;
+        vec dot[ROWS];
         for (int r = 0; r < R; r++) dot[r] = (vec){0};
-        if (has_one_plane(c)) score_rows(c, q, block, k % 16, dot, R, kind);
-        for (int64_t g = 0; g < D && !has_one_plane(c); g += group) {
-            for (int r = 0; r < R; r++) part[r] = (vec){0};
-            for (int64_t d = g; d < g + group; d++) {
-                vec key = elements(block, 16 * d + k % 16, kind);
-                for (int r = 0; r < R; r++) part[r] = madd(splat(q[r * D + d]), key, part[r]);
-            }
-            vec scale = splat(1);
-            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + k % 16 * 2);
-            for (int r = 0; r < R; r++) dot[r] = madd(part[r], scale, dot[r]);
-        }
+        if (has_one_plane(c))
+            score_rows(c, q, keys + at, k % 16, dot, R, kind);
+        else if (kind == Q8)
+            score_pairs(c, q, keys + at, k % 16, values + at, dot, R);
+        else
+            score_lanes(c, q, keys + at, k % 16, values + at, dot, R, kind);
         for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
             dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
         ivec place = lanes + (int32_t)(first + k);
@@ -1578,9 +1662,11 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
     }
 }
 
-/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors of y at a time */
-INLINE void weigh(const attention_call *c, const float *p, const char *values, int64_t num_keys,
-                  float *y, int R, int kind) {
+/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors of y at a time.
+ * Meanwhile, what is at `next` is fetched: about as many bytes as the values take. */
+INLINE void weigh(const attention_call *c, const float *p, const char *values, const char *next,
+                  int64_t num_keys, float *y, int R, int kind) {
+    const int size = kind == FLOAT32 ? 4 : 2;
     int64_t D = c->head_dim;
     for (int64_t d = 0; d < c->value_dim; d += 2 * LANES) {
         const int two = d + 2 * LANES <= c->value_dim;
@@ -1588,24 +1674,14 @@ INLINE void weigh(const attention_call *c, const float *p, const char *values, i
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
         for (int64_t first = 0; first < num_keys; first += 16) {
             const char *block = values + first / 16 * c->block_bytes;
-            float scaled[ROWS * 16];
             const float *weight = p + first;
-            int64_t step = CHUNK;
-            if (kind == Q8) {
-                const char *scales = block + 16 * D + d / scale_group(D) * 32;
-                for (int r = 0; r < R; r++)
-                    for (int i = 0; i < 16; i += LANES) {
-                        vec w = load(weight + r * CHUNK + i);
-                        store(scaled + 16 * r + i, w * from_half(scales + 2 * i));
-                    }
-                weight = scaled, step = 16;
-            }
-            for (int64_t k = 0; k < MIN(16, num_keys - first); k++) {
+            for (int64_t k = 0; k < MIN(16, num_keys - first); k++, next += 2 * LANES * size) {
                 vec v = elements(block, k * D + d, kind), v2 = {0};
                 if (two) v2 = elements(block, k * D + d + LANES, kind);
+                fetch_soon(next);
                 for (int r = 0; r < R; r++) {
-                    sum[r][0] = madd(splat(weight[r * step + k]), v, sum[r][0]);
-                    sum[r][1] = madd(splat(weight[r * step + k]), v2, sum[r][1]);
+                    sum[r][0] = madd(splat(weight[r * CHUNK + k]), v, sum[r][0]);
+                    sum[r][1] = madd(splat(weight[r * CHUNK + k]), v2, sum[r][1]);
                 }
             }
         }
@@ -1616,10 +1692,75 @@ INLINE void weigh(const attention_call *c, const float *p, const char *values, i
     }
 }
 
+/* The largest scale of group g of the values that a query sees, positions from .. to of a chunk;
+ * factors (num_keys) = scales as parts of it, times 32767, and 0 for the others */
+INLINE float scale_factors(const attention_call *c, const char *values, int64_t g, int64_t from,
+                           int64_t to, int64_t num_keys, float *factors) {
+    vec most = {0};
+    ivec lanes = {0};
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int64_t k = 0; k < num_keys; k += LANES) {
+        const char *scales = values + k / 16 * c->block_bytes + 16 * c->head_dim + g * 32;
+        ivec place = lanes + (int32_t)k, seen = (place >= (int32_t)from) & (place < (int32_t)to);
+        vec scale = pick(seen, from_half(scales + k % 16 * 2), (vec){0});
+        most = larger(scale, most);
+        store(factors + k, scale);
+    }
+    float largest = largest_of(most), inverse = largest > 0 ? 32767.0f / largest : 0;
+    for (int64_t k = 0; k < num_keys; k += LANES) store(factors + k, load(factors + k) * inverse);
+    return largest;
+}
+
+/* `weigh` for values of 8 bits: weights times scales become int16, of the largest scale */
+INLINE void weigh_pairs(const attention_call *c, const task *t, const float *p, const char *values,
+                        const char *next, int64_t first, int64_t num_keys, float *y, int R) {
+    int64_t D = c->head_dim, group = scale_group(D), num_pairs = (num_keys + 1) / 2;
+    int16_t weights[ROWS * CHUNK];
+    int64_t seen_from = 0, seen_to = 0;
+    float factors[CHUNK], unit[ROWS] = {0};
+    for (int64_t d = 0; d < c->value_dim; d += 2 * LANES) {
+        const int two = d + 2 * LANES <= c->value_dim;
+        ivec sum[ROWS][2];
+        for (int r = 0; r < R && d % group == 0; r++) {
+            int64_t from = MAX(0, t->from[r] - first), to = MIN(num_keys, t->to[r] - first);
+            if (r && from == seen_from && to == seen_to)
+                unit[r] = unit[r - 1];
+            else
+                unit[r] = scale_factors(c, values, d / group, from, to, num_keys, factors) / 32767;
+            seen_from = from, seen_to = to;
+            for (int64_t k = 0; k < num_keys; k += LANES) {
+                vec w = madd(load(p + r * CHUNK + k), load(factors + k), splat(ROUNDER));
+                to_int16(weights + r * CHUNK + k, (ivec)w - (ivec)splat(ROUNDER));
+            }
+        }
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (ivec){0};
+        for (int64_t i = 0; i < num_pairs; i += 8) {
+            const char *block = values + i / 8 * c->block_bytes + 2 * d;
+            for (int64_t k = i; k < MIN(num_pairs, i + 8); k++, block += 2 * D, next += 4 * LANES) {
+                ivec v = from_pairs(block), v2 = {0};
+                if (two) v2 = from_pairs(block + 2 * LANES);
+                fetch_soon(next);
+                for (int r = 0; r < R; r++) {
+                    sum[r][0] = dot2(sum[r][0], v, weights + r * CHUNK + 2 * k);
+                    sum[r][1] = dot2(sum[r][1], v2, weights + r * CHUNK + 2 * k);
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(y + r * D + d, __builtin_convertvector(sum[r][0], vec) * unit[r]);
+            if (two)
+                store(y + r * D + d + LANES, __builtin_convertvector(sum[r][1], vec) * unit[r]);
+        }
+    }
+}
+
 #define ATTEND(R, KIND) \
     if (num_rows == R && c->kind == KIND) { \
-        score(c, t, q, keys, first, last, p, out, out + ROWS, R, KIND); \
-        weigh(c, p, values, last - first, out + 2 * ROWS, R, KIND); \
+        score(c, t, q, keys, values, first, last, p, out, out + ROWS, R, KIND); \
+        if (KIND == Q8) \
+            weigh_pairs(c, t, p, values, next, first, last - first, out + 2 * ROWS, R); \
+        else \
+            weigh(c, p, values, next, last - first, out + 2 * ROWS, R, KIND); \
         return; \
     }
 #define ATTEND_KINDS(R) \
@@ -1631,8 +1772,10 @@ static void attend_chunk(const attention_call *c, const task *t, const float *q,
     float p[ROWS * CHUNK];
     int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
     int64_t at = first / 16 % c->ring * c->block_bytes;
-    const char *keys = blocks_of(c, t->s, 0, t->head) + at;
+    const char *keys = blocks_of(c, t->s, 0, t->head), *next = keys;
     const char *values = blocks_of(c, t->s, 1, t->head) + at;
+    next += (last < t->end ? last / 16 % c->ring : first / 16 % c->ring) * c->block_bytes;
+    keys += at;
     int num_rows = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
     ATTEND_KINDS(1);
     ATTEND_KINDS(2);
@@ -1738,25 +1881,66 @@ static void place_piece(const void *job, int64_t piece) {
     }
 }
 
-/* A piece is a task, or one chunk of a task */
-static void attend_piece(const void *job, int64_t piece) {
+/* Queries of a task as `score` reads them. The last query pads the tile.
+ *
+ *   of keys in floats   (D, ROWS)
+ *   of keys of 8 bits   (D / 2, ROWS, 2) int16, then the unit of each (ROWS)
+ *   of keys that lie as values do   (ROWS, D) */
+#define QUERIES(D) (ROWS * ((D) + 1))
+static void lay_queries(const attention_call *c, const task *t, float *tile) {
+    int64_t D = c->head_dim;
+    for (int64_t r = 0; r < ROWS; r++) {
+        const float *q = c->q + place(c, t, MIN(r, t->num_rows - 1)) * D;
+        float most = 0, sum = 0;
+        for (int64_t d = 0; d < D; d++) most = MAX(most, fabsf(q[d])), sum += q[d] * 0;
+        float inverse = most > 0 ? 32767.0f / most : 0;
+        for (int64_t d = 0; d < D; d++)
+            if (has_one_plane(c))
+                tile[r * D + d] = q[d];
+            else if (c->kind == Q8)
+                ((int16_t *)tile)[(d / 2 * ROWS + r) * 2 + d % 2] = (int16_t)lrintf(q[d] * inverse);
+            else
+                tile[d * ROWS + r] = q[d];
+        if (c->kind == Q8 && !has_one_plane(c))
+            tile[D * ROWS + r] = most / 32767.0f + sum; /* NaN if any is NaN or infinite */
+    }
+}
+
+/* A piece is a run of chunks of a task */
+static void attend_run(const void *job, int64_t piece) {
     const attention_call *c = job;
-    float tile[ROWS * MAX_D], sum[PARTIAL(MAX_D)], one[PARTIAL(MAX_D)];
-    int64_t D = c->head_dim, chunk = piece % c->num_chunks;
-    task t = find_task(c, piece / c->num_chunks);
-    for (int64_t r = 0; r < ROWS; r++) /* the last query pads the tile */
-        memcpy(tile + r * D, c->q + place(c, &t, MIN(r, t.num_rows - 1)) * D, D * sizeof(float));
-    if (c->num_chunks > 1) {
-        if (chunk >= t.first_chunk && chunk * CHUNK < t.end)
-            attend_chunk(c, &t, tile, chunk, c->partials + piece * PARTIAL(D));
-        return;
+    float tile[QUERIES(MAX_D)];
+    int64_t num_runs = (c->num_chunks + c->run - 1) / c->run, index = piece / num_runs;
+    task t = find_task(c, index);
+    int64_t first = piece % num_runs * c->run, stop = MIN(first + c->run, c->num_chunks);
+    lay_queries(c, &t, tile);
+    for (int64_t i = MAX(first, t.first_chunk); i < stop && i * CHUNK < t.end; i++)
+        attend_chunk(c, &t, tile, i,
+                     c->partials + (index * c->num_chunks + i) * PARTIAL(c->head_dim));
+}
+
+/* A piece is a run of tasks. Those of one head read each chunk one after another. */
+static void attend_tasks(const void *job, int64_t piece) {
+    const attention_call *c = job;
+    int64_t D = c->head_dim, first = piece * c->run, num = MIN(c->run, c->num_tasks - first);
+    int64_t chunk = INT64_MAX, end = 0;
+    float one[PARTIAL(MAX_D)], *tiles = malloc(num * (QUERIES(D) + PARTIAL(D)) * sizeof(float));
+    float *sums = tiles + num * QUERIES(D);
+    task tasks[MAX_RUN];
+    for (int64_t i = 0; i < num; i++) {
+        tasks[i] = find_task(c, first + i);
+        lay_queries(c, tasks + i, tiles + i * QUERIES(D));
+        clear(c, tasks + i, sums + i * PARTIAL(D));
+        chunk = MIN(chunk, tasks[i].first_chunk), end = MAX(end, tasks[i].end);
     }
-    clear(c, &t, sum);
-    for (chunk = t.first_chunk; chunk * CHUNK < t.end; chunk++) {
-        attend_chunk(c, &t, tile, chunk, one);
-        merge(&t, sum, one, D);
-    }
-    finish(c, &t, sum);
+    for (; chunk * CHUNK < end; chunk++)
+        for (int64_t i = 0; i < num; i++) {
+            if (chunk < tasks[i].first_chunk || chunk * CHUNK >= tasks[i].end) continue;
+            attend_chunk(c, tasks + i, tiles + i * QUERIES(D), chunk, one);
+            merge(tasks + i, sums + i * PARTIAL(D), one, D);
+        }
+    for (int64_t i = 0; i < num; i++) finish(c, tasks + i, sums + i * PARTIAL(D));
+    free(tiles);
 }
 
 static void merge_piece(const void *job, int64_t piece) {
@@ -1776,22 +1960,30 @@ void attention(const void *call, int64_t num_tokens, int64_t num_threads) {
     attention_call c = *(const attention_call *)call;
     if (!c.scale) c.scale = 1.0f / sqrtf(c.head_dim);
     c.num_chunks = 1;
-    int64_t num_tasks = 0, num_new = 0, num_chunks = 1;
+    int64_t num_new = 0, num_chunks = 1, num_pieces;
+    c.num_tasks = 0;
     for (const span *s = c.spans; s->num_new; s++) {
         num_new += s->num_new;
-        num_tasks += (s->num_new * (c.n_heads / c.n_kv_heads) + ROWS - 1) / ROWS * c.n_kv_heads;
+        c.num_tasks += (s->num_new * (c.n_heads / c.n_kv_heads) + ROWS - 1) / ROWS * c.n_kv_heads;
         num_chunks = MAX(num_chunks, (s->start + s->num_new - 1) / CHUNK + 1);
     }
-    if (num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
+    if (c.num_tasks < 2 * num_threads) c.num_chunks = num_chunks;
     int64_t row_bytes = c.n_heads * c.value_dim * sizeof(float);
     for (int64_t row = num_new; row < num_tokens; row++) /* rows that pad the batch */
         memset((char *)c.out + row * row_bytes, 0, row_bytes);
     c.q = malloc(num_tokens * c.n_heads * c.head_dim * sizeof(float));
-    if (c.num_chunks > 1)
-        c.partials = malloc(num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
     share_out(place_piece, &c, num_new, num_new < 4 ? 1 : num_threads);
-    share_out(attend_piece, &c, num_tasks * c.num_chunks, num_threads);
-    if (c.num_chunks > 1) share_out(merge_piece, &c, num_tasks, num_threads);
+    num_pieces = 2 * PIECES * num_threads;
+    if (c.num_chunks > 1) {
+        c.partials = malloc(c.num_tasks * num_chunks * PARTIAL(c.head_dim) * sizeof(float));
+        c.run = MAX(1, c.num_tasks * num_chunks / num_pieces);
+        num_pieces = (num_chunks + c.run - 1) / c.run * c.num_tasks;
+        share_out(attend_run, &c, num_pieces, num_threads);
+        share_out(merge_piece, &c, c.num_tasks, num_threads);
+    } else {
+        c.run = MAX(1, MIN(MAX_RUN, c.num_tasks / num_pieces));
+        share_out(attend_tasks, &c, (c.num_tasks + c.run - 1) / c.run, num_threads);
+    }
     free(c.q);
     free(c.partials);
 }
