@@ -321,7 +321,7 @@ def extra(path: str, feature: str) -> Any:
     is not installed, and PackageError for a library that it needs."""
     name = f"nanollama_extras.{path}"
     try:
-        with uninterrupted():
+        with contextlib.nullcontext() if name in sys.modules else uninterrupted():
             return importlib.import_module(name)
     except ImportError as error:
         missing = str(error.name)
@@ -2342,9 +2342,8 @@ class Checkpoint:
     @property
     def quantization(self) -> str:
         """The type of most weights, such as BF16 or Q4_K."""
-        weights: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            weights[tensor.kind] += math.prod(tensor.shape)
+        sizes = (Counter({t.kind: math.prod(t.shape)}) for t in self.tensors.values())
+        weights = sum(sizes, Counter())
         return weights.most_common(1)[0][0] if weights else "none"
 
 
@@ -2545,9 +2544,9 @@ class GGUFCursor:
         return self.scalars(code, 1)[0]
 
     def string(self) -> str:
-        start = self.at = self.at + 8
-        self.at += self.bounded(int.from_bytes(self.data[start - 8 : start], "little"), 1)
-        return str(self.data[start : self.at], "utf-8", "replace")
+        size = self.bounded(self.scalar("Q"), 1)
+        self.at += size
+        return str(self.data[self.at - size : self.at], "utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         if kind in GGUF_SCALARS:
@@ -2561,7 +2560,9 @@ class GGUFCursor:
             return list(self.scalars(GGUF_SCALARS[item], count))
         if item != GGUF_STRING:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
-        return [self.string() for _ in range(self.bounded(count, 8))]  # 8 bytes or more
+        plain: Any = lambda own, n: [own.string() for _ in range(n)]  # noqa: E731
+        strings = preferred("files.gguf_blocks", "strings", plain)
+        return strings(self, self.bounded(count, 8))  # 8 bytes or more
 
 
 def read_gguf(path: Path, partial: bool = False) -> tuple[Json, Tensors]:
@@ -3575,14 +3576,15 @@ def gguf_tokenizer(
     types += [TOKEN_NORMAL] * (len(tokens) - len(types))
     vocab: dict[str, int] = {}
     for i, token in enumerate(tokens):
-        # an empty or repeated piece gets a longer name, which `piece` cuts
-        tokens[i] = token if token and token not in vocab else f"{token}{REPEATED}{i}"
-        vocab[tokens[i]] = i
+        if not token or vocab.setdefault(token, i) != i:
+            tokens[i] = f"{token}{REPEATED}{i}"  # `piece` cuts the longer name
+            vocab[tokens[i]] = i
     if build:
         tokenizer = build(metadata, vocab, types)
     else:
         pre = pre_tokenizer(metadata)
-        tokenizer = byte_level_bpe(vocab, file_merges(metadata, vocab), pre)
+        merges = preferred("files.gguf_blocks", "file_merges", file_merges)(metadata, vocab)
+        tokenizer = byte_level_bpe(vocab, merges, pre)
         metadata = {"add_bos_token": pre.adds_bos, **metadata}
     add_control_tokens(tokenizer, tokens, types, flags or {})
     single, special = ["$A"], []
@@ -5038,15 +5040,8 @@ class LLM(TextSide, Library):
         if config.lookup == "mtp":
             checkpoint = extra("models.mtp", "--lookup mtp").with_head(checkpoint)
         text = open_text(store.resolve(tokenizer)) if tokenizer else checkpoint.text
-        new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
-        self.tokenizer = Tokenizer(text) if needs_text else new(text)
-        self.template = ChatTemplate(self.tokenizer.text, template)
         self.config, self.sampling = checkpoint.config, dict(checkpoint.sampling)
         self.build = f"{__version__} {dtype} {quantize} {config.kv_dtype} {adapter}"
-        # frees a GGUF's list of tokens
-        text = dataclasses.replace(checkpoint.text, gguf=None)
-        self.checkpoint = dataclasses.replace(checkpoint, text=text)
-        notify("kernels.memory", "return_unused_memory")
         cores = preferred("kernels.containers", "num_cores", os.cpu_count)() or 1
         torch.set_num_threads(min(config.threads or torch.get_num_threads(), cores))
         notify("kernels.arrays", "settle", checkpoint, config, adapter)
@@ -5060,6 +5055,12 @@ class LLM(TextSide, Library):
         if needed > free and not config.force:
             problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
             raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
+        notify("kernels.memory", "get_ready", needed, weights.backend)
+        new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
+        self.tokenizer = Tokenizer(text) if needs_text else new(text)
+        self.template = ChatTemplate(self.tokenizer.text, template)
+        text = dataclasses.replace(checkpoint.text, gguf=None)  # frees its tokens
+        self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
         new_decoder = extra_object(place, family) if place else Decoder
@@ -6637,12 +6638,9 @@ def read_text(name: str) -> str:
 
 def given_flags(args: argparse.Namespace, settings: type) -> Json:
     """The fields of a settings class that were given as flags."""
-    flags: Json = {}
-    for name, row in options_of(settings).items():
-        value = getattr(args, name, None)
-        if value is not None:
-            flags[name] = type(row.default)(value) if isinstance(value, list) else value
-    return flags
+    rows = options_of(settings)
+    given = {n: v for n in rows if (v := getattr(args, n, None)) is not None}
+    return {n: type(rows[n].default)(v) if isinstance(v, list) else v for n, v in given.items()}
 
 
 @dataclass(slots=True)
@@ -6703,16 +6701,10 @@ class Settings:
         options["device"] = device or options["device"]
         if self.model == TINY_RANDOM and not self.args.kernels:
             options["kernels"] = "torch"  # its tests take less time than compiling kernels
+        options |= {name: self.value(name)[0] for name in ("revision", "tokenizer", "adapter")}
+        options["template"] = self.modelfile.template
         with preferred("commands.status", "loading", contextlib.nullcontext)(self.model):
-            llm = LLM(
-                self.model,
-                **options,
-                revision=self.args.revision,
-                tokenizer=self.value("tokenizer")[0],
-                adapter=self.value("adapter")[0],
-                template=self.modelfile.template,
-                needs_text=needs_text,
-            )
+            llm = LLM(self.model, **options, needs_text=needs_text)
         notify("commands.notices", "note_load", self, llm)
         return llm
 

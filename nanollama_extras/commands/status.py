@@ -9,14 +9,13 @@ Remove     delete this file; loading is then silent, and a batch has no bar.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import tqdm
 
 from nanollama import DIM, PLAIN, Weights, human_bytes, log, printable
 
@@ -90,7 +89,8 @@ def activity(text: str | Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Show how much of a model has been read while the block loads it."""
+    """Show how much of a model has been read while the block loads it. No garbage is searched
+    meanwhile: objects are many, and stay."""
     read: dict[int, int] = {}
     total = 0
 
@@ -104,16 +104,22 @@ def loading(model: str) -> Iterator[None]:
         return f"loading {model}{done}"
 
     plain, Weights.on_read = Weights.on_read, note
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with activity(text):
             yield
     finally:
         Weights.on_read = plain
+        if collects:
+            gc.enable()
 
 
 def with_progress(items: Iterable[Item], total: int, **options: Any) -> Iterable[Item]:
     """The items, counted by a progress bar where stderr is a terminal. Lines of the log stand
     above it."""
+    import tqdm  # one answer needs no bar
+
     bar = tqdm.tqdm(items, total=total, file=sys.stderr, disable=None, **options)
 
     def make_room(_: object) -> bool:

@@ -29,12 +29,26 @@ from typing import TYPE_CHECKING, Any
 import nanollama
 from nanollama import ExtraError, KernelError, PackageError, extra, library, preferred
 
+
+def numpy_of_one_thread() -> Any:
+    """NumPy, whose OpenBLAS gets no threads: kernels do the products, and idle threads spin for
+    milliseconds. Raises PackageError."""
+    name = "OPENBLAS_NUM_THREADS"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    try:
+        return library("numpy")
+    finally:
+        if given is None:  # torch may have an OpenBLAS, too, which needs its threads
+            del os.environ[name]
+
+
 if TYPE_CHECKING:
     import numpy as np
 
     from nanollama import Checkpoint, EngineConfig
 else:
-    np = library("numpy")  # whose error says what to install
+    np = numpy_of_one_thread()
 
 ALIGNMENT = 64  # bytes: a register, and a line of the processor's cache; as torch's memory
 # Files that drivers of accelerators make; torch alone knows whether it can use one.

@@ -1,8 +1,8 @@
 """Memory: weights in large pages, and what a program holds without use returned to the system.
 
-Seam: the core calls `return_unused_memory` after a model was loaded or unloaded, and `copied` for
-tensors in safetensors files; kernels.native and kernels.floats take memory for weights from
-`large_pages`. Imports kernels.arrays. To remove it, delete this module.
+Seam: the core calls `get_ready` before a model's weights are read, `return_unused_memory` when it
+was unloaded, and `copied` for tensors in safetensors files; kernels.native and kernels.floats take
+memory for weights from `large_pages`. Imports kernels.arrays. To remove it, delete this module.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LARGE_PAGE = 1 << 21  # bytes
 RESERVED = 1 << 26  # bytes of addresses that weights share; only what is written takes memory
 COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
+POPULATED = 1 << 23  # bytes at a time
 JOIN_AFTER_S = 5.0  # after loading: a short answer does without
 
 # A code segment in /proc/self/smaps whose pages all equal those of its file
@@ -43,24 +45,46 @@ class Weights:
     def __init__(self) -> None:
         self.lock, self.joining = threading.Lock(), threading.Lock()
         self.chunks: list[Chunk] = []  # of which weights are left, and pages to join
-        self.drop()
+        self.memory, self.num_taken = torch.empty(0, dtype=torch.uint8), 0
 
     def drop(self) -> None:
         """Leave the rest, so that the next model's weights do not keep this one's memory."""
         with self.lock:
+            if self.chunks and len(self.memory):
+                start = -(-self.num_taken // mmap.PAGESIZE) * mmap.PAGESIZE
+                madvise(self.chunks[-1].start + start, len(self.memory) - start, mmap.MADV_DONTNEED)
             self.memory, self.num_taken = torch.empty(0, dtype=torch.uint8), 0
             self.chunks = [chunk for chunk in self.chunks if chunk.memory()]
+
+    def reserve(self, num_bytes: int) -> None:
+        """New addresses for at least so many bytes."""
+        chunk, self.memory = mapped(max(RESERVED, num_bytes))
+        self.chunks.append(chunk)
+        self.num_taken = 0
 
     def take(self, num_bytes: int) -> Tensor:
         """Memory, in use as long as the tensor or a view of it -> (num_bytes,) uint8"""
         with self.lock:
             if self.num_taken + num_bytes > len(self.memory):
-                chunk, self.memory = mapped(max(RESERVED, num_bytes))
-                self.chunks.append(chunk)
-                self.num_taken = 0
+                self.reserve(num_bytes)
             start, stop = self.num_taken, self.num_taken + num_bytes
             self.num_taken, self.chunks[-1].num_bytes = -(-stop // 64) * 64, stop
             return self.memory[start:stop]
+
+    def populate(self, num_bytes: int) -> None:
+        """Have the system provide memory for weights that come soon, while something else is done:
+        one that is written first waits for each page."""
+        with self.lock:
+            self.reserve(num_bytes + RESERVED)
+            chunk, at = self.chunks[-1], 0
+        while at + POPULATED <= num_bytes and (memory := chunk.memory()):
+            with self.lock:
+                at = max(at, self.num_taken) if self.chunks[-1] is chunk else num_bytes
+            at = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+            if madvise(chunk.start + at, min(POPULATED, num_bytes - at), POPULATE_WRITE):
+                break  # an older Linux
+            at += POPULATED
+            del memory
 
     def join(self, wait_s: float = 0) -> None:
         """Make large pages of the small ones, after `wait_s` seconds, and then half of the time."""
@@ -117,6 +141,22 @@ def large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def join_pages() -> None:
     """Make large pages of all weights now."""
     _weights.join()
+
+
+def get_ready(num_bytes: int, backend: Any) -> None:
+    """Prepare for the weights of a model, which take so many bytes, in another thread. Some seconds
+    later, that thread returns the memory that only loading needed."""
+    _weights.drop()
+    is_native = sys.platform == "linux" and hasattr(backend, "run_kernel")
+
+    def prepare() -> None:
+        if is_native:
+            with contextlib.suppress(OSError):
+                _weights.populate(num_bytes)
+        time.sleep(JOIN_AFTER_S)
+        return_unused_memory()
+
+    threading.Thread(target=prepare, daemon=True).start()
 
 
 def return_unused_memory() -> None:

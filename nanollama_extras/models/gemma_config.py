@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any, cast
 
 import nanollama
@@ -303,6 +302,8 @@ def read_widths(values: ConfigValues, n_layers: int) -> tuple[int, ...]:
 def read_cutoffs(values: ConfigValues, n_layers: int) -> tuple[float | None, ...]:
     """Cutoffs of gates. config.json has the share of gates that are 0 if they are normally
     distributed; GGUF files have the cutoffs themselves, and -inf for none."""
+    from statistics import NormalDist  # other configs load without it
+
     key, needed = "activation_sparsity_scale", f"a list of {n_layers} numbers"
     if key not in values:
         key, needed = "activation_sparsity_pattern", f"a list of {n_layers} numbers from 0 to 1"
