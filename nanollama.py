@@ -2562,7 +2562,7 @@ class GGUFCursor:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
         plain: Any = lambda own, n: [own.string() for _ in range(n)]  # noqa: E731
         strings = preferred("files.gguf_blocks", "strings", plain)
-        return strings(self, self.bounded(count, 8))  # 8 bytes or more
+        return strings(self, self.bounded(count, 8))  # 8 or more
 
 
 def read_gguf(path: Path, partial: bool = False) -> tuple[Json, Tensors]:
@@ -3577,7 +3577,7 @@ def gguf_tokenizer(
     vocab: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if not token or vocab.setdefault(token, i) != i:
-            tokens[i] = f"{token}{REPEATED}{i}"  # `piece` cuts the longer name
+            tokens[i] = f"{token}{REPEATED}{i}"  # `piece` cuts it
             vocab[tokens[i]] = i
     if build:
         tokenizer = build(metadata, vocab, types)
@@ -5059,7 +5059,7 @@ class LLM(TextSide, Library):
         new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
         self.tokenizer = Tokenizer(text) if needs_text else new(text)
         self.template = ChatTemplate(self.tokenizer.text, template)
-        text = dataclasses.replace(checkpoint.text, gguf=None)  # frees its tokens
+        text = dataclasses.replace(checkpoint.text, gguf=None)  # frees tokens
         self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
