@@ -146,15 +146,19 @@ def join_pages() -> None:
 def get_ready(num_bytes: int, backend: Any) -> None:
     """Prepare for the weights of a model, which take so many bytes, in another thread. Some seconds
     later, that thread returns the memory that only loading needed."""
-    _weights.drop()
+    weights = _weights
+    weights.drop()
     is_native = sys.platform == "linux" and hasattr(backend, "run_kernel")
 
     def prepare() -> None:
         if is_native:
             with contextlib.suppress(OSError):
-                _weights.populate(num_bytes)
-        time.sleep(JOIN_AFTER_S)
-        return_unused_memory()
+                weights.populate(num_bytes)
+        before = -1
+        while before != weights.num_taken:  # as long as weights are read
+            before = weights.num_taken
+            time.sleep(JOIN_AFTER_S)
+        tidy(weights)
 
     threading.Thread(target=prepare, daemon=True).start()
 
@@ -162,9 +166,14 @@ def get_ready(num_bytes: int, backend: Any) -> None:
 def return_unused_memory() -> None:
     """Return freed memory from malloc (glibc) and the pages of libraries' code (Linux, 60 MB with
     torch) to the system. Code that runs again is read from the system's file cache."""
-    _weights.drop()
-    if any(chunk.num_joined + LARGE_PAGE <= chunk.num_bytes for chunk in _weights.chunks):
-        threading.Thread(target=_weights.join, args=(JOIN_AFTER_S,), daemon=True).start()
+    tidy(_weights)
+
+
+def tidy(weights: Weights) -> None:
+    """`return_unused_memory`, and join the pages of these weights."""
+    weights.drop()
+    if any(chunk.num_joined + LARGE_PAGE <= chunk.num_bytes for chunk in weights.chunks):
+        threading.Thread(target=weights.join, args=(JOIN_AFTER_S,), daemon=True).start()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
         for start, stop in CODE.findall(Path("/proc/self/smaps").read_text()):

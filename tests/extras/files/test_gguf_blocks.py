@@ -10,11 +10,21 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import Tiny, matrices
 
 import nanollama
-from nanollama import LLM, BlockType, EngineConfig, KernelError, PackedLinear
-from nanollama_extras.files.gguf_blocks import TYPES, BlockLinear
+from nanollama import (
+    LLM,
+    BlockType,
+    CheckpointError,
+    EngineConfig,
+    GGUFCursor,
+    KernelError,
+    PackedLinear,
+)
+from nanollama_extras.files.gguf_blocks import TYPES, BlockLinear, file_merges, strings
 from nanollama_extras.kernels.native import NativeLinear, find_compiler
 from nanollama_extras.models.sketch import weights_of
 
@@ -37,6 +47,32 @@ def blocks_of(kind: BlockType, num_rows: int, num_cols: int) -> np.ndarray:
 def unpacked(kind: BlockType, blocks: np.ndarray) -> PackedLinear:
     assert kind.unpack
     return kind.unpack(torch.from_numpy(blocks))
+
+
+SIZES = st.sampled_from([0, 1, 2, 5, 255, 2**63, 2**64 - 1])
+
+
+@given(st.lists(st.tuples(SIZES, st.binary(max_size=6))), st.integers(0, 8))
+def test_strings_are_those_that_are_read_one_by_one(parts: list, count: int) -> None:
+    data = memoryview(b"".join(size.to_bytes(8, "little") + text for size, text in parts))
+    cursor, whole = GGUFCursor(data), GGUFCursor(data)
+    try:
+        expected = [cursor.string() for _ in range(count)]
+    except CheckpointError:
+        with pytest.raises(CheckpointError, match="truncated or corrupt: the header needs"):
+            strings(whole, count)
+        return
+    assert (strings(whole, count), whole.at) == (expected, cursor.at)
+
+
+LINES = st.lists(st.text(alphabet="ab ", max_size=5))
+
+
+@given(LINES, st.lists(st.text(alphabet="ab ", min_size=1, max_size=3)))
+def test_merges_in_one_go_are_those_of_the_core(lines: list[str], pieces: list[str]) -> None:
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(["a", "b", "ab", *pieces]))}
+    metadata = {"merges": lines}
+    assert file_merges(metadata, vocab) == nanollama.file_merges(metadata, vocab)
 
 
 @every_type

@@ -72,6 +72,20 @@ def test_joined_pages_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @has_large_pages
+def test_memory_that_came_early_holds_weights_and_the_rest_of_it_returns() -> None:
+    weights = memory.Weights()
+    weights.populate(2 * memory.POPULATED)
+    part = weights.take(100)
+    assert len(weights.chunks) == 1
+    assert not part.any()
+    part.fill_(7)
+    rest = weights.memory[memory.POPULATED :][:100].fill_(8)
+    weights.drop()
+    assert part.tolist() == [7] * 100
+    assert not rest.any()
+
+
+@has_large_pages
 def test_without_such_pages_weights_lie_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("Invalid argument")
