@@ -21,10 +21,12 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import nanollama
@@ -137,17 +139,82 @@ def scored_merges(
     if len(scores) < len(types):
         raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
     user = nanollama.TOKEN_USER_DEFINED
-    order = [-math.inf if kind == user else -score for score, kind in zip(scores, types)]
     mergeable = {nanollama.TOKEN_NORMAL, TOKEN_UNUSED, user}
-    pieces = {piece: i for piece, i in vocab.items() if types[i] in mergeable}
-    merges = [
-        (order[i], i, pieces[left], pieces[right], left, right)
-        for piece, i in pieces.items()
-        for cut in range(1, len(piece))
-        if (right := piece[cut:]) in pieces and (left := piece[:cut]) in pieces
-    ]
-    merges.sort()
-    return [merge[4:] for merge in merges]
+    pieces = [piece for piece, i in vocab.items() if types[i] in mergeable]
+    ids = np.array([vocab[piece] for piece in pieces], np.int64)
+    order = np.array([-math.inf if types[i] == user else -scores[i] for i in ids.tolist()])
+    ranks = np.lexsort((ids, order)).argsort()
+    whole, left, right = halves(pieces)
+    at = (ranks[whole] << 32 | ids[left]).argsort()
+    names = ([pieces[i] for i in part[at].tolist()] for part in (left, right))
+    return list(zip(*names))
+
+
+Numbers = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+BASE = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
+
+
+def halves(pieces: list[str]) -> tuple[Numbers, Numbers, Numbers]:
+    """Each way to cut a piece into two pieces -> the numbers of the piece, its beginning, its end.
+
+    Texts are compared by hashes, modulo 2^64: the sum of each character times BASE^i, where i is
+    its place in the text. Sums over all pieces in a row give each part's by one subtraction."""
+    text = "".join(pieces).encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(text, "<u4").astype(np.uint64) + np.uint64(1)
+    sizes = np.array([len(piece) for piece in pieces], np.int64)
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    up, down = (powers(base, len(codes) + 1) for base in (BASE, pow(BASE, -1, 2**64)))
+    sums = np.concatenate((np.zeros(1, np.uint64), (codes * up[:-1]).cumsum(dtype=np.uint64)))
+
+    def hashes(start: Numbers, stop: Numbers) -> Hashes:
+        return (sums[stop] - sums[start]) * down[start]
+
+    find, is_inner = finder(hashes(starts, ends)), np.ones(len(codes), bool)
+    is_inner[starts[sizes > 0]] = False
+    cuts, whole = is_inner.nonzero()[0], np.arange(len(pieces)).repeat(np.maximum(sizes - 1, 0))
+    right = find(hashes(cuts, ends[whole]))
+    cuts, whole, right = (part[right >= 0] for part in (cuts, whole, right))
+    left = find(hashes(starts[whole], cuts))
+    return whole[left >= 0], left[left >= 0], right[left >= 0]
+
+
+def powers(base: int, count: int) -> Hashes:
+    """base^0, base^1, .. modulo 2^64 (count,)"""
+    factors = np.full(count, base, np.uint64)
+    factors[0] = 1
+    return factors.cumprod(dtype=np.uint64)
+
+
+def finder(known: Hashes) -> Callable[[Hashes], Numbers]:
+    """A function from hashes to their places in `known`; -1 for others.
+
+    Places lie in tables by the first bits of the hash. Where two meet, one is in the next table,
+    which takes the first bits of the hash times another number."""
+    shift, rest = np.uint64(61 - len(known).bit_length()), np.arange(len(known))
+    tables: list[npt.NDArray[np.int32]] = []
+
+    def slots(hashes: Hashes, level: int) -> Any:
+        return hashes * np.uint64(BASE + 2 * level) >> shift
+
+    while len(rest):
+        slot = slots(known[rest], len(tables))
+        tables.append(np.full(1 << 64 - int(shift), -1, np.int32))
+        tables[-1][slot] = rest
+        rest = rest[tables[-1][slot] != rest]
+
+    def find(hashes: Hashes) -> Numbers:
+        found, rest = np.full(len(hashes), -1), np.arange(len(hashes))
+        for level, table in enumerate(tables):
+            place = table[slots(hashes[rest], level)]
+            rest, place = rest[place >= 0], place[place >= 0]
+            is_it = known[place] == hashes[rest]
+            found[rest[is_it]] = place[is_it]
+            rest = rest[~is_it]
+        return found
+
+    return find
 
 
 def sentencepiece_bpe(
