@@ -41,15 +41,22 @@ if TYPE_CHECKING:
 
 
 def weight_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
-    """About how many bytes the weights of a checkpoint take in memory."""
+    """About how many bytes the weights of a checkpoint take in memory. Where native kernels run, it
+    needs no torch."""
+    if hasattr(backend, "run_kernel"):
+        return estimated_bytes(checkpoint, config, backend)
+    return Memory(checkpoint, config, backend).num_bytes(checkpoint.tensors)
+
+
+def estimated_bytes(checkpoint: Checkpoint, config: EngineConfig, backend: Backend) -> int:
+    """Bytes of the weights as native kernels hold the types of their files."""
     tensors = {name: t for name, t in checkpoint.tensors.items() if not t.stays}
     wide = tensors if config.quantize == "q8" else keep_8_bits(tensors)
-    is_native = hasattr(backend, "run_kernel")
 
     def size(name: str, tensor: TensorSource) -> float:
         plain = 1.0625 if name in wide else 0.625
         plain = plain if config.quantize else backend.float_bytes(tensor.kind)
-        bits = tensor.bits or (held_bits(tensor.kind) if is_native and tensor.is_packed else 0)
+        bits = tensor.bits or (held_bits(tensor.kind) if tensor.is_packed else 0)
         is_plain = tensor.is_packed and not bits
         return tensor.nbytes if is_plain else math.prod(tensor.shape) * (bits / 8 or plain)
 
@@ -78,13 +85,15 @@ def chosen_kernels(checkpoint: Checkpoint, settings: Settings) -> tuple[Backend,
 
 
 class Memory:
-    """What a checkpoint's tensors take in memory: on the CPU as the kernels lay them out."""
+    """What a checkpoint's tensors take in memory as the kernels lay them out; those of GPUs hold
+    the forms of torch's on a CPU."""
 
     def __init__(self, checkpoint: Checkpoint, engine: EngineConfig, backend: Backend) -> None:
         self.checkpoint, self.engine, self.backend = checkpoint, engine, backend
         new_sizes = preferred("models.sketch", "weights_of", None)
-        is_cpu = backend.device.type == "cpu"
-        self.sizes = new_sizes(checkpoint, engine) if new_sizes and is_cpu else None
+        if backend.device.type != "cpu":
+            engine = dataclasses.replace(engine, device="cpu", kernels="torch")
+        self.sizes = new_sizes(checkpoint, engine) if new_sizes else None
 
     def num_bytes(self, names: Iterable[str]) -> int:
         """Bytes of these tensors."""
@@ -92,7 +101,7 @@ class Memory:
             return sum(map(self.sizes.tensor_bytes, names))
         tensors = {name: self.checkpoint.tensors[name] for name in names}
         part = dataclasses.replace(self.checkpoint, tensors=tensors)
-        return weight_bytes(part, self.engine, self.backend)
+        return estimated_bytes(part, self.engine, self.backend)
 
     def bits(self, name: str) -> float:
         """Bits of a weight of this tensor."""

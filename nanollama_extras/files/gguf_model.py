@@ -341,6 +341,9 @@ def rope_values(config: ModelConfig) -> dict[str, Any]:
             if rope.get(theirs) and ours != "rope.scaling.attn_factor":
                 is_count = theirs == "original_max_position_embeddings"
                 found[ours] = int(rope[theirs]) if is_count else float(rope[theirs])
+        if "attention.temperature_scale" in found:  # llama.cpp reads both for Mistral 4
+            length = found["rope.scaling.original_context_length"]
+            found["attention.temperature_length"] = length
     return found
 
 

@@ -115,6 +115,15 @@ def test_names_shapes_and_metadata_are_those_of_llama_cpps_converter(
     assert {t.name for t in again.tensors} == tensors.keys()
 
 
+def test_a_mistral_4_file_says_both_numbers_of_the_queries_scale(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    values = read_gguf(converted(made(tiny, "mistral4"), tmp_path / "m.gguf"))[0]
+    length = values["mistral4.rope.scaling.original_context_length"]
+    assert values["mistral4.attention.temperature_scale"] == pytest.approx(0.1)
+    assert values["mistral4.attention.temperature_length"] == length  # llama.cpp aborts without it
+
+
 @pytest.mark.parametrize("quantize", mixtures.MIXTURES)
 def test_every_mixture_gives_a_model_near_the_original(
     tiny: Tiny, tmp_path: Path, quantize: str

@@ -21,7 +21,8 @@ from oracle import Tiny
 from test_gptq import AWQ, awq
 
 import nanollama
-from nanollama import CheckpointError
+from nanollama import CheckpointError, EngineConfig
+from nanollama_extras.commands.details import weight_bytes
 from nanollama_extras.files.show_types import read_header
 
 Show = Callable[..., tuple[str, str]]
@@ -64,15 +65,20 @@ def test_a_gguf_s_types_are_listed_with_their_bytes(gguf: Path, show: Show) -> N
     assert warnings == ""
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_bytes_in_memory_are_those_of_the_loaded_model(
-    tiny: Tiny, tmp_path: Path, show: Show
+    tiny: Tiny, tmp_path: Path, show: Show, kernels: str
 ) -> None:
     path = tiny("Llama", hidden_size=256, intermediate_size=256, vocab_size=330)
     file, _ = convert(path, tmp_path / "model.gguf", "Q4_K")
-    decoder = nanollama.LLM(file).engine.decoder
+    decoder = nanollama.LLM(file, kernels=kernels).engine.decoder
     num_bytes = sum({id(m): m.nbytes for m in oracle.matrices(decoder)}.values())
-    found = types(show(file)[0])["Q4_K"]
+    found = types(show(file, "--kernels", kernels)[0])["Q4_K"]
     assert found[2] == nanollama.human_bytes(num_bytes)
+    guessed = weight_bytes(
+        nanollama.open_checkpoint(file), EngineConfig(kernels=kernels), decoder.backend
+    )
+    assert guessed == pytest.approx(num_bytes, rel=0.02)
 
 
 def test_quantized_safetensors_take_other_bytes_in_memory(
