@@ -78,11 +78,12 @@ def core_limits() -> Iterator[float]:
 
 
 def num_cores() -> int:
-    """Cores that this program may use, at least 1: a quota of 1.5 is 2."""
+    """Cores that this program may use, at least 1. A quota of 1.5 is 1, one of 1.6 is 2: threads
+    that together use a quota up before its period ends stand still until the next one."""
     own = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not there on macOS and Windows
         own = len(os.sched_getaffinity(0))
-    return max(1, math.ceil(min(own, *core_limits(), math.inf)))
+    return max(1, math.ceil(min(own, *core_limits(), math.inf) - 0.5))
 
 
 def reclaimable(folder: Path) -> float:

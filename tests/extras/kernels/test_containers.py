@@ -44,7 +44,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
 @pytest.mark.parametrize(
     ("quota", "cores"),
-    [("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1), ("max 100000", 8), ("x", 8)],
+    [("200000 100000", 2), ("150000 100000", 1), ("5000 100000", 1), ("max 100000", 8), ("x", 8)],
 )
 def test_a_quota_of_version_2_limits_the_cores(
     group: Callable[..., None], quota: str, cores: int
@@ -58,7 +58,7 @@ def test_the_groups_around_a_group_limit_it_too(group: Callable[..., None]) -> N
     assert containers.num_cores() == 3
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("250000", 3), ("-1", 8)])
+@pytest.mark.parametrize(("quota", "cores"), [("250001", 3), ("250000", 2), ("-1", 8)])
 def test_a_quota_of_version_1_limits_the_cores(
     group: Callable[..., None], quota: str, cores: int
 ) -> None:
