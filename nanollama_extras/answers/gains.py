@@ -30,7 +30,8 @@ HOPE = 0.7  # chance of a guess of which nothing is known
 MARGIN = 1.03  # tokens per second must grow by more than measurements err
 TRIAL_SHARE = 0.02  # of the time of all steps
 REMEASURE = 64  # steps with drafts, after which one goes without, to measure what it takes
-LONG_READ = 64  # tokens: a pass that reads as many shows what a token of a long text takes
+LONG_READ = 64  # tokens: passes of fewer have a cost of their own
+SHORT_READ = 16  # tokens: a pass that reads as many shows what a token of a long text takes
 
 
 class Odds:
@@ -135,13 +136,16 @@ class Gains:
     def note_pass(self, num_tokens: int, seconds: float) -> None:
         if num_tokens < LONG_READ:
             self.passes.note(num_tokens, seconds)
-        else:
+        if num_tokens >= SHORT_READ:
             each = seconds / num_tokens
             self.read_s = 0.75 * self.read_s + 0.25 * each if self.read_s else each
 
     def pass_s(self, num_tokens: int) -> float:
-        """Seconds of a pass of the small model."""
-        return self.passes.of(num_tokens) if self.passes.sizes else self.ratio * self.steps.of(1)
+        """Seconds of a pass of the small model. Before any short pass, it is as much faster than a
+        step as the small model is smaller; the first one, which reads a text, says little of it."""
+        if 1 not in self.passes.medians:
+            self.passes.note(1, self.ratio * self.steps.of(1))
+        return self.passes.of(num_tokens)
 
     def reading_s(self, num_tokens: int) -> float:
         """Seconds for which it reads a text."""
@@ -188,10 +192,9 @@ class Plan:
         """Whether a guess that is made, and is right with this chance, is worth verifying."""
         return chance * self.token_s >= self.row_s()
 
-    def longest(self, going: Iterable[Going], most: int, num_unread: int) -> tuple[int, float]:
+    def longest(self, going: Iterable[Going], most: int) -> tuple[int, float]:
         """The number of further guesses of each sequence, at most `most`, which gives most tokens
-        per second, and the seconds for each token with it. 0 where none gains. The first pass reads
-        `num_unread` tokens."""
+        per second, and the seconds for each token with it. 0 where none gains."""
         chances = [(each.likelihood, each.chance) for each in going]
         best, best_s = 0, self.token_s
         if not chances:
@@ -201,7 +204,7 @@ class Plan:
         for num in range(1, most + 1):
             chances = [(likelihood * chance, chance) for likelihood, chance in chances]
             tokens += sum(likelihood for likelihood, _ in chances)
-            cost += self.gains.pass_s(len(chances) if num > 1 else num_unread)
+            cost += self.gains.pass_s(len(chances))
             each_s = (step_s(self.rows + num * len(chances)) + cost) / tokens
             if each_s < min(best_s, limit):
                 best, best_s = num, each_s

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 MOST_DRAFTED = DRAFT_ROWS - 1
 READ_TOKENS = 256  # of long texts, in a step
+NEW_TOKENS = 2  # unread ones after a draft that was all right
 FEW_TOKENS = 32  # unread ones, which the first pass of a draft may read
 SOON = 32  # tokens that an answer is expected to go on for, or as many as it has
 LONG_MATCH = 5  # tokens: where as many occurred before, what followed them is the better guess
@@ -137,8 +138,11 @@ class ModelDrafter:
         return draft[: seq.constraint.num_valid(draft)] if draft and seq.constraint else draft
 
     def learn(self, num_drafted: int, num_accepted: int, num_tokens: int) -> None:
-        if not self.chosen:
-            self.lookup.learn(num_drafted, num_accepted, num_tokens)
+        if self.chosen:
+            return
+        self.lookup.learn(num_drafted, num_accepted, num_tokens)
+        for place in range(min(num_accepted + 1, num_drafted)):
+            self.drafts.copy_odds.note(self.copy_likelihood, place < num_accepted)
 
     def begin(self, seq: Sequence, most: int) -> None:
         """Learn from what came after the last guesses, and look the text's end up."""
@@ -153,6 +157,11 @@ class ModelDrafter:
         length = min(seq.max_length, small.n_ctx)
         self.room = min(most, MOST_DRAFTED, length - self.num_tokens - 1)
         self.copied = self.lookup.draft(seq, min(most, self.drafts.most_copied))
+
+    @property
+    def copy_likelihood(self) -> float:
+        """By the number of tokens before the copied ones that occurred before."""
+        return self.lookup.num_matched / (self.lookup.MAX_MATCH + 1)
 
     @property
     def is_repeating(self) -> bool:
@@ -243,6 +252,7 @@ class Drafts:
         self.n_vocab = 0  # of the model
         self.pairs: list[tuple[Sequence, Sequence]] = []  # with their shadows
         self.num_trials = 0
+        self.copy_odds = Odds()
         self.clock = time.perf_counter
 
     def attach(self, engine: Engine, config: EngineConfig) -> None:
@@ -305,12 +315,27 @@ class Drafts:
             for _, drafter in members:
                 drafter.copied = []
         else:
-            copies = [len(d.copied) for _, d in members if d.is_repeating]
-            num_rows, num_right = len(members) + sum(copies), sum(copies) / 2
-            plan = Plan(gains, num_rows, len(members) + num_right)
+            plan = Plan(gains, len(members), len(members))
+            for _, drafter in members:
+                if drafter.is_repeating:
+                    self.weigh(drafter, plan)
             going, num_trial = self.choose(members, plan, most)
             self.guess(going, plan, num_trial)
+            for _, drafter in members:
+                if not (drafter.chosen or drafter.is_repeating):
+                    self.weigh(drafter, plan)
         gains.end_draft(len(members), self.clock() - started)
+
+    def weigh(self, drafter: ModelDrafter, plan: Plan) -> None:
+        """Keep as many copied tokens as are worth verifying, or one for a trial."""
+        chance, likelihood, num = self.copy_odds.chance(drafter.copy_likelihood), 1.0, 0
+        while num < len(drafter.copied):
+            likelihood *= chance
+            if not plan.is_worth_a_row(likelihood) and (num or not self.gains.pay(plan.row_s())):
+                break
+            plan.add(likelihood)
+            num += 1
+        del drafter.copied[num:]
 
     def choose(self, members: Members, plan: Plan, most: int) -> tuple[Members, int]:
         """The sequences to guess for, and the number of guesses of a trial, else 0; texts that must
@@ -319,13 +344,14 @@ class Drafts:
         if not able:
             return [], 0
         drafters = [drafter for _, drafter in able]
-        num_unread = sum(min(drafter.num_unread, FEW_TOKENS) for drafter in drafters)
-        num, token_s = plan.longest(drafters, most, num_unread)
+        num, token_s = plan.longest(drafters, most)
         saved_s = plan.token_s - token_s
-        behind = [(s, d) for s, d in able if d.num_unread > FEW_TOKENS]
-        self.read([d for s, d in behind if d.is_paid or self.repays(s, d, saved_s)])
+        behind = [(s, d) for s, d in able if d.num_unread > NEW_TOKENS]
+        ready = [pair for pair in able if pair not in behind]
+        worthy = [(s, d) for s, d in behind if d.is_paid or self.repays(s, d, saved_s)]
+        self.read([d for _, d in worthy if d.num_unread > FEW_TOKENS])
         if num:
-            return [pair for pair in able if pair not in behind], 0
+            return ready + [(s, d) for s, d in worthy if d.num_unread <= FEW_TOKENS], 0
         return self.trial(able, plan)
 
     def repays(self, seq: Sequence, drafter: ModelDrafter, saved_s: float) -> bool:
@@ -337,9 +363,11 @@ class Drafts:
         """As `choose`, where drafts are not expected to gain: one sequence, if there is credit."""
         pair = min(able, key=lambda pair: pair[1].num_unread)
         drafter, num = pair[1], min(1 + self.num_trials % 3, pair[1].room)
-        price_s = num * self.gains.pass_s(1) + max(plan.row_s(num), 0.0)
-        if drafter.num_unread > FEW_TOKENS:
-            price_s += self.gains.reading_s(drafter.num_unread)
+        price_s = (num - 1) * self.gains.pass_s(1) + max(plan.row_s(num), 0.0)
+        is_far = drafter.num_unread > FEW_TOKENS
+        reading_s = self.gains.reading_s if is_far else self.gains.pass_s
+        price_s += reading_s(drafter.num_unread)
+        if is_far:
             drafter.is_paid = drafter.is_paid or self.gains.pay(price_s)
         elif self.gains.pay(price_s):
             self.num_trials += 1
@@ -384,7 +412,7 @@ class Drafts:
             drafters = [d for d in more if num < (num_trial or d.room)]
             if not num_trial and drafters:
                 most = max(drafter.room - num for drafter in drafters)
-                if not plan.longest(drafters, most, len(drafters))[0]:
+                if not plan.longest(drafters, most)[0]:
                     break
 
 

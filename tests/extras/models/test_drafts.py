@@ -424,6 +424,16 @@ def test_costs_are_medians_and_lie_between_known_ones() -> None:
     assert costs.of(2) == 1
 
 
+def test_a_pass_that_reads_a_text_says_little_of_a_short_one() -> None:
+    known = Gains(0.1)
+    known.steps.note(1, 1.0)
+    known.note_pass(41, 4.1)
+    assert [known.pass_s(num) for num in (1, 21, 41)] == pytest.approx([0.1, 2.1, 4.1])
+    for _ in range(3):
+        known.note_pass(1, 0.2)
+    assert known.pass_s(1) == 0.2
+
+
 @dataclasses.dataclass
 class Each:
     likelihood: float
@@ -443,7 +453,7 @@ def test_the_longest_draft_is_that_of_most_tokens_per_second(
         known.steps.note(rows, total)
     known.passes.note(1, pass_s)
     plan = Plan(known, len(each), len(each))
-    num, token_s = plan.longest([Each(*one) for one in each], 4, 1)
+    num, token_s = plan.longest([Each(*one) for one in each], 4)
     rates = [plan.token_s]
     for length in range(1, 5):
         right = sum(p * c**k for p, c in each for k in range(1, length + 1))
