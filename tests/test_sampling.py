@@ -229,6 +229,21 @@ def test_a_token_is_the_one_that_sorting_the_whole_vocabulary_gives(
             assert nanollama.sample(logits, params, s, history, 1) == expected
 
 
+def test_a_draw_from_all_tokens_sorts_only_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, likeliest = 3 * random_logits(1, 50_000), nanollama.likeliest
+    numbers: list[int] = []
+
+    def counted(row: Any, num: int) -> Any:
+        numbers.append(num)
+        return likeliest(row, num)
+
+    monkeypatch.setattr(nanollama, "likeliest", counted)
+    for seed in range(20):
+        nanollama.sample(logits, SamplingParams(**PLAIN), seed, [0], 1)
+    assert min(numbers) == 64
+    assert max(numbers) < len(logits)
+
+
 @given(
     st.integers(1, 2000).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
     st.integers(0, 10**6),
