@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,102 @@ def floats(q: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
     """(q - zero) * scale"""
     scale, zero = (part.float().repeat_interleave(group, -1) for part in (scale, zero))
     return (q - zero) * scale
+
+
+# ---- AWQ, GPTQ and bitsandbytes ------------------------------------------------------------------
+
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 for each number of a word
+
+
+NF4: dict[str, Any] = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": None,
+}
+MAPS = {
+    "nf4": [
+        *(-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0),
+        *(0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1),
+    ],
+    "fp4": [sign * n / 192 for sign in (1, -1) for n in (0, 1, 128, 192, 64, 96, 32, 48)],
+}
+NESTED = torch.linspace(-0.993, 1, 256)  # like the dynamic map of bitsandbytes, in order
+
+
+def awq_words(q: Tensor) -> Tensor:
+    """Numbers (n, rows) as AutoAWQ packs them: columns 0, 2, 4, 6, 1, 3, 5, 7 of each eight."""
+    eights = q.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    return words(eights.flatten(1), 4)
+
+
+def awq(weight: Tensor, group: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+    q, scale, zero = grid(weight, 4, group)
+    parts = {"qweight": awq_words(q.T), "qzeros": awq_words(zero.T), "scales": scale.T}
+    return parts, floats(q, scale, zero, group)
+
+
+def gptq(
+    weight: Tensor,
+    bits: int = 4,
+    group: int = 32,
+    is_symmetric: bool = True,
+    version: str = "gptq",
+    order: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`order`: the columns in the order in which they were quantized; a group is side by side
+    there."""
+    group = weight.shape[1] if group == -1 else group
+    order = torch.arange(weight.shape[1]) if order is None else order[order < weight.shape[1]]
+    pick = centred if is_symmetric else grid
+    q, scale, zero = pick(weight[:, order], bits, group)
+    expected = floats(q, scale, zero, group)
+    inverse = order.argsort()
+    is_v1 = version == "gptq"
+    zeros = words((zero.T - int(is_v1 and bits == 3)) & (2**bits - 1), bits)
+    if is_v1 and bits != 3:
+        zeros = zeros - ONES[bits]
+    parts = {
+        "qweight": words(q[:, inverse], bits).T,
+        "qzeros": zeros,
+        "scales": scale.T,
+        "g_idx": (torch.arange(weight.shape[1]) // group)[inverse].int(),
+    }
+    return parts, expected[:, inverse]
+
+
+def bnb4(
+    weight: Tensor,
+    kind: str = "nf4",
+    block: int = 64,
+    is_double: bool = True,
+    storage: torch.dtype = torch.uint8,
+) -> tuple[dict[str, Tensor], Tensor]:
+    values = torch.tensor(MAPS[kind])
+    x = weight.flatten()
+    blocks = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
+    absmax = blocks.abs().amax(-1)
+    codes = (blocks / absmax.unsqueeze(-1)).unsqueeze(-1).sub(values).abs().argmin(-1)
+    flat = codes.flatten()[: len(x)].to(torch.uint8)
+    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": weight.shape}
+    parts = {"quant_map": values, "absmax": absmax}
+    if is_double:
+        offset = float(absmax.mean())
+        wide = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+        largest = wide.abs().amax(-1)
+        nested = (wide / largest.unsqueeze(-1)).unsqueeze(-1).sub(NESTED).abs().argmin(-1)
+        absmax = (NESTED[nested] * largest.unsqueeze(-1) + offset).flatten()[: len(absmax)]
+        parts |= {"absmax": nested.flatten()[: len(absmax)].byte(), "nested_absmax": largest}
+        parts["nested_quant_map"] = NESTED.clone()
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
+    data = json.dumps(state).encode()
+    parts[f"quant_state.bitsandbytes__{kind}"] = torch.frombuffer(
+        bytearray(data), dtype=torch.uint8
+    )
+    packed = (flat[::2] << 4 | flat[1::2]).view(storage).unsqueeze(1)
+    expected = (values[codes] * absmax.unsqueeze(-1)).flatten()[: len(x)].view(weight.shape)
+    return {"weight": packed, **{f"weight.{end}": part for end, part in parts.items()}}, expected

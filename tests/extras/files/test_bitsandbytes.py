@@ -10,63 +10,14 @@ import pytest
 import quantized_files as files
 import torch
 from oracle import Tiny
-from quantized_files import check, saved, sources, unpacked
+from quantized_files import MAPS, NF4, bnb4, check, saved, sources, unpacked
 from torch import Tensor
 
 from nanollama import LLM, CheckpointError, PackedLinear
 from nanollama_extras.files.bitsandbytes import integer_levels
 
-NF4: dict[str, Any] = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "load_in_8bit": False,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "llm_int8_skip_modules": None,
-}
 FP4 = {**NF4, "bnb_4bit_quant_type": "fp4"}
 INT8 = {**NF4, "load_in_4bit": False, "load_in_8bit": True}
-MAPS = {
-    "nf4": [
-        *(-1, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0),
-        *(0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1),
-    ],
-    "fp4": [sign * n / 192 for sign in (1, -1) for n in (0, 1, 128, 192, 64, 96, 32, 48)],
-}
-NESTED = torch.linspace(-0.993, 1, 256)  # like the dynamic map of bitsandbytes, in order
-
-
-def bnb4(
-    weight: Tensor,
-    kind: str = "nf4",
-    block: int = 64,
-    is_double: bool = True,
-    storage: torch.dtype = torch.uint8,
-) -> tuple[dict[str, Tensor], Tensor]:
-    values = torch.tensor(MAPS[kind])
-    x = weight.flatten()
-    blocks = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
-    absmax = blocks.abs().amax(-1)
-    codes = (blocks / absmax.unsqueeze(-1)).unsqueeze(-1).sub(values).abs().argmin(-1)
-    flat = codes.flatten()[: len(x)].to(torch.uint8)
-    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": weight.shape}
-    parts = {"quant_map": values, "absmax": absmax}
-    if is_double:
-        offset = float(absmax.mean())
-        wide = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
-        largest = wide.abs().amax(-1)
-        nested = (wide / largest.unsqueeze(-1)).unsqueeze(-1).sub(NESTED).abs().argmin(-1)
-        absmax = (NESTED[nested] * largest.unsqueeze(-1) + offset).flatten()[: len(absmax)]
-        parts |= {"absmax": nested.flatten()[: len(absmax)].byte(), "nested_absmax": largest}
-        parts["nested_quant_map"] = NESTED.clone()
-        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
-    data = json.dumps(state).encode()
-    parts[f"quant_state.bitsandbytes__{kind}"] = torch.frombuffer(
-        bytearray(data), dtype=torch.uint8
-    )
-    packed = (flat[::2] << 4 | flat[1::2]).view(storage).unsqueeze(1)
-    expected = (values[codes] * absmax.unsqueeze(-1)).flatten()[: len(x)].view(weight.shape)
-    return {"weight": packed, **{f"weight.{end}": part for end, part in parts.items()}}, expected
 
 
 def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:

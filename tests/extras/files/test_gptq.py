@@ -9,55 +9,10 @@ import pytest
 import quantized_files as files
 import torch
 from oracle import Tiny
-from quantized_files import check, floats, saved, sources, unpacked
+from quantized_files import AWQ, GPTQ, awq, check, gptq, saved, sources, unpacked
 from torch import Tensor
 
 from nanollama import LLM, CheckpointError, PackedLinear
-
-AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
-ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a 1 for each number of a word
-
-
-def awq_words(q: Tensor) -> Tensor:
-    """Numbers (n, rows) as AutoAWQ packs them: columns 0, 2, 4, 6, 1, 3, 5, 7 of each eight."""
-    eights = q.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-    return files.words(eights.flatten(1), 4)
-
-
-def awq(weight: Tensor, group: int = 32) -> tuple[dict[str, Tensor], Tensor]:
-    q, scale, zero = files.grid(weight, 4, group)
-    parts = {"qweight": awq_words(q.T), "qzeros": awq_words(zero.T), "scales": scale.T}
-    return parts, floats(q, scale, zero, group)
-
-
-def gptq(
-    weight: Tensor,
-    bits: int = 4,
-    group: int = 32,
-    is_symmetric: bool = True,
-    version: str = "gptq",
-    order: Tensor | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`order`: the columns in the order in which they were quantized; a group is side by side
-    there."""
-    group = weight.shape[1] if group == -1 else group
-    order = torch.arange(weight.shape[1]) if order is None else order[order < weight.shape[1]]
-    pick = files.centred if is_symmetric else files.grid
-    q, scale, zero = pick(weight[:, order], bits, group)
-    expected = floats(q, scale, zero, group)
-    inverse = order.argsort()
-    is_v1 = version == "gptq"
-    zeros = files.words((zero.T - int(is_v1 and bits == 3)) & (2**bits - 1), bits)
-    if is_v1 and bits != 3:
-        zeros = zeros - ONES[bits]
-    parts = {
-        "qweight": files.words(q[:, inverse], bits).T,
-        "qzeros": zeros,
-        "scales": scale.T,
-        "g_idx": (torch.arange(weight.shape[1]) // group)[inverse].int(),
-    }
-    return parts, expected[:, inverse]
 
 
 def source_of(parts: dict[str, Tensor], settings: dict[str, Any]) -> Any:

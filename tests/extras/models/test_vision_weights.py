@@ -50,12 +50,24 @@ FORMATS: dict[str, tuple[dict[str, Any], quantized_files.Quantizer, float]] = {
     "fp8": ({"quant_method": "fp8"}, fp8, 2e-2),
     "int8": ({"quant_method": "compressed-tensors", "config_groups": {"a": INT8}}, int8, 1e-5),
     "mlx": (MLX, mlx, 2e-3),
+    "awq": (
+        {**quantized_files.AWQ, "modules_to_not_convert": ["visual"]},
+        quantized_files.awq,
+        2e-3,
+    ),
+    "gptq": (quantized_files.GPTQ, quantized_files.gptq, 2e-3),
+    "nf4": (quantized_files.NF4, quantized_files.bnb4, 2e-2),
 }
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return vision_models.save(tmp_path_factory.mktemp("gemma3"), "gemma3")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision_models.save(tmp_path_factory.mktemp("qwen"), "qwen2_5_vl")
 
 
 def quantized(path: Path, target: Path, form: str, pattern: str) -> tuple[Path, Path]:
@@ -95,18 +107,27 @@ def test_the_vision_part_may_be_floats_or_quantized(gemma: Path, tmp_path: Path,
     torch.testing.assert_close(rows(packed), expected, rtol=0, atol=bound)
 
 
-def test_a_quantized_model_answers_about_an_image(gemma: Path, tmp_path: Path) -> None:
-    packed, plain = quantized(gemma, tmp_path, "int8", f"{TEXT}|{VISION}")
+@pytest.mark.parametrize("form", ["int8", "awq", "gptq", "nf4"])
+def test_a_quantized_model_answers_about_an_image(qwen: Path, tmp_path: Path, form: str) -> None:
+    """Its vision part is in floats, as in most files."""
+    packed, plain = quantized(qwen, tmp_path, form, TEXT)
+    check_answers(packed, plain)
+
+
+def test_a_model_of_quantized_parts_answers_about_an_image(gemma: Path, tmp_path: Path) -> None:
+    check_answers(*quantized(gemma, tmp_path, "int8", f"{TEXT}|{VISION}"))
+
+
+def check_answers(packed: Path, plain: Path) -> None:
     message = {"role": "user", "content": [{"type": "image", "image": A}]}
     request = GenerationRequest(messages=[message], params=oracle.GREEDY)
     answers = [LLM(path, kernels="torch").complete(request) for path in (packed, plain)]
     assert answers[0].token_ids == answers[1].token_ids
 
 
-def test_names_and_axes_of_mlx(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    path = vision_models.save(tmp_path_factory.mktemp("qwen"), "qwen2_5_vl")
-    packed, _ = quantized(path, tmp_path / "mlx", "mlx", TEXT)
-    torch.testing.assert_close(rows(packed), rows(path), rtol=0, atol=0)
+def test_names_and_axes_of_mlx(qwen: Path, tmp_path: Path) -> None:
+    packed, _ = quantized(qwen, tmp_path / "mlx", "mlx", TEXT)
+    torch.testing.assert_close(rows(packed), rows(qwen), rtol=0, atol=0)
 
 
 def test_a_tensor_of_another_shape_is_named(gemma: Path, tmp_path: Path) -> None:
