@@ -19,6 +19,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +33,8 @@ REDIRECTS, MAX_REDIRECTS = (301, 302, 303, 307, 308), 3
 MAX_SECONDS = 15.0  # for an image, redirects included
 PIECE = 1 << 16
 HOSTS: ContextVar[tuple[str, ...]] = ContextVar("HOSTS", default=())  # of the request's server
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # addresses that stand for one of IPv4
+# Of IPv6, the addresses of the internet: https://www.iana.org/assignments/ipv6-address-space
+UNICAST = ipaddress.ip_network("2000::/3")
 
 
 def allow(hosts: tuple[str, ...]) -> None:
@@ -98,7 +100,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped:
             ip = ip.ipv4_mapped
-        elif ip.sixtofour or ip.teredo or ip in NAT64:
+        elif ip.sixtofour or ip.teredo or ip not in UNICAST:  # the first two stand for one of IPv4
             return False
     return ip.is_global and not ip.is_multicast
 
@@ -125,8 +127,7 @@ def shut(connection: socket.socket) -> None:
 def connect(place: Place) -> socket.socket:
     """A connection to the first address of a host. Raises RequestError where one of its addresses
     is not public, and OSError."""
-    found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-    addresses = [str(row[4][0]) for row in found]
+    addresses = addresses_of(place)
     if not addresses or not all(map(is_public, addresses)):
         place.refuse(f"{place.host} is not a host of the internet")
     connection = socket.create_connection((addresses[0], place.port), timeout=place.left_s())
@@ -137,6 +138,22 @@ def connect(place: Place) -> socket.socket:
             connection.close()
             raise
     return connection
+
+
+def addresses_of(place: Place) -> list[str]:
+    """The addresses of a host. Raises RequestError when the time is over, and OSError."""
+    answer: Future[Any] = Future()
+
+    def resolve() -> None:
+        try:
+            answer.set_result(socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM))
+        except Exception as error:  # for the thread that waits
+            answer.set_exception(error)
+
+    threading.Thread(target=resolve, daemon=True).start()  # it cannot be told when to end
+    while not wait([answer], place.left_s()).done:
+        pass
+    return [str(row[4][0]) for row in answer.result()]
 
 
 @lru_cache(maxsize=1)

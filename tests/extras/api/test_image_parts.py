@@ -359,6 +359,7 @@ def test_a_slow_server_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         *("169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
         *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
         *("::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "2001:db8::1"),
+        *("fec0::1", "::127.0.0.1", "::10.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::a00:1"),
     ],
 )
 def test_addresses_that_only_this_machine_reaches_are_refused(
@@ -370,6 +371,17 @@ def test_addresses_that_only_this_machine_reaches_are_refused(
     token = image_hosts.HOSTS.set(("a.example",))
     with pytest.raises(RequestError, match=r"a\.example is not a host of the internet"):
         image_hosts.fetch("http://a.example/x.png", "x")
+    image_hosts.HOSTS.reset(token)
+
+
+def test_a_name_that_takes_long_to_resolve_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_hosts, "MAX_SECONDS", 0.1)
+    end = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: end.wait(60))
+    token = image_hosts.HOSTS.set(("a.example",))
+    with pytest.raises(RequestError, match=r"a\.example took more than 0\.1 s"):
+        image_hosts.fetch("http://a.example/x.png", "x")
+    end.set()
     image_hosts.HOSTS.reset(token)
 
 
