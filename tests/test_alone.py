@@ -523,6 +523,7 @@ UNUSED = {
     "models.mtp",
     "models.muse_glimmer",
     "models.part_times",
+    "models.lfm2_pixels",
     "models.pixtral",
     "models.recurrent",
     "models.short_conv",

@@ -221,6 +221,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "use_bidirectional_attention": "vision",
         },
     },
+    "gemma4_unified": {
+        **GEMMA4,
+        "kind": "Gemma4Unified",
+        "image_processor": "Gemma4",
+        "text": {
+            "model_type": "gemma4_unified_text",
+            **families.ROWS["gemma4_unified_text"][1],
+            "sliding_window": 20,
+        },
+        "vision": {
+            "patch_size": 8,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 48,
+            "mm_posemb_size": 64,
+            "output_proj_dims": 48,
+        },
+    },
     "llava_onevision": {
         "kind": "LlavaOnevision",
         "text": {"model_type": "qwen2"},
@@ -335,10 +352,14 @@ def save_tokenizer(directory: Path, row: dict[str, Any]) -> tokenizers.Tokenizer
 
 def save_processor(directory: Path, row: dict[str, Any]) -> None:
     name = row.get("image_processor", row["kind"])
+    (directory / "processor_config.json").write_text(json.dumps(row.get("processor", {})))
+    if row["kind"] == "Lfm2Vl":  # transformers' own class needs torchvision
+        values = {"image_processor_type": "Lfm2VlImageProcessor", **row["pixels"]}
+        (directory / "preprocessor_config.json").write_text(json.dumps(values))
+        return
     pil, own = f"{name}ImageProcessorPil", f"{name}ImageProcessor"
     kind = getattr(transformers, pil if hasattr(transformers, pil) else own)
     kind(**row["pixels"]).save_pretrained(directory)
-    (directory / "processor_config.json").write_text(json.dumps(row.get("processor", {})))
 
 
 def save(directory: Path, family: str, **changed: Any) -> Path:

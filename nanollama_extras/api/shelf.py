@@ -55,7 +55,7 @@ from nanollama import (
     refuse,
     use_model,
 )
-from nanollama_extras.commands.details import memory_needed
+from nanollama_extras.commands.details import memory_needed, tower_memory
 
 if TYPE_CHECKING:
     from nanollama import Fields, GenerationRequest, Json, ServerConfig, Settings
@@ -151,7 +151,8 @@ def served_model(settings: Settings, name: str, path: Path | None = None) -> Ser
     def need_bytes() -> int:
         files = ModelStore().resolve(settings.model, args.revision)
         mark_used(files)
-        return sum(memory_needed(open_checkpoint(files), settings, SLOT_TOKENS))
+        found = open_checkpoint(files)
+        return sum(memory_needed(found, settings, SLOT_TOKENS)) + tower_memory(found, settings)
 
     return ServedModel(
         name,

@@ -123,6 +123,12 @@ def memory_needed(checkpoint: Checkpoint, settings: Settings, most_ctx: int = 0)
     return num_weights, num_keys
 
 
+def tower_memory(checkpoint: Checkpoint, settings: Settings) -> int:
+    """Bytes that the part of a model that reads images takes in memory, as floats."""
+    num_parameters, _ = tower_size(checkpoint, settings.value("mmproj")[0])
+    return num_parameters * (4 if settings.engine().dtype == "float32" else 2)
+
+
 def drafting(settings: Settings) -> Checkpoint | None:
     """The model of --draft, if it is on this machine."""
     name = settings.value("draft")[0]
@@ -151,18 +157,24 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
     keys = f"up to {kv_bytes} for the keys and values of {n_ctx} tokens"
     beside = ", with those of the draft model" if settings.value("draft")[0] else ""
     lines["memory"] = f"{num_weights} weights + {keys}{states}{beside}"
-    num_parameters, num_bytes = tower_size(checkpoint)
+    num_parameters, num_bytes = tower_size(checkpoint, settings.value("mmproj")[0])
     if num_parameters:
         size = f"{num_parameters / 1e6:.1f} M more parameters ({human_bytes(num_bytes)})"
-        lines["images"] = f"read by {size}"
+        in_memory = human_bytes(tower_memory(checkpoint, settings))
+        lines["images"] = f"read by {size}; {in_memory} of memory from the first image on"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
     notify("answers.prompt_cache", "add_details", lines, settings.engine())
 
 
-def tower_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Parameters and bytes of the part of a model that reads images; 0 for a model without one."""
+def tower_size(checkpoint: Checkpoint, mmproj: str | None = None) -> tuple[int, int]:
+    """Parameters and bytes of the part of a model that reads images; 0 for a model without one.
+    mmproj: the file that has it, for a model in GGUF, instead of one beside the model."""
     tensors: list[TensorSource] = []
-    if preferred("models.vision", "has_vision", lambda _: False)(checkpoint):
+    if checkpoint.format == "gguf":
+        find: Any = preferred("files.mmproj", "find_pair", None)
+        with contextlib.suppress(CheckpointError):  # without one that fits
+            tensors = [*find(checkpoint, mmproj).tensors.values()] if find else []
+    elif preferred("models.vision", "has_vision", lambda _: False)(checkpoint):
         with contextlib.suppress(CheckpointError):  # of files that are not all there
             for file in weight_files(checkpoint.path):
                 found = read_safetensors(checkpoint.path / file)

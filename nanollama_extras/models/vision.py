@@ -70,7 +70,7 @@ FAMILIES = {
         "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe glm4v glm4v_moe".split(),
         VisionFamily(in_three=True),
     ),
-    "gemma4": VisionFamily(id_of_padding=True),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), VisionFamily(id_of_padding=True)),
 }
 
 

@@ -57,14 +57,18 @@ def library() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings: about the text part, which is left out on purpose."""
-    log = logging.getLogger("transformers")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Without transformers' bars, and its warnings about the text part, which is left out on
+    purpose. Raises PackageError."""
+    messages = library().utils.logging
+    level, has_bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity(logging.CRITICAL)
+    messages.disable_progress_bar()
     try:
         yield
     finally:
-        log.setLevel(level)
+        messages.set_verbosity(level)
+        if has_bars:
+            messages.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -109,9 +113,7 @@ def open_processor(path: Path, model_type: str) -> Any:
     usual = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES[model_type]
     name = str(next(filter(None, named), usual))
     parts: dict[str, Any] = {
-        "image_processor": transformers.AutoImageProcessor.from_pretrained(
-            path, backend="pil", trust_remote_code=False
-        ),
+        "image_processor": image_processor(path, model_type),
         "tokenizer": TextWatch(
             transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         ),
@@ -123,6 +125,23 @@ def open_processor(path: Path, model_type: str) -> Any:
     if name == "LlavaProcessor" and values.get("patch_size") is None:
         values |= llava_settings(read_json(path / "config.json"))
     return new_processor(getattr(transformers, name), parts, values)
+
+
+def image_processor(path: Path, model_type: str) -> Any:
+    """The model's image processor on Pillow. Raises PackageError and CheckpointError."""
+    transformers = library()
+    if model_type not in ("lfm2_vl", "gemma4_unified"):
+        return transformers.AutoImageProcessor.from_pretrained(
+            path, backend="pil", trust_remote_code=False
+        )
+    # transformers has these for torchvision alone
+    values, _ = transformers.ImageProcessingMixin.get_image_processor_dict(path)
+    if model_type == "lfm2_vl":
+        return extra("models.lfm2_pixels", "an image for this model").Processor(values)
+    # its patches are those of Gemma 4 that are pooled there
+    factor = values.get("pooling_kernel_size", 3)
+    values |= {"patch_size": values.get("patch_size", 16) * factor, "pooling_kernel_size": 1}
+    return transformers.Gemma4ImageProcessorPil.from_dict(values)
 
 
 def new_processor(base: Any, parts: dict[str, Any], values: dict[str, Any]) -> Any:

@@ -129,6 +129,7 @@ def test_a_prompt_a_record_and_a_log(
     ran = cli("run", model, "What?", *flags, "--record", record, "--log", log)
     assert ran.code == 0, ran.err
     assert "prefill: " in ran.err
+    assert not any(words in ran.err for words in ("Loading weights", "LOAD REPORT"))
     data = encoded(30)[40:60].encode()
     assert json.loads(record.read_text().splitlines()[1])["ids"]
     assert data not in record.read_bytes() + log.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 import threading
@@ -23,7 +24,7 @@ from nanollama_extras.answers import images
 from nanollama_extras.commands.details import tower_size
 from nanollama_extras.models.vision_towers import open_processor
 
-NEEDS_TORCHVISION = ("lfm2_vl",)  # transformers' own class for it does
+ROW_INFO = {"lfm2_vl": {"return_row_col_info": True}}
 A, B, C = picture(40, 23), picture(17, 64), picture(64, 64)
 
 
@@ -112,10 +113,25 @@ def as_theirs(token_id: int, llm: LLM) -> int:
     return llm.vision.tower.image_id if hasattr(token_id, "vector") else token_id
 
 
+@pytest.fixture
+def masks_of_gemma4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tokens of an image see each other in windows only, as in Gemma 4 and in Google's own
+    code: https://github.com/huggingface/transformers/issues/46711 left out this model."""
+    module: Any = importlib.import_module("transformers.models.gemma4_unified")
+    module = module.modeling_gemma4_unified
+    plain = module.create_masks_for_generate
+
+    def masks(block_sequence_ids: Any = None, **given: Any) -> Any:
+        if block_sequence_ids is None or (block_sequence_ids < 0).all():
+            return plain(**given)
+        return module.create_masks_for_vision_model(block_sequence_ids=block_sequence_ids, **given)
+
+    monkeypatch.setattr(module, "create_masks_for_generate", masks)
+
+
+@pytest.mark.usefixtures("masks_of_gemma4")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_tokens_are_those_of_transformers(saved: Any, family: str) -> None:
-    if family in NEEDS_TORCHVISION:
-        pytest.importorskip("torchvision")
     path = saved(family)
     judge = Judge(path, family.partition("-")[0])
     for kernels in ("torch", "native"):
@@ -313,6 +329,21 @@ def test_older_files_of_llava_have_no_settings_of_the_processor(saved: Any, tmp_
     path = shutil.copytree(saved("llava"), tmp_path / "old")
     (path / "processor_config.json").write_text("{}")
     assert prompt(LLM(path), turns(A)) == prompt(LLM(saved("llava")), turns(A))
+
+
+@pytest.mark.parametrize("family", ["lfm2_vl", "gemma4_unified"])
+def test_pixels_are_those_of_torchvision(saved: Any, family: str) -> None:
+    """But for the rounding of resized ones, of which torchvision's differ by 1 of 255."""
+    pytest.importorskip("torchvision")
+    ours = open_processor(saved(family), family)
+    kind = getattr(transformers, f"{FAMILIES[family]['kind']}ImageProcessor")
+    theirs = kind(**FAMILIES[family]["pixels"])
+    for image in (A, B, C, picture(150, 90), picture(30, 300)):
+        found = ours.image_processor([[image.pixels]], return_tensors="pt")
+        expected = theirs([[image.pixels]], return_tensors="pt", **ROW_INFO.get(family, {}))
+        for name in expected:
+            one, other = (torch.as_tensor(each[name]).float() for each in (found, expected))
+            torch.testing.assert_close(one, other, rtol=0, atol=2.1 / 127.5)
 
 
 def test_the_text_of_a_pixtral_image_is_that_of_transformers(saved: Any) -> None:
