@@ -22,11 +22,14 @@ SUFFIXES = (".weight", ".bias", ".input_max", ".input_min", ".output_max", ".out
 PROJECTORS = {
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "qwen3vl_merger"),
+    "qwen2_vl": "qwen2vl_merger",
+    "qwen2_5_vl": "qwen2.5vl_merger",
     "gemma3": "gemma3",
     "gemma4": "gemma4v",
+    "gemma4_unified": "gemma4uv",
 }
 VISION = re.compile(
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|embed_vision)\."
+    r"(model\.)?(vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|embed_vision)\."
 )
 
 
@@ -64,10 +67,12 @@ def add_sizes(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> No
     side = int(vision.get("num_position_embeddings", 0) ** 0.5)
     writer.add_vision_image_size(vision.get("image_size") or side * vision["patch_size"] or 224)
     writer.add_vision_patch_size(vision["patch_size"])
-    writer.add_vision_embedding_length(vision["hidden_size"])
-    writer.add_vision_feed_forward_length(vision["intermediate_size"])
-    writer.add_vision_block_count(vision.get("num_hidden_layers") or vision["depth"])
-    writer.add_vision_head_count(vision.get("num_attention_heads") or vision["num_heads"])
+    keys = ("embed_dim", "mm_embed_dim", "hidden_size")
+    width = next(vision[key] for key in keys if key in vision)
+    writer.add_vision_embedding_length(width)
+    writer.add_vision_feed_forward_length(vision.get("intermediate_size") or 4 * width)
+    writer.add_vision_block_count(vision.get("num_hidden_layers") or vision.get("depth", 0))
+    writer.add_vision_head_count(vision.get("num_attention_heads") or vision.get("num_heads", 0))
     writer.add_vision_image_mean(pixels["image_mean"])
     writer.add_vision_image_std(pixels["image_std"])
 
@@ -98,6 +103,13 @@ def add_gemma4(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> N
     writer.add_vision_projector_scale_factor(pixels["pooling_kernel_size"])
 
 
+def add_gemma4_unified(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> None:
+    """Gemma4UnifiedVisionAudioModel.set_gguf_parameters"""
+    writer.add_clip_vision_projector_type("gemma4uv")
+    writer.add_vision_attention_layernorm_eps(config["vision_config"]["rms_norm_eps"])
+    writer.add_vision_projector_scale_factor(config["vision_config"]["pooling_kernel_size"])
+
+
 def add_qwen3(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> None:
     """Qwen3VLVisionModel.set_gguf_parameters, and limits for small pictures"""
     vision = config["vision_config"]
@@ -111,10 +123,26 @@ def add_qwen3(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> No
         writer.add_uint32(f"clip.vision.image_{key}_pixels", pixels["size"][name])
 
 
+def add_qwen2(writer: Any, config: dict[str, Any], pixels: dict[str, Any]) -> None:
+    """Qwen2VLVisionModel.set_gguf_parameters, and limits for small pictures and windows"""
+    vision = config["vision_config"]
+    writer.add_clip_projector_type(PROJECTORS[config["model_type"]])
+    if "fullatt_block_indexes" in vision:
+        writer.add_vision_use_silu(True)
+        writer.add_vision_n_wa_pattern(vision["fullatt_block_indexes"][0] + 1)
+        writer.add_uint32("clip.vision.window_size", vision["window_size"])
+    writer.add_vision_attention_layernorm_eps(1e-6)
+    for key, name in (("min", "shortest_edge"), ("max", "longest_edge")):
+        writer.add_uint32(f"clip.vision.image_{key}_pixels", pixels["size"][name])
+
+
 ADD = {
+    "qwen2vl_merger": add_qwen2,
+    "qwen2.5vl_merger": add_qwen2,
     "idefics3": add_idefics,
     "gemma3": add_gemma3,
     "gemma4v": add_gemma4,
+    "gemma4uv": add_gemma4_unified,
     "qwen3vl_merger": add_qwen3,
 }
 
@@ -154,6 +182,27 @@ def change_gemma4(name: str, tensor: torch.Tensor, vision: Any) -> dict[str, tor
     return {name: tensor if tensor.dim() else tensor.unsqueeze(0)}
 
 
+def change_gemma4_unified(name: str, tensor: torch.Tensor, _: Any) -> dict[str, torch.Tensor]:
+    part = re.sub(r".*(vision_embedder|embed_vision)\.(multimodal_embedder\.)?", "", name)
+    if part.startswith(("patch_dense.w", "patch_ln1")):  # columns are those of ggml's im2col
+        side = int((tensor.shape[-1] // 3) ** 0.5)
+        tensor = tensor.unflatten(-1, (side, side, 3)).movedim(-1, -3).flatten(-3)
+    part = part.replace("patch_dense", "v.patch_embd").replace("patch_ln", "v.patch_norm.")
+    part = part.replace("pos_norm", "v.patch_norm.3").replace("embedding_proj", "mm.input_proj")
+    if part == "pos_embedding":
+        return {"v.position_embd.weight": tensor.transpose(0, 1)}
+    return {part: tensor}
+
+
+def change_qwen2(name: str, tensor: torch.Tensor, vision: Any) -> dict[str, torch.Tensor]:
+    name = name.removeprefix("model.")
+    if ".qkv." in name:
+        return {name.replace("qkv", x): part for x, part in zip("qkv", tensor.chunk(3))}
+    if name == "visual.patch_embed.proj.weight":
+        return {f"v.patch_embd.weight{'.1' * i}": tensor[:, :, i] for i in (0, 1)}
+    return {name: tensor}
+
+
 def change_qwen3(name: str, tensor: torch.Tensor, vision: Any) -> dict[str, torch.Tensor]:
     name = name.removeprefix("model.")
     if found := re.fullmatch(r"visual\.deepstack_merger_list\.(\d+)\.(linear_)?(.+)", name):
@@ -172,6 +221,9 @@ CHANGES = {
     "idefics3": lambda name, tensor, _: {name: tensor},
     "gemma3": change_siglip,
     "gemma4v": change_gemma4,
+    "gemma4uv": change_gemma4_unified,
+    "qwen2vl_merger": change_qwen2,
+    "qwen2.5vl_merger": change_qwen2,
     "qwen3vl_merger": change_qwen3,
 }
 

@@ -448,6 +448,6 @@ FAMILIES = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"), LATENT),
     "mistral4": LATENT,
     "gemma3n_text": Outward(gemma3n_tensors, gemma3n_values, gemma_expected),
-    "gemma4_text": GEMMA4,
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), GEMMA4),
     "apertus": Outward(apertus_tensors, apertus_values, apertus_expected),
 }

@@ -237,8 +237,28 @@ def gemma4_described(pair: Pair) -> Described:
     return Described(vision, {"audio_config": None}, pixels, {})
 
 
-def qwen3_described(pair: Pair) -> Described:
-    """Qwen3-VL and Qwen3.5: images of any shape, in squares of patches."""
+def gemma4_unified_described(pair: Pair) -> Described:
+    """Gemma 4 12B: as Gemma 4, of whose patches a layer makes rows, without a tower."""
+    width, columns = pair.shape("v.patch_embd.weight", 2)
+    axes, places, _ = pair.shape("v.position_embd.weight", 3)
+    check_value(axes == 2, "axes of v.position_embd.weight", axes, "2")
+    patch, factor = pair.count("patch_size"), pair.count("projector.scale_factor", 3)
+    needed = 3 * (patch * factor) ** 2
+    check_value(columns == needed, "columns of v.patch_embd.weight", columns, f"{needed}")
+    vision = {
+        "patch_size": patch,
+        "pooling_kernel_size": factor,
+        "mm_embed_dim": width,
+        "output_proj_dims": width,
+        "mm_posemb_size": places,
+        "rms_norm_eps": pair.eps(),
+    }
+    pixels = {"patch_size": patch * factor, "pooling_kernel_size": 1}
+    return Described(vision, {"audio_config": None}, pixels, {})
+
+
+def qwen3_described(pair: Pair, least: int = 64) -> Described:
+    """Qwen3-VL and Qwen3.5: images of any shape, in squares of patches; in `least` rows or more."""
     sizes, merge = tower_values(pair), pair.count("spatial_merge_size", 2)
     check_value(merge < 64, "clip.vision.spatial_merge_size", merge, "below 64")
     patch = sizes["patch_size"]
@@ -251,17 +271,39 @@ def qwen3_described(pair: Pair) -> Described:
         "temporal_patch_size": 2,
         "spatial_merge_size": merge,
         "out_hidden_size": pair.width,
-        "num_position_embeddings": pair.grid() ** 2,
     }
+    if "v.position_embd.weight" in pair.tensors:
+        vision["num_position_embeddings"] = pair.grid() ** 2
     if pair.model_type.startswith("qwen3_vl"):
         vision["deepstack_visual_indexes"] = deep_layers(pair)
     square = (patch * merge) ** 2  # pixels of a row of the prompt
     size = {
-        "shortest_edge": pixels_of(pair, "image_min_pixels", 64 * square),
+        "shortest_edge": pixels_of(pair, "image_min_pixels", least * square),
         "longest_edge": pixels_of(pair, "image_max_pixels", 16384 * square),
     }
     pixels = {"size": size, "patch_size": patch, "temporal_patch_size": 2, "merge_size": merge}
     return Described(vision, {}, pixels, {})
+
+
+def qwen2_described(pair: Pair) -> Described:
+    """Qwen2-VL and Qwen2.5-VL, whose layers but each n-th see a window."""
+    made, merge = qwen3_described(pair, least=4), pair.count("spatial_merge_size", 2)
+    vision, sizes = made.vision, tower_values(pair)
+    for key in ("num_position_embeddings", "deepstack_visual_indexes"):
+        vision.pop(key, None)
+    if pair.model_type == "qwen2_vl":
+        width, n_ff = sizes["hidden_size"], vision.pop("intermediate_size")
+        check_value(n_ff % width == 0, "rows of v.blk.0.ffn_up.weight", n_ff, f"a multiple {width}")
+        vision |= {"embed_dim": width, "mlp_ratio": n_ff // width}
+        vision["hidden_size"] = vision.pop("out_hidden_size")
+    else:
+        step, window = pair.count("n_wa_pattern"), pair.count("window_size", 112)
+        square = vision["patch_size"] * merge
+        check_value(window >= square, "clip.vision.window_size", window, f"at least {square}")
+        vision["window_size"] = window
+        vision["fullatt_block_indexes"] = [*range(step - 1, vision["depth"], step)]
+    text = {"hidden_size": pair.width, "pad_token_id": pair.padding_id, **ONE_HEAD}
+    return Described(vision, {"text_config": text}, made.pixels, {})
 
 
 def deep_layers(pair: Pair) -> list[int]:
@@ -294,6 +336,22 @@ PROJECTORS = {
     "gemma4v": Projector(
         {"gemma4_text": "gemma4"}, "Gemma4", GEMMA4_TOKENS, gemma4_described, normalized=False
     ),
+    "gemma4uv": Projector(
+        {"gemma4_text": "gemma4_unified"},
+        "Gemma4",
+        GEMMA4_TOKENS,
+        gemma4_unified_described,
+        normalized=False,
+    ),
+    **{
+        f"{name}_merger": Projector(
+            dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), model_type),
+            "Qwen2VL",
+            QWEN_TOKENS,
+            qwen2_described,
+        )
+        for name, model_type in (("qwen2vl", "qwen2_vl"), ("qwen2.5vl", "qwen2_5_vl"))
+    },
     "qwen3vl_merger": Projector(
         {f"{name}_text": name for name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")},
         "Qwen2VL",

@@ -293,6 +293,9 @@ GEMMA4_LAYERS: Values = {
     "names": POST_NORM_NAMES | gemma_config.NAMES,
     "layout": "models.gemma4:hub_layout",
     "decoder": "models.gemma4:Gemma4Decoder",
+    "gguf": "gemma4",
+    "from_gguf": gemma_config.gemma4_from_gguf,
+    "gguf_layout": "models.gemma4:gguf_layout",
 }
 DELTA_NET: Values = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
 DELTA_NET |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -323,6 +326,7 @@ SHORT_CONV: Values = {
     },
 }
 QWEN_VL: Values = {"switches": {"qkv_bias": True, "o_bias": False}, "check": in_three(16, 24, 24)}
+QWEN_VL |= {"gguf": "qwen2vl"}
 DEEP: Values = {"decoder": "models.qwen3_vl:DeepDecoder"}
 DEEP |= {"check": in_three(24, 20, 20, alternates=True)}
 MINISTRAL3_ROPE = yarn(16.0, 16384, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0)
@@ -426,15 +430,11 @@ FAMILIES: dict[str, Family] = {
         gguf_layout="models.gemma3n:gguf_layout",
         decoder="models.gemma3n:Gemma3nDecoder",
     ),
-    "gemma4_text": family(
-        keys(131072, **GEMMA4),
-        gguf="gemma4",
-        from_gguf=gemma_config.gemma4_from_gguf,
-        gguf_layout="models.gemma4:gguf_layout",
-        **GEMMA4_LAYERS,
-    ),
+    "gemma4_text": family(keys(131072, **GEMMA4), **GEMMA4_LAYERS),
     "gemma4_unified_text": family(
-        keys(262144, **GEMMA4 | {"window": 1024, "hidden_size_per_layer_input": 0}), **GEMMA4_LAYERS
+        keys(262144, **GEMMA4 | {"window": 1024, "hidden_size_per_layer_input": 0})
+        | keys(use_bidirectional_attention="vision"),
+        **GEMMA4_LAYERS,
     ),
     "olmo2": family(
         keys(eps=1e-5),

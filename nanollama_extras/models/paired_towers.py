@@ -12,6 +12,7 @@ Source     https://github.com/ggml-org/llama.cpp (gguf-py/gguf/tensor_mapping.py
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ QWEN_LAYER = {
 }
 QWEN_PARTS = {"patch_embd": "patch_embed.proj", "position_embd": "pos_embed"}
 QWEN_PARTS |= {"post_ln": "merger.norm"}
+QWEN2_LAYER = {**QWEN_LAYER, "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
+QWEN25_LAYER = {**QWEN_LAYER, **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}}
 NAMES = {  # projector type -> names
     "idefics3": Names(
         "model.vision_model",
@@ -101,6 +104,37 @@ NAMES = {  # projector type -> names
             **{f"v.std_{part}": f"model.vision_tower.std_{part}" for part in ("bias", "scale")},
         },
     ),
+    "gemma4uv": Names(
+        "model.embed_vision",
+        "",
+        {"patch_embd": "patch_dense"},
+        {},
+        {
+            "mm.input_projection.weight": (
+                "model.embed_vision.multimodal_embedder.embedding_projection.weight"
+            ),
+            "v.position_embd.weight": "model.embed_vision.pos_embedding",
+            **{
+                f"v.patch_norm.{i}.{part}": f"model.embed_vision.{name}.{part}"
+                for i, name in ((1, "patch_ln1"), (2, "patch_ln2"), (3, "pos_norm"))
+                for part in ("weight", "bias")
+            },
+        },
+    ),
+    **{
+        name: Names(
+            "model.visual",
+            "blocks",
+            {"patch_embd": "patch_embed.proj", "post_ln": "merger.ln_q"},
+            layer,
+            {
+                f"mm.{i}.{part}": f"model.visual.merger.mlp.{i}.{part}"
+                for i in (0, 2)
+                for part in ("weight", "bias")
+            },
+        )
+        for name, layer in (("qwen2vl_merger", QWEN2_LAYER), ("qwen2.5vl_merger", QWEN25_LAYER))
+    },
     "qwen3vl_merger": Names(
         "model.visual",
         "blocks",
@@ -190,8 +224,11 @@ def is_clipped(pair: Pair, part: str, suffix: str) -> bool:
 def restored(pair: Pair) -> Tensors:
     """The tensors of the file, without what its converter did to them. Raises CheckpointError."""
     found = {name: plain(tensor) for name, tensor in straight(pair).items()}
+    if pair.projector == "gemma4uv":
+        return with_colors_last(found)
     patches = found["v.patch_embd.weight"]  # (C, 3, P, P)
-    if pair.projector == "qwen3vl_merger":
+    if pair.projector.startswith("qwen"):
+        found = with_qkv(found)
         second = found.pop("v.patch_embd.weight.1", None)
         if second is None or second.shape != patches.shape:
             raise CheckpointError("tensor v.patch_embd.weight.1 is missing, or of another shape")
@@ -205,11 +242,36 @@ def restored(pair: Pair) -> Tensors:
     return found
 
 
+def with_colors_last(tensors: Tensors) -> Tensors:
+    """Gemma 4 12B's tensors, whose columns go over colors, rows and columns of a patch."""
+    found = dict(tensors)
+    found["v.position_embd.weight"] = found["v.position_embd.weight"].transpose(0, 1).contiguous()
+    for name in ("v.patch_embd.weight", "v.patch_norm.1.weight", "v.patch_norm.1.bias"):
+        if name in found:
+            side = math.isqrt(found[name].shape[-1] // 3)
+            found[name] = found[name].unflatten(-1, (3, side, side)).movedim(-3, -1).flatten(-3)
+    return found
+
+
+def with_qkv(tensors: Tensors) -> Tensors:
+    """The tensors with queries, keys and values of each layer in one."""
+    found = dict(tensors)
+    for name in tensors:
+        parts = [name.replace(".attn_q.", f".attn_{part}.") for part in "qkv"]
+        if ".attn_q." in name and all(part in tensors for part in parts):
+            whole = torch.cat([found.pop(part) for part in parts])
+            found[name.replace(".attn_q.", ".attn_qkv.")] = whole
+    return found
+
+
 def straight(pair: Pair) -> dict[str, TensorSource]:
     """The tensors, of which some files have those of the two steps of MLPs the other way around."""
-    width, tensors = pair.shape("v.patch_embd.weight", 4)[0], dict(pair.tensors)
+    tensors = dict(pair.tensors)
+    if pair.projector in ("gemma4v", "gemma4uv", "qwen3vl_merger"):
+        return tensors
+    width = pair.shape("v.patch_embd.weight", 4)[0]
     rows, columns = pair.shape("v.blk.0.ffn_up.weight", 2)
-    if pair.projector not in ("idefics3", "gemma3") or columns == width or rows != width:
+    if columns == width or rows != width:
         return tensors
     swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
     return {re.sub("ffn_(up|down)", lambda m: swapped[m[0]], n): t for n, t in tensors.items()}

@@ -26,7 +26,7 @@ from nanollama_extras.files.conversion import Plan, convert_to_gguf
 from nanollama_extras.files.gguf_writer import value_bytes
 
 # Families whose layouts of tensors have no inverse yet, or that GGUF does not know
-REFUSED = "nanochat olmo_hybrid bitnet muse_glimmer nemotron_h falcon_h1 gemma4_unified".split()
+REFUSED = "nanochat olmo_hybrid bitnet muse_glimmer nemotron_h falcon_h1".split()
 # What GGUF cannot say of a family that it knows
 SPECIAL = {
     "qwen2_moe": "experts",  # layers without experts

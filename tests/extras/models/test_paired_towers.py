@@ -21,10 +21,12 @@ from test_vision import A, B, C, as_theirs, logits, prompt, request, turns
 import nanollama
 from nanollama import LLM, CheckpointError, RequestError
 from nanollama_extras.api import blobs
+from nanollama_extras.commands.details import tower_size
 from nanollama_extras.files import mmproj
 from nanollama_extras.models import paired_towers, vision, vision_towers
 
 FAMILIES = ("smolvlm", "gemma3", "gemma4", "gemma4-whole", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")
+FAMILIES += ("qwen2_vl", "qwen2_5_vl", "gemma4_unified")
 # Gemma 4's files leave out how many rows an image may have: 280, as that of its hub files
 SOFT_TOKENS = {"pixels": {**vision_models.GEMMA4["pixels"], "max_soft_tokens": 280}}
 PLACES = {"position_embedding_size": 300}
@@ -42,7 +44,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 if family.startswith("gemma4"):
                     row = vision_models.FAMILIES[family]
                     whole = {"use_clipped_linears": True, "standardize": True}
-                    own = {**row["vision"], **PLACES, **(whole if family == "gemma4" else {})}
+                    own = {**row["vision"], **(whole if family == "gemma4" else {})}
+                    own |= PLACES if family != "gemma4_unified" else {}
                     changed = {**row, **SOFT_TOKENS, "vision": own}
                     patch.setitem(vision_models.FAMILIES, family, changed)
                 vision_models.save(source, family)
@@ -105,6 +108,16 @@ def test_the_two_steps_of_mlps_may_have_each_others_names(pair: Any, tmp_path: P
     mmproj_files.rewritten(Path(file), {}, rename=swap)
     answers = [LLM(each).complete(request(turns(A))) for each in (text, pair("gemma3")[1])]
     assert answers[0].token_ids == answers[1].token_ids
+
+
+def test_show_counts_the_image_part(pair: Any, tmp_path: Path) -> None:
+    source, text = pair("smolvlm")
+    counted = [tower_size(nanollama.open_checkpoint(path)) for path in (source, text)]
+    assert counted[0][0] == counted[1][0] > 0
+    alone = Path(shutil.copy(text, tmp_path))
+    assert tower_size(nanollama.open_checkpoint(alone)) == (0, 0)
+    elsewhere = str(image_part(text))
+    assert tower_size(nanollama.open_checkpoint(alone), elsewhere) == counted[1]
 
 
 # ---- which file goes with a model ----------------------------------------------------------------
