@@ -117,8 +117,8 @@ def as_theirs(token_id: int, llm: LLM) -> int:
 def masks_of_gemma4(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tokens of an image see each other in windows only, as in Gemma 4 and in Google's own
     code: https://github.com/huggingface/transformers/issues/46711 left out this model."""
-    module: Any = importlib.import_module("transformers.models.gemma4_unified")
-    module = module.modeling_gemma4_unified
+    name = "transformers.models.gemma4_unified.modeling_gemma4_unified"
+    module: Any = importlib.import_module(name)
     plain = module.create_masks_for_generate
 
     def masks(block_sequence_ids: Any = None, **given: Any) -> Any:
