@@ -5060,7 +5060,7 @@ class LLM(TextSide, Library):
         self.tokenizer = Tokenizer(text) if needs_text else new(text)
         self.template = ChatTemplate(self.tokenizer.text, template)
         text = dataclasses.replace(checkpoint.text, gguf=None)  # frees tokens
-        self.checkpoint = checkpoint = dataclasses.replace(checkpoint, text=text)
+        self.checkpoint = dataclasses.replace(checkpoint, text=text)
         family = self.config.model_type
         place = find_family(family).decoder  # of a class derived from Decoder
         new_decoder = extra_object(place, family) if place else Decoder
