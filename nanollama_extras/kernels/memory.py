@@ -45,7 +45,8 @@ class Weights:
     def __init__(self) -> None:
         self.lock, self.joining = threading.Lock(), threading.Lock()
         self.chunks: list[Chunk] = []  # of which weights are left, and pages to join
-        self.memory, self.num_taken = torch.empty(0, dtype=torch.uint8), 0
+        self.memory: Any = ()  # what is left of the last chunk is from num_taken on
+        self.num_taken = 0
 
     def drop(self) -> None:
         """Leave the rest, so that the next model's weights do not keep this one's memory."""
@@ -53,7 +54,7 @@ class Weights:
             if self.chunks and len(self.memory):
                 start = -(-self.num_taken // mmap.PAGESIZE) * mmap.PAGESIZE
                 madvise(self.chunks[-1].start + start, len(self.memory) - start, mmap.MADV_DONTNEED)
-            self.memory, self.num_taken = torch.empty(0, dtype=torch.uint8), 0
+            self.memory, self.num_taken = (), 0
             self.chunks = [chunk for chunk in self.chunks if chunk.memory()]
 
     def reserve(self, num_bytes: int) -> None:
@@ -71,12 +72,10 @@ class Weights:
             self.num_taken, self.chunks[-1].num_bytes = -(-stop // 64) * 64, stop
             return self.memory[start:stop]
 
-    def populate(self, num_bytes: int) -> None:
+    def populate(self, chunk: Chunk, num_bytes: int) -> None:
         """Have the system provide memory for weights that come soon, while something else is done:
         one that is written first waits for each page."""
-        with self.lock:
-            self.reserve(num_bytes + RESERVED)
-            chunk, at = self.chunks[-1], 0
+        at = 0
         while at + POPULATED <= num_bytes and (memory := chunk.memory()):
             with self.lock:
                 at = max(at, self.num_taken) if self.chunks[-1] is chunk else num_bytes
@@ -145,15 +144,19 @@ def join_pages() -> None:
 
 def get_ready(num_bytes: int, backend: Any) -> None:
     """Prepare for the weights of a model, which take so many bytes, in another thread. Some seconds
-    later, that thread returns the memory that only loading needed."""
+    later, that thread returns the memory that only loading needed. It calls nothing of torch's, in
+    which a program that ends would abort."""
     weights = _weights
     weights.drop()
-    is_native = sys.platform == "linux" and hasattr(backend, "run_kernel")
+    chunk: Chunk | None = None
+    if sys.platform == "linux" and hasattr(backend, "run_kernel"):
+        with contextlib.suppress(OSError), weights.lock:
+            weights.reserve(num_bytes + RESERVED)
+            chunk = weights.chunks[-1]
 
     def prepare() -> None:
-        if is_native:
-            with contextlib.suppress(OSError):
-                weights.populate(num_bytes)
+        if chunk:
+            weights.populate(chunk, num_bytes)
         before = -1
         while before != weights.num_taken:  # as long as weights are read
             before = weights.num_taken

@@ -100,11 +100,14 @@ class DecodeCalls:
     def step(self) -> Tensor:
         """The scores of `num_sequences` rows"""
         self.hidden = self.decoder.hidden(self.batch, self.cache)
-        self.head = num_recorded()  # calls before the head's
-        self.decoder.lm_head(self.hidden[: self.num_sequences], norm=self.decoder.norm)
-        self.end = num_recorded()  # calls of a step with one row of each sequence
         self.states = torch.empty(self.num_sequences, self.hidden.size(1))
-        return self.decoder.lm_head(self.states, norm=self.decoder.norm).float()
+        self.head = num_recorded()  # calls before the head's
+        head, norm = self.decoder.lm_head, self.decoder.norm
+        place = head(self.hidden[: self.num_sequences], norm=norm).data_ptr()
+        self.end = num_recorded()  # calls of a step with one row of each sequence
+        scores = head(self.states, norm=norm).float()
+        assert scores.data_ptr() == place  # free memory of its size
+        return scores
 
     def __call__(self, work: list[Work]) -> Tensor | None:
         """As in DecodeSteps."""

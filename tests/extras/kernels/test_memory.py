@@ -74,7 +74,8 @@ def test_joined_pages_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> 
 @has_large_pages
 def test_memory_that_came_early_holds_weights_and_the_rest_of_it_returns() -> None:
     weights = memory.Weights()
-    weights.populate(2 * memory.POPULATED)
+    weights.reserve(2 * memory.POPULATED + memory.RESERVED)
+    weights.populate(weights.chunks[-1], 2 * memory.POPULATED)
     part = weights.take(100)
     assert len(weights.chunks) == 1
     assert not part.any()
