@@ -253,9 +253,9 @@ else:
     safetensors = LazyModule("safetensors")
     starlette = LazyModule("starlette", "applications")  # which imports its other parts
     tokenizers = LazyModule("tokenizers")
-    light = lambda path: preferred("kernels.arrays", "stand_in", library)(path)  # noqa: E731
-    torch = LazyModule("torch", find=light)
-    F = LazyModule("torch.nn.functional", find=light)
+    stand_in = lambda path: preferred("kernels.arrays", "stand_in", library)(path)  # noqa: E731
+    torch = LazyModule("torch", find=stand_in)
+    F = LazyModule("torch.nn.functional", find=stand_in)
     uvicorn = LazyModule("uvicorn")
     Library = object  # LLM.__getattr__ finds its methods
 
@@ -390,8 +390,8 @@ def first_line(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """Text for a terminal or a log, with control characters but tabs and line ends escaped."""
-    escaped = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-    return escaped.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r", ""))
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    return re.sub(control, lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r", ""))
 
 
 @lru_cache(maxsize=64)
@@ -844,8 +844,7 @@ class Option:
             return "use True or False"
         least, most, *words = self.limits
         kind = "a number" if self.kind is float else "an integer"
-        extent = f"between {least} and {most}" if most < 2**31 else f"of at least {least}"
-        return " or ".join([f"it must be {kind} {extent}", *words])
+        return " or ".join([f"it must be {kind} between {least} and {most}", *words])
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -3777,7 +3776,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text, without control tokens. Bytes that are not UTF-8 become U+FFFD."""
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        text = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         return text.removeprefix(" ") if self.strips_space else text
 
 
@@ -4030,7 +4029,7 @@ def joined_text(content: Any, where: str) -> str:
 
 def clean_part(part: Any, where: str) -> Json:
     """A part of a message: a text (a refusal is one, too) or an image. Raises RequestError."""
-    kind = part.get("type") if isinstance(part, Mapping) else part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind in ("image", "image_url"):
         return extra("answers.images", "an image").checked(part, where)
     if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
@@ -4479,7 +4478,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     distinct: DistinctTokens = field(default_factory=DistinctTokens)
     constraint: Constraint | None = None  # None: any text
-    pooler: Any = None  # makes an embedding of the prompt instead of an answer
+    pooler: Any = None  # has `take` and `embedding`, in place of an answer
     drafter: Drafter | None = None
     draft: list[int] = field(default_factory=list)  # guesses that this step verifies
     num_drafted: int = 0
@@ -4667,7 +4666,7 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
-    def add(self, num_decode: int, num_prefill: int, seconds: float) -> None:
+    def add(self, num_prefill: int, num_decode: int, seconds: float) -> None:
         share = num_prefill / max(num_prefill + num_decode, 1)
         self.prefill_tokens += num_prefill
         self.decode_tokens += num_decode
@@ -4675,8 +4674,7 @@ class EngineStats:
         self.decode_s += seconds * (1 - share)
 
     def since(self, before: EngineStats) -> EngineStats:
-        totals = zip(dataclasses.astuple(self), dataclasses.astuple(before))
-        return EngineStats(*(now - then for now, then in totals))
+        return EngineStats(*map(operator.sub, *map(dataclasses.astuple, (self, before))))
 
 
 class Engine:
@@ -4763,7 +4761,7 @@ class Engine:
             work = self.scheduler.schedule()
             if not work:
                 return
-            num = [0, 0]  # of answers, of prompts
+            num_prefill = num_decode = 0
             for (seq, num_new), rows in zip(work, self.forward(work)):
                 num_before = len(seq.token_ids)
                 is_prefill = seq.num_computed < seq.num_prompt
@@ -4772,8 +4770,9 @@ class Engine:
                 seq.num_computed += num_new
                 if seq.num_computed == num_before:
                     self.advance(seq, rows)
-                num[is_prefill] += num_new if is_prefill else len(seq.token_ids) - num_before
-        self.stats.add(num[0], num[1], seconds := time.perf_counter() - started)
+                num_prefill += num_new if is_prefill else 0
+                num_decode += 0 if is_prefill else len(seq.token_ids) - num_before
+        self.stats.add(num_prefill, num_decode, seconds := time.perf_counter() - started)
         self.scheduler.pace.learn(work, seconds)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> tuple[Tensor, ...]:
@@ -5460,7 +5459,7 @@ def usage_body(usages: list[Usage], per_prompt: int, num_thought: int = 0) -> Js
 def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, bytes]:
     """The text of a single token, as logprobs show it, and its bytes."""
     raw = tokenizer.token_bytes(token_id)
-    return raw.decode("utf-8", errors="replace") if raw else tokenizer.piece(token_id), raw
+    return raw.decode(errors="replace") if raw else tokenizer.piece(token_id), raw
 
 
 class Reply:
@@ -5748,7 +5747,7 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = option(
         (), "--allowed-host NAME: name of this server in URLs; * for any; repeatable", kind=str
     )
-    max_queue: int = option(64, "--max-queue N: sequences that wait; more get a 429", (0, math.inf))
+    max_queue: int = option(64, "--max-queue N: sequences that wait; more get a 429", (0, 2**31))
     page_servers: tuple[str, ...] = option((), "--page-server URL: a server for the page", kind=str)
     served_names: tuple[str, ...] = option(
         (), "--served-model-name --alias NAME: name of the model for clients", kind=str
@@ -5757,7 +5756,7 @@ class ServerConfig:
         None, "--keep-alive TIME: how long an idle model stays: 5m, 30s, 0, -1 for ever"
     )
     timeout_s: float | None = option(
-        None, "--timeout SECONDS: longest time for a request", (1e-3, math.inf), kind=float
+        None, "--timeout SECONDS: longest time for a request", (1e-3, 1e9), kind=float
     )
     idle_s: int = option(75, "--idle-timeout N: seconds that an idle connection lasts", (1, 2**31))
     mcp: str | None = option(None, "--mcp FILE: JSON of MCP servers, whose tools models may call")
@@ -6150,12 +6149,12 @@ class Gate:
 
 def parse_json(data: bytes | bytearray) -> Any:
     """A value from JSON in UTF-8. Raises ValueError."""
-    return json.loads(data.decode("utf-8"), parse_constant=int)  # int refuses NaN and Infinity
+    return json.loads(data.decode(), parse_constant=int)  # int refuses NaN and Infinity
 
 
 def encode_json(value: Fields) -> bytes:
     """JSON in UTF-8. Lone surrogates, which a client may have sent, become question marks."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")
 
 
 def as_json(body: Fields, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -6456,7 +6455,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         made = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
     except (OSError, OverflowError, ValueError) as error:
-        message = f"cannot listen on {host}:{port}: {first_line(error)}; try another --port"
+        message = f"cannot listen on {host}:{port}: {first_line(error)}; change --host or --port"
         raise UsageError(message) from None
     # this protocol makes asyncio set TCP_NODELAY
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, made.detach())
@@ -6627,7 +6626,7 @@ def read_input(name: str) -> bytes:
 def read_text(name: str) -> str:
     """The same as text, without the newline that `echo` adds. Raises RequestError."""
     try:
-        return read_input(name).decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return read_input(name).decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
         source = "the prompt on stdin" if name == "-" else name
         raise RequestError(f"{source} is not UTF-8 text", "prompt") from None
@@ -6896,7 +6895,7 @@ def read_rows(name: str) -> list[BatchRow]:
     rows = []
     for number, line in enumerate(read_input(name).splitlines(), 1):
         try:
-            row = BatchRow(number, line.decode("utf-8"))
+            row = BatchRow(number, line.decode())
         except UnicodeDecodeError:
             row = BatchRow(number, None, RequestError("the line is not UTF-8 text"))
         if line.strip():
@@ -7212,7 +7211,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):  # the reader is done, as `head` is
             return 0
-        log.error(f"error: {error}")
+        what = f"{error.filename or 'cannot write'}: {error.strerror}"
+        log.error(f"error: {what if error.errno else error}")
         return 1
 
 

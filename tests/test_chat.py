@@ -281,6 +281,9 @@ def test_what_is_no_text_is_refused_by_name() -> None:
         template.render([{"role": "user", "content": [image]}])
     with pytest.raises(nanollama.RequestError, match=r"content\[0\] is of type .input_audio"):
         template.render([{"role": "user", "content": [{"type": "input_audio"}]}])
+    for part, kind in (("text", "str"), ("image", "str"), ("image_url", "str"), (5, "int")):
+        with pytest.raises(nanollama.RequestError, match=rf"content\[0\] is of type '{kind}'"):
+            template.render([{"role": "user", "content": [part]}])
     with pytest.raises(TemplateError, match="'hello'; give an object"):
         template.render(["hello"])  # type: ignore[list-item]
 

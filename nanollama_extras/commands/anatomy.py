@@ -333,6 +333,9 @@ def run(argv: list[str]) -> int:
     if args.run:
         found["run"] = measured(settings, args.depth)
     if args.html:
-        Path(args.html).write_text(page_of(found), encoding="utf-8")
+        try:  # a name of a file need not be UTF-8
+            Path(args.html).write_text(page_of(found), encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"{args.html}: cannot be written: {error.strerror}") from None
     put(json.dumps(found, ensure_ascii=False) + "\n" if args.json else text_of(found))
     return 0

@@ -17,6 +17,7 @@ Remove     delete this file; such files then name it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,8 @@ def prompt_of(value: Any, line: str) -> str:
     if not isinstance(prompt := fields.get("prompt"), str):
         other = ', and no "messages" or "body"' if fields is value else ""
         raise RequestError(f'the line has no text as "prompt"{other}')
+    if re.search("[\ud800-\udfff]", prompt):  # which no file and no block of Ray's takes
+        raise RequestError("the text holds a lone surrogate")
     return prompt
 
 

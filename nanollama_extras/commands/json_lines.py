@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import nanollama
@@ -35,8 +36,15 @@ def json_line(row: BatchRow) -> str:
 
 def open_output(name: str) -> TextIO:
     """The file of --output, opened but not emptied; - is stdout. Raises RequestError."""
-    try:
+    with writing(name):
         return sys.stdout if name == "-" else open(name, "a", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing(name: str) -> Iterator[None]:
+    """Begin an error of the system with the file's name. Raises RequestError."""
+    try:
+        yield
     except OSError as error:
         raise RequestError(f"{name}: cannot be written: {error.strerror}") from None
 
@@ -56,5 +64,7 @@ def run_batch(settings: Settings, rows: list[BatchRow]) -> int:
         out.write(json_line(row))
         out.flush()
 
-    with contextlib.nullcontext() if out is sys.stdout else out:
+    if out is sys.stdout:
+        return nanollama.run_batch(settings, rows, write)
+    with writing(settings.args.output), out:
         return nanollama.run_batch(settings, rows, write)

@@ -196,7 +196,10 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"the text has {len(ids)} tokens; a picture holds {MOST_TOKENS}")
     seen = looked_into(llm, ids, args.top, bool(args.html or args.attention or args.json))
     if args.html:
-        Path(args.html).write_text(picture(seen), encoding="utf-8")
+        try:  # a name of a file need not be UTF-8
+            Path(args.html).write_text(picture(seen), encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"{args.html}: cannot be written: {error.strerror}") from None
     if args.json:
         print(json.dumps(seen, ensure_ascii=False))
         return 0

@@ -105,7 +105,7 @@ def test_a_lone_surrogate_ends_no_batch(cli: Run, tiny: Tiny, tmp_path: Path) ->
     ran = cli("--model", tiny("Llama"), "--batch-file", lines, "--output", out, *FLAGS)
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert (ran.code, found[0]["error"]) == (1, "the text holds a lone surrogate")
-    assert (found[0]["prompt"], found[1]["custom_id"]) == ("\ud800", "b\udfff")
+    assert (found[0]["prompt"], found[1]["custom_id"]) == (None, "b\udfff")
     assert found[2]["finish_reason"] == "length"
 
 

@@ -74,6 +74,7 @@ def test_json_has_all_numbers(
         (["--top", "0"], "--top is 0; it must be between 1 and 100"),
         (["--attention", "x"], "--attention is x; give a layer and a head, as in 3.0"),
         (["--attention", "7"], "--attention 7: layers with attention are 0, 1; each has 4 heads"),
+        (["--html", "."], ".: cannot be written: "),
         (["--attention", "0.9"], "--attention 0.9: layers with attention are 0, 1"),
     ],
 )
