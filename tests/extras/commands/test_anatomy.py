@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -312,7 +311,7 @@ def test_a_wrong_depth_is_a_usage_error(
 def test_a_page_loads_nothing_and_holds_no_markup_of_the_name(
     explain: Callable[..., str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    folder = tmp_path / ("<b>\udcff" if sys.platform == "linux" else "<b>")
+    folder = tmp_path / "<b>"
     folder.symlink_to(path_of("dense", tiny))
     explain(folder, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
