@@ -91,7 +91,7 @@ class Memory:
     def __init__(self, checkpoint: Checkpoint, engine: EngineConfig, backend: Backend) -> None:
         self.checkpoint, self.engine, self.backend = checkpoint, engine, backend
         new_sizes = preferred("models.sketch", "weights_of", None)
-        if backend.device.type != "cpu":
+        if not hasattr(backend, "run_kernel"):  # no native kernels
             engine = dataclasses.replace(engine, device="cpu", kernels="torch")
         self.sizes = new_sizes(checkpoint, engine) if new_sizes else None
 

@@ -130,9 +130,9 @@ def mapped(num_bytes: int) -> tuple[Chunk, Tensor]:
 def large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An empty tensor whose memory will be in pages of 2 MB where the system has them (Linux).
     Reading it from front to back then looks up 500 times fewer addresses of pages."""
-    if sys.platform == "linux":
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if sys.platform == "linux" and num_bytes:
         with contextlib.suppress(OSError):
-            num_bytes = math.prod(shape) * dtype.itemsize
             return _weights.take(num_bytes).view(dtype).view(shape)
     return torch.empty(shape, dtype=dtype)
 

@@ -48,23 +48,27 @@ async function attachImage(file) {
 }
 const video = document.querySelector('#camera video');  // of a computer; a phone has a dialog of its own
 async function openCamera() {
+  let stream;
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: LARGE}}});
+    stream = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: LARGE}}});
   } catch ({name}) {
     return toast(name === 'NotAllowedError' ? 'The browser does not allow the camera here.'
       : 'The camera cannot be used.');
   }
+  if ($('camera').open) return stopCamera(stream);  // by an earlier click
+  video.srcObject = stream;
   $('camera').returnValue = '';
   $('camera').showModal();
   await video.play();
 }
+const stopCamera = (stream) => { for (const track of stream.getTracks()) track.stop(); };
 $('camera').onclose = () => {
   if ($('camera').returnValue === 'photo' && video.videoWidth) {
     const canvas = el('canvas', {width: video.videoWidth, height: video.videoHeight});
     canvas.getContext('2d').drawImage(video, 0, 0);
     canvas.toBlob((data) => attachImage(new File([data], 'photo.jpg', {type: data.type})), 'image/jpeg', 0.9);
   }
-  for (const track of video.srcObject.getTracks()) track.stop();  // its light goes out
+  stopCamera(video.srcObject);  // its light goes out
   video.srcObject = null;
 };
 async function imageTokens(one) {  // what the image adds to a message
