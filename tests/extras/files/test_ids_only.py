@@ -100,7 +100,7 @@ MODES = ["--prompt x", "--prompt x --chat", "--interactive", "--batch-file -", "
 def test_the_command_line_says_so_before_the_weights_are_read(
     flags: str, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nanollama.Weights, "__init__", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(nanollama.Weights, "_find", lambda *_: pytest.fail("weights are read"))
     monkeypatch.setattr(nanollama.signal, "signal", lambda *_: None)
     monkeypatch.setattr(nanollama, "read_input", lambda name: b"x")
     assert nanollama.main([*flags.split(), "--model", str(bare)]) == 1
