@@ -2560,7 +2560,7 @@ class GGUFCursor:
         if item != GGUF_STRING:
             raise CheckpointError(f"{self.part}: array of unknown type {item}")
         plain: Any = lambda own, n: [own.string() for _ in range(n)]  # noqa: E731
-        strings = preferred("files.gguf_blocks", "strings", plain)
+        strings = preferred("files.gguf_lists", "strings", plain)
         return strings(self, self.bounded(count, 8))  # 8 or more
 
 
@@ -3582,7 +3582,7 @@ def gguf_tokenizer(
         tokenizer = build(metadata, vocab, types)
     else:
         pre = pre_tokenizer(metadata)
-        merges = preferred("files.gguf_blocks", "file_merges", file_merges)(metadata, vocab)
+        merges = preferred("files.gguf_lists", "file_merges", file_merges)(metadata, vocab)
         tokenizer = byte_level_bpe(vocab, merges, pre)
         metadata = {"add_bos_token": pre.adds_bos, **metadata}
     add_control_tokens(tokenizer, tokens, types, flags or {})

@@ -6,7 +6,6 @@ import io
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,14 +179,12 @@ def ray_cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     memory = {"object_store_memory": 200 * 1024 * 1024}
-    # not below pytest's folder: the paths of sockets would be too long
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        node = {"num_cpus": 6, "include_dashboard": False, "temp_dir": folder, **memory}
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    node = {"num_cpus": 6, "include_dashboard": False, **memory}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")

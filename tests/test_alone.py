@@ -488,6 +488,7 @@ UNUSED = {
     "files.bitnet",
     "files.conversion",
     "files.gguf_blocks",
+    "files.gguf_lists",
     "files.gguf_families",
     "files.gguf_model",
     "files.gguf_vocabulary",

@@ -1,10 +1,8 @@
 """GGUF's usual packed types for native kernels, which hold them in as many bits as the file.
 
 Adds       Q5_0, Q5_1, Q4_K, Q5_K and Q6_K in 4 to 6 bits with all numbers of the file, and a fast
-           way from the blocks of a file to those of the kernels, also of Q4_0, Q4_1 and Q8_0; and
-           fast ways to read the two long lists of a vocabulary, its pieces and its merges.
-Seam       `nanollama.read_gguf` takes a type of TYPES in place of its own in GGUF_TYPES, and calls
-           `strings`; `nanollama.gguf_tokenizer` calls `file_merges`.
+           way from the blocks of a file to those of the kernels, also of Q4_0, Q4_1 and Q8_0.
+Seam       `nanollama.read_gguf` takes a type of TYPES in place of its own in GGUF_TYPES.
            kernels.native asks `layout` and `fill` of a weight; for torch and Triton the same
            weight is the core's PackedLinear.
 Imports    kernels.arrays; kernels.native, in `fill` alone.
@@ -19,11 +17,9 @@ Remove     delete this file; native kernels then hold 5 and 6 bits as 8.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import nanollama
-from nanollama import GGUF_TYPES, GGUFCursor, PackedLinear, extra
+from nanollama import GGUF_TYPES, PackedLinear, extra
 from nanollama_extras.kernels.arrays import torch
 
 if TYPE_CHECKING:
@@ -113,28 +109,6 @@ class BlockLinear(PackedLinear):
             cols=num_cols,
             type=kernels.NUMBERS[f"OF_{GGUF_TYPES[self.number].name}"],
         )
-
-
-def strings(cursor: GGUFCursor, count: int) -> list[str]:
-    """The next `count` strings, read without a call for each. Raises CheckpointError."""
-    texts, data, at = list[str](), cursor.data, cursor.at
-    for _ in range(count if type(cursor) is GGUFCursor else 0):
-        start = at + 8
-        at = start + int.from_bytes(data[at:start], "little")
-        texts.append(str(data[start:at], "utf-8", "replace"))
-    cursor.at = at
-    cursor.bounded(0, 1)  # beyond the end, lengths are 0
-    return texts or [cursor.string() for _ in range(count)]  # of a file that is still coming
-
-
-def file_merges(metadata: Mapping[str, Any], vocab: dict[str, int]) -> list[Any]:
-    """As the core's: pairs of pieces, each in the vocabulary as their sum is."""
-    lines = metadata.get("merges") or []
-    pairs, known = [tuple(line.split(" ")) for line in lines], vocab.keys()
-    is_usual = set(map(len, pairs)) <= {2} and set(map("".join, pairs)) <= known
-    if is_usual and {left for left, _ in pairs} <= known and {right for _, right in pairs} <= known:
-        return pairs
-    return nanollama.file_merges(metadata, vocab)
 
 
 TYPES = {

@@ -24,7 +24,8 @@ from nanollama import (
     KernelError,
     PackedLinear,
 )
-from nanollama_extras.files.gguf_blocks import TYPES, BlockLinear, file_merges, strings
+from nanollama_extras.files.gguf_blocks import TYPES, BlockLinear
+from nanollama_extras.files.gguf_lists import file_merges, strings
 from nanollama_extras.kernels.native import NativeLinear, find_compiler
 from nanollama_extras.models.sketch import weights_of
 
