@@ -497,10 +497,10 @@ def import_torch() -> Any:
         return torch
     if Threads.count:
         torch.set_num_threads(Threads.count)
-    modules = [m for name, m in list(sys.modules.items()) if name.startswith("nanollama")]
+    modules = [m for name, m in sys.modules.copy().items() if name.startswith("nanollama")]
     for path, own in STAND_INS.items():
         for module in modules:
-            for name, value in list(vars(module).items()):
+            for name, value in vars(module).copy().items():
                 if value is own:
                     setattr(module, name, library(path))
     return torch
@@ -564,7 +564,7 @@ def torch_watch() -> Any:
 
 def is_awaited() -> bool:
     """Whether a module, such as that of the command that runs, will import torch."""
-    extras = (m for name, m in list(sys.modules.items()) if name.startswith("nanollama_extras"))
+    extras = (m for name, m in sys.modules.copy().items() if name.startswith("nanollama_extras"))
     return any(isinstance(vars(m).get("torch"), nanollama.LazyModule) for m in extras if m)
 
 

@@ -78,7 +78,7 @@ class Weights:
         at = 0
         while at + POPULATED <= num_bytes and (memory := chunk.memory()):
             with self.lock:
-                at = max(at, self.num_taken) if self.chunks[-1] is chunk else num_bytes
+                at = max(at, self.num_taken) if self.chunks[-1:] == [chunk] else num_bytes
             at = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
             if madvise(chunk.start + at, min(POPULATED, num_bytes - at), POPULATE_WRITE):
                 break  # an older Linux
