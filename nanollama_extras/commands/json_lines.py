@@ -42,10 +42,13 @@ def open_output(name: str) -> TextIO:
 
 @contextlib.contextmanager
 def writing(name: str) -> Iterator[None]:
-    """Begin an error of the system with the file's name. Raises RequestError."""
+    """Begin an error of the system with the file's name, unless it names another file. Raises
+    RequestError."""
     try:
         yield
     except OSError as error:
+        if error.filename not in (None, name):  # such as one of the model's
+            raise
         raise RequestError(f"{name}: cannot be written: {error.strerror}") from None
 
 

@@ -12,6 +12,7 @@ from command_line import Ran
 from oracle import Tiny
 
 import nanollama
+from nanollama_extras.commands import json_lines
 from nanollama_extras.commands.batch_lines import BodyText, json_row
 
 Run = Callable[..., Ran]
@@ -139,3 +140,8 @@ def test_engines_of_ray_get_whole_lines(tiny: Tiny, tmp_path: Path) -> None:
     found = [json.loads(line) for line in answerer(block).to_pylist()[0]["answers"]]
     assert [row.get("custom_id") for row in found] == [None, "a", None]
     assert [row["usage"]["completion_tokens"] for row in found] == [6, 6, 2]
+
+
+def test_an_error_of_another_file_is_not_said_of_the_output() -> None:
+    with pytest.raises(PermissionError, match="weights"), json_lines.writing("out"):
+        raise PermissionError(13, "Permission denied", "weights")
