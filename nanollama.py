@@ -862,7 +862,8 @@ class Option:
 def option(default: Any, text: str = "", limits: Limits | None = None, **rest: Any) -> Any:
     """A dataclass field with an Option; `text` holds its flags, a colon and its help."""
     flags, _, help_text = text.partition(": ")
-    rest = {"kind": str if default is None else type(default), "optional": default is None, **rest}
+    kind = type(default) if default is not None else int if limits else str
+    rest = {"kind": kind, "optional": default is None, **rest}
     metadata = {"option": Option(default, flags, help_text, limits=limits, **rest)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -918,17 +919,17 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = option(
         {}, "--logit-bias ID=BIAS: add BIAS to the logit of token ID; repeatable", kind=parse_bias
     )
-    seed: int | None = option(None, "--seed N: repeatable text", (-(2**63), 2**64 - 1), kind=int)
+    seed: int | None = option(None, "--seed N: repeatable text", (-(2**63), 2**64 - 1))
     stop: tuple[str, ...] = option((), "--stop TEXT: end before this text; repeatable", kind=str)
     max_tokens: int | None = option(  # None: up to the end of the context
         200, "--max-tokens -m N: tokens in an answer", (0, 2**31), optional=True, also="num_predict"
     )
     thinking_budget: int | None = option(
-        None, "--thinking-budget N: end a thought after N tokens", (0, 2**31), kind=int
+        None, "--thinking-budget N: end a thought after N tokens", (0, 2**31)
     )
     ignore_eos: bool = option(False)
-    logprobs: int | None = option(None, limits=(0, 20), kind=int, on_wire=False)  # alternatives
-    prompt_logprobs: bool = option(False, on_wire=False)  # logprobs of the prompt's tokens, too
+    logprobs: int | None = option(None, limits=(0, 20), on_wire=False)
+    prompt_logprobs: bool = option(False, on_wire=False)
     schema: Mapping[str, Any] | None = option(
         None, "--schema FILE: answer in JSON of this JSON Schema (FILE, or itself)", on_wire=False
     )
@@ -969,7 +970,7 @@ class SamplingParams:
 
 
 DTYPES = ("float32", "float16", "bfloat16")
-MAX_PARALLEL = 16  # sequences, unless --parallel says more
+MAX_PARALLEL = 16  # sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -980,12 +981,10 @@ class EngineConfig:
     dtype: str = option("float32", f"--dtype -d TYPE: {', '.join(DTYPES)}", choices=DTYPES)
     quantize: str | None = option(None, "--quantize: pack float weights", choices=("q8", "q4"))
     compile: bool = option(False, "--compile: record decode steps as CUDA graphs")
-    ctx: int | None = option(None, "--ctx N: longest context", (1, 2**31), kind=int, also="num_ctx")
-    threads: int | None = option(  # None: torch's choice
-        None, "--threads N: CPU threads", (1, 1024), kind=int, also="num_thread"
-    )
+    ctx: int | None = option(None, "--ctx N: longest context", (1, 2**31), also="num_ctx")
+    threads: int | None = option(None, "--threads N: CPU threads", (1, 1024), also="num_thread")
     parallel: int | None = option(
-        None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096), kind=int
+        None, f"--parallel N: sequences at once; else up to {MAX_PARALLEL}", (1, 4096)
     )
     prefill_chunk: int = option(512, "--prefill-chunk N: most prompt tokens in a step", (1, 2**20))
     max_gap: float | None = option(None, "--max-gap MS: longest gap in text", (0, 1e6), kind=float)
@@ -1001,11 +1000,13 @@ class EngineConfig:
     kernels: str = option(
         "auto", "--kernels: C, torch's operators, or the best", choices=("auto", "native", "torch")
     )
-    kv_dtype: str = option(  # auto: float16 where native kernels read packed weights, else `dtype`
+    kv_dtype: str = option(
         "auto", "--kv-dtype: keys and values; auto: by the weights", choices=("auto", *DTYPES, "q8")
     )
     prompt_cache: str | None = option(None, "--prompt-cache DIR: keep prompts on disk")
     prompt_cache_mb: int = option(4096, "--prompt-cache-mb N: its size", (1, 2**24))
+    packed_cache: str | None = option(None, "--packed-cache DIR: keep laid-out weights")
+    packed_cache_mb: int = option(2**14, "--packed-cache-mb N: its size", (1, 2**24))
     force: bool = option(False, "--force: load a model that is larger than the free memory")
     mmproj: str | None = option(None, "--mmproj FILE: a GGUF's image part")
     record: str | None = option(None, "--record FILE: keep answers, for `replay`")
@@ -1330,10 +1331,9 @@ KEY_TILE = 512
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., C) / rms(x) * weight, in float32 (https://arxiv.org/abs/1910.07467)"""
+    """x (.., C) / rms(x) * weight, in float32 (https://arxiv.org/abs/1910.07467)"""
     x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * x32.to(x.dtype)
+    return weight * (x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def inverse_wavelengths(theta: float, n_rot: int) -> Tensor:
@@ -1495,7 +1495,7 @@ class Weights:
     CheckpointError for a tensor that is missing, misshapen, unpackable or (`check_used`) left over.
     """
 
-    # called before each read
+    # before each read
     on_read: ClassVar[Callable[[Weights, TensorSource], None]] = lambda *_: None
 
     def __init__(
@@ -1576,8 +1576,8 @@ class Weights:
 
     def is_copy(self, name: str, original: str) -> bool:
         """Whether the matrix `name` is not in the file, or has the numbers of `original`."""
-        self.used.add(f"{name}.weight")
-        pair = [f"{each}.weight" for each in (name, original)]
+        pair = [f"{name}.weight", f"{original}.weight"]
+        self.used.add(pair[0])
         copy, first = map(self.tensors.get, pair)
         if copy is None or first is None or copy.shape != first.shape:
             return copy is None
@@ -3118,9 +3118,8 @@ def pull_from_hub(hub: HubRef, revision: str | None = None, new_bar: NewBar | No
 
 def fetch_file(repo: str, sha: str, file: Any, bar: Any) -> Path:
     """Fetch a file into the cache by huggingface_hub, which names a blob after its ETag."""
-    name, hub = str(file.rfilename), huggingface_hub
+    name, hub, shown = str(file.rfilename), huggingface_hub, {"tqdm_class": bar} if bar else {}
     check_inside(str(hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=sha)).etag))
-    shown = {"tqdm_class": bar} if bar else {}
     return Path(hub.hf_hub_download(repo, name, revision=sha, **shown))
 
 
@@ -3672,7 +3671,7 @@ def without_control(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """A tokenizer with the same vocabulary that takes control tokens in a text as plain text. Two
     tokenizers need no lock between threads."""
     added = tokenizer.get_added_tokens_decoder()
-    plain = tokenizers.Tokenizer(tokenizer.model)
+    plain = type(tokenizer)(tokenizer.model)
     for name in ("normalizer", "pre_tokenizer", "post_processor"):
         if (part := getattr(tokenizer, name)) is not None:
             setattr(plain, name, part)
@@ -4965,8 +4964,7 @@ class TextSide:
         except TypeError:
             reason = f"a prompt is {excerpt(prompt)}; it must be text or ids"
             raise RequestError(reason, "prompt") from None
-        needs_text = self.tokenizer.num_tokens or request.params.stop
-        return ids, self.decode(ids) if needs_text else ""
+        return ids, self.decode(ids) if self.tokenizer.num_tokens or request.params.stop else ""
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """Encode a request and compile the form of its answer, in any thread. Raises RequestError
@@ -5013,8 +5011,8 @@ class LLM(TextSide, Library):
 
     model: alias, hub id, hub id with :QUANT or /file.gguf, or a path; downloaded when missing.
     revision: branch, tag or commit of a hub model. tokenizer: a model whose tokenizer and template
-    to use instead. adapter: directory of a LoRA adapter. template: Jinja source to use instead of
-    the model's. needs_text: refuse a model without a tokenizer, which takes and gives ids alone.
+    to use instead. adapter: directory of a LoRA adapter. template: Jinja source instead of the
+    model's. needs_text: refuse a model without a tokenizer, which takes and gives ids alone.
     options: other fields of EngineConfig. Raises subclasses of NanollamaError."""
 
     @memory_errors()
@@ -5054,6 +5052,8 @@ class LLM(TextSide, Library):
         if needed > free and not config.force:
             problem = f"its weights take {human_bytes(needed)}, and {human_bytes(free)} are free"
             raise NanollamaError(f"{model}: {problem}; take a smaller one or --force")
+        if config.packed_cache:
+            extra("kernels.laid_out", "--packed-cache").attach(weights.backend, checkpoint, config)
         notify("kernels.memory", "get_ready", needed, weights.backend)
         new = preferred("files.ids_only", "open_tokenizer", Tokenizer)
         self.tokenizer = Tokenizer(text) if needs_text else new(text)
@@ -5065,8 +5065,8 @@ class LLM(TextSide, Library):
         new_decoder = extra_object(place, family) if place else Decoder
         with torch.inference_mode():
             decoder = new_decoder(self.config, weights, config.kv_dtype)
-        recorder = extra("commands.record", "--record").recording_engine if config.record else None
-        new_engine = recorder(self, adapter) if recorder else Engine
+        record = config.record and extra("commands.record", "--record").recording_engine
+        new_engine = record(self, adapter) if record else Engine
         self.engine = new_engine(decoder, self.tokenizer.end_ids, config)
         if config.prompt_cache:
             extra("answers.prompt_cache", "--prompt-cache").attach(self, adapter, config)

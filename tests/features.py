@@ -273,6 +273,11 @@ def keep_prompts(llm: LLM) -> None:
         LLM(llm.checkpoint.path, prompt_cache=folder)
 
 
+def keep_weights(llm: LLM) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        LLM(llm.checkpoint.path, packed_cache=folder)
+
+
 def record_and_replay(llm: LLM) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/answers.jsonl"
@@ -354,6 +359,7 @@ FEATURES: dict[str, tuple[set[str], Callable[[LLM], None]]] = {
         command("diff", "MODEL", "MODEL", "--text", __file__, "--json"),
     ),
     "--prompt-cache": ({"answers.prompt_cache", "files.block_store"}, keep_prompts),
+    "--packed-cache": ({"kernels.laid_out", "files.block_store"}, keep_weights),
     "--record and replay": (
         {"commands.record", "commands.replay", "answers.scores"},
         record_and_replay,

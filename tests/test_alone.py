@@ -289,6 +289,7 @@ COMMANDS = {  # module of nanollama_extras -> command lines that need it
     "answers.lookup": (f"{ON_MODEL} --lookup 4",),
     "answers.pacing": (f"{ON_MODEL} --max-gap 5",),
     "answers.prompt_cache": (f"{ON_MODEL} --prompt-cache folder",),
+    "kernels.laid_out": (f"{ON_MODEL} --packed-cache folder",),
     "answers.toolbox": (f"{ON_MODEL} --chat --mcp a.json",),
     "api.access_log": ("--serve --log-json",),
     "api.shelf": (
@@ -468,6 +469,7 @@ UNUSED = {
     "kernels.cuda",
     "kernels.floats",
     "commands.bench_servers",
+    "commands.bench_whole",
     "commands.batch_lines",
     "kernels.int4",
     "commands.conversation",
@@ -500,6 +502,7 @@ UNUSED = {
     "files.mmproj",
     "files.packed_directory",
     "files.quantizers",
+    "files.scored_pieces",
     "files.bitsandbytes",
     "files.show_types",
     "files.torchao",
@@ -543,6 +546,7 @@ UNUSED = {
     "kernels.containers",
     "kernels.memory",
     "kernels.recorded",
+    "kernels.thread_choice",
 }
 
 

@@ -122,7 +122,8 @@ def normal(text: str, desk: Path) -> str:
     text = re.sub(r'_s": [\d.e-]+', '_s": SECONDS', text)
     text = re.sub(r"native \([^)]+\)", "native (PATH)", text)
     text = re.sub(r"(?m)^((?:pp|tg)\d+ +\d+ +\d+) .* ± .*$", r"\1 MEASURED", text)
-    text = re.sub(r"\d+ threads, peak memory [\d.]+ [MG]B", "MACHINE", text)
+    text = re.sub(r"(?m)^threads +\d.*$", "threads  MACHINE", text)
+    text = re.sub(r"\d+ threads( \(.*\))?, peak memory [\d.]+ [MG]B", "MACHINE", text)
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 

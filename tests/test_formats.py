@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -332,6 +333,34 @@ def load(path: Path) -> Decoder:
     return decoder
 
 
+def load_or_refuse(path: Path, most_characters: int) -> None:
+    """A refusal is one line of fewer characters."""
+    message = ""
+    try:
+        load(path)
+    except NanollamaError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < most_characters
+
+
+def assert_memory_below(num_bytes: int, call: Callable[[], Any]) -> None:
+    """A call needs less memory of Python's. Threads that other tests have left may allocate at the
+    same time, so that a call that seems to need more is made again, a little later."""
+    peaks = []
+    for pause in (0, 0.1, 0.5, 2):
+        time.sleep(pause)
+        tracemalloc.start()
+        try:
+            call()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        if peaks[-1] < num_bytes:
+            break
+    assert min(peaks) < num_bytes, peaks
+
+
 def test_the_smallest_gguf_loads(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     for version in (2, 3):
@@ -529,17 +558,7 @@ def test_a_gguf_with_damaged_bytes_loads_or_is_refused_in_one_line(
         damaged[at : at + width] = (number % 256**width).to_bytes(width, "little")
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damaged)
-    message = ""
-    tracemalloc.start()
-    try:
-        load(path)
-    except NanollamaError as error:
-        message = str(error)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert "\n" not in message
-    assert len(message) < 1000
-    assert peak < 40 * len(raw) + 2_000_000
+    assert_memory_below(40 * len(raw) + 2_000_000, lambda: load_or_refuse(path, 1000))
 
 
 VALUES = st.one_of(
@@ -574,13 +593,7 @@ def test_any_metadata_values_load_or_are_refused_in_one_line(
 ) -> None:
     path = tmp_path / "changed.gguf"
     path.write_bytes(gguf_files.smallest(changed)[0])
-    message = ""
-    try:
-        load(path)
-    except NanollamaError as error:
-        message = str(error)
-    assert "\n" not in message
-    assert len(message) < 800  # the list of families included
+    load_or_refuse(path, 800)  # the list of families included
 
 
 # ---- damaged directories -------------------------------------------------------------------------
@@ -862,11 +875,7 @@ def test_nothing_in_a_gguf_is_copied_before_it_is_used(
     path = tmp_path / "x.gguf"
     raw, _ = gguf_files.smallest()
     path.write_bytes(raw + bytes(50_000_000))  # a sparse tail stands for large weights
-    tracemalloc.start()
-    open_checkpoint(path)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 5_000_000
+    assert_memory_below(5_000_000, lambda: open_checkpoint(path))
     assert path.read_bytes()[: len(raw)] == raw
 
 

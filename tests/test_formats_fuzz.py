@@ -8,7 +8,6 @@ import copy
 import json
 import resource
 import shutil
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import gguf_files
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import header_of, load, with_header
+from test_formats import assert_memory_below, header_of, load, with_header
 
 import nanollama
 from nanollama import ChatTemplate, NanollamaError, TextStream, Tokenizer
@@ -68,21 +67,14 @@ def write_and_read(tokenizer: Tokenizer) -> None:
     tokenizer.decode(range(-1, 400))
 
 
-def peak_of_use(path: Path) -> int:
-    tracemalloc.start()
-    try:
+def survive(path: Path, num_bytes: int) -> None:
+    """Use the files, which hold `num_bytes`, with no more memory than these account for."""
+
+    def use_with_little_memory() -> None:
         with little_memory():
             use(path)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
-
-def survive(path: Path, num_bytes: int) -> None:
-    """Use the files, which hold `num_bytes`, with no more memory than these account for. What they
-    cause, they cause each time; what the process does once, such as clearing up after other tests,
-    may fall into one of two."""
-    assert any(peak_of_use(path) < 40 * num_bytes + 4_000_000 for _ in range(2))
+    assert_memory_below(40 * num_bytes + 4_000_000, use_with_little_memory)
 
 
 @pytest.fixture(scope="module", autouse=True)

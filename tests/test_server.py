@@ -680,6 +680,21 @@ def test_a_signal_finishes_what_runs_and_refuses_new_work(
         assert any(": loaded in " in line for line in server.log)
 
 
+READS_FOR_EVER = """
+import signal, threading, time, types
+from nanollama_extras.api import signals
+signals.LAST_S = 0.1
+server, models = types.SimpleNamespace(should_exit=False), types.SimpleNamespace(workers=[])
+threading.Thread(target=time.sleep, args=(60,)).start()
+signals.new_stop(server, models)(signal.SIGTERM, None)
+"""
+
+
+def test_a_thread_that_works_for_nobody_does_not_keep_a_server() -> None:
+    """As one that encodes an image does after its client is gone."""
+    assert subprocess.run([sys.executable, "-c", READS_FOR_EVER], timeout=30).returncode == 0
+
+
 LOADS_FOR_EVER = """
 import nanollama, {library}
 def load(*_, **__):

@@ -875,6 +875,24 @@ def test_a_damaged_alias_is_pulled_again(hub: HubServer, index: Callable[..., No
     assert path.read_bytes() == DATA
 
 
+COMES_AND_GOES = """
+import os, shutil, time
+end = time.monotonic() + 0.5
+while time.monotonic() < end:
+    os.makedirs("a/b/c")
+    shutil.rmtree("a")
+"""
+
+
+def test_folders_may_vanish_while_a_download_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", COMES_AND_GOES], cwd=tmp_path)
+    monkeypatch.setattr(process, "wait", lambda timeout: None)  # look without a pause
+    package_index.follow(process, tmp_path, None)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("wheel", "message"),
     [

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 
 import nanollama
 from nanollama import CheckpointError, RequestError, TextFiles, TextStream, Tokenizer
+from nanollama_extras.answers.grammars import all_bytes
 
 DATA = Path(__file__).parent / "data"
 
@@ -200,6 +201,12 @@ def test_token_bytes_joined_are_hugging_faces_decode(
     for _ in range(300):  # any order of tokens: bytes that are no UTF-8, control tokens between
         some = [rng.choice(ids[:400] if rng.random() < 0.7 else ids) for _ in range(12)]
         assert tokenizer.decode(some) == published.decode(some)
+
+
+def test_the_bytes_of_all_tokens_are_those_of_each(tokenizer: Tokenizer, spm: Any) -> None:
+    for own in (tokenizer, spm[1]):
+        num = own.num_tokens + 3  # rows of the model beyond the vocabulary
+        assert all_bytes(own, num) == [own.token_bytes(i) for i in range(num)]
 
 
 def test_a_tokenizer_file_gives_the_ids_of_autotokenizer(tiny: Any) -> None:

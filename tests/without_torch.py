@@ -11,8 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import nanollama
 from nanollama import LLM, SamplingParams
+from nanollama_extras.commands import bench
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=2)
 
@@ -27,6 +30,14 @@ def by_command(*argv: object, stdin: str = "") -> str:
     finally:
         sys.stdin = before
     return out.getvalue()
+
+
+def by_bench(model: Path) -> Any:
+    flags = ("-p", 4, "-n", 2, "-r", 1, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "BANDWIDTH_BYTES", 1 << 20)
+        patch.setattr(bench, "BANDWIDTH_S", 0.001)
+        return json.loads(by_command("bench", "--model", model, *flags))["kernels"]
 
 
 def by_server(llm: LLM) -> Any:
@@ -51,6 +62,7 @@ def all_answers(model: Path, folder: Path) -> dict[str, Any]:
         "talk": by_command(*plain, "--interactive", stdin="hello\nwhy\n"),
         "library": [answer.token_ids, [(e.logprob, e.top) for e in answer.logprobs]],
         "schema": llm.complete("hello", schema={"type": "boolean"}, seed=1).text,
+        "bench": by_bench(model),
         "server": by_server(llm),
     }
 

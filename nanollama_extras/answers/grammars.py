@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 import nanollama
-from nanollama import THOUGHTS, RequestError, first_line, read_input
-from nanollama_extras.answers.sandbox import Kept, on_deep_stack, shared_sandbox
+from nanollama import REPEATED, THOUGHTS, RequestError, byte_alphabet, first_line, read_input
+from nanollama_extras.answers.sandbox import Kept, Started, on_deep_stack, shared_sandbox
 from nanollama_extras.answers.sandboxed import PARSER_LIMITS, error_line, json_grammar
 from nanollama_extras.answers.schemas import GRAMMAR, BestEffort, check_rules, check_size, readied
 
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 # The library that compiles grammars; it is imported when the first one is compiled.
 llguidance: Any = nanollama.LazyModule("llguidance")
 log = logging.getLogger("nanollama")
+# Sets of tokens whose masks are made with the tree: a state that allows all of a set looks at the
+# others alone. The library's own four make the tree a third slower, and a mask hardly faster.
+PLAIN_CHAR = r'[^"\\\x00-\x1f\x7f]'  # of a JSON string
+SLICES = [PLAIN_CHAR + "{1,30}", PLAIN_CHAR + "+"]
 
 
 def read_schema(name: str) -> Any:
@@ -53,6 +57,31 @@ def read_schema(name: str) -> Any:
         return json.loads(name if is_object else read_input(name).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name}: not valid JSON: {first_line(error)}") from None
+
+
+def all_bytes(tokenizer: Tokenizer, n_vocab: int) -> list[bytes]:
+    """`token_bytes` of each token, most of them made of all pieces at once."""
+    pieces = list(map(tokenizer.piece, range(n_vocab)))
+    if tokenizer._byte_level:  # a character is a byte
+        alphabet = {ord(character): byte for character, byte in byte_alphabet().items()}
+        values = np.full(max(alphabet) + 2, 256, np.uint16)  # 256: of no byte
+        values[[*alphabet]] = [*alphabet.values()]
+        points = np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)
+        found = values[np.minimum(points, len(values) - 1)]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        data, bounds = found.astype(np.uint8).tobytes(), itertools.pairwise([0, *ends.tolist()])
+        tokens = [data[start:end] for start, end in bounds]
+        special = {*ends.searchsorted((found == 256).nonzero()[0], "right").tolist()}
+        special |= tokenizer._added_ids
+    else:
+        text = REPEATED.join(pieces).replace("▁", " ")  # a piece has no such sign
+        tokens = text.encode().split(REPEATED.encode())
+        special = {i for i, piece in enumerate(pieces) if piece[:3] == "<0x"}
+        special |= {*tokenizer.control.values()}
+    for i in special:
+        if i < n_vocab:
+            tokens[i] = tokenizer.token_bytes(i)
+    return tokens
 
 
 class Vocabulary:
@@ -65,8 +94,10 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer = tokenizer
         names = {i: name.encode() for name, i in tokenizer.control.items() if i < n_vocab}
-        pieces = [names.get(i) or tokenizer.token_bytes(i) for i in range(n_vocab)]
-        self.tokens, self.special_token_ids = [*pieces, b"<end>"], [*names, n_vocab]
+        self.tokens, self.special_token_ids = all_bytes(tokenizer, n_vocab), [*names, n_vocab]
+        for i, name in names.items():
+            self.tokens[i] = name
+        self.tokens.append(b"<end>")
         self.eos_token_id = n_vocab
 
     def __call__(self, text: str) -> list[int]:
@@ -164,14 +195,15 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, n_vocab: int) -> None:
         self.tokenizer, self.n_vocab = tokenizer, n_vocab
         this = weakref.proxy(self)  # what is kept here is freed together with this
+        self.vocabulary = Started[Any](lambda: this.new_vocabulary())
         self.compiled = Kept[Any](lambda grammar: this.compile(grammar), 64)
         self.checked = Kept[str](lambda grammar: this.check(grammar), 256)
 
-    @functools.cached_property
-    def vocabulary(self) -> Any:
+    def new_vocabulary(self) -> Any:
+        """The vocabulary as llguidance searches it: a tree. Other Python waits meanwhile."""
         ends = sorted(i for i in self.tokenizer.end_ids if i < self.n_vocab) or [self.n_vocab]
         words: Any = Vocabulary(self.tokenizer, self.n_vocab)
-        return llguidance.LLTokenizer(words, eos_token=ends)
+        return llguidance.LLTokenizer(words, eos_token=ends, slices=SLICES)
 
     @functools.cached_property
     def num_free(self) -> int:
@@ -182,7 +214,7 @@ class Grammars:
     def matcher(self, grammar: str) -> Any:
         """A grammar in llguidance's notation -> its matcher. Raises RequestError."""
         limits = llguidance.LLParserLimits(**PARSER_LIMITS)
-        matcher = llguidance.LLMatcher(self.vocabulary, grammar, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(self.vocabulary(), grammar, log_level=0, limits=limits)
         try:
             Constraint(matcher, self.n_vocab, 0).allowed()
         except RequestError:
@@ -194,7 +226,6 @@ class Grammars:
         """As `matcher`, for a grammar that a request may hold: first on trial. Raises RequestError,
         and WireError 503 where too many wait for their trial."""
         with shared_sandbox().turn() as run:
-            assert self.vocabulary  # made while the process starts
             if error := run("begin", grammar=grammar, names=self.names(grammar)).get("error"):
                 raise RequestError(f"no answer fits: {error}")
             return on_deep_stack(lambda: self.matcher(grammar))
@@ -369,9 +400,10 @@ class Grammars:
         """The form of the answer to a prompt that ends with `prompt`; None for any text.
 
         tags: how the model marks its thoughts, if it may write any. Raises RequestError."""
-        answer, nested = self.answer(params)
-        if not answer and not calls:
+        if not (params.answer_field or calls):
             return None
+        self.vocabulary.start()  # while a process tries the grammar
+        answer, nested = self.answer(params)
         thought, thought_rules = self.thought(prompt, tags)
         rules = "\n".join(f"{name}: {rule}" for name, rule in thought_rules.items())
         header = self.literal(tags.answer) if tags else ""

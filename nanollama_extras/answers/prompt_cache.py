@@ -31,7 +31,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections import deque
@@ -50,11 +49,10 @@ from nanollama import (
     KVCache,
     Scheduler,
     __version__,
-    gguf_shards,
     human_bytes,
     log,
 )
-from nanollama_extras.files.block_store import BlockStore, Payload, describe
+from nanollama_extras.files.block_store import BlockStore, Payload, describe, model_marks
 
 if TYPE_CHECKING:
     from nanollama import LLM, Engine, EngineConfig, Json, Sequence
@@ -64,28 +62,11 @@ FORMAT = 2
 AHEAD = 4  # blocks that are read before the scheduler takes them
 MOST_S = 0.005  # seconds of a step for blocks, while others decode
 MOST_IDLE_S = 0.1  # while no other does: a server then looks for new requests
-SAMPLE = 1 << 16  # bytes of each of a few places of a file, to tell it from others
 
 Read = Future["Payload | None"]
 
 
 # ---- what a block belongs to ---------------------------------------------------------------------
-
-
-def file_marks(path: Path) -> Iterator[Any]:
-    """What tells a file from others: name, size, time of change, hash of samples. Raises OSError"""
-    with path.open("rb") as opened:
-        about, samples = os.fstat(opened.fileno()), hashlib.sha256()
-        for i in range(4):
-            opened.seek(about.st_size * i // 4)
-            samples.update(opened.read(SAMPLE))
-    yield from (path.name, about.st_size, about.st_mtime_ns, samples.hexdigest())
-
-
-def model_marks(path: Path) -> list[Any]:
-    """What tells a model, or an adapter, from others. Raises OSError and CheckpointError."""
-    files = gguf_shards(path) if path.is_file() else sorted(path.iterdir())
-    return [mark for file in files if file.is_file() for mark in file_marks(file)]
 
 
 def arithmetic(engine: Engine) -> list[str]:

@@ -188,8 +188,8 @@ class Kept(Generic[Item]):
             self.futures.pop(self.key(text), None)
 
 
-def on_deep_stack(function: Callable[[], Item]) -> Item:
-    """Run a function in a thread with twice the stack that the trial had."""
+def in_thread(function: Callable[[], Item]) -> Future[Item]:
+    """Run a function in a thread of its own."""
     future = Future[Item]()
 
     def work() -> None:
@@ -198,11 +198,33 @@ def on_deep_stack(function: Callable[[], Item]) -> Item:
         except BaseException as error:
             future.set_exception(error)
 
+    threading.Thread(target=work).start()
+    return future
+
+
+def on_deep_stack(function: Callable[[], Item]) -> Item:
+    """Run a function in a thread with twice the stack that the trial had."""
     usual = threading.stack_size(2 * STACK)
     try:
-        thread = threading.Thread(target=work)
-        thread.start()
+        future = in_thread(function)
     finally:
         threading.stack_size(usual)
-    thread.join()
     return future.result()
+
+
+class Started(Generic[Item]):
+    """What `make` makes, once, in a thread: `start` begins, and a call waits for it."""
+
+    def __init__(self, make: Callable[[], Item]) -> None:
+        self.make, self.lock = make, threading.Lock()
+        self.future: Future[Item] | None = None
+
+    def start(self) -> Future[Item]:
+        """Begin, unless it has begun before and has not failed."""
+        with self.lock:
+            if not self.future or (self.future.done() and self.future.exception()):
+                self.future = in_thread(self.make)
+            return self.future
+
+    def __call__(self) -> Item:
+        return self.start().result()

@@ -30,6 +30,7 @@ from nanollama import (
     excerpt,
     load_dialect,
     parse_chat,
+    preferred,
     read_fields,
     refuse,
     required,
@@ -95,10 +96,12 @@ def openapi_operation(route: Route, method: str, path: str) -> Json:
 
 def engine_state(engine: Engine) -> Json:
     """The device, the load, and the totals since the start."""
+    threads_used: Any = preferred("kernels.thread_choice", "threads_used", lambda _: {})
     return {
         "device": str(engine.decoder.device),
         "kernels": engine.decoder.kernels,
         "kv_dtype": engine.decoder.kv_dtype,
+        **threads_used(engine),
         "running": len(engine.scheduler.running),
         "waiting": len(engine.scheduler.waiting),
         "slots": engine.num_slots,

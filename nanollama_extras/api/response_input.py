@@ -153,7 +153,9 @@ def item_content(item: Fields, name: str, where: str) -> Any:
 
 def chat_part(part: Any, where: str) -> Any:
     """A part of an item as a chat has it. Raises RequestError for an image without a URL."""
-    kind = part.get("type") if isinstance(part, dict) else part
+    if not isinstance(part, dict):
+        return part  # `joined_text` refuses it
+    kind = part.get("type")
     if kind == "input_image":
         if not isinstance(part.get("image_url"), str):
             refuse(f"{where} has no image_url; give the image as a data: URL", where)

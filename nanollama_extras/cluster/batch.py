@@ -54,8 +54,8 @@ BLOCKS_EACH = 8  # for an actor, where there are few rows: the last to end leave
 # Options that change no answer: a second run may have others
 FREE_OPTIONS = frozenset(
     "batch_file output unordered ray replicas num_cpus num_gpus verbose threads parallel device "
-    "force prefill_chunk max_gap state_mb prompt_cache prompt_cache_mb quiet log log_json "
-    "words".split()
+    "force prefill_chunk max_gap state_mb prompt_cache prompt_cache_mb packed_cache "
+    "packed_cache_mb quiet log log_json words".split()
 )
 
 
@@ -68,8 +68,8 @@ def packed(settings: Settings) -> Json:
     values["models"] = [absolute(model) for model in values["models"]]
     values |= {name: absolute(values[name]) for name in ("tokenizer", "adapter", "draft")}
     values["threads"] = num_cpus(settings)
-    if values.get("prompt_cache"):  # which may not exist yet
-        values["prompt_cache"] = os.path.abspath(os.path.expanduser(values["prompt_cache"]))
+    for name in filter(values.get, ("prompt_cache", "packed_cache")):  # which may not exist yet
+        values[name] = os.path.abspath(os.path.expanduser(values[name]))
     return {"args": values, "modelfile": modelfile, "flags": settings.flags}
 
 

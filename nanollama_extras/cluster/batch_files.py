@@ -273,11 +273,16 @@ def write_parquet(path: Path, lines: Iterable[bytes]) -> None:
     with pyarrow.parquet.ParquetWriter(path, schema(pyarrow)) as writer:
         rows: list[Json] = []
         for line in lines:
-            rows.append(json.loads(line))
+            rows.append({name: in_utf8(value) for name, value in json.loads(line).items()})
             if len(rows) == ROWS:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema(pyarrow)))
                 rows = []
         writer.write_table(pyarrow.Table.from_pylist(rows, schema(pyarrow)))
+
+
+def in_utf8(value: Any) -> Any:
+    """A value, or a text with a question mark in the place of each lone surrogate."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def schema(pyarrow: Any) -> Any:

@@ -74,7 +74,8 @@ def values_of(args: argparse.Namespace) -> Json:
 
     values = {name: value for name, value in vars(args).items() if name != "enter"}
     values["models"] = [absolute(model) for model in args.models]
-    for name in filter(values.get, ("prompt_cache", "mmproj")):  # paths, whether they exist or not
+    paths = ("prompt_cache", "packed_cache", "mmproj")  # whether they exist or not
+    for name in filter(values.get, paths):
         values[name] = os.path.abspath(os.path.expanduser(values[name]))
     return {**values, **{name: absolute(values.get(name)) for name in FILES}}
 

@@ -289,8 +289,11 @@ class Vocabulary(Projection):
 class SplitBackend:
     """A Backend whose mixtures of experts add up what the experts of each process give."""
 
-    def __init__(self, backend: Backend, world: World) -> None:
+    def __init__(self, backend: Any, world: World) -> None:
         self.backend, self.world = backend, world
+        if getattr(backend, "kept", None):
+            log.warning("--packed-cache has no effect with --tensor-parallel, which splits weights")
+            backend.kept = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
 import json
+import math
+import random
 import re
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nanollama import (
     GenerationRequest,
-    LazyModule,
     MoE,
     Projection,
     SamplingParams,
@@ -30,6 +32,7 @@ from nanollama import (
     command_parser,
     extra,
     human_bytes,
+    library,
     notify,
     option_group,
     preferred,
@@ -40,18 +43,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from nanollama import LLM, Backend, Decoder, Fields, Json, Settings
-else:
-    torch = LazyModule("torch")  # --help and usage errors do without it
+    from nanollama import LLM, Backend, Decoder, Engine, Fields, Json, Settings
 
 
 BANDWIDTH_BYTES = 1 << 29  # size of the buffer to read, larger than any cache
 
 
 BANDWIDTH_S = 0.5  # duration of a measurement of the bandwidth
+ARITHMETIC_S, ARITHMETIC_ROUNDS = 0.2, 20_000  # duration of one of the arithmetic; rounds of a call
 
 
 GREEDY = SamplingParams(temperature=0, repeat_penalty=1, ignore_eos=True)
+
+
+def torch_or_stand_in() -> Any:
+    """torch, or its stand-in: as in other modes, native kernels run without torch."""
+    return preferred("kernels.arrays", "stand_in", library)("torch")
 
 
 def read_bandwidth(buffer: Tensor, backend: Backend) -> float:
@@ -64,6 +71,20 @@ def read_bandwidth(buffer: Tensor, backend: Backend) -> float:
         num_passes += 1
         seconds = time.perf_counter() - started
     return num_passes * buffer.nbytes / seconds
+
+
+def multiply_rate(backend: Backend) -> float:
+    """Multiply-adds of int8 numbers per second that the threads reach in registers; NaN where the
+    kernels are not native."""
+    if not hasattr(backend, "run_kernel"):
+        return math.nan
+    library, total = extra("kernels.native", "native kernels").load_kernels(), ctypes.c_int64()
+    num_threads = torch_or_stand_in().get_num_threads()
+    started, done, seconds = time.perf_counter(), 0, 0.0
+    while seconds < ARITHMETIC_S:
+        done += library.multiply_all(ctypes.byref(total), ARITHMETIC_ROUNDS, num_threads)
+        seconds = time.perf_counter() - started
+    return done / seconds
 
 
 def peak_memory() -> int:
@@ -81,37 +102,51 @@ def peak_memory() -> int:
 BLOCKS = ("self_attn", "mamba", "mlp")  # of a layer, which may lack some
 
 
-def weight_bytes(decoder: Decoder) -> int:
-    """Bytes of the matrices that every step reads: all projections, but only as many experts as one
-    token uses, and no embedding tables, of which a step reads single rows."""
+def matrices(decoder: Decoder) -> list[Projection]:
+    """The matrices that every step multiplies by: all projections, but only as many experts as one
+    token uses, and no embedding tables, of which a step reads single rows; the head's is last."""
     blocks = (vars(layer).get(name) for layer in decoder.layers for name in BLOCKS)
     modules: list[Any] = [block for block in blocks if block is not None]
     mixtures = [module for module in modules if isinstance(module, MoE)]
     modules += [mlp for m in mixtures for mlp in m.experts[: m.config.num_used]]
     modules += [m.shared_expert for m in mixtures if m.shared_expert]
-    matrices = ((name, m) for module in modules for name, m in vars(module).items())
-    projections = [m for name, m in matrices if isinstance(m, Projection) and name != "value_embed"]
-    return sum(m.nbytes for m in [*projections, decoder.lm_head])
+    found = ((name, m) for module in modules for name, m in vars(module).items())
+    projections = [m for name, m in found if isinstance(m, Projection) and name != "value_embed"]
+    return [*projections, decoder.lm_head]
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of the matrices that every step reads"""
+    return sum(m.nbytes for m in matrices(decoder))
+
+
+def multiply_adds(decoder: Decoder) -> int:
+    """Multiply-adds of a prompt's token with the matrices; only its last token needs the head's."""
+    parts = (part for m in matrices(decoder)[:-1] for part in m.parts)
+    return sum(math.prod(part.shape) for part in parts)
 
 
 class Bench:
     """Runs prompts of random ids through an engine and measures the time."""
 
     def __init__(self, llm: LLM) -> None:
-        self.llm, self.random = llm, torch.Generator().manual_seed(0)
+        self.llm, self.random = llm, random.Random(0)
         self.peak_before, self.device = peak_memory(), llm.engine.decoder.device
         self.buffer, self.past = self.new_buffer(), list[list[int]]([[]])
         notify("kernels.memory", "join_pages")  # what a program in use does in the background
 
     def new_buffer(self) -> Tensor:
         """Memory to read, in pages like those of the weights"""
+        own = torch_or_stand_in()
 
         def plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self.device)
+            return cast("Tensor", own.empty(shape, dtype=dtype, device=self.device))
 
         pages = preferred("kernels.memory", "large_pages", plain)
         new = pages if self.device.type == "cpu" else plain
-        return new((BANDWIDTH_BYTES // 4,), torch.float32).fill_(1)
+        buffer = new((BANDWIDTH_BYTES // 4,), own.float32)
+        buffer[...] = 1
+        return buffer
 
     def peak_memory(self) -> int:
         """Most bytes of the process, without the buffer, which exists all the time."""
@@ -140,9 +175,9 @@ class Bench:
         new = self.random_ids(batch, num_prompt)
         return self.run([past + ids for past, ids in zip(self.past, new)], num_gen)
 
-    def random_ids(self, *shape: int) -> list[list[int]]:
-        ids = torch.randint(self.llm.config.n_vocab, shape, generator=self.random)
-        return [[int(i) for i in row] for row in ids]
+    def random_ids(self, num_rows: int, num: int) -> list[list[int]]:
+        ids = range(self.llm.config.n_vocab)
+        return [self.random.choices(ids, k=num) for _ in range(num_rows)]
 
     def prefill(self, batch: int, depth: int, num_prompt: int, repetitions: int) -> Json:
         """The speed of reading prompts, after one warm-up run."""
@@ -150,13 +185,17 @@ class Bench:
         rates = [batch * num_prompt / s for s in seconds[1:]]
         return speed(f"pp{num_prompt}", batch, depth, rates)
 
+    def step_bytes(self, batch: int, depth: int, num_gen: int) -> int:
+        """Bytes that a decode step reads, a mean of the answer's."""
+        decoder, num_tokens = self.llm.engine.decoder, depth + (num_gen + 1) // 2
+        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
+        return weight_bytes(decoder) + int(kv_bytes)
+
     def decode(self, batch: int, depth: int, num_gen: int, repetitions: int) -> Json:
         """The speed of generating, after one warm-up run, and its share of the memory bandwidth: a
         step reads all weights, and the keys and values of each sequence."""
         decoder, rates, reads, machine = self.llm.engine.decoder, [], [], []
-        num_tokens = depth + (num_gen + 1) // 2
-        kv_bytes = batch * decoder.config.kv_bytes(num_tokens, decoder.kv_dtype, 1)
-        step_bytes = weight_bytes(decoder) + kv_bytes
+        step_bytes = self.step_bytes(batch, depth, num_gen)
         for _ in range(repetitions + 1):
             seconds, num_steps = self.once(batch, depth, 1, num_gen)
             rates.append(batch * num_gen / seconds)
@@ -214,8 +253,8 @@ def bench_parser() -> argparse.ArgumentParser:
         add(f"{flags} N,..", shown, kind, default=[default])
     text = "measured runs, after a warm-up run (default: 3)"
     add("-r --repetitions N", text, int, default=3)
-    text = "take turns with llama.cpp's llama-bench on the same GGUF file; with the folder of that "
-    text += "program, with llama-server too"
+    text = "take turns with llama.cpp's llama-bench on the same GGUF file; without -p, -n and -d, "
+    text += "compare whole commands too; with the folder of that program, also llama-server"
     add("--compare PROGRAM", text)
     add("--json", "print one JSON object instead of a table", action="store_true")
     return parser
@@ -242,6 +281,16 @@ def measure(bench: Bench, args: argparse.Namespace) -> list[Json]:
     return rows
 
 
+def threads_used(engine: Engine) -> dict[str, int]:
+    """The threads in use."""
+
+    def plain(_: Engine) -> dict[str, int]:
+        return {"threads": torch_or_stand_in().get_num_threads()}
+
+    used: dict[str, int] = preferred("kernels.thread_choice", "threads_used", plain)(engine)
+    return used
+
+
 def bench_model(settings: Settings, bench: Bench) -> Json:
     """The model, device and memory of the measurement."""
     llm, packed = bench.llm, settings.args.quantize
@@ -252,7 +301,7 @@ def bench_model(settings: Settings, bench: Bench) -> Json:
         "device": str(bench.device),
         "kernels": llm.engine.decoder.kernels,
         "kv_dtype": llm.engine.decoder.kv_dtype,
-        "threads": torch.get_num_threads(),
+        **threads_used(llm.engine),
         "weight_bytes": weight_bytes(llm.engine.decoder),
         "peak_memory_bytes": bench.peak_memory(),
     }
@@ -266,6 +315,8 @@ def run(argv: list[str]) -> int:
         parser.error(f"repetitions is {args.repetitions}; it must be at least 1")
     if not any(args.prompt_tokens + args.gen_tokens):
         parser.error("--prompt-tokens 0 and --gen-tokens 0 leave nothing to measure")
+    usual = ("prompt_tokens", "gen_tokens", "depth")
+    args.is_whole = all(getattr(args, name) is parser.get_default(name) for name in usual)
     args.parallel = max(args.parallel or 0, *args.batch)
     settings = read_settings(args)
     llm = settings.load(needs_text=False)
@@ -275,7 +326,7 @@ def run(argv: list[str]) -> int:
     bench = Bench(llm)
     if args.compare:
         peer = extra("commands.bench_peer", "--compare")
-        rows = peer.compare(bench, args, torch.get_num_threads())
+        rows = peer.compare(bench, args, torch_or_stand_in().get_num_threads())
     else:
         rows = measure(bench, args)
     about = bench_model(settings, bench)
@@ -283,6 +334,8 @@ def run(argv: list[str]) -> int:
         print(json.dumps({**about, "results": rows}, ensure_ascii=False, indent=1))
     else:
         memory = human_bytes(about["peak_memory_bytes"])
-        where = f"{about['device']}, {about['threads']} threads, peak memory {memory}"
+        threads, now = about["threads"], about.get("decode_threads", about["threads"])
+        chosen = f" ({now} in the last decode steps)" if now != threads else ""
+        where = f"{about['device']}, {threads} threads{chosen}, peak memory {memory}"
         print(f"{about['model']} ({about['quantization']}), {where}")
     return 0

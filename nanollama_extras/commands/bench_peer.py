@@ -1,14 +1,16 @@
-"""`nanollama bench --compare PROGRAM`: the same tests by llama.cpp's llama-bench, in turns; with
-the folder of that program also its server.
+"""`nanollama bench --compare PROGRAM`: the same tests by llama.cpp's llama-bench, in turns; without
+-p, -n and -d whole commands too, and with the folder of that program its server.
 
 Seam: the option `--compare` of commands.bench, which imports this module. To remove it, delete this
-module and that option. It imports commands.bench, and commands.bench_servers for a folder.
+module and that option. It imports commands.bench, commands.bench_servers for a folder, and
+commands.bench_whole for whole commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -17,17 +19,24 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nanollama import NanollamaError, UsageError, excerpt, extra
-from nanollama_extras.commands.bench import Bench
+from nanollama_extras.commands.bench import (
+    Bench,
+    multiply_adds,
+    multiply_rate,
+    read_bandwidth,
+    torch_or_stand_in,
+)
 
 if TYPE_CHECKING:
     from nanollama import LLM, Json
 
 CACHE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8": "q8_0"}
-HEAD = "TEST        DEPTH    NANOLLAMA    LLAMA.CPP    RATIO       RATIOS OF PAIRS"
-RULE = "tokens a second, medians of {} pairs in turns, {} threads, {} cache"
+HEAD = "TEST      THREADS  DEPTH    NANOLLAMA    LLAMA.CPP    RATIO     RATIOS OF PAIRS  OF LIMIT"
+RULE = """tokens a second, medians of {} pairs in turns, {} cache; limits: int8 multiply-adds that
+the threads reach in registers, for prompts, and the memory that they read, for answers"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,44 +103,115 @@ def programs(given: str) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, slots=True)
+class Test:
+    """A prompt or an answer of so many tokens, after `depth` tokens."""
+
+    num_prompt: int
+    num_gen: int
+    depth: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"pp{self.num_prompt}" if self.num_prompt else f"tg{self.num_gen}"
+
+    def own_rate(self, bench: Bench) -> tuple[float, float]:
+        """nanollama's tokens per second, and the part of the machine's limit that they are."""
+        decoder = bench.llm.engine.decoder
+        run = bench.once(1, self.depth, self.num_prompt or 1, self.num_gen)
+        rate = (self.num_prompt or self.num_gen) / run[0]
+        if self.num_prompt:
+            is_float = bench.llm.checkpoint.quantization in ("F32", "F16", "BF16")
+            most = math.nan if is_float else multiply_rate(decoder.backend)
+            return rate, rate * multiply_adds(decoder) / most
+        step_bytes = bench.step_bytes(1, self.depth, self.num_gen)
+        bandwidth = read_bandwidth(bench.buffer, decoder.backend)
+        return rate, step_bytes * run[1] / run[0] / bandwidth
+
+
+def tests_of(args: argparse.Namespace, threads: int) -> list[Test]:
+    """What is measured; in the whole table, answers with one thread, too."""
+    found = [
+        Test(num_prompt, num_gen, depth, threads)
+        for depth in args.depth
+        for num_prompt, num_gen in [
+            *((num, 0) for num in args.prompt_tokens if num),
+            *((0, num) for num in args.gen_tokens if num),
+        ]
+    ]
+    if args.is_whole and threads > 1:
+        found += [dataclasses.replace(each, threads=1) for each in found if each.num_gen]
+    return found
+
+
+@contextlib.contextmanager
+def on_threads(bench: Bench, count: int) -> Iterator[None]:
+    """Run nanollama on `count` threads; decode steps too, if that is not their usual number."""
+    own, steps = torch_or_stand_in(), bench.llm.engine.decode_steps
+    before, choice = own.get_num_threads(), getattr(steps, "threads", None)
+    own.set_num_threads(count)
+    if choice and count != before:
+        cast("Any", steps).threads = None
+    try:
+        yield
+    finally:
+        own.set_num_threads(before)
+        if choice:
+            cast("Any", steps).threads = choice
+
+
 def compared(bench: Bench, peer: Peer, args: argparse.Namespace) -> Iterator[Json]:
     """A row for each test; the two programs take turns."""
-    tests = [(num, 0) for num in args.prompt_tokens if num]
-    tests += [(0, num) for num in args.gen_tokens if num]
-    for depth, (num_prompt, num_gen) in itertools.product(args.depth, tests):
-        bench.once(1, depth, num_prompt or 1, num_gen)  # warms up
-        own: list[float] = []
+    for test in tests_of(args, peer.threads):
+        other = dataclasses.replace(peer, threads=test.threads)
+        own: list[tuple[float, float]] = []
         theirs: list[float] = []
-        for _ in range(args.repetitions):
-            seconds, _ = bench.once(1, depth, num_prompt or 1, num_gen)
-            own.append((num_prompt or num_gen) / seconds)
-            theirs.append(peer.rate(num_prompt, num_gen, depth))
+        with on_threads(bench, test.threads):
+            bench.once(1, test.depth, test.num_prompt or 1, test.num_gen)  # warms up
+            for _ in range(args.repetitions):
+                own.append(test.own_rate(bench))
+                theirs.append(other.rate(test.num_prompt, test.num_gen, test.depth))
+        rates = [rate for rate, _ in own]
         yield {
-            "test": f"pp{num_prompt}" if num_prompt else f"tg{num_gen}",
-            "depth": depth,
-            "tokens_per_s": statistics.median(own),
+            "test": test.name,
+            "threads": test.threads,
+            "depth": test.depth,
+            "tokens_per_s": statistics.median(rates),
             "peer_tokens_per_s": statistics.median(theirs),
-            "ratio": statistics.median(own) / statistics.median(theirs),
-            "pair_ratios": [a / b for a, b in zip(own, theirs)],
+            "ratio": statistics.median(rates) / statistics.median(theirs),
+            "pair_ratios": [a / b for a, b in zip(rates, theirs)],
+            "limit_fraction": known(statistics.median(part for _, part in own)),
         }
+
+
+def known(value: float) -> float | None:
+    """A number, or None for NaN, which JSON has not."""
+    return None if math.isnan(value) else value
 
 
 def line(row: Any) -> str:
     """A row of the table."""
     rates = f"{row['tokens_per_s']:>11.1f}  {row['peer_tokens_per_s']:>11.1f}"
     pairs = f"{min(row['pair_ratios']):.2f} to {max(row['pair_ratios']):.2f}"
-    return f"{row['test']:<8}  {row['depth']:>7}  {rates}  {row['ratio']:>7.2f}  {pairs:>20}"
+    limit = row["limit_fraction"]
+    part = "-" if limit is None else f"{limit:.0%}"
+    place = f"{row['test']:<8}  {row['threads']:>7}  {row['depth']:>5}"
+    return f"{place}  {rates}  {row['ratio']:>7.2f}  {pairs:>18}  {part:>8}"
 
 
 def compare(bench: Bench, args: argparse.Namespace, threads: int) -> list[Json]:
     """Measure, and print the table unless `--json` is given. Raises NanollamaError."""
     peer, rows = peer_of(bench.llm, args, threads), []
-    show = print if not args.json else lambda *_, **__: None
+    show: Any = print if not args.json else lambda *_, **__: None
     show(HEAD)
     for row in compared(bench, peer, args):
         rows.append(row)
         show(line(row), flush=True)
-    show(RULE.format(args.repetitions, threads, peer.kv_dtype))
+    show(RULE.format(args.repetitions, peer.kv_dtype))
+    if args.is_whole:
+        whole = extra("commands.bench_whole", "--compare without -p, -n and -d")
+        rows += whole.compare(peer, bench.llm, args.repetitions, show)
     if Path(args.compare).is_dir():
         servers = extra("commands.bench_servers", "--compare FOLDER")
         rows += servers.compare(peer, bench.llm, args.repetitions, show)

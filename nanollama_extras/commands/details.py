@@ -163,7 +163,9 @@ def add_details(lines: dict[str, str], checkpoint: Checkpoint, settings: Setting
         in_memory = human_bytes(tower_memory(checkpoint, settings))
         lines["images"] = f"read by {size}; {in_memory} of memory from the first image on"
     lines["kernels"] = f"{backend.describe()}; keys and values in {kv_dtype}"
-    notify("answers.prompt_cache", "add_details", lines, settings.engine())
+    notify("kernels.thread_choice", "add_details", lines, settings.engine(), backend)
+    for place in ("answers.prompt_cache", "kernels.laid_out"):
+        notify(place, "add_details", lines, settings.engine())
 
 
 def tower_size(checkpoint: Checkpoint, mmproj: str | None = None) -> tuple[int, int]:

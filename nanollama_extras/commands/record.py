@@ -122,7 +122,7 @@ def recording_engine(llm: LLM, adapter: Any) -> Callable[..., Engine]:
 
     def describe() -> Json:
         engine: Any = llm.engine
-        own = dataclasses.replace(engine.config, record=None, prompt_cache=None)
+        own = dataclasses.replace(engine.config, record=None, prompt_cache=None, packed_cache=None)
         return {
             "version": __version__,
             "model": str(llm.checkpoint.path),

@@ -7,6 +7,7 @@ Remove     delete this file; the core then reads them itself.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,16 @@ from nanollama import GGUFCursor
 def strings(cursor: GGUFCursor, count: int) -> list[str]:
     """The next `count` strings, read without a call for each. Raises CheckpointError."""
     texts, data, at = list[str](), cursor.data, cursor.at
-    for _ in range(count if type(cursor) is GGUFCursor else 0):
-        start = at + 8
-        at = start + int.from_bytes(data[at:start], "little")
-        texts.append(str(data[start:at], "utf-8", "replace"))
+    size_at = struct.Struct("<Q").unpack_from
+    try:
+        for _ in range(count if type(cursor) is GGUFCursor else 0):
+            start = at + 8
+            at = start + size_at(data, at)[0]
+            texts.append(str(data[start:at], "utf-8", "replace"))
+    except (struct.error, OverflowError):
+        at = len(data) + 1
     cursor.at = at
-    cursor.bounded(0, 1)  # beyond the end, lengths are 0
+    cursor.bounded(0, 1)
     return texts or [cursor.string() for _ in range(count)]  # of a file that is still coming
 
 

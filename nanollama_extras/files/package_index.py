@@ -78,9 +78,10 @@ def follow(process: subprocess.Popen[bytes], scratch: Path, bar: Any) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
         num_there = 0
-        for file in scratch.rglob("*"):
-            with contextlib.suppress(OSError):  # it may be gone
-                num_there += file.stat().st_size
+        for folder, _, names in os.walk(scratch):  # a folder that is gone is passed over
+            for name in names:
+                with contextlib.suppress(OSError):  # and so is a file
+                    num_there += os.stat(os.path.join(folder, name)).st_size
         if bar:
             bar.update(min(num_there, bar.total) - bar.n)
 

@@ -1,6 +1,7 @@
 """Vocabularies in other files than tokenizer.json and GGUF: Mistral's tekken.json, tiktoken's ranks
 (Llama 3, Qwen 1), SentencePiece's tokenizer.model, and the tokenizer.pkl of nanochat; and
-SentencePiece's, Phi-3's and Gemma 4's vocabularies in GGUF files.
+SentencePiece's, Phi-3's and Gemma 4's vocabularies in GGUF files. Imports files.scored_pieces
+where that is there.
 
 Seam: Vocabulary. The rows of `nanollama.VOCABULARIES` that name this module; the core then calls
 `read_vocabulary`, and `mistral_template` for a tekken.json. Each reader puts a file into the terms
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import math
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -33,6 +35,7 @@ import nanollama
 from nanollama import CheckpointError, Flags, PreTokenizer, TextFiles, excerpt
 
 TOKEN_UNUSED, TOKEN_BYTE = 5, 6  # tokenizer.ggml.token_type, as the core's TOKEN_NORMAL
+MERGEABLE = (nanollama.TOKEN_NORMAL, TOKEN_UNUSED, nanollama.TOKEN_USER_DEFINED)
 
 
 class Build(Protocol):
@@ -125,25 +128,38 @@ def complete(
 
 def build_llama(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
     """SentencePiece's pieces with scores."""
-    merges = scored_merges(metadata.get("scores") or [0.0] * len(vocab), vocab, types)
-    return sentencepiece_bpe(vocab, types, merges, metadata.get("add_space_prefix", True))
+    scores = metadata.get("scores") or [0.0] * len(vocab)
+    new_model = functools.partial(piece_model, types=types)
+    merges = functools.partial(scored_merges, scores, vocab, types)
+    scored: Any = nanollama.preferred("files.scored_pieces", "ScoredModel", None)
+    if scored:
+        tokenizer = scored(new_model, merges, vocab, scores, types).new_tokenizer()
+    else:
+        tokenizer = Tokenizer(new_model(vocab, merges()))
+    return with_spaces(tokenizer, metadata.get("add_space_prefix", True))
+
+
+def merge_orders(scores: Sequence[float], types: Sequence[int]) -> npt.NDArray[np.float64]:
+    """The order in which merges into each piece apply, the lowest number first -> (V,)
+
+    A better score comes earlier; user-defined pieces come first, because converters give them any
+    score. Raises CheckpointError where scores are missing."""
+    if len(scores) < len(types):
+        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
+    orders = -np.array(scores, np.float64)[: len(types)]
+    orders[np.array(types) == nanollama.TOKEN_USER_DEFINED] = -math.inf
+    return orders
 
 
 def scored_merges(
     scores: list[float], vocab: Mapping[str, int], types: list[int]
 ) -> list[tuple[str, str]]:
     """Merges of a vocabulary that has scores instead: each way to split a piece into two pieces.
-
-    A merge into a piece with a better score applies earlier; user-defined pieces come first,
-    because converters give them any score. Raises CheckpointError where scores are missing."""
-    if len(scores) < len(types):
-        raise CheckpointError(f"there are {len(scores)} scores for {len(types)} tokens")
-    user = nanollama.TOKEN_USER_DEFINED
-    mergeable = {nanollama.TOKEN_NORMAL, TOKEN_UNUSED, user}
-    pieces = [piece for piece, i in vocab.items() if types[i] in mergeable]
+    Raises as `merge_orders`."""
+    orders = merge_orders(scores, types)
+    pieces = [piece for piece, i in vocab.items() if types[i] in MERGEABLE]
     ids = np.array([vocab[piece] for piece in pieces], np.int64)
-    order = np.array([-math.inf if types[i] == user else -scores[i] for i in ids.tolist()])
-    ranks = np.lexsort((ids, order)).argsort()
+    ranks = np.lexsort((ids, orders[ids])).argsort()
     whole, left, right = halves(pieces)
     at = (ranks[whole] << 32 | ids[left]).argsort()
     names = ([pieces[i] for i in part[at].tolist()] for part in (left, right))
@@ -217,15 +233,17 @@ def finder(known: Hashes) -> Callable[[Hashes], Numbers]:
     return find
 
 
-def sentencepiece_bpe(
-    vocab: dict[str, int], types: list[int], merges: list[tuple[str, str]], has_prefix: bool
-) -> Tokenizer:
-    """BPE over characters, spaces as ▁, with bytes for characters that the vocabulary lacks
-    (https://github.com/google/sentencepiece). `has_prefix`: a text begins with a space."""
+def piece_model(
+    vocab: dict[str, int], merges: list[tuple[str, str]], types: list[int]
+) -> models.BPE:
+    """BPE over characters, with bytes for those that the vocabulary lacks
+    (https://github.com/google/sentencepiece)."""
     unknown = next((p for p, i in vocab.items() if types[i] == nanollama.TOKEN_UNKNOWN), None)
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    return models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+
+
+def with_spaces(tokenizer: Tokenizer, has_prefix: bool) -> Tokenizer:
+    """The tokenizer with spaces as ▁. `has_prefix`: a text begins with a space."""
     prefix = [normalizers.Prepend("▁")] if has_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
@@ -239,7 +257,8 @@ def build_gemma4(metadata: Mapping[str, Any], vocab: dict[str, int], types: list
     """SentencePiece's pieces with merges in a list; newlines stay apart from other text."""
     merges = nanollama.file_merges(metadata, vocab)
     has_prefix = metadata.get("add_space_prefix", False)
-    tokenizer = sentencepiece_bpe(vocab, types, merges, has_prefix)
+    tokenizer = Tokenizer(piece_model(vocab, merges, types))
+    with_spaces(tokenizer, has_prefix)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n+"), "isolated")
     return tokenizer
 

@@ -16,6 +16,7 @@ Remove     delete this file and `arrays` in kernels.native, kernels.fine, kernel
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -384,8 +385,9 @@ def arange(*extent: int, dtype: Any = INT64, device: Any = None) -> Tensor:
 
 
 def split(x: Tensor, parts: Sequence[int]) -> list[Tensor]:
-    ends = np.cumsum(parts)
-    return [x[end - size : end] for end, size in zip(ends, parts)]
+    if len(parts) == 1:  # after a step of one sequence, when caches hold weights, each call counts
+        return [x]
+    return [x[end - size : end] for end, size in zip(itertools.accumulate(parts), parts)]
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -405,6 +407,16 @@ def pad(x: Any, widths: Sequence[int], mode: str = "constant", value: float = 0)
     return made
 
 
+def longer(strip: Any, capacity: int) -> Any:
+    """A strip with zeros up to `capacity`. The system gives their memory when it is written."""
+    shape = (*strip.shape[:3], capacity, strip.shape[4])
+    memory = np.zeros(math.prod(shape) + 63, np.uint8)
+    start = -memory.ctypes.data % 64  # the first byte of a cache line
+    new = torch.from_numpy(memory[start : start + math.prod(shape)]).view(shape)
+    new[:, :, :, : strip.shape[3]] = strip
+    return new
+
+
 # ---- threads -------------------------------------------------------------------------------------
 
 
@@ -412,6 +424,7 @@ class Threads:
     """How many kernels run on"""
 
     count = 0  # until `get_num_threads`
+    is_given = False  # by the option of the latest model
 
 
 def set_num_threads(count: int) -> None:
@@ -423,12 +436,17 @@ def get_num_threads() -> int:
     return Threads.count
 
 
+def from_environment() -> int:
+    """The number of threads in the environment's variables; 0 for none."""
+    given = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    return next((int(count) for count in given if count.isdecimal() and int(count)), 0)
+
+
 def default_threads() -> int:
     """As many as torch's: OMP_NUM_THREADS, or the cores that this program may use, of which two
     hyperthreads are one."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        if (count := os.environ.get(name, "")).isdecimal() and int(count):
-            return int(count)
+    if count := from_environment():
+        return count
     if not hasattr(os, "sched_getaffinity"):  # not there on macOS and Windows
         return os.cpu_count() or 1
     usable, cores = os.sched_getaffinity(0), set()
@@ -570,7 +588,9 @@ def is_awaited() -> bool:
 
 def settle(checkpoint: Checkpoint, config: EngineConfig, adapter: Any) -> None:
     """Import torch for a model that needs it, before anything is loaded: an option, a width that
-    the kernels do not have, or a module of its family, which imports torch."""
+    the kernels do not have, or a module of its family, which imports torch. Note whether the
+    number of threads is given."""
+    Threads.is_given = config.threads is not None
     own, row = checkpoint.config, nanollama.find_family(checkpoint.config.model_type)
     options = adapter or config.quantize or config.kernels == "torch"
     has_own = nanollama.BACKENDS["cpu"] != "kernels.native"

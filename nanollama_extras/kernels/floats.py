@@ -9,10 +9,10 @@ Remove     delete this file; float weights then run on torch's operations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanollama import human_bytes, warn_once
-from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel, weight_memory
+from nanollama_extras.kernels.native import NUMBERS, NativeLinear, run_kernel, weight_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -34,17 +34,20 @@ class FloatLinear(NativeLinear):
         read_rows: Callable[[slice], Tensor],
         bias: Tensor | None,
         dtype: torch.dtype,
+        kept: Any = None,
     ) -> None:
         self.shape, self.bias = shape, bias
         num_rows, num_cols = shape
+        first = read_rows(slice(0, 1))
+        self.dtype = first.dtype if first.dtype.itemsize == 2 else dtype
+        self.fields = {"floats": NUMBERS[str(self.dtype).replace("torch.", "IN_").upper()]}
+        blocks_shape = (-(-num_rows // BLOCK_ROWS), BLOCK_ROWS * num_cols)
+        self.blocks, is_filled = weight_blocks(blocks_shape, self.dtype, self.fields, kept)
+        if is_filled:
+            return
         step = -(-LOAD_WEIGHTS // num_cols // BLOCK_ROWS) * BLOCK_ROWS
         for start in range(0, num_rows, step):
             rows = read_rows(slice(start, min(start + step, num_rows))).contiguous()
-            if start == 0:
-                self.dtype = rows.dtype if rows.dtype.itemsize == 2 else dtype
-                num_blocks = -(-num_rows // BLOCK_ROWS)
-                self.blocks = weight_memory((num_blocks, BLOCK_ROWS * num_cols), self.dtype)
-                self.fields = {"floats": NUMBERS[str(self.dtype).replace("torch.", "IN_").upper()]}
             run_kernel(
                 "lay_floats",
                 self.blocks[start // BLOCK_ROWS :][: -(-len(rows) // BLOCK_ROWS)],

@@ -148,6 +148,8 @@ def get_ready(num_bytes: int, backend: Any) -> None:
     which a program that ends would abort."""
     weights = _weights
     weights.drop()
+    if (kept := getattr(backend, "kept", None)) and kept.is_whole:
+        num_bytes = 0  # the weights' memory is that of a file
     chunk: Chunk | None = None
     if sys.platform == "linux" and hasattr(backend, "run_kernel"):
         with contextlib.suppress(OSError), weights.lock:

@@ -229,20 +229,30 @@ const char *path(void) { return PATH; }
 
 /* ---- threads ---- */
 
-/* A job is a number of pieces, which the caller and the workers claim one by one. The caller works
- * until all pieces are claimed, then waits for those that workers have begun. It never waits for a
- * worker to wake up or to get a core, so on a busy machine a job takes as long as with one thread.
+/* A job is a number of pieces. Each thread has a lane of neighbours among them, so that what it
+ * prefetches is what it reads next, and claims these one by one before those that are left in other
+ * lanes. The caller works until all pieces are claimed, then waits for those that workers have
+ * begun. It never waits for a worker to wake up or to get a core, so on a busy machine a job takes
+ * as long as with one thread.
  *
- *   ticket   [ number of pieces : 32 bits | next piece : 32 bits ]   one atomic add claims a piece
+ *   ticket   [ end of the lane : 32 bits | next piece : 32 bits ]   one atomic add claims a piece
  */
+#define MOST_LANES 64
+#define LINE __attribute__((aligned(64))) /* of the caches: what others write is in other lines */
 typedef void piece(const void *job, int64_t index);
+typedef struct lane {
+    uint64_t ticket LINE;
+} lane;
 static struct pool {
     pthread_mutex_t owner, bed;
     pthread_cond_t alarm;
-    uint64_t ticket;
+    int64_t num_workers;
+    int64_t num_jobs LINE, num_lanes, num_asleep; /* a lane for each thread of the job */
     piece *run;
     const void *job;
-    int64_t num_done, num_workers, num_wanted, num_asleep;
+    int64_t is_ahead; /* whether the job belongs to a step ahead */
+    int64_t num_done LINE;
+    lane lanes[MOST_LANES];
 } pool;
 
 #define SPINS 4000 /* about 0.1 ms, after which a worker goes to sleep */
@@ -254,29 +264,82 @@ static struct pool {
 #define PAUSE() (void)0
 #endif
 
-static int is_open(void) {
-    uint64_t ticket = __atomic_load_n(&pool.ticket, __ATOMIC_SEQ_CST);
-    return (uint32_t)ticket < ticket >> 32;
+/* The kernel calls of a step, which are run again and again: see `replay` */
+typedef void kernel(const void *call, int64_t num_tokens, int64_t num_threads);
+typedef struct {
+    kernel *run;
+    const void *call;
+} step;
+
+/* The step ahead, if any. A caller takes it over from `due`, or a worker, which then runs it; from
+ * then on it is the caller's again when it is done. See `run_step`. */
+enum { NOT_AHEAD, AHEAD_IS_DUE, AHEAD_RUNS, AHEAD_IS_DONE };
+static struct ahead {
+    pthread_mutex_t owner;
+    const void *caller; /* whose step it is */
+    const step *steps;
+    int64_t num_steps, num_tokens, num_threads;
+    int64_t state LINE, is_stopped, worker;
+} ahead;
+static __thread int64_t is_ahead; /* whether this thread runs it */
+static piece multiply_piece;
+
+/* Whether nobody waits for the product that the pool is at. */
+static int is_in_vain(void) {
+    return pool.is_ahead && pool.run == multiply_piece &&
+           __atomic_load_n(&ahead.is_stopped, __ATOMIC_SEQ_CST);
 }
 
-static int work(void) {
-    if (!is_open()) return 0;
-    uint64_t ticket = __atomic_fetch_add(&pool.ticket, 1, __ATOMIC_SEQ_CST);
-    if ((uint32_t)ticket >= ticket >> 32) return 0;
-    pool.run(pool.job, (uint32_t)ticket); /* the job cannot change before this piece is done */
-    __atomic_fetch_add(&pool.num_done, 1, __ATOMIC_SEQ_CST);
+/* Do the pieces that can be claimed, those in lane `index` first. */
+static void work(int64_t index) {
+    int64_t num = __atomic_load_n(&pool.num_lanes, __ATOMIC_SEQ_CST), num_done = 0;
+    for (int64_t i = 0; i < num; i++) {
+        uint64_t *ticket = &pool.lanes[(index + i) % num].ticket, claimed;
+        for (;; num_done++) {
+            claimed = __atomic_load_n(ticket, __ATOMIC_SEQ_CST);
+            if ((uint32_t)claimed >= claimed >> 32) break;
+            claimed = __atomic_fetch_add(ticket, 1, __ATOMIC_SEQ_CST);
+            if ((uint32_t)claimed >= claimed >> 32) break;
+            if (!is_in_vain()) /* the job stays until this piece is done */
+                pool.run(pool.job, (uint32_t)claimed);
+        }
+    }
+    if (num_done) __atomic_fetch_add(&pool.num_done, num_done, __ATOMIC_SEQ_CST);
+}
+
+/* Run the step ahead, if it is due, on this worker and those that join. */
+static int run_ahead(int64_t worker) {
+    int64_t due = AHEAD_IS_DUE;
+    if (!__atomic_compare_exchange_n(&ahead.state, &due, AHEAD_RUNS, 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
+        return 0;
+    __atomic_store_n(&ahead.worker, worker, __ATOMIC_SEQ_CST);
+    is_ahead = 1;
+    for (const step *s = ahead.steps; s < ahead.steps + ahead.num_steps; s++)
+        if (!__atomic_load_n(&ahead.is_stopped, __ATOMIC_SEQ_CST))
+            s->run(s->call, ahead.num_tokens, ahead.num_threads);
+    is_ahead = 0;
+    __atomic_store_n(&ahead.state, AHEAD_IS_DONE, __ATOMIC_SEQ_CST);
     return 1;
 }
 
 static void *worker(void *index) {
+    int64_t seen = 0, latest;
     for (int64_t spins = 0;; spins++) {
-        int wanted = (intptr_t)index < __atomic_load_n(&pool.num_wanted, __ATOMIC_SEQ_CST);
-        if (wanted && work()) spins = 0;
+        latest = __atomic_load_n(&pool.num_jobs, __ATOMIC_SEQ_CST);
+        if (latest != seen && run_ahead((intptr_t)index))
+            spins = 0;
+        else if (latest != seen &&
+                 (intptr_t)index < __atomic_load_n(&pool.num_lanes, __ATOMIC_SEQ_CST))
+            work((intptr_t)index), spins = 0;
+        seen = latest;
         PAUSE();
-        if (spins < SPINS) continue;
+        if (spins < SPINS && (intptr_t)index < __atomic_load_n(&pool.num_lanes, __ATOMIC_SEQ_CST))
+            continue;
         pthread_mutex_lock(&pool.bed);
         __atomic_fetch_add(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
-        if (!is_open()) pthread_cond_wait(&pool.alarm, &pool.bed);
+        if (__atomic_load_n(&pool.num_jobs, __ATOMIC_SEQ_CST) == seen)
+            pthread_cond_wait(&pool.alarm, &pool.bed);
         __atomic_fetch_sub(&pool.num_asleep, 1, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&pool.bed);
         spins = 0;
@@ -288,10 +351,22 @@ static void start_anew(void) {
     pool = (struct pool){.owner = PTHREAD_MUTEX_INITIALIZER,
                          .bed = PTHREAD_MUTEX_INITIALIZER,
                          .alarm = PTHREAD_COND_INITIALIZER};
+    ahead = (struct ahead){.owner = PTHREAD_MUTEX_INITIALIZER};
 }
 __attribute__((constructor)) static void on_load(void) {
     start_anew();
     pthread_atfork(NULL, NULL, start_anew); /* a forked process has no workers yet */
+}
+
+/* Tell the workers that there is something to do for so many threads. */
+static void ring(int64_t num_threads) {
+    __atomic_fetch_add(&pool.num_jobs, 1, __ATOMIC_SEQ_CST);
+    int64_t num_spare = pool.num_workers - (num_threads - 1); /* without a lane they sleep on */
+    if (__atomic_load_n(&pool.num_asleep, __ATOMIC_SEQ_CST) > num_spare) {
+        pthread_mutex_lock(&pool.bed);
+        pthread_cond_broadcast(&pool.alarm);
+        pthread_mutex_unlock(&pool.bed);
+    }
 }
 
 /* Call run(job, i) for i = 0 .. num_pieces - 1 on up to num_threads threads; on this thread alone
@@ -302,21 +377,21 @@ static void share_out(piece *run, const void *job, int64_t num_pieces, int64_t n
         return;
     }
     pthread_t thread;
+    num_threads = MIN(num_threads, MOST_LANES);
     while (pool.num_workers < num_threads - 1 &&
-           !pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.num_workers)) {
+           !pthread_create(&thread, NULL, worker, (void *)(intptr_t)(pool.num_workers + 1))) {
         pthread_detach(thread);
         pool.num_workers++;
     }
-    pool.run = run, pool.job = job;
-    __atomic_store_n(&pool.num_done, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pool.num_wanted, num_threads - 1, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&pool.ticket, (uint64_t)num_pieces << 32, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&pool.num_asleep, __ATOMIC_SEQ_CST)) {
-        pthread_mutex_lock(&pool.bed);
-        pthread_cond_broadcast(&pool.alarm);
-        pthread_mutex_unlock(&pool.bed);
+    pool.run = run, pool.job = job, pool.is_ahead = is_ahead;
+    __atomic_store_n(&pool.num_done, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&pool.num_lanes, num_threads, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < num_threads; i++) {
+        uint64_t first = num_pieces * i / num_threads, end = num_pieces * (i + 1) / num_threads;
+        __atomic_store_n(&pool.lanes[i].ticket, end << 32 | first, __ATOMIC_RELEASE);
     }
-    while (work()) {}
+    ring(num_threads);
+    work(0);
     for (int64_t i = 0; __atomic_load_n(&pool.num_done, __ATOMIC_SEQ_CST) < num_pieces; i++)
         if (i < SPINS)
             PAUSE();
@@ -854,12 +929,17 @@ static void multiply_piece(const void *job, int64_t piece) {
 
 #define PIECES 4 /* for each thread, so that others can take over from a thread that is held up */
 
+/* A matrix that is read once is cut finer: the threads then end at nearly the same time. */
+INLINE int64_t product_pieces(const linear_call *c, int64_t num_threads) {
+    return MIN(c->num_blocks, (c->num_tokens == 1 ? 2 : 1) * PIECES * num_threads);
+}
+
 static void multiply_packed(linear_call c, int64_t num_threads) {
     int64_t num_groups = c.num_tokens * c.cols / 32;
     c.acts = malloc(num_groups * GROUP_BYTES);
     c.num_pieces = num_groups < 128 ? 1 : MIN(num_groups / 64, PIECES * num_threads);
     share_out(quantize_piece, &c, c.num_pieces, num_threads);
-    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
+    c.num_pieces = product_pieces(&c, num_threads);
     share_out(multiply_piece, &c, c.num_pieces, num_threads);
     free(c.acts);
 }
@@ -1028,7 +1108,7 @@ static void multiply_floats(linear_call c, int64_t num_threads) {
     c.acts = is_ready ? (uint8_t *)c.x : malloc(num_floats * sizeof(float));
     c.num_pieces = num_floats < 4096 ? 1 : MIN(num_floats / 2048, PIECES * num_threads);
     if (!is_ready) share_out(spread_piece, &c, c.num_pieces, num_threads);
-    c.num_pieces = MIN(c.num_blocks, PIECES * num_threads);
+    c.num_pieces = product_pieces(&c, num_threads);
     share_out(float_piece, &c, c.num_pieces, num_threads);
     if (!is_ready) free(c.acts);
 }
@@ -2573,15 +2653,105 @@ void cut_gates(const void *call, int64_t n, int64_t num_threads) {
 
 /* The number of rows is not in a kernel's structure, so that a step of the model can be recorded as
  * a list of calls and run again when the tensors hold other rows. */
-typedef void kernel(const void *call, int64_t num_tokens, int64_t num_threads);
-typedef struct {
-    kernel *run;
-    const void *call;
-} step;
-
 void replay(const step *steps, int64_t num_steps, int64_t num_tokens, int64_t num_threads) {
     for (const step *s = steps; s < steps + num_steps; s++)
         s->run(s->call, num_tokens, num_threads);
+}
+
+/* ---- a step ahead ---- */
+
+typedef struct {
+    void *to;
+    const void *source;
+    int64_t num_bytes;
+} move;
+
+/* A step with one token of each sequence, and what makes the next one of it */
+typedef struct {
+    const step *steps;
+    int64_t num_steps, num_tokens, num_threads;
+    int64_t *ids;      /* (N) */
+    span *spans;       /* (N) */
+    linear_call *head; /* the last of the steps */
+    float *next_out;   /* for its scores */
+    const move *moves; /* of the rotations to the next positions */
+    int64_t num_moves;
+} decode_step;
+
+/* The index of the largest score, of equal ones the first */
+static int64_t likeliest(const float *x, int64_t num) {
+    vec most = splat(-INFINITY);
+    int64_t i = 0, at = 0;
+    for (; i + LANES <= num; i += LANES) most = larger(load(x + i), most);
+    float largest = largest_of(most);
+    for (; i < num; i++) largest = MAX(largest, x[i]);
+    while (at < num - 1 && x[at] != largest) at++;
+    return at;
+}
+
+/* Have a worker run the step after this one with the likeliest tokens. */
+static int64_t begin_ahead(const decode_step *d) {
+    pthread_mutex_lock(&ahead.owner);
+    int64_t is_free = !ahead.caller, num_scores = d->head->parts->rows;
+    for (int64_t i = 0; i < d->num_tokens && is_free; i++) {
+        d->ids[i] = likeliest(d->head->out + i * num_scores, num_scores);
+        d->spans[i].start++;
+    }
+    for (const move *m = d->moves; m < d->moves + d->num_moves && is_free; m++)
+        memcpy(m->to, m->source, m->num_bytes);
+    if (is_free) {
+        d->head->out = d->next_out;
+        ahead.caller = d, ahead.steps = d->steps, ahead.num_steps = d->num_steps;
+        ahead.num_tokens = d->num_tokens, ahead.num_threads = d->num_threads;
+        ahead.is_stopped = 0;
+        __atomic_store_n(&ahead.state, AHEAD_IS_DUE, __ATOMIC_SEQ_CST);
+        ring(d->num_threads);
+    }
+    pthread_mutex_unlock(&ahead.owner);
+    return is_free;
+}
+
+enum { AHEAD_RAN, AHEAD_WAITED, AHEAD_BEGAN }; /* bits of the results below */
+
+/* Take part in the caller's step ahead until it is done. With NULL, stop that of any caller. */
+static int64_t end_ahead(const decode_step *d) {
+    pthread_mutex_lock(&ahead.owner);
+    int64_t result = 0, due = AHEAD_IS_DUE, seen = 0, latest;
+    if (ahead.caller && (!d || ahead.caller == d)) {
+        if (!__atomic_compare_exchange_n(&ahead.state, &due, NOT_AHEAD, 0, __ATOMIC_SEQ_CST,
+                                         __ATOMIC_SEQ_CST)) {
+            if (!d) __atomic_store_n(&ahead.is_stopped, 1, __ATOMIC_SEQ_CST);
+            result = 1 << AHEAD_RAN;
+            for (int64_t i = 0; __atomic_load_n(&ahead.state, __ATOMIC_SEQ_CST) != AHEAD_IS_DONE;
+                 i++) {
+                latest = __atomic_load_n(&pool.num_jobs, __ATOMIC_SEQ_CST);
+                if (latest != seen) work(__atomic_load_n(&ahead.worker, __ATOMIC_SEQ_CST)), i = 0;
+                seen = latest;
+                if (i < SPINS)
+                    PAUSE();
+                else
+                    sched_yield(), result |= 1 << AHEAD_WAITED;
+            }
+            __atomic_store_n(&ahead.state, NOT_AHEAD, __ATOMIC_SEQ_CST);
+        }
+        ahead.caller = NULL;
+    }
+    pthread_mutex_unlock(&ahead.owner);
+    return result;
+}
+
+void stop_ahead(void) { end_ahead(NULL); }
+
+/* Run a step or, if it was begun as the one ahead, take its result; then begin the one after it, if
+ * it `goes_on`. Python takes a tenth of a small model's time to choose the next tokens, and has
+ * the scores meanwhile: those of the step ahead are written elsewhere. When the caller comes for
+ * them, it is one of the step's threads. If it comes with another token, the step is stopped and
+ * run as usual; keys and values that it has written are written again. */
+int64_t run_step(const decode_step *d, int64_t is_begun, int64_t goes_on) {
+    int64_t result = is_begun ? end_ahead(d) : 0;
+    if (!result) replay(d->steps, d->num_steps, d->num_tokens, d->num_threads);
+    if (goes_on && begin_ahead(d)) result |= 1 << AHEAD_BEGAN;
+    return result;
 }
 
 typedef struct {
@@ -2601,9 +2771,55 @@ static void read_piece(const void *job, int64_t piece) {
     __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
 }
 
+/* A checksum of a buffer: any one changed byte changes it, and so does the order of bytes. Each
+ * step of FNV-1a, here with words of 64 bits in 8 lanes and a rotation, can be undone. */
+int64_t checksum(const uint8_t *bytes, int64_t num_bytes) {
+    uint64_t lanes[8], found = num_bytes;
+    for (int j = 0; j < 8; j++) lanes[j] = 0xcbf29ce484222325 + j;
+    for (int64_t i = 0; i < num_bytes; i += 64) {
+        uint64_t words[8] = {0};
+        if (num_bytes - i >= 64)
+            memcpy(words, bytes + i, 64);
+        else
+            memcpy(words, bytes + i, num_bytes - i);
+        for (int j = 0; j < 8; j++) {
+            uint64_t h = (lanes[j] ^ words[j]) * 0x100000001b3;
+            lanes[j] = h << 29 | h >> 35;
+        }
+    }
+    for (int j = 0; j < 8; j++) found = (found ^ lanes[j]) * 0x100000001b3, found ^= found >> 29;
+    return found;
+}
+
 /* Read a buffer once. The sum keeps compilers from leaving the reads out. */
 int64_t read_all(const uint8_t *bytes, int64_t num_bytes, int64_t num_threads) {
     read_job c = {bytes, num_bytes, PIECES * num_threads, 0};
     share_out(read_piece, &c, c.num_pieces, num_threads);
     return c.total;
+}
+
+enum { SUMS = 12 }; /* enough that none waits for its last one */
+typedef struct {
+    int64_t num_rounds, num_pieces, total;
+} multiply_job;
+
+static void multiply_all_piece(const void *job, int64_t piece) {
+    multiply_job *c = (multiply_job *)job;
+    ivec sum[SUMS] = {{0}}, w = sum[0] + (int32_t)piece;
+    int8_t acts[4 * SUMS];
+    for (int i = 0; i < 4 * SUMS; i++) acts[i] = piece + i; /* no two sums are one for compilers */
+    for (int64_t i = 0; i < c->num_rounds; i++)
+        for (int j = 0; j < SUMS; j++) sum[j] = dot4(sum[j], w, acts + 4 * j, 8);
+    int64_t total = 0;
+    for (int j = 0; j < SUMS; j++) total += sum[j][0];
+    __atomic_fetch_add(&c->total, total, __ATOMIC_SEQ_CST);
+}
+
+/* Multiply int8 numbers in registers and add them up, as fast as it goes -> multiply-adds done.
+ * The sum in `total` keeps compilers from leaving them out. */
+int64_t multiply_all(int64_t *total, int64_t num_rounds, int64_t num_threads) {
+    multiply_job c = {num_rounds, PIECES * num_threads, 0};
+    share_out(multiply_all_piece, &c, c.num_pieces, num_threads);
+    *total = c.total;
+    return num_rounds * c.num_pieces * SUMS * LANES * 4;
 }

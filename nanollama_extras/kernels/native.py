@@ -28,7 +28,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import re
@@ -63,7 +62,7 @@ from nanollama import (
     preferred,
     round_up,
 )
-from nanollama_extras.kernels.arrays import FLOAT32, F, only_kernels, torch
+from nanollama_extras.kernels.arrays import FLOAT32, F, longer, only_kernels, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,10 +286,13 @@ def cached_kernels(cache: Path, key: str) -> ctypes.CDLL | None:
 
 def declare_kernels(library: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the arguments: an address, and how many rows and threads."""
-    for name in (*KERNELS, "read_all", "replay"):
+    for name in (*KERNELS, "read_all", "multiply_all", "checksum", "replay"):
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * (2 + (name == "replay"))
-        function.restype = ctypes.c_int64 if name == "read_all" else None
+        num_numbers = {"checksum": 1, "replay": 3}.get(name, 2)
+        function.argtypes = [ctypes.c_void_p] + [ctypes.c_int64] * num_numbers
+        function.restype = None if name in (*KERNELS, "replay") else ctypes.c_int64
+    library.run_step.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.run_step.restype = ctypes.c_int64
     library.path.restype = ctypes.c_char_p
     return library
 
@@ -355,11 +357,11 @@ class KernelCalls:
         self.steps, self.replay = (step * len(steps))(*steps), load_kernels().replay
         self.address = ctypes.addressof(self.steps)
 
-    def run(self, num_rows: int, first: int = 0, last: int | None = None) -> None:
-        """Run the calls, or those from `first` to `last` (not included)."""
-        num = (len(self.steps) if last is None else last) - first
+    def run(self, num_rows: int, first: int = 0, last: int = 0, threads: int = 0) -> None:
+        """Run the calls from `first` to `last` (not included; 0: all), on `threads` threads."""
+        num = (last or len(self.steps)) - first
         address = self.address + first * ctypes.sizeof(self.steps._type_)
-        self.replay(address, num, num_rows, torch.get_num_threads())
+        self.replay(address, num, num_rows, threads or torch.get_num_threads())
 
 
 # ---- matrices ------------------------------------------------------------------------------------
@@ -370,29 +372,46 @@ def weight_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return cast("Tensor", memory(shape, dtype)) if memory else torch.empty(shape, dtype=dtype)
 
 
+def weight_blocks(
+    shape: tuple[int, ...], dtype: torch.dtype, fields: dict[str, Any], kept: Any
+) -> tuple[Tensor, bool]:
+    """Memory for a weight's blocks, and whether they are there already."""
+    found = kept and kept.take(shape, dtype, fields)
+    if found is not None:
+        return found, True
+    memory = weight_memory(shape, dtype)
+    if kept:
+        kept.add(memory, fields)
+    return memory, False
+
+
 class NativeLinear:
     """A packed weight (rows, cols) in the kernels' layout; filled from PackedLinears, some rows at
     a time, so that a file's bytes and the blocks are never in memory together as a whole.
 
-    blocks (rows / 16, G, block_bytes) uint8, the last rows padded with zeros"""
+    blocks (rows / 16, G, block_bytes) uint8, the last rows padded with zeros; `kept` is a LaidOut
+    of kernels.laid_out, which may have them from an earlier start"""
 
     def __init__(
         self,
         shape: tuple[int, int],
         read_rows: Callable[[slice], PackedLinear],
         bias: Tensor | None,
+        kept: Any = None,
     ) -> None:
         self.shape, self.bias = shape, bias
         num_rows, num_cols = shape
-        most = getattr(read_rows(slice(0, 1)), "load_weights", LOAD_WEIGHTS)
-        step = round_up(max(1, most // num_cols), BLOCK_ROWS)
+        first = read_rows(slice(0, 1))
+        self.fields, num_bytes = layout(first)
+        num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
+        blocks_shape = (num_blocks, num_cols // self.fields["group"], num_bytes)
+        self.blocks, is_filled = weight_blocks(blocks_shape, torch.uint8, self.fields, kept)
+        if is_filled:
+            return
+        step = getattr(first, "load_weights", LOAD_WEIGHTS) // num_cols
+        step = round_up(max(1, step), BLOCK_ROWS)
         for start in range(0, num_rows, step):
             packed = read_rows(slice(start, min(start + step, num_rows)))
-            if start == 0:
-                self.fields, num_bytes = layout(packed)
-                num_blocks = round_up(num_rows, BLOCK_ROWS) // BLOCK_ROWS
-                blocks_shape = (num_blocks, num_cols // self.fields["group"], num_bytes)
-                self.blocks = weight_memory(blocks_shape, torch.uint8)
             fill_blocks(self.blocks[start // BLOCK_ROWS :][: step // BLOCK_ROWS], packed)
 
     @property
@@ -555,16 +574,6 @@ def value_dim(config: ModelConfig) -> int:
     return int(shape.latent) if shape else config.head_dim
 
 
-def longer(strip: Tensor, capacity: int) -> Tensor:
-    """A strip with zeros up to `capacity`. The system gives their memory when it is written."""
-    shape = (*strip.shape[:3], capacity, strip.shape[4])
-    memory = np.zeros(math.prod(shape) + 63, np.uint8)
-    start = -memory.ctypes.data % 64  # the first byte of a cache line
-    new = torch.from_numpy(memory[start : start + math.prod(shape)]).view(shape)
-    new[:, :, :, : strip.shape[3]] = strip
-    return new
-
-
 class NativeKVCache(KVCache):
     """KVCache in the layout that the kernel reads; 16 positions make a block."""
 
@@ -582,6 +591,11 @@ class NativeKVCache(KVCache):
                 wanted = min(round_up(max(length, 2 * capacity), self.tile), most)
                 strips[slot] = longer(strips[slot], wanted)
         super().reserve(slot, num_tokens)
+
+    def start(self, source: int, target: int, num_tokens: int, token_ids: list[int]) -> None:
+        """As in KVCache; a step ahead may be writing to the target's old text."""
+        load_kernels().stop_ahead()
+        super().start(source, target, num_tokens, token_ids)
 
     def attend(self, attn: Attention, qkv: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         in_ring, index = self.places[attn.index]
@@ -624,6 +638,7 @@ class NativeKVCache(KVCache):
     def new_tables(self, batch: Batch, num_spans: int) -> None:
         """Put tables for `num_spans` spans into a batch, as the kernel reads them; the last span is
         followed by one without tokens."""
+        load_kernels().stop_ahead()
         for in_ring in (False, True):
             batch.memo["spans", in_ring] = (STRUCTURES["span"] * (num_spans + 1))()
 
@@ -663,6 +678,7 @@ class NativeBackend(Backend):
         self.float_dtype, self.floats = dtype, list[NativeLinear]()
         self.new_floats: Any = preferred("kernels.floats", "FloatLinear", None)
         self.calls: weakref.WeakKeyDictionary[MoE, ExpertsCall] = weakref.WeakKeyDictionary()
+        self.kept: Any = None  # blocks that kernels.laid_out has in a file
 
     def row_tile(self, has_float_weights: bool) -> int:
         return ROW_TILE if has_float_weights else 1
@@ -683,10 +699,10 @@ class NativeBackend(Backend):
     ) -> Any:
         read: Any = read_rows
         if isinstance(read(slice(0, 1)), PackedLinear):
-            return NativeLinear(shape, read, bias)
+            return NativeLinear(shape, read, bias, self.kept)
         if self.new_floats is None or shape[1] % 16:
             return super().pack(shape, read, bias, is_table)
-        self.floats.append(self.new_floats(shape, read, bias, self.float_dtype))
+        self.floats.append(self.new_floats(shape, read, bias, self.float_dtype, self.kept))
         return self.floats[-1]
 
     def float_bytes(self, kind: str) -> int:
@@ -741,6 +757,8 @@ class NativeBackend(Backend):
     def new_cache(
         self, config: ModelConfig, num_slots: int, kv_dtype: str, most_new: int
     ) -> KVCache:
+        if self.kept:
+            self.kept.save()  # the weights are complete
         D = config.head_dim
         if D % 16 or value_dim(config) % 16 or D > 576 or kv_dtype not in NativeKVCache.kinds:
             return super().new_cache(config, num_slots, kv_dtype, most_new)
@@ -762,7 +780,7 @@ class NativeBackend(Backend):
     def record(self, decoder: Decoder, cache: KVCache, compile: bool) -> DecodeSteps | None:
         super().record(decoder, cache, compile)
         try:
-            new: Any = preferred("kernels.recorded", "DecodeCalls", lambda *_: None)
+            new: Any = preferred("kernels.recorded", "recorded_steps", lambda *_: None)
             return cast("DecodeSteps | None", new(decoder, cache))
         except KernelError as error:
             log.debug(f"decode steps are not recorded: {error}")

@@ -1,30 +1,40 @@
 """Recorded steps of the CPU backend: the kernel calls of a step as a list that C runs.
 
 Adds       `DecodeCalls`, steps in which sequences decode and, beside them, pieces of prompts and
-           drafts are read. `Arena`, the memory of their results.
-Seam       `DecodeSteps` of nanollama.py; NativeBackend.record makes them.
+           drafts are read. `Arena`, the memory of their results. `Ahead`, the next step, which runs
+           while Python chooses tokens.
+Seam       `DecodeSteps` of nanollama.py; NativeBackend.record makes `recorded_steps`.
 Imports    kernels.arrays, kernels.native
 Remove     delete this file: Python then calls every kernel of every step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import math
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from nanollama import Batch, Decoder, KernelError, KVCache, Rope, Rotation, Span
+from nanollama import Batch, Decoder, KernelError, KVCache, Rope, Rotation, Span, preferred
 from nanollama_extras.kernels.arrays import torch
-from nanollama_extras.kernels.native import KernelCalls, num_recorded
+from nanollama_extras.kernels.native import (
+    NUMBERS,
+    STRUCTURES,
+    KernelCalls,
+    NativeKVCache,
+    load_kernels,
+    num_recorded,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nanollama import Work
-    from nanollama_extras.kernels.native import NativeKVCache
 
 
 TURNS = 64  # positions
@@ -95,7 +105,10 @@ class DecodeCalls:
         self.turns: dict[int, list[Any]] = {}  # by number of block
         self.turned = arrays_of(batch.rotations)
         of_position = all(type(rope).angles is Rope.angles for rope in decoder.ropes)
+        new_choice: Any = preferred("kernels.thread_choice", "new_choice", lambda: None)
+        self.threads = new_choice()
         self.has_turns = of_position and type(decoder).rotations is Decoder.rotations
+        self.ahead: Ahead | None = None
 
     def step(self) -> Tensor:
         """The scores of `num_sequences` rows"""
@@ -111,6 +124,11 @@ class DecodeCalls:
 
     def __call__(self, work: list[Work]) -> Tensor | None:
         """As in DecodeSteps."""
+        ahead = self.ahead
+        if ahead and ahead.is_for(work):
+            return self.decoder.capped(ahead.run(self, work, True))
+        if ahead:
+            ahead.stop(work)
         spans, ids, positions = list[Span](), list[int](), list[int]()
         for slot, start, new, num_logits in work:
             spans.append(Span(slot, start, len(new), len(ids), num_logits))
@@ -125,7 +143,9 @@ class DecodeCalls:
         self.prepare(self.batch)
         if num == len(spans):
             self.turn(positions)
-            self.calls.run(num, 0, self.end)
+            if ahead:
+                return self.decoder.capped(ahead.run(self, work, False))
+            self.run_timed(num)
         else:
             self.rotate(num)
             self.calls.run(num, 0, self.head)
@@ -135,6 +155,15 @@ class DecodeCalls:
             self.end_states[:num] = self.all_states[rows]
             self.calls.run(num, self.end)
         return self.decoder.capped(self.results[num])
+
+    def run_timed(self, num_rows: int) -> None:
+        """Run a step with one row of each sequence, on as many threads as are fast now."""
+        if self.threads is None:
+            self.calls.run(num_rows, 0, self.end)
+            return
+        started = time.perf_counter()
+        self.calls.run(num_rows, 0, self.end, self.threads.count)
+        self.threads.learn(num_rows, time.perf_counter() - started)
 
     def takes(self, spans: list[Span], ids: list[int]) -> bool:
         """Whether such a step was recorded. One for a pooler, which has no logits, was not."""
@@ -162,15 +191,136 @@ class DecodeCalls:
             self.rotate(len(positions))
             return
         for row, position in enumerate(positions):
-            block, at = divmod(position, TURNS)
-            if block not in self.turns:
-                if len(self.turns) > 2 * self.num_sequences:
-                    del self.turns[next(iter(self.turns))]
-                first = block * TURNS
-                which = torch.from_numpy(np.arange(first, first + TURNS))
-                self.turns[block] = self.rotations(which)
-            for old, new in zip(self.turned, self.turns[block]):
-                old[row] = new[at]
+            for old, new in zip(self.turned, self.turns_of(position)):
+                old[row] = new[position % TURNS]
+
+    def turns_of(self, position: int) -> list[Any]:
+        """The arrays (TURNS, ..) of the rotations to a position and its neighbours"""
+        block = position // TURNS
+        if block not in self.turns:
+            if len(self.turns) > 2 * self.num_sequences:
+                del self.turns[next(iter(self.turns))]
+            first = block * TURNS
+            which = torch.from_numpy(np.arange(first, first + TURNS))
+            self.turns[block] = self.rotations(which)
+        return self.turns[block]
+
+
+AHEAD_BITS = ("AHEAD_RAN", "AHEAD_WAITED", "AHEAD_BEGAN")
+
+
+class Ahead:
+    """The next step of the same sequences, with the likeliest tokens: a worker runs it while Python
+    chooses tokens, a tenth of a small model's time. If Python chooses others, it is stopped.
+
+    Its scores are written to another place than those of the step before, which Python reads."""
+
+    most_sequences = 4
+    least_odds = 0.6  # of a right guess; where they are less, steps ahead are only tried
+    trials = 32  # steps between two trials where the odds are bad
+
+    def __init__(self, steps: DecodeCalls) -> None:
+        """Raises KernelError for a decoder whose steps cannot be run again, or have another end."""
+        result, calls = steps.calls.result, steps.calls.live[1]
+        _, head = calls[steps.end - 1]
+        is_plain = type(steps.cache) is NativeKVCache and not steps.cache.ring
+        is_linear = isinstance(head, STRUCTURES["linear_call"]) and head.num_parts == 1
+        is_plain &= steps.has_turns and not hasattr(steps.decoder, "prepare")
+        if not (is_plain and is_linear and head.out == result.data_ptr()):
+            raise KernelError("no step runs ahead")
+        other = torch.empty(*result.shape)
+        self.outs = [result.data_ptr(), other.data_ptr()]
+        self.results = [[x[:n] for n in range(len(x) + 1)] for x in (result, other)]
+        self.now = 0  # which of them the next step fills
+        self.strips = steps.cache.strips
+        self.expected: list[tuple[int, int, Any]] = []  # slot, start, strip of each sequence
+        self.ids, self.odds, self.num_steps = steps.token_ids, 1.0, 0
+        self.turned = [(x.__array_interface__["data"][0], x.strides[0]) for x in steps.turned]
+        self.moves = (STRUCTURES["move"] * (len(self.turned) * self.most_sequences))()
+        self.call = STRUCTURES["decode_step"](
+            steps=steps.calls.address,
+            num_steps=steps.end,
+            ids=self.ids.ctypes.data,
+            spans=ctypes.addressof(steps.batch.memo["spans", False]),
+            head=ctypes.addressof(head),
+            moves=ctypes.addressof(self.moves),
+        )
+        self.address, kernels = ctypes.addressof(self.call), load_kernels()
+        self.run_step, self.stop_ahead = kernels.run_step, kernels.stop_ahead
+        # before the first of what a step reads and writes is freed, or the program ends
+        weakref.finalize(steps, kernels.stop_ahead)
+
+    def is_for(self, work: list[Work]) -> bool:
+        """Whether this is the step that was begun."""
+        return (
+            0 < len(work) == len(self.expected)
+            and self.are_expected(work)
+            and all(new == [i] for (_, _, new, _), i in zip(work, self.ids))
+        )
+
+    def are_expected(self, work: list[Work]) -> bool:
+        """Whether work is that of the step that was begun, but for the tokens."""
+        return all(
+            slot == its_slot and start == its_start and rows == 1 and self.strips[slot] is strip
+            for (slot, start, _, rows), (its_slot, its_start, strip) in zip(work, self.expected)
+        )
+
+    def stop(self, work: list[Work]) -> None:
+        """Stop the step ahead, since other work comes."""
+        self.stop_ahead()
+        if len(work) == len(self.expected) and self.are_expected(work):
+            self.odds *= 15 / 16
+        self.expected = []
+
+    def run(self, steps: DecodeCalls, work: list[Work], is_begun: bool) -> Tensor:
+        """The scores of a step whose input is written, or which was begun."""
+        num, threads, result = len(work), steps.threads, self.results[self.now][len(work)]
+        count = threads.count if threads else torch.get_num_threads()
+        is_trial = threads and threads.trial  # of a number that a step ahead could not know
+        goes_on = not is_trial and count > 1 and self.goes_on(work)
+        self.call.num_tokens, self.call.num_threads = num, count
+        if goes_on:
+            self.prepare(steps, work)
+        started = time.perf_counter()
+        found = self.run_step(self.address, is_begun, goes_on)
+        if threads and not (is_trial and is_begun):
+            threads.learn(num, time.perf_counter() - started)
+        ran, waited, began = (found >> NUMBERS[name] & 1 for name in AHEAD_BITS)
+        if is_begun:  # without a free worker, or one that gets a core, nothing is gained
+            self.odds += (ran * (1 - waited) - self.odds) / 16
+        self.expected = []
+        if began:
+            self.now ^= 1
+            self.expected = [(slot, start + 1, self.strips[slot]) for slot, start, *_ in work]
+        return result
+
+    def goes_on(self, work: list[Work]) -> bool:
+        """Whether to run the next step ahead."""
+        self.num_steps += 1
+        return (
+            (self.odds > self.least_odds or self.num_steps % self.trials == 0)
+            and len(work) <= self.most_sequences
+            and all(start + 1 < self.strips[slot].shape[3] for slot, start, *_ in work)
+        )
+
+    def prepare(self, steps: DecodeCalls, work: list[Work]) -> None:
+        """Note where the rotations to the next positions are, and where scores go."""
+        self.call.next_out = self.outs[1 - self.now]
+        self.call.num_moves = len(work) * len(self.turned)
+        moves = iter(self.moves)
+        for row, (_, start, *_) in enumerate(work):
+            for turns, (to, size) in zip(steps.turns_of(start + 1), self.turned):
+                move, at = next(moves), (start + 1) % TURNS
+                move.to, move.num_bytes = to + row * size, size
+                move.source = turns.__array_interface__["data"][0] + at * size
+
+
+def recorded_steps(decoder: Decoder, cache: KVCache) -> DecodeCalls:
+    """Those of an engine, which run ahead where a step can be run again. Raises KernelError."""
+    steps = DecodeCalls(decoder, cache)
+    with contextlib.suppress(KernelError):
+        steps.ahead = Ahead(steps)
+    return steps
 
 
 def arrays_of(rotations: dict[int | None, Rotation]) -> list[Any]:

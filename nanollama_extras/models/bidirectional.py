@@ -4,7 +4,7 @@ Adds       `new_decoder`: for such a model a decoder that reads each text in one
            nothing of it, and that refuses to continue a text; for another, Gemma 3's, in which only
            tokens of an image see each other.
 Seam       Family.decoder and Family.gguf_layout of Gemma 3; models.gemma_config reads its config.
-           `Decoder.scheduler` and `Decoder.new_cache`. Imports models.layers and
+           `Decoder.scheduler` and `Decoder.new_cache`. Imports kernels.arrays, models.layers and
            models.whole_images.
 Source     https://github.com/huggingface/transformers (src/transformers/models/gemma3)
 Remove     delete this file and let Gemma 3's row name models.layers:VariedDecoder.
@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nanollama import (
     ROW_TILE,
@@ -35,8 +31,12 @@ from nanollama import (
     Weights,
     attention,
 )
+from nanollama_extras.kernels.arrays import F, torch
 from nanollama_extras.models.layers import VariedDecoder
 from nanollama_extras.models.whole_images import WholeImages
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUERIES = 256  # rows of attention at a time, for which a table of scores is small
 # Layers after pooling, in GGUF files of llama.cpp's converter and of Ollama's

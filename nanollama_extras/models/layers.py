@@ -4,15 +4,13 @@ queries and keys or after RoPE, attention sinks, the MLP beside attention.
 Adds       `VariedDecoder`, whose layers are built as ModelConfig's `norms`, `parallel`, `qk_norm`
            and `sinks` say; LayerNorm and norms without a weight; activations.
 Seam       Family.decoder names `VariedDecoder`. The core asks `make_norm` for a norm of another
-           kind than RMSNorm. The activations are rows of ACTS.
+           kind than RMSNorm. The activations are rows of ACTS. Imports kernels.arrays.
 Remove     delete this file; a model with such layers then says that it needs it.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import nanollama
 from nanollama import (
@@ -27,6 +25,10 @@ from nanollama import (
     Rotation,
     Weights,
 )
+from nanollama_extras.kernels.arrays import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -172,9 +172,10 @@ class Bytes:
 
     control: dict[str, int] = {}  # noqa: RUF012
     end_ids: frozenset[int] = frozenset()
+    _byte_level, _added_ids = True, frozenset[int]()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id])
+    def piece(self, token_id: int) -> str:
+        return {byte: character for character, byte in nanollama.byte_alphabet().items()}[token_id]
 
     def encode(self, text: str, *_: bool) -> list[int]:
         return list(text.encode())

@@ -15,7 +15,7 @@ import pytest
 
 from nanollama import RequestError, WireError
 from nanollama_extras.answers import sandbox
-from nanollama_extras.answers.sandbox import Kept, Sandbox, on_deep_stack
+from nanollama_extras.answers.sandbox import Kept, Sandbox, Started, on_deep_stack
 from nanollama_extras.answers.sandboxed import TOO_DEEP, TOO_LARGE
 
 
@@ -122,3 +122,17 @@ def test_a_deep_stack_is_for_one_function() -> None:
     with pytest.raises(ZeroDivisionError):
         on_deep_stack(lambda: 1 // 0)
     assert threading.stack_size() == usual
+
+
+def test_what_is_started_is_made_once_and_again_after_a_failure() -> None:
+    made = list[int]()
+
+    def make() -> int:
+        made.append(len(made))
+        return 1 // made[-1]  # fails the first time
+
+    started = Started(make)
+    with pytest.raises(ZeroDivisionError):
+        started()
+    assert [started.start().result(), started(), started()] == [1, 1, 1]
+    assert made == [0, 1]

@@ -299,6 +299,7 @@ def test_old_responses_make_room(client: openai.OpenAI, monkeypatch: pytest.Monk
         ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call", "call_id": "a"}]}, "input[0].name"),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
+        ({"input": [{"role": "user", "content": ["input_text"]}]}, "input[0].content[0]"),
         ({"tools": [{"type": "telepathy"}]}, "tools[0]"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [3]}]}, "tools[0].tools[0]"),
         ({"tools": [{"type": "custom"}]}, "tools[0].name"),

@@ -214,3 +214,11 @@ def test_a_parquet_output_has_a_column_for_each_field(tmp_path: Path) -> None:
     assert table.column_names == names.split()
     rows = [{k: v for k, v in row.items() if v is not None} for row in table.to_pylist()]
     assert rows == [json.loads(line(1)), json.loads(line(2, "failed"))]
+
+
+def test_a_lone_surrogate_of_a_custom_id_becomes_a_question_mark_in_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with Parts(target := str(tmp_path / "out.parquet"), RUN) as parts:
+        parts.add([line(1).replace('"prompt"', r'"custom_id": "\ud800a", "prompt"', 1)])
+        parts.merge(is_ordered=True)
+    assert parquet.read_table(target)["custom_id"].to_pylist() == ["?a"]

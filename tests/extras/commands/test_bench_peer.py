@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import gguf_files
 import pytest
 
 import nanollama
-from nanollama import NanollamaError
+from nanollama import Json, NanollamaError
 from nanollama_extras.commands import bench as bench_command
-from nanollama_extras.commands import bench_servers
+from nanollama_extras.commands import bench_peer, bench_servers, bench_whole
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the peer is a script with #!")
 
@@ -24,7 +25,29 @@ with open({log!r}, "a") as log:
     print(json.dumps(sys.argv[1:]), file=log)
 {body}
 """
-ANSWER = 'print(json.dumps([{"build_number": 1, "avg_ts": 250.0, "samples_ts": [250.0]}]))'
+# As b11434 prints it, without fields of settings
+RESULT = """[
+  {
+    "build_commit": "0c1e570",
+    "build_number": 1,
+    "cpu_info": "AMD EPYC",
+    "backends": "CPU",
+    "model_type": "llama 256M Q4_1",
+    "n_threads": 2,
+    "type_k": "f16",
+    "n_prompt": 16,
+    "n_gen": 0,
+    "n_depth": 0,
+    "test_time": "2026-12-02T05:56:54Z",
+    "avg_ns": 64000000,
+    "stddev_ns": 0,
+    "avg_ts": 250.000000,
+    "stddev_ts": 0.000000,
+    "samples_ns": [ 64000000 ],
+    "samples_ts": [ 250 ]
+  }
+]"""
+ANSWER = f"print({RESULT!r})"
 
 
 @pytest.fixture
@@ -75,12 +98,13 @@ def test_the_table_has_the_ratio(
     model: Path, peer: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("--model", model, "--compare", peer(), "-p", 0, "-n", 4, "-r", 1) == 0
-    head, row, rule, _ = capsys.readouterr().out.splitlines()
-    assert head.split()[:5] == ["TEST", "DEPTH", "NANOLLAMA", "LLAMA.CPP", "RATIO"]
-    test, depth, own, theirs, ratio, *pairs = row.split()
-    assert (test, depth, theirs) == ("tg4", "0", "250.0")
+    head, row, rule, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[:6] == ["TEST", "THREADS", "DEPTH", "NANOLLAMA", "LLAMA.CPP", "RATIO"]
+    test, threads, depth, own, theirs, ratio, *pairs, limit = row.split()
+    assert (test, threads, depth, theirs) == ("tg4", "1", "0", "250.0")
     assert float(ratio) == pytest.approx(float(own) / 250, abs=0.01)
     assert pairs == [ratio, "to", ratio]
+    assert re.fullmatch(r"\d+%", limit)
     assert rule.startswith("tokens a second, medians of 1 pairs in turns, ")
 
 
@@ -129,6 +153,68 @@ def test_a_directory_of_safetensors_is_refused(
 ) -> None:
     assert bench("--model", tiny("Llama"), "--compare", "x", "-p", 8, "-n", 0) == 2
     assert "--compare needs a model that is one GGUF file" in capsys.readouterr().err
+
+
+def figures(scene: bench_whole.Scene) -> Iterator[Json]:
+    yield bench_whole.row("load, s", 2.0, 1.0)
+    yield bench_whole.row("schema, ms", 5.0)
+
+
+def test_without_tests_of_its_own_the_table_has_whole_commands(
+    model: Path,
+    peer: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = bench_command.torch_or_stand_in().get_num_threads()
+    usual = {"cold start": bench_whole.cold_rows, "load": figures}
+    monkeypatch.setattr(bench_whole, "FIGURES", usual)
+    monkeypatch.setattr(bench_whole, "ELSEWHERE", (("long texts", "{long} -d 16384"),))
+    flags = {"prompt_tokens": [16], "gen_tokens": [4]}
+    parser = bench_command.bench_parser()
+    parser.set_defaults(**flags)
+    monkeypatch.setattr(bench_command, "bench_parser", lambda: parser)
+    program = peer()
+    try:
+        assert bench("--model", model, "--compare", program, "-r", 1, "--threads", 2) == 0
+    finally:
+        bench_command.torch_or_stand_in().set_num_threads(before)
+    text = capsys.readouterr().out
+    rows = [line.split()[:2] for line in text.splitlines() if line[:2] in ("pp", "tg")]
+    assert rows == [["pp16", "2"], ["tg4", "2"], ["tg4", "1"]]
+    assert f"cold start: left out: there is no llama-completion beside {program}\n" in text
+    assert re.search(r"(?m)^load, s +2 +1 +2$", text)
+    assert re.search(r"(?m)^schema, ms +5 +- +-$", text)
+    long = f"--model FILE_OF_LONG_CONTEXT --compare {program} -r 3 -d 16384"
+    assert re.search(rf"(?m)^long texts +nanollama bench {re.escape(long)}$", text)
+
+
+def test_cold_starts_take_turns_after_one_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("llama-bench", "llama-completion"):
+        (tmp_path / name).touch(0o755)
+    programs = list[str]()
+    times = iter([(9.0, 9e6), (9.0, 9e6), (1.0, 4e6), (2.0, 5e6), (3.0, 6e6), (4.0, 7e6)])
+
+    def watched(command: list[str]) -> tuple[float, float]:
+        programs.append(Path(command[0]).name)
+        return next(times)
+
+    monkeypatch.setattr(bench_whole, "watched", watched)
+    peer = bench_peer.Peer(str(tmp_path / "llama-bench"), "model.gguf", 2, "float16", True)
+    seconds, memory = bench_whole.cold_rows(bench_whole.Scene(peer, None, 2))  # type: ignore[arg-type]
+    assert programs == [Path(sys.executable).name, "llama-completion"] * 3
+    assert (seconds["value"], seconds["peer_value"]) == (2.0, 3.0)
+    assert (memory["value"], memory["peer_value"], memory["ratio"]) == (5.0, 6.0, 5 / 6)
+
+
+def test_a_watched_command_gives_its_time_and_memory_or_why_it_failed() -> None:
+    seconds, memory = bench_whole.watched([sys.executable, "-c", "x = b'x' * (1 << 25)"])
+    assert seconds > 0
+    assert 1 << 25 < memory < 1 << 28
+    with pytest.raises(NanollamaError, match=r"exit code 3: 'no file'"):
+        bench_whole.watched(["sh", "-c", "echo no file >&2; exit 3"])
 
 
 SERVER = """#!{python}

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from nanollama import NanollamaError
 from nanollama_extras.files import block_store
-from nanollama_extras.files.block_store import BlockStore, Payload, read_payload, write_file
+from nanollama_extras.files.block_store import (
+    BlockStore,
+    Payload,
+    checked,
+    read_payload,
+    write_file,
+)
 
 HEAD = b'{"of": "a test"}\n'
 BYTES = 40
@@ -62,7 +68,7 @@ def test_a_damaged_file_is_a_miss(
     tmp_path_factory: pytest.TempPathFactory, at: int, flip: int, cut: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / NAMES[1]
-    write_file(path, HEAD, payload(1), 0)
+    write_file(path, checked(HEAD, payload(1)), 0)
     data = bytearray(path.read_bytes())
     assert len(data) == 89
     data[at] ^= flip
@@ -74,7 +80,7 @@ def test_a_damaged_file_is_a_miss(
 def test_a_file_of_another_head_or_size_is_a_miss(tmp_path: Path) -> None:
     path = tmp_path / NAMES[0]
     for head, size in ((HEAD.replace(b"a test", b"others"), BYTES), (HEAD, BYTES + 1), (HEAD, 0)):
-        write_file(path, HEAD, payload(0), 0)
+        write_file(path, checked(HEAD, payload(0)), 0)
         assert read_payload(path, head, size) is None
         assert not path.exists()
 
@@ -99,6 +105,13 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").exists()
     described = block_store.describe(tmp_path, store.most_bytes)
     assert described == f"{tmp_path}, 356 B of 356 B in 4 files"
+
+
+def test_a_smaller_budget_holds_from_the_start(tmp_path: Path) -> None:
+    fill(BlockStore(tmp_path, 8 * 89), range(8))
+    store = BlockStore(tmp_path, 2 * 89)
+    store.wait()
+    assert [store.has(name) for name in NAMES] == [False] * 6 + [True] * 2
 
 
 def test_what_a_process_left_half_written_is_deleted_later(tmp_path: Path) -> None:

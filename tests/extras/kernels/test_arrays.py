@@ -36,7 +36,7 @@ def models(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     llama = tiny("Llama", **sizes, rope_parameters=LLAMA3)
     made = [
         gguf_files.convert(llama, folder / "llama.gguf", "Q4_0")[0],
-        gguf_files.convert(tiny("Qwen3", **sizes), folder / "qwen3.gguf", "Q6_K")[0],
+        gguf_files.convert(tiny("Gemma3Text", **sizes), folder / "gemma3.gguf", "Q6_K")[0],
     ]
     half = folder / "half"
     half.mkdir()

@@ -32,7 +32,8 @@ def test_weights_made_for_inference_alone_leave_room_for_others() -> None:
 
 
 @has_large_pages
-def test_large_weights_begin_with_a_page_of_their_own() -> None:
+def test_large_weights_begin_with_a_page_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_weights", memory.Weights())  # nothing is left of another load
     part = memory.large_pages((memory.RESERVED + 1,), torch.uint8)
     assert part.data_ptr() % memory.LARGE_PAGE == 0
     assert len(part) == memory.RESERVED + 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from families import ALL
 
 from nanollama import LLM, Batch, GenerationRequest, KernelError, SamplingParams
-from nanollama_extras.kernels.native import KernelCalls, find_compiler
+from nanollama_extras.kernels.native import KernelCalls, find_compiler, load_kernels
 from nanollama_extras.kernels.recorded import Arena, DecodeCalls
 
 try:
@@ -118,6 +120,45 @@ def test_answers_are_the_same_without_recorded_steps(
     recorded = answers(llm)
     llm.engine.decode_steps = None
     assert answers(llm) == recorded
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8, 3])  # guesses are right, or some, or none
+def test_answers_are_the_same_without_steps_ahead(temperature: float, tiny: oracle.Tiny) -> None:
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=90, ignore_eos=True)
+    request = GenerationRequest(oracle.random_ids(5), params=params)
+    llm, plain = load("llama", tiny, 2, threads=2), load("llama", tiny, 2, threads=2)
+    ahead: Any = llm.engine.decode_steps
+    ahead, plain.engine.decode_steps = ahead.ahead, None
+    expected, begun = plain.complete(request).token_ids, list[Any]()
+    for index, _ in enumerate(llm.stream(request)):
+        begun += ahead.expected
+        if index == 40:
+            assert llm.complete(request).token_ids == expected
+        if index == 80:
+            break  # a step ahead still runs
+    assert begun
+    assert llm.complete(request).token_ids == expected
+
+
+def test_a_step_ahead_ends_before_what_it_reads_is_freed(
+    tiny: oracle.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, calls = load_kernels(), list[Any]()
+    stop, are_there = kernels.stop_ahead, list[bool]()
+
+    def stop_and_look() -> None:
+        are_there.append(all(each() is not None for each in calls))
+        stop()
+
+    monkeypatch.setattr(kernels, "stop_ahead", stop_and_look)
+    llm = load("llama", tiny, 1, threads=2)
+    steps: Any = llm.engine.decode_steps
+    calls += [weakref.ref(x) for x in (steps.calls, steps.batch, steps.cache, steps.decoder)]
+    next(llm.stream(GenerationRequest([1, 2], params=SamplingParams(temperature=0))))
+    are_there.clear()
+    del llm, steps
+    gc.collect()
+    assert are_there[:1] == [True]
 
 
 def test_more_sequences_than_were_recorded_run_all_the_same(
