@@ -197,6 +197,7 @@ class ScriptEngine(Engine):
         self.num_slots, self.stats, self.lock = 64, EngineStats(), threading.RLock()
         self.scheduler = Scheduler(self.num_slots, 1, 0, lambda slot, num, length: num)
         self.cache = cast("Any", types.SimpleNamespace(nbytes=0))
+        self.decode_steps = None
         device = {"device": "none", "kernels": "script", "kv_dtype": "none"}
         self.decoder = cast("Any", types.SimpleNamespace(**device))
         self.plays: dict[Sequence, tuple[Json, deque[int]]] = {}

@@ -51,6 +51,12 @@ def _logging_of_one_test_only() -> Iterator[None]:
     nanollama.log.handlers.clear()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A model that an earlier test loaded may have set more."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct GGUF, fetched once and kept in the user's cache."""

@@ -188,7 +188,7 @@ def test_a_damaged_block_is_computed_and_written_anew(
     before = {file: file.read_bytes() for file in wait(llm)}
     plan = llm.engine.scheduler.disk.keys(IDS, 0)  # type: ignore[attr-defined]
     damaged = tmp_path / f"{plan[2]}.kv"
-    damaged.write_bytes(before[damaged][:-1] + b"?")
+    damaged.write_bytes(before[damaged][:-1] + bytes([before[damaged][-1] ^ 1]))
     other = load(path, tmp_path)
     answer = ask(other, IDS)
     assert essence(answer) == expected
