@@ -137,11 +137,6 @@ sys.modules.setdefault("nanollama", sys.modules[__name__])
 # In MKL's strict mode, a row of a matrix product does not depend on how many rows there are
 # (oneMKL Developer Guide, "Conditional Numerical Reproducibility"). MKL reads this on first use.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-# Torch's threads spin before they sleep; not so where others use half the cores.
-with contextlib.suppress(OSError, IndexError, ValueError):
-    _others = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
-    if 2 * _others >= (os.cpu_count() or 1) and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
 # In messages, the command as it was typed
 _IS_INSTALLED = Path((sys.argv or [""])[0]).name in ("nanollama", "nanollama.exe")
 PROGRAM = "nanollama" if _IS_INSTALLED else "nanollama.py"
@@ -1055,6 +1050,17 @@ GRIDS: dict[int, list[tuple[float, float]]] = {
 LEAST_WEIGHT, MOST_WEIGHT = 2.0**-14, 2.0**15  # bounds of a matrix's largest weight
 SEARCH_WEIGHTS = 1 << 19  # weights that one core quantizes at a time
 DEQUANT_WEIGHTS = 1 << 19  # weights unpacked at a time: 2 MB of float32 stay in the cache
+ROW_TILE = 4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x (N, cols), whose rows do not depend on N. MKL's threads divide a narrow product
+    by its size, but not one of two."""
+    num, x = len(x), F.pad(x, (0, 0, 0, -len(x) % ROW_TILE)) if len(x) % ROW_TILE else x
+    if x.is_cuda or len(weight) > 8 * torch.get_num_threads():
+        return F.linear(x, weight, bias)[:num]
+    y = torch.bmm(x.expand(2, -1, -1), weight.t().expand(2, -1, -1))[0, :num]
+    return y if bias is None else y + bias
 
 
 @dataclass(eq=False)
@@ -1066,7 +1072,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, cols) -> (N, rows)"""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def rows(self, index: Tensor) -> Tensor:
         """The weight's rows at `index` (N,) -> (N, cols)"""
@@ -1136,8 +1142,7 @@ class PackedLinear:
         num_rows, num_cols = self.shape
         step = max(1, DEQUANT_WEIGHTS // num_cols)
         pieces = (self.select(slice(at, at + step)) for at in range(0, num_rows, step))
-        parts = [F.linear(x, piece.dequantize()) for piece in pieces]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = torch.cat([linear(x, piece.dequantize()) for piece in pieces], dim=-1)
         return y if self.bias is None else y + self.bias
 
     def rows(self, index: Tensor) -> Tensor:
@@ -1317,15 +1322,13 @@ REPACK = {kind.name: kind.unpack for kind in GGUF_TYPES.values() if kind.unpack}
 #
 #                   q (n, H, D) -> (Hkv, n * H/Hkv, D)     k, v (Hkv, S, D)
 #
-#   Invariant   a row's result does not depend on how many other rows are in the call. CPU matrix
-#               kernels take a different path for a few odd rows, and torch's attention sums its
-#               blocks of 512 keys in another order when one is not full; so rows come in multiples
-#               of ROW_TILE, keys in multiples of KEY_TILE (masked), and decode, chunked prefill and
-#               batches then agree bit for bit.
+#   Invariant   a row's result does not depend on the other rows of a call. CPU matrix kernels take
+#               a different path for a few odd rows, and torch's attention sums its blocks of 512
+#               keys in another order when one is not full; so rows come in multiples of ROW_TILE,
+#               keys of KEY_TILE (masked): decode, chunked prefill and batches agree bit for bit.
 #   Extend      an operation that a device does better is a method of a Backend (section 5).
 # ==================================================================================================
 
-ROW_TILE = 4
 # kvSplitSize in aten/src/ATen/native/cpu/FlashAttentionKernel.cpp of github.com/pytorch/pytorch
 KEY_TILE = 512
 
@@ -1433,10 +1436,10 @@ def attention(
         capped = extra("models.attention", "attention with a softcap or sinks").capped_attention
         out: Tensor = capped(q, keys, values, bias, scale or D**-0.5, softcap, sinks, n)
     else:
-        out = F.scaled_dot_product_attention(
-            q.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=bias, scale=scale
-        )[0]
-    out = out[:, :num_rows].view(len(keys), -1, n, D)  # (Hkv, H/Hkv, n, D)
+        num = 1 + (len(keys) == 1 and num_rows <= 32)  # one thread has 32; see `linear`
+        q, keys, values = (x.expand(num, -1, -1, -1) for x in (q, keys, values))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)[0]
+    out = out[:, :num_rows].reshape(len(out), -1, n, D)  # (Hkv, H/Hkv, n, D)
     return out.permute(2, 0, 1, 3).reshape(n, H, D)
 
 
@@ -2091,12 +2094,10 @@ class MoE:
         """By torch's operations; `routed` is the router's input, else x"""
         y = torch.zeros_like(x) if residual is None else residual.clone()
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            # torch's product or sigmoid of one column depends on the number of rows: not so a sum,
-            # and a softmax of s and 0
+            # one column's product or sigmoid depends on the number of rows; a sum, a softmax do not
             share = F.pad((x * self.shared_expert_gate).sum(dim=-1, keepdim=True), (0, 1))
             y += share.softmax(dim=-1)[:, :1] * self.shared_expert(x)
-        tiled = F.pad((*routed, x)[0], (0, 0, 0, -len(x) % ROW_TILE))
-        return self.mix(x, y, *self.choose(self.gate(tiled)[: len(x)].float()))
+        return self.mix(x, y, *self.choose(self.gate((*routed, x)[0]).float()))
 
     def choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (N, experts) -> weights and experts (N, num_used)"""
@@ -2107,9 +2108,8 @@ class MoE:
         """Add each token's weighted experts to y (N, C)"""
         for expert in chosen.unique().tolist():  # sorted: a row's sum must not depend on other rows
             rows, places = (chosen == expert).nonzero(as_tuple=True)
-            padded = F.pad(rows, (0, -len(rows) % ROW_TILE))
-            out = self.experts[expert](x[padded])[: len(rows)]
-            y.index_add_(0, rows, out * weight[rows, places].to(x.dtype).unsqueeze(1))
+            out = self.experts[expert](x[rows]) * weight[rows, places].to(x.dtype).unsqueeze(1)
+            y.index_add_(0, rows, out)
         return y
 
 

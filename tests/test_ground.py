@@ -200,7 +200,7 @@ def test_round_up(n: int, multiple: int, result: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="Linux tells what runs")
 def test_threads_do_not_spin_where_others_use_the_cores() -> None:
-    shown = "import nanollama, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    shown = "import nanollama, os; nanollama.torch.float32; print(os.environ.get('GOMP_SPINCOUNT'))"
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environ = {name: value for name, value in os.environ.items() if name not in names}
     busy = [

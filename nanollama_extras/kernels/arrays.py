@@ -499,6 +499,13 @@ STAND_INS = {
 }
 
 
+# Torch's threads spin before they sleep; not so where others use half the cores.
+with contextlib.suppress(OSError, IndexError, ValueError):
+    _others = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+    if 2 * _others >= (os.cpu_count() or 1) and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
 def stand_in(path: str) -> Any:
     """What stands in for the module `path` of torch; the module itself once torch is imported."""
     return library(path) if "torch" in sys.modules else STAND_INS[path]

@@ -245,8 +245,7 @@ class GatedDeltaNet(RecurrentMixer):
         mixed = self.in_proj(x, norm=norm)
         x = x if norm is None else norm(x)
         if self.run_kernel is None:
-            tiled = F.pad(x, (0, 0, 0, -len(x) % nanollama.ROW_TILE))
-            return mixed, F.linear(tiled, self.ba)[: len(x)]
+            return mixed, nanollama.linear(x, self.ba)
         empty = torch.empty(x.size(0), self.ba.size(0))
         out = self.run_kernel(
             "few_rows", empty, x=x, weight=self.ba, cols=x.size(1), rows=self.ba.size(0)

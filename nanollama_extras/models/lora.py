@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nanollama
-from nanollama import CheckpointError, ModelConfig, Norm, Projection, TensorSource, Weights, operand
+from nanollama import (
+    CheckpointError,
+    ModelConfig,
+    Norm,
+    Projection,
+    TensorSource,
+    Weights,
+    linear,
+    operand,
+)
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Keys of adapter_config.json by which an adapter is more than pairs of A and B.
@@ -130,9 +138,8 @@ class AdaptedProjection(Projection):
     ) -> Tensor:
         x = operand(x, norm, act)
         y = self.base(x, residual=residual, out=out)
-        tiled = F.pad(x, (0, 0, 0, -len(x) % nanollama.ROW_TILE))
         for start, a, b in self.updates:
-            y[:, start : start + len(b)] += F.linear(F.linear(tiled, a), b)[: len(x)]
+            y[:, start : start + len(b)] += linear(linear(x, a), b)
         return y
 
     @property

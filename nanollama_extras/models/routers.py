@@ -17,10 +17,9 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanollama import MLP, ROW_TILE, Experts, Linear, ModelConfig, MoE, Norm, Weights
+from nanollama import MLP, Experts, Linear, ModelConfig, MoE, Norm, Weights
 from nanollama_extras.models.layers import VariedDecoder, VariedLayer
 from nanollama_extras.models.routing import Routing
 
@@ -124,7 +123,7 @@ class LatentMoE(RoutedMoE):
         x = norm(x) if norm else x
         if self.shared_expert is not None:
             residual = self.shared_expert(x, residual=residual)
-        scores = self.gate(F.pad(x, (0, 0, 0, -len(x) % ROW_TILE)))[: len(x)].float()
+        scores = self.gate(x).float()
         narrow = self.fc1_latent_proj(x)
         mixed = self.mix(narrow, torch.zeros_like(narrow), *self.choose(scores))
         return self.fc2_latent_proj(mixed, residual=residual)
