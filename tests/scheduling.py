@@ -49,6 +49,17 @@ class UnitScheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return unit(nodeid)
 
+    def remove_node(self, node: Any) -> str | None:
+        """A test that ended its process is not given to the next process, which it would end."""
+        for tests in self.assigned_work[node].values():
+            for name, is_done in tests.items():
+                if not is_done:
+                    tests[name] = True
+                    super().remove_node(node)
+                    return name
+        crashed: str | None = super().remove_node(node)
+        return crashed
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduling:

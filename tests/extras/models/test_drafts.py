@@ -175,6 +175,8 @@ def test_a_close_model_is_mostly_right_and_another_one_is_not(drafting: dict[str
         ("Mistral", {"sliding_window": 16}, {"prefill_chunk": 3}),
         ("Llama", {}, {"prefill_chunk": 2, "parallel": 2}),
         ("Qwen2", {}, {"quantize": "q4", "kv_dtype": "q8"}),
+        ("Llama", {}, {"dtype": "bfloat16"}),
+        ("Qwen3", {}, {"dtype": "bfloat16", "kernels": "torch"}),
         ("Qwen3_5Text", {}, {}),
     ],
 )
@@ -258,6 +260,7 @@ def test_the_form_of_an_answer_holds(guesser: str, plain: LLM, drafting: dict[st
     assert num_drafted > 0
     # the last token of an answer counts as a guess, but not as one that let it go on
     assert guesser == "other" or num_right >= num_drafted - len(requests)
+    assert run(drafting[guesser], requests) == alone(plain, requests)  # side by side
 
 
 # ---- what the small model keeps ------------------------------------------------------------------
@@ -313,6 +316,25 @@ def test_a_cancelled_sequence_frees_its_slot(plain: LLM, drafting: dict[str, LLM
     assert alone(llm, [request(9)]) == alone(plain, [request(9)])
     assert len(drafts.pairs) == 1
     assert len(drafts.small.scheduler.free) == 5
+
+
+@pytest.mark.parametrize("guesser", GUESSERS)
+def test_neighbours_answer_the_same_when_a_sequence_is_cancelled(
+    guesser: str, plain: LLM, drafting: dict[str, LLM]
+) -> None:
+    requests = [request(seed, 5 + 9 * seed, **KINDS["hot"]) for seed in range(4)]
+    expected = [[delta.token_id for delta in answer] for answer in alone(plain, requests)]
+    llm = drafting[guesser]
+    sequences = [llm.start(one) for one in requests]
+    while not sequences[1].num_generated > 3:
+        llm.engine.step()
+    cancelled = sequences.pop(1)
+    llm.engine.cancel(cancelled)
+    del expected[1]
+    while any(seq.finish_reason is None for seq in sequences):
+        llm.engine.step()
+    assert [seq.token_ids[seq.num_prompt :] for seq in sequences] == expected
+    assert cancelled.num_generated < len(expected[0])
 
 
 def test_an_interrupted_step_loses_its_draft_only(
