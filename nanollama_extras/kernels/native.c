@@ -60,6 +60,10 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   look_up      for each byte of q, the entry of a table of 16 bytes that it numbers
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, which all lanes share
+ *   add_pairs    adds to the two int16 of each lane the dot products of 2 weights and 2 activations:
+ *                two instructions where dot4 takes three, for as many of four columns as RUN
+ *                says for weights up to `most`; 0 where dot4 is one instruction
+ *   sum_pairs    adds to each lane the two int16 that add_pairs made
  *   from_pairs   loads int8 as int16, two in a lane
  *   dot2         adds to each lane the dot product of its 2 int16 and those at `a`
  *   to_int16     stores integers as int16
@@ -72,6 +76,7 @@ INLINE int32_t four_bytes(const int8_t *a) {
 #define TILE 4
 #define BLOCKS 2
 #define ROWS 8
+#define RUN(most) 0
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -104,6 +109,7 @@ INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_e
 #define TILE 2
 #define BLOCKS 1
 #define ROWS 4
+#define RUN(most) ((most) < 16 ? 8 : (most) < 32 ? 4 : (most) < 64 ? 2 : 0) /* 127 * most * 2 RUN */
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -129,6 +135,13 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
     return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
 }
+INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) {
+    __m256i acts = _mm256_set1_epi32(four_bytes(a));
+    return (ivec)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, acts));
+}
+INLINE ivec sum_pairs(ivec sum, ivec pairs) {
+    return sum + (ivec)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+}
 INLINE ivec from_pairs(const void *p) { return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
 INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
     return sum + (ivec)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(two_words(a)));
@@ -138,6 +151,7 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #define TILE 4
 #define BLOCKS 1
 #define ROWS 4
+#define RUN(most) 0
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec from_bytes(const void *p) {
     vec x = {0};
@@ -214,6 +228,11 @@ INLINE ivec from_pairs(const void *bytes) {
 INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
     return sum + (w << 16 >> 16) * a[0] + (w >> 16) * a[1];
 }
+#endif
+
+#if LANES != 8
+INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) { return dot4(sum, w, a, 4); }
+INLINE ivec sum_pairs(ivec sum, ivec pairs) { return sum + pairs; }
 #endif
 
 #if LANES < 16
@@ -597,6 +616,7 @@ static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
                      int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
+    const int in_pairs = bits == 4 && !is_float && RUN(15) == group / 4;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
     vec y[BLOCKS * VECS][TILE];
@@ -605,7 +625,7 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
     for (int64_t g = 0; g < num_groups; g++, block += block_bytes) {
         const int8_t *a = (const int8_t *)tile + g * group / 32 * GROUP_BYTES * T;
         const float *s = (const float *)(a + 32 * T), *sums = s + (group == 32 ? 1 : 2 + g % 2) * T;
-        ivec dot[BLOCKS * VECS][TILE];
+        ivec dot[BLOCKS * VECS][TILE], pairs[BLOCKS * VECS][TILE] = {{{0}}};
         for (int t = 0; t < T; t++)
             for (int v = 0; v < B * VECS; v++)
                 dot[v][t] = (ivec){0} + (centred ? ((const int32_t *)s)[4 * T + t] : 0);
@@ -624,9 +644,15 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
                         ivec q = w[v];
                         if (bits == 4) q = w[v] >> 4 * half & 0x0f0f0f0f;
                         if (is_float) q = look_up(float4, q);
-                        dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i + 16 * half, bits);
+                        const int8_t *acts = a + 32 * t + 4 * i + 16 * half;
+                        if (in_pairs)
+                            pairs[v][t] = add_pairs(pairs[v][t], q, acts);
+                        else
+                            dot[v][t] = dot4(dot[v][t], q, acts, bits);
                     }
         }
+        for (int v = 0; v < B * VECS && in_pairs; v++)
+            for (int t = 0; t < T; t++) dot[v][t] = sum_pairs(dot[v][t], pairs[v][t]);
         for (int v = 0; v < B * VECS; v++) {
             const uint8_t *scales = block + v / VECS * next_block + 2 * group * bits;
             scales += v % VECS * LANES * 2;
@@ -676,14 +702,16 @@ INLINE int num_scales_of(int fine) { /* of 8 bits, for 32 columns */
  *   [ codes | 8-bit scales (16) for each 16 or 32 columns | float16 scales (16) | those of minima ]
  *
  * Minima's 8-bit scales stand behind each of the others. With `bits` 8, codes are those that
- * `widen_codes` has made of the matrix's. */
+ * `widen_codes` has made of the matrix's, of `code_bits`. */
 INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *codes,
                           const uint8_t *tile, vec *out, int T, int bits, int wide, int fine,
-                          int centre) {
+                          int centre, int code_bits) {
     const int num_groups = wide / 32, dot_bits = centre > 64 ? 8 : 4, code_bytes = 64 * bits;
     const int in_halves = fine >= SCALES_16, num_scales = num_scales_of(fine);
     const int stored_bytes = num_groups * 64 * (bits == 8 ? m->bits : bits);
     const int has_table = bits < 8 && centre >= 64, ahead = m->block_bytes;
+    const int longest = centre >= 64 ? 0 : RUN((1 << code_bits) - 1); /* levels may be 127 */
+    const int run = in_halves ? MIN(longest, 4) : longest;
     vec y[VECS][TILE];
     for (int v = 0; v < VECS; v++)
         for (int t = 0; t < T; t++) y[v][t] = (vec){0};
@@ -696,7 +724,7 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
         for (int g = 0; g < num_groups; g++, codes += code_bytes, scales += 16 * num_scales) {
             const int8_t *a = (const int8_t *)tile + (col / 32 + g) * GROUP_BYTES * T;
             const float *s = (const float *)(a + 32 * T);
-            ivec dot[VECS][TILE];
+            ivec dot[VECS][TILE], pairs[VECS][TILE] = {{{0}}};
             vec part[VECS][TILE];
             for (int i = 0; i < ahead / num_groups && bits < 8; i += 64) fetch(codes + i, T == 1);
             for (int v = 0; v < VECS; v++)
@@ -711,8 +739,17 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
                     for (int v = 0; v < VECS; v++) {
                         ivec q = code_word(codes, v, bits, i);
                         if (has_table) q = look_up(m->levels, q);
-                        for (int t = 0; t < T; t++)
-                            dot[v][t] = dot4(dot[v][t], q, a + 32 * t + 4 * i, dot_bits);
+                        for (int t = 0; t < T; t++) {
+                            const int8_t *acts = a + 32 * t + 4 * i;
+                            if (!run) {
+                                dot[v][t] = dot4(dot[v][t], q, acts, dot_bits);
+                                continue;
+                            }
+                            pairs[v][t] = add_pairs(pairs[v][t], q, acts);
+                            if ((i + 1) % run) continue;
+                            dot[v][t] = sum_pairs(dot[v][t], pairs[v][t]);
+                            pairs[v][t] = (ivec){0};
+                        }
                     }
                 for (int v = 0; v < VECS && in_halves; v++) {
                     const uint8_t *at = scales + 16 * h + v * LANES;
@@ -778,10 +815,10 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
     (m->fine == KIND && m->centre == CENTRE && m->bits == BITS && m->group == WIDE)
 #define STORED(T, KIND, CENTRE, BITS, WIDE) \
     if (IS_KIND(KIND, CENTRE, BITS, WIDE)) \
-        multiply_fine(m, block, block, tile, y, T, BITS, WIDE, KIND, CENTRE);
+        multiply_fine(m, block, block, tile, y, T, BITS, WIDE, KIND, CENTRE, BITS);
 #define WIDENED(T, KIND, CENTRE, BITS, WIDE) \
     if (IS_KIND(KIND, CENTRE, BITS, WIDE)) \
-        multiply_fine(m, block, codes, tile, y, T, 8, WIDE, KIND, CENTRE);
+        multiply_fine(m, block, codes, tile, y, T, 8, WIDE, KIND, CENTRE, BITS);
 static void multiply_fine_tile(const matrix *m, const uint8_t *block, const uint8_t *codes,
                                const uint8_t *tile, vec *y, int num_tokens) {
     if (num_tokens == TILE && codes) {
