@@ -60,10 +60,10 @@ INLINE int32_t four_bytes(const int8_t *a) {
  *   look_up      for each byte of q, the entry of a table of 16 bytes that it numbers
  *   dot4         adds to each lane the dot product of its 4 weights (unsigned bytes) and the 4
  *                activations (signed bytes) at `a`, which all lanes share
- *   add_pairs    adds to the two int16 of each lane the dot products of 2 weights and 2 activations:
- *                two instructions where dot4 takes three, for as many of four columns as RUN
- *                says for weights up to `most`; 0 where dot4 is one instruction
- *   sum_pairs    adds to each lane the two int16 that add_pairs made
+ *   add_pairs    adds to each int16 the dot product of 2 weights and 2 activations: two
+ *                instructions where dot4 takes three, for a run of words of weights up to `most`
+ *                (254 * most * longest_run < 2^15); 0 where dot4 is one instruction
+ *   sum_pairs    adds to each lane its two int16 of add_pairs
  *   from_pairs   loads int8 as int16, two in a lane
  *   dot2         adds to each lane the dot product of its 2 int16 and those at `a`
  *   to_int16     stores integers as int16
@@ -76,7 +76,6 @@ INLINE int32_t four_bytes(const int8_t *a) {
 #define TILE 4
 #define BLOCKS 2
 #define ROWS 8
-#define RUN(most) 0
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -106,10 +105,9 @@ INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_e
 
 #elif LANES == 8
 #define PATH "AVX2"
-#define TILE 2
+#define TILE 4
 #define BLOCKS 1
 #define ROWS 4
-#define RUN(most) ((most) < 16 ? 8 : (most) < 32 ? 4 : (most) < 64 ? 2 : 0) /* 127 * most * 2 RUN */
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -135,9 +133,12 @@ INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     sum += (ivec)_mm256_madd_epi16(_mm256_and_si256(q, low), even);
     return sum + (ivec)_mm256_madd_epi16(_mm256_srli_epi16(q, 8), _mm256_srai_epi16(acts, 8));
 }
+INLINE int longest_run(int most) { return most < 16 ? 8 : most < 32 ? 4 : most < 64 ? 2 : 0; }
 INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a));
-    return (ivec)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, acts));
+    sum = (ivec)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, acts));
+    __asm__("" : "+x"(sum)); /* GCC would keep all products of a group, to add them at its end */
+    return sum;
 }
 INLINE ivec sum_pairs(ivec sum, ivec pairs) {
     return sum + (ivec)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
@@ -151,7 +152,6 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #define TILE 4
 #define BLOCKS 1
 #define ROWS 4
-#define RUN(most) 0
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 INLINE vec from_bytes(const void *p) {
     vec x = {0};
@@ -231,6 +231,7 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #endif
 
 #if LANES != 8
+INLINE int longest_run(int most) { return 0 * most; }
 INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) { return dot4(sum, w, a, 4); }
 INLINE ivec sum_pairs(ivec sum, ivec pairs) { return sum + pairs; }
 #endif
@@ -616,7 +617,7 @@ static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
                      int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
-    const int in_pairs = bits == 4 && !is_float && RUN(15) == group / 4;
+    const int in_pairs = bits == 4 && !is_float && longest_run(15) == group / 4;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
     vec y[BLOCKS * VECS][TILE];
@@ -710,7 +711,8 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
     const int in_halves = fine >= SCALES_16, num_scales = num_scales_of(fine);
     const int stored_bytes = num_groups * 64 * (bits == 8 ? m->bits : bits);
     const int has_table = bits < 8 && centre >= 64, ahead = m->block_bytes;
-    const int longest = centre >= 64 ? 0 : RUN((1 << code_bits) - 1); /* levels may be 127 */
+    const int longest =
+        centre >= 64 ? 0 : longest_run((1 << code_bits) - 1); /* levels may be 127 */
     const int run = in_halves ? MIN(longest, 4) : longest;
     vec y[VECS][TILE];
     for (int v = 0; v < VECS; v++)

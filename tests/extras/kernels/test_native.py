@@ -276,6 +276,23 @@ def test_every_kind_and_number_of_rows(code_path: str, kind: str) -> None:
             check_linear([part], torch.randn(num_tokens, 256))
 
 
+CODE_BYTES = {  # of a block
+    **{kind: slice(2, None) for kind in ("Q4_0", "Q5_0")},
+    **{kind: slice(4, None) for kind in ("Q4_1", "Q5_1")},
+    **{kind: slice(16, None) for kind in ("Q4_K", "Q5_K")},
+    "Q6_K": slice(192),
+}
+
+
+@pytest.mark.parametrize("kind", CODE_BYTES)
+def test_the_largest_codes_and_activations_overflow_no_sum(code_path: str, kind: str) -> None:
+    weight: Any = packed(kind, 16, 256)
+    weight.blocks[..., CODE_BYTES[kind]] = 255
+    for num_tokens in (1, 2, 4, 20):
+        check_linear([native(weight)], torch.ones(num_tokens, 256))
+        check_linear([native(weight)], -torch.ones(num_tokens, 256))
+
+
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
