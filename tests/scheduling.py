@@ -52,12 +52,12 @@ class UnitScheduling(LoadScopeScheduling):
     def remove_node(self, node: Any) -> str | None:
         """A test that ended its process is not given to the next process, which it would end."""
         for tests in self.assigned_work[node].values():
-            for name, is_done in tests.items():
-                if not is_done:
-                    tests[name] = True
-                    super().remove_node(node)
-                    return name
-        crashed: str | None = super().remove_node(node)
+            if crashed := next((name for name, is_done in tests.items() if not is_done), None):
+                tests[crashed] = True
+                break
+        else:
+            crashed = None
+        super().remove_node(node)
         return crashed
 
 

@@ -5,6 +5,7 @@ this module have that much of torch's names. They stand where a module of nanoll
 until something reads another name of torch's, or a Tensor's: then torch is imported, takes their
 place everywhere, and gets Tensors made here as its own, in the same memory. So a model can do all
 that it could with torch; only the import (a second, 200 MB) waits until there is a use for it.
+On a busy machine, the threads of a torch that is imported later do not spin.
 
 Seam       `LazyModule` of nanollama.py takes `stand_in`, and an LLM calls `settle`, which decides
            before anything is loaded. Where torch is imported already, torch is used.

@@ -231,7 +231,10 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #endif
 
 #if LANES != 8
-INLINE int longest_run(int most) { return 0 * most; }
+INLINE int longest_run(int most) {
+    (void)most;
+    return 0;
+}
 INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) { return dot4(sum, w, a, 4); }
 INLINE ivec sum_pairs(ivec sum, ivec pairs) { return sum + pairs; }
 #endif
@@ -617,7 +620,7 @@ static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9
 INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *tile, vec *out, int B,
                      int T, int bits, int group, int has_offset, int is_float) {
     const int num_words = group * bits / 32, centred = bits == 4 && !has_offset;
-    const int in_pairs = bits == 4 && !is_float && longest_run(15) == group / 4;
+    const int in_pairs = bits == 4 && !is_float && longest_run(15) >= group / 4;
     const int block_bytes = 2 * group * bits + 32 + 32 * has_offset;
     const int64_t next_block = num_groups * block_bytes;
     vec y[BLOCKS * VECS][TILE];

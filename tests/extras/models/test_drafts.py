@@ -254,13 +254,13 @@ def test_the_form_of_an_answer_holds(guesser: str, plain: LLM, drafting: dict[st
         request(seed, ignore_eos=False, temperature=t, **form)
         for seed, (form, t) in enumerate(itertools.product(forms, (0.0, 1.0)))
     ]
-    before = counts(drafting[guesser])
-    assert alone(drafting[guesser], requests) == alone(plain, requests)
+    expected, before = alone(plain, requests), counts(drafting[guesser])
+    assert alone(drafting[guesser], requests) == expected
     num_drafted, num_right = (b - a for a, b in zip(before, counts(drafting[guesser])))
     assert num_drafted > 0
     # the last token of an answer counts as a guess, but not as one that let it go on
     assert guesser == "other" or num_right >= num_drafted - len(requests)
-    assert run(drafting[guesser], requests) == alone(plain, requests)  # side by side
+    assert run(drafting[guesser], requests) == expected  # side by side
 
 
 # ---- what the small model keeps ------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_neighbours_answer_the_same_when_a_sequence_is_cancelled(
     expected = [[delta.token_id for delta in answer] for answer in alone(plain, requests)]
     llm = drafting[guesser]
     sequences = [llm.start(one) for one in requests]
-    while not sequences[1].num_generated > 3:
+    while sequences[1].num_generated <= 3:
         llm.engine.step()
     cancelled = sequences.pop(1)
     llm.engine.cancel(cancelled)
