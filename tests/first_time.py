@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOWNLOAD_S, ANSWER_S = 300, 120
+DOWNLOAD_S = ANSWER_S = 300
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking"
 
 
