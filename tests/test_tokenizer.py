@@ -407,6 +407,8 @@ def test_repeated_and_added_pieces_are_written_as_their_text() -> None:
     ours = Tokenizer(TextFiles("memory", gguf=metadata))
     assert [ours.decode([i]) for i in ids] == ["a", " a", "", "", "ö", "▁", "Ü ö"]
     assert [ours.piece(i) for i in ids] == pieces
+    written = [ours.token_bytes(i) for i in range(ours.num_tokens)]
+    assert all_bytes(ours, ours.num_tokens) == written
     assert ours.encode("xÜ öy")[1:-1] == [ids[-1]]
     assert streamed(TextStream(ours), [*ids]) == "a aö▁Ü ö"
 

@@ -93,6 +93,18 @@ class Process:
                 pipe.close()
 
 
+def packages_folder(package: str) -> str:
+    """The folder of packages that holds a package, which is not imported. Raises PackageError."""
+    spec = importlib.util.find_spec(package)
+    place = spec.origin if spec and spec.origin else library(package).__file__
+    return os.path.dirname(os.path.dirname(place))
+
+
+def compiled_part(package: str) -> Any:
+    """llguidance without its modules in Python. Raises PackageError."""
+    return sandboxed.library_part(packages_folder(package))
+
+
 class Sandbox:
     """The processes of this program. Threads share it."""
 
@@ -102,9 +114,16 @@ class Sandbox:
 
     def start(self) -> Process:
         """A process that is ready soon. Raises PackageError without llguidance."""
-        spec = importlib.util.find_spec("llguidance")
-        place = spec.origin if spec and spec.origin else library("llguidance").__file__
-        return Process(os.path.dirname(os.path.dirname(place)))
+        return Process(packages_folder("llguidance"))
+
+    def warm_up(self) -> None:
+        """Start a process for the first turn. Raises PackageError without llguidance."""
+        if self.turns.acquire(blocking=False):
+            try:
+                if not self.idle:
+                    self.idle.append(self.start())
+            finally:
+                self.turns.release()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[Callable[..., dict[str, Any]]]:

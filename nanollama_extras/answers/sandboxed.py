@@ -17,15 +17,16 @@ import contextlib
 import decimal
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
 import signal
 import sys
 import threading
-import types
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from typing import Any
 
 TOO_DEEP = "it is nested too deeply, or its parts refer to each other in a chain"
@@ -57,17 +58,21 @@ MAX_LEVELS = 32  # levels of a schema that are searched for a fault
 MAX_CURES = 50  # keywords that a search leaves out, one after another
 SHARED = "$defs", "definitions"  # what a $ref may refer to
 
-llguidance: Any = None  # the library's compiled part, from `load_library` on
+llguidance: Any = None  # the library's compiled part, from `main` on
+importing = threading.Lock()
 
 
-def load_library(folder: str) -> None:
-    """Import llguidance from the folder of packages that holds it, but not its __init__, which
+def library_part(folder: str, name: str = "_lib") -> Any:
+    """A module of llguidance in this folder of packages, without the package's __init__, which
     takes as long as all the rest: it reads the metadata of packages."""
-    global llguidance
-    package = types.ModuleType("llguidance")
-    package.__path__ = [os.path.join(folder, "llguidance")]
-    sys.modules["llguidance"] = package
-    llguidance = importlib.import_module("llguidance._lib")
+    path = f"llguidance.{name}"
+    with importing:
+        if path not in sys.modules:
+            spec: Any = PathFinder.find_spec(path, [os.path.join(folder, "llguidance")])
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[path] = module
+            spec.loader.exec_module(module)
+    return sys.modules[path]
 
 
 def error_line(text: str) -> str:
@@ -303,7 +308,7 @@ def regex_to_lark(text: str, names: list[str]) -> dict[str, Any]:
 
 def grammar_to_lark(text: str, names: list[str]) -> dict[str, Any]:
     """A grammar in Lark or GBNF -> Lark."""
-    lark = importlib.import_module("llguidance.gbnf_to_lark").any_to_lark(text)
+    lark = library_part(sys.argv[1], "gbnf_to_lark").any_to_lark(text)
     return {"lark": lark, "error": grammar_error(lark, names)}
 
 
@@ -374,7 +379,8 @@ def serve() -> None:
 
 
 def main() -> None:
-    load_library(sys.argv[1])
+    global llguidance
+    llguidance = library_part(sys.argv[1])
     limit_memory()
     threading.stack_size(STACK)
     thread = threading.Thread(target=serve)

@@ -174,7 +174,10 @@ class Bytes:
     end_ids: frozenset[int] = frozenset()
     _byte_level, _added_ids = True, frozenset[int]()
 
-    def piece(self, token_id: int) -> str:
+    def __init__(self) -> None:
+        self._tokenizer = self  # as the library's
+
+    def id_to_token(self, token_id: int) -> str:
         return {byte: character for character, byte in nanollama.byte_alphabet().items()}[token_id]
 
     def encode(self, text: str, *_: bool) -> list[int]:
