@@ -102,7 +102,10 @@ def packages_folder(package: str) -> str:
 
 def compiled_part(package: str) -> Any:
     """llguidance without its modules in Python. Raises PackageError."""
-    return sandboxed.library_part(packages_folder(package))
+    try:
+        return sandboxed.library_part(packages_folder(package))
+    except ImportError:
+        return library(f"{package}._lib")
 
 
 class Sandbox:

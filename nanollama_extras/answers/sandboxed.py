@@ -64,11 +64,13 @@ importing = threading.Lock()
 
 def library_part(folder: str, name: str = "_lib") -> Any:
     """A module of llguidance in this folder of packages, without the package's __init__, which
-    takes as long as all the rest: it reads the metadata of packages."""
+    takes as long as all the rest: it reads the metadata of packages. Raises ImportError."""
     path = f"llguidance.{name}"
     with importing:
         if path not in sys.modules:
             spec: Any = PathFinder.find_spec(path, [os.path.join(folder, "llguidance")])
+            if not spec:
+                raise ImportError(f"there is no {path} in {folder}")
             module = importlib.util.module_from_spec(spec)
             sys.modules[path] = module
             spec.loader.exec_module(module)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,40 @@ def test_the_processes_end_with_the_program() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     with pytest.raises(ProcessLookupError):
         os.kill(int(ran.stdout), 0)
+
+
+def test_a_process_waits_for_the_first_turn_and_no_further_one() -> None:
+    box = Sandbox()
+    box.warm_up()
+    box.warm_up()
+    (waiting,) = box.idle
+    assert attempt(box, 'start: "a"') == ""
+    assert box.idle == [waiting]
+    box.close()
+
+
+def test_the_library_is_imported_in_part_and_whole_afterwards() -> None:
+    code = (
+        "import sys; from nanollama_extras.answers.sandbox import compiled_part\n"
+        "part = compiled_part('llguidance')\n"
+        "assert 'llguidance' not in sys.modules\n"
+        "import llguidance\n"
+        "assert llguidance.LLMatcher is part.LLMatcher\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_package_without_its_compiled_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "llguidance").mkdir()
+    (tmp_path / "llguidance" / "__init__.py").touch()
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from nanollama_extras.answers.sandbox import compiled_part\n"
+        "try: compiled_part('llguidance')\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("PackageError llguidance cannot be imported: ")
 
 
 def test_what_is_kept_is_made_once_for_all_who_ask_together() -> None:
