@@ -90,6 +90,7 @@ def main() -> None:
             world.dismiss()
         else:
             tensor_parallel.follow(llm.engine.decoder)
+    torch.distributed.destroy_process_group()  # else its threads may outlive what they use
 
 
 if __name__ == "__main__":
