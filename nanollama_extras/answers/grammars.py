@@ -411,8 +411,8 @@ class Grammars:
         if not (params.answer_field or calls):
             return None
         if not self.vocabulary.future:
-            shared_sandbox().warm_up()
-        self.vocabulary.start()  # while the process tries the grammar
+            with shared_sandbox().turn():  # a process starts, and will try the grammar meanwhile
+                self.vocabulary.start()
         answer, nested = self.answer(params)
         thought, thought_rules = self.thought(prompt, tags)
         rules = "\n".join(f"{name}: {rule}" for name, rule in thought_rules.items())

@@ -104,7 +104,7 @@ def compiled_part(package: str) -> Any:
     """llguidance without its modules in Python. Raises PackageError."""
     try:
         return sandboxed.library_part(packages_folder(package))
-    except ImportError:
+    except ImportError:  # the whole package says why
         return library(f"{package}._lib")
 
 
@@ -119,19 +119,11 @@ class Sandbox:
         """A process that is ready soon. Raises PackageError without llguidance."""
         return Process(packages_folder("llguidance"))
 
-    def warm_up(self) -> None:
-        """Start a process for the first turn. Raises PackageError without llguidance."""
-        if self.turns.acquire(blocking=False):
-            try:
-                if not self.idle:
-                    self.idle.append(self.start())
-            finally:
-                self.turns.release()
-
     @contextlib.contextmanager
     def turn(self) -> Iterator[Callable[..., dict[str, Any]]]:
         """Wait for one of NUM_PROCESSES turns: the block gets a function that runs a task of
-        answers/sandboxed.py. Raises WireError 503."""
+        answers/sandboxed.py. A process that it has not used up waits for the next turn. Raises
+        WireError 503."""
         if not self.turns.acquire(timeout=WAIT_S):
             message = "too many grammars and schemas are being compiled; try again soon"
             raise WireError(503, "compiler_busy", message, {"retry-after": "1"})

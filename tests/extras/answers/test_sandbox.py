@@ -83,10 +83,11 @@ def test_the_processes_end_with_the_program() -> None:
         os.kill(int(ran.stdout), 0)
 
 
-def test_a_process_waits_for_the_first_turn_and_no_further_one() -> None:
+def test_a_turn_without_a_task_leaves_a_process_for_the_next_one() -> None:
     box = Sandbox()
-    box.warm_up()
-    box.warm_up()
+    for _ in range(2):
+        with box.turn():
+            pass
     (waiting,) = box.idle
     assert attempt(box, 'start: "a"') == ""
     assert box.idle == [waiting]
