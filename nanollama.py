@@ -264,7 +264,7 @@ class NanollamaError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__("''" * message.startswith(":") + message)  # an empty name
         self.param = param
 
 
@@ -3001,7 +3001,7 @@ def local_path(reference: str, base: Path | None = None) -> Path | None:
 
 
 def mark_used(path: Path) -> None:
-    """Set the access time that `list` shows, which many file systems leave."""
+    """Set the access time that `list` shows; many file systems leave it."""
     file = path / "config.json" if path.is_dir() else path
     with contextlib.suppress(OSError):
         os.utime(file, (time.time(), file.stat().st_mtime))
@@ -3217,7 +3217,7 @@ class ModelStore:
         return self.find(reference, revision) or self.pull(reference, revision)
 
     def find(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a model that is complete on this machine; None when it has to be pulled.
+        """The path of a complete model on this machine; None if it has to be pulled.
 
         Raises ModelNotFoundError for an unknown reference."""
         path, special = local_path(reference), find_special(reference, self.root)
@@ -3236,7 +3236,7 @@ class ModelStore:
         return model
 
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a model that is complete in the two caches; None for any other path."""
+        """The path of a complete model in the two caches; None for any other path."""
         if reference in ALIASES:
             alias, own = ALIASES[reference], self._alias_path(reference)
             path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
@@ -3343,7 +3343,7 @@ class ModelStore:
         if matches:
             return matches
         if local_path(reference):
-            raise UsageError(f"{reference}: is a path, not a cached model, as rm removes them")
+            raise UsageError(f"{reference}: is a path; rm removes cached models")
         known = ", ".join(m.id for m in models) or "nothing"
         raise ModelNotFoundError(f"{reference}: not in the cache; cached: {known}")
 
@@ -6721,13 +6721,13 @@ def read_settings(args: argparse.Namespace) -> Settings:
     except RequestError as error:
         raise UsageError(str(error)) from None
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
-    name = getattr(args, "ref", None) or (args.models[-1] if args.models else None)
+    name = getattr(args, "ref", [None, *args.models][-1])
     return use_model(Settings(args, modelfile, flags), name)
 
 
 def use_model(settings: Settings, name: str | None) -> Settings:
-    """The settings with another model, which options of nanochat's models may choose. A name
-    created over the API stands for its Modelfile."""
+    """The settings with another model, which nanochat's options may choose. A name created over
+    the API stands for its Modelfile."""
     name = preferred("files.nanochat_store", "chosen", lambda _, name: name)(settings, name)
     known = settings.args.modelfile or name is None or local_path(name)
     created = None if known else ModelStore().modelfile(str(name))
@@ -7088,7 +7088,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     parser = command_parser("show")
-    parser.add_argument("ref", nargs="?", metavar="MODEL")
+    parser.add_argument("ref", nargs="?", metavar="MODEL", default=argparse.SUPPRESS)
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
     args = parser.parse_args(argv)
@@ -7126,7 +7126,7 @@ def command_list(argv: list[str]) -> int:
     note: Any = preferred("files.refusals", "cached_note", lambda _: "")
     put(f"{'ID':<{width}}  {'FORMAT':<11}  {'SIZE':>8}  LAST USED\n")
     for m in models:
-        used = datetime.fromtimestamp(m.last_used).strftime("%Y-%m-%d %H:%M")
+        used = f"{datetime.fromtimestamp(m.last_used):%Y-%m-%d %H:%M}"
         put(f"{m.id:<{width}}  {m.format:<11}  {human_bytes(m.num_bytes):>8}  {used}{note(m)}\n")
     return 0
 

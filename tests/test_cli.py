@@ -536,6 +536,11 @@ def test_show_knows_the_models_own_defaults_and_the_modelfile(
         assert re.search(pattern, out, re.MULTILINE), pattern
 
 
+@pytest.mark.parametrize("command", ["show", "verify", "explain"])
+def test_an_empty_name_is_not_the_default_model(cli: Callable[..., Ran], command: str) -> None:
+    assert cli(command, "").error.startswith("error: '': no such model; give an alias")
+
+
 def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[..., Ran]) -> None:
     assert cli("show", "org/name:Q4_0").error.endswith("nanollama.py pull org/name:Q4_0")
 
@@ -596,6 +601,7 @@ def test_a_usage_error_is_explained(cli: Callable[..., Ran], argv: str, message:
     [
         ("--model absent.gguf", "absent.gguf: no such file or directory"),
         ("--model ./absent", "./absent: no such file or directory"),
+        ("--model=", "error: '': no such model"),
         ("--model smolm2", "did you mean smollm2?"),
         ("--model org/absent", "org/absent: cannot be fetched while HF_HUB_OFFLINE is set"),
         ("--model {tmp}", "is a directory of GGUF files; give one of them: empty.gguf"),
@@ -642,7 +648,7 @@ def test_bad_input_is_one_line(
         (("--prompt", "x" * 300), b"", "the prompt has 300 tokens and the context holds 256"),
         (("--batch-file", "absent.txt"), b"", "absent.txt: cannot be read: No such file"),
         (("--batch-file", "."), b"", ".: cannot be read: "),
-        (("--batch-file", ""), b"", ": cannot be read: "),
+        (("--batch-file", ""), b"", "error: '': cannot be read: "),
         (("--embed", "--prompt", ""), b"", "the prompt is empty"),
         (("--batch-file", "-", "--output", "absent/x"), b"fox", "absent/x: cannot be written: "),
         pytest.param(

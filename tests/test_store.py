@@ -210,6 +210,7 @@ def test_a_local_path_is_run_in_place(caches: Path) -> None:
     [
         ("smolm2", "did you mean smollm2?"),
         ("SmolLM2", "did you mean smollm2?"),
+        ("", "'': no such model; give an alias"),
         ("something", "alias (smollm2), a hub id (org/name) or a path"),
         ("missing/dir/model.gguf/", "no such file or directory"),
         ("./missing", "no such file or directory"),
@@ -1140,7 +1141,7 @@ def test_rm_refuses_what_is_outside_the_caches(hub: HubServer, tmp_path: Path) -
     precious = tmp_path / "precious.gguf"
     precious.write_bytes(b"GGUF")
     for reference in (str(precious), str(tmp_path)):
-        with pytest.raises(nanollama.UsageError, match="is a path, not a cached model"):
+        with pytest.raises(nanollama.UsageError, match="is a path; rm removes cached models"):
             ModelStore().cached(reference)
     for path in (precious, Path(constants.HF_HUB_CACHE) / ".." / precious.name):
         outside = nanollama.CachedModel("x", "gguf", 4, 0.0, (path,))
