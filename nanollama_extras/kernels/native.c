@@ -1686,61 +1686,71 @@ typedef struct {
  * sum y of the values, each times its exp(score - m): m (ROWS) | l (ROWS) | y (ROWS, D) */
 #define PARTIAL(D) (ROWS * (2 + (D)))
 
-/* dot (R) = scores of LANES keys for queries q (R, D), if keys lie as values do */
-INLINE void score_rows(const attention_call *c, const float *q, const char *block, int64_t first,
-                       vec *dot, int R, int kind) {
+/* dot (R, VECS) = scores of a block's keys for queries q (R, D), if keys lie as values do */
+INLINE void score_rows(const attention_call *c, const float *q, const char *block, vec (*dot)[VECS],
+                       int R, int kind) {
     int64_t D = c->head_dim, group = kind == Q8 ? scale_group(D) : D;
-    for (int64_t i = 0; i < LANES; i++) {
+    for (int64_t i = 0; i < 16; i++) {
         vec sum[ROWS], part[ROWS];
         for (int r = 0; r < R; r++) sum[r] = (vec){0};
         for (int64_t g = 0; g < D; g += group) {
             for (int r = 0; r < R; r++) part[r] = (vec){0};
             for (int64_t d = g; d < g + group; d += LANES) {
-                vec key = value_part(block, D, first + i, d, kind);
+                vec key = value_part(block, D, i, d, kind);
                 for (int r = 0; r < R; r++) part[r] = madd(load(q + r * D + d), key, part[r]);
             }
-            float scale = 1;
-            if (kind == Q8) scale = from_half(block + 16 * D + g / group * 32 + first * 2)[i];
+            const char *scales = block + 16 * D + g / group * 32;
+            float scale = kind == Q8 ? from_half(scales + i / LANES * LANES * 2)[i % LANES] : 1;
             for (int r = 0; r < R; r++) sum[r] = madd(part[r], splat(scale), sum[r]);
         }
-        for (int r = 0; r < R; r++) dot[r][i] = sum_of(sum[r]);
+        for (int r = 0; r < R; r++) dot[r][i / LANES][i % LANES] = sum_of(sum[r]);
     }
 }
 
-/* dot (R) = scores of LANES keys for queries q (D, ROWS). Meanwhile, what is at `next` is fetched:
- * as many bytes as the keys take. */
-INLINE void score_lanes(const attention_call *c, const float *q, const char *block, int64_t first,
-                        const char *next, vec *dot, int R, int kind) {
+/* dot (R, VECS) = scores of a block's keys for queries q (D, ROWS). Meanwhile, what is at `next` is
+ * fetched: as many bytes as the keys take. */
+INLINE void score_lanes(const attention_call *c, const float *q, const char *block,
+                        const char *next, vec (*dot)[VECS], int R, int kind) {
     const int size = kind == FLOAT32 ? 4 : 2, step = 4 / size;
     for (int64_t d = 0; d < c->head_dim; d += step) {
-        if (first % 16 == 0) fetch_soon(next + d * 16 * size);
+        fetch_soon(next + d * 16 * size);
         for (int64_t i = d; i < d + step; i++) {
-            vec key = elements(block, 16 * i + first, kind);
-            for (int r = 0; r < R; r++) dot[r] = madd(splat(q[i * ROWS + r]), key, dot[r]);
+            vec key[VECS];
+            for (int v = 0; v < VECS; v++) key[v] = elements(block, 16 * i + v * LANES, kind);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < VECS; v++)
+                    dot[r][v] = madd(splat(q[i * ROWS + r]), key[v], dot[r][v]);
         }
     }
 }
 
 /* The same of keys of 8 bits, for queries (D / 2, ROWS) of pairs of int16 with their units */
 INLINE void score_pairs(const attention_call *c, const float *tile, const char *block,
-                        int64_t first, const char *next, vec *dot, int R) {
+                        const char *next, vec (*dot)[VECS], int R) {
     int64_t D = c->head_dim, group = scale_group(D);
     const int16_t *q = (const int16_t *)tile;
     for (int64_t g = 0; g < D; g += group) {
-        ivec part[ROWS];
-        for (int r = 0; r < R; r++) part[r] = (ivec){0};
+        ivec part[ROWS][VECS], key[VECS];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) part[r][v] = (ivec){0};
         for (int64_t d = g; d < g + group; d += 4) {
-            if (first % 16 == 0) fetch_soon(next + d * 16);
+            fetch_soon(next + d * 16);
             for (int64_t i = d; i < d + 4; i += 2) {
-                ivec keys = from_pairs(block + 16 * i + 2 * first);
-                for (int r = 0; r < R; r++) part[r] = dot2(part[r], keys, q + (i * ROWS + 2 * r));
+                for (int v = 0; v < VECS; v++) key[v] = from_pairs(block + 16 * i + 2 * v * LANES);
+                for (int r = 0; r < R; r++)
+                    for (int v = 0; v < VECS; v++)
+                        part[r][v] = dot2(part[r][v], key[v], q + (i * ROWS + 2 * r));
             }
         }
-        vec scale = from_half(block + 16 * D + g / group * 32 + first * 2);
-        for (int r = 0; r < R; r++)
-            dot[r] = madd(__builtin_convertvector(part[r], vec), scale, dot[r]);
+        const char *scales = block + 16 * D + g / group * 32;
+        for (int v = 0; v < VECS; v++) {
+            vec scale = from_half(scales + v * LANES * 2);
+            for (int r = 0; r < R; r++)
+                dot[r][v] = madd(__builtin_convertvector(part[r][v], vec), scale, dot[r][v]);
+        }
     }
-    for (int r = 0; r < R; r++) dot[r] *= tile[D * ROWS + r];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECS; v++) dot[r][v] *= tile[D * ROWS + r];
 }
 
 /* p (R, CHUNK) = exp(score - m) of keys first..last for a tile of queries; m and l. Meanwhile, the
@@ -1753,25 +1763,27 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
     ivec lanes = {0};
     for (int i = 0; i < LANES; i++) lanes[i] = i;
     for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
-    for (int64_t k = 0; k < num_keys; k += LANES) {
+    for (int64_t k = 0; k < num_keys; k += 16) {
         int64_t at = k / 16 * c->block_bytes;
-        vec dot[ROWS];
-        for (int r = 0; r < R; r++) dot[r] = (vec){0};
+        vec dot[ROWS][VECS];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) dot[r][v] = (vec){0};
         if (has_one_plane(c))
-            score_rows(c, q, keys + at, k % 16, dot, R, kind);
+            score_rows(c, q, keys + at, dot, R, kind);
         else if (kind == Q8)
-            score_pairs(c, q, keys + at, k % 16, values + at, dot, R);
+            score_pairs(c, q, keys + at, values + at, dot, R);
         else
-            score_lanes(c, q, keys + at, k % 16, values + at, dot, R, kind);
-        for (int r = 0; r < R && c->softcap; r++) /* c tanh(x / c) */
-            dot[r] = c->softcap - 2 * c->softcap / (1.0f + exp_of(dot[r] * (2 / c->softcap)));
-        ivec place = lanes + (int32_t)(first + k);
-        for (int r = 0; r < R; r++) {
-            ivec seen = (place >= t->from[r]) & (place < t->to[r]);
-            dot[r] = pick(seen, dot[r], splat(-INFINITY));
-            most[r] = larger(most[r], dot[r]);
-            store(p + r * CHUNK + k, dot[r]);
-        }
+            score_lanes(c, q, keys + at, values + at, dot, R, kind);
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++) {
+                vec x = dot[r][v];
+                if (c->softcap) /* c tanh(x / c) */
+                    x = c->softcap - 2 * c->softcap / (1.0f + exp_of(x * (2 / c->softcap)));
+                ivec place = lanes + (int32_t)(first + k + v * LANES);
+                x = pick((place >= t->from[r]) & (place < t->to[r]), x, splat(-INFINITY));
+                most[r] = larger(most[r], x);
+                store(p + r * CHUNK + k + v * LANES, x);
+            }
     }
     for (int r = 0; r < R; r++) {
         m[r] = largest_of(most[r]);
