@@ -25,7 +25,8 @@ function read(name) {  // an item of the storage; what is being written here goe
   const id = name?.split('nanollama.chat.')[1], chat = id && load(`chat.${id}`);
   if (runs.has(id)) return;
   chats.delete(id);
-  if (chat?.id === id && isSound({title: '', ...chat})) chats.set(id, {title: '', ...chat});
+  const whole = {title: '', updated: 0, ...chat};
+  if (whole.id === id && isSound(whole)) chats.set(id, whole);
 }
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 6);
 const newChat = () => ({id: newId(), title: '', updated: 0, messages: []});

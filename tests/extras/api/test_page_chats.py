@@ -229,6 +229,14 @@ def test_no_stored_tree_hangs_the_page(page: Any, page_server: ScriptedServer) -
     expect(page.locator("#chats a")).to_have_text(["An old one", "bad"])  # -2: the root, too
 
 
+def test_conversations_without_a_date_stand_last(page: Any, page_server: ScriptedServer) -> None:
+    for number in range(8):
+        dated = {"title": str(number), "updated": 1000 * number} if number % 2 else {"title": "0"}
+        put(page, {"id": f"id{number}", "messages": [], **dated})
+    page.reload()
+    expect(page.locator("#chats a")).to_have_text([*"7531", *"0000"])
+
+
 # ---- the list -----------------------------------------------------------------------------------
 
 
