@@ -264,7 +264,7 @@ class NanollamaError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__("''" * message.startswith(":") + message)  # an empty name
+        super().__init__("''" * message.startswith(": ") + message)  # empty name
         self.param = param
 
 
@@ -3001,7 +3001,7 @@ def local_path(reference: str, base: Path | None = None) -> Path | None:
 
 
 def mark_used(path: Path) -> None:
-    """Set the access time that `list` shows; many file systems leave it."""
+    """Set the access time that `list` shows: many file systems do not."""
     file = path / "config.json" if path.is_dir() else path
     with contextlib.suppress(OSError):
         os.utime(file, (time.time(), file.stat().st_mtime))
@@ -3217,7 +3217,7 @@ class ModelStore:
         return self.find(reference, revision) or self.pull(reference, revision)
 
     def find(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a complete model on this machine; None if it has to be pulled.
+        """The path of a complete model on this machine; None if it must be pulled.
 
         Raises ModelNotFoundError for an unknown reference."""
         path, special = local_path(reference), find_special(reference, self.root)
@@ -3236,7 +3236,7 @@ class ModelStore:
         return model
 
     def find_cached(self, reference: str, revision: str | None = None) -> Path | None:
-        """The path of a complete model in the two caches; None for any other path."""
+        """The path of a complete model in the two caches; None for other paths."""
         if reference in ALIASES:
             alias, own = ALIASES[reference], self._alias_path(reference)
             path = own if own.exists() else find_in_hub_cache(HubRef(alias.repo, file=alias.file))
@@ -6709,7 +6709,7 @@ class Settings:
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """Check the flags and read the Modelfile. Raises UsageError and others."""
+    """Check the flags, read the Modelfile. Raises UsageError and others."""
     flags = given_flags(args, SamplingParams)
     if "grammar" in flags:
         flags["grammar"] = read_text(flags["grammar"])
@@ -6721,7 +6721,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     except RequestError as error:
         raise UsageError(str(error)) from None
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
-    name = getattr(args, "ref", [None, *args.models][-1])
+    name = ref if (ref := getattr(args, "ref", None)) is not None else [None, *args.models][-1]
     return use_model(Settings(args, modelfile, flags), name)
 
 
@@ -7088,7 +7088,7 @@ def describe(checkpoint: Checkpoint, settings: Settings, template: ChatTemplate)
 
 def command_show(argv: list[str]) -> int:
     parser = command_parser("show")
-    parser.add_argument("ref", nargs="?", metavar="MODEL", default=argparse.SUPPRESS)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add_settings(option_group(parser, "sampling"), SamplingParams)
     args = parser.parse_args(argv)

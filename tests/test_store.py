@@ -211,6 +211,7 @@ def test_a_local_path_is_run_in_place(caches: Path) -> None:
         ("smolm2", "did you mean smollm2?"),
         ("SmolLM2", "did you mean smollm2?"),
         ("", "'': no such model; give an alias"),
+        (":8", ":8: no such model; give an alias"),
         ("something", "alias (smollm2), a hub id (org/name) or a path"),
         ("missing/dir/model.gguf/", "no such file or directory"),
         ("./missing", "no such file or directory"),
@@ -224,6 +225,7 @@ def test_an_unknown_reference_is_refused_with_a_hint(
     with pytest.raises(nanollama.ModelNotFoundError) as error:
         ModelStore().resolve(reference)
     assert hint in reason(error)
+    assert reason(error).startswith(reference or "''")
 
 
 @pytest.mark.parametrize(

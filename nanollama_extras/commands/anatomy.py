@@ -309,8 +309,7 @@ def page_of(found: Json) -> str:
 
 def explain_parser() -> argparse.ArgumentParser:
     parser = command_parser("explain")
-    about = "a path, alias or hub id"
-    parser.add_argument("ref", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=about)
+    parser.add_argument("ref", nargs="?", metavar="MODEL", help="a path, alias or hub id")
     add_model_options(parser)
     add: Any = option_group(parser, "explain")
     add("--depth N", "tokens before the one that is counted (default: 512)", int, default=512)

@@ -9,7 +9,6 @@ module and that row.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -453,7 +452,7 @@ def verify_lines(result: Fields, limit: Tolerance) -> Iterator[str]:
 def run(argv: list[str]) -> int:
     """The command. Returns the exit code."""
     parser = command_parser("verify")
-    parser.add_argument("ref", nargs="?", metavar="MODEL", default=argparse.SUPPRESS)
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add = option_group(parser, "verify")
     add("--save-reference FILE", "write the results of transformers to a file", Path)
