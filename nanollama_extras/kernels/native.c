@@ -17,6 +17,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
+#define NOINLINE __attribute__((noinline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -53,6 +54,8 @@ INLINE int32_t four_bytes(const int8_t *a) {
 
 /* Operations whose instructions differ between machines:
  *   madd         a * b + c; a machine rounds always once or always twice
+ *   accumulate   sum + a * b, rounded as by `madd`; in a loop whose sums fill the registers, GCC
+ *                would copy or spill some of them if it chose the instruction
  *   from_half    loads float16 as floats; to_half stores floats as float16
  *   from_bytes   loads int8 as floats; to_bytes stores integers as int8
  *   from_int8    loads int8 as integers
@@ -78,6 +81,10 @@ INLINE int32_t four_bytes(const int8_t *a) {
 #define ROWS 8
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+INLINE vec accumulate(vec sum, vec a, vec b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
 }
 INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
@@ -107,9 +114,13 @@ INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_e
 #define PATH "AVX2"
 #define TILE 4
 #define BLOCKS 1
-#define ROWS 4
+#define ROWS 6
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+INLINE vec accumulate(vec sum, vec a, vec b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
 }
 INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
@@ -153,6 +164,7 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #define BLOCKS 1
 #define ROWS 4
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec accumulate(vec sum, vec a, vec b) { return sum + a * b; }
 INLINE vec from_bytes(const void *p) {
     vec x = {0};
     for (int i = 0; i < LANES; i++) x[i] = ((const int8_t *)p)[i];
@@ -443,12 +455,11 @@ INLINE float largest_of(vec x) {
 /* 1.5 * 2^23: adding it to a float rounds the float to an integer, which is then in the low bits */
 #define ROUNDER 12582912.0f
 
-/* exp(x) within 3 units in the last place; 0 below -87, exp(88) above 88, NaN for NaN.
+/* exp(x) within 3 units in the last place for x up to 88; 0 below -87, NaN for NaN.
  * x = n ln 2 + r with |r| <= ln(2) / 2; exp(r) is computed by its Taylor polynomial. */
-INLINE vec exp_of(vec x) {
-    vec bounded = pick(x < -87.0f, splat(-87.0f), pick(x > 88.0f, splat(88.0f), x));
-    vec shifted = madd(bounded, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
-    vec r = madd(n, splat(-1.42860677e-6f), madd(n, splat(-0.693145752f), bounded));
+INLINE vec exp_up_to_88(vec x) {
+    vec shifted = madd(x, splat(1.44269504f), splat(ROUNDER)), n = shifted - ROUNDER;
+    vec r = madd(n, splat(-1.42860677e-6f), madd(n, splat(-0.693145752f), x));
     vec p = splat(1.0f / 720);
     p = madd(p, r, splat(1.0f / 120));
     p = madd(p, r, splat(1.0f / 24));
@@ -458,6 +469,7 @@ INLINE vec exp_of(vec x) {
     p = madd(p, r, splat(1.0f));
     return pick(x < -87.0f, splat(0), (vec)((ivec)p + ((ivec)shifted << 23)));
 }
+INLINE vec exp_of(vec x) { return exp_up_to_88(pick(x > 88.0f, splat(88.0f), x)); }
 
 /* 1 / rms(x) of x (n); n is a multiple of 16 */
 INLINE float rms_factor(const float *x, int64_t n, float eps) {
@@ -1711,16 +1723,13 @@ INLINE void score_rows(const attention_call *c, const float *q, const char *bloc
  * fetched: as many bytes as the keys take. */
 INLINE void score_lanes(const attention_call *c, const float *q, const char *block,
                         const char *next, vec (*dot)[VECS], int R, int kind) {
-    const int size = kind == FLOAT32 ? 4 : 2, step = 4 / size;
-    for (int64_t d = 0; d < c->head_dim; d += step) {
-        fetch_soon(next + d * 16 * size);
-        for (int64_t i = d; i < d + step; i++) {
-            vec key[VECS];
-            for (int v = 0; v < VECS; v++) key[v] = elements(block, 16 * i + v * LANES, kind);
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < VECS; v++)
-                    dot[r][v] = madd(splat(q[i * ROWS + r]), key[v], dot[r][v]);
-        }
+    for (int64_t d = 0; d < c->head_dim; d++) {
+        vec key[VECS];
+        for (int v = 0; v < VECS; v++) key[v] = elements(block, 16 * d + v * LANES, kind);
+        fetch_soon(next + d * 16 * (kind == FLOAT32 ? 4 : 2));
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECS; v++)
+                dot[r][v] = accumulate(dot[r][v], splat(q[d * ROWS + r]), key[v]);
     }
 }
 
@@ -1753,16 +1762,10 @@ INLINE void score_pairs(const attention_call *c, const float *tile, const char *
         for (int v = 0; v < VECS; v++) dot[r][v] *= tile[D * ROWS + r];
 }
 
-/* p (R, CHUNK) = exp(score - m) of keys first..last for a tile of queries; m and l. Meanwhile, the
- * values are fetched. */
-INLINE void score(const attention_call *c, const task *t, const float *q, const char *keys,
-                  const char *values, int64_t first, int64_t last, float *p, float *m, float *l,
-                  int R, int kind) {
-    int64_t num_keys = last - first;
-    vec most[ROWS], sum[ROWS];
-    ivec lanes = {0};
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
-    for (int r = 0; r < R; r++) most[r] = splat(NOTHING), sum[r] = (vec){0};
+/* p (R, CHUNK) = products of a tile of queries and `num_keys` keys. Meanwhile, what is at `next` is
+ * fetched. */
+INLINE void score(const attention_call *c, const float *q, const char *keys, const char *next,
+                  int64_t num_keys, float *p, int R, int kind) {
     for (int64_t k = 0; k < num_keys; k += 16) {
         int64_t at = k / 16 * c->block_bytes;
         vec dot[ROWS][VECS];
@@ -1771,59 +1774,72 @@ INLINE void score(const attention_call *c, const task *t, const float *q, const 
         if (has_one_plane(c))
             score_rows(c, q, keys + at, dot, R, kind);
         else if (kind == Q8)
-            score_pairs(c, q, keys + at, values + at, dot, R);
+            score_pairs(c, q, keys + at, next + at, dot, R);
         else
-            score_lanes(c, q, keys + at, values + at, dot, R, kind);
+            score_lanes(c, q, keys + at, next + at, dot, R, kind);
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECS; v++) {
-                vec x = dot[r][v];
-                if (c->softcap) /* c tanh(x / c) */
-                    x = c->softcap - 2 * c->softcap / (1.0f + exp_of(x * (2 / c->softcap)));
-                ivec place = lanes + (int32_t)(first + k + v * LANES);
-                x = pick((place >= t->from[r]) & (place < t->to[r]), x, splat(-INFINITY));
-                most[r] = larger(most[r], x);
-                store(p + r * CHUNK + k + v * LANES, x);
-            }
-    }
-    for (int r = 0; r < R; r++) {
-        m[r] = largest_of(most[r]);
-        for (float *at = p + r * CHUNK; at < p + r * CHUNK + num_keys; at += LANES) {
-            vec weight = exp_of(load(at) - m[r]);
-            store(at, weight);
-            sum[r] += weight;
-        }
-        l[r] = sum_of(sum[r]);
+            for (int v = 0; v < VECS; v++) store(p + r * CHUNK + k + v * LANES, dot[r][v]);
     }
 }
 
-/* y (R, D) = p (R, CHUNK) times the values of `num_keys` positions, two vectors of y at a time.
- * Meanwhile, what is at `next` is fetched: about as many bytes as the values take. */
-INLINE void weigh(const attention_call *c, const float *p, const char *values, const char *next,
-                  int64_t num_keys, float *y, int R, int kind) {
-    const int size = kind == FLOAT32 ? 4 : 2;
-    int64_t D = c->head_dim;
-    for (int64_t d = 0; d < c->value_dim; d += 2 * LANES) {
-        const int two = d + 2 * LANES <= c->value_dim;
-        vec sum[ROWS][2];
-        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = (vec){0};
-        for (int64_t first = 0; first < num_keys; first += 16) {
-            const char *block = values + first / 16 * c->block_bytes;
-            const float *weight = p + first;
-            for (int64_t k = 0; k < MIN(16, num_keys - first); k++, next += 2 * LANES * size) {
-                vec v = elements(block, k * D + d, kind), v2 = {0};
-                if (two) v2 = elements(block, k * D + d + LANES, kind);
-                fetch_soon(next);
-                for (int r = 0; r < R; r++) {
-                    sum[r][0] = madd(splat(weight[r * CHUNK + k]), v, sum[r][0]);
-                    sum[r][1] = madd(splat(weight[r * CHUNK + k]), v2, sum[r][1]);
-                }
-            }
+/* p (R, CHUNK) = exp(score - m) of the scores of `num_keys` keys from `first` on, but 0 for a key
+ * that a query does not see; m (R), the largest score; l (R), the sum of p */
+static void softmax(const attention_call *c, const task *t, int64_t first, int64_t num_keys,
+                    float *p, float *m, float *l) {
+    ivec lanes = {0};
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    for (int64_t r = 0; r < t->num_rows; r++, p += CHUNK) {
+        const int sees_all = t->from[r] <= first && t->to[r] >= first + CHUNK;
+        vec most = splat(NOTHING), sum = {0};
+        for (int64_t k = 0; k < num_keys; k += LANES) {
+            vec x = load(p + k);
+            if (c->softcap) /* c tanh(x / c) */
+                x = c->softcap - 2 * c->softcap / (1.0f + exp_of(x * (2 / c->softcap)));
+            ivec place = lanes + (int32_t)(first + k);
+            if (!sees_all)
+                x = pick((place >= t->from[r]) & (place < t->to[r]), x, splat(-INFINITY));
+            most = larger(most, x);
+            store(p + k, x);
         }
-        for (int r = 0; r < R; r++) {
-            store(y + r * D + d, sum[r][0]);
-            if (two) store(y + r * D + d + LANES, sum[r][1]);
+        m[r] = largest_of(most);
+        for (int64_t k = 0; k < num_keys; k += LANES) {
+            vec weight = exp_up_to_88(load(p + k) - m[r]);
+            store(p + k, weight);
+            sum += weight;
+        }
+        l[r] = sum_of(sum);
+    }
+}
+
+/* y (R, D), V vectors from column d on, = p (R, CHUNK) times the values of `num_keys` positions.
+ * Meanwhile, what is at `next` is fetched: about as many bytes as the values take. */
+INLINE void weigh_columns(const attention_call *c, const float *p, const char *values,
+                          const char *next, int64_t num_keys, int64_t d, float *y, int R, int V,
+                          int kind) {
+    int64_t D = c->head_dim;
+    vec sum[ROWS][2], value[2];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sum[r][v] = (vec){0};
+    for (int64_t first = 0; first < num_keys; first += 16) {
+        const char *block = values + first / 16 * c->block_bytes;
+        for (int64_t k = first; k < MIN(first + 16, num_keys); k++) {
+            int64_t at = k % 16 * D + d;
+            for (int v = 0; v < V; v++) value[v] = elements(block, at + v * LANES, kind);
+            fetch_soon(next), next += V * LANES * (kind == FLOAT32 ? 4 : 2);
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < V; v++)
+                    sum[r][v] = accumulate(sum[r][v], splat(p[r * CHUNK + k]), value[v]);
         }
     }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) store(y + r * D + d + v * LANES, sum[r][v]);
+}
+INLINE void weigh(const attention_call *c, const float *p, const char *values, const char *next,
+                  int64_t num_keys, float *y, int R, int kind) {
+    int64_t d = 0, bytes = num_keys * (kind == FLOAT32 ? 4 : 2);
+    for (; d + 2 * LANES <= c->value_dim; d += 2 * LANES)
+        weigh_columns(c, p, values, next + d * bytes, num_keys, d, y, R, 2, kind);
+    if (d < c->value_dim) weigh_columns(c, p, values, next + d * bytes, num_keys, d, y, R, 1, kind);
 }
 
 /* The largest scale of group g of the values that a query sees, positions from .. to of a chunk;
@@ -1888,37 +1904,53 @@ INLINE void weigh_pairs(const attention_call *c, const task *t, const float *p, 
     }
 }
 
+/* The loops over a tile of R rows are functions of their own: inlined into one, they would share
+ * registers with all that surrounds them. */
+#define KERNELS(R, KIND) \
+    static NOINLINE void score_##R##_##KIND(const attention_call *c, const float *q, \
+                                            const char *keys, const char *next, int64_t num_keys, \
+                                            float *p) { \
+        score(c, q, keys, next, num_keys, p, R, KIND); \
+    } \
+    static NOINLINE void weigh_##R##_##KIND(const attention_call *c, const task *t, \
+                                            const float *p, const char *values, const char *next, \
+                                            int64_t first, int64_t num_keys, float *y) { \
+        (void)t, (void)first; \
+        if (KIND == Q8) \
+            weigh_pairs(c, t, p, values, next, first, num_keys, y, R); \
+        else \
+            weigh(c, p, values, next, num_keys, y, R, KIND); \
+    }
 #define ATTEND(R, KIND) \
     if (num_rows == R && c->kind == KIND) { \
-        score(c, t, q, keys, values, first, last, p, out, out + ROWS, R, KIND); \
-        if (KIND == Q8) \
-            weigh_pairs(c, t, p, values, next, first, last - first, out + 2 * ROWS, R); \
-        else \
-            weigh(c, p, values, next, last - first, out + 2 * ROWS, R, KIND); \
+        score_##R##_##KIND(c, q, keys, values, num_keys, p); \
+        softmax(c, t, first, num_keys, p, out, out + ROWS); \
+        weigh_##R##_##KIND(c, t, p, values, next, first, num_keys, out + 2 * ROWS); \
         return; \
     }
-#define ATTEND_KINDS(R) \
-    ATTEND(R, FLOAT32); \
-    ATTEND(R, FLOAT16); \
-    ATTEND(R, Q8)
+#define EACH_KIND(DO, R) DO(R, FLOAT32) DO(R, FLOAT16) DO(R, Q8)
+#define UP_TO_4_ROWS(DO) EACH_KIND(DO, 1) EACH_KIND(DO, 2) EACH_KIND(DO, 3) EACH_KIND(DO, 4)
+#if ROWS == 8
+#define EACH_SIZE(DO) UP_TO_4_ROWS(DO) EACH_KIND(DO, 6) EACH_KIND(DO, 8)
+#elif ROWS == 6
+#define EACH_SIZE(DO) UP_TO_4_ROWS(DO) EACH_KIND(DO, 6)
+#else
+#define EACH_SIZE(DO) UP_TO_4_ROWS(DO)
+#endif
+EACH_SIZE(KERNELS)
+
 static void attend_chunk(const attention_call *c, const task *t, const float *q, int64_t chunk,
                          float *out) {
     float p[ROWS * CHUNK];
-    int64_t first = chunk * CHUNK, last = MIN(t->end, first + CHUNK);
+    int64_t first = chunk * CHUNK, num_keys = MIN(t->end - first, CHUNK);
     int64_t at = first / 16 % c->ring * c->block_bytes;
     const char *keys = blocks_of(c, t->s, 0, t->head), *next = keys;
     const char *values = blocks_of(c, t->s, 1, t->head) + at;
-    next += (last < t->end ? last / 16 % c->ring : first / 16 % c->ring) * c->block_bytes;
+    int is_last = first + num_keys == t->end;
+    next += (is_last ? first : first + CHUNK) / 16 % c->ring * c->block_bytes;
     keys += at;
     int num_rows = t->num_rows + (t->num_rows == 5 || t->num_rows == 7);
-    ATTEND_KINDS(1);
-    ATTEND_KINDS(2);
-    ATTEND_KINDS(3);
-    ATTEND_KINDS(4);
-#if ROWS == 8
-    ATTEND_KINDS(6);
-    ATTEND_KINDS(8);
-#endif
+    EACH_SIZE(ATTEND)
 }
 
 /* The result over no keys; with sinks, over the sink's score with a value of 0 */
