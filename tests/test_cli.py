@@ -536,9 +536,9 @@ def test_show_knows_the_models_own_defaults_and_the_modelfile(
         assert re.search(pattern, out, re.MULTILINE), pattern
 
 
-@pytest.mark.parametrize("command", ["show", "verify", "explain"])
+@pytest.mark.parametrize("command", ["show", "verify", "explain", "bench", "eval --text x"])
 def test_an_empty_name_is_not_the_default_model(cli: Callable[..., Ran], command: str) -> None:
-    assert cli(command, "").error.startswith("error: '': no such model; give an alias")
+    assert cli(*command.split(), "").error.startswith("error: '': no such model; give an alias")
 
 
 def test_show_of_a_model_that_is_not_here_says_how_to_fetch_it(cli: Callable[..., Ran]) -> None:

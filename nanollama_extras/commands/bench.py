@@ -241,6 +241,7 @@ def numbers(text: str, least: int) -> list[int]:
 def bench_parser() -> argparse.ArgumentParser:
     # --dtype leaves -d to --depth
     parser = command_parser("bench", conflict_handler="resolve")
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add = option_group(parser, "bench")
     for flags, least, default, text in (

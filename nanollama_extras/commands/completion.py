@@ -59,7 +59,7 @@ HOW = {
     "zsh": 'eval "$(nanollama completion zsh)"  # in ~/.zshrc, after compinit',
     "fish": "nanollama completion fish | source  # in ~/.config/fish/config.fish",
 }
-TAKE_MODEL = "run chat serve batch embed pull show rm cp stop verify".split()
+TAKE_MODEL = "run chat serve batch embed pull show rm cp stop bench eval verify explain".split()
 MODEL_FLAGS = ("--model", "--tokenizer")
 CLIENTS = "claude codex opencode qwen-code".split()
 

@@ -168,6 +168,7 @@ def eval_lines(results: Fields) -> Iterator[str]:
 
 def eval_parser() -> argparse.ArgumentParser:
     parser = command_parser("eval")
+    parser.add_argument("ref", nargs="?", metavar="MODEL")
     add_model_options(parser)
     add = option_group(parser, "eval")
     add("--text FILE", "measure perplexity and bits per byte of this text")

@@ -38,7 +38,7 @@ def test_the_help_has_the_short_flag_of_the_depth(cli: Callable[..., Any]) -> No
 def test_the_table_has_a_row_for_each_combination(
     tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", tiny("Llama"), "-p", "16,30", "-n", 4, "-d", "0,9", "-b", "1,3", "-r", 2]
+    flags = [tiny("Llama"), "-p", "16,30", "-n", 4, "-d", "0,9", "-b", "1,3", "-r", 2]
     head, *rows, last = bench(capsys, *flags).splitlines()
     assert head.split() == "TEST BATCH DEPTH TOKENS/S READS BANDWIDTH REACHED".split()
     expected = [

@@ -47,7 +47,14 @@ def test_values_that_a_flag_chooses_from_are_known(cli: Run) -> None:
 
 def test_models_are_those_of_this_machine(cli: Run, tiny: Callable[..., Path]) -> None:
     assert cli("cp", tiny(), "mine").code == 0
-    for words in (["run", ""], ["show", "mi"], ["--model", ""], ["serve", "other", "m"]):
+    for words in (
+        ["run", ""],
+        ["show", "mi"],
+        ["bench", ""],
+        ["explain", ""],
+        ["--model", ""],
+        ["serve", "other", "m"],
+    ):
         assert found(cli, *words) == ["mine"], words
     assert found(cli, "run", "mine", "") == []  # a prompt: no candidate
 

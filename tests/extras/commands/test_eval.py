@@ -85,7 +85,7 @@ def test_a_text_that_fits_is_scored_whole(
     tiny: Callable[..., Path], text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tiny("Llama", max_position_embeddings=1024)
-    found = evaluate(capsys, "--model", path, "--text", text)["text"]
+    found = evaluate(capsys, path, "--text", text)["text"]
     ids = LLM(path).encode(TEXT)
     expected = logprobs(oracle.load(path), ids, 1)
     assert found["tokens"] == len(expected)
