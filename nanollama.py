@@ -6709,7 +6709,7 @@ class Settings:
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """Check the flags, read the Modelfile. Raises UsageError and others."""
+    """Check the flags and read the Modelfile. Raises UsageError and others."""
     flags = given_flags(args, SamplingParams)
     if "grammar" in flags:
         flags["grammar"] = read_text(flags["grammar"])
@@ -6721,7 +6721,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     except RequestError as error:
         raise UsageError(str(error)) from None
     modelfile = read_modelfile(args.modelfile) if args.modelfile else Modelfile()
-    name = ref if (ref := getattr(args, "ref", None)) is not None else [None, *args.models][-1]
+    name = [None, *args.models][-1] if (ref := getattr(args, "ref", None)) is None else ref
     return use_model(Settings(args, modelfile, flags), name)
 
 

@@ -26,7 +26,7 @@ SOURCE = (ROOT / "nanollama.py").read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 RULE = "# " + "=" * 98
-MAX_LINES, MAX_BYTES = 7_220, 345_099  # of nanollama.py: lower them freely, never raise them
+MAX_LINES, MAX_BYTES = 7_220, 345_098  # of nanollama.py: lower them freely, never raise them
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, FUNCTION)]
 FIELDS = ["In", "Out", "In, out", "Idea", "Invariant", "Extend", "Spec", "Paper", "Papers"]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import nanollama
 from nanollama import COMMANDS, ModelStore, NanollamaError, UsageError, command_parser, put
-from nanollama_extras.commands.help import full_help
+from nanollama_extras.commands.help import VERBS, full_help
 
 BASH = """\
 _nanollama() {
@@ -59,7 +59,7 @@ HOW = {
     "zsh": 'eval "$(nanollama completion zsh)"  # in ~/.zshrc, after compinit',
     "fish": "nanollama completion fish | source  # in ~/.config/fish/config.fish",
 }
-TAKE_MODEL = "run chat serve batch embed pull show rm cp stop bench eval verify explain".split()
+TAKE_MODEL = [verb for verb, (takes, _) in VERBS.items() if takes.strip("[").startswith("MODEL")]
 MODEL_FLAGS = ("--model", "--tokenizer")
 CLIENTS = "claude codex opencode qwen-code".split()
 

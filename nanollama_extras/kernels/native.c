@@ -82,10 +82,6 @@ INLINE int32_t four_bytes(const int8_t *a) {
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-INLINE vec accumulate(vec sum, vec a, vec b) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-}
 INLINE vec from_half(const void *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 INLINE void to_half(void *p, vec x) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)x, 0)); }
 INLINE vec from_bytes(const void *p) {
@@ -117,10 +113,6 @@ INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_e
 #define ROWS 6
 INLINE vec madd(vec a, vec b, vec c) {
     return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-INLINE vec accumulate(vec sum, vec a, vec b) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-    return sum;
 }
 INLINE vec from_half(const void *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
 INLINE void to_half(void *p, vec x) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)x, 0)); }
@@ -164,7 +156,6 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 #define BLOCKS 1
 #define ROWS 4
 INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
-INLINE vec accumulate(vec sum, vec a, vec b) { return sum + a * b; }
 INLINE vec from_bytes(const void *p) {
     vec x = {0};
     for (int i = 0; i < LANES; i++) x[i] = ((const int8_t *)p)[i];
@@ -259,6 +250,15 @@ INLINE void to_int16(int16_t *p, ivec x) {
     for (int i = 0; i < LANES; i++) p[i] = (int16_t)x[i];
 }
 #endif
+
+INLINE vec accumulate(vec sum, vec a, vec b) {
+#if LANES < 8
+    return madd(a, b, sum);
+#else
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#endif
+}
 
 const char *path(void) { return PATH; }
 
@@ -1795,9 +1795,10 @@ static void softmax(const attention_call *c, const task *t, int64_t first, int64
             vec x = load(p + k);
             if (c->softcap) /* c tanh(x / c) */
                 x = c->softcap - 2 * c->softcap / (1.0f + exp_of(x * (2 / c->softcap)));
-            ivec place = lanes + (int32_t)(first + k);
-            if (!sees_all)
+            if (!sees_all) {
+                ivec place = lanes + (int32_t)(first + k);
                 x = pick((place >= t->from[r]) & (place < t->to[r]), x, splat(-INFINITY));
+            }
             most = larger(most, x);
             store(p + k, x);
         }
@@ -1915,7 +1916,6 @@ INLINE void weigh_pairs(const attention_call *c, const task *t, const float *p, 
     static NOINLINE void weigh_##R##_##KIND(const attention_call *c, const task *t, \
                                             const float *p, const char *values, const char *next, \
                                             int64_t first, int64_t num_keys, float *y) { \
-        (void)t, (void)first; \
         if (KIND == Q8) \
             weigh_pairs(c, t, p, values, next, first, num_keys, y, R); \
         else \
