@@ -107,7 +107,11 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 INLINE void to_int16(void *p, ivec x) { _mm256_storeu_si256(p, _mm512_cvtepi32_epi16((__m512i)x)); }
 
 #elif LANES == 8
+#ifdef __AVXVNNI__
+#define PATH "AVX-VNNI"
+#else
 #define PATH "AVX2"
+#endif
 #define TILE 4
 #define BLOCKS 1
 #define ROWS 6
@@ -127,6 +131,18 @@ INLINE ivec look_up(const void *table, ivec q) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
     return (ivec)_mm256_shuffle_epi8(both, (__m256i)q);
 }
+INLINE ivec from_pairs(const void *p) { return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
+#ifdef __AVXVNNI__
+INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
+    (void)bits;
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w,
+                                         _mm256_set1_epi32(four_bytes(a)));
+}
+INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
+    return (ivec)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(two_words(a)));
+}
+#else
+#define HAS_PAIRS
 INLINE ivec dot4(ivec sum, ivec w, const int8_t *a, int bits) {
     __m256i acts = _mm256_set1_epi32(four_bytes(a)), q = (__m256i)w, low = _mm256_set1_epi16(255);
     /* 16 bits hold the sum of two products of 4-bit weights (2 * 15 * 127), not of 8-bit ones */
@@ -146,10 +162,10 @@ INLINE ivec add_pairs(ivec sum, ivec w, const int8_t *a) {
 INLINE ivec sum_pairs(ivec sum, ivec pairs) {
     return sum + (ivec)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
 }
-INLINE ivec from_pairs(const void *p) { return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
 INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
     return sum + (ivec)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(two_words(a)));
 }
+#endif
 
 #else
 #define TILE 4
@@ -233,7 +249,7 @@ INLINE ivec dot2(ivec sum, ivec w, const int16_t *a) {
 }
 #endif
 
-#if LANES != 8
+#ifndef HAS_PAIRS
 INLINE int longest_run(int most) {
     (void)most;
     return 0;

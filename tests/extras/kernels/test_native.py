@@ -80,11 +80,14 @@ ACTS["xielu 0.9 0.6 0.5 -1e-06"] = functools.partial(xielu, 0.9, 0.6, 0.5, -1e-6
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 COMMON = KERNEL_FLAGS[:-1]  # all but the CPU
+AVX2 = "avx2 fma f16c bmi2".split()
+AVX_VNNI = ("-march=haswell", "-include", str(Path(__file__).with_name("avx_vnni.h")))  # emulated
+PLAIN = (*COMMON, "-O1")  # -O3 would take half a minute
 PATHS = {  # flags, the features that they take for granted, what the kernels then call themselves
     "native": (KERNEL_FLAGS, [], None),
-    "avx2": ((*COMMON, "-march=haswell"), "avx2 fma f16c bmi2".split(), "AVX2"),
-    # -O3 would take half a minute
-    "portable": ((*COMMON, "-O1", "-march=x86-64" if X86 else "-march=armv8-a"), [], "portable C"),
+    "avx2": ((*COMMON, "-march=haswell"), AVX2, "AVX2"),
+    "avx_vnni": ((*PLAIN, *AVX_VNNI), AVX2, "AVX-VNNI"),
+    "portable": ((*PLAIN, "-march=x86-64" if X86 else "-march=armv8-a"), [], "portable C"),
 }
 
 
@@ -115,6 +118,8 @@ def native_path() -> str:
     features = set(kernels.cpu_features().split())
     if "avx512_vnni" in features:
         return "AVX-512 VNNI"
+    if "avx_vnni" in features:
+        return "AVX-VNNI"
     if X86:
         return "AVX2" if {"avx2", "fma", "f16c"} <= features else "portable C"
     return "NEON dot product" if "asimddp" in features else "portable C"

@@ -16,7 +16,7 @@ WARNINGS = "-Wall -Wextra -Werror -ffp-contract=off".split()
 STAGES = {"gcc": ["-O1", "-S"], "clang": ["-fsyntax-only"]}  # clang warns before it optimizes
 CPUS = [
     native.THIS_CPU,
-    *(["-march=haswell", "-march=x86-64"] if native.THIS_CPU[2] == "a" else []),
+    *(["-march=haswell", "-march=alderlake", "-march=x86-64"] if native.THIS_CPU[2] == "a" else []),
 ]
 
 
