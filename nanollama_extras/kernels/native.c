@@ -640,6 +640,14 @@ INLINE void fetch(const uint8_t *p, int once) {
 /* The values of 4-bit floats, doubled, plus 12 */
 static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
+/* Before a loop over the words of a group. Where it stays a loop, GCC keeps its sums in memory. The
+ * portable path has them there anyway, and would take minutes to compile. */
+#if LANES >= 8
+#define UNROLLED _Pragma("GCC unroll 8")
+#else
+#define UNROLLED
+#endif
+
 #define VECS (16 / LANES) /* vectors that hold the 16 rows of a block */
 
 /* out (B VECS, T) = B blocks of rows times T tokens. After inlining, all arguments but the pointers
@@ -666,6 +674,7 @@ INLINE void multiply(int64_t num_groups, const uint8_t *block, const uint8_t *ti
         for (int b = 0; b < B; b++)
             for (int i = 0; i < block_bytes; i += 64) fetch(block + b * next_block + i, T == 1);
         a += g * group % 32; /* weight groups may be shorter than those of activations */
+        UNROLLED
         for (int i = 0; i < num_words; i++) {
             ivec w[BLOCKS * VECS];
             for (int v = 0; v < B * VECS; v++)
@@ -762,12 +771,14 @@ INLINE void multiply_fine(const matrix *m, const uint8_t *block, const uint8_t *
             for (int i = 0; i < ahead / num_groups && bits < 8; i += 64) fetch(codes + i, T == 1);
             for (int v = 0; v < VECS; v++)
                 for (int t = 0; t < T; t++) part[v][t] = (vec){0};
+            UNROLLED
             for (int h = 0; h < 2; h++) {
                 for (int v = 0; v < VECS; v++)
                     for (int t = 0; t < T; t++) {
                         if (in_halves || h == 0) dot[v][t] = (ivec){0};
                         if (centre) dot[v][t] += centre * ((const int32_t *)s)[(5 + h) * T + t];
                     }
+                UNROLLED
                 for (int i = 4 * h; i < 4 * h + 4; i++)
                     for (int v = 0; v < VECS; v++) {
                         ivec q = code_word(codes, v, bits, i);
