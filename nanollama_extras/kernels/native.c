@@ -640,8 +640,8 @@ INLINE void fetch(const uint8_t *p, int once) {
 /* The values of 4-bit floats, doubled, plus 12 */
 static const uint8_t float4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-/* Before a loop over the words of a group: on AVX2, GCC would otherwise keep its sums in memory. With
- * 4 lanes, portable C would take minutes to compile, and NEON has not been measured. */
+/* Before a loop over the words of a group: on AVX2, GCC would otherwise keep its sums in memory.
+ * With 4 lanes, portable C would take minutes to compile, and NEON has not been measured. */
 #if LANES >= 8
 #define UNROLLED _Pragma("GCC unroll 8")
 #else
